@@ -1,0 +1,94 @@
+"""The command line: `expert-parallel`, the same as `python -m expert_parallel`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expert_parallel.config import load_config
+from expert_parallel.runtime import LaunchError, RuntimeConfig, UserError, distributed
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, for example configs/quickstart.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted.key=value, over the file")
+]
+
+
+@app.callback()
+def expert_parallel(local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None) -> None:
+    """Mixture-of-experts training, with experts sharded over ranks."""
+    # The deepspeed launcher puts --local_rank before the command; LOCAL_RANK says the same, and is what counts.
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train, or go on from the newest checkpoint in run.folder. Alone, or on every rank under torchrun."""
+    from expert_parallel.training.loop import train as run
+
+    try:
+        with distributed(early_runtime_config(config, overrides or [])) as runtime:
+            run(runtime.together(lambda: load_config(config, overrides or [])), runtime)
+    except UserError:  # rank 0 has said it
+        raise typer.Exit(2) from None
+    except LaunchError as error:
+        _fail(error)
+
+
+@app.command()
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help="ranks of the run; default: parallel.ep")] = None,
+) -> None:
+    """Validate a config and print what it comes to: effective values, parameters, memory per rank. Starts nothing."""
+    from expert_parallel.training.check import describe
+
+    try:
+        print(describe(load_config(config, overrides or []), world_size))
+    except ValueError as error:
+        _fail(error)
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run: its config and checkpoints")],
+    prompt: Annotated[str, typer.Option(help="the text to go on from")],
+    tokens: Annotated[int, typer.Option(min=1, help="bytes to generate")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest byte each time")] = 0.7,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Generate text from a run's newest checkpoint, on this process alone, whatever layout trained it."""
+    from expert_parallel.training.generate import generate_from_run
+
+    try:
+        print(generate_from_run(run, prompt, num_tokens=tokens, temperature=temperature, seed=seed))
+    except (ValueError, OSError) as error:
+        _fail(error)
+
+
+def early_runtime_config(path: Path, overrides: list[str]) -> RuntimeConfig:
+    """The config's runtime block, or the defaults where the config is not readable: then the ranks meet, agree on
+    the error and leave together, instead of some being killed before rank 0 has spoken."""
+    try:
+        return load_config(path, overrides).runtime
+    except ValueError:
+        return RuntimeConfig()
+
+
+def _fail(error: Exception) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    raise typer.Exit(2) from None
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

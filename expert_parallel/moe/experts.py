@@ -1,0 +1,95 @@
+"""The experts of one rank: feed-forward networks with stacked weights, run on rows that are grouped by expert.
+
+`BACKENDS` maps each `backend:` to its grouped matrix product. A backend sees rows and counts, never tokens or ranks.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from expert_parallel.moe.ffn import ACTIVATIONS, Activation, width_in
+from expert_parallel.moe.random import dropout, mix
+from expert_parallel.settings import Settings
+
+
+class ExpertsConfig(Settings):
+    """Expert_i(x) = activation(x W_in + b_in) W_out + b_out, each with its own weights.
+
+    `backend: auto` takes grouped_mm where torch has it for the dtype and sizes, else the loop.
+    """
+
+    hidden: int = Field(ge=1)
+    activation: Activation = "swiglu"
+    bias: bool = False
+    hidden_dropout: float = Field(default=0.0, ge=0, lt=1, description="after the activation (Switch expert dropout)")
+    output_dropout: float = Field(default=0.0, ge=0, lt=1, description="after the second matrix")
+    backend: Literal["auto", "loop", "grouped_mm"] = "auto"
+
+
+def loop_matmul(x_RK: Tensor, weight_eKN: Tensor, counts_e: Tensor) -> Tensor:
+    """One product an expert. Any dtype. unbind, since indexing would allocate a full gradient for each expert."""
+    blocks = x_RK.split(counts_e.tolist())
+    return torch.cat([x @ weight for x, weight in zip(blocks, weight_eKN.unbind(0), strict=True)])
+
+
+def grouped_mm_matmul(x_RK: Tensor, weight_eKN: Tensor, counts_e: Tensor) -> Tensor:
+    """torch's grouped product. float32 and bfloat16; on CUDA bfloat16 alone."""
+    if x_RK.shape[0] == 0:  # not every device's kernel takes an empty product
+        return loop_matmul(x_RK, weight_eKN, counts_e)
+    return F.grouped_mm(x_RK, weight_eKN, offs=counts_e.cumsum(0).to(torch.int32))
+
+
+# kind -> (rows, weights, counts) -> rows: result[r] = x[r] @ weight[expert of row r].
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "loop": loop_matmul,
+    "grouped_mm": grouped_mm_matmul,
+}
+
+
+def choose_backend(dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> str:
+    """The backend of `auto`: grouped_mm takes no float64, on CUDA no float32, and rows of 16-byte multiples only."""
+    fits = all(size * dtype.itemsize % 16 == 0 for size in sizes)
+    dtypes = (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16)
+    return "grouped_mm" if fits and dtype in dtypes else "loop"
+
+
+class GroupedExperts(nn.Module):
+    """The experts with global numbers `expert_ids`, in slot order.
+
+    w_in: (e, D, F), or (e, D, 2F) = [gate | up] for gated activations. w_out: (e, F, D). b_in, b_out: (e, ...).
+    """
+
+    def __init__(self, config: ExpertsConfig, d_model: int, expert_ids: tuple[int, ...]) -> None:
+        super().__init__()
+        self.config = config
+        self.expert_ids = expert_ids
+        num_local, columns = len(expert_ids), width_in(config.activation, config.hidden)
+        self.w_in = nn.Parameter(torch.empty(num_local, d_model, columns))
+        self.w_out = nn.Parameter(torch.empty(num_local, config.hidden, d_model))
+        self.b_in = nn.Parameter(torch.empty(num_local, columns)) if config.bias else None
+        self.b_out = nn.Parameter(torch.empty(num_local, d_model)) if config.bias else None
+        self.sizes = (d_model, columns, config.hidden)
+
+    def forward(self, x_RD: Tensor, counts_e: Tensor, weights_R: Tensor, dropout_seed: int = 0) -> Tensor:
+        """Takes the fields of DispatchedTokens. Returns (R, D) in x's dtype: weight_r * Expert_r(x_r)."""
+        config = self.config
+        backend = config.backend if config.backend != "auto" else choose_backend(x_RD.dtype, x_RD.device, self.sizes)
+        matmul = BACKENDS[backend]
+        hidden = matmul(x_RD, self.w_in.to(x_RD.dtype), counts_e)
+        hidden = ACTIVATIONS[config.activation](_add_bias(hidden, self.b_in, counts_e))
+        if self.training:
+            hidden = dropout(hidden, config.hidden_dropout, mix(dropout_seed, 0))
+        y_RD = _add_bias(matmul(hidden, self.w_out.to(x_RD.dtype), counts_e), self.b_out, counts_e)
+        if self.training:
+            y_RD = dropout(y_RD, config.output_dropout, mix(dropout_seed, 1))
+        return (y_RD * weights_R[:, None]).to(x_RD.dtype)
+
+
+def _add_bias(rows: Tensor, bias_e: Tensor | None, counts_e: Tensor) -> Tensor:
+    if bias_e is None:
+        return rows
+    return rows + bias_e.to(rows.dtype).repeat_interleave(counts_e, dim=0, output_size=rows.shape[0])

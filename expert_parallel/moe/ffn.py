@@ -1,0 +1,55 @@
+"""The dense feed-forward network (shared experts, dense blocks), the activations, and Linear in the input's dtype."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from expert_parallel.settings import Settings
+
+Activation = Literal["relu", "gelu", "swiglu", "geglu"]
+
+# kind -> function of the first matrix's output. The gated ones take [gate | up] side by side (Shazeer 2020).
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "swiglu": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+    "geglu": lambda x: F.gelu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+}
+GATED = ("swiglu", "geglu")
+
+
+def width_in(activation: str, hidden: int) -> int:
+    """Columns of the first matrix: twice the hidden size where a gate stands beside it."""
+    return 2 * hidden if activation in GATED else hidden
+
+
+class FFNConfig(Settings):
+    """y = activation(x W_in + b_in) W_out + b_out."""
+
+    hidden: int = Field(ge=1)
+    activation: Activation = "swiglu"
+    bias: bool = False
+
+
+class Linear(nn.Linear):
+    """Computes in its input's dtype, whatever dtype the weight is kept in (float32 for a bfloat16 model)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class FFN(nn.Module):
+    """Dense feed-forward network. (..., D) -> (..., D)."""
+
+    def __init__(self, config: FFNConfig, d_model: int) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.w_in = Linear(d_model, width_in(config.activation, config.hidden), bias=config.bias)
+        self.w_out = Linear(config.hidden, d_model, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w_out(ACTIVATIONS[self.activation](self.w_in(x)))

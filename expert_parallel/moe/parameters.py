@@ -1,0 +1,93 @@
+"""Logical names of parameters, independent of the layout: what initialisation and checkpoints are written in terms of.
+
+A dense parameter has one logical tensor, under its own name. A stack of experts has one for each expert:
+`...experts.w_in` on a rank that holds experts 2 and 3 is `...experts.2.w_in` and `...experts.3.w_in`.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from expert_parallel.moe.experts import GroupedExperts
+from expert_parallel.moe.random import mix
+
+
+@dataclass(frozen=True)
+class LogicalParameter:
+    """A parameter of this rank and the logical tensors that it holds.
+
+    names: one for a dense parameter; one for each local expert, in slot order, for a stack.
+    shape: of one logical tensor.
+    """
+
+    parameter: nn.Parameter
+    names: tuple[str, ...]
+    is_expert: bool
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.parameter.shape[1:] if self.is_expert else self.parameter.shape
+
+    def join(self, tensors: list[Tensor]) -> Tensor:
+        """The logical tensors, in the order of `names`, as one of the parameter's shape."""
+        return torch.stack(tensors) if self.is_expert else tensors[0]
+
+    def split(self, full: Tensor) -> dict[str, Tensor]:
+        """The inverse of `join`, by name."""
+        return dict(zip(self.names, full.unbind(0) if self.is_expert else (full,), strict=True))
+
+
+def logical_parameters(module: nn.Module, prefix: str = "") -> Iterator[LogicalParameter]:
+    """Every parameter of the module once, in the order of `named_parameters` (a tied one under its first name)."""
+    experts = {name: child for name, child in module.named_modules() if isinstance(child, GroupedExperts)}
+    for name, parameter in module.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if owner in experts:
+            dotted = f"{owner}." if owner else ""
+            names = tuple(f"{prefix}{dotted}{expert}.{leaf}" for expert in experts[owner].expert_ids)
+            yield LogicalParameter(parameter, names, is_expert=True)
+        else:
+            yield LogicalParameter(parameter, (prefix + name,), is_expert=False)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP2 may have sharded. A collective over its mesh if so."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that FSDP2 may have sharded. Shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, full: Tensor) -> None:
+    """Copies `full`, which every rank has, into a tensor that FSDP2 may have sharded. Communicates nothing."""
+    assert tensor.shape == full.shape, (tensor.shape, full.shape)
+    full = full.to(tensor.device, tensor.dtype)
+    if isinstance(tensor, DTensor):
+        full = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+    local_tensor(tensor).copy_(full)
+
+
+def init_parameters(module: nn.Module, seed: int, std: Callable[[str], float], prefix: str = "") -> None:
+    """Draws every weight from a normal distribution keyed by (seed, logical name): the same on every layout.
+
+    std: logical name -> standard deviation. One-dimensional logical tensors are not drawn: norm weights are 1, biases
+    0. Drawn in float32 on the CPU, so that all dtypes and devices start from the same numbers.
+    """
+    for logical in logical_parameters(module, prefix):
+        fill(logical.parameter, logical.join([_initial(name, logical.shape, seed, std) for name in logical.names]))
+
+
+def _initial(name: str, shape: torch.Size, seed: int, std: Callable[[str], float]) -> Tensor:
+    if len(shape) == 1:
+        is_norm_weight = name.endswith("norm.weight")
+        return torch.ones(shape) if is_norm_weight else torch.zeros(shape)
+    name_key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    generator = torch.Generator().manual_seed(mix(seed, name_key))
+    return torch.empty(shape).normal_(0.0, std(name), generator=generator)

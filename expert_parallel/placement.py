@@ -1,0 +1,56 @@
+"""Which rank of the expert-parallel group holds which expert. Pure data: no tensors, no process groups."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class ExpertPlacement:
+    """Expert -> rank, and from it expert -> slot (its place among the experts of its rank).
+
+    `rank_of_expert[i]` is the rank, 0 <= rank < num_ranks, that holds global expert i. A rank's slots follow the
+    order of its global expert numbers.
+    """
+
+    rank_of_expert: tuple[int, ...]
+    num_ranks: int
+
+    def __post_init__(self) -> None:
+        assert all(0 <= rank < self.num_ranks for rank in self.rank_of_expert), self
+
+    @staticmethod
+    def contiguous(num_experts: int, num_ranks: int) -> "ExpertPlacement":
+        """The default: consecutive experts together, the first `num_experts % num_ranks` ranks hold one more.
+
+        >>> ExpertPlacement.contiguous(5, 2).rank_of_expert
+        (0, 0, 0, 1, 1)
+        """
+        if num_experts < num_ranks:
+            raise ValueError(
+                f"model.moe.num_experts ({num_experts}) is smaller than parallel.ep ({num_ranks}): "
+                "each expert-parallel rank must hold at least one expert"
+            )
+        small, larger = divmod(num_experts, num_ranks)
+        sizes = [small + (rank < larger) for rank in range(num_ranks)]
+        return ExpertPlacement(tuple(rank for rank, size in enumerate(sizes) for _ in range(size)), num_ranks)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.rank_of_expert)
+
+    def experts_on(self, rank: int) -> tuple[int, ...]:
+        """Global numbers of the experts on `rank`, in slot order."""
+        return self._experts_by_rank[rank]
+
+    @cached_property
+    def slot_of_expert(self) -> tuple[int, ...]:
+        """Place of each expert among those of its rank."""
+        slots = [0] * self.num_experts
+        for experts in self._experts_by_rank:
+            for slot, expert in enumerate(experts):
+                slots[expert] = slot
+        return tuple(slots)
+
+    @cached_property
+    def _experts_by_rank(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(e for e, r in enumerate(self.rank_of_expert) if r == rank) for rank in range(self.num_ranks))

@@ -1,0 +1,1 @@
+"""Training: data, step, gradients, optimizer, checkpoints, metrics, the loop."""

@@ -1,0 +1,115 @@
+"""What a config comes to, without starting anything: effective values, parameters, memory per rank."""
+
+from dataclasses import dataclass
+
+import torch
+
+from expert_parallel.config import Config, dump_config
+from expert_parallel.mesh import ParallelDegrees
+from expert_parallel.model.parallelize import build_model
+from expert_parallel.moe.capacity import FactorConfig, expert_capacity
+from expert_parallel.moe.parameters import logical_parameters
+from expert_parallel.training.loop import check_degrees
+from expert_parallel.training.step import DTYPES
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """dense: everything that is not a routed expert. active: what one token uses: dense, and k experts a MoE layer."""
+
+    dense: int
+    experts: int
+    active: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts
+
+
+def count_parameters(config: Config) -> ParameterCounts:
+    """Exact, from the model itself on torch's meta device."""
+    dense = experts = 0
+    for logical in logical_parameters(build_model(config.model, device=torch.device("meta"))):
+        if logical.is_expert:
+            experts += logical.parameter.numel()
+        else:
+            dense += logical.parameter.numel()
+    moe = config.model.moe
+    used = experts * moe.router.k // moe.num_experts if moe is not None else 0
+    return ParameterCounts(dense, experts, dense + used)
+
+
+def state_bytes_of_rank(config: Config, degrees: ParallelDegrees, counts: ParameterCounts) -> int:
+    """Weights, gradients and both Adam moments of the rank that holds most, in float32 (float64 for float64)."""
+    moe = config.model.moe
+    largest_share = -(-moe.num_experts // degrees.ep) / moe.num_experts if moe is not None else 0.0
+    replicas = (degrees.dp, degrees.edp) if config.parallel.data == "sharded" else (1, 1)
+    dense, experts = counts.dense / replicas[0], counts.experts * largest_share / replicas[1]
+    width = torch.promote_types(torch.float32, DTYPES[config.training.dtype]).itemsize
+    return round((dense + experts) * width * 4)
+
+
+def activation_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
+    """An estimate for one micro-step: what each block keeps for its backward pass, with balanced experts, plus logits.
+
+    Attention keeps inputs, q, k, v and its output; a feed-forward its input and hidden values (twice for gated ones).
+    With `recompute: block` a block keeps its input alone.
+    """
+    model, training = config.model, config.training
+    tokens = training.global_batch // training.micro_steps * training.sequence_length / degrees.dp
+    width = DTYPES[training.dtype].itemsize
+    attention = model.attention
+    heads = (2 * attention.num_heads + 2 * attention.kv_heads) * attention.head_size
+    values = 0.0
+    for block in range(model.num_layers):
+        if training.recompute == "block":
+            values += model.d_model
+            continue
+        values += 4 * model.d_model + heads
+        moe, ffn = model.moe, model.ffn
+        if moe is None or block not in model.moe_layers:
+            assert ffn is not None
+            values += 3 * ffn.hidden
+        elif training.recompute != "moe":
+            values += moe.router.k * (2 * model.d_model + 3 * moe.experts.hidden)
+    return round(tokens * (values * width + model.vocab_size * (width + 4)))
+
+
+def describe(config: Config, world_size: int | None) -> str:
+    """The text of `expert-parallel check`. Raises ValueError where the world size does not fit."""
+    degrees = check_degrees(config, world_size or config.parallel.ep)
+    counts = count_parameters(config)
+    training, moe = config.training, config.model.moe
+    tokens = training.global_batch * training.sequence_length
+    lines = [
+        dump_config(config).rstrip(),
+        "",
+        f"ranks                {degrees.world_size}: dp {degrees.dp} ({config.parallel.data}), ep {degrees.ep}, "
+        f"edp {degrees.edp}",
+        f"parameters           {counts.total:,} in all, {counts.active:,} active for a token "
+        f"({counts.dense:,} dense, {counts.experts:,} in experts)",
+        f"tokens               {tokens:,} a step, {tokens * training.steps:,} in {training.steps:,} steps",
+    ]
+    if moe is not None:
+        lines.append(
+            f"MoE blocks           {', '.join(map(str, config.model.moe_layers))}: {moe.num_experts} experts, "
+            f"{-(-moe.num_experts // degrees.ep)} on the fullest rank, top-{moe.router.k}"
+        )
+    if moe is not None and isinstance(moe.capacity, FactorConfig):
+        rank_tokens = -(-training.global_batch // training.micro_steps // degrees.dp) * training.sequence_length
+        capacity = [
+            expert_capacity(factor, moe.capacity.minimum, rank_tokens, moe.router.k, moe.num_experts)
+            for factor in (moe.capacity.train, moe.capacity.eval)
+        ]
+        lines.append(
+            f"capacity             {capacity[0]:,} choices an expert takes of a rank's {rank_tokens:,} tokens in "
+            f"training, {capacity[1]:,} in evaluation"
+        )
+    state, activations = state_bytes_of_rank(config, degrees, counts), activation_bytes_of_rank(config, degrees)
+    lines.append(
+        f"memory of a rank     {state / GIB:.2f} GiB weights, gradients and optimizer; about {activations / GIB:.2f} GiB "
+        "activations (estimate)"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""Text generation, byte by byte. No cache: each byte runs the whole window again."""
+
+from pathlib import Path
+
+import torch
+
+from expert_parallel.config import load_config
+from expert_parallel.model.parallelize import build_model
+from expert_parallel.model.transformer import ModelOutput, Transformer
+from expert_parallel.moe import random
+from expert_parallel.moe.plan import StepContext
+from expert_parallel.training.checkpoint import list_checkpoints, load_checkpoint
+from expert_parallel.training.step import DTYPES, forget_gathered_weights
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer, prompt: bytes, *, num_tokens: int, temperature: float, window: int, seed: int = 0
+) -> bytes:
+    """The prompt and `num_tokens` more. temperature 0: the likeliest byte each time. window: bytes that the model sees.
+
+    Every rank of the model's groups calls it with the same arguments and gets the same text: the draw is a function
+    of (seed, position).
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty, at least one byte is needed (--prompt)")
+    model.eval()
+    device = next(model.parameters()).device
+    tokens = torch.tensor([list(prompt)], device=device)
+    for position in range(num_tokens):
+        output: ModelOutput = model(tokens[:, -window:], StepContext(seed=seed, step=position))
+        logits_V = output.logits[0, -1].double().cpu()
+        if temperature == 0:
+            choice = logits_V.argmax()
+        else:
+            share = random.uniform(seed, torch.tensor([position]), 1)[0, 0]
+            choice = torch.searchsorted((logits_V / temperature).softmax(0).cumsum(0), share)
+        choice = choice.clamp(max=len(logits_V) - 1).view(1, 1).to(device)
+        tokens = torch.cat([tokens, choice], dim=1)
+    forget_gathered_weights(model)
+    return bytes(tokens[0].tolist())
+
+
+def generate_from_run(run: Path, prompt: str, *, num_tokens: int, temperature: float, seed: int) -> str:
+    """Text from the newest checkpoint in the folder `run`, on this process alone, whatever layout trained it."""
+    if not run.is_dir():
+        raise ValueError(f"there is no run folder {run}")
+    config = load_config(run / "config.yaml")
+    checkpoints = list_checkpoints(run / "checkpoints")
+    if not checkpoints:
+        raise ValueError(f"{run / 'checkpoints'} holds no checkpoint")
+    model = build_model(config.model, dtype=DTYPES[config.training.dtype])
+    load_checkpoint(checkpoints[-1], model, optimizer=None)
+    window = config.training.sequence_length
+    text = generate(model, prompt.encode(), num_tokens=num_tokens, temperature=temperature, window=window, seed=seed)
+    return text.decode(errors="replace")

@@ -1,0 +1,99 @@
+"""What a run tells: metrics.jsonl first, TensorBoard events beside it, and a line on the terminal."""
+
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from expert_parallel.training.step import LayerReport, StepReport
+
+Metrics = dict[str, float]
+
+
+def step_metrics(report: StepReport, prefix: str) -> Metrics:
+    """The record of one step: `train/...` or `eval/...`, `moe/...` means over layers, and each under moe/layer_<i>/."""
+    metrics: Metrics = {f"{prefix}/loss": report.loss}
+    if prefix == "train":
+        metrics |= {"train/grad_norm": report.grad_norm, "train/learning_rate": report.learning_rate}
+    if not report.layers:
+        return metrics
+    moe = "moe" if prefix == "train" else "eval/moe"
+    layers = {layer: _layer_metrics(layer_report) for layer, layer_report in report.layers.items()}
+    for name in next(iter(layers.values())):
+        metrics[f"{moe}/{name}"] = sum(values[name] for values in layers.values()) / len(layers)
+    for layer, values in layers.items():
+        metrics |= {f"{moe}/layer_{layer}/{name}": value for name, value in values.items()}
+    return metrics
+
+
+def _layer_metrics(report: LayerReport) -> Metrics:
+    routed = max(int(report.routed_E.sum()), 1)
+    metrics = {
+        "dropped_share": int(report.dropped_E.sum()) / routed,
+        "load_cv": coefficient_of_variation(report.routed_E),
+        "dead_experts": int((report.kept_E == 0).sum()),
+        "rows_sent": report.rows_sent,
+    }
+    balance = [value for name, value in report.losses.items() if name.startswith("balance")]
+    metrics |= {"balance_loss": sum(balance) / len(balance)} if balance else {}
+    return metrics | report.losses
+
+
+def coefficient_of_variation(load_E: Tensor) -> float:
+    """Standard deviation over mean of the choices per expert: 0 when balanced, sqrt(E - 1) when one takes all."""
+    load_E = load_E.double()
+    return float(load_E.std(correction=0) / load_E.mean().clamp(min=1e-300))
+
+
+class MetricsWriter:
+    """Writes `folder/metrics.jsonl` and `folder/tensorboard`. A resumed run forgets what was logged after its
+    checkpoint, so that each step stands once."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        path = folder / "metrics.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step]
+        path.write_text("".join(kept))
+        self.file: TextIO = path.open("a")
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, tokens: int, metrics: Metrics) -> None:
+        """tokens: seen by the whole run so far."""
+        record: dict[str, Any] = {"step": step, "tokens": tokens, **metrics}
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        for name, value in metrics.items():
+            self.tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.tensorboard.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines only: a run that was killed may have left half of one."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def progress_line(step: int, total: int, metrics: Metrics) -> str:
+    parts = [f"step {step:>{len(str(total))}}/{total}"]
+    shown = (
+        ("train/loss", "loss", "{:.4f}"),
+        ("eval/loss", "held-out loss", "{:.4f}"),
+        ("train/grad_norm", "grad norm", "{:.2f}"),
+        ("perf/tokens_per_second", "tokens/s", "{:,.0f}"),
+        ("moe/dropped_share", "dropped", "{:.1%}"),
+        ("moe/balance_loss", "balance", "{:.3f}"),
+        ("moe/load_cv", "load cv", "{:.2f}"),
+    )
+    parts += [f"{label} {form.format(metrics[name])}" for name, label, form in shown if name in metrics]
+    return "  ".join(parts)
+
+
+def max_memory(device: torch.device) -> int:
+    """Peak bytes allocated on a GPU; 0 on the CPU, where torch does not count."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

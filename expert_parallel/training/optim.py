@@ -1,0 +1,58 @@
+"""Optimizer and learning-rate schedule."""
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from expert_parallel.moe.parameters import logical_parameters
+from expert_parallel.settings import Settings
+
+
+class OptimizerConfig(Settings):
+    """AdamW, Loshchilov and Hutter 2017. Weight decay on matrices alone: not on norms and biases."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(default=3e-4, gt=0)
+    betas: list[float] = Field(default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+
+
+class ScheduleConfig(Settings):
+    """Linear warm-up from 0 over `warmup_steps`, then a half cosine down to `final_fraction` of the peak."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup_steps: int = Field(default=100, ge=0)
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
+
+
+def learning_rate(optimizer: OptimizerConfig, schedule: ScheduleConfig, step: int, total_steps: int) -> float:
+    """The rate of step 0, 1, ...; a pure function, so that a resumed run needs no state."""
+    peak = optimizer.learning_rate
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    progress = (step - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * cosine)
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.AdamW:
+    """Every parameter in exactly one group. Dense and expert ones apart, since under FSDP2 they live on different
+    meshes and a fused update takes one mesh."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for logical in logical_parameters(model):
+        decays = len(logical.shape) > 1
+        groups.setdefault((logical.is_expert, decays), []).append(logical.parameter)
+    assert sum(map(len, groups.values())) == len(list(model.parameters()))
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
+            for (_, decays), parameters in groups.items()
+        ],
+        lr=config.learning_rate,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+    )

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Runs the tests: makes .venv if there is none, and installs the package, its test tools, DeepSpeed and MPI into it.
+# Tests that need a GPU run where there is one.
+#
+# usage: bash launch/test.sh [--all] [pytest arguments]
+#   --all    also the tests marked `full`, which exercise the whole product and take long
+
+set -euo pipefail
+source "$(dirname "$0")/install.sh"
+case ${1:-} in -h | --help) usage && exit ;; esac
+cd "$ROOT"
+
+install all
+selection="not full"
+if [[ ${1:-} == --all ]]; then
+    selection="full or not full"
+    shift
+fi
+"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || selection="($selection) and not cuda"
+
+export PATH="$VENV/bin:$PATH" # tests start mpiexec, ninja and deepspeed by name
+exec "$PYTHON" -m pytest -rs -m "$selection" "$@"

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Trains any config under torchrun, on one node or as one of several. Installs nothing: it uses .venv if there is one
+# (quickstart.sh makes it), else the python3 on the PATH.
+#
+# usage: bash launch/train.sh CONFIG [--nproc N] [key=value ...] [-- torchrun options]
+#   --nproc N          processes on this node; default: one per GPU, or 2 where there is none
+#   key=value          settings to change in the config, by dotted path
+#   torchrun options   such as --max-restarts 3, or for each node of two:
+#                      --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500
+#
+# Variables that are already set are kept: OMP_NUM_THREADS (default: cores / N), MALLOC_*_.
+
+set -euo pipefail
+source "$(dirname "$0")/install.sh"
+
+processes=""
+arguments=()
+while (($#)); do
+    case $1 in
+        -h | --help) usage && exit ;;
+        --nproc)
+            (($# > 1)) || fail "--nproc needs a number"
+            processes=$2
+            shift
+            ;;
+        --nproc=*) processes=${1#*=} ;;
+        --) break ;;
+        *) arguments+=("$1") ;;
+    esac
+    shift
+done
+[[ ${1:-} != -- ]] || shift # what is left are torchrun's options
+((${#arguments[@]})) || fail "no config given; usage: bash launch/train.sh CONFIG, or -h for more"
+[[ -f ${arguments[0]} ]] || fail "there is no config file ${arguments[0]}"
+
+[[ -x $PYTHON ]] || PYTHON=python3
+"$PYTHON" -c 'from importlib.util import find_spec; assert find_spec("torch") and find_spec("expert_parallel")' 2>/dev/null ||
+    fail "expert_parallel is not installed for $PYTHON: run bash launch/quickstart.sh, or pip install -e . in your environment"
+[[ -n $processes ]] || processes=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')
+[[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--nproc must be a whole number of at least 1, not '$processes'"
+
+# One node needs no address to meet at; who gives one means several nodes.
+case " $*" in *" --nnodes"* | *" --rdzv"* | *" --master"*) ;; *) set -- --standalone "$@" ;; esac
+
+if [[ -z ${OMP_NUM_THREADS:-} ]]; then
+    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
+fi
+# Restarts after a lost worker fail in torch 2.13 without this (pytorch#135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
+# glibc gives large blocks back to the kernel and faults them in anew at each step, which on a CPU can cost as much as
+# the arithmetic: keep them.
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824}
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1073741824}
+export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-67108864}
+export PATH="$VENV/bin:$PATH"
+
+exec "$PYTHON" -m torch.distributed.run --nproc-per-node "$processes" "$@" -m expert_parallel train "${arguments[@]}"

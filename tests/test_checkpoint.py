@@ -1,0 +1,269 @@
+"""Save and resume on real ranks: the same losses as a run that never stopped, on the same layout and on others; and
+what a damaged, incomplete or foreign checkpoint is told."""
+
+import argparse
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from expert_parallel.config import Config
+from expert_parallel.runtime import Launch, Runtime, UserError
+from expert_parallel.training.checkpoint import list_checkpoints, load_checkpoint, read_manifest
+from expert_parallel.training.generate import generate_from_run
+from expert_parallel.training.loop import train
+from tests.ranks import run_ranks
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A tiny run: 20 steps, sigmoid router with a balance bias, jitter and dropout unless a change says otherwise."""
+    return {
+        "run": {"folder": str(folder), "log_every": 1},
+        "seed": 5,
+        "model": {
+            "num_layers": 2,
+            "d_model": 16,
+            "attention": {"num_heads": 2, "head_size": 8},
+            "ffn": {"hidden": 16},
+            "moe_blocks": {"kind": "every_nth", "n": 2},
+            "moe": {
+                "num_experts": 6,
+                "router": {"k": 2, "score": "sigmoid", "balance_bias_rate": 0.01, "jitter": changes.get("jitter", 0.1)},
+                "losses": [{"kind": "balance"}],
+                "experts": {"hidden": 8, "hidden_dropout": changes.get("dropout", 0.1)},
+            },
+            "dropout": changes.get("dropout", 0.1),
+        },
+        "parallel": {"ep": changes.get("ep", 1), "data": changes.get("data", "replicated")},
+        "training": {
+            "steps": changes.get("steps", 20),
+            "global_batch": 8,
+            "micro_steps": 2,
+            "sequence_length": 16,
+            "dtype": changes.get("dtype", "float64"),
+            "optimizer": {"learning_rate": 0.01},
+            "schedule": {"warmup_steps": 3},
+        },
+        "evaluation": {"every": 5, "sequences": 6},
+        "checkpoint": {"every": changes.get("every", 10), "keep": 2},
+        "data": {"kind": "files", "paths": [argparse.__file__]},
+    }
+
+
+def run_training(rank: int, world: int, tree: dict[str, Any], stop_after: int | None = None) -> str:
+    """`stop_after`: breaks off there, as a kill would. Returns the error's text, or nothing."""
+    runtime = Runtime(Launch("test", rank, world, rank, world), torch.device("cpu"), "gloo", timedelta(seconds=30))
+    try:
+        if stop_after is None:
+            train(Config.model_validate(tree), runtime)
+        else:
+            train(Config.model_validate(tree), StoppingRuntime(**vars(runtime), saves_left=[3 * stop_after]))
+    except (UserError, Stopped) as error:
+        return str(error)
+    return ""
+
+
+class Stopped(Exception):
+    pass
+
+
+class StoppingRuntime(Runtime):
+    """Breaks off after so many rounds of saving."""
+
+    def __init__(self, saves_left: list[int], **fields: Any) -> None:
+        super().__init__(**fields)
+        object.__setattr__(self, "saves_left", saves_left)
+
+    def together(self, work: Any) -> Any:
+        result = super().together(work)
+        if work.__name__ in ("clear", "write", "finish"):
+            self.saves_left[0] -= 1  # type: ignore[attr-defined]
+            if self.saves_left[0] == 0:  # type: ignore[attr-defined]
+                raise Stopped
+        return result
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[tuple[float, ...]]:
+    keys = ("step", "train/loss", "eval/loss", "train/grad_norm", "moe/balance_loss", "moe/layer_1/load_cv")
+    return [tuple(record[key] for key in keys if key in record) for record in metrics(folder)]
+
+
+@pytest.mark.parametrize(("world", "changes"), [(2, {"ep": 2}), (2, {"ep": 1, "data": "sharded", "dtype": "float32"})])
+def test_stopped_and_resumed_run_is_bit_equal(world: int, changes: dict[str, Any], tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_ranks(world, run_training, world, settings(whole, **changes))
+    run_ranks(world, run_training, world, settings(parts, **changes), 1)
+    assert [path.name for path in list_checkpoints(parts / "checkpoints")] == ["step_00000010"]
+    run_ranks(world, run_training, world, settings(parts, **changes))
+    assert [record["step"] for record in metrics(parts)] == list(range(21))
+    assert losses(parts) == losses(whole)
+    for file in ("rank_00000.safetensors", "rank_00001.safetensors"):
+        path = Path("checkpoints") / "step_00000020" / file
+        if (whole / path).exists():
+            assert (parts / path).read_bytes() == (whole / path).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ((2, {"ep": 2}), (4, {"ep": 4})),
+        ((4, {"ep": 2, "data": "sharded"}), (1, {"ep": 1})),
+        ((1, {"ep": 1}), (4, {"ep": 2, "data": "sharded"})),
+        ((4, {"ep": 4}), (2, {"ep": 1, "data": "sharded"})),
+    ],
+    ids=str,
+)
+def test_resume_on_another_number_of_ranks(first: Any, then: Any, tmp_path: Path) -> None:
+    """6 experts do not divide by 4 ranks: uneven placement on the way."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    exact = {"dropout": 0.0}
+    run_ranks(1, run_training, 1, settings(whole, **exact))
+    run_ranks(first[0], run_training, first[0], settings(parts, **first[1], **exact), 1)
+    run_ranks(then[0], run_training, then[0], settings(parts, **then[1], **exact))
+    assert len(losses(whole)) == len(losses(parts)) == 21
+    for actual, expected in zip(losses(parts), losses(whole), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    run_ranks(2, run_training, 2, settings(folder, ep=2, steps=4, every=2))
+    return folder
+
+
+def newest(folder: Path) -> Path:
+    return list_checkpoints(folder / "checkpoints")[-1]
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix in (".safetensors", ".json", ".yaml", ".jsonl"):
+            (target / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+            (target / path.relative_to(folder)).write_bytes(path.read_bytes())
+    return target
+
+
+def test_every_expert_stands_once_and_differs(finished: Path) -> None:
+    """Traps 23 and 24: experts of one rank only, the same experts from every rank, experts left random."""
+    seen: dict[str, torch.Tensor] = {}
+    for file in newest(finished).glob("*.safetensors"):
+        with safe_open(file, "pt") as reader:
+            for name in reader.keys():  # noqa: SIM118 - not a dict
+                assert name not in seen
+                seen[name] = reader.get_tensor(name)
+    experts = [seen[f"weights/blocks.1.moe.experts.{expert}.w_in"] for expert in range(6)]
+    assert all(not torch.equal(experts[i], experts[j]) for i in range(6) for j in range(i))
+    assert all(seen[f"exp_avg/blocks.1.moe.experts.{expert}.w_in"].abs().sum() > 0 for expert in range(6))
+
+
+def test_only_the_newest_are_kept_and_nothing_partial_stays(finished: Path) -> None:
+    names = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert names == ["step_00000002", "step_00000004"]
+
+
+def test_finished_run_is_left_alone(finished: Path) -> None:
+    before = newest(finished).stat().st_mtime_ns, (finished / "metrics.jsonl").read_text()
+    assert run_ranks(2, run_training, 2, settings(finished, ep=2, steps=4, every=2)) == ["", ""]
+    assert before == (newest(finished).stat().st_mtime_ns, (finished / "metrics.jsonl").read_text())
+
+
+def test_generate_from_another_layout(finished: Path, tmp_path: Path) -> None:
+    folder = copy_of(finished, tmp_path)
+    greedy = generate_from_run(folder, "def ", num_tokens=8, temperature=0.0, seed=0)
+    assert greedy.startswith("def ")
+    assert len(greedy.encode()) >= 12
+    drawn = [generate_from_run(folder, "def ", num_tokens=8, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_another_model_is_refused_by_setting(finished: Path) -> None:
+    tree = settings(finished, ep=2, steps=8, every=2)
+    tree["model"]["moe"]["num_experts"] = 8
+    errors = run_ranks(2, run_training, 2, tree)
+    assert errors[0] == errors[1]
+    assert "checkpoint of another model" in errors[0]
+    assert "model.moe.num_experts is 6 there and 8 here" in errors[0]
+
+
+def damage_flip(path: Path) -> str:
+    file = path / "rank_00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    return "rank_00001.safetensors is damaged"
+
+
+def damage_truncate(path: Path) -> str:
+    file = path / "rank_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return "rank_00000.safetensors is damaged"
+
+
+def damage_remove(path: Path) -> str:
+    (path / "rank_00001.safetensors").unlink()
+    return "rank_00001.safetensors is missing"
+
+
+def damage_manifest(path: Path) -> str:
+    (path / "manifest.json").write_text("{")
+    return "manifest.json cannot be read"
+
+
+def damage_tensor_left_out(path: Path) -> str:
+    name = "weights/blocks.1.moe.experts.4.w_in"
+    rewrite(path, lambda tensors: tensors.pop(name, None))
+    return f"{name} is missing"
+
+
+def damage_tensor_added(path: Path) -> str:
+    rewrite(path, lambda tensors: tensors.update({"weights/blocks.9": torch.zeros(1)}))
+    return "weights/blocks.9 is left over"
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Changes rank 1's file and puts a manifest beside it that fits: the digests cannot tell."""
+    from expert_parallel.training.checkpoint import _digest
+
+    file = path / "rank_00001.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    manifest = read_manifest(path)
+    others = {name: entry for name, entry in manifest["tensors"].items() if entry["file"] != file.name}
+    mine = {name: {"file": file.name, "shape": list(t.shape), "dtype": "F64"} for name, t in tensors.items()}
+    manifest["tensors"], manifest["files"][file.name] = others | mine, _digest(file)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+DAMAGES = [damage_flip, damage_truncate, damage_remove, damage_manifest, damage_tensor_left_out, damage_tensor_added]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_is_refused_by_name(damage: Any, finished: Path, tmp_path: Path) -> None:
+    folder = copy_of(finished, tmp_path)
+    message = damage(newest(folder))
+    with pytest.raises(ValueError, match=r"checkpoint|damaged|missing") as error:
+        generate_from_run(folder, "x", num_tokens=1, temperature=0.0, seed=0)
+    assert message in str(error.value)
+
+
+def test_load_fills_every_parameter(finished: Path) -> None:
+    from expert_parallel.model.parallelize import build_model
+
+    config = Config.model_validate(settings(finished, ep=2, steps=4, every=2))
+    model = build_model(config.model, dtype=torch.float64)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data.fill_(float("nan"))
+    load_checkpoint(newest(finished), model, optimizer=None)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert tensor.isfinite().all(), name

@@ -1,0 +1,145 @@
+"""Random numbers that are functions of their keys: uniform, repeatable, and the same whatever the batching."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expert_parallel.moe.random import dropout, mix, uniform
+
+
+def test_mix_depends_on_every_key_and_on_their_order() -> None:
+    seeds = {mix(*keys) for keys in [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 2), (2, 1), (1, 2, 0), (0, 1, 2)]}
+    assert len(seeds) == 10
+
+
+@given(st.lists(st.integers(-(2**63), 2**64), max_size=5))
+@settings(deadline=None, derandomize=True)
+def test_mix_seeds_a_generator(keys: list[int]) -> None:
+    seed = mix(*keys)
+    assert 0 <= seed < 2**63
+    torch.Generator().manual_seed(seed)
+
+
+def test_mix_spreads_neighbours() -> None:
+    """Steps 0, 1, 2, ... give seeds whose every bit is set about half the time."""
+    seeds = [mix(7, step) for step in range(4096)]
+    assert len(set(seeds)) == 4096
+    for bit in range(63):
+        share = sum(seed >> bit & 1 for seed in seeds) / 4096
+        assert abs(share - 0.5) < 0.05, bit  # six standard deviations
+
+
+def test_uniform_has_the_moments_of_a_uniform_distribution() -> None:
+    numbers = uniform(3, torch.arange(2000), width=50)
+    assert numbers.dtype == torch.float64
+    assert numbers.shape == (2000, 50)
+    assert bool((numbers >= 0).all())
+    assert bool((numbers < 1).all())
+    deviation = 1 / math.sqrt(12 * numbers.numel())
+    assert abs(float(numbers.mean()) - 1 / 2) < 5 * deviation
+    assert abs(float(numbers.square().mean()) - 1 / 3) < 5 * deviation
+    shares = torch.histc(numbers, bins=20, min=0, max=1) / numbers.numel()
+    assert float((shares - 0.05).abs().max()) < 0.005
+
+
+def test_uniform_numbers_do_not_follow_each_other() -> None:
+    """No correlation between neighbours in a row, in a column, and under neighbouring seeds."""
+    numbers = uniform(3, torch.arange(500), width=100) - 0.5
+    other = uniform(4, torch.arange(500), width=100) - 0.5
+    pairs = [(numbers[1:], numbers[:-1]), (numbers[:, 1:], numbers[:, :-1]), (numbers, other)]
+    for left, right in pairs:
+        assert abs(float((left * right).mean()) * 12) < 0.03  # standard deviation 0.0045
+
+
+def test_uniform_is_a_function_of_seed_row_and_column_alone() -> None:
+    rows = torch.tensor([5, 0, 7, 5, 1 << 40])
+    whole = uniform(11, rows, width=6)
+    for row, numbers in zip(rows.tolist(), whole, strict=True):
+        assert torch.equal(uniform(11, torch.tensor([row]), width=6)[0], numbers)  # one at a time
+        assert torch.equal(uniform(11, torch.tensor([row]), width=3)[0], numbers[:3])  # a column's own
+    assert torch.equal(whole[0], whole[3])
+    assert len(set(whole[[0, 1, 2, 4]].flatten().tolist())) == 24
+    assert not torch.equal(uniform(12, rows, width=6), whole)
+
+
+def test_uniform_takes_every_seed_that_mix_gives() -> None:
+    largest = uniform(2**63 - 1, torch.tensor([0, 1, 2**62]), width=4)  # row + seed wraps round
+    assert bool(((largest >= 0) & (largest < 1)).all())
+
+
+def test_uniform_of_nothing() -> None:
+    assert uniform(1, torch.zeros(0, dtype=torch.int64), width=4).shape == (0, 4)
+
+
+def test_dropout_masks_depend_on_the_seed_alone() -> None:
+    x = torch.randn(40, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 10
+    dropped = dropout(x, 0.3, seed=5)
+    torch.manual_seed(1)  # the global generator has no part in it, and is left as it was
+    before = torch.get_rng_state()
+    assert torch.equal(dropout(x, 0.3, seed=5), dropped)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(dropout(x * 2, 0.3, seed=5), dropped * 2)
+    assert torch.equal(dropout(x.float(), 0.3, seed=5) == 0, dropped == 0)  # every dtype has the same mask
+    assert not torch.equal(dropout(x, 0.3, seed=6) == 0, dropped == 0)
+
+
+def test_dropout_keeps_the_expectation() -> None:
+    x = torch.full((400, 500), 2.0, dtype=torch.float64)
+    dropped = dropout(x, 0.3, seed=5)
+    kept = dropped != 0
+    assert torch.allclose(dropped[kept], x[kept] / 0.7, rtol=1e-15)
+    assert abs(float(kept.double().mean()) - 0.7) < 0.006  # standard deviation 0.001
+    assert abs(float(dropped.mean()) - 2.0) < 0.02
+
+
+def test_dropout_of_probability_0_is_the_identity() -> None:
+    x = torch.randn(3, 4)
+    assert dropout(x, 0.0, seed=5) is x
+
+
+def test_dropout_passes_its_mask_to_the_gradient() -> None:
+    x = torch.ones(20, 30, dtype=torch.float64, requires_grad=True)
+    dropped = dropout(x, 0.4, seed=9)
+    dropped.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, dropped.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_dropout_keeps_the_dtype(dtype: torch.dtype) -> None:
+    assert dropout(torch.ones(5, dtype=dtype), 0.5, seed=1).dtype == dtype
+
+
+def splitmix64(state: int) -> int:
+    """One output of SplitMix64 as Steele, Lea and Flood (2014) print it, in whole numbers."""
+    state = (state + 0x9E3779B97F4A7C15) % 2**64
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+    return state ^ (state >> 31)
+
+
+def test_mix_and_uniform_are_splitmix64() -> None:
+    assert splitmix64(0) == 0xE220A8397B1DCDAF  # the first output of the published generator seeded with 0
+    assert mix(1, 2) == splitmix64(splitmix64(1) + 2) >> 1
+    seed, rows = mix(5), [0, 3, 1 << 40]
+    expected = [[(splitmix64(splitmix64(seed + row) + column) >> 11) / 2**53 for column in range(4)] for row in rows]
+    assert uniform(seed, torch.tensor(rows), width=4).tolist() == expected
+
+
+def test_the_numbers_are_frozen() -> None:
+    """A run that is continued by a later version goes on with the same numbers: these must never change."""
+    assert [mix(), mix(0), mix(1, 2, 3), mix(-1)] == [
+        0,
+        8147104208329303767,
+        3851293329796251419,
+        8245168133484221968,
+    ]
+    assert uniform(42, torch.tensor([0, 3]), width=3).tolist() == [
+        [0.34329192209867343, 0.9777767857540063, 0.4465878737451613],
+        [0.019101220177022094, 0.9115039193989425, 0.04840032491660484],
+    ]
+    kept = dropout(torch.ones(12), 0.5, seed=42) > 0
+    assert kept.int().tolist() == [1, 1, 0, 1, 0, 1, 0, 1, 1, 0, 1, 1]  # torch's own generator, as of torch 2.13
