@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from expert_parallel.mesh import ParallelConfig
 from expert_parallel.model.attention import LearnedPositionConfig
 from expert_parallel.model.transformer import ModelConfig
-from expert_parallel.moe.experts import ExpertsConfig, choose_backend
+from expert_parallel.moe.experts import choose_backend
 from expert_parallel.moe.ffn import width_in
 from expert_parallel.runtime import RuntimeConfig
 from expert_parallel.settings import Settings
@@ -89,11 +89,14 @@ class Config(Settings):
                 f"model.moe.dispatcher.kind 'local' cannot reach the experts of other ranks: parallel.ep is "
                 f"{self.parallel.ep}, it must be 1 (or use 'all_to_all')"
             )
-        self._refuse_backend(model.moe.experts)
+        self.check_backend("cuda" if self.runtime.device == "cuda" else "cpu")
         return self
 
-    def _refuse_backend(self, experts: ExpertsConfig) -> None:
-        device = torch.device("cuda" if self.runtime.device == "cuda" else "cpu")
+    def check_backend(self, device_type: str) -> None:
+        """ValueError where the experts' backend cannot run on this device; known for sure when the run starts."""
+        if self.model.moe is None:
+            return
+        experts, device = self.model.moe.experts, torch.device(device_type)
         sizes = (self.model.d_model, width_in(experts.activation, experts.hidden), experts.hidden)
         if experts.backend == "grouped_mm" and choose_backend(DTYPES[self.training.dtype], device, sizes) == "loop":
             raise ValueError(
@@ -109,8 +112,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":  # `<<: *base` may stand beside keys of the base: the own ones win
-                continue
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # refused below, by its own words
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} stands twice", key.start_mark
@@ -190,7 +193,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
 def _first_sentence(error: ValidationError, tree: Any) -> str:
     """The first thing that is wrong: `path: what, found value`, and how many more there are. A misspelt setting
     goes first: others may be missing because of it."""
-    details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+    details = sorted(error.errors(), key=lambda detail: detail["type"] not in ("extra_forbidden", "invalid_key"))
     first, context = details[0], details[0].get("ctx", {})
     path = _user_path(first["loc"], tree, is_missing=first["type"] == "missing")
     match first["type"]:

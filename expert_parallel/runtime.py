@@ -92,7 +92,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
         rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
         local = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environment), "WORLD_SIZE")
         master = (_text(environment, "MASTER_ADDR"), _number(environment, "MASTER_PORT"))
-        if world_size < _number(environment, "OMPI_COMM_WORLD_SIZE", default="1"):
+        if world_size < _number(environment, "OMPI_COMM_WORLD_SIZE", default="0"):
             raise LaunchError(
                 f"mpirun started {environment['OMPI_COMM_WORLD_SIZE']} processes but WORLD_SIZE is {world_size}: "
                 "unset RANK and WORLD_SIZE"

@@ -7,7 +7,7 @@ class Settings(BaseModel):
     """A block of the YAML file. Each component declares its own subclass beside its code.
 
     Strict: `"8"` is not `8`. Unknown keys are errors. Instances never change after validation, so a
-    value that was checked at start is the value that runs.
+    value that was checked at start is the value that runs. Infinities and NaN are no settings.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)

@@ -19,7 +19,7 @@ cat <<END
 Done. 2 processes on this CPU trained a small mixture-of-experts model, each holding half of its experts.
 The run is in runs/quickstart:
   config.yaml      every setting of the run
-  metrics.jsonl    loss, load of the experts, dropped tokens, speed: one line per logged step
+  metrics.jsonl    loss, load of the experts, dropped tokens, speed: one line a step
   tensorboard/     the same as curves: ${command%/*}/tensorboard --logdir runs
   checkpoints/     plain safetensors
 

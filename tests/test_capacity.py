@@ -31,6 +31,7 @@ def make_plan(
     return RoutingPlan(
         logits_TE=-scores_TE,
         scores_TE=scores_TE,
+        probabilities_TE=scores_TE,
         expert_ids_TK=expert_ids_TK,
         weights_TK=torch.ones(expert_ids_TK.shape, dtype=torch.float64),
         reason_TK=torch.full_like(expert_ids_TK, Reason.KEPT, dtype=torch.uint8),
@@ -39,7 +40,7 @@ def make_plan(
 
 
 def factor(train: float, **options: object) -> FactorConfig:
-    return FactorConfig(kind="factor", **{"train": train, "minimum": 0, **options})  # type: ignore[arg-type]
+    return FactorConfig(kind="factor", **{"train": train, "minimum": 0, **options})
 
 
 def kept(config: FactorConfig, plan: RoutingPlan) -> list[list[bool]]:
@@ -56,10 +57,10 @@ def kept(config: FactorConfig, plan: RoutingPlan) -> list[list[bool]]:
         (1.0, 8, 2, 4, 4),
         (1.25, 8, 2, 4, 5),
         (1.0, 9, 2, 4, 5),  # 4.5
-        (0.7, 10, 1, 1, 7),  # in floats 0.7 * 10 may be 7.000000000000001
-        (1.1, 10, 1, 1, 11),
-        (1.1, 30, 1, 3, 11),
-        (0.1, 30, 1, 1, 3),  # in floats 0.1 * 30 is 3.0000000000000004 by some roads
+        (0.7, 10, 1, 1, 7),
+        (1.1, 100, 1, 1, 110),  # in floats 1.1 * 100 is 110.00000000000001
+        (1.1, 100, 2, 4, 55),
+        (0.55, 50, 2, 5, 11),
         (2.0, 4096, 2, 64, 256),
         (1e-3, 5, 1, 8, 1),
         (1.0, 0, 2, 4, 0),
@@ -89,7 +90,7 @@ def test_expert_capacity_is_exact(percent: int, num_tokens: int, num_choices: in
 @pytest.mark.parametrize("wrong", [{"train": 0.0}, {"eval": -1.0}, {"minimum": -1}, {"drop": "random"}])
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        factor(**{"train": 1.0, **wrong})  # type: ignore[arg-type]
+        factor(**{"train": 1.0, **wrong})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from tests.ranks import run_ranks
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     """A tiny run: 20 steps, sigmoid router with a balance bias, jitter and dropout unless a change says otherwise."""
     return {
-        "run": {"folder": str(folder), "log_every": 1},
+        "run": {"folder": str(folder), "log_every": 1, "sample": {"prompt": "def", "length": 4}},
         "seed": 5,
         "model": {
             "num_layers": 2,

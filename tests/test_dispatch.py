@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from expert_parallel.collectives import CommLog
 from expert_parallel.moe.balance import loss_name
+from expert_parallel.moe.dispatch import AllToAllDispatcher
 from expert_parallel.moe.layer import MoEConfig, MoELayer
 from expert_parallel.moe.parameters import logical_parameters
+from expert_parallel.moe.plan import Reason, RoutingPlan
 from expert_parallel.moe.reference import ReferenceOutput, reference_layer
 from expert_parallel.placement import ExpertPlacement
 from tests.pairwise import all_cases, pairwise_cases
@@ -123,7 +127,7 @@ def upstream(y: Tensor, rank: int) -> Tensor:
 def run_layer(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     """On one rank: the layer forward and backward; what it gave."""
     config = make_config(case)
-    group = torch.distributed.group.WORLD if case["ep"] > 1 else None
+    group = dist.group.WORLD if case["ep"] > 1 else None
     layer = MoELayer(config, group, placement=make_placement(case, config)).double().train(case["training"])
     parameters = make_parameters(case, config)
     for logical in logical_parameters(layer):
@@ -159,8 +163,11 @@ def close(actual: Tensor, expected: Tensor | None, what: str) -> None:
 
 
 def check_case(case: dict[str, Any]) -> None:
+    compare(case, run_ranks(case["ep"], run_layer, case))
+
+
+def compare(case: dict[str, Any], results: list[dict[str, Any]]) -> None:
     config = make_config(case)
-    results = run_ranks(case["ep"], run_layer, case)
     reference, inputs, parameters = run_reference(case)
 
     for rank, result in enumerate(results):
@@ -216,3 +223,116 @@ def test_layer_equals_reference_in_every_combination(ep: int) -> None:
             check_case(case)
         except AssertionError as error:
             raise AssertionError(f"{identify(case)}: {error}") from error
+
+
+# ----------------------------------------------------------------------------------- rows that say where they come from
+
+
+def run_dispatch(rank: int, world_size: int) -> dict[str, Any]:
+    """Row t of rank r is (r, t, r, t, ...). Returns what arrives, and what identity experts bring back."""
+    log = CommLog()
+    placement = ExpertPlacement.contiguous(8, world_size)
+    dispatcher = AllToAllDispatcher(placement, dist.group.WORLD, log)
+    num_tokens = 6 + rank
+    generator = torch.Generator().manual_seed(rank)
+    ids_TK = torch.stack([torch.randperm(8, generator=generator)[:3] for _ in range(num_tokens)])
+    reason_TK = (torch.rand(num_tokens, 3, generator=generator) < 0.2).to(torch.uint8) * Reason.DROPPED_CAPACITY
+    x_TD = torch.tensor([[rank, token] * 4 for token in range(num_tokens)], dtype=torch.float32)
+    blank = torch.zeros(num_tokens, 8)
+    plan = RoutingPlan(blank, blank, blank, ids_TK, torch.ones(num_tokens, 3), reason_TK.to(torch.uint8), 8)
+    tokens, state = dispatcher.dispatch(x_TD, plan)
+    returned_TD = dispatcher.combine(tokens.x_RD * tokens.weights_R[:, None], state)
+    expert_R = torch.tensor(placement.experts_on(rank)).repeat_interleave(tokens.counts_e)
+    return {
+        "sent": [(rank, t, int(e)) for t in range(num_tokens) for e in ids_TK[t][plan.kept_TK[t]]],
+        "arrived": [(*map(int, row[:2]), int(e)) for row, e in zip(tokens.x_RD, expert_R, strict=True)],
+        "returned": returned_TD,
+        "expected": x_TD * plan.kept_TK.sum(1)[:, None],
+        "own": rank,
+        "log": log.bytes_sent,
+        "rows": state.rows,
+        "owner": placement.rank_of_expert,
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_no_row_is_lost_doubled_or_swapped(world_size: int) -> None:
+    results = run_ranks(world_size, run_dispatch, world_size)
+    sent = [choice for result in results for choice in result["sent"]]
+    arrived = [choice for result in results for choice in result["arrived"]]
+    assert sorted(sent) == sorted(arrived)
+    assert len(set(arrived)) == len(arrived) > 0
+    for result in results:
+        assert torch.equal(result["returned"], result["expected"])
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_a_token_crosses_to_a_rank_at_most_once(world_size: int) -> None:
+    """Bytes sent are those of the unique (token, other rank) pairs, no more; metadata is 8 bytes a choice, 4 a row."""
+    for rank, result in enumerate(run_ranks(world_size, run_dispatch, world_size)):
+        to_others = [(token, result["owner"][e]) for _, token, e in result["sent"] if result["owner"][e] != rank]
+        pairs, choices = len(set(to_others)), len(to_others)
+        assert len(to_others) > pairs or world_size == 8
+        assert result["rows"].sent == pairs
+        assert result["log"]["rows"] == pairs * 8 * 4
+        assert result["log"]["rows back"] == result["rows"].received * 8 * 4
+        assert result["log"]["metadata"] == choices * 8 + pairs * 4
+
+
+# ---------------------------------------------------------------------- the suite can fail: defects put in on purpose
+
+
+def run_with_defect(rank: int, defect: str, case: dict[str, Any]) -> dict[str, Any]:
+    import expert_parallel.collectives as collectives
+    import expert_parallel.moe.capacity as capacity
+
+    exchange, place = collectives._exchange, capacity.place_in_expert
+
+    def token_major_places(ids_TK: Tensor, num_experts: int, scores_TK: Tensor | None = None) -> Tensor:
+        return place(ids_TK.flatten()[:, None], num_experts, scores_TK).view(ids_TK.shape)
+
+    def scaled_backward(x: Tensor, send: Any, receive: Any, group: Any, log: Any, purpose: str) -> Tensor:
+        received = exchange(x, send, receive, group, log, purpose)
+        return received / case["ep"] if purpose == "rows back backward" else received
+
+    def swapped_rows(x: Tensor, send: Any, receive: Any, group: Any, log: Any, purpose: str) -> Tensor:
+        received = exchange(x, send, receive, group, log, purpose)
+        return received.flip(0) if purpose == "rows" and rank == 1 else received
+
+    try:
+        if defect == "drops in token order":
+            capacity.place_in_expert = token_major_places
+        if defect == "gradient divided by ep":
+            collectives._exchange = scaled_backward
+        if defect == "rows swapped":
+            collectives._exchange = swapped_rows
+        return run_layer(rank, case)
+    finally:
+        collectives._exchange, capacity.place_in_expert = exchange, place
+
+
+@pytest.mark.parametrize(
+    ("defect", "what"),
+    [
+        ("none", None),
+        ("drops in token order", "output of rank"),
+        ("gradient divided by ep", "input gradient of rank"),
+        ("rows swapped", "output of rank"),
+    ],
+)
+def test_a_defect_is_found(defect: str, what: str | None) -> None:
+    case = {
+        "ep": 4,
+        "dispatcher": "all_to_all",
+        "scenario": "random",
+        "capacity": "position",
+        "experts": "swiglu",
+        "router": "softmax",
+        "training": True,
+    }
+    results = run_ranks(4, run_with_defect, defect, case)
+    if what is None:
+        compare(case, results)
+        return
+    with pytest.raises(AssertionError, match=what):
+        compare(case, results)

@@ -86,6 +86,16 @@ def test_dropout_masks_depend_on_the_seed_alone() -> None:
     assert not torch.equal(dropout(x, 0.3, seed=6) == 0, dropped == 0)
 
 
+def test_dropout_masks_do_not_depend_on_the_default_dtype() -> None:
+    x = torch.ones(40, dtype=torch.float64)
+    expected = dropout(x, 0.3, seed=5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(dropout(x, 0.3, seed=5), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_dropout_keeps_the_expectation() -> None:
     x = torch.full((400, 500), 2.0, dtype=torch.float64)
     dropped = dropout(x, 0.3, seed=5)

@@ -24,8 +24,8 @@ def build_model(
 ) -> Transformer:
     """A model with initial weights that depend on `seed` alone. mesh None: the whole model on this rank.
 
-    dtype: compute dtype; weights are kept in promote_types(float32, dtype). sharded: FSDP2 over mesh.dp_mesh, and
-    over mesh.edp_mesh for experts; built without ever holding the whole model.
+    device: `meta` gives shapes alone. dtype: compute dtype; weights are kept in promote_types(float32, dtype).
+    sharded: FSDP2 over mesh.dp_mesh, and over mesh.edp_mesh for experts; built without ever holding the whole model.
     """
     ep_group, dp_group = (None, None) if mesh is None else (mesh.ep_group, mesh.dp_group)
     with torch.device("meta"):
@@ -34,8 +34,10 @@ def build_model(
     if sharded:
         assert mesh is not None
         shard(model, mesh)
-    model.to_empty(device=device or torch.device("cpu"))
-    init_weights(model, seed)
+    device = device or torch.device("cpu")
+    if device.type != "meta":
+        model.to_empty(device=device)
+        init_weights(model, seed)
     return model
 
 

@@ -64,7 +64,7 @@ class ListedBlocks(Settings):
     indices: list[int]
 
     def blocks(self, num_layers: int) -> list[int]:
-        return sorted(set(self.indices))
+        return sorted(self.indices)
 
 
 MoEBlocks = Annotated[AllBlocks | EveryNth | AllButFirst | ListedBlocks, Field(discriminator="kind")]
@@ -96,6 +96,10 @@ class ModelConfig(Settings):
     def _fit_together(self) -> "ModelConfig":
         if self.moe is not None and self.moe.d_model not in (None, self.d_model):
             raise ValueError(f"moe.d_model ({self.moe.d_model}) differs from d_model ({self.d_model})")
+        if len(set(self.moe_layers)) < len(self.moe_layers):
+            raise ValueError(f"moe_blocks.indices names a block twice: {self.moe_layers}")
+        if self.moe is None and not isinstance(self.moe_blocks, AllBlocks):
+            raise ValueError("moe_blocks is given without moe: there are no experts to put into these blocks")
         outside = [block for block in self.moe_layers if not 0 <= block < self.num_layers]
         if outside:
             raise ValueError(f"moe_blocks names block {outside[0]}, but num_layers is {self.num_layers}")
@@ -217,6 +221,11 @@ class Transformer(nn.Module):
         """context.layer and context.coordinate are this rank's; the block number is filled in here."""
         x = self.embedding(tokens_BS).to(self.compute_dtype)
         if self.position is not None:
+            if tokens_BS.shape[1] > len(self.position.weight):
+                raise ValueError(
+                    f"{tokens_BS.shape[1]} tokens in a sequence are more than the {len(self.position.weight)} of "
+                    "model.position.max_length"
+                )
             x = x + self.position.weight[: tokens_BS.shape[1]].to(self.compute_dtype)
         if self.training and self.config.dropout > 0:
             where = (context.seed, context.step, context.micro_step, self.config.num_layers, context.coordinate)

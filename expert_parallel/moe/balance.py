@@ -69,8 +69,7 @@ def count_tokens(plan: RoutingPlan, num_sequences: int, group: dist.ProcessGroup
 def balance_loss(config: BalanceLossConfig, plan: RoutingPlan, tokens: Tokens) -> Tensor:
     """This rank's share, a scalar in router dtype. f carries no gradient; P is linear in this rank's tokens, so the
     gradient of the share is this rank's part of the gradient of the whole."""
-    total_T1 = plan.scores_TE.sum(-1, keepdim=True).clamp(min=torch.finfo(plan.scores_TE.dtype).tiny)
-    probabilities_TE = plan.scores_TE / total_T1  # the sum is 1 for softmax scores already
+    probabilities_TE = plan.probabilities_TE
     num_experts, num_tokens, num_choices = plan.num_experts, *plan.expert_ids_TK.shape
     if config.scope == "global":
         fraction_E = tokens.choices_E / (tokens.total_tokens * num_choices).clamp(min=1)

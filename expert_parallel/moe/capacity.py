@@ -43,7 +43,7 @@ CapacityConfig = Annotated[DroplessConfig | FactorConfig, Field(discriminator="k
 
 
 def expert_capacity(factor: float, minimum: int, num_tokens: int, num_choices: int, num_experts: int) -> int:
-    """C, in exact decimal arithmetic: in floats 0.7 * 10 is more than 7, and its ceiling 8."""
+    """C, in exact decimal arithmetic: in floats 1.1 * 100 is more than 110, and its ceiling 111."""
     return max(minimum, math.ceil(Fraction(str(factor)) * num_tokens * num_choices / num_experts))
 
 

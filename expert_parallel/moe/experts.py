@@ -77,8 +77,13 @@ class GroupedExperts(nn.Module):
     def forward(self, x_RD: Tensor, counts_e: Tensor, weights_R: Tensor, dropout_seed: int = 0) -> Tensor:
         """Takes the fields of DispatchedTokens. Returns (R, D) in x's dtype: weight_r * Expert_r(x_r)."""
         config = self.config
-        backend = config.backend if config.backend != "auto" else choose_backend(x_RD.dtype, x_RD.device, self.sizes)
-        matmul = BACKENDS[backend]
+        best = choose_backend(x_RD.dtype, x_RD.device, self.sizes)
+        if config.backend == "grouped_mm" != best:
+            raise ValueError(
+                f"model.moe.experts.backend 'grouped_mm' cannot run {x_RD.dtype} of sizes {self.sizes} on "
+                f"{x_RD.device.type}: no float64, on CUDA bfloat16 alone, rows of 16-byte multiples"
+            )
+        matmul = BACKENDS[best if config.backend == "auto" else config.backend]
         hidden = matmul(x_RD, self.w_in.to(x_RD.dtype), counts_e)
         hidden = ACTIVATIONS[config.activation](_add_bias(hidden, self.b_in, counts_e))
         if self.training:

@@ -57,6 +57,8 @@ class MoELayer(nn.Module):
     data_group: all ranks whose tokens make up a micro-step, for balance losses over all of them; default: `group`.
     placement: which rank holds which expert; default: contiguous.
 
+    seed: initial weights are a function of it and of each weight's name; give each layer of a model one of its own.
+
     Weights are float32 (or what `.double()`, `.bfloat16()` make of them); the layer computes in its input's dtype,
     the router in promote_types(float32, that). Gradients of router and shared experts are this rank's part: SUM
     them over the data ranks. Gradients of experts already hold every token of the group.

@@ -47,12 +47,14 @@ class StepContext:
 class RoutingPlan:
     """A router's decision for T tokens: who goes where, with which weight, and what became of it.
 
-    logits_TE, scores_TE: router dtype (float32, or float64 for float64 models). weights_TK: the factor of each
-    chosen expert's output, same dtype. expert_ids_TK: int64. reason_TK: uint8, values of `Reason`.
+    logits_TE, scores_TE: router dtype (float32, or float64 for float64 models). probabilities_TE: the scores of each
+    token divided by their sum, for balance losses; softmax scores themselves. weights_TK: the factor of each chosen
+    expert's output, same dtype. expert_ids_TK: int64. reason_TK: uint8, values of `Reason`.
     """
 
     logits_TE: Tensor
     scores_TE: Tensor
+    probabilities_TE: Tensor
     expert_ids_TK: Tensor
     weights_TK: Tensor
     reason_TK: Tensor

@@ -27,7 +27,7 @@ def mix(*keys: int) -> int:
 def uniform(seed: int, row_index_T: Tensor, width: int) -> Tensor:
     """Uniform numbers in [0, 1), float64, shape (T, width), each a function of (seed, its row's index, its column).
 
-    row_index_T: int64, any numbers; on the device where the result is wanted.
+    seed: from `mix`, since seed and row index are added. row_index_T: int64, on the device where the result is wanted.
     """
     column = torch.arange(width, device=row_index_T.device)
     row_key_T = _mix_tensor(row_index_T + seed)
@@ -39,7 +39,7 @@ def dropout(x: Tensor, probability: float, seed: int) -> Tensor:
     if probability == 0.0:
         return x
     generator = torch.Generator(x.device).manual_seed(seed)
-    keep = torch.rand(x.shape, generator=generator, device=x.device) >= probability
+    keep = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32) >= probability
     return torch.where(keep, x / (1.0 - probability), torch.zeros((), dtype=x.dtype, device=x.device))
 
 

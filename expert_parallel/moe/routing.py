@@ -4,6 +4,7 @@
 losses.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -21,7 +22,7 @@ class TopKRouterConfig(Settings):
 
     `score: softmax` is Mixtral, OLMoE, GShard and Switch; `sigmoid` is DeepSeek-V3.
     `normalise: true` lets the weights of the chosen experts sum to 1. For softmax scores this is the same as
-    taking the softmax after the choice.
+    taking the softmax after the choice. Sigmoid scores of far logits (beyond 17 in float32) are equal: ties.
     """
 
     kind: Literal["top_k"] = "top_k"
@@ -41,7 +42,7 @@ class TopKRouterConfig(Settings):
 class TopKRouter(nn.Module):
     """p = score(x W + b); the k largest of (p + balance bias) are chosen, the smaller expert number first on ties.
 
-    Sources: Shazeer et al. 2017 eq. 3 (without noise); Fedus et al. 2021 eq. 1-2 and section 2.4 (jitter);
+    Sources: Shazeer et al. 2017 eq. 3 (without noise); Fedus et al. 2021 eq. 1-2 and appendix C (input jitter);
     Jiang et al. 2024 eq. 2; DeepSeek-V3 2024 eq. 12-16 (sigmoid, balance bias: it moves the choice, never a weight).
     """
 
@@ -53,6 +54,15 @@ class TopKRouter(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_experts)) if config.bias else None
         self.balance_bias_E: Tensor | None
         self.register_buffer("balance_bias_E", torch.zeros(num_experts) if config.balance_bias_rate > 0 else None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":
+        """`.to(dtype)` and the like, but the balance bias stays at float32 or wider: bfloat16 swallows its steps."""
+        before_E = self.balance_bias_E
+        super()._apply(fn, recurse)
+        if self.balance_bias_E is not None and self.balance_bias_E.dtype.itemsize < torch.float32.itemsize:
+            assert before_E is not None
+            self.balance_bias_E = before_E.to(self.balance_bias_E.device)
+        return self
 
     @property
     def num_choices(self) -> int:
@@ -69,10 +79,11 @@ class TopKRouter(nn.Module):
             x_TD = x_TD * (1 - config.jitter + 2 * config.jitter * noise_TD)
         bias = None if self.bias is None else self.bias.to(dtype)
         logits_TE = F.linear(x_TD, self.weight.to(dtype), bias)
-        # Both scores are exp(log_score): a softmax over chosen log scores normalises exactly, without the epsilon
-        # that a sum of sigmoids needs and that a router can learn to hide under.
-        log_scores_TE = logits_TE.log_softmax(-1) if config.score == "softmax" else F.logsigmoid(logits_TE)
-        scores_TE = logits_TE.softmax(-1) if config.score == "softmax" else logits_TE.sigmoid()
+        # A score is exp(log score), up to a factor of the token: a softmax over log scores normalises exactly, without
+        # the epsilon that a sum of sigmoids needs and that a router can learn to hide under.
+        log_scores_TE = logits_TE if config.score == "softmax" else F.logsigmoid(logits_TE)
+        probabilities_TE = log_scores_TE.softmax(-1)
+        scores_TE = probabilities_TE if config.score == "softmax" else logits_TE.sigmoid()
         expert_ids_TK = self._choose(scores_TE.detach())
         if config.normalise:
             weights_TK = log_scores_TE.gather(1, expert_ids_TK).softmax(-1)
@@ -81,6 +92,7 @@ class TopKRouter(nn.Module):
         return RoutingPlan(
             logits_TE=logits_TE,
             scores_TE=scores_TE,
+            probabilities_TE=probabilities_TE,
             expert_ids_TK=expert_ids_TK,
             weights_TK=weights_TK * config.scale,
             reason_TK=torch.full_like(expert_ids_TK, Reason.KEPT, dtype=torch.uint8),

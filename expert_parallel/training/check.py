@@ -6,7 +6,7 @@ import torch
 
 from expert_parallel.config import Config, dump_config
 from expert_parallel.mesh import ParallelDegrees
-from expert_parallel.model.parallelize import build_model
+from expert_parallel.model.transformer import Transformer
 from expert_parallel.moe.capacity import FactorConfig, expert_capacity
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.training.loop import check_degrees
@@ -29,9 +29,11 @@ class ParameterCounts:
 
 
 def count_parameters(config: Config) -> ParameterCounts:
-    """Exact, from the model itself on torch's meta device."""
+    """Exact, from the model itself on torch's meta device: no weights are made."""
+    with torch.device("meta"):
+        model = Transformer(config.model)
     dense = experts = 0
-    for logical in logical_parameters(build_model(config.model, device=torch.device("meta"))):
+    for logical in logical_parameters(model):
         if logical.is_expert:
             experts += logical.parameter.numel()
         else:
@@ -109,7 +111,7 @@ def describe(config: Config, world_size: int | None) -> str:
         )
     state, activations = state_bytes_of_rank(config, degrees, counts), activation_bytes_of_rank(config, degrees)
     lines.append(
-        f"memory of a rank     {state / GIB:.2f} GiB weights, gradients and optimizer; about {activations / GIB:.2f} GiB "
-        "activations (estimate)"
+        f"memory of a rank     {state / GIB:.2f} GiB weights, gradients and optimizer; "
+        f"about {activations / GIB:.2f} GiB activations (estimate)"
     )
     return "\n".join(lines)

@@ -1,12 +1,15 @@
-"""A training run, read from top to bottom: setup, build, resume, loop, finish."""
+"""A training run: `train` reads from top to bottom; what it calls stands below it."""
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from expert_parallel.config import Config, dump_config
 from expert_parallel.mesh import ParallelDegrees, ParallelMesh, build_mesh
@@ -15,7 +18,6 @@ from expert_parallel.model.transformer import Transformer
 from expert_parallel.runtime import Runtime, UserError
 from expert_parallel.training.checkpoint import list_checkpoints, load_checkpoint, read_manifest, save_checkpoint
 from expert_parallel.training.data import (
-    Corpus,
     MicroBatch,
     TokenSampler,
     held_out_sequences,
@@ -24,26 +26,134 @@ from expert_parallel.training.data import (
     shard_bounds,
 )
 from expert_parallel.training.generate import generate
-from expert_parallel.training.metrics import Metrics, MetricsWriter, max_memory, progress_line, step_metrics
+from expert_parallel.training.metrics import Metrics, MetricsWriter, memory_metrics, progress_line, step_metrics
 from expert_parallel.training.optim import build_optimizer
-from expert_parallel.training.step import DTYPES, evaluate, train_step
+from expert_parallel.training.step import DTYPES, StepReport, evaluate, train_step
 
 
 def train(config: Config, runtime: Runtime) -> None:
     """Trains to `training.steps`, going on from the newest checkpoint of `run.folder` if there is one."""
-    say = print if runtime.rank == 0 else _nothing
-    training, folder = config.training, Path(config.run.folder)
+    run = set_up(config, runtime)
+    training, tokens_of_step = config.training, config.training.global_batch * config.training.sequence_length
 
-    # ------------------------------------------------------------------ what must hold before any work
-    degrees = runtime.together(lambda: check_world(config, runtime.world_size))
+    first_step = run.resume()
+    if first_step >= training.steps:
+        run.say(f"this run is finished: {first_step} of {training.steps} steps are done; results are in {run.folder}")
+        return
+    writer = MetricsWriter(run.folder, first_step) if runtime.rank == 0 else None
+    if first_step == 0:
+        metrics = run.evaluate(0)
+        if writer is not None:
+            writer.write(0, 0, metrics)
+
+    clock = Clock(tokens_of_step)
+    for step in range(first_step, training.steps):
+        report = train_step(
+            run.model, run.optimizer, run.batches(step), training, run.mesh, step=step, seed=config.seed
+        )
+        done = step + 1
+        is_last = done == training.steps
+        metrics = step_metrics(report, "train")
+        refuse_nonsense(done, report)
+        clock.count_step()
+        if done % config.run.log_every == 0 or is_last:
+            metrics |= clock.read() | memory_metrics(runtime.device)
+            run.say(progress_line(done, training.steps, metrics))
+        with clock.paused():
+            if done % config.evaluation.every == 0 or is_last:
+                metrics |= run.evaluate(done)
+            if (
+                writer is not None
+            ):  # before the checkpoint: a resumed run drops what is newer than it, never the reverse
+                writer.write(done, done * tokens_of_step, metrics)
+            if done % config.checkpoint.every == 0 or is_last:
+                run.save(done)
+
+    if writer is not None:
+        writer.close()
+    if config.run.sample is not None:
+        run.say(f"\n--- sample {'-' * 69}\n{sample_text(config, run.model)}\n{'-' * 80}")
+    run.say(f"done: {training.steps} steps; metrics, checkpoints and the resolved config are in {run.folder}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run works with on this rank."""
+
+    config: Config
+    runtime: Runtime
+    mesh: ParallelMesh
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    sampler: TokenSampler
+    held_out: Tensor  # sequences, the same on all ranks
+    checkpoints: list[Path]  # that were there when the run began, oldest first
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.folder)
+
+    def say(self, text: str) -> None:
+        if self.runtime.rank == 0:
+            print(text, flush=True)
+
+    def resume(self) -> int:
+        """Steps done: 0, or those of the newest checkpoint, which is loaded."""
+        if not self.checkpoints:
+            return 0
+        step = load_checkpoint(self.checkpoints[-1], self.model, self.optimizer, self.runtime)["step"]
+        self.say(f"resumed from {self.checkpoints[-1]} after step {step}")
+        return step
+
+    def batches(self, step: int) -> Iterator[MicroBatch]:
+        training = self.config.training
+        for number in range(training.micro_steps):
+            yield micro_batch(
+                self.sampler,
+                step=step,
+                global_batch=training.global_batch,
+                num_micro_steps=training.micro_steps,
+                micro_step=number,
+                num_ranks=self.mesh.degrees.dp,
+                rank=self.mesh.dp_rank,
+            ).to(self.runtime.device)
+
+    def evaluate(self, step: int) -> Metrics:
+        """Held-out loss, in global batches of a micro-step's size; the last may leave ranks without a sequence."""
+        size = self.config.training.global_batch // self.config.training.micro_steps
+        mine = []
+        for batch in self.held_out.split(size):
+            first, count = shard_bounds(len(batch), self.mesh.degrees.dp, self.mesh.dp_rank)
+            rows, index_B = batch[first : first + count], torch.arange(first, first + count)
+            mine.append(MicroBatch(rows[:, :-1], rows[:, 1:], index_B).to(self.runtime.device))
+        metrics = step_metrics(evaluate(self.model, mine, self.mesh, seed=self.config.seed), "eval")
+        self.say(progress_line(step, self.config.training.steps, metrics))
+        return metrics
+
+    def save(self, step: int) -> None:
+        path = save_checkpoint(
+            self.folder / "checkpoints",
+            self.model,
+            self.optimizer,
+            self.mesh,
+            self.runtime,
+            step=step,
+            config=self.config.model_dump(mode="json"),
+            keep=self.config.checkpoint.keep,
+        )
+        self.say(f"saved {path}")
+
+
+def set_up(config: Config, runtime: Runtime) -> Run:
+    """Everything that can be wrong is found here, before any training, and on all ranks together."""
+    training = config.training
+    degrees = runtime.together(lambda: check_world(config, runtime))
     corpus = runtime.together(lambda: load_corpus(config.data))
-    sampler = runtime.together(lambda: build_sampler(config, corpus))
-    held_out = runtime.together(
-        lambda: held_out_sequences(corpus.held_out, training.sequence_length, config.evaluation.sequences)
-    )
-    checkpoints = runtime.together(lambda: open_folder(config, folder, runtime.rank))
+    sampler = runtime.together(lambda: TokenSampler(corpus.train, training.sequence_length, config.seed))
+    sequences = config.evaluation.sequences
+    held_out = runtime.together(lambda: held_out_sequences(corpus.held_out, training.sequence_length, sequences))
+    checkpoints = runtime.together(lambda: open_folder(config, Path(config.run.folder), runtime.rank))
 
-    # ------------------------------------------------------------------ build
     mesh = build_mesh(degrees, runtime.device.type, runtime.timeout)
     model = build_model(
         config.model,
@@ -55,77 +165,21 @@ def train(config: Config, runtime: Runtime) -> None:
         seed=config.seed,
     )
     optimizer = build_optimizer(training.optimizer, model)
-    say(f"data: {corpus.description}")
-    say(
+    run = Run(config, runtime, mesh, model, optimizer, sampler, held_out, checkpoints)
+    run.say(f"data: {corpus.description}")
+    run.say(
         f"ranks: {runtime.world_size} on {runtime.device.type} ({runtime.backend}), dp {degrees.dp} "
         f"({config.parallel.data}), ep {degrees.ep}, edp {degrees.edp}"
     )
-
-    # ------------------------------------------------------------------ resume
-    first_step = 0
-    if checkpoints:
-        first_step = load_checkpoint(checkpoints[-1], model, optimizer, runtime)["step"]
-        say(f"resumed from {checkpoints[-1]} after step {first_step}")
-    if first_step >= training.steps:
-        say(f"this run is finished: {first_step} of {training.steps} steps are done; results are in {folder}")
-        return
-    writer = MetricsWriter(folder, first_step) if runtime.rank == 0 else None
-
-    # ------------------------------------------------------------------ loop
-    def held_out_loss() -> Metrics:
-        batches = _evaluation_batches(config, held_out, mesh, runtime.device)
-        return step_metrics(evaluate(model, batches, mesh, seed=config.seed), "eval")
-
-    def save(step: int) -> None:
-        saved = config.model_dump(mode="json")
-        keep, target = config.checkpoint.keep, folder / "checkpoints"
-        say(f"saved {save_checkpoint(target, model, optimizer, mesh, runtime, step=step, config=saved, keep=keep)}")
-
-    tokens_of_step = training.global_batch * training.sequence_length
-    if first_step == 0:
-        _record(writer, 0, training.steps, 0, held_out_loss(), say)
-    since, steps_since = time.perf_counter(), 0
-    for step in range(first_step, training.steps):
-        batches = _training_batches(config, sampler, step, mesh, runtime.device)
-        report = train_step(model, optimizer, batches, training, mesh, step=step, seed=config.seed)
-        done, steps_since = step + 1, steps_since + 1
-        metrics = step_metrics(report, "train")
-        if not math.isfinite(report.loss) or not math.isfinite(report.grad_norm):
-            raise UserError(
-                f"step {done}: the loss is {report.loss} and the gradient norm {report.grad_norm}; the run stops, the "
-                f"last checkpoint is good (a smaller training.optimizer.learning_rate may help)"
-            )
-        if done % config.run.log_every == 0 or done == training.steps:
-            seconds = time.perf_counter() - since
-            metrics["perf/tokens_per_second"] = steps_since * tokens_of_step / seconds
-            if runtime.device.type == "cuda":
-                metrics["perf/peak_memory_bytes"] = max_memory(runtime.device)
-            since, steps_since = time.perf_counter(), 0
-            say(progress_line(done, training.steps, metrics))
-        pause = time.perf_counter()
-        if done % config.evaluation.every == 0 or done == training.steps:
-            evaluated = held_out_loss()
-            say(progress_line(done, training.steps, evaluated))
-            metrics |= evaluated
-        if writer is not None:  # before the checkpoint: a resumed run drops what is newer than it, never the reverse
-            writer.write(done, done * tokens_of_step, metrics)
-        if done % config.checkpoint.every == 0 or done == training.steps:
-            save(done)
-        since += time.perf_counter() - pause  # tokens/s is of training alone
-
-    # ------------------------------------------------------------------ finish
-    if writer is not None:
-        writer.close()
-    if config.run.sample is not None:
-        say("\n--- sample " + "-" * 69 + f"\n{sample_text(config, model)}\n" + "-" * 80)
-    say(f"done: {training.steps} steps; metrics, checkpoints and the resolved config are in {folder}")
+    return run
 
 
-def check_world(config: Config, world_size: int) -> ParallelDegrees:
+def check_world(config: Config, runtime: Runtime) -> ParallelDegrees:
     """The degrees for the ranks that run, or a ValueError that names the setting and the numbers."""
-    if config.runtime.device == "cuda" and not torch.cuda.is_available():
+    if config.runtime.device == "cuda" and runtime.device.type != "cuda":
         raise ValueError("runtime.device is 'cuda' but torch finds no GPU here")
-    return check_degrees(config, world_size)
+    config.check_backend(runtime.device.type)
+    return check_degrees(config, runtime.world_size)
 
 
 def check_degrees(config: Config, world_size: int) -> ParallelDegrees:
@@ -138,10 +192,6 @@ def check_degrees(config: Config, world_size: int) -> ParallelDegrees:
             f"ranks ({degrees.dp}): some would have nothing to do"
         )
     return degrees
-
-
-def build_sampler(config: Config, corpus: Corpus) -> TokenSampler:
-    return TokenSampler(corpus.train, config.training.sequence_length, config.seed)
 
 
 def open_folder(config: Config, folder: Path, rank: int) -> list[Path]:
@@ -178,39 +228,36 @@ def sample_text(config: Config, model: Transformer) -> str:
     return text.decode(errors="replace")
 
 
-def _training_batches(
-    config: Config, sampler: TokenSampler, step: int, mesh: ParallelMesh, device: torch.device
-) -> Iterator[MicroBatch]:
-    training = config.training
-    for number in range(training.micro_steps):
-        yield micro_batch(
-            sampler,
-            step=step,
-            global_batch=training.global_batch,
-            num_micro_steps=training.micro_steps,
-            micro_step=number,
-            num_ranks=mesh.degrees.dp,
-            rank=mesh.dp_rank,
-        ).to(device)
+def refuse_nonsense(step: int, report: StepReport) -> None:
+    if not math.isfinite(report.loss) or not math.isfinite(report.grad_norm):
+        raise UserError(
+            f"step {step}: the loss is {report.loss} and the gradient norm {report.grad_norm}; the run stops, the last "
+            "checkpoint is good (a smaller training.optimizer.learning_rate may help)"
+        )
 
 
-def _evaluation_batches(
-    config: Config, sequences: torch.Tensor, mesh: ParallelMesh, device: torch.device
-) -> Iterator[MicroBatch]:
-    """The held-out sequences in global batches of a micro-step's size; the last may leave ranks without a sequence."""
-    size = config.training.global_batch // config.training.micro_steps
-    for batch in sequences.split(size):
-        first, count = shard_bounds(len(batch), mesh.degrees.dp, mesh.dp_rank)
-        mine = batch[first : first + count]
-        yield MicroBatch(mine[:, :-1], mine[:, 1:], torch.arange(first, first + count)).to(device)
+class Clock:
+    """Tokens per second of training alone: evaluation and saving happen while it is paused."""
 
+    def __init__(self, tokens_of_step: int) -> None:
+        self.tokens_of_step = tokens_of_step
+        self.start, self.steps = time.perf_counter(), 0
 
-def _record(
-    writer: MetricsWriter | None, step: int, total: int, tokens: int, metrics: Metrics, say: Callable[[str], None]
-) -> None:
-    say(progress_line(step, total, metrics))
-    if writer is not None:
-        writer.write(step, tokens, metrics)
+    def count_step(self) -> None:
+        self.steps += 1
+
+    def read(self) -> Metrics:
+        """The rate since the last reading."""
+        now = time.perf_counter()
+        rate = self.steps * self.tokens_of_step / (now - self.start)
+        self.start, self.steps = now, 0
+        return {"perf/tokens_per_second": rate}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begin
 
 
 def _difference(saved: dict[str, Any], config: Config, room: str) -> str:
@@ -220,7 +267,3 @@ def _difference(saved: dict[str, Any], config: Config, room: str) -> str:
         key = next(key for key in [*old, *new] if old.get(key) != new.get(key))
         old, new, path = old.get(key), new.get(key), f"{path}.{key}"
     return f"{path} is {old!r} there and {new!r} here"
-
-
-def _nothing(text: str) -> None:
-    pass

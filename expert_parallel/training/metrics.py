@@ -94,6 +94,6 @@ def progress_line(step: int, total: int, metrics: Metrics) -> str:
     return "  ".join(parts)
 
 
-def max_memory(device: torch.device) -> int:
-    """Peak bytes allocated on a GPU; 0 on the CPU, where torch does not count."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+def memory_metrics(device: torch.device) -> Metrics:
+    """Peak bytes allocated on a GPU; nothing on the CPU, where torch does not count."""
+    return {"perf/peak_memory_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}

@@ -64,6 +64,11 @@ class LayerReport:
     rows_own: int
     losses: dict[str, float]
 
+    def __post_init__(self) -> None:
+        """Conservation: no choice and no row is lost or made up, anywhere."""
+        assert torch.equal(self.routed_E, self.kept_E + self.dropped_E), self
+        assert self.rows_sent == self.rows_received, self
+
 
 @dataclass(frozen=True)
 class StepReport:

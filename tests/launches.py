@@ -1,0 +1,102 @@
+"""Real launchers for the tests: the command line as a user starts it, alone or on 2 ranks.
+
+result = start("torchrun", "train", config)      # returncode and output of all ranks together
+folder = run_folder("torchrun")                  # of a run of 2 steps; made once, then shared: copy before changing
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT_SECONDS = 240
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMI_", "PMIX_", "SLURM_", "TORCHELASTIC_")
+
+LAUNCHERS = {
+    "alone": [sys.executable, "-m"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
+    "mpirun": ["mpiexec", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-m"],
+    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--module", "--master_port"],  # and a free port
+}
+
+# Small, but with all that a run has: two MoE layers, drops, a balance loss; float64, so that launchers can be compared.
+SMALL = """
+run: {{folder: {folder}/run, log_every: 1}}
+model:
+  num_layers: 2
+  d_model: 16
+  attention: {{num_heads: 2, head_size: 8}}
+  moe:
+    num_experts: 4
+    router: {{kind: top_k, k: 2}}
+    capacity: {{kind: factor, train: 1.0, eval: 2.0, minimum: 1}}
+    losses: [{{kind: balance}}]
+    experts: {{hidden: 16}}
+parallel: {{ep: 2}}
+training: {{steps: 2, global_batch: 4, sequence_length: 16, dtype: float64}}
+evaluation: {{every: 1, sequences: 4}}
+data: {{kind: files, paths: [{folder}/text.txt]}}
+runtime: {{device: cpu, timeout_seconds: 60}}
+"""
+
+
+@dataclass(frozen=True)
+class Finished:
+    returncode: int
+    output: str
+
+
+def small_config(folder: Path) -> Path:
+    """A config for 2 ranks in `folder`, beside its data; it writes to folder/run."""
+    (folder / "text.txt").write_text("It is a truth universally acknowledged. " * 50)
+    path = folder / "config.yaml"
+    path.write_text(SMALL.format(folder=folder))
+    return path
+
+
+def start(launcher: str, *arguments: str | Path) -> Finished:
+    command = [*LAUNCHERS[launcher], *([_free_port()] if launcher == "deepspeed" else [])]
+    command += ["expert_parallel", *map(str, arguments)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # so that the launcher ends its ranks
+        output, _ = process.communicate(timeout=60)
+        raise AssertionError(f"{command} was not done after {TIMEOUT_SECONDS} s:\n{output}") from None
+    return Finished(process.returncode, output)
+
+
+@cache
+def run_folder(launcher: str) -> Path:
+    folder = Path(_temporary().name, launcher)
+    folder.mkdir()
+    result = start(launcher, "train", small_config(folder))
+    assert result.returncode == 0, result.output
+    assert result.output.count("done: 2 steps") == 1, f"one rank speaks, and it comes to the end:\n{result.output}"
+    return folder / "run"
+
+
+@cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()  # removed when Python ends
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without what a launcher of the tests themselves may have set."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
+    path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
+    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])

@@ -1,0 +1,200 @@
+"""A config file's promises: what is read is what was written, in YAML and by override, and the surface is frozen.
+
+What is refused, and in which words, is in test_command_line.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from expert_parallel.config import Config, dump_config, load_config, setting_paths
+from expert_parallel.moe.capacity import DroplessConfig, FactorConfig
+from expert_parallel.settings import Settings
+from tests.launches import ROOT, small_config
+
+GOLDEN = Path(__file__).with_name("settings.txt")
+SHIPPED = sorted((ROOT / "configs").glob("**/*.yaml"))
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    return small_config(tmp_path)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "written.yaml"
+    path.write_text(text)
+    return path
+
+
+def leaf_paths(tree: Any, prefix: str = "") -> set[str]:
+    """Of a dumped config; `[]` for each entry of a list of blocks."""
+    if isinstance(tree, dict):
+        return {path for key, value in tree.items() for path in leaf_paths(value, f"{prefix}.{key}")}
+    if isinstance(tree, list) and tree and isinstance(tree[0], dict):
+        return {path for entry in tree for path in leaf_paths(entry, prefix + "[]")}
+    return {prefix.removeprefix(".")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dump and load
+
+
+def test_there_are_shipped_configs() -> None:
+    assert SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_config_survives_dump_and_load(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    assert load_config(written(tmp_path, dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.clip_norm=null",  # null is a value here: no clipping; the default is 1.0
+        "training.clip_norm=0.5",
+        "training.optimizer.learning_rate=1e-5",
+        "training.optimizer.betas=[0.8, 0.99]",
+        "model.moe.losses=[]",
+        "model.moe.losses=[{kind: balance, scope: rank}, {kind: z_loss, coefficient: 2e-3}]",
+        "model.moe.capacity={kind: dropless}",
+        "model.position={kind: learned, max_length: 64}",
+        "model.moe_blocks={kind: list, indices: [0, 1]}",
+        "run.sample={prompt: 'def f(x):'}",
+        "run.sample={prompt: '3e-4'}",  # texts that YAML would read as something else, were they not quoted
+        "run.sample={prompt: '1.5'}",
+        "run.sample={prompt: 'null'}",
+        "run.sample={prompt: 'yes'}",
+        "run.sample={prompt: '1:30'}",
+        "run.sample={prompt: '2026-11-22'}",
+        "run.sample={prompt: '- a: b # c'}",
+        'run.sample={prompt: "ä\\n\\t  \\u2603 \\0"}',
+    ],
+)
+def test_a_value_survives_dump_and_load(override: str, config_file: Path, tmp_path: Path) -> None:
+    config = load_config(config_file, [override])
+    assert config != load_config(config_file), "the override says something"
+    assert load_config(written(tmp_path, dump_config(config))) == config
+
+
+def test_null_is_not_the_default(config_file: Path, tmp_path: Path) -> None:
+    config = load_config(config_file, ["training.clip_norm=null"])
+    assert config.training.clip_norm is None
+    assert load_config(written(tmp_path, dump_config(config))).training.clip_norm is None
+    assert load_config(config_file).training.clip_norm == 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# YAML
+
+
+@pytest.mark.parametrize("text", ["3e-4", "3.0e-4", "3E-4", "0.0003", "+3e-4"])
+def test_a_number_is_read_as_people_write_it(text: str, config_file: Path) -> None:
+    rate = load_config(config_file, [f"training.optimizer.learning_rate={text}"]).training.optimizer.learning_rate
+    assert rate == 3e-4
+
+
+@pytest.mark.parametrize(("block", "every"), [("{<<: *often}", 7), ("{<<: *often, every: 8}", 8)])
+def test_a_merged_block_gives_what_the_block_itself_does_not_say(block: str, every: int, config_file: Path) -> None:
+    old, new = "evaluation: {every: 1, sequences: 4}", f"checkpoint: &often {{every: 7}}\nevaluation: {block}"
+    text = config_file.read_text()
+    assert old in text
+    config = load_config(written(config_file.parent, text.replace(old, new)))
+    assert (config.checkpoint.every, config.evaluation.every) == (7, every)
+
+
+def test_a_python_tag_is_refused_and_not_executed(config_file: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "executed"
+    tag = f"!!python/object/apply:os.system ['touch {trace}']"
+    for path, overrides in (
+        (written(tmp_path, f"{config_file.read_text()}\nseed: {tag}\n"), []),
+        (config_file, [f"seed={tag}"]),
+    ):
+        with pytest.raises(ValueError, match="not valid YAML: could not determine a constructor for the tag"):
+            load_config(path, overrides)
+    assert not trace.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Overrides
+
+
+def test_overrides_change_what_they_name_and_nothing_else(config_file: Path) -> None:
+    before = load_config(config_file)
+    after = load_config(config_file, ["model.moe.router.k=3", "training.steps=9", "data.paths=[a.txt, b.txt]"])
+    assert before.model.moe is not None
+    router = before.model.moe.router.model_copy(update={"k": 3})
+    expected = before.model_copy(
+        update={
+            "model": before.model.model_copy(update={"moe": before.model.moe.model_copy(update={"router": router})}),
+            "training": before.training.model_copy(update={"steps": 9}),
+            "data": before.data.model_copy(update={"paths": ["a.txt", "b.txt"]}),
+        }
+    )
+    assert after == expected
+
+
+def test_a_later_override_wins(config_file: Path) -> None:
+    assert load_config(config_file, ["seed=1", "seed=2"]).seed == 2
+
+
+def test_an_override_makes_the_block_that_is_missing(config_file: Path) -> None:
+    sample = load_config(config_file, ["run.sample.prompt=a=b", "run.sample.length=5"]).run.sample
+    assert sample is not None
+    assert (sample.prompt, sample.length) == ("a=b", 5)
+
+
+def test_an_override_reaches_a_block_that_a_dumped_config_shows_as_null(config_file: Path, tmp_path: Path) -> None:
+    dumped = written(tmp_path, dump_config(load_config(config_file)))
+    assert yaml.safe_load(dumped.read_text())["run"]["sample"] is None
+    sample = load_config(dumped, ["run.sample.prompt=x"]).run.sample
+    assert sample is not None
+    assert sample.prompt == "x"
+
+
+def test_a_block_may_be_replaced_whole(config_file: Path) -> None:
+    for text, expected in (("{kind: dropless}", DroplessConfig()), ("{kind: factor}", FactorConfig(kind="factor"))):
+        moe = load_config(config_file, [f"model.moe.capacity={text}"]).model.moe
+        assert moe is not None
+        assert moe.capacity == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The surface
+
+
+def test_the_settings_are_those_of_the_golden_file() -> None:
+    command = """.venv/bin/python -c '
+from expert_parallel.config import setting_paths
+print(*setting_paths(), sep="\\n")' > tests/settings.txt"""
+    assert setting_paths() == GOLDEN.read_text().splitlines(), (
+        f"the settings have changed: if that is wanted, update the docs, and the golden file with\n{command}"
+    )
+
+
+def test_every_dumped_setting_is_on_the_surface(config_file: Path) -> None:
+    """And so the walk over the classes leaves nothing out."""
+    dumps = [dump_config(load_config(path)) for path in (*SHIPPED, config_file)]
+    paths = {path for dump in dumps for path in leaf_paths(yaml.safe_load(dump))}
+    assert paths <= set(setting_paths())
+    assert "model.moe.losses[].coefficient" in paths
+
+
+def test_settings_do_not_change_once_they_are_checked(config_file: Path) -> None:
+    config = load_config(config_file)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 5
+
+
+def test_every_block_is_strict() -> None:
+    def below(block: type[Settings]) -> list[type[Settings]]:
+        return [block, *(lower for child in block.__subclasses__() for lower in below(child))]
+
+    for block in below(Settings):
+        rules = {name: block.model_config.get(name) for name in ("strict", "extra", "frozen")}
+        assert rules == {"strict": True, "extra": "forbid", "frozen": True}, block
+    assert Config in below(Settings)

@@ -1,0 +1,533 @@
+"""Layers and models of others as oracles: the same weights in theirs and in ours, equal outputs and gradients.
+
+transformers: Mixtral (block and whole model), OLMoE, Qwen3-MoE, DeepSeek-V3, Switch. DeepSpeed: its three gates.
+From their descriptions: the MoE of the lessons, and the uOmni layer. All in float64.
+"""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DeepseekV3Config, MixtralConfig, OlmoeConfig, Qwen3MoeConfig, SwitchTransformersConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM, MixtralSparseMoeBlock
+from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+from transformers.models.switch_transformers import modeling_switch_transformers as switch
+
+from expert_parallel.model.parallelize import build_model
+from expert_parallel.model.transformer import ModelConfig
+from expert_parallel.moe.balance import BalanceLossConfig, balance_loss, count_tokens
+from expert_parallel.moe.capacity import FactorConfig, expert_capacity, limit_by_factor
+from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.plan import RoutingPlan, StepContext
+from expert_parallel.moe.routing import TopKRouter, TopKRouterConfig
+from tests.peers import peers_in_float64
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
+from deepspeed.moe import sharded_moe as deepspeed
+
+D_MODEL, HIDDEN = 8, 6
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(actual: Any, expected: Any, what: str = "") -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-11, msg=lambda text: f"{what}: {text}")
+
+
+def randomise(module: nn.Module) -> None:
+    """Every parameter: vectors (norms, biases) around 1, matrices around 0."""
+    for seed, parameter in enumerate(module.parameters()):
+        parameter.data = draw(*parameter.shape, seed=seed + 100) * 0.4 + float(parameter.dim() == 1)
+
+
+def make_layer(num_experts: int, *, training: bool = True, **options: Any) -> MoELayer:
+    config = MoEConfig.model_validate({"d_model": D_MODEL, "num_experts": num_experts, **options})
+    return MoELayer(config).double().train(training)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers: blocks with a softmax or sigmoid router and SwiGLU experts
+
+NAMES = {  # part of their name -> part of ours; matrices of experts are stored transposed
+    "model.embed_tokens": "embedding",
+    "model.layers": "blocks",
+    "self_attn.q_proj": "attention.query",
+    "self_attn.k_proj": "attention.key",
+    "self_attn.v_proj": "attention.value",
+    "self_attn.o_proj": "attention.out",
+    "post_attention_layernorm": "ffn_norm",
+    "input_layernorm": "attention_norm",
+    "mlp.": "moe.",
+    "gate.e_score_correction_bias": "router.balance_bias_E",
+    "gate.weight": "router.weight",
+    "experts.gate_up_proj": "experts.w_in",
+    "experts.down_proj": "experts.w_out",
+    "shared_experts.down_proj": "shared_experts.w_out",
+    "model.norm": "final_norm",
+    "lm_head": "unembedding",
+}
+
+
+def to_ours(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Their state, or their gradients, under our names and in our form."""
+    ours = {}
+    for name, tensor in theirs.items():
+        if "shared_experts.up_proj" in name:
+            continue
+        if "shared_experts.gate_proj" in name:  # two matrices there, one [gate | up] here
+            tensor = torch.cat([tensor, theirs[name.replace("gate_proj", "up_proj")]])
+            name = name.replace("gate_proj", "w_in")
+        for their_part, own_part in NAMES.items():
+            name = name.replace(their_part, own_part)
+        ours[name] = tensor.mT if tensor.dim() == 3 else tensor
+    return ours
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad
+    return found
+
+
+def compare_blocks(theirs: nn.Module, ours: MoELayer) -> None:
+    """Output, input gradient and every parameter's gradient, for 3 sequences of 7 tokens."""
+    randomise(theirs)
+    ours.load_state_dict(to_ours(theirs.state_dict()))
+    x, their_x = draw(3, 7, D_MODEL).requires_grad_(), draw(3, 7, D_MODEL).requires_grad_()
+    with peers_in_float64():
+        expected = theirs(their_x)
+    actual = ours(x)
+    close(actual.y, expected)
+    assert int(actual.stats.kept_E.sum()) == 3 * 7 * ours.config.router.k
+    upstream = draw(3, 7, D_MODEL, seed=1)
+    expected.backward(upstream)
+    actual.y.backward(upstream)
+    close(x.grad, their_x.grad, "input")
+    wanted = to_ours(gradients(theirs))
+    assert wanted.keys() == gradients(ours).keys()
+    for name, gradient in gradients(ours).items():
+        close(gradient, wanted[name], name)
+
+
+def swiglu_layer(**router: Any) -> MoELayer:
+    return make_layer(6, router=router, experts={"hidden": HIDDEN})
+
+
+def test_mixtral_block() -> None:
+    sizes = {"hidden_size": D_MODEL, "intermediate_size": HIDDEN, "num_local_experts": 6, "num_experts_per_tok": 2}
+    with peers_in_float64():
+        theirs = MixtralSparseMoeBlock(MixtralConfig(**sizes, experts_implementation="eager")).double()
+    compare_blocks(theirs, swiglu_layer(k=2))
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_olmoe_block(normalise: bool) -> None:
+    """OLMoE's own setting is norm_topk_prob false: the weights are the probabilities among all experts."""
+    sizes = {"hidden_size": D_MODEL, "intermediate_size": HIDDEN, "num_experts": 6, "num_experts_per_tok": 3}
+    with peers_in_float64():
+        config = OlmoeConfig(**sizes, norm_topk_prob=normalise, experts_implementation="eager")
+        theirs = OlmoeSparseMoeBlock(config).double()
+    compare_blocks(theirs, swiglu_layer(k=3, normalise=normalise))
+
+
+def test_qwen3_moe_block() -> None:
+    sizes = {"hidden_size": D_MODEL, "moe_intermediate_size": HIDDEN, "num_experts": 6, "num_experts_per_tok": 4}
+    with peers_in_float64():
+        config = Qwen3MoeConfig(**sizes, norm_topk_prob=True, experts_implementation="eager")
+        theirs = Qwen3MoeSparseMoeBlock(config).double()
+    compare_blocks(theirs, swiglu_layer(k=4))
+
+
+def deepseek_v3_block(bias_E: Tensor) -> DeepseekV3MoE:
+    with peers_in_float64():
+        config = DeepseekV3Config(
+            hidden_size=D_MODEL,
+            moe_intermediate_size=HIDDEN,
+            n_routed_experts=6,
+            n_shared_experts=2,
+            num_experts_per_tok=3,
+            n_group=1,
+            topk_group=1,
+            routed_scaling_factor=2.5,
+            experts_implementation="eager",
+        )
+        theirs = DeepseekV3MoE(config).double()
+    theirs.gate.e_score_correction_bias.copy_(bias_E)
+    return theirs
+
+
+def test_deepseek_v3_block() -> None:
+    """Sigmoid scores, a bias that moves the choice, weights normalised and scaled, two shared experts in one network.
+
+    They add 1e-20 to the sum of the weights; with 6 experts in one group their group limit is idle.
+    """
+    bias_E = torch.tensor([0.3, -0.2, 0.0, 0.1, -0.4, 0.2], dtype=torch.float64)
+    router = {"k": 3, "score": "sigmoid", "scale": 2.5, "balance_bias_rate": 0.001}
+    ours = make_layer(6, router=router, experts={"hidden": HIDDEN}, shared_experts={"hidden": 2 * HIDDEN})
+    compare_blocks(deepseek_v3_block(bias_E), ours)
+
+
+def test_deepseek_v3_choices_follow_the_bias() -> None:
+    """The chosen experts and their weights, and that the bias of this test changes some choices."""
+    bias_E = torch.tensor([0.3, -0.2, 0.0, 0.1, -0.4, 0.2], dtype=torch.float64)
+    theirs, x_TD = deepseek_v3_block(bias_E), draw(40, D_MODEL)
+    randomise(theirs)
+    config = TopKRouterConfig(k=3, score="sigmoid", scale=2.5, balance_bias_rate=0.001)
+    router = TopKRouter(config, D_MODEL, 6).double()
+    router.load_state_dict({"weight": theirs.gate.weight.data, "balance_bias_E": bias_E})
+    with peers_in_float64():
+        _, their_weights_TK, their_ids_TK = theirs.gate(x_TD)
+    plan = router(x_TD, torch.arange(40), StepContext())
+    expected = torch.zeros(40, 6, dtype=torch.float64).scatter(1, their_ids_TK, their_weights_TK)
+    close(dense(plan)[0], expected)  # their k choices come in no order
+    assert router.balance_bias_E is not None
+    router.balance_bias_E.zero_()
+    assert not torch.equal(dense(router(x_TD, torch.arange(40), StepContext()))[1], expected > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers: the whole of Mixtral
+
+
+def test_mixtral_model() -> None:
+    """Two blocks with grouped heads of a free size, RoPE, RMSNorm: logits, cross entropy, every gradient."""
+    with peers_in_float64():
+        config = MixtralConfig(
+            vocab_size=19,
+            hidden_size=D_MODEL,
+            intermediate_size=HIDDEN,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=6,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            attn_implementation="eager",
+            experts_implementation="eager",
+        )
+        theirs = MixtralForCausalLM(config).double()
+    own_config = {
+        "vocab_size": 19,
+        "num_layers": 2,
+        "d_model": D_MODEL,
+        "attention": {"num_heads": 4, "num_kv_heads": 2, "head_size": 6},
+        "moe": {"num_experts": 4, "router": {"k": 2}, "experts": {"hidden": HIDDEN}},
+        "position": {"kind": "rope", "theta": 1e6},
+        "tied_embeddings": False,
+    }
+    ours = build_model(ModelConfig.model_validate(own_config), dtype=torch.float64)
+    randomise(theirs)
+    ours.load_state_dict(to_ours(theirs.state_dict()))
+
+    tokens_BS = torch.randint(0, 19, (3, 9), generator=torch.Generator().manual_seed(0))
+    with peers_in_float64():
+        expected = theirs(tokens_BS, labels=tokens_BS)
+    logits = ours(tokens_BS, StepContext()).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten())
+    close(logits, expected.logits, "logits")
+    close(loss, expected.loss, "loss")
+    expected.loss.backward()
+    loss.backward()
+    wanted = to_ours(gradients(theirs))
+    assert wanted.keys() == gradients(ours).keys()
+    for name, gradient in gradients(ours).items():
+        close(gradient, wanted[name], name)
+        assert bool(gradient.abs().max() > 1e-6), name  # compared numbers that are not all 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers: Switch. Its ways that ours need not share: capacity is an absolute number for each sequence; the bound
+# counts places from 1; in float32 its jitter is written into the tokens, so that the experts see it too.
+
+
+@pytest.mark.parametrize(("capacity", "factor"), [(4, 0.6), (1, 0.1), (24, 4.0)])
+def test_switch_layer(capacity: int, factor: float) -> None:
+    """One sequence of 24 tokens and 4 experts: drops, probabilities, losses, output, gradients."""
+    num_tokens, num_experts = 24, 4
+    assert expert_capacity(factor, 0, num_tokens, 1, num_experts) == capacity
+    with peers_in_float64():
+        config = SwitchTransformersConfig(
+            d_model=D_MODEL,
+            d_ff=HIDDEN,
+            num_experts=num_experts,
+            expert_capacity=capacity,
+            router_jitter_noise=0.0,
+            dropout_rate=0.0,
+        )
+        theirs = switch.SwitchTransformersSparseMLP(config).double()
+    randomise(theirs)
+    ours = make_layer(
+        num_experts,
+        router={"k": 1, "normalise": False},
+        capacity={"kind": "factor", "train": factor, "minimum": 0},
+        losses=[{"kind": "balance", "scope": "sequence"}, {"kind": "z_loss"}],
+        experts={"hidden": HIDDEN, "activation": "relu"},
+    )
+    their_experts = [theirs.experts[f"expert_{i}"] for i in range(num_experts)]
+    ours.router.weight.data = theirs.router.classifier.weight.data
+    ours.experts.w_in.data = torch.stack([expert.wi.weight.data.T for expert in their_experts])
+    ours.experts.w_out.data = torch.stack([expert.wo.weight.data.T for expert in their_experts])
+
+    x, their_x = (draw(1, num_tokens, D_MODEL).requires_grad_() for _ in range(2))
+    with peers_in_float64():
+        kept_BTE, probability_BT1, logits_BTE = theirs.router(their_x)
+        expected = theirs(their_x)
+        choice_BT = logits_BTE.argmax(-1)
+        balance = switch.load_balancing_loss_func(logits_BTE.softmax(-1), choice_BT)
+        z = switch.router_z_loss_func(logits_BTE)
+    plan = ours.router(x[0], torch.arange(num_tokens), StepContext())
+    close(plan.logits_TE, logits_BTE[0], "logits")
+    close(plan.weights_TK, probability_BT1[0], "probabilities")
+    assert torch.equal(plan.expert_ids_TK[:, 0], choice_BT[0])
+    plan = limit_by_factor(ours.config.capacity, plan, training=True)
+    assert torch.equal(dense(plan)[1], kept_BTE[0].bool())
+    dropped = int((~plan.kept_TK).sum())
+    assert (dropped > 0) is (capacity < 24)
+
+    actual = ours(x)
+    close(actual.y, expected, "output")
+    close(actual.stats.losses["balance_sequence"], balance.detach(), "balance loss")
+    close(actual.stats.losses["z_loss"], z.detach(), "z loss")
+    assert bool((actual.y[0][~plan.kept_TK[:, 0]] == 0).all())  # the residual alone carries a dropped token
+
+    upstream = draw(1, num_tokens, D_MODEL, seed=1)
+    ((expected * upstream).sum() + 0.01 * balance + 0.001 * z).backward()
+    ((actual.y * upstream).sum() + actual.losses["balance_sequence"] + actual.losses["z_loss"]).backward()
+    close(x.grad, their_x.grad, "input")
+    close(ours.router.weight.grad, theirs.router.classifier.weight.grad, "router")
+    for i, expert in enumerate(their_experts):
+        for own, their in ((ours.experts.w_in, expert.wi), (ours.experts.w_out, expert.wo)):
+            assert own.grad is not None
+            wanted = torch.zeros_like(their.weight) if their.weight.grad is None else their.weight.grad
+            close(own.grad[i], wanted.T, f"expert {i}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DeepSpeed 0.19.8: its gates return (loss, weights_TEC, kept_TEC, choices_E), with C the place in the expert's buffer
+
+
+def dense(plan: RoutingPlan) -> tuple[Tensor, Tensor]:
+    """(weights_TE of kept choices, kept_TE)."""
+    nothing_TE = torch.zeros_like(plan.scores_TE)
+    kept_TE = nothing_TE.bool().scatter(1, plan.expert_ids_TK, plan.kept_TK)
+    return nothing_TE.scatter(1, plan.expert_ids_TK, plan.weights_TK * plan.kept_TK), kept_TE
+
+
+def own_gate(logits_TE: Tensor, k: int, factor: float, drop: str = "position", normalise: bool = True) -> RoutingPlan:
+    config = TopKRouterConfig(k=k, normalise=normalise)
+    router = TopKRouter(config, logits_TE.shape[1], logits_TE.shape[1]).double()
+    nn.init.eye_(router.weight)
+    plan = router(logits_TE, torch.arange(len(logits_TE)), StepContext())
+    capacity = FactorConfig(kind="factor", train=factor, minimum=0, drop=drop)
+    return limit_by_factor(capacity, plan, training=True)
+
+
+def own_balance_loss(plan: RoutingPlan) -> Tensor:
+    return balance_loss(BalanceLossConfig(kind="balance"), plan, count_tokens(plan, 1, None))
+
+
+def skewed_logits(num_tokens: int = 40, num_experts: int = 5) -> Tensor:
+    return draw(num_tokens, num_experts) + torch.arange(num_experts, dtype=torch.float64) / 2
+
+
+def test_deepspeed_capacity() -> None:
+    """Theirs is a ceiling in float32: equal to ours, or 1 more where float32 is above the exact number."""
+    more = 0
+    for num_tokens in range(1, 80):
+        for num_experts in (2, 3, 5, 8):
+            for percent in (25, 60, 100, 120, 125, 200):
+                gates = torch.empty(num_tokens, num_experts)
+                theirs = int(deepspeed._capacity(gates, torch.tensor(percent / 100), torch.tensor(0)))
+                ours = expert_capacity(percent / 100, 0, num_tokens, 1, num_experts)
+                assert theirs - ours in (0, 1), (num_tokens, num_experts, percent)
+                more += theirs - ours
+    assert more > 0  # 25 tokens, 2 experts, 1.2: they say 16, and 25 / 2 * 1.2 is 15
+    assert int(deepspeed._capacity(torch.empty(8, 4), torch.tensor(1.0), torch.tensor(4))) == 4
+    assert expert_capacity(1.0, 4, 8, 1, 4) == 4
+
+
+def test_deepspeed_top_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random token selection keeps the tokens with the largest numbers: with falling ones it drops by position."""
+    logits_TE = skewed_logits()
+    falling = {logits_TE.device: lambda shape: torch.linspace(1, 0.5, shape[0], dtype=torch.float64)[:, None]}
+    monkeypatch.setattr(deepspeed, "exp_selection_uniform_map", falling)
+    with peers_in_float64():
+        loss, weights_TEC, kept_TEC, choices_E = deepspeed.top1gating(logits_TE, 0.75, 0)
+    plan = own_gate(logits_TE, k=1, factor=0.75, normalise=False)
+    weights_TE, kept_TE = dense(plan)
+    assert 0.05 < float((~plan.kept_TK).double().mean()) < 0.5
+    assert torch.equal(kept_TE, kept_TEC.any(-1))
+    close(weights_TE, weights_TEC.sum(-1))
+    close(own_balance_loss(plan), loss)
+    assert torch.equal(plan.expert_ids_TK.flatten().bincount(minlength=5), choices_E)
+
+
+def test_deepspeed_top_1_without_random_selection_keeps_arbitrary_tokens() -> None:
+    """Trap 13, and so only the numbers kept are compared: it takes a top-k over a 0/1 mask."""
+    logits_TE = skewed_logits(64, 4)
+    with peers_in_float64():
+        _, _, kept_TEC, _ = deepspeed.top1gating(logits_TE, 0.75, 0, use_rts=False)
+    plan = own_gate(logits_TE, k=1, factor=0.75, normalise=False)
+    assert torch.equal(dense(plan)[1].sum(0), kept_TEC.any(-1).sum(0))
+    chosen, kept = (plan.expert_ids_TK[:, 0] == 3).nonzero(), dense(plan)[1][:, 3].nonzero()
+    assert 0 < len(kept) < len(chosen)
+    assert torch.equal(kept, chosen[: len(kept)])  # ours are the first
+
+
+def test_deepspeed_top_2() -> None:
+    """GShard's gate: the same choices, places and drops. Two definitions differ, and are tested as they differ:
+
+    - it divides by the weights that are left after dropping; ours stay as they were (trap 18)
+    - its loss counts first choices alone
+    """
+    logits_TE = skewed_logits()
+    with peers_in_float64():
+        loss, weights_TEC, kept_TEC, choices_E = deepspeed.top2gating(
+            logits_TE.clone(), 0.75, 0, top2_2nd_expert_sampling=False
+        )
+    plan = own_gate(logits_TE, k=2, factor=0.75)
+    weights_TE, kept_TE = dense(plan)
+    assert 0.05 < float((~plan.kept_TK).double().mean()) < 0.5
+    assert bool((plan.kept_TK.sum(1) == 1).any())  # tokens that lost one of their two
+    assert torch.equal(kept_TE, kept_TEC.any(-1))
+    close(weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-300), weights_TEC.sum(-1))
+    assert torch.equal(plan.expert_ids_TK.flatten().bincount(minlength=5), choices_E)
+    close(own_balance_loss(own_gate(logits_TE, k=1, factor=1.0, normalise=False)), loss)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_deepspeed_top_k_by_probability(k: int) -> None:
+    """The same choices, drops, and loss over all choices. It too divides by the weights left after dropping."""
+    logits_TE = skewed_logits()
+    with peers_in_float64():
+        loss, weights_TEC, kept_TEC, choices_E = deepspeed.topkgating(logits_TE, k, 0.75, 0)
+    plan = own_gate(logits_TE, k=k, factor=0.75, drop="probability", normalise=False)
+    weights_TE, kept_TE = dense(plan)
+    assert 0.05 < float((~plan.kept_TK).double().mean()) < 0.5
+    assert torch.equal(kept_TE, kept_TEC.any(-1))
+    close(weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-300), weights_TEC.sum(-1))
+    assert torch.equal(plan.expert_ids_TK.flatten().bincount(minlength=5), choices_E)
+    close(own_balance_loss(plan), loss)
+
+
+def test_deepspeed_top_k_by_position_stands_in_token_order() -> None:
+    """With k = 1 its drops are ours. Beyond, it lets an early token's second choice go before a later one's first."""
+    logits_TE = skewed_logits()
+    with peers_in_float64():
+        _, _, kept_1_TEC, _ = deepspeed.topkgating(logits_TE, 1, 0.75, 0, drop_policy="position")
+        _, _, kept_2_TEC, _ = deepspeed.topkgating(logits_TE, 2, 0.75, 0, drop_policy="position")
+    assert torch.equal(dense(own_gate(logits_TE, 1, 0.75, normalise=False))[1], kept_1_TEC.any(-1))
+    plan = own_gate(logits_TE, 2, 0.75)
+    kept_TE = dense(plan)[1]
+    assert torch.equal(kept_TE.sum(0), kept_2_TEC.any(-1).sum(0))
+    first_TE = F.one_hot(plan.expert_ids_TK[:, 0], 5).bool()
+    assert int((kept_TE & first_TE).sum()) > int((kept_2_TEC.any(-1) & first_TE).sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From their descriptions
+
+
+class LessonMoE(nn.Module):
+    """Output = sum over the chosen experts of gate_i * Expert_i(x); unchosen experts are not run.
+
+    Expert = Linear(d, c * d), ReLU, Linear(c * d, d), Dropout. Gates: softmax of the chosen logits.
+    """
+
+    def __init__(self, d: int, c: int, num_experts: int, k: int) -> None:
+        super().__init__()
+        self.k = k
+        self.gate = nn.Linear(d, num_experts)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(d, c * d), nn.ReLU(), nn.Linear(c * d, d), nn.Dropout(0.0))
+            for _ in range(num_experts)
+        )
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        rows = []
+        for x in x_TD:
+            logits, chosen = self.gate(x).topk(self.k)
+            gates = logits.softmax(-1)
+            rows.append(sum(gate * self.experts[int(i)](x) for gate, i in zip(gates, chosen, strict=True)))
+        return torch.stack(rows)
+
+
+def test_the_moe_of_the_lessons() -> None:
+    theirs = LessonMoE(D_MODEL, c=4, num_experts=8, k=2).double()
+    randomise(theirs)
+    ours = make_layer(
+        8,
+        router={"k": 2, "bias": True},
+        experts={"hidden": 4 * D_MODEL, "activation": "relu", "bias": True},
+    )
+    first = [expert[0] for expert in theirs.experts]
+    second = [expert[2] for expert in theirs.experts]
+
+    def joined(attribute: str) -> dict[str, Tensor]:
+        """Their values, or their gradients, under our names."""
+
+        def get(parameter: nn.Parameter) -> Tensor:
+            value = getattr(parameter, attribute)
+            return torch.zeros_like(parameter) if value is None else value  # unchosen experts were not run
+
+        return {
+            "router.weight": get(theirs.gate.weight),
+            "router.bias": get(theirs.gate.bias),
+            "experts.w_in": torch.stack([get(linear.weight).T for linear in first]),
+            "experts.b_in": torch.stack([get(linear.bias) for linear in first]),
+            "experts.w_out": torch.stack([get(linear.weight).T for linear in second]),
+            "experts.b_out": torch.stack([get(linear.bias) for linear in second]),
+        }
+
+    ours.load_state_dict(joined("data"))
+    x, their_x = (draw(20, D_MODEL).requires_grad_() for _ in range(2))
+    upstream = draw(20, D_MODEL, seed=1)
+    expected, actual = theirs(their_x), ours(x).y
+    close(actual, expected)
+    expected.backward(upstream)
+    actual.backward(upstream)
+    close(x.grad, their_x.grad, "input")
+    for name, gradient in gradients(ours).items():
+        close(gradient, joined("grad")[name], name)
+
+
+def uomni_layer(x_TD: Tensor, router_ED: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor) -> Tensor:
+    """Softmax over all experts, then top-2, renormalised; a loop over slots and experts with masks; no biases."""
+    probabilities = (x_TD @ router_ED.T).softmax(-1)
+    weights, chosen = probabilities.topk(2)
+    weights = weights / weights.sum(-1, keepdim=True)
+    y_TD = torch.zeros_like(x_TD)
+    for slot in range(2):
+        for expert in range(len(w_in_EDF)):
+            mask = chosen[:, slot] == expert
+            output = F.gelu(x_TD[mask] @ w_in_EDF[expert]) @ w_out_EFD[expert]
+            y_TD = y_TD.index_put((mask,), y_TD[mask] + weights[mask, slot, None] * output)
+    return y_TD
+
+
+def test_the_uomni_layer() -> None:
+    """At its own size: d = 256, 8 experts of hidden size 4d / 8."""
+    d = 256
+    ours = make_layer(8, d_model=d, router={"k": 2}, experts={"hidden": 4 * d // 8, "activation": "gelu"})
+    for parameter in ours.parameters():
+        parameter.data *= 3
+    parameters = [ours.router.weight, ours.experts.w_in, ours.experts.w_out]
+    assert sum(p.numel() for p in ours.experts.parameters()) == 2 * d * 4 * d  # as many as the dense layer's
+    x, upstream = draw(40, d).requires_grad_(), draw(40, d, seed=1)
+    expected, actual = uomni_layer(x, *parameters), ours(x).y
+    close(actual, expected)
+    wanted = torch.autograd.grad(expected, [x, *parameters], upstream)
+    found = torch.autograd.grad(actual, [x, *parameters], upstream)
+    for name, own, their in zip(["input", "router", "w_in", "w_out"], found, wanted, strict=True):
+        close(own, their, name)
