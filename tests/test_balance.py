@@ -32,7 +32,7 @@ SCOPES = ["global", "rank", "sequence"]
 def make_plan(logits_TE: Tensor, k: int = 1, score: str = "softmax") -> RoutingPlan:
     scores_TE = logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
     probabilities_TE = logits_TE.softmax(-1) if score == "softmax" else F.logsigmoid(logits_TE).softmax(-1)
-    expert_ids_TK = scores_TE.detach().topk(k).indices
+    expert_ids_TK = logits_TE.detach().topk(k).indices
     reason_TK = torch.full_like(expert_ids_TK, Reason.KEPT, dtype=torch.uint8)
     weights_TK = scores_TE.gather(1, expert_ids_TK)
     return RoutingPlan(logits_TE, scores_TE, probabilities_TE, expert_ids_TK, weights_TK, reason_TK, logits_TE.shape[1])

@@ -119,8 +119,9 @@ REFUSED_SETTINGS: dict[str, tuple[list[str], str]] = {
     "negative": (["seed=-1"], "seed: input should be greater than or equal to 0, found -1"),
     "not a number": (
         ["training.optimizer.learning_rate=.nan"],
-        "learning_rate: input should be greater than 0, found NaN",
+        "learning_rate: input should be a finite number, found NaN",
     ),
+    "infinite": (["model.moe.capacity.train=.inf"], "capacity.train: input should be a finite number, found Infinity"),
     "too large": (
         ["runtime.timeout_seconds=1e300"],
         "runtime.timeout_seconds: input should be less than or equal to 1000000, found 1e+300",
@@ -158,6 +159,14 @@ REFUSED_SETTINGS: dict[str, tuple[list[str], str]] = {
     "no MoE block": (
         ["model.moe_blocks={kind: every_nth, n: 5}"],
         "model.moe is given, but model.moe_blocks selects none of the 2 blocks",
+    ),
+    "a block twice": (
+        ["model.moe_blocks={kind: list, indices: [0, 1, 1]}"],
+        "model.moe_blocks.indices names a block twice: [0, 1, 1]",
+    ),
+    "MoE blocks without experts": (
+        [*DENSE, "model.moe_blocks={kind: every_nth, n: 2}"],
+        "model.moe_blocks is given without model.moe: there are no experts to put into these blocks",
     ),
     "no ffn": (["model.moe_blocks={kind: every_nth, n: 2}"], "model.ffn is missing: 1 of the 2 blocks are dense"),
     "idle ffn": (["model.ffn={hidden: 8}"], "model.ffn is given, but all 2 blocks are MoE: it would do nothing"),
@@ -441,24 +450,33 @@ def test_a_process_alone_refuses_in_one_sentence(config_file: Path) -> None:
 
 @pytest.mark.system
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("launcher", "override", "sentence"),
     [
-        ("model.moe.num_expert=8", "unknown setting model.moe.num_expert (did you mean model.moe.num_experts?)"),
-        ("run.folder={folder}/text.txt/run", "run.folder: cannot write to {folder}/text.txt/run: Not a directory"),
+        (
+            "torchrun",
+            "model.moe.num_expert=8",
+            "unknown setting model.moe.num_expert (did you mean model.moe.num_exper",
+        ),
+        (
+            "torchrun",
+            "run.folder={folder}/text.txt/x",
+            "run.folder: cannot write to {folder}/text.txt/x: Not a directory",
+        ),
     ],
     ids=["misspelt", "not writable"],
 )
-def test_of_two_ranks_one_refuses(override: str, sentence: str, config_file: Path) -> None:
+def test_of_two_ranks_one_refuses(launcher: str, override: str, sentence: str, config_file: Path) -> None:
     """Also where only rank 0 can see it, as with the folder. `start` bounds the time."""
-    folder = config_file.parent
-    result = start("torchrun", "train", config_file, override.format(folder=folder))
+    sentence = sentence.format(folder=config_file.parent)
+    result = start(launcher, "train", config_file, override.format(folder=config_file.parent))
     said = [line for line in result.output.splitlines() if line.startswith("error: ")]
     assert len(said) == 1, result.output
-    assert said[0].endswith(sentence.format(folder=folder))
-    assert result.output.count(sentence.format(folder=folder)) == 1
+    assert sentence in said[0]
+    assert result.output.count(sentence) == 1
     assert result.returncode != 0
-    # torchrun's own report has a traceback of torchrun; ours would name our files.
-    assert "expert_parallel/" not in result.output
+    assert "expert_parallel/" not in result.output, (
+        "the launcher reports in its own words, but there is no traceback of ours"
+    )
 
 
 @pytest.mark.system

@@ -35,7 +35,7 @@ class Dispatcher(Protocol):
 @dataclass(frozen=True)
 class LocalState:
     row_TK: Tensor  # the row of each choice, NO_ROW where dropped
-    token_R1: Tensor  # the token of each row
+    token_R: Tensor  # the token of each row
     rows: RowCounts
 
 
@@ -58,21 +58,21 @@ class LocalDispatcher:
         row_TK = choice_R.new_full((num_tokens * num_choices,), NO_ROW)
         row_TK[choice_R] = torch.arange(len(choice_R), device=choice_R.device)
         row_TK = row_TK.view(num_tokens, num_choices)
-        token_R1 = (choice_R // num_choices)[:, None]
-        x_RD = gather_rows(x_TD, token_R1, row_TK)
+        token_R = choice_R // num_choices
+        x_RD = gather_rows(x_TD, token_R, row_TK)
         tokens = DispatchedTokens(x_RD, counts_e, plan.weights_TK.flatten()[choice_R])
         num_rows = int(plan.kept_TK.any(1).sum())  # as all_to_all counts: a token's choices share one row
-        return tokens, LocalState(row_TK, token_R1, RowCounts(own=num_rows))
+        return tokens, LocalState(row_TK, token_R, RowCounts(own=num_rows))
 
     def combine(self, y_RD: Tensor, state: LocalState) -> Tensor:
-        return gather_rows(y_RD, state.row_TK, state.token_R1)
+        return gather_rows(y_RD, state.row_TK, state.token_R)
 
 
 @dataclass(frozen=True)
 class AllToAllState:
-    token_U1: Tensor  # the token of each row that travelled
+    token_U: Tensor  # the token of each row that travelled
     row_TP: Tensor  # the rows of each token, in rank order
-    row_R1: Tensor  # the arrived row of each computed row
+    row_R: Tensor  # the arrived row of each computed row
     computed_VK: Tensor  # the computed rows of each arrived row, in choice order
     send_rows: list[int]
     receive_rows: list[int]
@@ -112,7 +112,7 @@ class AllToAllDispatcher:
 
         # Exchange the rows, and what belongs to them.
         row_TP = sources_table(order.token_U, num_tokens, min(num_choices, num_ranks))
-        x_UD = gather_rows(x_TD, order.token_U[:, None], row_TP)
+        x_UD = gather_rows(x_TD, order.token_U, row_TP)
         num_choices_U = torch.bincount(order.row_N, minlength=len(order.token_U)).to(torch.int32)
         slot_N = slot_of_expert_E[order.expert_N]
         weights_N = plan.weights_TK.flatten()[order.choice_N]
@@ -130,19 +130,19 @@ class AllToAllDispatcher:
         place_R[order_R] = torch.arange(num_computed, device=device)
         choice_VK = sources_table(row_R, num_arrived, min(num_choices, self.num_local_experts))
         computed_VK = _look_up(place_R, choice_VK)
-        row_R1 = row_R[order_R][:, None]
-        x_RD = gather_rows(x_VD, row_R1, computed_VK)
+        row_R = row_R[order_R]
+        x_RD = gather_rows(x_VD, row_R, computed_VK)
 
         own = send_rows[self.rank]
         num_sent = sum(send_rows) - own
         rows = RowCounts(sent=num_sent, received=num_arrived - own, returned=num_sent, own=own)
-        state = AllToAllState(order.token_U[:, None], row_TP, row_R1, computed_VK, send_rows, receive_rows, rows)
+        state = AllToAllState(order.token_U, row_TP, row_R, computed_VK, send_rows, receive_rows, rows)
         return DispatchedTokens(x_RD, counts_e, weights_R[order_R]), state
 
     def combine(self, y_RD: Tensor, state: AllToAllState) -> Tensor:
-        y_VD = gather_rows(y_RD, state.computed_VK, state.row_R1)
+        y_VD = gather_rows(y_RD, state.computed_VK, state.row_R)
         y_UD = self._exchange(y_VD, state.receive_rows, state.send_rows, "rows back")
-        return gather_rows(y_UD, state.row_TP, state.token_U1)
+        return gather_rows(y_UD, state.row_TP, state.token_U)
 
     def _exchange(self, x: Tensor, send: list[int], receive: list[int], purpose: str) -> Tensor:
         return all_to_all_rows(x, send, receive, self.group, self.log, purpose)

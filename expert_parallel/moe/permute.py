@@ -72,8 +72,9 @@ def sources_table(source_M: Tensor, num_sources: int, width: int) -> Tensor:
 def gather_rows(x: Tensor, table: Tensor, inverse_table: Tensor) -> Tensor:
     """result[m] = sum over j of x[table[m, j]], added in the order of j; NO_ROW adds nothing.
 
-    x: (L, ...). table: int64 (M, width), inverse_table: int64 (L, other width): row l lists the results that use
-    x[l]. Sums are taken in promote_types(float32, x.dtype) and rounded once. Returns (M, ...) in x's dtype.
+    x: (L, ...). table: int64 (M, width), or (M) where each result has exactly one source. inverse_table: the same the
+    other way round: row l lists the results that use x[l]. Sums are taken in promote_types(float32, x.dtype) and
+    rounded once. Returns (M, ...) in x's dtype.
     """
     return _GatherRows.apply(x, table, inverse_table)
 
@@ -91,6 +92,8 @@ class _GatherRows(torch.autograd.Function):
 
 
 def _sum_rows(x: Tensor, table: Tensor) -> Tensor:
+    if table.dim() == 1:
+        return x[table]
     num_rows, width = table.shape
     if x.shape[0] == 0 or width == 0:
         return x.new_zeros((num_rows, *x.shape[1:]))

@@ -22,7 +22,7 @@ class TopKRouterConfig(Settings):
 
     `score: softmax` is Mixtral, OLMoE, GShard and Switch; `sigmoid` is DeepSeek-V3.
     `normalise: true` lets the weights of the chosen experts sum to 1. For softmax scores this is the same as
-    taking the softmax after the choice. Sigmoid scores of far logits (beyond 17 in float32) are equal: ties.
+    taking the softmax after the choice.
     """
 
     kind: Literal["top_k"] = "top_k"
@@ -84,7 +84,7 @@ class TopKRouter(nn.Module):
         log_scores_TE = logits_TE if config.score == "softmax" else F.logsigmoid(logits_TE)
         probabilities_TE = log_scores_TE.softmax(-1)
         scores_TE = probabilities_TE if config.score == "softmax" else logits_TE.sigmoid()
-        expert_ids_TK = self._choose(scores_TE.detach())
+        expert_ids_TK = self._choose(log_scores_TE.detach(), scores_TE.detach())
         if config.normalise:
             weights_TK = log_scores_TE.gather(1, expert_ids_TK).softmax(-1)
         else:
@@ -99,11 +99,14 @@ class TopKRouter(nn.Module):
             num_experts=self.num_experts,
         )
 
-    def _choose(self, scores_TE: Tensor) -> Tensor:
-        """The k best in descending order. A stable sort, since topk leaves open which of two equals it takes."""
+    def _choose(self, log_scores_TE: Tensor, scores_TE: Tensor) -> Tensor:
+        """The k best in descending order. By log scores, which stay apart where scores round to equals (sigmoids of
+        logits beyond 17 in float32); the balance bias is defined on scores. A stable sort, since topk leaves open
+        which of two equals it takes."""
+        ranking_TE = log_scores_TE
         if self.balance_bias_E is not None:
-            scores_TE = scores_TE + self.balance_bias_E.to(scores_TE.dtype)
-        return scores_TE.sort(dim=1, descending=True, stable=True).indices[:, : self.config.k]
+            ranking_TE = scores_TE + self.balance_bias_E.to(scores_TE.dtype)
+        return ranking_TE.sort(dim=1, descending=True, stable=True).indices[:, : self.config.k]
 
 
 RouterConfig = TopKRouterConfig
