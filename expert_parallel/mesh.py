@@ -41,10 +41,12 @@ class ParallelDegrees:
             for name in names:
                 product *= getattr(self, name)
             if self.world_size % product:
-                factors = " * ".join(f"parallel.{name} ({getattr(self, name)})" for name in names)
+                factors = " * ".join(
+                    f"parallel.{name} ({getattr(self, name)})" for name in names if getattr(self, name) > 1
+                )
                 raise ValueError(
-                    f"the world size ({self.world_size}) is not a multiple of {factors} = {product}, "
-                    f"the ranks that one copy of the {kind} takes"
+                    f"the world size ({self.world_size}) is not a multiple of {factors}: one copy of the "
+                    f"{kind} takes {product} ranks"
                 )
 
     @property

@@ -195,6 +195,14 @@ def test_another_model_is_refused_by_setting(finished: Path) -> None:
     assert "model.moe.num_experts is 6 there and 8 here" in errors[0]
 
 
+def test_resume_for_more_steps(finished: Path, tmp_path: Path) -> None:
+    tree = settings(copy_of(finished, tmp_path), ep=2, steps=6, every=2)
+    assert run_ranks(2, run_training, 2, tree) == ["", ""]
+    assert [record["step"] for record in metrics(tmp_path)] == list(range(7))
+    manifest = read_manifest(newest(tmp_path))
+    assert (manifest["step"], manifest["config"]["training"]["steps"]) == (6, 6)
+
+
 def damage_flip(path: Path) -> str:
     file = path / "rank_00001.safetensors"
     content = bytearray(file.read_bytes())

@@ -316,13 +316,14 @@ def test_a_bug_keeps_its_traceback(config_file: Path, monkeypatch: pytest.Monkey
         ("model.d_model=32", "model.d_model is 16 there and 32 here"),
         ("model.moe.num_experts=8", "model.moe.num_experts is 4 there and 8 here"),
         ("seed=7", "seed is 0 there and 7 here"),
+        ("training.sequence_length=4", "training.sequence_length is"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(override: str, sentence: str, finished_run: Path) -> None:
     before = (finished_run / "config.yaml").read_text()
     arguments = [f"run.folder={finished_run}", "parallel.ep=1", "training.steps=3", override]
     refused = refusal(invoke("train", finished_run / "config.yaml", *arguments))
-    assert f"step_00000002 is a checkpoint of another model: {sentence}" in refused
+    assert f"step_00000002 is a checkpoint of another model or data order: {sentence}" in refused
     assert (finished_run / "config.yaml").read_text() == before
 
 
@@ -556,7 +557,9 @@ def test_a_run_with_more_steps_resumes_in_another_layout(finished_run: Path) -> 
     arguments = [f"run.folder={finished_run}", "parallel.ep=1", "training.steps=4"]
     result = invoke("train", finished_run / "config.yaml", *arguments)
     assert result.exit_code == 0, result.stderr
-    assert f"resumed from {finished_run}/checkpoints/step_00000002 after step 2" in result.stdout
+    assert f"resumed from {finished_run}/checkpoints/step_00000002 after step 2; changed: " in result.stdout
+    assert "training.steps 2 -> 4" in result.stdout
+    assert "parallel.ep 2 -> 1" in result.stdout
     after = metrics_of(finished_run)
     assert after[:3] == before
     assert [(record["step"], record["tokens"]) for record in after[3:]] == [(3, 192), (4, 256)]

@@ -25,7 +25,10 @@ def test_degrees_by_hand() -> None:
     [
         ({"world_size": 6, "ep": 4}, ["world size (6)", "parallel.ep (4)", "experts"]),
         ({"world_size": 8, "tp": 3}, ["world size (8)", "parallel.tp (3)", "dense parts"]),
-        ({"world_size": 4, "ep": 4, "pp": 2}, ["world size (4)", "parallel.ep (4)", "parallel.pp (2)", "= 8"]),
+        (
+            {"world_size": 4, "ep": 4, "pp": 2},
+            ["world size (4)", "parallel.ep (4)", "parallel.pp (2)", "takes 8 ranks"],
+        ),
     ],
 )
 def test_degrees_that_do_not_fit_name_every_factor(degrees: dict[str, int], words: list[str]) -> None:

@@ -65,9 +65,12 @@ LAYOUTS = [
     {"world": 2, "ep": 2, "data": "sharded", "micro_steps": 2, "recompute": "block"},
     {"world": 4, "ep": 2, "data": "sharded", "micro_steps": 1, "recompute": "none"},
     {"world": 4, "ep": 2, "data": "sharded", "micro_steps": 2, "recompute": "moe"},
-    {"world": 4, "ep": 1, "data": "sharded", "micro_steps": 2, "recompute": "block"},
     {"world": 4, "ep": 4, "data": "sharded", "micro_steps": 1, "recompute": "none"},
+]
+LONG_LAYOUTS = [
+    {"world": 4, "ep": 1, "data": "sharded", "micro_steps": 2, "recompute": "block"},
     {"world": 8, "ep": 4, "data": "sharded", "micro_steps": 1, "recompute": "moe"},
+    {"world": 8, "ep": 8, "data": "replicated", "micro_steps": 2, "recompute": "block"},
 ]
 
 
@@ -185,7 +188,11 @@ class SlowLayer:
         return MoEOutput(reference.y[0], losses, stats)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout.values())))
+@pytest.mark.parametrize(
+    "layout",
+    [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.full) for layout in LONG_LAYOUTS)],
+    ids=lambda layout: "-".join(map(str, layout.values())),
+)
 def test_every_layout_trains_the_same_model(layout: dict[str, Any]) -> None:
     expected = slow(layout["micro_steps"], training_config(layout).global_batch)
     assert sum(norm > 0.5 for norm in expected["norms"]) >= 3, "clipping must be at work"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expert_parallel.collectives import gather_text
 from expert_parallel.config import Config, dump_config
 from expert_parallel.mesh import ParallelDegrees, ParallelMesh, build_mesh
 from expert_parallel.model.parallelize import build_model
@@ -30,6 +31,9 @@ from expert_parallel.training.metrics import Metrics, MetricsWriter, memory_metr
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.step import DTYPES, StepReport, evaluate, train_step
 
+# What a checkpoint's weights and data position are counted in.
+FIXED_SETTINGS = ("model.", "seed", "training.global_batch", "training.sequence_length")
+
 
 def train(config: Config, runtime: Runtime) -> None:
     """Trains to `training.steps`, going on from the newest checkpoint of `run.folder` if there is one."""
@@ -40,7 +44,7 @@ def train(config: Config, runtime: Runtime) -> None:
     if first_step >= training.steps:
         run.say(f"this run is finished: {first_step} of {training.steps} steps are done; results are in {run.folder}")
         return
-    writer = MetricsWriter(run.folder, first_step) if runtime.rank == 0 else None
+    writer = runtime.together(lambda: MetricsWriter(run.folder, first_step) if runtime.rank == 0 else None)
     if first_step == 0:
         metrics = run.evaluate(0)
         if writer is not None:
@@ -62,9 +66,8 @@ def train(config: Config, runtime: Runtime) -> None:
         with clock.paused():
             if done % config.evaluation.every == 0 or is_last:
                 metrics |= run.evaluate(done)
-            if (
-                writer is not None
-            ):  # before the checkpoint: a resumed run drops what is newer than it, never the reverse
+            # Before the checkpoint: a resumed run drops what is newer than it, never the reverse.
+            if writer is not None:
                 writer.write(done, done * tokens_of_step, metrics)
             if done % config.checkpoint.every == 0 or is_last:
                 run.save(done)
@@ -101,8 +104,10 @@ class Run:
         """Steps done: 0, or those of the newest checkpoint, which is loaded."""
         if not self.checkpoints:
             return 0
-        step = load_checkpoint(self.checkpoints[-1], self.model, self.optimizer, self.runtime)["step"]
-        self.say(f"resumed from {self.checkpoints[-1]} after step {step}")
+        newest = self.checkpoints[-1]
+        step = load_checkpoint(newest, self.model, self.optimizer, self.runtime)["step"]
+        changes = [f"{path} {old!r} -> {new!r}" for path, old, new in changed_settings(newest, self.config)]
+        self.say(f"resumed from {newest} after step {step}" + (f"; changed: {', '.join(changes)}" if changes else ""))
         return step
 
     def batches(self, step: int) -> Iterator[MicroBatch]:
@@ -152,7 +157,13 @@ def set_up(config: Config, runtime: Runtime) -> Run:
     sampler = runtime.together(lambda: TokenSampler(corpus.train, training.sequence_length, config.seed))
     sequences = config.evaluation.sequences
     held_out = runtime.together(lambda: held_out_sequences(corpus.held_out, training.sequence_length, sequences))
-    checkpoints = runtime.together(lambda: open_folder(config, Path(config.run.folder), runtime.rank))
+    checkpoints = runtime.together(lambda: open_folder(config, runtime.rank))
+    newest = gather_text(checkpoints[-1].name if checkpoints else "none", torch.device("cpu"))
+    if len(set(newest)) > 1:
+        raise UserError(
+            f"run.folder: the ranks see different newest checkpoints in {config.run.folder} ({', '.join(newest)}): it "
+            "must lie on a file system that all of them share"
+        )
 
     mesh = build_mesh(degrees, runtime.device.type, runtime.timeout)
     model = build_model(
@@ -176,8 +187,6 @@ def set_up(config: Config, runtime: Runtime) -> Run:
 
 def check_world(config: Config, runtime: Runtime) -> ParallelDegrees:
     """The degrees for the ranks that run, or a ValueError that names the setting and the numbers."""
-    if config.runtime.device == "cuda" and runtime.device.type != "cuda":
-        raise ValueError("runtime.device is 'cuda' but torch finds no GPU here")
     config.check_backend(runtime.device.type)
     return check_degrees(config, runtime.world_size)
 
@@ -194,24 +203,38 @@ def check_degrees(config: Config, world_size: int) -> ParallelDegrees:
     return degrees
 
 
-def open_folder(config: Config, folder: Path, rank: int) -> list[Path]:
+def open_folder(config: Config, rank: int) -> list[Path]:
     """The checkpoints to go on from. Rank 0 makes the folder and writes the resolved config, or says that it cannot."""
+    folder = Path(config.run.folder)
     checkpoints = list_checkpoints(folder / "checkpoints")
     if checkpoints:
-        saved = read_manifest(checkpoints[-1])["config"]
-        for room in ("model", "seed"):
-            if saved[room] != config.model_dump(mode="json")[room]:
+        for path, old, new in changed_settings(checkpoints[-1], config):
+            if path.startswith(FIXED_SETTINGS):
                 raise ValueError(
-                    f"{checkpoints[-1]} is a checkpoint of another model: {_difference(saved, config, room)}; "
-                    "choose another run.folder, or the same settings"
+                    f"{checkpoints[-1]} is a checkpoint of another model or data order: {path} is {old!r} there and "
+                    f"{new!r} here; choose another run.folder, or the same setting"
                 )
     if rank == 0:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(dump_config(config))
         except OSError as error:
             raise ValueError(f"run.folder: cannot write to {folder}: {error.strerror}") from error
     return checkpoints
+
+
+def changed_settings(checkpoint: Path, config: Config) -> list[tuple[str, Any, Any]]:
+    """(path, value of the run that saved it, value now) of each setting that differs."""
+    old, new = _leaves(read_manifest(checkpoint)["config"]), _leaves(config.model_dump(mode="json"))
+    return [(path, old.get(path), new.get(path)) for path in old | new if old.get(path) != new.get(path)]
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        leaves |= _leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return leaves
 
 
 def sample_text(config: Config, model: Transformer) -> str:
@@ -258,12 +281,3 @@ class Clock:
         begin = time.perf_counter()
         yield
         self.start += time.perf_counter() - begin
-
-
-def _difference(saved: dict[str, Any], config: Config, room: str) -> str:
-    """The first setting under `room` that differs, with both values."""
-    old, new, path = saved[room], config.model_dump(mode="json")[room], room
-    while isinstance(old, dict) and isinstance(new, dict):
-        key = next(key for key in [*old, *new] if old.get(key) != new.get(key))
-        old, new, path = old.get(key), new.get(key), f"{path}.{key}"
-    return f"{path} is {old!r} there and {new!r} here"

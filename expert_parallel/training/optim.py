@@ -1,7 +1,7 @@
 """Optimizer and learning-rate schedule."""
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -16,7 +16,9 @@ class OptimizerConfig(Settings):
 
     kind: Literal["adamw"] = "adamw"
     learning_rate: float = Field(default=3e-4, gt=0)
-    betas: list[float] = Field(default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2
+    )
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
 
