@@ -23,7 +23,8 @@ from expert_parallel.moe.plan import MoEOutput
 from expert_parallel.moe.reference import reference_layer
 from expert_parallel.training.data import MicroBatch, TokenSampler, micro_batch
 from expert_parallel.training.optim import build_optimizer
-from expert_parallel.training.step import DTYPES, TrainingConfig, evaluate, train_step
+from expert_parallel.training.step import DTYPES, LayerReport, TrainingConfig, evaluate, train_step
+from tests.pairwise import all_cases
 from tests.ranks import run_ranks
 
 STEPS = 20
@@ -67,8 +68,15 @@ LAYOUTS = [
     {"world": 4, "ep": 2, "data": "sharded", "micro_steps": 2, "recompute": "moe"},
     {"world": 4, "ep": 4, "data": "sharded", "micro_steps": 1, "recompute": "none"},
 ]
-LONG_LAYOUTS = [
-    {"world": 4, "ep": 1, "data": "sharded", "micro_steps": 2, "recompute": "block"},
+FACTORS = {
+    "world": [1, 2, 4],
+    "ep": [1, 2, 4],
+    "data": ["replicated", "sharded"],
+    "micro_steps": [1, 2],
+    "recompute": ["none", "moe", "block"],
+}
+OTHER_LAYOUTS = [
+    *(case for case in all_cases(FACTORS, lambda case: case["ep"] <= case["world"]) if case not in LAYOUTS),
     {"world": 8, "ep": 4, "data": "sharded", "micro_steps": 1, "recompute": "moe"},
     {"world": 8, "ep": 8, "data": "replicated", "micro_steps": 2, "recompute": "block"},
 ]
@@ -190,7 +198,7 @@ class SlowLayer:
 
 @pytest.mark.parametrize(
     "layout",
-    [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.full) for layout in LONG_LAYOUTS)],
+    [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.full) for layout in OTHER_LAYOUTS)],
     ids=lambda layout: "-".join(map(str, layout.values())),
 )
 def test_every_layout_trains_the_same_model(layout: dict[str, Any]) -> None:
@@ -225,6 +233,15 @@ def test_lower_precision_stays_near(dtype: str, tolerance: float, data: str) -> 
 def test_loss_falls() -> None:
     losses = slow(1, 6)["losses"]
     assert sum(losses[15:20]) < sum(losses[:5])
+
+
+@pytest.mark.parametrize("change", [{"kept_E": torch.tensor([3, 3])}, {"rows_received": 4}], ids=["choice", "row"])
+def test_a_report_that_does_not_balance_is_refused(change: dict[str, Any]) -> None:
+    good = {"routed_E": torch.tensor([3, 4]), "kept_E": torch.tensor([3, 2]), "dropped_E": torch.tensor([0, 2])}
+    good |= {"rows_sent": 5, "rows_received": 5, "rows_own": 1, "losses": {}}
+    LayerReport(**good)
+    with pytest.raises(AssertionError):
+        LayerReport(**(good | change))
 
 
 # --------------------------------------------------------------------- the proofs can fail: defects put in on purpose
