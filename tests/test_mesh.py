@@ -70,7 +70,7 @@ def wait_alone(rank: int) -> float:
 
 def test_a_group_obeys_the_timeout() -> None:
     """Trap 21: an expert-parallel group that waits half an hour, whatever the user set."""
-    assert 1.0 < run_ranks(2, wait_alone)[0] < 20.0
+    assert 1.0 < run_ranks(2, wait_alone)[0] < 50.0  # the pool itself would wait 60 s
 
 
 @given(st.integers(1, 40), st.integers(1, 16))
