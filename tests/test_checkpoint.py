@@ -13,9 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from expert_parallel.config import Config
+from expert_parallel.model.parallelize import build_model
+from expert_parallel.model.transformer import ModelConfig
 from expert_parallel.runtime import Launch, Runtime, UserError
 from expert_parallel.training.checkpoint import list_checkpoints, load_checkpoint, read_manifest
-from expert_parallel.training.generate import generate_from_run
+from expert_parallel.training.generate import generate, generate_from_run
 from expert_parallel.training.loop import train
 from tests.ranks import run_ranks
 
@@ -186,6 +188,12 @@ def test_generate_from_another_layout(finished: Path, tmp_path: Path) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_generate_gives_bytes_from_a_larger_vocabulary() -> None:
+    model_tree = {**settings(Path())["model"], "vocab_size": 5000}
+    model = build_model(ModelConfig.model_validate(model_tree))
+    assert len(generate(model, b"x", num_tokens=20, temperature=5.0, window=16)) == 21
+
+
 def test_another_model_is_refused_by_setting(finished: Path) -> None:
     tree = settings(finished, ep=2, steps=8, every=2)
     tree["model"]["moe"]["num_experts"] = 8
@@ -266,8 +274,6 @@ def test_damaged_checkpoint_is_refused_by_name(damage: Any, finished: Path, tmp_
 
 
 def test_load_fills_every_parameter(finished: Path) -> None:
-    from expert_parallel.model.parallelize import build_model
-
     config = Config.model_validate(settings(finished, ep=2, steps=4, every=2))
     model = build_model(config.model, dtype=torch.float64)
     for tensor in [*model.parameters(), *model.buffers()]:

@@ -6,7 +6,7 @@ import torch
 
 from expert_parallel.config import Config, dump_config
 from expert_parallel.mesh import ParallelDegrees
-from expert_parallel.model.transformer import Transformer
+from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe.capacity import FactorConfig, expert_capacity
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.training.loop import check_degrees
@@ -30,8 +30,7 @@ class ParameterCounts:
 
 def count_parameters(config: Config) -> ParameterCounts:
     """Exact, from the model itself on torch's meta device: no weights are made."""
-    with torch.device("meta"):
-        model = Transformer(config.model)
+    model = build_model(config.model, device=torch.device("meta"))
     dense = experts = 0
     for logical in logical_parameters(model):
         if logical.is_expert:

@@ -10,6 +10,7 @@ from expert_parallel.model.transformer import ModelOutput, Transformer
 from expert_parallel.moe import random
 from expert_parallel.moe.plan import StepContext
 from expert_parallel.training.checkpoint import list_checkpoints, load_checkpoint
+from expert_parallel.training.data import VOCABULARY_SIZE
 from expert_parallel.training.step import DTYPES, forget_gathered_weights
 
 
@@ -29,7 +30,7 @@ def generate(
     tokens = torch.tensor([list(prompt)], device=device)
     for position in range(num_tokens):
         output: ModelOutput = model(tokens[:, -window:], StepContext(seed=seed, step=position))
-        logits_V = output.logits[0, -1].double().cpu()
+        logits_V = output.logits[0, -1, :VOCABULARY_SIZE].double().cpu()  # a larger vocabulary has ids beyond bytes
         if temperature == 0:
             choice = logits_V.argmax()
         else:
