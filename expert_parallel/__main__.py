@@ -1,5 +1,6 @@
 """The command line: `expert-parallel`, the same as `python -m expert_parallel`."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+bench = typer.Typer(no_args_is_help=True, help="Measure: ratios of things timed side by side in one run.")
+app.add_typer(bench, name="bench")
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, for example configs/quickstart.yaml")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted.key=value, over the file")
@@ -69,6 +72,30 @@ def generate(
     try:
         print(generate_from_run(run, prompt, num_tokens=tokens, temperature=temperature, seed=seed))
     except (ValueError, OSError) as error:
+        _fail(error)
+
+
+@bench.command("ledger")
+def bench_ledger(
+    shape: Annotated[str, typer.Option(help="base or fine")] = "base",
+    rounds: Annotated[int, typer.Option(min=1, help="of which medians are taken")] = 15,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here, too")] = None,
+) -> None:
+    """What the ledger costs, on one MoE layer. Alone, or on every rank under torchrun."""
+    from expert_parallel.bench import ledger
+
+    try:
+        with distributed(RuntimeConfig()) as runtime:
+            if shape not in ledger.SHAPES:
+                raise UserError(f"--shape is {shape!r}, it must be one of {', '.join(ledger.SHAPES)}")
+            result = ledger.bench_ledger(runtime, shape, rounds)
+            if runtime.rank == 0:
+                print(ledger.describe(result))
+                if json_file is not None:
+                    json_file.write_text(json.dumps(result, indent=2) + "\n")
+    except UserError:  # rank 0 has said it
+        raise typer.Exit(2) from None
+    except (LaunchError, OSError) as error:
         _fail(error)
 
 

@@ -1,25 +1,66 @@
-"""Collectives with gradients, and the log of what they moved.
+"""Collectives on rows, and the log of what they moved.
 
 Every function takes its process group. None means one rank alone: nothing is communicated.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 gave it another name
+
+Link = Literal["own", "node", "network"]
+
 
 @dataclass
 class CommLog:
-    """Bytes that left this rank for another one, by purpose. The caller creates it, passes it down and reads it."""
+    """What this rank exchanged in one pass, by (purpose, link class): rows and bytes. `own` never left the rank.
 
-    bytes_sent: dict[str, int] = field(default_factory=dict)
+    The backward pass adds its own entries as it runs, under `... backward`. The caller makes it, passes it down and
+    reads it.
+    """
 
-    def add(self, purpose: str, num_bytes: int) -> None:
-        self.bytes_sent[purpose] = self.bytes_sent.get(purpose, 0) + num_bytes
+    rows_sent: Counter[tuple[str, Link]] = field(default_factory=Counter)
+    rows_received: Counter[tuple[str, Link]] = field(default_factory=Counter)
+    bytes_sent: Counter[tuple[str, Link]] = field(default_factory=Counter)
+
+    def bytes_to_others(self, purpose: str) -> int:
+        return self.bytes_sent[purpose, "node"] + self.bytes_sent[purpose, "network"]
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The ranks of a process group as one of them sees them. ranks: their numbers in the world. links: what lies
+    between them and this rank. group None: this rank alone."""
+
+    group: dist.ProcessGroup | None
+    ranks: tuple[int, ...]
+    links: tuple[Link, ...]
+
+    @staticmethod
+    def of(group: dist.ProcessGroup | None, ranks_per_node: int | None = None) -> "Peers":
+        """ranks_per_node: consecutive ranks of the world share a node; None: all do."""
+        me = dist.get_rank() if dist.is_initialized() else 0
+        ranks = (me,) if group is None else tuple(dist.get_process_group_ranks(group))
+        node_size = ranks_per_node or max(*ranks, me) + 1
+        links: list[Link] = ["node" if rank // node_size == me // node_size else "network" for rank in ranks]
+        links[ranks.index(me)] = "own"
+        return Peers(group, ranks, tuple(links))
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def me(self) -> int:
+        """This rank's place among them."""
+        return self.links.index("own")
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:
@@ -48,57 +89,61 @@ def exchange_counts(counts_PC: Tensor, group: dist.ProcessGroup | None) -> Tenso
 
 
 def all_to_all_rows(
-    x: Tensor,
-    send_counts: Sequence[int],
-    receive_counts: Sequence[int],
-    group: dist.ProcessGroup | None,
-    log: CommLog | None = None,
-    purpose: str = "rows",
+    x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: dist.ProcessGroup | None
 ) -> Tensor:
     """Sends the first send_counts[0] rows of x to rank 0, the next send_counts[1] to rank 1, and so on.
 
-    x: (sum(send_counts), ...), any dtype. Returns (sum(receive_counts), ...) ordered by source rank.
-    Differentiable: the backward pass is the same exchange the other way round. A rank without rows takes part.
+    x: (sum(send_counts), ...), any dtype. Returns (sum(receive_counts), ...) ordered by source rank. A rank without
+    rows takes part. No gradient: see moe/ledger.py.
     """
     assert x.shape[0] == sum(send_counts), (x.shape, send_counts)
     if group_size(group) == 1:
         return x
-    return _AllToAllRows.apply(x, list(send_counts), list(receive_counts), group, log, purpose)
-
-
-class _AllToAllRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        send_counts: list[int],
-        receive_counts: list[int],
-        group: dist.ProcessGroup,
-        log: CommLog | None,
-        purpose: str,
-    ) -> Tensor:
-        ctx.arguments = (receive_counts, send_counts, group, log, purpose + " backward")
-        return _exchange(x, send_counts, receive_counts, group, log, purpose)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchange(grad, *ctx.arguments), None, None, None, None, None
-
-
-def _exchange(
-    x: Tensor,
-    send_counts: list[int],
-    receive_counts: list[int],
-    group: dist.ProcessGroup,
-    log: CommLog | None,
-    purpose: str,
-) -> Tensor:
     received = x.new_empty((sum(receive_counts), *x.shape[1:]))
-    dist.all_to_all_single(received, x.contiguous(), receive_counts, send_counts, group=group)
-    if log is not None:
-        rows_to_others = sum(send_counts) - send_counts[dist.get_rank(group)]
-        log.add(purpose, rows_to_others * x[:1].numel() * x.element_size() if x.shape[0] else 0)
+    dist.all_to_all_single(received, x.contiguous(), list(receive_counts), list(send_counts), group=group)
     return received
+
+
+def all_gather_rows(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    """All ranks' rows in rank order, on every rank. counts: every rank's number of rows; sent padded to the largest.
+    x: (counts[this rank], ...), any dtype. No gradient."""
+    if group_size(group) == 1:
+        return x
+    mine = x.new_zeros((max(counts), *x.shape[1:]))
+    mine[: x.shape[0]] = x
+    gathered = mine.new_empty((len(counts) * max(counts), *x.shape[1:]))
+    _all_gather(gathered, mine, group=group)
+    blocks = gathered.view(len(counts), max(counts), *x.shape[1:])
+    return torch.cat([block[:count] for block, count in zip(blocks.unbind(0), counts, strict=True)])
+
+
+def gather_columns(columns: Sequence[Tensor], group: dist.ProcessGroup | None) -> tuple[list[Tensor], list[int], int]:
+    """All ranks' rows of each column, in rank order, on every rank; each rank's number of rows; the bytes sent.
+
+    columns: tensors of one length, which may differ between ranks and be 0. Two collectives: the lengths, then all
+    columns as bytes. No gradient.
+    """
+    num_ranks, length = group_size(group), columns[0].shape[0]
+    if num_ranks == 1:
+        return [column.detach() for column in columns], [length], 0
+    lengths = all_gather_rows(columns[0].new_tensor([length], dtype=torch.int64), [1] * num_ranks, group).tolist()
+    flat = [as_bytes(column.detach()) for column in columns]
+    rows, widths = all_gather_rows(torch.cat(flat, dim=1), lengths, group), [column.shape[1] for column in flat]
+    result = [from_bytes(part, column) for part, column in zip(rows.split(widths, dim=1), columns, strict=True)]
+    return result, lengths, (num_ranks - 1) * (max(lengths) * sum(widths) + 8)
+
+
+def as_bytes(rows: Tensor) -> Tensor:
+    """(L, ...) of any dtype -> (L, bytes of a row), uint8: the same bits."""
+    width = math.prod(rows.shape[1:])
+    if rows.shape[0] == 0:
+        return rows.new_empty(0, width * rows.element_size(), dtype=torch.uint8)
+    return rows.reshape(-1, width).contiguous().view(torch.uint8)
+
+
+def from_bytes(rows: Tensor, like: Tensor) -> Tensor:
+    """The inverse of as_bytes: rows of `like`'s dtype and shape. A copy: a part of a buffer may lie unaligned in it."""
+    return rows.flatten().clone().view(like.dtype).view(rows.shape[0], *like.shape[1:])
 
 
 def gather_text(text: str, device: torch.device, limit: int = 2000) -> list[str]:

@@ -1,32 +1,43 @@
-"""Balance losses, z-loss and the bias update: numbers by hand, the formulas written out, and shares that add up.
+"""Balance losses, z-loss and the bias update: numbers by hand, the formulas written out, shares that add up; losses of
+first choices, pooled over layers, and of padded sequences; the router's entropy.
 
 Several ranks are simulated by splitting one micro-step's tokens: each part computes its share with the totals of all.
 """
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from deepspeed.moe import sharded_moe
 from torch import Tensor
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.switch_transformers import modeling_switch_transformers
 
+from expert_parallel.model.parallelize import build_model
+from expert_parallel.model.transformer import ModelConfig, Transformer
 from expert_parallel.moe import balance
 from expert_parallel.moe.balance import (
     BalanceLossConfig,
-    Tokens,
+    LossConfig,
+    MicroStep,
     ZLossConfig,
     balance_loss,
-    count_tokens,
+    count_micro_step,
     loss_name,
+    pool_layers,
     router_losses,
     update_balance_bias,
     z_loss,
 )
-from expert_parallel.moe.plan import Reason, RoutingPlan
+from expert_parallel.moe.layer import MoEConfig, MoELayer, token_batch
+from expert_parallel.moe.plan import Reason, RoutingPlan, StepContext, TokenBatch, count_choices
+from tests.peers import peers_in_float64
 
 SCOPES = ["global", "rank", "sequence"]
+Z_LOSS = ZLossConfig(kind="z_loss")
 
 
 def make_plan(logits_TE: Tensor, k: int = 1, score: str = "softmax") -> RoutingPlan:
@@ -42,27 +53,35 @@ def plan_of_probabilities(*probabilities: list[float]) -> RoutingPlan:
     return make_plan(torch.tensor(probabilities, dtype=torch.float64).log())
 
 
-def balance_of(scope: str) -> BalanceLossConfig:
-    return BalanceLossConfig(kind="balance", scope=scope)
+def batch_of(plan: RoutingPlan, num_sequences: int = 1, mask_BS: Tensor | None = None) -> TokenBatch:
+    """The plan's tokens as so many sequences of equal length. mask_BS: False is padding."""
+    length = len(plan.expert_ids_TK) // max(num_sequences, 1)
+    return token_batch(torch.empty(num_sequences, length, 1), StepContext(mask_BS=mask_BS), None)
+
+
+def balance_of(scope: str, **options: str) -> BalanceLossConfig:
+    return BalanceLossConfig(kind="balance", **{"scope": scope, **options})
+
+
+def loss_of(config: LossConfig, plan: RoutingPlan, batch: TokenBatch | None = None) -> Tensor:
+    """The loss of one rank that holds the whole micro-step."""
+    batch = batch or batch_of(plan)
+    function = balance_loss if isinstance(config, BalanceLossConfig) else z_loss
+    return function(config, plan, batch, count_micro_step(plan, batch))
 
 
 def loss_alone(plan: RoutingPlan, scope: str = "global", num_sequences: int = 1) -> Tensor:
-    """The loss of one rank that holds the whole micro-step."""
-    return balance_loss(balance_of(scope), plan, count_tokens(plan, num_sequences, group=None))
+    return loss_of(balance_of(scope), plan, batch_of(plan, num_sequences))
 
 
 def shares(plans: list[RoutingPlan], num_sequences: list[int], config: BalanceLossConfig | ZLossConfig) -> list[Tensor]:
     """Each simulated rank's share of the loss, with the totals that the all-reduce would give."""
-    alone = [count_tokens(plan, n, group=None) for plan, n in zip(plans, num_sequences, strict=True)]
-    total_tokens, total_sequences, choices_E = (
-        torch.stack([getattr(tokens, name) for tokens in alone]).sum(0)
-        for name in ("total_tokens", "total_sequences", "choices_E")
-    )
+    batches = [batch_of(plan, n) for plan, n in zip(plans, num_sequences, strict=True)]
+    alone = [count_micro_step(plan, batch) for plan, batch in zip(plans, batches, strict=True)]
+    names = ("total_tokens", "total_sequences", "choices_E", "first_E")
+    totals = MicroStep(None, *(torch.stack([getattr(step, name) for step in alone]).sum(0) for name in names))
     function = balance_loss if isinstance(config, BalanceLossConfig) else z_loss
-    return [
-        function(config, plan, Tokens(None, n, total_tokens, total_sequences, choices_E))
-        for plan, n in zip(plans, num_sequences, strict=True)
-    ]
+    return [function(config, plan, batch, totals) for plan, batch in zip(plans, batches, strict=True)]
 
 
 def written_out(plan: RoutingPlan, rows: slice) -> float:
@@ -135,12 +154,12 @@ def test_z_loss_by_hand() -> None:
     """log(e^0 + e^0) = log 2 and log(e^1 + e^1) = 1 + log 2."""
     plan = make_plan(torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64))
     expected = (math.log(2) ** 2 + (1 + math.log(2)) ** 2) / 2
-    assert float(z_loss(ZLossConfig(kind="z_loss"), plan, count_tokens(plan, 1, None))) == pytest.approx(expected)
+    assert float(loss_of(Z_LOSS, plan)) == pytest.approx(expected)
 
 
 def test_z_loss_of_large_logits_is_finite() -> None:
     plan = make_plan(torch.full((3, 4), 1e4))
-    loss = z_loss(ZLossConfig(kind="z_loss"), plan, count_tokens(plan, 1, None))
+    loss = loss_of(Z_LOSS, plan)
     assert float(loss) == pytest.approx((1e4 + math.log(4)) ** 2, rel=1e-5)
 
 
@@ -149,8 +168,8 @@ def test_no_tokens_cost_nothing(scope: str) -> None:
     for num_sequences in (0, 2):  # a rank without sequences, and sequences without tokens
         logits_TE = torch.zeros(0, 4, requires_grad=True)
         plan = make_plan(logits_TE)
-        tokens = count_tokens(plan, num_sequences, group=None)
-        loss = balance_loss(balance_of(scope), plan, tokens) + z_loss(ZLossConfig(kind="z_loss"), plan, tokens)
+        batch = batch_of(plan, num_sequences)
+        loss = loss_of(balance_of(scope), plan, batch) + loss_of(Z_LOSS, plan, batch)
         loss.backward()
         assert float(loss.detach()) == 0.0
         assert logits_TE.grad is not None
@@ -164,7 +183,11 @@ def split(plan_logits: Tensor, sizes: list[int], k: int) -> list[RoutingPlan]:
     return [make_plan(part, k) for part in plan_logits.split(sizes)]
 
 
-@pytest.mark.parametrize("config", [balance_of("global"), balance_of("sequence"), ZLossConfig(kind="z_loss")])
+@pytest.mark.parametrize(
+    "config",
+    [balance_of("global"), balance_of("sequence"), balance_of("global", choices="first"), Z_LOSS],
+    ids=loss_name,
+)
 @pytest.mark.parametrize("sequences", [[2, 1, 1], [4, 0, 0], [0, 1, 3]])
 def test_shares_of_ranks_add_up_to_the_loss_of_one_rank(
     config: BalanceLossConfig | ZLossConfig, sequences: list[int]
@@ -207,20 +230,36 @@ def test_the_sequence_loss_does_not_know_how_sequences_are_batched() -> None:
     torch.testing.assert_close(together, torch.stack(alone).mean(), rtol=1e-13, atol=0)
 
 
-def test_count_tokens() -> None:
+def test_count_micro_step() -> None:
+    """Choices of all k, first choices, and neither padding nor what was not routed."""
     plan = make_plan(torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]]), k=2)
-    tokens = count_tokens(plan, num_sequences=1, group=None)
-    assert tokens.choices_E.tolist() == [1, 2, 1]
-    assert (float(tokens.total_tokens), float(tokens.total_sequences)) == (2.0, 1.0)
+    step = count_micro_step(plan, batch_of(plan))
+    assert (step.choices_E.tolist(), step.first_E.tolist()) == ([1, 2, 1], [1, 0, 1])
+    assert (float(step.total_tokens), float(step.total_sequences)) == (2.0, 1.0)
+    masked = replace(plan, reason_TK=torch.tensor([[0, 0], [4, 4]], dtype=torch.uint8))
+    step = count_micro_step(masked, batch_of(plan, 1, torch.tensor([[True, False]])))
+    assert (step.choices_E.tolist(), step.first_E.tolist()) == ([1, 1, 0], [1, 0, 0])
+    assert (float(step.total_tokens), float(step.total_sequences)) == (1.0, 1.0)
 
 
 def test_each_loss_has_its_name() -> None:
     plan = make_plan(logits(12, 5), 2)
-    configs = [balance_of(scope) for scope in SCOPES] + [ZLossConfig(kind="z_loss")]
-    losses = router_losses(configs, plan, count_tokens(plan, 3, None))
+    configs = [balance_of(scope) for scope in SCOPES] + [Z_LOSS]
+    losses, pooled = router_losses(configs, plan, batch_of(plan, 3))
     assert list(losses) == ["balance_global", "balance_rank", "balance_sequence", "z_loss"]
     assert [loss_name(config) for config in configs] == list(losses)
+    assert pooled == {}
     torch.testing.assert_close(losses["balance_sequence"], loss_alone(plan, "sequence", 3))  # without coefficients
+    every = [balance_of("rank", choices=c, layers=n) for c in ("all", "first") for n in ("each", "pooled")]
+    names = ["balance_rank", "balance_rank_pooled", "balance_rank_first", "balance_rank_first_pooled"]
+    assert list(map(loss_name, every)) == names
+    assert list(router_losses(every, plan, batch_of(plan))[1]) == names[1::2]
+
+
+def test_no_loss_asks_no_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(balance, "all_reduce_sum", lambda x, group: pytest.fail("a collective"))
+    plan = make_plan(logits(12, 5))
+    assert router_losses([], plan, batch_of(plan)) == ({}, {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,7 +279,7 @@ def test_gradient_goes_through_P_with_f_held(scope: str, score: str) -> None:
 def test_gradient_of_the_z_loss() -> None:
     def loss(logits_TE: Tensor) -> Tensor:
         plan = make_plan(logits_TE)
-        return z_loss(ZLossConfig(kind="z_loss"), plan, count_tokens(plan, 1, None))
+        return loss_of(Z_LOSS, plan)
 
     assert torch.autograd.gradcheck(loss, logits(6, 4).requires_grad_())
 
@@ -305,8 +344,202 @@ def test_switch_has_our_z_loss() -> None:
     logits_TE = logits(12, 5)
     plan = make_plan(logits_TE)
     theirs = modeling_switch_transformers.router_z_loss_func(logits_TE.view(3, 4, 5))
-    ours = z_loss(ZLossConfig(kind="z_loss"), plan, count_tokens(plan, 3, None))
+    ours = loss_of(Z_LOSS, plan, batch_of(plan, 3))
     torch.testing.assert_close(theirs, ours, rtol=1e-13, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# First choices
+
+
+def test_the_loss_of_first_choices_by_hand() -> None:
+    """First choices 0, 2: f = (1/2, 0, 1/2, 0); P = (0.35, 0.3, 0.25, 0.1); 4 * (0.175 + 0.125) = 1.2."""
+    probabilities = torch.tensor([[0.4, 0.35, 0.15, 0.1], [0.3, 0.25, 0.35, 0.1]], dtype=torch.float64)
+    plan = make_plan(probabilities.log(), k=2)
+    for scope in SCOPES:
+        assert float(loss_of(balance_of(scope, choices="first"), plan)) == pytest.approx(1.2, rel=1e-12)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_first_choices_of_top_1_are_all_choices(scope: str) -> None:
+    plan = make_plan(logits(12, 5))
+    first = loss_of(balance_of(scope, choices="first"), plan, batch_of(plan, 3))
+    torch.testing.assert_close(first, loss_alone(plan, scope, 3), rtol=1e-13, atol=0)
+
+
+def test_deepspeed_top_2_has_our_loss_of_first_choices() -> None:
+    """It takes the mean over experts of P * f, times E twice: E * sum, which is ours. Value and gradient."""
+    ours, theirs = logits(12, 5).requires_grad_(), logits(12, 5).requires_grad_()
+    with peers_in_float64():
+        expected, *_ = sharded_moe.top2gating(theirs, 1.0, 0, top2_2nd_expert_sampling=False)
+    actual = loss_of(balance_of("global", choices="first"), make_plan(ours, 2))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+    assert float(actual.detach()) != pytest.approx(float(loss_alone(make_plan(logits(12, 5), 2))), rel=1e-3)
+    actual.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-14)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pooled over layers
+
+POOLED = balance_of("global", layers="pooled")
+
+
+def pooled_loss(layers: list[Tensor], k: int, mask_BS: Tensor | None = None) -> Tensor:
+    """Of plans with these logits (T, E), one a layer."""
+    terms = {}
+    for number, logits_TE in enumerate(layers):
+        plan = make_plan(logits_TE, k)
+        if mask_BS is not None:
+            unrouted_TK = ~mask_BS.flatten()[:, None]
+            plan = replace(plan, reason_TK=plan.reason_TK.masked_fill(unrouted_TK, Reason.NOT_ROUTED))
+        _, terms[number] = router_losses([POOLED], plan, batch_of(plan, 3, mask_BS))
+    return torch.stack([parts["balance_global_pooled"] for parts in pool_layers(terms).values()]).sum()
+
+
+def test_a_pooled_loss_by_hand() -> None:
+    """Layer 0 sends both tokens to expert 0, layer 1 both to expert 1, with the mirrored P: (0.75, 0.25).
+
+    Pooled f = P = (1/2, 1/2): 2 * (1/4 + 1/4) = 1, balanced. Each for itself: 2 * 0.75 = 1.5.
+    """
+    layers = [torch.tensor([row] * 2, dtype=torch.float64).log() for row in ([0.75, 0.25], [0.25, 0.75])]
+    plans = [make_plan(layer) for layer in layers]
+    terms = {3 * n: router_losses([POOLED], plan, batch_of(plan))[1] for n, plan in enumerate(plans)}
+    parts = pool_layers(terms)
+    assert list(parts) == [0, 3], "by number of the layer"
+    assert [float(part["balance_global_pooled"]) for part in parts.values()] == pytest.approx([0.5, 0.5], rel=1e-12)
+    assert [float(loss_of(POOLED, plan)) for plan in plans] == pytest.approx([1.5, 1.5], rel=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_pooled_loss_is_transformers_load_balancing_loss(k: int, masked: bool) -> None:
+    """Three layers, value and gradient. Theirs counts k times: its f adds up to k."""
+    mask_BS = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 0]], dtype=torch.bool) if masked else None
+    ours, theirs = ([logits(12, 5, seed).requires_grad_() for seed in range(3)] for _ in range(2))
+    with peers_in_float64():
+        attention_mask = None if mask_BS is None else mask_BS.long()
+        expected = modeling_mixtral.load_balancing_loss_func(tuple(theirs), 5, k, attention_mask)
+        expected.backward()
+    actual = k * pooled_loss(ours, k, mask_BS)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+    actual.backward()
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-10, atol=1e-14)
+    each = sum(float(loss_alone(make_plan(layer.detach(), k))) for layer in ours) / 3
+    assert float(actual.detach()) != pytest.approx(k * each, rel=1e-3)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("choices", ["all", "first"])
+def test_a_pooled_loss_of_one_layer_is_its_own(scope: str, choices: str) -> None:
+    config, plan = balance_of(scope, choices=choices, layers="pooled"), make_plan(logits(12, 5), 2)
+    losses, terms = router_losses([config], plan, batch_of(plan, 3))
+    (part,) = pool_layers({7: terms})[7].values()
+    torch.testing.assert_close(part, losses[loss_name(config)], rtol=1e-13, atol=0)
+    torch.testing.assert_close(part, loss_of(config, plan, batch_of(plan, 3)), rtol=1e-13, atol=0)
+
+
+def test_nothing_to_pool() -> None:
+    assert pool_layers({}) == {}
+    assert pool_layers({1: {}, 3: {}}) == {1: {}, 3: {}}
+
+
+def make_model(losses: list[dict[str, Any]]) -> Transformer:
+    tree = {
+        "vocab_size": 32,
+        "num_layers": 3,
+        "d_model": 8,
+        "attention": {"num_heads": 2, "head_size": 4},
+        "moe": {"num_experts": 5, "router": {"k": 2}, "losses": losses, "experts": {"hidden": 4}},
+        "init_std": 0.5,
+    }
+    return build_model(ModelConfig.model_validate(tree), dtype=torch.float64, seed=1)
+
+
+def test_a_models_pooled_loss_is_transformers_function_of_its_logits() -> None:
+    """Three MoE blocks: the sum over blocks of the parts, times the coefficient, and the gradient of each router."""
+    model = make_model([{"kind": "balance", "coefficient": 0.5, "layers": "pooled"}, {"kind": "z_loss"}])
+    collected: list[Tensor] = []
+    routers = [block.moe.router for block in model.blocks]
+    for router in routers:
+        router.register_forward_hook(lambda module, inputs, plan: collected.append(plan.logits_TE))
+    mask_BS = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    tokens_BS = torch.randint(0, 32, (2, 6), generator=torch.Generator().manual_seed(0))
+    output = model(tokens_BS, StepContext(mask_BS=mask_BS))
+    actual = torch.stack([losses["balance_global_pooled"] for losses in output.losses.values()]).sum()
+    with peers_in_float64():
+        theirs = modeling_mixtral.load_balancing_loss_func(tuple(collected), 5, 2, mask_BS.long())
+    torch.testing.assert_close(actual, 0.5 * theirs / 2, rtol=1e-12, atol=0)
+
+    weights = [router.weight for router in routers]
+    own = torch.autograd.grad(actual, weights, retain_graph=True)
+    torch.testing.assert_close(own, torch.autograd.grad(0.25 * theirs, weights), rtol=1e-10, atol=1e-14)
+    reported = sum(float(stats.losses["balance_global_pooled"]) for stats in output.stats.values())
+    assert reported == pytest.approx(float(theirs) / 2, rel=1e-12), "before the coefficient"
+    assert [list(losses) for losses in output.losses.values()] == [["balance_global_pooled", "z_loss"]] * 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Padding, and the entropy
+
+
+@pytest.mark.parametrize(
+    "config", [*(balance_of(scope, choices=c) for scope in SCOPES for c in ("all", "first")), Z_LOSS], ids=loss_name
+)
+def test_padding_is_in_no_loss(config: BalanceLossConfig | ZLossConfig) -> None:
+    """Two sequences cut to 4 and 2 of 4 tokens: the loss of the cut ones, and no gradient for padding."""
+    mask_BS = torch.tensor([[True] * 4, [True, False, False, True]])
+    padded, cut = logits(8, 5).requires_grad_(), logits(8, 5)[mask_BS.flatten()].requires_grad_()
+    plan = make_plan(padded, 2)
+    unrouted_TK = ~mask_BS.flatten()[:, None]
+    plan = replace(plan, reason_TK=plan.reason_TK.masked_fill(unrouted_TK, Reason.NOT_ROUTED))
+    actual = loss_of(config, plan, batch_of(plan, 2, mask_BS))
+    if isinstance(config, BalanceLossConfig) and config.scope == "sequence":
+        halves = [make_plan(part, 2) for part in cut.split([4, 2])]
+        expected = torch.stack([loss_of(config, half) for half in halves]).mean()
+    else:
+        expected = loss_of(config, make_plan(cut, 2))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+    (own,), (other,) = torch.autograd.grad(actual, [padded]), torch.autograd.grad(expected, [cut])
+    torch.testing.assert_close(own[mask_BS.flatten()], other, rtol=1e-12, atol=1e-15)
+    assert not own[~mask_BS.flatten()].any()
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_layers_losses_leave_padding_out(scope: str) -> None:
+    """The same through a layer, whatever the padded tokens hold."""
+    losses = [{"kind": "balance", "scope": scope}, {"kind": "balance", "scope": scope, "choices": "first"}]
+    tree = {"d_model": 6, "num_experts": 4, "losses": [*losses, {"kind": "z_loss"}], "experts": {"hidden": 4}}
+    layer = MoELayer(MoEConfig.model_validate(tree)).double()
+    layer.router.weight.data *= 50
+    mask_BS, x_BSD = torch.tensor([[True] * 5 + [False] * 2]), logits(7, 6)[None]
+    expected = layer(x_BSD[:, :5], StepContext()).losses
+    for filling in (0.0, 99.0):
+        filled = x_BSD.masked_fill(~mask_BS[..., None], filling)
+        torch.testing.assert_close(layer(filled, StepContext(mask_BS=mask_BS)).losses, expected, rtol=1e-12, atol=0)
+
+
+def test_a_micro_step_of_padding_alone_costs_nothing() -> None:
+    mask_BS, logits_TE = torch.zeros(2, 3, dtype=torch.bool), logits(6, 5).requires_grad_()
+    plan = replace(make_plan(logits_TE), reason_TK=torch.full((6, 1), Reason.NOT_ROUTED, dtype=torch.uint8))
+    losses = [loss_of(config, plan, batch_of(plan, 2, mask_BS)) for config in (*map(balance_of, SCOPES), Z_LOSS)]
+    assert [float(loss.detach()) for loss in losses] == [0.0] * 4
+    torch.stack(losses).sum().backward()
+    assert logits_TE.grad is not None
+    assert not logits_TE.grad.any()
+
+
+def test_the_routers_entropy_by_hand() -> None:
+    """Sum over real tokens of -p log p: (1/2, 1/4, 1/4) has 1.5 log 2, (1/2, 1/2, 0) log 2; the third is padding."""
+    probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], dtype=torch.float64)
+    plan = make_plan(probabilities.log())
+    counts = count_choices(plan, plan, torch.tensor([True, True, False]))
+    assert float(counts["entropy"]) == pytest.approx(2.5 * math.log(2), rel=1e-12)
+    assert int(counts["num_tokens"]) == 2
+    sigmoid = make_plan(torch.zeros(4, 8, dtype=torch.float64), score="sigmoid")  # scores of 1/2, shares of 1/8
+    assert float(count_choices(sigmoid, sigmoid, None)["entropy"]) == pytest.approx(4 * math.log(8), rel=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

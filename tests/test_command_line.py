@@ -104,7 +104,7 @@ REFUSED_SETTINGS: dict[str, tuple[list[str], str]] = {
     "no kind": (["model.moe.capacity={train: 1.5}"], "model.moe.capacity.kind is missing"),
     "unknown kind": (
         ["model.moe.capacity.kind=choppy"],
-        "model.moe.capacity.kind is 'choppy', it must be one of 'dropless', 'factor'",
+        "model.moe.capacity.kind is 'choppy', it must be one of 'dropless', 'factor', 'absolute'",
     ),
     "unknown kind in a list": (
         ["model.moe.losses=[{kind: balance}, {kind: z}]"],
@@ -373,8 +373,8 @@ def test_check_says_what_the_ranks_hold(config_file: Path) -> None:
     said = {line[:21].strip(): line[21:] for line in lines[-6:]}
     assert said["ranks"] == "4: dp 4 (replicated), ep 2, edp 2"
     assert said["tokens"] == "64 a step, 128 in 2 steps"
-    assert said["MoE blocks"] == "0, 1: 5 experts, 3 on the fullest rank, top-2"
-    assert said["capacity"].startswith("7 choices an expert takes of a rank's 16 tokens in training, 13 in evaluation")
+    assert said["MoE blocks"] == "0, 1: 5 experts, 3 on the fullest rank, router top_k, 2 a token"
+    assert said["capacity"].startswith("7 choices an expert takes of the 16 tokens of a scope (rank) in training, 13")
     assert said["memory of a rank"].startswith("0.00 GiB weights, gradients and optimizer")
 
 

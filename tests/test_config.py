@@ -11,6 +11,7 @@ import yaml
 
 from expert_parallel.config import Config, dump_config, load_config, setting_paths
 from expert_parallel.moe.capacity import DroplessConfig, FactorConfig
+from expert_parallel.moe.routers import RegisteredRouterConfig
 from expert_parallel.settings import Settings
 from tests.launches import ROOT, small_config
 
@@ -61,7 +62,20 @@ def test_a_shipped_config_survives_dump_and_load(path: Path, tmp_path: Path) -> 
         "training.optimizer.betas=[0.8, 0.99]",
         "model.moe.losses=[]",
         "model.moe.losses=[{kind: balance, scope: rank}, {kind: z_loss, coefficient: 2e-3}]",
+        "model.moe.losses=[{kind: balance, choices: first, layers: pooled}]",
         "model.moe.capacity={kind: dropless}",
+        "model.moe.capacity={kind: dropless, receive_bound: 1.5}",
+        "model.moe.capacity={kind: absolute, train: 9, eval: 12, scope: sequence, overflow: reroute, pad: true}",
+        "model.moe.capacity.priority=random",
+        "model.moe.router={kind: top_k, k: 2, group_limit: {count: 2, limit: 1, score: max}}",
+        "model.moe.router={kind: noisy_top_k, noise: normal, std: 0.1}",
+        "model.moe.router={kind: gshard, second: gumbel}",
+        "model.moe={preset: hash_layers, num_experts: 4, experts: {hidden: 16}}",
+        "model.moe={preset: switch, router: {jitter: 0.0}, num_experts: 4, experts: {hidden: 16}}",
+        "model.moe.router={kind: sinkhorn, k: 2}",
+        "model.moe.dispatcher={kind: hierarchical, one_row_per: choice, exchange_dtype: bfloat16}",
+        "model.moe.ledger={kind: rows, breach: warn}",
+        "parallel.ranks_per_node=2",
         "model.position={kind: learned, max_length: 64}",
         "model.moe_blocks={kind: list, indices: [0, 1]}",
         "run.sample={prompt: 'def f(x):'}",
@@ -191,10 +205,13 @@ def test_settings_do_not_change_once_they_are_checked(config_file: Path) -> None
 
 
 def test_every_block_is_strict() -> None:
+    """But for one that lets unknown settings through on purpose: a registered router's own Config checks them."""
+
     def below(block: type[Settings]) -> list[type[Settings]]:
         return [block, *(lower for child in block.__subclasses__() for lower in below(child))]
 
     for block in below(Settings):
         rules = {name: block.model_config.get(name) for name in ("strict", "extra", "frozen")}
-        assert rules == {"strict": True, "extra": "forbid", "frozen": True}, block
-    assert Config in below(Settings)
+        extra = "allow" if block is RegisteredRouterConfig else "forbid"
+        assert rules == {"strict": True, "extra": extra, "frozen": True}, block
+    assert {Config, RegisteredRouterConfig} <= set(below(Settings))

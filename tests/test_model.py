@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 from expert_parallel.model import transformer
 from expert_parallel.model.attention import Attention, AttentionConfig, LayerNorm, RMSNorm, rotate
 from expert_parallel.model.parallelize import build_model, init_weights
-from expert_parallel.model.transformer import ModelConfig, ModelOutput, Recompute, Transformer, at_layer
+from expert_parallel.model.transformer import ModelConfig, ModelOutput, Recompute, Transformer
 from expert_parallel.moe import experts
 from expert_parallel.moe.experts import GroupedExperts
 from expert_parallel.moe.layer import MoELayer
@@ -356,7 +356,7 @@ RANDOM = {
     "moe": {
         **MOE,
         "router": {"k": 2, "jitter": 0.1},
-        "capacity": {"kind": "factor", "train": 0.8, "minimum": 0, "drop": "probability"},
+        "capacity": {"kind": "factor", "train": 0.8, "minimum": 0, "priority": "probability"},
         "losses": [{"kind": "balance", "coefficient": 0.1}, {"kind": "z_loss", "coefficient": 0.1}],
         "experts": {"hidden": 12, "backend": "loop", "hidden_dropout": 0.2, "output_dropout": 0.1},
         "shared_experts": {"hidden": 4},
@@ -449,8 +449,8 @@ def test_jitter_reaches_each_layer_under_its_own_number() -> None:
     assert second is not None
     second.load_state_dict(first.state_dict())
     x = draw(2, 5, D_MODEL)
-    assert not torch.equal(first(x, at_layer(CONTEXT, 0)).y, second(x, at_layer(CONTEXT, 1)).y)
-    assert torch.equal(first(x, at_layer(CONTEXT, 1)).y, second(x, at_layer(CONTEXT, 1)).y)
+    assert not torch.equal(first(x, replace(CONTEXT, layer=0)).y, second(x, replace(CONTEXT, layer=1)).y)
+    assert torch.equal(first(x, replace(CONTEXT, layer=1)).y, second(x, replace(CONTEXT, layer=1)).y)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

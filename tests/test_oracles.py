@@ -5,6 +5,7 @@ From their descriptions: the MoE of the lessons, and the uOmni layer. All in flo
 """
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,11 +21,14 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import ModelConfig
-from expert_parallel.moe.balance import BalanceLossConfig, balance_loss, count_tokens
-from expert_parallel.moe.capacity import FactorConfig, expert_capacity, limit_by_factor
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.plan import RoutingPlan, StepContext
-from expert_parallel.moe.routing import TopKRouter, TopKRouterConfig
+from expert_parallel.moe import random
+from expert_parallel.moe.balance import BalanceLossConfig, router_losses
+from expert_parallel.moe.capacity import FactorConfig, expert_capacity, limit
+from expert_parallel.moe.layer import MoEConfig, MoELayer, token_batch
+from expert_parallel.moe.plan import RoutingPlan, StepContext, TokenBatch
+from expert_parallel.moe.random import Stream
+from expert_parallel.moe.routing import LinearRouter, TopKRouter, TopKRouterConfig
+from expert_parallel.moe.routing_noisy import GShardConfig, GShardRouter, NoisyTopKConfig, NoisyTopKRouter
 from tests.peers import peers_in_float64
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
@@ -39,6 +43,11 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def close(actual: Any, expected: Any, what: str = "") -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-11, msg=lambda text: f"{what}: {text}")
+
+
+def batch_of(x_TD: Tensor) -> TokenBatch:
+    """One sequence, without a context."""
+    return token_batch(x_TD[None], StepContext(), None)
 
 
 def randomise(module: nn.Module) -> None:
@@ -147,7 +156,10 @@ def test_qwen3_moe_block() -> None:
     compare_blocks(theirs, swiglu_layer(k=4))
 
 
-def deepseek_v3_block(bias_E: Tensor) -> DeepseekV3MoE:
+DEEPSEEK_BIAS_E = torch.tensor([0.3, -0.2, 0.0, 0.1, -0.4, 0.2], dtype=torch.float64)
+
+
+def deepseek_v3_block(bias_E: Tensor, num_groups: int, group_limit: int) -> DeepseekV3MoE:
     with peers_in_float64():
         config = DeepseekV3Config(
             hidden_size=D_MODEL,
@@ -155,8 +167,8 @@ def deepseek_v3_block(bias_E: Tensor) -> DeepseekV3MoE:
             n_routed_experts=6,
             n_shared_experts=2,
             num_experts_per_tok=3,
-            n_group=1,
-            topk_group=1,
+            n_group=num_groups,
+            topk_group=group_limit,
             routed_scaling_factor=2.5,
             experts_implementation="eager",
         )
@@ -165,33 +177,40 @@ def deepseek_v3_block(bias_E: Tensor) -> DeepseekV3MoE:
     return theirs
 
 
-def test_deepseek_v3_block() -> None:
-    """Sigmoid scores, a bias that moves the choice, weights normalised and scaled, two shared experts in one network.
-
-    They add 1e-20 to the sum of the weights; with 6 experts in one group their group limit is idle.
-    """
-    bias_E = torch.tensor([0.3, -0.2, 0.0, 0.1, -0.4, 0.2], dtype=torch.float64)
+@pytest.mark.parametrize(("num_groups", "group_limit"), [(1, 1), (3, 2), (2, 1)])
+def test_deepseek_v3_block(num_groups: int, group_limit: int) -> None:
+    """Sigmoid scores, a bias that moves the choice, weights normalised and scaled, two shared experts in one network, 3
+    experts of 6 within the best groups. They add 1e-20 to the sum of the weights."""
+    theirs = deepseek_v3_block(DEEPSEEK_BIAS_E, num_groups, group_limit)
     router = {"k": 3, "score": "sigmoid", "scale": 2.5, "balance_bias_rate": 0.001}
-    ours = make_layer(6, router=router, experts={"hidden": HIDDEN}, shared_experts={"hidden": 2 * HIDDEN})
-    compare_blocks(deepseek_v3_block(bias_E), ours)
+    groups = {"group_limit": {"count": num_groups, "limit": group_limit}}
+    shared = {"hidden": 2 * HIDDEN}
+    ours = make_layer(6, router={**router, **groups}, experts={"hidden": HIDDEN}, shared_experts=shared)
+    compare_blocks(theirs, ours)
 
 
-def test_deepseek_v3_choices_follow_the_bias() -> None:
-    """The chosen experts and their weights, and that the bias of this test changes some choices."""
-    bias_E = torch.tensor([0.3, -0.2, 0.0, 0.1, -0.4, 0.2], dtype=torch.float64)
-    theirs, x_TD = deepseek_v3_block(bias_E), draw(40, D_MODEL)
+@pytest.mark.parametrize(("num_groups", "group_limit"), [(1, 1), (3, 2), (2, 1)])
+def test_deepseek_v3_choices_follow_the_bias_and_the_groups(num_groups: int, group_limit: int) -> None:
+    """The chosen experts and their weights; the bias and the group limit of this test change some choices."""
+    theirs, x_TD = deepseek_v3_block(DEEPSEEK_BIAS_E, num_groups, group_limit), draw(40, D_MODEL)
     randomise(theirs)
-    config = TopKRouterConfig(k=3, score="sigmoid", scale=2.5, balance_bias_rate=0.001)
-    router = TopKRouter(config, D_MODEL, 6).double()
-    router.load_state_dict({"weight": theirs.gate.weight.data, "balance_bias_E": bias_E})
+    options = {"k": 3, "score": "sigmoid", "scale": 2.5, "balance_bias_rate": 0.001}
+    groups = {"count": num_groups, "limit": group_limit}
+    state = {"weight": theirs.gate.weight.data, "balance_bias_E": DEEPSEEK_BIAS_E}
+    router = TopKRouter(TopKRouterConfig.model_validate({**options, "group_limit": groups}), D_MODEL, 6).double()
+    router.load_state_dict(state)
     with peers_in_float64():
         _, their_weights_TK, their_ids_TK = theirs.gate(x_TD)
-    plan = router(x_TD, torch.arange(40), StepContext())
+    plan = router(x_TD, batch_of(x_TD))
     expected = torch.zeros(40, 6, dtype=torch.float64).scatter(1, their_ids_TK, their_weights_TK)
     close(dense(plan)[0], expected)  # their k choices come in no order
+
+    free = TopKRouter(TopKRouterConfig.model_validate(options), D_MODEL, 6).double()
+    free.load_state_dict(state)
+    assert torch.equal(dense(free(x_TD, batch_of(x_TD)))[1], expected > 0) is (num_groups == group_limit)
     assert router.balance_bias_E is not None
     router.balance_bias_E.zero_()
-    assert not torch.equal(dense(router(x_TD, torch.arange(40), StepContext()))[1], expected > 0)
+    assert not torch.equal(dense(router(x_TD, batch_of(x_TD)))[1], expected > 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,15 +266,25 @@ def test_mixtral_model() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# transformers: Switch. Its ways that ours need not share: capacity is an absolute number for each sequence; the bound
-# counts places from 1; in float32 its jitter is written into the tokens, so that the experts see it too.
+# transformers: Switch. Its capacity is an absolute number for each sequence; its bound counts places from 1. One way of
+# its own: in float32 its jitter is written into the tokens, so that the experts see it too.
 
 
-@pytest.mark.parametrize(("capacity", "factor"), [(4, 0.6), (1, 0.1), (24, 4.0)])
-def test_switch_layer(capacity: int, factor: float) -> None:
-    """One sequence of 24 tokens and 4 experts: drops, probabilities, losses, output, gradients."""
+@pytest.mark.parametrize(
+    ("num_sequences", "capacity", "limits"),
+    [
+        (1, 4, {"kind": "factor", "train": 0.6, "minimum": 0}),
+        (1, 1, {"kind": "factor", "train": 0.1, "minimum": 0}),
+        (1, 24, {"kind": "factor", "train": 4.0, "minimum": 0}),
+        (3, 4, {"kind": "factor", "train": 0.6, "minimum": 0, "scope": "sequence"}),
+        (3, 5, {"kind": "absolute", "train": 5, "eval": 24, "scope": "sequence"}),
+    ],
+)
+def test_switch_layer(num_sequences: int, capacity: int, limits: dict[str, Any]) -> None:
+    """Sequences of 24 tokens and 4 experts: drops, probabilities, losses, output, gradients."""
     num_tokens, num_experts = 24, 4
-    assert expert_capacity(factor, 0, num_tokens, 1, num_experts) == capacity
+    if limits["kind"] == "factor":
+        assert expert_capacity(limits["train"], 0, num_tokens, 1, num_experts) == capacity
     with peers_in_float64():
         config = SwitchTransformersConfig(
             d_model=D_MODEL,
@@ -270,7 +299,7 @@ def test_switch_layer(capacity: int, factor: float) -> None:
     ours = make_layer(
         num_experts,
         router={"k": 1, "normalise": False},
-        capacity={"kind": "factor", "train": factor, "minimum": 0},
+        capacity=limits,
         losses=[{"kind": "balance", "scope": "sequence"}, {"kind": "z_loss"}],
         experts={"hidden": HIDDEN, "activation": "relu"},
     )
@@ -279,19 +308,20 @@ def test_switch_layer(capacity: int, factor: float) -> None:
     ours.experts.w_in.data = torch.stack([expert.wi.weight.data.T for expert in their_experts])
     ours.experts.w_out.data = torch.stack([expert.wo.weight.data.T for expert in their_experts])
 
-    x, their_x = (draw(1, num_tokens, D_MODEL).requires_grad_() for _ in range(2))
+    x, their_x = (draw(num_sequences, num_tokens, D_MODEL).requires_grad_() for _ in range(2))
+    x_TD, batch = x.flatten(0, 1), token_batch(x, StepContext(), None)
     with peers_in_float64():
         kept_BTE, probability_BT1, logits_BTE = theirs.router(their_x)
         expected = theirs(their_x)
         choice_BT = logits_BTE.argmax(-1)
         balance = switch.load_balancing_loss_func(logits_BTE.softmax(-1), choice_BT)
         z = switch.router_z_loss_func(logits_BTE)
-    plan = ours.router(x[0], torch.arange(num_tokens), StepContext())
-    close(plan.logits_TE, logits_BTE[0], "logits")
-    close(plan.weights_TK, probability_BT1[0], "probabilities")
-    assert torch.equal(plan.expert_ids_TK[:, 0], choice_BT[0])
-    plan = limit_by_factor(ours.config.capacity, plan, training=True)
-    assert torch.equal(dense(plan)[1], kept_BTE[0].bool())
+    plan = ours.router(x_TD, batch)
+    close(plan.logits_TE, logits_BTE.flatten(0, 1), "logits")
+    close(plan.weights_TK, probability_BT1.flatten(0, 1), "probabilities")
+    assert torch.equal(plan.expert_ids_TK[:, 0], choice_BT.flatten())
+    plan, _ = limit(ours.config.capacity, plan, batch, training=True)
+    assert torch.equal(dense(plan)[1], kept_BTE.flatten(0, 1).bool())
     dropped = int((~plan.kept_TK).sum())
     assert (dropped > 0) is (capacity < 24)
 
@@ -299,9 +329,9 @@ def test_switch_layer(capacity: int, factor: float) -> None:
     close(actual.y, expected, "output")
     close(actual.stats.losses["balance_sequence"], balance.detach(), "balance loss")
     close(actual.stats.losses["z_loss"], z.detach(), "z loss")
-    assert bool((actual.y[0][~plan.kept_TK[:, 0]] == 0).all())  # the residual alone carries a dropped token
+    assert bool((actual.y.flatten(0, 1)[~plan.kept_TK[:, 0]] == 0).all())  # the residual alone carries a dropped token
 
-    upstream = draw(1, num_tokens, D_MODEL, seed=1)
+    upstream = draw(num_sequences, num_tokens, D_MODEL, seed=1)
     ((expected * upstream).sum() + 0.01 * balance + 0.001 * z).backward()
     ((actual.y * upstream).sum() + actual.losses["balance_sequence"] + actual.losses["z_loss"]).backward()
     close(x.grad, their_x.grad, "input")
@@ -324,17 +354,26 @@ def dense(plan: RoutingPlan) -> tuple[Tensor, Tensor]:
     return nothing_TE.scatter(1, plan.expert_ids_TK, plan.weights_TK * plan.kept_TK), kept_TE
 
 
-def own_gate(logits_TE: Tensor, k: int, factor: float, drop: str = "position", normalise: bool = True) -> RoutingPlan:
+def own_gate(logits_TE: Tensor, k: int, factor: float, normalise: bool = True, **capacity: Any) -> RoutingPlan:
     config = TopKRouterConfig(k=k, normalise=normalise)
-    router = TopKRouter(config, logits_TE.shape[1], logits_TE.shape[1]).double()
-    nn.init.eye_(router.weight)
-    plan = router(logits_TE, torch.arange(len(logits_TE)), StepContext())
-    capacity = FactorConfig(kind="factor", train=factor, minimum=0, drop=drop)
-    return limit_by_factor(capacity, plan, training=True)
+    return gate(TopKRouter(config, logits_TE.shape[1], logits_TE.shape[1]), logits_TE, factor, **capacity)
 
 
-def own_balance_loss(plan: RoutingPlan) -> Tensor:
-    return balance_loss(BalanceLossConfig(kind="balance"), plan, count_tokens(plan, 1, None))
+def gate(router: LinearRouter, logits_TE: Tensor, factor: float, **capacity: Any) -> RoutingPlan:
+    """The router on these logits, then capacity. `renormalise` as the layer does it."""
+    nn.init.eye_(router.double().weight)
+    batch = batch_of(logits_TE)
+    config = FactorConfig(kind="factor", train=factor, minimum=0, **capacity)
+    plan, _ = limit(config, router(logits_TE, batch), batch, training=True)
+    if not config.renormalise:
+        return plan
+    return replace(plan, weights_TK=router.weights(plan, plan.expert_ids_TK, plan.kept_TK))
+
+
+def own_balance_loss(plan: RoutingPlan, choices: str = "all") -> Tensor:
+    losses, _ = router_losses([BalanceLossConfig(kind="balance", choices=choices)], plan, batch_of(plan.logits_TE))
+    (loss,) = losses.values()
+    return loss
 
 
 def skewed_logits(num_tokens: int = 40, num_experts: int = 5) -> Tensor:
@@ -386,11 +425,8 @@ def test_deepspeed_top_1_without_random_selection_keeps_arbitrary_tokens() -> No
 
 
 def test_deepspeed_top_2() -> None:
-    """GShard's gate: the same choices, places and drops. Two definitions differ, and are tested as they differ:
-
-    - it divides by the weights that are left after dropping; ours stay as they were (trap 18)
-    - its loss counts first choices alone
-    """
+    """GShard's gate: the same choices, places, drops; the loss over first choices; weights that are divided by what is
+    left after dropping if `renormalise` asks for it, and that else stay as they were (trap 18)."""
     logits_TE = skewed_logits()
     with peers_in_float64():
         loss, weights_TEC, kept_TEC, choices_E = deepspeed.top2gating(
@@ -402,8 +438,50 @@ def test_deepspeed_top_2() -> None:
     assert bool((plan.kept_TK.sum(1) == 1).any())  # tokens that lost one of their two
     assert torch.equal(kept_TE, kept_TEC.any(-1))
     close(weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-300), weights_TEC.sum(-1))
+    renormalised = own_gate(logits_TE, k=2, factor=0.75, renormalise=True)
+    close(dense(renormalised)[0], weights_TEC.sum(-1))
     assert torch.equal(plan.expert_ids_TK.flatten().bincount(minlength=5), choices_E)
+    close(own_balance_loss(plan, choices="first"), loss)
     close(own_balance_loss(own_gate(logits_TE, k=1, factor=1.0, normalise=False)), loss)
+
+
+def test_deepspeed_rsample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Top-1 of noisy logits, weighed by the clean ones, with our Gumbel numbers in the place of theirs."""
+    logits_TE = skewed_logits()
+    batch = batch_of(logits_TE)
+    noise_TE = random.gumbel(random.pass_seed(batch.context, Stream.NOISE), batch.index_T, 5)
+    monkeypatch.setattr(deepspeed, "gumbel_rsample", lambda shape, device: noise_TE)
+    falling = {logits_TE.device: lambda shape: torch.linspace(1, 0.5, shape[0], dtype=torch.float64)[:, None]}
+    monkeypatch.setattr(deepspeed, "exp_selection_uniform_map", falling)
+    with peers_in_float64():
+        loss, weights_TEC, kept_TEC, choices_E = deepspeed.top1gating(logits_TE, 0.75, 0, noisy_gate_policy="RSample")
+    config = NoisyTopKConfig(kind="noisy_top_k", k=1, noise="gumbel", normalise=False)
+    plan = gate(NoisyTopKRouter(config, 5, 5), logits_TE, 0.75)
+    assert not torch.equal(plan.expert_ids_TK[:, 0], logits_TE.argmax(1))
+    weights_TE, kept_TE = dense(plan)
+    assert 0.05 < float((~plan.kept_TK).double().mean()) < 0.5
+    assert torch.equal(kept_TE, kept_TEC.any(-1))
+    close(weights_TE, weights_TEC.sum(-1))
+    close(own_balance_loss(plan), loss)
+    assert torch.equal(plan.expert_ids_TK.flatten().bincount(minlength=5), choices_E)
+
+
+def test_deepspeed_top_2_with_a_sampled_second_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its default: first choices by clean logits, second ones by noisy logits, weights of what is left sum to 1."""
+    logits_TE = skewed_logits()
+    batch = batch_of(logits_TE)
+    noise_TE = random.gumbel(random.pass_seed(batch.context, Stream.SECOND_EXPERT), batch.index_T, 5)
+    monkeypatch.setattr(deepspeed, "gumbel_rsample", lambda shape, device: noise_TE)
+    with peers_in_float64():
+        loss, weights_TEC, kept_TEC, choices_E = deepspeed.top2gating(logits_TE.clone(), 0.75, 0)
+    plan = gate(GShardRouter(GShardConfig(kind="gshard", second="gumbel"), 5, 5), logits_TE, 0.75, renormalise=True)
+    assert not torch.equal(plan.expert_ids_TK[:, 1], logits_TE.argsort(1, descending=True)[:, 1])
+    weights_TE, kept_TE = dense(plan)
+    assert bool((plan.kept_TK.sum(1) == 1).any())  # tokens that lost one of their two
+    assert torch.equal(kept_TE, kept_TEC.any(-1))
+    close(weights_TE, weights_TEC.sum(-1))
+    close(own_balance_loss(plan, choices="first"), loss)
+    assert torch.equal(plan.expert_ids_TK.flatten().bincount(minlength=5), choices_E)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -412,22 +490,28 @@ def test_deepspeed_top_k_by_probability(k: int) -> None:
     logits_TE = skewed_logits()
     with peers_in_float64():
         loss, weights_TEC, kept_TEC, choices_E = deepspeed.topkgating(logits_TE, k, 0.75, 0)
-    plan = own_gate(logits_TE, k=k, factor=0.75, drop="probability", normalise=False)
+    plan = own_gate(logits_TE, k=k, factor=0.75, priority="probability", normalise=False)
     weights_TE, kept_TE = dense(plan)
     assert 0.05 < float((~plan.kept_TK).double().mean()) < 0.5
     assert torch.equal(kept_TE, kept_TEC.any(-1))
     close(weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-300), weights_TEC.sum(-1))
+    if k > 1:  # a single weight would be 1 and is refused
+        renormalised = own_gate(logits_TE, k=k, factor=0.75, priority="probability", renormalise=True)
+        close(dense(renormalised)[0], weights_TEC.sum(-1))
     assert torch.equal(plan.expert_ids_TK.flatten().bincount(minlength=5), choices_E)
     close(own_balance_loss(plan), loss)
 
 
 def test_deepspeed_top_k_by_position_stands_in_token_order() -> None:
-    """With k = 1 its drops are ours. Beyond, it lets an early token's second choice go before a later one's first."""
+    """It lets an early token's second choice go before a later one's first: our `first_choices_first: false`."""
     logits_TE = skewed_logits()
     with peers_in_float64():
         _, _, kept_1_TEC, _ = deepspeed.topkgating(logits_TE, 1, 0.75, 0, drop_policy="position")
-        _, _, kept_2_TEC, _ = deepspeed.topkgating(logits_TE, 2, 0.75, 0, drop_policy="position")
+        _, weights_TEC, kept_2_TEC, _ = deepspeed.topkgating(logits_TE, 2, 0.75, 0, drop_policy="position")
     assert torch.equal(dense(own_gate(logits_TE, 1, 0.75, normalise=False))[1], kept_1_TEC.any(-1))
+    in_token_order = own_gate(logits_TE, 2, 0.75, first_choices_first=False, renormalise=True)
+    assert torch.equal(dense(in_token_order)[1], kept_2_TEC.any(-1))
+    close(dense(in_token_order)[0], weights_TEC.sum(-1))
     plan = own_gate(logits_TE, 2, 0.75)
     kept_TE = dense(plan)[1]
     assert torch.equal(kept_TE.sum(0), kept_2_TEC.any(-1).sum(0))

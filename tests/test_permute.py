@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expert_parallel.moe.permute import NO_ROW, gather_rows, group_by_rank, sort_by_expert, sources_table
+from expert_parallel.moe.hop import RowChoices, Travel, look_up, plan_travel
+from expert_parallel.moe.permute import (
+    NO_ROW,
+    gather_rows,
+    padded_tables,
+    places_in_queues,
+    sort_by_expert,
+    sources_table,
+    sum_rows,
+)
 
 NAIVE = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -16,48 +25,75 @@ def ids(*rows: list[int]) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# group_by_rank: token-major choices -> rank-major rows
+# plan_travel: choices by row -> rows by destination, on which choices of one row share a place or not
 
 
-def test_group_by_rank_merges_choices_on_one_rank() -> None:
-    expert_ids_TK = ids([5, 1], [0, 1])  # the two tokens of the docstring: experts 0-3 on rank 0, 4-7 on rank 1
-    order = group_by_rank(expert_ids_TK, torch.ones(2, 2, dtype=torch.bool), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))
-    assert order.rank_U.tolist() == [0, 0, 1]
-    assert order.token_U.tolist() == [0, 1, 0]
-    assert order.row_N.tolist() == [0, 1, 1, 2]
-    assert order.expert_N.tolist() == [1, 0, 1, 5]
-    assert order.choice_N.tolist() == [1, 2, 3, 0]
+def travel(
+    expert_ids_TK: Tensor, kept_TK: Tensor | None, rank_of_expert_E: Tensor, num_ranks: int, merge: bool
+) -> tuple[RowChoices, Travel]:
+    """The kept choices of T tokens by hand, each weighed by its flat index, and how they travel."""
+    num_tokens, num_choices = expert_ids_TK.shape
+    kept_TK = torch.ones_like(expert_ids_TK, dtype=torch.bool) if kept_TK is None else kept_TK
+    flat = [t * num_choices + k for t in range(num_tokens) for k in range(num_choices) if kept_TK[t, k]]
+    flat_N = torch.tensor(flat, dtype=torch.int64)
+    choices = RowChoices(flat_N // num_choices, expert_ids_TK.flatten()[flat_N], flat_N.double())
+    return choices, plan_travel(choices, rank_of_expert_E, num_tokens, num_ranks, num_choices, merge)
 
 
-def test_group_by_rank_leaves_dropped_choices_out() -> None:
-    expert_ids_TK = ids([0, 3], [3, 2], [1, 0])
+def test_merged_choices_of_one_token_at_one_rank_share_a_row() -> None:
+    """The two tokens of the docstring: experts 0-3 on rank 0, 4-7 on rank 1. Rows: (r0: t0), (r0: t1), (r1: t0)."""
+    _, plan = travel(ids([5, 1], [0, 1]), None, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), num_ranks=2, merge=True)
+    assert plan.token_U.tolist() == [0, 1, 0]
+    assert plan.rows_L.tolist() == [[0, 2], [1, NO_ROW]]
+    assert plan.choice_N.tolist() == [1, 2, 3, 0]
+    assert plan.num_choices_U.tolist() == [1, 2, 1]
+    assert plan.rows_P.tolist() == [2, 1]
+    assert plan.choices_P.tolist() == [3, 1]
+
+
+def test_unmerged_choices_have_a_row_each_and_come_back_in_the_order_of_choice() -> None:
+    """The same two tokens. Rows: (r0: t0 e1), (r0: t1 e0), (r0: t1 e1), (r1: t0 e5); token 0 adds e5 up first."""
+    _, plan = travel(ids([5, 1], [0, 1]), None, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), num_ranks=2, merge=False)
+    assert plan.token_U.tolist() == [0, 1, 1, 0]
+    assert plan.rows_L.tolist() == [[3, 0], [1, 2]]
+    assert plan.choice_N.tolist() == [1, 2, 3, 0]
+    assert plan.num_choices_U.tolist() == [1, 1, 1, 1]
+    assert plan.rows_P.tolist() == plan.choices_P.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_dropped_choices_do_not_travel(merge: bool) -> None:
+    """Experts 0, 1 on rank 1; 2, 3 on rank 0. Kept: token 0's expert 0, token 2's expert 0; token 1 goes nowhere."""
     kept_TK = torch.tensor([[True, False], [False, False], [False, True]])
-    order = group_by_rank(expert_ids_TK, kept_TK, torch.tensor([1, 1, 0, 0]))
-    assert order.rank_U.tolist() == [1, 1]
-    assert order.token_U.tolist() == [0, 2]  # token 1 travels nowhere
-    assert order.row_N.tolist() == [0, 1]
-    assert order.expert_N.tolist() == [0, 0]
-    assert order.choice_N.tolist() == [0, 5]
+    choices, plan = travel(ids([0, 3], [3, 2], [1, 0]), kept_TK, torch.tensor([1, 1, 0, 0]), num_ranks=2, merge=merge)
+    assert choices.weight_N[plan.choice_N].tolist() == [0.0, 5.0]
+    assert plan.token_U.tolist() == [0, 2]
+    assert plan.rows_L.tolist() == [[0, NO_ROW], [NO_ROW, NO_ROW], [1, NO_ROW]]
+    assert plan.rows_P.tolist() == plan.choices_P.tolist() == [0, 2]
 
 
-def test_group_by_rank_of_an_uneven_placement() -> None:
-    # Experts 0..4 lie on ranks 2, 0, 2, 1, 0.
-    order = group_by_rank(ids([0, 1, 2]), torch.ones(1, 3, dtype=torch.bool), torch.tensor([2, 0, 2, 1, 0]))
-    assert order.rank_U.tolist() == [0, 2]
-    assert order.token_U.tolist() == [0, 0]
-    assert order.row_N.tolist() == [0, 1, 1]
-    assert order.expert_N.tolist() == [1, 0, 2]
-    assert order.choice_N.tolist() == [1, 0, 2]
+def test_travel_of_an_uneven_placement() -> None:
+    """Experts 0..4 lie on ranks 2, 0, 2, 1, 0: one token's e0, e1, e2 are two rows, (r0: e1) and (r2: e0 e2)."""
+    _, plan = travel(ids([0, 1, 2]), None, torch.tensor([2, 0, 2, 1, 0]), num_ranks=3, merge=True)
+    assert plan.token_U.tolist() == [0, 0]
+    assert plan.rows_L.tolist() == [[0, 1, NO_ROW]]
+    assert plan.choice_N.tolist() == [1, 0, 2]
+    assert plan.num_choices_U.tolist() == [1, 2]
+    assert plan.rows_P.tolist() == [1, 0, 1]
+    assert plan.choices_P.tolist() == [1, 0, 2]
 
 
+@pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("num_tokens", [0, 1, 3])
-def test_group_by_rank_of_nothing(num_tokens: int) -> None:
-    """No tokens, or every choice dropped: five empty int64 tensors."""
+def test_travel_of_nothing(num_tokens: int, merge: bool) -> None:
+    """No tokens, or every choice dropped: empty int64 tensors, and no row for any rank."""
     expert_ids_TK = torch.zeros(num_tokens, 2, dtype=torch.int64)
-    order = group_by_rank(expert_ids_TK, torch.zeros(num_tokens, 2, dtype=torch.bool), torch.tensor([0, 1]))
-    for tensor in (order.token_U, order.rank_U, order.row_N, order.expert_N, order.choice_N):
+    _, plan = travel(expert_ids_TK, torch.zeros(num_tokens, 2, dtype=torch.bool), torch.tensor([0, 1]), 2, merge)
+    for tensor in (plan.token_U, plan.choice_N, plan.num_choices_U):
         assert tensor.shape == (0,)
         assert tensor.dtype == torch.int64
+    assert plan.rows_L.tolist() == [[NO_ROW, NO_ROW]] * num_tokens
+    assert plan.rows_P.tolist() == plan.choices_P.tolist() == [0, 0]
 
 
 @st.composite
@@ -77,25 +113,38 @@ def routings(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @NAIVE
-@given(routings())
-def test_group_by_rank_equals_loops(routing: tuple[Tensor, Tensor, Tensor]) -> None:
+@given(routings(), st.booleans())
+def test_plan_travel_equals_loops(routing: tuple[Tensor, Tensor, Tensor], merge: bool) -> None:
+    """rows: (rank, token) of each travelling row; flat: t * K + k of each choice, in the order of travel."""
     expert_ids_TK, kept_TK, rank_of_expert_E = routing
     num_tokens, num_choices = expert_ids_TK.shape
-    rows, choices = [], []
+    rows, flat, num_choices_of_row, row_of_choice = [], [], [], {}
     for rank in range(4):
         for t in range(num_tokens):
-            here = [
-                (len(rows), int(expert_ids_TK[t, k]), t * num_choices + k)
-                for k in range(num_choices)
-                if kept_TK[t, k] and rank_of_expert_E[expert_ids_TK[t, k]] == rank
-            ]
-            choices += here
-            rows += [(rank, t)] if here else []
+            here = [k for k in range(num_choices) if kept_TK[t, k] and rank_of_expert_E[expert_ids_TK[t, k]] == rank]
+            for shared in ([here] if here else []) if merge else [[k] for k in here]:
+                row_of_choice |= {(t, k): len(rows) for k in shared}
+                flat += [t * num_choices + k for k in shared]
+                rows.append((rank, t))
+                num_choices_of_row.append(len(shared))
 
-    order = group_by_rank(expert_ids_TK, kept_TK, rank_of_expert_E)
-    assert list(zip(order.rank_U.tolist(), order.token_U.tolist(), strict=True)) == rows
-    found = zip(order.row_N.tolist(), order.expert_N.tolist(), order.choice_N.tolist(), strict=True)
-    assert list(found) == choices
+    choices, plan = travel(expert_ids_TK, kept_TK, rank_of_expert_E, num_ranks=4, merge=merge)
+    ranks = [rank for rank, count in enumerate(plan.rows_P.tolist()) for _ in range(count)]
+    assert list(zip(ranks, plan.token_U.tolist(), strict=True)) == rows
+    assert choices.weight_N[plan.choice_N].tolist() == flat
+    assert plan.num_choices_U.tolist() == num_choices_of_row
+    wanted_P = [sum(n for (r, _), n in zip(rows, num_choices_of_row, strict=True) if r == rank) for rank in range(4)]
+    assert plan.choices_P.tolist() == wanted_P
+    for t, found in enumerate(plan.rows_L.tolist()):
+        wanted = [row_of_choice[t, k] for k in range(num_choices) if kept_TK[t, k]]
+        wanted = sorted(set(wanted)) if merge else wanted
+        assert found == wanted + [NO_ROW] * (len(found) - len(wanted))
+
+
+def test_look_up_leaves_the_absent_alone() -> None:
+    table = ids([1, NO_ROW], [NO_ROW, 0])
+    assert look_up(torch.tensor([7, 9]), table).tolist() == [[9, NO_ROW], [NO_ROW, 7]]
+    assert look_up(torch.zeros(0, dtype=torch.int64), ids([NO_ROW])).tolist() == [[NO_ROW]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,6 +209,71 @@ def test_sources_table_equals_loops(sources: list[int]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# places_in_queues: who stands where
+
+
+def test_places_in_queues_by_hand() -> None:
+    """Items 4, 3, 2, 1, 0 step up, to queues 1, 0, 1, 1, 0: queue 1 is 4, 2, 1 and queue 0 is 3, 0."""
+    place_N = places_in_queues(torch.tensor([0, 1, 1, 0, 1]), num_queues=3, order_N=torch.tensor([4, 3, 2, 1, 0]))
+    assert place_N.tolist() == [1, 2, 1, 0, 0]
+    assert place_N.dtype == torch.int64
+
+
+@NAIVE
+@given(st.data())
+def test_places_in_queues_equal_loops(data: st.DataObject) -> None:
+    queues = data.draw(st.lists(st.integers(0, 4), max_size=20))
+    order = data.draw(st.permutations(range(len(queues))))
+    as_tensor = [torch.tensor(numbers, dtype=torch.int64) for numbers in (queues, order)]
+    lengths, expected = [0] * 5, [0] * len(queues)
+    for item in order:
+        expected[item] = lengths[queues[item]]
+        lengths[queues[item]] += 1
+    assert places_in_queues(as_tensor[0], num_queues=5, order_N=as_tensor[1]).tolist() == expected
+
+
+def test_a_long_queue_keeps_its_order() -> None:
+    """A size at which an unstable sort no longer keeps the order of equals."""
+    place_N = places_in_queues(torch.zeros(5000, dtype=torch.int64), 1, torch.arange(5000))
+    assert torch.equal(place_N, torch.arange(5000))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# padded_tables: a block of equal length for each expert
+
+
+def test_padded_tables_by_hand() -> None:
+    """Experts with 2, 0 and 1 rows, blocks of 3: the places of rows 0, 1, 2 are 0, 1 and 6."""
+    row_P, place_R = padded_tables(torch.tensor([2, 0, 1]), padded_rows=3, num_rows=3)
+    assert place_R.tolist() == [0, 1, 6]
+    assert row_P.flatten().tolist() == [0, 1, NO_ROW, NO_ROW, NO_ROW, NO_ROW, 2, NO_ROW, NO_ROW]
+
+
+@NAIVE
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=5), st.integers(0, 3))
+def test_padded_tables_equal_loops_and_are_inverse(counts: list[int], spare: int) -> None:
+    padded_rows, num_rows = max(counts) + spare, sum(counts)
+    row_P, place_R = padded_tables(torch.tensor(counts), padded_rows, num_rows)
+    assert row_P.shape == (len(counts) * padded_rows, 1)
+    blocks = [[NO_ROW] * padded_rows for _ in counts]
+    row = 0
+    for expert, count in enumerate(counts):
+        for place in range(count):
+            blocks[expert][place] = row
+            row += 1
+    assert row_P.flatten().tolist() == [row for block in blocks for row in block]
+    x_RD = torch.arange(1.0, num_rows + 1)[:, None]
+    padded = gather_rows(x_RD, row_P, place_R)
+    assert float(padded.sum()) == float(x_RD.sum())  # the rest is zeros
+    assert torch.equal(gather_rows(padded, place_R, row_P), x_RD)
+
+
+def test_padding_that_is_too_small_is_refused() -> None:
+    with pytest.raises(AssertionError):
+        padded_tables(torch.tensor([1, 3]), padded_rows=2, num_rows=4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # gather_rows: the one primitive that moves rows
 
 
@@ -194,6 +308,21 @@ def test_gather_rows_of_empty_shapes(num_rows: int, num_results: int, width: int
     assert x.grad is not None
     assert x.grad.shape == x.shape
     assert not x.grad.any()
+
+
+def test_a_table_without_a_width_names_one_source_each() -> None:
+    """As the same table with width 1, forward and backward; sum_rows is the forward alone."""
+    source_M, join = torch.tensor([2, 0, 2, 1]), sources_table(torch.tensor([2, 0, 2, 1]), num_sources=3, width=2)
+    upstream = torch.tensor([[1.0], [10.0], [100.0], [1000.0]], dtype=torch.float64)
+    gradients = []
+    for table in (source_M, source_M[:, None]):
+        x = torch.tensor([[3.0], [5.0], [7.0]], dtype=torch.float64, requires_grad=True)
+        result = gather_rows(x, table, join)
+        assert result.tolist() == sum_rows(x.detach(), table).tolist() == [[7.0], [3.0], [7.0], [5.0]]
+        result.backward(upstream)
+        assert x.grad is not None
+        gradients.append(x.grad.tolist())
+    assert gradients == [[[10.0], [1000.0], [101.0]]] * 2
 
 
 def test_gather_rows_of_vectors() -> None:
@@ -247,20 +376,18 @@ def test_gradient_of_gather_rows() -> None:
 
 
 @NAIVE
-@given(routings())
-def test_every_token_is_carried_and_none_twice(routing: tuple[Tensor, Tensor, Tensor]) -> None:
+@given(routings(), st.booleans())
+def test_every_token_is_carried_and_none_twice(routing: tuple[Tensor, Tensor, Tensor], merge: bool) -> None:
     """Rows that carry their token's number go out to the ranks and come back: each as often as it was sent."""
     expert_ids_TK, kept_TK, rank_of_expert_E = routing
-    num_tokens, num_choices = expert_ids_TK.shape
-    token_names_TD = torch.arange(num_tokens, dtype=torch.float64)[:, None] + 1000.0
-    order = group_by_rank(expert_ids_TK, kept_TK, rank_of_expert_E)
-    row_TP = sources_table(order.token_U, num_tokens, min(num_choices, 4))
-    x_UD = gather_rows(token_names_TD, order.token_U[:, None], row_TP)
-    assert x_UD.flatten().tolist() == [1000.0 + t for t in order.token_U.tolist()]
-    y_TD = gather_rows(x_UD, row_TP, order.token_U[:, None])
-    for t in range(num_tokens):
-        ranks = {int(rank_of_expert_E[e]) for e, kept in zip(expert_ids_TK[t], kept_TK[t], strict=True) if kept}
-        assert float(y_TD[t]) == len(ranks) * (1000.0 + t)
+    token_names_TD = torch.arange(len(expert_ids_TK), dtype=torch.float64)[:, None] + 1000.0
+    _, plan = travel(expert_ids_TK, kept_TK, rank_of_expert_E, num_ranks=4, merge=merge)
+    x_UD = gather_rows(token_names_TD, plan.token_U, plan.rows_L)
+    assert x_UD.flatten().tolist() == [1000.0 + t for t in plan.token_U.tolist()]
+    y_TD = gather_rows(x_UD, plan.rows_L, plan.token_U)
+    for t in range(len(expert_ids_TK)):
+        ranks = [int(rank_of_expert_E[e]) for e, kept in zip(expert_ids_TK[t], kept_TK[t], strict=True) if kept]
+        assert float(y_TD[t]) == len(set(ranks) if merge else ranks) * (1000.0 + t)
 
 
 def test_bfloat16_sums_are_taken_in_float32_and_rounded_once() -> None:

@@ -1,13 +1,19 @@
-"""Random numbers that are functions of their keys: uniform, repeatable, and the same whatever the batching."""
+"""Random numbers that are functions of their keys: uniform, normal and Gumbel; repeatable, whatever the batching."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import NormalDist
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from expert_parallel.moe.random import dropout, mix, uniform
+from expert_parallel.moe import random
+from expert_parallel.moe.plan import StepContext
+from expert_parallel.moe.random import Stream, dropout, gumbel, mix, normal, pass_seed, uniform
 
 
 def test_mix_depends_on_every_key_and_on_their_order() -> None:
@@ -72,6 +78,87 @@ def test_uniform_takes_every_seed_that_mix_gives() -> None:
 
 def test_uniform_of_nothing() -> None:
     assert uniform(1, torch.zeros(0, dtype=torch.int64), width=4).shape == (0, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streams, normal and Gumbel numbers
+
+
+def test_a_pass_has_one_seed_for_each_stream_and_for_each_of_its_keys() -> None:
+    context = StepContext(seed=1, step=2, micro_step=3, layer=4)
+    others = [replace(context, **{name: 9}) for name in ("seed", "step", "micro_step", "layer")]
+    seeds = [pass_seed(each, stream) for each in (context, *others) for stream in Stream]
+    assert len(set(seeds)) == len(seeds) == 5 * len(Stream)
+    assert pass_seed(context, Stream.NOISE) == mix(1, 2, 3, 4, Stream.NOISE)
+
+
+def test_the_seed_of_a_pass_is_the_same_on_every_rank() -> None:
+    """A data rank is told apart by its coordinate, and holds sequences of its own."""
+    context = StepContext(seed=1, step=2)
+    here = replace(context, coordinate=5, sequence_index_B=torch.tensor([3]))
+    assert all(pass_seed(here, stream) == pass_seed(context, stream) for stream in Stream)
+
+
+def test_normal_numbers_are_the_quantiles_of_the_uniform_ones() -> None:
+    """By Python's own inverse of the distribution function; erfinv of torch is less exact where tails are thin."""
+    rows = torch.arange(40)
+    expected = [[NormalDist().inv_cdf(u) for u in row] for row in uniform(3, rows, width=25).tolist()]
+    found = normal(3, rows, width=25)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12)
+
+
+def test_normal_numbers_have_the_moments_of_a_normal_distribution() -> None:
+    """Of x, x^2, x^3, x^4: 0, 1, 0, 3; their standard deviations: 1, sqrt(2), sqrt(15), sqrt(96)."""
+    numbers = normal(3, torch.arange(2000), width=50)
+    for power, (mean, variance) in enumerate([(0, 1), (1, 2), (0, 15), (3, 96)], start=1):
+        deviation = math.sqrt(variance / numbers.numel())
+        assert abs(float((numbers**power).mean()) - mean) < 5 * deviation, power
+
+
+def test_gumbel_numbers_are_minus_log_minus_log_of_the_uniform_ones() -> None:
+    rows = torch.arange(40)
+    expected = [[-math.log(-math.log(u)) for u in row] for row in uniform(3, rows, width=25).tolist()]
+    torch.testing.assert_close(
+        gumbel(3, rows, width=25), torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12
+    )
+
+
+def test_gumbel_numbers_have_the_quantiles_of_a_gumbel_distribution() -> None:
+    """P(g <= x) = exp(-exp(-x)); the mean is Euler's constant, the variance pi^2 / 6."""
+    numbers = gumbel(3, torch.arange(2000), width=50)
+    assert numbers.dtype == torch.float64
+    for x in (-1.5, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0):
+        share = math.exp(-math.exp(-x))
+        deviation = math.sqrt(share * (1 - share) / numbers.numel())
+        assert abs(float((numbers <= x).double().mean()) - share) < 5 * deviation, x
+    assert abs(float(numbers.mean()) - 0.5772156649) < 5 * math.pi / math.sqrt(6 * numbers.numel())
+    assert float(numbers.var()) == pytest.approx(math.pi**2 / 6, rel=0.03)
+
+
+@pytest.mark.parametrize("numbers", [normal, gumbel])
+def test_normal_and_gumbel_numbers_are_keyed_as_uniform_ones(numbers: Callable[[int, Tensor, int], Tensor]) -> None:
+    """Monotone functions of them, so that what is proven of their keys holds here; and of the row alone."""
+    rows = torch.tensor([5, 0, 7, 1 << 40])
+    order = uniform(11, rows, 6).flatten().argsort()
+    assert torch.equal(numbers(11, rows, 6).flatten().argsort(), order)
+    assert torch.equal(torch.cat([numbers(11, rows[:1], 6), numbers(11, rows[1:], 6)]), numbers(11, rows, 6))
+    assert numbers(11, rows[:0], 6).shape == (0, 6)
+
+
+@pytest.mark.parametrize("numbers", [normal, gumbel])
+@pytest.mark.parametrize("extreme", [0.0, 1 - 2.0**-53])
+def test_the_ends_of_the_interval_give_finite_numbers(
+    numbers: Callable[[int, Tensor, int], Tensor], extreme: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(random, "uniform", lambda seed, rows, width: torch.full((1, 1), extreme, dtype=torch.float64))
+    number = float(numbers(1, torch.tensor([0]), 1))
+    assert math.isfinite(number)
+    assert (number > 3) is (extreme > 0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dropout
 
 
 def test_dropout_masks_depend_on_the_seed_alone() -> None:
@@ -151,5 +238,8 @@ def test_the_numbers_are_frozen() -> None:
         [0.34329192209867343, 0.9777767857540063, 0.4465878737451613],
         [0.019101220177022094, 0.9115039193989425, 0.04840032491660484],
     ]
+    streams = {"JITTER": 0, "NOISE": 1, "SECOND_EXPERT": 2, "PRIORITY": 3, "DROPOUT": 4}
+    assert {stream.name: stream.value for stream in Stream} == streams
+    assert pass_seed(StepContext(seed=1, step=2, micro_step=3, layer=4), Stream.DROPOUT) == mix(1, 2, 3, 4, 4)
     kept = dropout(torch.ones(12), 0.5, seed=42) > 0
     assert kept.int().tolist() == [1, 1, 0, 1, 0, 1, 0, 1, 1, 0, 1, 1]  # torch's own generator, as of torch 2.13

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from expert_parallel.moe.layer import MoEConfig
-from expert_parallel.moe.plan import Reason, RoutingPlan, StepContext
+from expert_parallel.moe.layer import MoEConfig, token_batch
+from expert_parallel.moe.plan import Reason, RoutingPlan, StepContext, TokenBatch
 from expert_parallel.moe.routing import TopKRouter, TopKRouterConfig
 
 LESSON_LOGITS = [2.1, 0.5, 1.8, 0.2, 0.9, 1.5, 0.3, 0.4]
@@ -31,7 +31,12 @@ def random_router(d_model: int, num_experts: int, **options: object) -> TopKRout
 
 
 def route(router: TopKRouter, x_TD: Tensor, context: StepContext | None = None) -> RoutingPlan:
-    return router(x_TD, torch.arange(len(x_TD)), context or StepContext())
+    return router(x_TD, token_batch(x_TD[None], context or StepContext(), None))
+
+
+def batch_of(index_T: Tensor, context: StepContext) -> TokenBatch:
+    """Tokens with these places in the global order."""
+    return TokenBatch(index_T, sequence_T=torch.zeros_like(index_T), num_sequences=1, context=context)
 
 
 def rows(*values: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -127,7 +132,7 @@ def test_gradient_of_the_weights(score: str, normalise: bool) -> None:
     names = [name for name, _ in router.named_parameters()]
 
     def weights(x_TD: Tensor, *parameters: Tensor) -> Tensor:
-        arguments = (x_TD, torch.arange(len(x_TD)), StepContext())
+        arguments = (x_TD, token_batch(x_TD[None], StepContext(), None))
         state = dict(zip(names, parameters, strict=True))
         plan: RoutingPlan = torch.func.functional_call(router, state, arguments)
         return plan.weights_TK
@@ -235,7 +240,7 @@ def test_the_balance_bias_is_saved_and_not_trained() -> None:
 
 def jittered(x_TD: Tensor, index_T: Tensor, context: StepContext, jitter: float = 0.1) -> RoutingPlan:
     router = logits_router(x_TD.shape[1], k=2, jitter=jitter)
-    return router(x_TD, index_T, context)
+    return router(x_TD, batch_of(index_T, context))
 
 
 def test_jitter_is_a_factor_around_1() -> None:

@@ -1,10 +1,13 @@
-"""Whole training steps on real ranks against one rank with slow, obviously right MoE layers, in float64.
+"""Whole training steps on real ranks against one rank with slow, obviously right MoE layers, in float64; and what is
+told of a step: the totals of each layer, and the metrics made of them.
 
 Losses over 20 steps, the gradient norm, and every parameter's gradient of the first step: for each layout, with
 accumulation and recomputation, with weights replicated and sharded. Clipping is at work, so a wrong norm shows.
 """
 
+import math
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -18,12 +21,15 @@ from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import ModelConfig, Transformer
 from expert_parallel.moe.balance import loss_name
 from expert_parallel.moe.layer import MoELayer
+from expert_parallel.moe.ledger import LedgerBreach, LedgerConfig
 from expert_parallel.moe.parameters import full_tensor, logical_parameters
-from expert_parallel.moe.plan import MoEOutput
+from expert_parallel.moe.plan import MoEOutput, RouterReplay, StepContext
 from expert_parallel.moe.reference import reference_layer
+from expert_parallel.moe.totals import LayerTotals, report_breaches
 from expert_parallel.training.data import MicroBatch, TokenSampler, micro_batch
+from expert_parallel.training.metrics import coefficient_of_variation, step_metrics
 from expert_parallel.training.optim import build_optimizer
-from expert_parallel.training.step import DTYPES, LayerReport, TrainingConfig, evaluate, train_step
+from expert_parallel.training.step import DTYPES, StepReport, TrainingConfig, evaluate, train_step
 from tests.pairwise import all_cases
 from tests.ranks import run_ranks
 
@@ -235,13 +241,254 @@ def test_loss_falls() -> None:
     assert sum(losses[15:20]) < sum(losses[:5])
 
 
-@pytest.mark.parametrize("change", [{"kept_E": torch.tensor([3, 3])}, {"rows_received": 4}], ids=["choice", "row"])
-def test_a_report_that_does_not_balance_is_refused(change: dict[str, Any]) -> None:
-    good = {"routed_E": torch.tensor([3, 4]), "kept_E": torch.tensor([3, 2]), "dropped_E": torch.tensor([0, 2])}
-    good |= {"rows_sent": 5, "rows_received": 5, "rows_own": 1, "losses": {}}
-    LayerReport(**good)
-    with pytest.raises(AssertionError):
-        LayerReport(**(good | change))
+# ------------------------------------------------------------------------------------------- what is told of a step
+
+
+def layer_totals(**changes: Any) -> LayerTotals:
+    """Two experts, 7 choices of 4 tokens: expert 0 has 3, expert 1 two of 4; 6 rows travelled with tokens."""
+    rows = dict.fromkeys(("dispatch", "combine", "combine backward", "dispatch backward"), 6)
+    nothing = torch.tensor([0, 0])
+    totals = LayerTotals(
+        routed_E=torch.tensor([3, 4]),
+        kept_E=torch.tensor([3, 2]),
+        rerouted_E=nothing,
+        dropped_capacity_E=torch.tensor([0, 2]),
+        dropped_receive_bound_E=nothing,
+        computed_E=torch.tensor([3, 2]),
+        num_tokens=4,
+        num_unserved=1,
+        entropy=2.0,
+        gathered_bytes=5,
+        rows_own=1,
+        rows_sent=rows,
+        rows_received=dict(rows),
+        rows_moved={"node": 12, "network": 8},
+        bytes_sent={"node": 120, "network": 80},
+        losses={"balance_global": 1.5, "balance_rank": 2.5, "z_loss": 3.0},
+    )
+    return replace(totals, **changes)
+
+
+BREACHES = {
+    "a choice is lost": ({"kept_E": torch.tensor([2, 2])}, "7 choices were routed, 6 kept, rerouted or dropped"),
+    "a choice is not computed": (
+        {"computed_E": torch.tensor([3, 1])},
+        "expert 1 was to compute 2 choices and computed 1",
+    ),
+    "a row is lost": (
+        {"rows_received": {**layer_totals().rows_received, "combine": 5}},
+        "combine: 6 rows were sent, 5 received",
+    ),
+    "a row does not return": (
+        {name: {**layer_totals().rows_sent, "combine": 5} for name in ("rows_sent", "rows_received")},
+        "combine: 5 rows were sent, but 6 with tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BREACHES)
+def test_totals_that_do_not_balance_are_refused(case: str) -> None:
+    changes, words = BREACHES[case]
+    report_breaches(layer_totals(), LedgerConfig(), layer=3, step=4)
+    wrong = layer_totals(**changes)
+    with pytest.raises(LedgerBreach, match=f"layer 3, step 4, {words}"):
+        report_breaches(wrong, LedgerConfig(), layer=3, step=4)
+    with pytest.warns(RuntimeWarning, match=words):
+        report_breaches(wrong, LedgerConfig(breach="warn"), layer=3, step=4)
+
+
+def test_metrics_by_hand() -> None:
+    """Layer 1: 2 of 7 choices dropped, loads 3 and 4 (std 0.5, mean 3.5), 1 of 4 tokens unserved, entropy 2 / 4.
+
+    Layer 5: expert 1 is dead, its 4 choices are expert 0's by rerouting; all else is the same but for the losses.
+    """
+    second = layer_totals(
+        routed_E=torch.tensor([7, 0]),
+        kept_E=torch.tensor([3, 0]),
+        rerouted_E=torch.tensor([2, 0]),
+        dropped_capacity_E=torch.tensor([0, 0]),
+        dropped_receive_bound_E=torch.tensor([2, 0]),
+        losses={"balance_global": 2.5, "balance_rank": 3.5, "z_loss": 5.0},
+    )
+    metrics = step_metrics(StepReport(1.25, 4, {1: layer_totals(), 5: second}, 0.5, 0.01), "train")
+    expected = {
+        "dropped_share": 2 / 7,
+        "dropped_receive_bound_share": 0.0,
+        "rerouted_share": 0.0,
+        "unserved_share": 0.25,
+        "load_cv": 0.5 / 3.5,
+        "dead_expert_share": 0.0,
+        "router_entropy": 0.5,
+        "rows_sent": 20,
+        "bytes_in_node": 120,
+        "bytes_between_nodes": 80,
+        "bytes_gathered": 5,
+        "balance_loss": 2.0,
+        "balance_global": 1.5,
+        "balance_rank": 2.5,
+        "z_loss": 3.0,
+    }
+    loads = {"load/0": 0.6, "load/1": 0.4}
+    changed = {"dropped_receive_bound_share": 2 / 7, "rerouted_share": 2 / 7, "load_cv": 1.0, "dead_expert_share": 0.5}
+    changed |= {"balance_loss": 3.0, "balance_global": 2.5, "balance_rank": 3.5, "z_loss": 5.0}
+    other = {**expected, **changed}
+    wanted = {"train/loss": 1.25, "train/grad_norm": 0.5, "train/learning_rate": 0.01}
+    wanted |= {f"moe/layer_1/{name}": value for name, value in (expected | loads).items()}
+    wanted |= {f"moe/layer_5/{name}": value for name, value in (other | {"load/0": 1.0, "load/1": 0.0}).items()}
+    wanted |= {f"moe/{name}": (expected[name] + other[name]) / 2 for name in expected}
+    assert metrics == pytest.approx(wanted, rel=1e-12)
+
+    held_out = step_metrics(StepReport(1.25, 4, {1: layer_totals(), 5: second}), "eval")
+    assert set(held_out) == {"eval/loss"} | {f"eval/{name}" for name in metrics if name.startswith("moe/")}
+    assert step_metrics(StepReport(1.25, 4, {}), "eval") == {"eval/loss": 1.25}
+
+
+def test_the_variation_of_loads_by_hand() -> None:
+    assert coefficient_of_variation(torch.tensor([5, 5, 5])) == 0.0
+    assert coefficient_of_variation(torch.tensor([9, 0, 0])) == pytest.approx(math.sqrt(2), rel=1e-12)
+    assert coefficient_of_variation(torch.tensor([0, 0])) == 0.0
+
+
+def totals_of(rank: int, layout: dict[str, Any], moe: dict[str, Any]) -> dict[str, Any]:
+    """The totals of one training step's layers, of held-out passes before and after it, and of the same step told
+    again without any evaluation."""
+    mesh, config = mesh_of(layout["world"], layout["ep"]), training_config(layout)
+    reports = []
+    for with_evaluation in (True, False):
+        tree = {**MODEL, "moe": {**MODEL["moe"], **moe}}  # type: ignore[dict-item]
+        model = build_model(
+            ModelConfig.model_validate(tree), mesh, dtype=torch.float64, recompute=layout["recompute"], seed=SEED
+        )
+        optimizer = build_optimizer(config.optimizer, model)
+        if with_evaluation:
+            reports.append(evaluate(model, batches(config, 1000, mesh.degrees.dp, rank), mesh, seed=SEED))
+        mine = batches(config, 0, mesh.degrees.dp, rank)
+        reports.append(train_step(model, optimizer, mine, config, mesh, step=0, seed=SEED))
+    names = ("before", "step", "alone")
+    return {
+        name: [plainly(part) for part in report.layers.values()] for name, report in zip(names, reports, strict=True)
+    }
+
+
+def plainly(totals: LayerTotals) -> dict[str, Any]:
+    values = {field.name: getattr(totals, field.name) for field in fields(totals)}
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+
+
+def assert_same_totals(actual: list[dict[str, Any]], expected: list[dict[str, Any]], but_for: tuple[str, ...]) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        for name in ours.keys() - set(but_for):
+            if name in ("entropy", "losses"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-12), name
+            else:
+                assert ours[name] == theirs[name], name
+
+
+DROPS = {"capacity": {"kind": "factor", "train": 0.9, "eval": 0.9, "minimum": 0, "overflow": "reroute"}}
+LAYOUT = {"world": 2, "ep": 2, "data": "replicated", "micro_steps": 2, "recompute": "none"}
+
+
+@pytest.mark.parametrize("recompute", ["moe", "block"])
+@pytest.mark.parametrize("moe", [{}, DROPS], ids=["dropless", "reroute"])
+def test_recomputation_changes_no_total(recompute: str, moe: dict[str, Any]) -> None:
+    """Trap 10: choices, rows and bytes, forward and backward, are counted once, whatever is computed twice."""
+    (expected, _), (actual, _) = (run_ranks(2, totals_of, {**LAYOUT, "recompute": r}, moe) for r in ("none", recompute))
+    assert_same_totals(actual["step"], expected["step"], but_for=())
+    for totals in actual["step"]:
+        assert sum(totals["routed_E"]) == 2 * totals["num_tokens"] == 2 * 12 * 8
+        assert totals["rows_sent"]["dispatch backward"] == totals["rows_sent"]["dispatch"] > 0
+
+
+def test_micro_steps_change_no_total_but_the_losses_of_all_tokens() -> None:
+    """12 sequences, in one micro-step or in two. A balance loss over all tokens is another over half of them; those of
+    each sequence or token are the same on average."""
+    whole = {**LAYOUT, "world": 1, "ep": 1}
+    config = training_config(whole)
+    assert config.global_batch == 12
+    (halves,) = run_ranks(1, totals_of, whole, {})
+    (once,) = run_ranks(1, totals_in_one_micro_step, whole)
+    but_for = ("losses", "rows_sent", "rows_received", "rows_own", "bytes_sent")
+    assert_same_totals(once, halves["step"], but_for)
+    for one, two in zip(once, halves["step"], strict=True):
+        assert one["rows_sent"] == two["rows_sent"]
+        assert one["rows_own"] == two["rows_own"]
+        for name in ("balance_sequence", "z_loss"):
+            assert one["losses"][name] == pytest.approx(two["losses"][name], rel=1e-12)
+        assert one["losses"]["balance_global"] != pytest.approx(two["losses"]["balance_global"], rel=1e-4)
+
+
+def totals_in_one_micro_step(rank: int, layout: dict[str, Any]) -> list[dict[str, Any]]:
+    mesh, config = mesh_of(1, 1), training_config(layout).model_copy(update={"micro_steps": 1})
+    model = build_model(ModelConfig.model_validate(MODEL), mesh, dtype=torch.float64, seed=SEED)
+    optimizer = build_optimizer(config.optimizer, model)
+    report = train_step(model, optimizer, batches(config, 0, 1, rank), config, mesh, step=0, seed=SEED)
+    return [plainly(part) for part in report.layers.values()]
+
+
+@pytest.mark.parametrize("moe", [{}, DROPS], ids=["dropless", "reroute"])
+def test_evaluation_adds_nothing_to_the_totals_of_training(moe: dict[str, Any]) -> None:
+    """And has no backward pass of its own; every rank has the totals of all."""
+    results = run_ranks(2, totals_of, LAYOUT, moe)
+    assert results[0] == results[1]
+    result = results[0]
+    assert_same_totals(result["step"], result["alone"], but_for=())
+    for before in result["before"]:
+        assert before["num_tokens"] == 12 * 8
+        assert before["rows_sent"]["dispatch"] == before["rows_sent"]["combine"] > 0
+        assert before["rows_sent"]["dispatch backward"] == before["rows_sent"]["combine backward"] == 0
+
+
+def test_the_totals_of_two_ranks_are_those_of_one() -> None:
+    """But for what crosses between them."""
+    (one,) = run_ranks(1, totals_of, {**LAYOUT, "world": 1, "ep": 1}, {})
+    two = run_ranks(2, totals_of, LAYOUT, {})[0]
+    moved = ("rows_sent", "rows_received", "rows_own", "rows_moved", "bytes_sent", "gathered_bytes")
+    for name in ("before", "step"):
+        assert_same_totals(two[name], one[name], but_for=moved)
+        for ours, theirs in zip(two[name], one[name], strict=True):
+            assert sum(theirs["rows_moved"].values()) == 0
+            assert ours["rows_moved"]["node"] > 0
+            assert ours["rows_own"] < ours["rows_sent"]["dispatch"]
+
+
+# -------------------------------------------------------------------------------------------- choices played back
+
+
+@pytest.mark.parametrize("moe", [{}, DROPS], ids=["dropless", "reroute"])
+@pytest.mark.parametrize("recompute", ["none", "moe", "block"])
+def test_a_whole_model_plays_recorded_choices_back(moe: dict[str, Any], recompute: str) -> None:
+    """Its routers have changed since: the choices, and what became of them, are the recorded ones; the weights, and so
+    the logits, are the changed routers', which have gradients. Another step records its own."""
+    tree = {**MODEL, "moe": {**MODEL["moe"], **moe}}  # type: ignore[dict-item]
+    model = build_model(ModelConfig.model_validate(tree), dtype=torch.float64, recompute=recompute, seed=SEED)
+    tokens_BS = torch.randint(0, 32, (3, 8), generator=torch.Generator().manual_seed(0))
+    replay = RouterReplay()
+    context = StepContext(step=5, micro_step=1, replay=replay)
+    first = model(tokens_BS, context)
+    assert list(replay.recorded) == [(5, 1, 1), (5, 1, 2)]
+    again = model(tokens_BS, context)
+    assert torch.equal(again.logits, first.logits)
+
+    for seed, layer in enumerate((1, 2)):
+        weight = model.blocks[layer].moe.router.weight
+        weight.data = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype)
+    recorded = dict(replay.recorded)
+    own, played = model(tokens_BS, replace(context, replay=None)), model(tokens_BS, context)
+    assert replay.recorded == recorded
+    for layer, stats in first.stats.items():
+        for name in ("routed_E", "kept_E", "rerouted_E", "dropped_capacity_E", "computed_E", "num_unserved"):
+            assert torch.equal(getattr(played.stats[layer], name), getattr(stats, name)), name
+        assert not torch.equal(own.stats[layer].routed_E, stats.routed_E)
+    assert not torch.allclose(played.logits, first.logits)
+    assert not torch.allclose(played.logits, own.logits)
+    played.logits.square().mean().backward()
+    for layer in (1, 2):
+        grad = model.blocks[layer].moe.router.weight.grad
+        assert grad is not None
+        assert bool(grad.any())
+
+    model(tokens_BS, replace(context, step=6))
+    assert list(replay.recorded) == [(5, 1, 1), (5, 1, 2), (6, 1, 1), (6, 1, 2)]
 
 
 # --------------------------------------------------------------------- the proofs can fail: defects put in on purpose

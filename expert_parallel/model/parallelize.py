@@ -27,9 +27,9 @@ def build_model(
     device: `meta` gives shapes alone. dtype: compute dtype; weights are kept in promote_types(float32, dtype).
     sharded: FSDP2 over mesh.dp_mesh, and over mesh.edp_mesh for experts; built without ever holding the whole model.
     """
-    ep_group, dp_group = (None, None) if mesh is None else (mesh.ep_group, mesh.dp_group)
+    ep_group, dp_group, nodes = (None, None, None) if mesh is None else (mesh.ep_group, mesh.dp_group, mesh.nodes)
     with torch.device("meta"):
-        model = Transformer(config, dtype, ep_group, dp_group, recompute)
+        model = Transformer(config, dtype, ep_group, dp_group, recompute, nodes)
         model.to(torch.promote_types(torch.float32, dtype))
     if sharded:
         assert mesh is not None

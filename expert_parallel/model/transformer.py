@@ -4,6 +4,7 @@ Single-device code: process groups are only handed through to the MoE layers; `p
 outside.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from expert_parallel.mesh import Nodes
 from expert_parallel.model.attention import (
     NORMS,
     Attention,
@@ -23,10 +25,13 @@ from expert_parallel.model.attention import (
     PositionConfig,
     RopeConfig,
 )
+from expert_parallel.moe.balance import loss_name, pool_layers
 from expert_parallel.moe.ffn import FFN, FFNConfig
 from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.plan import LoadStats, StepContext
+from expert_parallel.moe.plan import LoadStats, RouterReplay, StepContext
 from expert_parallel.moe.random import dropout, mix
+from expert_parallel.moe.routers import router_settings
+from expert_parallel.moe.routing_across import ExpertChoiceConfig
 from expert_parallel.settings import Settings
 
 Recompute = Literal["none", "moe", "block"]
@@ -110,17 +115,26 @@ class ModelConfig(Settings):
             raise ValueError(f"ffn is missing: {dense} of the {self.num_layers} blocks are dense")
         if not dense and self.ffn is not None:
             raise ValueError(f"ffn is given, but all {self.num_layers} blocks are MoE: it would do nothing")
+        router = None if self.moe is None else router_settings(self.moe.router)
+        if isinstance(router, ExpertChoiceConfig) and not router.accept_future_tokens:
+            raise ValueError(
+                "moe.router.kind is 'expert_choice' in a causal model: whether an expert takes a token depends on the "
+                "tokens after it, so training sees the future and generation differs; set "
+                "moe.router.accept_future_tokens to true to have it all the same"
+            )
         if isinstance(self.position, RopeConfig) and self.attention.head_size % 2:
             raise ValueError(f"attention.head_size ({self.attention.head_size}) must be even for position.kind rope")
         return self
 
 
 class BlockOutput(NamedTuple):
-    """x: (B, S, D). losses: as MoEOutput's. stats: None for a dense block. A tuple, so that FSDP2 sees the tensors."""
+    """x: (B, S, D). The others: MoEOutput's; None and empty for a dense block. A tuple, so that FSDP2 sees the
+    tensors."""
 
     x: Tensor
     losses: dict[str, Tensor]
     stats: LoadStats | None
+    pooled: dict[str, tuple[Tensor, Tensor]]
 
 
 class ModelOutput(NamedTuple):
@@ -141,6 +155,7 @@ class Block(nn.Module):
         ep_group: dist.ProcessGroup | None,
         data_group: dist.ProcessGroup | None,
         recompute: Recompute,
+        nodes: Nodes | None,
     ) -> None:
         super().__init__()
         self.norm_placement, self.dropout, self.recompute = config.norm_placement, config.dropout, recompute
@@ -153,13 +168,16 @@ class Block(nn.Module):
         if is_moe:
             assert config.moe is not None
             moe_config = config.moe.model_copy(update={"d_model": config.d_model})
-            self.moe = MoELayer(moe_config, ep_group, data_group)
+            self.moe = MoELayer(moe_config, ep_group, data_group, nodes=nodes)
         else:
             assert config.ffn is not None
             self.ffn = FFN(config.ffn, config.d_model)
 
     def forward(self, x: Tensor, context: StepContext) -> BlockOutput:
-        # All randomness is a function of the context, so recomputation needs no saved generator state.
+        # All randomness is a function of the context, so recomputation needs no saved generator state. The choices of
+        # the first pass are played back in the second.
+        if self.recompute != "none" and torch.is_grad_enabled():
+            context = replace(context, replay=context.replay or RouterReplay())
         if self.recompute == "block" and torch.is_grad_enabled():
             return checkpoint(self._run, x, context, use_reentrant=False, preserve_rng_state=False)
         return self._run(x, context)
@@ -176,12 +194,12 @@ class Block(nn.Module):
     def _feed_forward(self, x: Tensor, context: StepContext) -> BlockOutput:
         if self.moe is None:
             assert self.ffn is not None
-            return BlockOutput(self.ffn(x), {}, None)
+            return BlockOutput(self.ffn(x), {}, None, {})
         if self.recompute == "moe" and torch.is_grad_enabled():
             output = checkpoint(self.moe, x, context, use_reentrant=False, preserve_rng_state=False)
         else:
             output = self.moe(x, context)
-        return BlockOutput(output.y, output.losses, output.stats)
+        return BlockOutput(output.y, output.losses, output.stats, output.pooled)
 
     def _drop(self, x: Tensor, context: StepContext, branch: int) -> Tensor:
         if not self.training or self.dropout == 0:
@@ -193,7 +211,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Tokens (B, S), int64 -> ModelOutput. Computes in `compute_dtype`, whatever dtype the weights are kept in.
 
-    ep_group, data_group: see MoELayer. Weights are not initialised here: see `init_weights`.
+    ep_group, data_group, nodes: see MoELayer. Weights are not initialised here: see `init_weights`.
     """
 
     def __init__(
@@ -203,6 +221,7 @@ class Transformer(nn.Module):
         ep_group: dist.ProcessGroup | None = None,
         data_group: dist.ProcessGroup | None = None,
         recompute: Recompute = "none",
+        nodes: Nodes | None = None,
     ) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
@@ -210,7 +229,7 @@ class Transformer(nn.Module):
         learned = isinstance(config.position, LearnedPositionConfig)
         self.position = nn.Embedding(config.position.max_length, config.d_model) if learned else None  # type: ignore[union-attr]
         self.blocks = nn.ModuleList(
-            Block(config, layer in config.moe_layers, ep_group, data_group, recompute)
+            Block(config, layer in config.moe_layers, ep_group, data_group, recompute, nodes)
             for layer in range(config.num_layers)
         )
         pre = config.norm_placement == "pre"
@@ -218,7 +237,8 @@ class Transformer(nn.Module):
         self.unembedding = None if config.tied_embeddings else nn.Embedding(config.vocab_size, config.d_model)
 
     def forward(self, tokens_BS: Tensor, context: StepContext) -> ModelOutput:
-        """context.layer and context.coordinate are this rank's; the block number is filled in here."""
+        """context.coordinate is this rank's; the block number and the token ids are filled in here."""
+        context = replace(context, token_ids_BS=tokens_BS)
         x = self.embedding(tokens_BS).to(self.compute_dtype)
         if self.position is not None:
             if tokens_BS.shape[1] > len(self.position.weight):
@@ -230,19 +250,26 @@ class Transformer(nn.Module):
         if self.training and self.config.dropout > 0:
             where = (context.seed, context.step, context.micro_step, self.config.num_layers, context.coordinate)
             x = dropout(x, self.config.dropout, mix(*where))
-        losses, stats = {}, {}
+        outputs: dict[int, BlockOutput] = {}
         for layer, block in enumerate(self.blocks):
-            output: BlockOutput = block(x, at_layer(context, layer))
+            output: BlockOutput = block(x, replace(context, layer=layer))
             x = output.x
             if output.stats is not None:
-                losses[layer], stats[layer] = output.losses, output.stats
+                outputs[layer] = output
+        losses, stats = self._losses(outputs)
         if self.final_norm is not None:
             x = self.final_norm(x)
         table = self.embedding if self.unembedding is None else self.unembedding
         return ModelOutput(F.linear(x, table.weight.to(x.dtype)), losses, stats)
 
-
-def at_layer(context: StepContext, layer: int) -> StepContext:
-    return StepContext(
-        context.seed, context.step, context.micro_step, layer, context.coordinate, context.sequence_index_B
-    )
+    def _losses(self, outputs: dict[int, BlockOutput]) -> tuple[dict[int, dict[str, Tensor]], dict[int, LoadStats]]:
+        """By MoE block; those that are pooled over layers, from all of them."""
+        losses = {layer: dict(output.losses) for layer, output in outputs.items()}
+        stats = {layer: output.stats for layer, output in outputs.items() if output.stats is not None}
+        for layer, parts in pool_layers({layer: output.pooled for layer, output in outputs.items()}).items():
+            assert self.config.moe is not None
+            weights = {loss_name(loss): loss.coefficient for loss in self.config.moe.losses}
+            losses[layer] |= {name: weights[name] * part for name, part in parts.items()}
+            detached = {name: part.detach() for name, part in parts.items()}
+            stats[layer] = replace(stats[layer], losses={**stats[layer].losses, **detached})
+        return losses, stats

@@ -1,82 +1,171 @@
-"""Capacity: how many choices an expert takes, and which are dropped beyond. RoutingPlan -> RoutingPlan.
+"""Capacity: how many choices an expert takes, and what becomes of those beyond. RoutingPlan -> RoutingPlan.
 
 `POLICIES` maps each `kind:` to its function. A dropped choice adds nothing; a token whose choices are all
 dropped passes by the residual alone.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from expert_parallel.moe.plan import Reason, RoutingPlan
+from expert_parallel.moe import random
+from expert_parallel.moe.permute import places_in_queues
+from expert_parallel.moe.plan import Reason, RoutingPlan, TokenBatch
+from expert_parallel.moe.random import Stream
+from expert_parallel.moe.reroute import reroute
+from expert_parallel.moe.scope import Scope, View, look_across
 from expert_parallel.settings import Settings
+
+Number = TypeVar("Number", int, Tensor)
 
 
 class DroplessConfig(Settings):
-    """Every choice reaches its expert (MegaBlocks; Gale et al. 2022)."""
+    """Every choice reaches its expert (MegaBlocks; Gale et al. 2022).
+
+    `receive_bound`: no rank computes more than ceil(receive_bound * choices of the expert-parallel group / ranks), so
+    that one hot expert cannot exhaust its memory; what is beyond is dropped and counted apart (see receive_bound.py).
+    """
 
     kind: Literal["dropless"] = "dropless"
+    receive_bound: float | None = Field(default=None, ge=1)
 
 
-class FactorConfig(Settings):
-    """Each expert takes at most C = max(minimum, ceil(factor * T * k / E)) of this rank's T tokens' choices
-    (GShard, Lepikhin et al. 2020; Switch, Fedus et al. 2021, eq. 3).
+class LimitSettings(Settings):
+    """What `factor` and `absolute` share. An expert's choices queue up; those beyond its capacity overflow.
 
-    `drop: position` keeps first choices before second choices, and earlier tokens before later ones.
-    `drop: probability` keeps the choices with the largest scores, ties by position.
+    scope: whose tokens share one capacity: this `rank`'s (most systems), each `sequence`'s (transformers' Switch), or
+    those of all ranks (`global`: the same tokens drop on every layout).
+
+    priority: who stands first. `position`: the earlier token. `random`: by lot (by position in evaluation), a number
+    for each token (DeepSpeed's random token selection). `batch_priority`: the token with the largest score (V-MoE,
+    Riquelme et al. 2021). `probability`: the choice with the largest score, whichever choice of its token it is
+    (Megatron-Core's probs). Ties by position.
+
+    first_choices_first: all first choices queue before all second ones (GShard, Switch, V-MoE), else token by token
+    (DeepSpeed's top-k); with `probability` it only breaks ties.
+
+    overflow: `drop`, or `reroute`: each choice beyond capacity takes, in the order of the queue, its token's next best
+    expert that still has room; dropped where there is none.
+
+    renormalise: the weights of what is kept sum to 1 again (DeepSpeed's top-2), else they stay as they were
+    (Megatron-Core).
+
+    pad: each expert computes capacity rows, the empty ones zeros: static shapes.
     """
+
+    scope: Scope = "rank"
+    priority: Literal["position", "probability", "batch_priority", "random"] = "position"
+    first_choices_first: bool = True
+    overflow: Literal["drop", "reroute"] = "drop"
+    renormalise: bool = False
+    pad: bool = False
+
+
+class FactorConfig(LimitSettings):
+    """Each expert takes at most C = max(minimum, ceil(factor * T * k / E)) choices of a scope's T tokens
+    (GShard, Lepikhin et al. 2020; Switch, Fedus et al. 2021, eq. 3)."""
 
     kind: Literal["factor"]
     train: float = Field(default=1.25, gt=0)
     eval: float = Field(default=2.0, gt=0)
     minimum: int = Field(default=4, ge=0)
-    drop: Literal["position", "probability"] = "position"
 
 
-CapacityConfig = Annotated[DroplessConfig | FactorConfig, Field(discriminator="kind")]
+class AbsoluteConfig(LimitSettings):
+    """Each expert takes at most so many choices of a scope's tokens, however many there are."""
+
+    kind: Literal["absolute"]
+    train: int = Field(ge=1)
+    eval: int = Field(ge=1)
 
 
-def expert_capacity(factor: float, minimum: int, num_tokens: int, num_choices: int, num_experts: int) -> int:
-    """C, in exact decimal arithmetic: in floats 1.1 * 100 is more than 110, and its ceiling 111."""
-    return max(minimum, math.ceil(Fraction(str(factor)) * num_tokens * num_choices / num_experts))
+CapacityConfig = Annotated[DroplessConfig | FactorConfig | AbsoluteConfig, Field(discriminator="kind")]
 
 
-def keep_all(config: DroplessConfig, plan: RoutingPlan, training: bool) -> RoutingPlan:
-    return plan
+def expert_capacity(factor: float, minimum: int, num_tokens: Number, num_choices: int, num_experts: int) -> Number:
+    """C, of a number of tokens or of each of many (int64), in exact decimal arithmetic: in floats 1.1 * 100 is more
+    than 110, and its ceiling 111."""
+    share = Fraction(str(factor)) * num_choices / num_experts
+    capacity = -(-num_tokens * share.numerator // share.denominator)
+    return capacity.clamp(min=minimum) if isinstance(capacity, Tensor) else max(minimum, capacity)
 
 
-def limit_by_factor(config: FactorConfig, plan: RoutingPlan, training: bool) -> RoutingPlan:
-    """Marks the choices beyond each expert's capacity DROPPED_CAPACITY."""
+def capacity_of_blocks(
+    config: FactorConfig | AbsoluteConfig, size_b: Tensor, num_choices: int, num_experts: int, training: bool
+) -> Tensor:
+    """Choices that one expert takes of each block of size_b tokens, int64 (blocks)."""
+    if isinstance(config, AbsoluteConfig):
+        return torch.full_like(size_b, config.train if training else config.eval)
     factor = config.train if training else config.eval
-    num_tokens, num_choices = plan.expert_ids_TK.shape
-    capacity = expert_capacity(factor, config.minimum, num_tokens, num_choices, plan.num_experts)
-    scores_TK = plan.scores_TE.detach().gather(1, plan.expert_ids_TK) if config.drop == "probability" else None
-    beyond_TK = place_in_expert(plan.expert_ids_TK, plan.num_experts, scores_TK) >= capacity
-    return replace(plan, reason_TK=plan.reason_TK.masked_fill(beyond_TK, Reason.DROPPED_CAPACITY))
+    return expert_capacity(factor, config.minimum, size_b, num_choices, num_experts)
 
 
-def place_in_expert(expert_ids_TK: Tensor, num_experts: int, scores_TK: Tensor | None = None) -> Tensor:
-    """The place, 0 first, of each choice in the queue of its expert; int64 (T, K).
-
-    Order: by scores_TK, the largest first, where given; equal ones, or all, by choice, then by token. Counted with
-    stable sorts: a top-k over a 0/1 mask would keep arbitrary tokens.
-    """
-    expert_N = expert_ids_TK.T.flatten()  # all first choices, then all second choices
-    order_N = torch.arange(len(expert_N), device=expert_N.device)
-    if scores_TK is not None:
-        order_N = scores_TK.T.flatten().argsort(descending=True, stable=True)
-    order_N = order_N[expert_N[order_N].argsort(stable=True)]
-    counts_E = torch.bincount(expert_N, minlength=num_experts)
-    start_E = counts_E.cumsum(0) - counts_E
-    place_N = torch.empty_like(order_N)
-    place_N[order_N] = torch.arange(len(order_N), device=order_N.device) - start_E[expert_N[order_N]]
-    return place_N.view(expert_ids_TK.T.shape).T
+def keep_all(
+    config: DroplessConfig, plan: RoutingPlan, batch: TokenBatch, training: bool
+) -> tuple[RoutingPlan, Tensor | None]:
+    return plan, None
 
 
-POLICIES: dict[str, Callable[..., RoutingPlan]] = {"dropless": keep_all, "factor": limit_by_factor}
+def limit(
+    config: FactorConfig | AbsoluteConfig, plan: RoutingPlan, batch: TokenBatch, training: bool
+) -> tuple[RoutingPlan, Tensor | None]:
+    """The plan with what overflows marked DROPPED_CAPACITY, or REROUTED and renamed; its weights are left as they were.
+    Also the choices that one expert takes at most of the scope's tokens in all: int64, no dimensions."""
+    columns = [plan.expert_ids_TK, plan.reason_TK]
+    if config.overflow == "reroute":
+        assert plan.ranking_TE is not None
+        columns += [plan.scores_TE.gather(1, plan.expert_ids_TK), plan.ranking_TE]
+    elif config.priority in ("probability", "batch_priority"):
+        columns += [plan.scores_TE.gather(1, plan.expert_ids_TK)]
+    view, (ids_GK, reason_GK, *more) = look_across(config.scope, batch, *columns)
+    capacity_b = capacity_of_blocks(config, view.size_b, ids_GK.shape[1], plan.num_experts, training)
+
+    routed_GK = reason_GK != Reason.NOT_ROUTED
+    order_N = queue_order(config, view, more[0] if more else None, routed_GK, batch, training)
+    queue_GK = view.block_G[:, None] * plan.num_experts + ids_GK
+    num_queues = view.num_blocks * plan.num_experts
+    queue_GK = queue_GK.masked_fill(~routed_GK, num_queues)  # a queue apart, without a capacity
+    place_GK = places_in_queues(queue_GK.flatten(), num_queues + 1, order_N).view_as(queue_GK)
+    capacity_Q = torch.cat([capacity_b.repeat_interleave(plan.num_experts), capacity_b.new_zeros(1)])
+    overflows_GK = routed_GK & (place_GK >= capacity_Q[queue_GK])
+    reason_GK = reason_GK.masked_fill(overflows_GK, Reason.DROPPED_CAPACITY)
+
+    if config.overflow == "reroute":
+        taken_Q = torch.bincount(queue_GK[~overflows_GK], minlength=num_queues + 1)
+        room_Q = (capacity_Q - taken_Q)[:num_queues]
+        ids_GK, rerouted_GK = reroute(ids_GK, routed_GK, overflows_GK, more[1], view.block_G, room_Q, order_N)
+        reason_GK = reason_GK.masked_fill(rerouted_GK, Reason.REROUTED)
+    limited = replace(plan, expert_ids_TK=ids_GK[view.mine_T], reason_TK=reason_GK[view.mine_T])
+    return limited, capacity_b.sum()
+
+
+def queue_order(
+    config: LimitSettings, view: View, scores_GK: Tensor | None, routed_GK: Tensor, batch: TokenBatch, training: bool
+) -> Tensor:
+    """All choices of the view, flat indices g * K + k, in the order in which they queue up. int64 (G * K)."""
+    num_tokens, num_choices = routed_GK.shape
+    token_G = torch.arange(num_tokens, device=routed_GK.device)
+    if config.priority == "random" and training:
+        seed = random.pass_seed(batch.context, Stream.PRIORITY)
+        token_G = random.uniform(seed, view.index_G, 1)[:, 0].argsort(stable=True)
+    if config.priority == "batch_priority":
+        assert scores_GK is not None
+        token_G = scores_GK.amax(1).argsort(descending=True, stable=True)
+    order_GK = token_G[:, None] * num_choices + torch.arange(num_choices, device=token_G.device)
+    order_N = (order_GK.T if config.first_choices_first else order_GK).flatten()
+    if config.priority == "probability":
+        assert scores_GK is not None
+        order_N = order_N[scores_GK.flatten()[order_N].argsort(descending=True, stable=True)]
+    return order_N
+
+
+POLICIES: dict[str, Callable[..., tuple[RoutingPlan, Tensor | None]]] = {
+    "dropless": keep_all,
+    "factor": limit,
+    "absolute": limit,
+}

@@ -1,161 +1,178 @@
 """Dispatchers: carry each token to the experts of its plan, and bring the outputs back, added up.
 
-A dispatcher owns no parameters and keeps nothing between calls: what `combine` needs is returned by `dispatch`.
-`DISPATCHERS` maps each `kind:` to its class.
+A dispatcher is a list of hops (hop.py), and then the sorting of what has arrived by local expert. It owns no parameters
+and keeps nothing between calls: what `combine` needs is returned by `dispatch`. `DISPATCHERS` maps each `kind:` to the
+function that lists its hops.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch import Tensor
 
-from expert_parallel.collectives import CommLog, all_to_all_rows, exchange_counts, group_rank, group_size
-from expert_parallel.moe.permute import NO_ROW, gather_rows, group_by_rank, sort_by_expert, sources_table
-from expert_parallel.moe.plan import DispatchedTokens, RoutingPlan, RowCounts
+from expert_parallel.collectives import Peers, group_rank, group_size
+from expert_parallel.mesh import Nodes
+from expert_parallel.moe.broadcast import BroadcastHop
+from expert_parallel.moe.hop import Hop, HopState, PassKey, RowChoices, choices_of, look_up
+from expert_parallel.moe.ledger import Ledger
+from expert_parallel.moe.permute import gather_rows, sort_by_expert, sources_table
+from expert_parallel.moe.plan import DispatchedTokens, RoutingPlan, StepContext
 from expert_parallel.placement import ExpertPlacement
 from expert_parallel.settings import Settings
 
 
-class DispatcherConfig(Settings):
-    """`local`: all experts on this rank. `all_to_all`: experts sharded over the expert-parallel group."""
-
-    kind: Literal["local", "all_to_all"] = "all_to_all"
-
-
-class Dispatcher(Protocol):
-    def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> tuple[DispatchedTokens, Any]:
-        """Rows for this rank's experts, and the private state that `combine` takes; it has `rows: RowCounts`."""
-
-    def combine(self, y_RD: Tensor, state: Any) -> Tensor:
-        """y_TD, in the order of x_TD: the sum of each token's weighted outputs, in a fixed order."""
-
-
-@dataclass(frozen=True)
-class LocalState:
-    row_TK: Tensor  # the row of each choice, NO_ROW where dropped
-    token_R: Tensor  # the token of each row
-    rows: RowCounts
-
-
-class LocalDispatcher:
+class LocalConfig(Settings):
     """All experts on this rank: no exchange. Outputs are added in choice order."""
 
-    def __init__(self, placement: ExpertPlacement, group: dist.ProcessGroup | None = None) -> None:
-        if placement.num_ranks > 1:
-            raise ValueError(
-                f"model.moe.dispatcher.kind 'local' cannot reach the experts of other ranks: parallel.ep is "
-                f"{placement.num_ranks}, it must be 1 (or use 'all_to_all')"
-            )
-        self.num_experts = placement.num_experts
+    kind: Literal["local"]
 
-    def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> tuple[DispatchedTokens, LocalState]:
-        num_tokens, num_choices = plan.expert_ids_TK.shape
-        choice_R = plan.kept_TK.flatten().nonzero().squeeze(1)
-        order_R, counts_e = sort_by_expert(plan.expert_ids_TK.flatten()[choice_R], self.num_experts)
-        choice_R = choice_R[order_R]
-        row_TK = choice_R.new_full((num_tokens * num_choices,), NO_ROW)
-        row_TK[choice_R] = torch.arange(len(choice_R), device=choice_R.device)
-        row_TK = row_TK.view(num_tokens, num_choices)
-        token_R = choice_R // num_choices
-        x_RD = gather_rows(x_TD, token_R, row_TK)
-        tokens = DispatchedTokens(x_RD, counts_e, plan.weights_TK.flatten()[choice_R])
-        num_rows = int(plan.kept_TK.any(1).sum())  # as all_to_all counts: a token's choices share one row
-        return tokens, LocalState(row_TK, token_R, RowCounts(own=num_rows))
 
-    def combine(self, y_RD: Tensor, state: LocalState) -> Tensor:
-        return gather_rows(y_RD, state.row_TK, state.token_R)
+class ExchangeSettings(Settings):
+    """exchange_dtype: rows travel as the model has them, or as `bfloat16` (half the bytes of float32 experts,
+    rounded)."""
+
+    exchange_dtype: Literal["model", "bfloat16"] = "model"
+
+
+class AllToAllConfig(ExchangeSettings):
+    """Variable-size all-to-all over the expert-parallel group.
+
+    `one_row_per: rank`: a token goes to a rank once, whatever its top-k. `choice`: once for each choice: more bytes,
+    and outputs bit-equal for every ep over the same tokens (on the CPU, one thread).
+    """
+
+    kind: Literal["all_to_all"] = "all_to_all"
+    one_row_per: Literal["rank", "choice"] = "rank"
+
+
+class AllGatherConfig(ExchangeSettings):
+    """Every rank gets every token of the group, and returns what its experts made of those that chose them. For small
+    groups, or where most tokens go to most ranks anyway (Megatron-Core's allgather dispatcher)."""
+
+    kind: Literal["all_gather"]
+
+
+class HierarchicalConfig(ExchangeSettings):
+    """Two hops: between nodes, to the rank with this one's place; then within that node. A token crosses to a node at
+    most once, and to a rank of it at most once (as Tutel's 2D all-to-all and DeepEP do)."""
+
+    kind: Literal["hierarchical"]
+    one_row_per: Literal["rank", "choice"] = "rank"
+
+
+DispatcherConfig = Annotated[
+    LocalConfig | AllToAllConfig | AllGatherConfig | HierarchicalConfig, Field(discriminator="kind")
+]
+
+
+def local_hops(config: LocalConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None) -> list[Hop]:
+    if placement.num_ranks > 1:
+        raise ValueError(
+            f"model.moe.dispatcher.kind 'local' cannot reach the experts of other ranks: parallel.ep is "
+            f"{placement.num_ranks}, it must be 1 (or use 'all_to_all')"
+        )
+    return []
+
+
+def all_to_all_hops(config: AllToAllConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None) -> list[Hop]:
+    peers = Peers.of(group, nodes.ranks_per_node if nodes else None)
+    return [Hop("", peers, placement.rank_of_expert, config.one_row_per == "rank", _dtype(config))]
+
+
+def all_gather_hops(config: AllGatherConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None) -> list[Hop]:
+    peers = Peers.of(group, nodes.ranks_per_node if nodes else None)
+    return [BroadcastHop("", peers, placement.rank_of_expert, True, _dtype(config))]
+
+
+def hierarchical_hops(
+    config: HierarchicalConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None
+) -> list[Hop]:
+    if placement.num_ranks == 1:  # a model alone takes the config of any layout
+        nodes = Nodes(1, None, None)
+    if nodes is None:
+        raise ValueError("model.moe.dispatcher.kind 'hierarchical' needs to know the nodes: give the layer `nodes`")
+    between, within = Peers.of(nodes.rail_group, nodes.ranks_per_node), Peers.of(nodes.node_group, nodes.ranks_per_node)
+    assert between.size * within.size == placement.num_ranks, (between, within, placement)
+    merge, dtype = config.one_row_per == "rank", _dtype(config)
+    return [
+        Hop("between nodes: ", between, [rank // within.size for rank in placement.rank_of_expert], merge, dtype),
+        Hop("within the node: ", within, [rank % within.size for rank in placement.rank_of_expert], merge, dtype),
+    ]
+
+
+def _dtype(config: ExchangeSettings) -> torch.dtype | None:
+    return None if config.exchange_dtype == "model" else torch.bfloat16
+
+
+DISPATCHERS: dict[str, Callable[..., list[Hop]]] = {
+    "local": local_hops,
+    "all_to_all": all_to_all_hops,
+    "all_gather": all_gather_hops,
+    "hierarchical": hierarchical_hops,
+}
 
 
 @dataclass(frozen=True)
-class AllToAllState:
-    token_U: Tensor  # the token of each row that travelled
-    row_TP: Tensor  # the rows of each token, in rank order
-    row_R: Tensor  # the arrived row of each computed row
-    computed_VK: Tensor  # the computed rows of each arrived row, in choice order
-    send_rows: list[int]
-    receive_rows: list[int]
-    rows: RowCounts
+class CombineState:
+    """What `combine` needs. row_R: the arrived row behind each computed one; computed_VK: the computed rows of each
+    arrived one, in choice order."""
+
+    hops: list[HopState]
+    row_R: Tensor
+    computed_VK: Tensor
 
 
-class AllToAllDispatcher:
-    """Variable-size all-to-all over the expert-parallel group, on any torch.distributed backend.
-
-    A token goes to a rank once, whatever its top-k: choices on the same rank share one row, and their weighted
-    outputs come back as one row. Beside each row travel its number of choices (4 bytes) and for each choice the
-    expert's slot (4 bytes) and the weight (4 bytes, 8 in float64). Outputs are added in choice order within a
-    rank, then in rank order.
-    """
+class Dispatcher:
+    """group: the ranks over which `placement` spreads the experts; None: all are here. nodes: how they lie on
+    machines."""
 
     def __init__(
-        self, placement: ExpertPlacement, group: dist.ProcessGroup | None = None, log: CommLog | None = None
+        self,
+        config: Any,
+        placement: ExpertPlacement,
+        group: dist.ProcessGroup | None = None,
+        nodes: Nodes | None = None,
     ) -> None:
         assert placement.num_ranks == group_size(group), (placement, group_size(group))
-        self.placement, self.group, self.log = placement, group, log
-        self.rank = group_rank(group)
-        self.num_local_experts = len(placement.experts_on(self.rank))
+        self.hops = DISPATCHERS[config.kind](config, placement, group, nodes)
+        self.num_local_experts = len(placement.experts_on(group_rank(group)))
+        self.slot_of_expert_E = torch.tensor(placement.slot_of_expert, device="cpu")
 
-    def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> tuple[DispatchedTokens, AllToAllState]:
-        num_tokens, num_choices = plan.expert_ids_TK.shape
-        num_ranks, device = self.placement.num_ranks, x_TD.device
-        rank_of_expert_E = torch.tensor(self.placement.rank_of_expert, device=device)
-        slot_of_expert_E = torch.tensor(self.placement.slot_of_expert, device=device, dtype=torch.int32)
+    def dispatch(
+        self, x_TD: Tensor, plan: RoutingPlan, ledger: Ledger, context: StepContext
+    ) -> tuple[DispatchedTokens, CombineState]:
+        """Rows for this rank's experts."""
+        num_choices = plan.expert_ids_TK.shape[1]
+        key = PassKey(x_TD.shape[1], x_TD.dtype, num_choices, context)
+        x_VD, choices, states = x_TD, choices_of(plan), []
+        for hop in self.hops:
+            x_VD, choices, state = hop.send(x_VD, choices, key, ledger)
+            states.append(state)
+        return self._sort(x_VD, choices, num_choices, states)
 
-        # Group this rank's choices into rows, and tell each rank how many rows and choices will come.
-        order = group_by_rank(plan.expert_ids_TK, plan.kept_TK, rank_of_expert_E)
-        rows_P = torch.bincount(order.rank_U, minlength=num_ranks)
-        choices_P = torch.bincount(order.rank_U[order.row_N], minlength=num_ranks)
-        sent_P2 = torch.stack([rows_P, choices_P], dim=1)
-        received_P2 = exchange_counts(sent_P2, self.group)
-        (send_rows, send_choices), (receive_rows, receive_choices) = torch.stack([sent_P2, received_P2]).mT.tolist()
-
-        # Exchange the rows, and what belongs to them.
-        row_TP = sources_table(order.token_U, num_tokens, min(num_choices, num_ranks))
-        x_UD = gather_rows(x_TD, order.token_U, row_TP)
-        num_choices_U = torch.bincount(order.row_N, minlength=len(order.token_U)).to(torch.int32)
-        slot_N = slot_of_expert_E[order.expert_N]
-        weights_N = plan.weights_TK.flatten()[order.choice_N]
-        x_VD = self._exchange(x_UD, send_rows, receive_rows, "rows")
-        num_choices_V = self._exchange(num_choices_U, send_rows, receive_rows, "metadata")
-        slot_R = self._exchange(slot_N, send_choices, receive_choices, "metadata")
-        weights_R = self._exchange(weights_N, send_choices, receive_choices, "metadata")
-
-        # Spread each arrived row over its choices, and sort the choices by local expert.
-        num_arrived, num_computed = sum(receive_rows), sum(receive_choices)
-        arrived = torch.arange(num_arrived, device=device)
-        row_R = arrived.repeat_interleave(num_choices_V, output_size=num_computed)  # in order of arrival
-        order_R, counts_e = sort_by_expert(slot_R, self.num_local_experts)
-        place_R = torch.empty_like(order_R)
-        place_R[order_R] = torch.arange(num_computed, device=device)
-        choice_VK = sources_table(row_R, num_arrived, min(num_choices, self.num_local_experts))
-        computed_VK = _look_up(place_R, choice_VK)
-        row_R = row_R[order_R]
-        x_RD = gather_rows(x_VD, row_R, computed_VK)
-
-        own = send_rows[self.rank]
-        num_sent = sum(send_rows) - own
-        rows = RowCounts(sent=num_sent, received=num_arrived - own, returned=num_sent, own=own)
-        state = AllToAllState(order.token_U, row_TP, row_R, computed_VK, send_rows, receive_rows, rows)
-        return DispatchedTokens(x_RD, counts_e, weights_R[order_R]), state
-
-    def combine(self, y_RD: Tensor, state: AllToAllState) -> Tensor:
+    def combine(self, y_RD: Tensor, state: CombineState, ledger: Ledger) -> Tensor:
+        """y_TD, in the order of x_TD: the sum of each token's weighted outputs, in a fixed order: choice order within
+        a rank, then rank order (hierarchical: the ranks of a node, then nodes); with `one_row_per: choice`, choice
+        order."""
         y_VD = gather_rows(y_RD, state.computed_VK, state.row_R)
-        y_UD = self._exchange(y_VD, state.receive_rows, state.send_rows, "rows back")
-        return gather_rows(y_UD, state.row_TP, state.token_U)
+        for hop, hop_state in zip(reversed(self.hops), reversed(state.hops), strict=True):
+            y_VD = hop.back(y_VD, hop_state, ledger)
+        return y_VD
 
-    def _exchange(self, x: Tensor, send: list[int], receive: list[int], purpose: str) -> Tensor:
-        return all_to_all_rows(x, send, receive, self.group, self.log, purpose)
-
-
-def _look_up(values: Tensor, table: Tensor) -> Tensor:
-    """values[table], with NO_ROW left as it is."""
-    if len(values) == 0:
-        return table
-    return torch.where(table == NO_ROW, NO_ROW, values[table.clamp(min=0)])
-
-
-DISPATCHERS: dict[str, type[LocalDispatcher] | type[AllToAllDispatcher]] = {
-    "local": LocalDispatcher,
-    "all_to_all": AllToAllDispatcher,
-}
+    def _sort(
+        self, x_VD: Tensor, choices: RowChoices, num_choices: int, states: list[HopState]
+    ) -> tuple[DispatchedTokens, CombineState]:
+        """Spreads each arrived row over its choices, grouped by local expert."""
+        self.slot_of_expert_E = self.slot_of_expert_E.to(x_VD.device)
+        order_R, counts_e = sort_by_expert(self.slot_of_expert_E[choices.expert_N], self.num_local_experts)
+        place_N = torch.empty_like(order_R)
+        place_N[order_R] = torch.arange(len(order_R), device=order_R.device)
+        width = min(num_choices, self.num_local_experts)
+        computed_VK = look_up(place_N, sources_table(choices.row_N, len(x_VD), width))
+        row_R = choices.row_N[order_R]
+        tokens = DispatchedTokens(gather_rows(x_VD, row_R, computed_VK), counts_e, choices.weight_N[order_R])
+        return tokens, CombineState(states, row_R, computed_VK)

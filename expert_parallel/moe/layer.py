@@ -1,51 +1,70 @@
 """The mixture-of-experts layer: route, limit, dispatch, compute, combine."""
 
-from typing import Annotated
+from dataclasses import replace
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from expert_parallel.collectives import group_rank, group_size
+from expert_parallel.collectives import all_reduce_sum, group_rank, group_size
+from expert_parallel.mesh import Nodes
 from expert_parallel.moe import random
-from expert_parallel.moe.balance import LossConfig, count_tokens, loss_name, router_losses
-from expert_parallel.moe.capacity import POLICIES, CapacityConfig, DroplessConfig
-from expert_parallel.moe.dispatch import DISPATCHERS, Dispatcher, DispatcherConfig
+from expert_parallel.moe.balance import LossConfig, loss_name, router_losses
+from expert_parallel.moe.capacity import POLICIES, CapacityConfig, DroplessConfig, LimitSettings
+from expert_parallel.moe.dispatch import AllToAllConfig, Dispatcher, DispatcherConfig
 from expert_parallel.moe.experts import ExpertsConfig, GroupedExperts
 from expert_parallel.moe.ffn import FFN, FFNConfig
+from expert_parallel.moe.ledger import Ledger, LedgerConfig
 from expert_parallel.moe.parameters import init_parameters
-from expert_parallel.moe.plan import MoEOutput, RoutingPlan, StepContext, count_choices
-from expert_parallel.moe.routing import ROUTERS, RouterConfig
+from expert_parallel.moe.permute import gather_rows, padded_tables
+from expert_parallel.moe.plan import (
+    Choices,
+    DispatchedTokens,
+    LoadStats,
+    MoEOutput,
+    RoutingPlan,
+    RowCounts,
+    StepContext,
+    TokenBatch,
+    count_choices,
+)
+from expert_parallel.moe.presets import apply_preset
+from expert_parallel.moe.random import Stream
+from expert_parallel.moe.receive_bound import limit_received
+from expert_parallel.moe.refuse import refuse_combinations
+from expert_parallel.moe.routers import RouterConfig, build_router, router_settings
+from expert_parallel.moe.routing import TopKRouterConfig
 from expert_parallel.placement import ExpertPlacement
 from expert_parallel.settings import Settings
 
 
 class MoEConfig(Settings):
-    """One MoE layer. `d_model` is set here for a layer that is used alone; in a model it comes from `model.d_model`."""
+    """One MoE layer. `d_model` is set here for a layer that is used alone; in a model it comes from `model.d_model`.
+    `preset`: router, capacity and losses of a paper, beneath what is set here (see presets.py)."""
 
+    preset: str | None = None
     d_model: Annotated[int, Field(ge=1)] | None = None
     num_experts: int = Field(ge=1)
-    router: RouterConfig = RouterConfig()
+    router: RouterConfig = TopKRouterConfig()
     capacity: CapacityConfig = DroplessConfig()
     losses: list[LossConfig] = Field(default_factory=list)
     experts: ExpertsConfig
     shared_experts: FFNConfig | None = None
-    dispatcher: DispatcherConfig = DispatcherConfig()
+    dispatcher: DispatcherConfig = AllToAllConfig()
+    ledger: LedgerConfig = LedgerConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, tree: Any) -> Any:
+        return apply_preset(tree)
 
     @model_validator(mode="after")
     def _refuse_what_cannot_work(self) -> "MoEConfig":
-        k = self.router.k
-        if k > self.num_experts:
-            raise ValueError(f"router.k ({k}) is larger than num_experts ({self.num_experts})")
-        if k == 1 and self.router.normalise:
-            raise ValueError(
-                "router.normalise is true with router.k = 1: the only weight would always be 1 and the router would "
-                "never learn; set router.normalise to false"
-            )
-        names = [loss_name(loss) for loss in self.losses]
-        if len(set(names)) < len(names):
-            raise ValueError(f"losses: each kind and scope may stand once, found {', '.join(names)}")
+        router = router_settings(self.router)
+        router.refuse(self.num_experts)
+        refuse_combinations(router, self.capacity, self.losses, self.num_experts)
         return self
 
 
@@ -54,8 +73,8 @@ class MoELayer(nn.Module):
     `group`.
 
     group: the expert-parallel ranks; None = this rank holds every expert.
-    data_group: all ranks whose tokens make up a micro-step, for balance losses over all of them; default: `group`.
-    placement: which rank holds which expert; default: contiguous.
+    data_group: all ranks whose tokens make up a micro-step, for balance losses and decisions over all of them; default:
+    `group`. placement: which rank holds which expert; default: contiguous. nodes: how `group` lies on machines.
 
     seed: initial weights are a function of it and of each weight's name; give each layer of a model one of its own.
 
@@ -71,18 +90,19 @@ class MoELayer(nn.Module):
         data_group: dist.ProcessGroup | None = None,
         placement: ExpertPlacement | None = None,
         seed: int = 0,
+        nodes: Nodes | None = None,
     ) -> None:
         super().__init__()
         if config.d_model is None:
             raise ValueError("d_model is not set: a layer that is used alone needs it")
         placement = placement or ExpertPlacement.contiguous(config.num_experts, group_size(group))
-        self.config = config
+        self.config, self.group, self.placement = config, group, placement
         self.data_group = data_group if data_group is not None else group
-        self.router = ROUTERS[config.router.kind](config.router, config.d_model, config.num_experts)
-        self.dispatcher: Dispatcher = DISPATCHERS[config.dispatcher.kind](placement, group)
+        self.router = build_router(config.router, config.d_model, config.num_experts)
+        self.dispatcher = Dispatcher(config.dispatcher, placement, group, nodes)
         self.experts = GroupedExperts(config.experts, config.d_model, placement.experts_on(group_rank(group)))
         self.shared_experts = FFN(config.shared_experts, config.d_model) if config.shared_experts else None
-        if not self.router.weight.is_meta:
+        if not self.experts.w_in.is_meta:
             init_parameters(self, seed, std=lambda name: 0.02)
 
     def forward(self, x: Tensor, context: StepContext | None = None) -> MoEOutput:
@@ -90,34 +110,112 @@ class MoELayer(nn.Module):
         context = context or StepContext()
         x_BSD = x if x.dim() == 3 else x[None]
         x_TD = x_BSD.flatten(0, 1)
+        batch = token_batch(x_BSD, context, self.data_group)
+        ledger = Ledger(self.config.ledger, context.layer, context.step)
 
-        plan = self.router(x_TD, token_index(x_BSD, context), context)
-        losses = self._losses(plan, num_sequences=x_BSD.shape[0])
-        plan = POLICIES[self.config.capacity.kind](self.config.capacity, plan, self.training)
-        tokens, state = self.dispatcher.dispatch(x_TD, plan)
-        y_RD = self.experts(tokens.x_RD, tokens.counts_e, tokens.weights_R, dropout_seed=dropout_seed(context))
-        y_TD = self.dispatcher.combine(y_RD, state)
+        routed, plan, padded_rows = self._route(x_TD, batch)
+        losses, pooled = router_losses(self.config.losses, routed, batch)
+        tokens, state = self.dispatcher.dispatch(x_TD, plan, ledger, context)
+        y_RD = self._compute(tokens, padded_rows, dropout_seed(context))
+        y_TD = self.dispatcher.combine(y_RD, state, ledger)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
 
         weighted = {loss_name(c): c.coefficient * losses[loss_name(c)] for c in self.config.losses}
-        return MoEOutput(y_TD.view(x.shape), weighted, count_choices(plan, state.rows, losses))
+        stats = LoadStats(
+            **count_choices(routed, plan, batch.real_T),
+            computed_E=self._by_global_expert(tokens.counts_e),
+            rows=RowCounts.of(ledger.log),
+            log=ledger.log,
+            gathered_bytes=batch.gathered_bytes[0],
+            losses={name: value.detach() for name, value in losses.items()},
+        )
+        return MoEOutput(y_TD.view(x.shape), weighted, stats, pooled)
 
-    def _losses(self, plan: RoutingPlan, num_sequences: int) -> dict[str, Tensor]:
-        if not self.config.losses:
-            return {}
-        tokens = count_tokens(plan, num_sequences, self.data_group)
-        return router_losses(self.config.losses, plan, tokens)
+    def _route(self, x_TD: Tensor, batch: TokenBatch) -> tuple[RoutingPlan, RoutingPlan, int | None]:
+        """The plan as the router chose, the plan as capacity left it, and the rows that each expert is padded to. What
+        the context's replay has recorded of this pass is taken from there."""
+        replay, context = batch.context.replay, batch.context
+        key = (context.step, context.micro_step, context.layer)
+        recorded = replay.recorded.get(key) if replay is not None else None
+        choice = None if recorded is None else (recorded.routed_ids_TK, recorded.routed_reason_TK)
+        routed = self.router(x_TD, batch, choice)
+        if recorded is None:
+            with torch.no_grad():
+                limited, padded_rows = self._limit(routed, batch)
+            recorded = Choices(
+                routed.expert_ids_TK, routed.reason_TK, limited.expert_ids_TK, limited.reason_TK, padded_rows
+            )
+            if replay is not None:
+                replay.recorded[key] = recorded
+        plan = replace(routed, expert_ids_TK=recorded.ids_TK, reason_TK=recorded.reason_TK)
+        return routed, self._weigh_again(plan), recorded.padded_rows
+
+    def _limit(self, routed: RoutingPlan, batch: TokenBatch) -> tuple[RoutingPlan, int | None]:
+        capacity = self.config.capacity
+        plan, most = POLICIES[capacity.kind](capacity, routed, batch, self.training)
+        if isinstance(capacity, DroplessConfig):
+            if capacity.receive_bound is not None:
+                rank_of_expert_E = torch.tensor(self.placement.rank_of_expert, device=plan.expert_ids_TK.device)
+                plan = limit_received(capacity.receive_bound, plan, rank_of_expert_E, self.group)
+            return plan, None
+        if not capacity.pad:
+            return plan, None
+        assert most is not None
+        return plan, int(most if capacity.scope == "global" else all_reduce_sum(most, self.group))
+
+    def _weigh_again(self, plan: RoutingPlan) -> RoutingPlan:
+        """Weights for what is left, where the capacity policy changes them."""
+        capacity = self.config.capacity
+        if not isinstance(capacity, LimitSettings) or not (capacity.renormalise or capacity.overflow == "reroute"):
+            return plan
+        counted_TK = plan.kept_TK if capacity.renormalise else None
+        return replace(plan, weights_TK=self.router.weights(plan, plan.expert_ids_TK, counted_TK))
+
+    def _compute(self, tokens: DispatchedTokens, padded_rows: int | None, seed: int) -> Tensor:
+        """The experts on their rows, in blocks of `padded_rows` if given."""
+        if padded_rows is None:
+            return self.experts(tokens.x_RD, tokens.counts_e, tokens.weights_R, dropout_seed=seed)
+        row_P, place_R = padded_tables(tokens.counts_e, padded_rows, len(tokens.x_RD))
+        x_PD = gather_rows(tokens.x_RD, row_P, place_R)
+        weights_P = gather_rows(tokens.weights_R, row_P, place_R)
+        y_PD = self.experts(x_PD, torch.full_like(tokens.counts_e, padded_rows), weights_P, dropout_seed=seed)
+        return gather_rows(y_PD, place_R, row_P)
+
+    def _by_global_expert(self, counts_e: Tensor) -> Tensor:
+        counts_E = counts_e.new_zeros(self.config.num_experts)
+        counts_E[torch.tensor(self.experts.expert_ids, device=counts_e.device)] = counts_e
+        return counts_E
 
 
-def token_index(x_BSD: Tensor, context: StepContext) -> Tensor:
-    """Global index of each token in the micro-step: (index of its sequence) * S + position. int64 (T)."""
+def token_batch(x_BSD: Tensor, context: StepContext, group: dist.ProcessGroup | None) -> TokenBatch:
+    """ValueError where what the context says of the tokens does not have their shape."""
     num_sequences, length, _ = x_BSD.shape
-    sequence_B = context.sequence_index_B
-    if sequence_B is None:
-        sequence_B = torch.arange(num_sequences, device=x_BSD.device)
-    return (sequence_B[:, None] * length + torch.arange(length, device=x_BSD.device)).flatten()
+    for name, shape, dtype in (
+        ("sequence_index_B", (num_sequences,), torch.int64),
+        ("token_ids_BS", (num_sequences, length), torch.int64),
+        ("mask_BS", (num_sequences, length), torch.bool),
+    ):
+        given = getattr(context, name)
+        if given is not None and (tuple(given.shape) != shape or given.dtype != dtype):
+            raise ValueError(
+                f"StepContext.{name} is {given.dtype} of shape {tuple(given.shape)}, the layer's input asks for "
+                f"{dtype} of shape {shape}"
+            )
+    numbers_B = torch.arange(num_sequences, device=x_BSD.device)
+    sequence_B = numbers_B if context.sequence_index_B is None else context.sequence_index_B
+    position_S = torch.arange(length, device=x_BSD.device)
+    return TokenBatch(
+        index_T=((sequence_B[:, None] << 32) + position_S).flatten(),
+        sequence_T=numbers_B.repeat_interleave(length),
+        num_sequences=num_sequences,
+        context=context,
+        group=group,
+        is_global=context.sequence_index_B is not None,
+        real_T=None if context.mask_BS is None else context.mask_BS.flatten(),
+        ids_T=None if context.token_ids_BS is None else context.token_ids_BS.flatten(),
+    )
 
 
 def dropout_seed(context: StepContext) -> int:
-    return random.mix(context.seed, context.step, context.micro_step, context.layer, context.coordinate)
+    return random.mix(context.seed, context.step, context.micro_step, context.layer, Stream.DROPOUT, context.coordinate)

@@ -5,43 +5,12 @@ table names, and adds them in the table's order. Its gradient is the same operat
 there are no scatter-adds and no atomics: every sum has a fixed order and a rerun gives the same bits.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 NO_ROW = -1
-
-
-@dataclass(frozen=True)
-class ChoiceOrder:
-    """The kept choices of this rank's tokens, grouped by destination rank, then token, then choice.
-
-    token_U, rank_U: token and destination of each row that travels (int64; sorted by rank, then token).
-    row_N, expert_N, choice_N: for each kept choice its row, its global expert, its flat index t * K + k (int64).
-    """
-
-    token_U: Tensor
-    rank_U: Tensor
-    row_N: Tensor
-    expert_N: Tensor
-    choice_N: Tensor
-
-
-def group_by_rank(expert_ids_TK: Tensor, kept_TK: Tensor, rank_of_expert_E: Tensor) -> ChoiceOrder:
-    """Merges a token's choices on one rank into one row.
-
-    token-major (t0: e5 e1)(t1: e0 e1)  ->  rank-major (r0: t0 e1)(r0: t1 e0 e1)(r1: t0 e5)
-    """
-    num_tokens, num_choices = expert_ids_TK.shape
-    choice_N = kept_TK.flatten().nonzero().squeeze(1)
-    expert_N = expert_ids_TK.flatten()[choice_N]
-    pair_N = rank_of_expert_E[expert_N] * num_tokens + choice_N // num_choices  # (rank, token) as one number
-    pair_N, order_N = pair_N.sort(stable=True)  # stable: choices of a pair stay in choice order
-    pair_U, row_N = torch.unique_consecutive(pair_N, return_inverse=True)
-    num_tokens = max(num_tokens, 1)
-    return ChoiceOrder(pair_U % num_tokens, pair_U // num_tokens, row_N, expert_N[order_N], choice_N[order_N])
 
 
 def sort_by_expert(slot_R: Tensor, num_local_experts: int) -> tuple[Tensor, Tensor]:
@@ -69,6 +38,31 @@ def sources_table(source_M: Tensor, num_sources: int, width: int) -> Tensor:
     return table
 
 
+def padded_tables(counts_e: Tensor, padded_rows: int, num_rows: int) -> tuple[Tensor, Tensor]:
+    """(row_P, place_R): each expert's rows, in a block of `padded_rows`. row_P: (e * padded_rows, 1), the row at each
+    place, NO_ROW behind an expert's last one. place_R: the place of each row. counts_e: none is above padded_rows."""
+    num_local = len(counts_e)
+    expert_R = torch.arange(num_local, device=counts_e.device).repeat_interleave(counts_e, output_size=num_rows)
+    start_e = counts_e.cumsum(0) - counts_e
+    within_R = torch.arange(num_rows, device=counts_e.device) - start_e[expert_R]
+    assert num_rows == 0 or int(within_R.max()) < padded_rows, (counts_e, padded_rows)
+    place_R = expert_R * padded_rows + within_R
+    return sources_table(place_R, num_local * padded_rows, 1), place_R
+
+
+def places_in_queues(queue_N: Tensor, num_queues: int, order_N: Tensor) -> Tensor:
+    """The place, 0 first, of each item in its queue, where the items step up in the order `order_N`. int64 (N).
+
+    Counted with stable sorts: a top-k over a 0/1 mask would keep arbitrary items.
+    """
+    order_N = order_N[queue_N[order_N].argsort(stable=True)]
+    counts_Q = torch.bincount(queue_N, minlength=num_queues)
+    start_Q = counts_Q.cumsum(0) - counts_Q
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(len(order_N), device=order_N.device) - start_Q[queue_N[order_N]]
+    return place_N
+
+
 def gather_rows(x: Tensor, table: Tensor, inverse_table: Tensor) -> Tensor:
     """result[m] = sum over j of x[table[m, j]], added in the order of j; NO_ROW adds nothing.
 
@@ -83,15 +77,16 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, table: Tensor, inverse_table: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_table)
-        return _sum_rows(x, table)
+        return sum_rows(x, table)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (inverse_table,) = ctx.saved_tensors
-        return _sum_rows(grad, inverse_table), None, None
+        return sum_rows(grad, inverse_table), None, None
 
 
-def _sum_rows(x: Tensor, table: Tensor) -> Tensor:
+def sum_rows(x: Tensor, table: Tensor) -> Tensor:
+    """gather_rows without a gradient."""
     if table.dim() == 1:
         return x[table]
     num_rows, width = table.shape

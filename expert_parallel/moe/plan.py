@@ -9,13 +9,18 @@ Shape letters (capitals are logical sizes, never a sharding):
     B  sequences on this rank            S  tokens of a sequence
     U  rows that travel: one for each token and destination rank
     V  rows that arrive on this rank     R  rows that this rank's experts compute (one for each choice)
+    L  rows that a hop starts from       G  tokens of a scope, on all its ranks
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import IntEnum
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from expert_parallel.collectives import CommLog, Link
 
 
 class Reason(IntEnum):
@@ -25,14 +30,41 @@ class Reason(IntEnum):
     REROUTED = 1
     DROPPED_CAPACITY = 2
     DROPPED_RECEIVE_BOUND = 3
+    NOT_ROUTED = 4  # never wanted: padding, a pair that expert choice left out, a random second expert not taken
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Where a layer's tokens went: as the router chose, and as they stood after capacity. ids int64, reasons uint8.
+    padded_rows: what each expert computes, if padded to capacity."""
+
+    routed_ids_TK: Tensor
+    routed_reason_TK: Tensor
+    ids_TK: Tensor
+    reason_TK: Tensor
+    padded_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class RouterReplay:
+    """Plays choices back: a pass whose (step, micro-step, layer) is recorded here takes those, any other records its
+    own.
+
+    Give one to `StepContext.replay` in a first pass and again in a second. Recomputation does so by itself, so that
+    rounding cannot break ties differently. Weights are computed anew, with gradients.
+    """
+
+    recorded: dict[tuple[int, int, int], Choices] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """Where in the training run a forward pass stands: the key of all randomness, so that none is stored.
+    """What a forward pass is told beside its input: where in the run it stands, the key of all randomness (so that no
+    generator state is stored), and what the tokens are.
 
     `sequence_index_B` (int64) is each sequence's index in the global batch of the micro-step; None counts this
-    rank's own sequences from 0. `coordinate` tells data ranks apart for dropout.
+    rank's own sequences from 0. `coordinate` tells data ranks apart for dropout. `token_ids_BS` (int64): for hash
+    routing. `mask_BS` (bool): False marks padding, which is not routed, takes no capacity and is in no loss.
     """
 
     seed: int = 0
@@ -41,6 +73,30 @@ class StepContext:
     layer: int = 0
     coordinate: int = 0
     sequence_index_B: Tensor | None = None
+    token_ids_BS: Tensor | None = None
+    mask_BS: Tensor | None = None
+    replay: RouterReplay | None = None
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """What a layer knows of its T tokens beside their values.
+
+    index_T: int64, the token's place in the global order: its sequence's index * 2^32 + its position. is_global: the
+    caller gave the sequences' indices. sequence_T: int64, the sequence's number on this rank. real_T: bool, False for
+    padding; None: all are real. ids_T: int64, the tokens themselves. group: the ranks whose tokens make up the
+    micro-step. gathered_bytes: what scope `global` sent, added up as it happens (a list of one number).
+    """
+
+    index_T: Tensor
+    sequence_T: Tensor
+    num_sequences: int
+    context: StepContext
+    group: dist.ProcessGroup | None = None
+    is_global: bool = False
+    real_T: Tensor | None = None
+    ids_T: Tensor | None = None
+    gathered_bytes: list[int] = field(default_factory=lambda: [0])
 
 
 @dataclass(frozen=True)
@@ -49,7 +105,9 @@ class RoutingPlan:
 
     logits_TE, scores_TE: router dtype (float32, or float64 for float64 models). probabilities_TE: the scores of each
     token divided by their sum, for balance losses; softmax scores themselves. weights_TK: the factor of each chosen
-    expert's output, same dtype. expert_ids_TK: int64. reason_TK: uint8, values of `Reason`.
+    expert's output, same dtype. expert_ids_TK: int64. reason_TK: uint8, values of `Reason`. log_scores_TE: what
+    weights are computed from again, after drops (see Scores). ranking_TE: what the choice was made by, largest first
+    (detached; -inf: not to be chosen); None: it cannot be ranked.
     """
 
     logits_TE: Tensor
@@ -59,11 +117,18 @@ class RoutingPlan:
     weights_TK: Tensor
     reason_TK: Tensor
     num_experts: int
+    log_scores_TE: Tensor | None = None
+    ranking_TE: Tensor | None = None
 
     @property
     def kept_TK(self) -> Tensor:
         """Bool: the choices that reach an expert."""
         return self.reason_TK <= Reason.REROUTED
+
+    @property
+    def routed_TK(self) -> Tensor:
+        """Bool: the choices that the router made."""
+        return self.reason_TK != Reason.NOT_ROUTED
 
 
 @dataclass(frozen=True)
@@ -81,21 +146,38 @@ class DispatchedTokens:
 
 @dataclass(frozen=True)
 class RowCounts:
-    """Rows that crossed between ranks: one for each token and destination rank. `own` stayed on this rank and
-    is not part of the other three."""
+    """Rows that crossed between ranks in a forward pass, over all hops: sent and received with tokens, returned with
+    outputs. `own` stayed on this rank and is not part of the other three."""
 
     sent: int = 0
     received: int = 0
     returned: int = 0
     own: int = 0
 
+    @staticmethod
+    def of(log: CommLog) -> "RowCounts":
+        def total(rows: Counter[tuple[str, Link]], end: str, own: bool) -> int:
+            return sum(n for (purpose, link), n in rows.items() if purpose.endswith(end) and (link == "own") == own)
+
+        sent, received = log.rows_sent, log.rows_received
+        return RowCounts(
+            sent=total(sent, "dispatch", own=False),
+            received=total(received, "dispatch", own=False),
+            returned=total(received, "combine", own=False),
+            own=total(sent, "dispatch", own=True),
+        )
+
 
 @dataclass(frozen=True)
 class LoadStats:
     """What happened in one forward pass of one layer to this rank's tokens. Detached; sum over ranks for totals.
 
-    routed_E, kept_E, rerouted_E, dropped_capacity_E, dropped_receive_bound_E: int64 choices per expert.
-    losses: each loss before its coefficient; this rank's share, so that the sum over ranks is the loss.
+    routed_E: int64, choices per expert as the router made them. kept_E, rerouted_E (by the expert found),
+    dropped_capacity_E, dropped_receive_bound_E: what became of them. computed_E: rows that this rank's experts
+    computed, by global expert, counted where they arrived. num_tokens, num_unserved: real tokens, and those that no
+    expert computes. entropy: sum over real tokens of the entropy of the router's probabilities, nats. rows, log: rows
+    and bytes of the exchange; `log` gains those of the backward pass. gathered_bytes: what scope `global` sent to
+    other ranks. losses: each loss before its coefficient; this rank's share, so that the sum over ranks is the loss.
     """
 
     routed_E: Tensor
@@ -103,7 +185,13 @@ class LoadStats:
     rerouted_E: Tensor
     dropped_capacity_E: Tensor
     dropped_receive_bound_E: Tensor
+    computed_E: Tensor
+    num_tokens: Tensor
+    num_unserved: Tensor
+    entropy: Tensor
     rows: RowCounts
+    log: CommLog
+    gathered_bytes: int = 0
     losses: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -111,26 +199,37 @@ class LoadStats:
 class MoEOutput:
     """What `MoELayer.forward` returns.
 
-    y: shape and dtype of the input. losses: named scalars, already times their coefficients, this rank's share:
-    add them to the training loss, and SUM gradients over ranks. stats: see LoadStats.
+    y: shape and dtype of the input. losses: named scalars, already times their coefficients, this rank's share: add
+    them to the training loss, and SUM gradients over ranks. stats: see LoadStats. pooled: f and P of the losses that
+    are pooled over layers; for this layer alone they are in `losses` (see balance.pool_layers).
     """
 
     y: Tensor
     losses: dict[str, Tensor]
     stats: LoadStats
+    pooled: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-def count_choices(plan: RoutingPlan, rows: RowCounts, losses: dict[str, Tensor]) -> LoadStats:
-    """The ledger of one layer: each choice of `plan` counted once, under its expert and its reason."""
+def count_choices(routed: RoutingPlan, plan: RoutingPlan, real_T: Tensor | None) -> dict[str, Tensor]:
+    """The first fields of LoadStats: each choice counted once, as it was routed, and under what became of it."""
     num_experts = plan.num_experts
-    key = plan.reason_TK.long() * num_experts + plan.expert_ids_TK
-    counts = torch.bincount(key.flatten(), minlength=len(Reason) * num_experts).view(len(Reason), num_experts)
-    return LoadStats(
-        routed_E=counts.sum(0),
-        kept_E=counts[Reason.KEPT],
-        rerouted_E=counts[Reason.REROUTED],
-        dropped_capacity_E=counts[Reason.DROPPED_CAPACITY],
-        dropped_receive_bound_E=counts[Reason.DROPPED_RECEIVE_BOUND],
-        rows=rows,
-        losses={name: value.detach() for name, value in losses.items()},
-    )
+    key_TK = plan.reason_TK.long() * num_experts + plan.expert_ids_TK
+    counts = torch.bincount(key_TK.flatten(), minlength=len(Reason) * num_experts).view(len(Reason), num_experts)
+    probabilities_TE = plan.probabilities_TE.detach()
+    real_T = torch.ones_like(plan.reason_TK[:, 0], dtype=torch.bool) if real_T is None else real_T
+    return {
+        "routed_E": count_routed(routed),
+        "kept_E": counts[Reason.KEPT],
+        "rerouted_E": counts[Reason.REROUTED],
+        "dropped_capacity_E": counts[Reason.DROPPED_CAPACITY],
+        "dropped_receive_bound_E": counts[Reason.DROPPED_RECEIVE_BOUND],
+        "num_tokens": real_T.sum(),
+        "num_unserved": (real_T & ~plan.kept_TK.any(1)).sum(),
+        "entropy": (torch.special.entr(probabilities_TE).sum(1) * real_T).sum(),
+    }
+
+
+def count_routed(plan: RoutingPlan, num_choices: int | None = None) -> Tensor:
+    """Choices per expert that a router made, int64 (E); of the first `num_choices` of each token, if given."""
+    ids_TK = plan.expert_ids_TK.masked_fill(~plan.routed_TK, plan.num_experts)[:, :num_choices]
+    return torch.bincount(ids_TK.flatten(), minlength=plan.num_experts + 1)[: plan.num_experts]

@@ -4,8 +4,12 @@ No generator state is kept anywhere; a checkpoint holds a seed. The mixing funct
 SplitMix64 (Steele, Lea and Flood 2014), on int64 tensors with wrap-around.
 """
 
+from enum import IntEnum
+
 import torch
 from torch import Tensor
+
+from expert_parallel.moe.plan import StepContext
 
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio as a signed 64-bit number
 _MIX_1 = -0x40A7B892E31B1A47
@@ -24,6 +28,21 @@ def mix(*keys: int) -> int:
     return state >> 1
 
 
+class Stream(IntEnum):
+    """What a random number is for: two uses never share one."""
+
+    JITTER = 0
+    NOISE = 1
+    SECOND_EXPERT = 2
+    PRIORITY = 3
+    DROPOUT = 4
+
+
+def pass_seed(context: StepContext, stream: Stream) -> int:
+    """The seed of one use in one pass of one layer: the same on every rank, unlike dropout's."""
+    return mix(context.seed, context.step, context.micro_step, context.layer, stream)
+
+
 def uniform(seed: int, row_index_T: Tensor, width: int) -> Tensor:
     """Uniform numbers in [0, 1), float64, shape (T, width), each a function of (seed, its row's index, its column).
 
@@ -32,6 +51,21 @@ def uniform(seed: int, row_index_T: Tensor, width: int) -> Tensor:
     column = torch.arange(width, device=row_index_T.device)
     row_key_T = _mix_tensor(row_index_T + seed)
     return (_mix_tensor(row_key_T[:, None] + column) >> 11 & ((1 << 53) - 1)).double() * 2.0**-53
+
+
+def normal(seed: int, row_index_T: Tensor, width: int) -> Tensor:
+    """Standard normal numbers, keyed as `uniform` is, by the inverse of the distribution function."""
+    return _open(uniform(seed, row_index_T, width)).mul(2).sub(1).erfinv() * 2**0.5
+
+
+def gumbel(seed: int, row_index_T: Tensor, width: int) -> Tensor:
+    """Standard Gumbel numbers: argmax of log p + gumbel is a draw from p."""
+    return -(-_open(uniform(seed, row_index_T, width)).log()).log()
+
+
+def _open(u: Tensor) -> Tensor:
+    """[0, 1) in steps of 2^-53 -> (0, 1)."""
+    return u.clamp(min=2.0**-54)
 
 
 def dropout(x: Tensor, probability: float, seed: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from expert_parallel.config import Config, dump_config
 from expert_parallel.mesh import ParallelDegrees
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.moe.capacity import FactorConfig, expert_capacity
+from expert_parallel.moe.capacity import DroplessConfig, capacity_of_blocks
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.training.loop import check_degrees
 from expert_parallel.training.step import DTYPES
@@ -38,7 +38,7 @@ def count_parameters(config: Config) -> ParameterCounts:
         else:
             dense += logical.parameter.numel()
     moe = config.model.moe
-    used = experts * moe.router.k // moe.num_experts if moe is not None else 0
+    used = round(experts * moe.router.experts_per_token(moe.num_experts) / moe.num_experts) if moe is not None else 0
     return ParameterCounts(dense, experts, dense + used)
 
 
@@ -74,7 +74,7 @@ def activation_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
             assert ffn is not None
             values += 3 * ffn.hidden
         elif training.recompute != "moe":
-            values += moe.router.k * (2 * model.d_model + 3 * moe.experts.hidden)
+            values += moe.router.experts_per_token(moe.num_experts) * (2 * model.d_model + 3 * moe.experts.hidden)
     return round(tokens * (values * width + model.vocab_size * (width + 4)))
 
 
@@ -96,21 +96,38 @@ def describe(config: Config, world_size: int | None) -> str:
     if moe is not None:
         lines.append(
             f"MoE blocks           {', '.join(map(str, config.model.moe_layers))}: {moe.num_experts} experts, "
-            f"{-(-moe.num_experts // degrees.ep)} on the fullest rank, top-{moe.router.k}"
+            f"{-(-moe.num_experts // degrees.ep)} on the fullest rank, router "
+            f"{moe.router.kind}, {moe.router.experts_per_token(moe.num_experts):g} a token"
         )
-    if moe is not None and isinstance(moe.capacity, FactorConfig):
-        rank_tokens = -(-training.global_batch // training.micro_steps // degrees.dp) * training.sequence_length
-        capacity = [
-            expert_capacity(factor, moe.capacity.minimum, rank_tokens, moe.router.k, moe.num_experts)
-            for factor in (moe.capacity.train, moe.capacity.eval)
-        ]
-        lines.append(
-            f"capacity             {capacity[0]:,} choices an expert takes of a rank's {rank_tokens:,} tokens in "
-            f"training, {capacity[1]:,} in evaluation"
-        )
+        lines.append(f"capacity             {describe_capacity(config, degrees)}")
     state, activations = state_bytes_of_rank(config, degrees, counts), activation_bytes_of_rank(config, degrees)
     lines.append(
         f"memory of a rank     {state / GIB:.2f} GiB weights, gradients and optimizer; "
         f"about {activations / GIB:.2f} GiB activations (estimate)"
     )
     return "\n".join(lines)
+
+
+def describe_capacity(config: Config, degrees: ParallelDegrees) -> str:
+    """What one expert takes of the tokens of one scope; the ranks with most tokens."""
+    moe, training = config.model.moe, config.training
+    assert moe is not None
+    capacity = moe.capacity
+    if isinstance(capacity, DroplessConfig):
+        bound = "" if capacity.receive_bound is None else f", {capacity.receive_bound:g} times its share a rank at most"
+        return f"dropless{bound}"
+    sequences = {
+        "rank": -(-training.global_batch // training.micro_steps // degrees.dp),
+        "sequence": 1,
+        "global": training.global_batch // training.micro_steps,
+    }[capacity.scope]
+    size_b = torch.tensor([sequences * training.sequence_length])
+    choices = moe.router.num_choices(moe.num_experts)
+    train, evaluation = (
+        int(capacity_of_blocks(capacity, size_b, choices, moe.num_experts, training=is_training))
+        for is_training in (True, False)
+    )
+    return (
+        f"{train:,} choices an expert takes of the {int(size_b):,} tokens of a scope ({capacity.scope}) in training, "
+        f"{evaluation:,} in evaluation"
+    )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expert_parallel.collectives import gather_text
 from expert_parallel.config import Config, dump_config
-from expert_parallel.mesh import ParallelDegrees, ParallelMesh, build_mesh
+from expert_parallel.mesh import ParallelDegrees, ParallelMesh, build_mesh, node_grid
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import Transformer
 from expert_parallel.runtime import Runtime, UserError
@@ -165,7 +165,14 @@ def set_up(config: Config, runtime: Runtime) -> Run:
             "must lie on a file system that all of them share"
         )
 
-    mesh = build_mesh(degrees, runtime.device.type, runtime.timeout)
+    moe = config.model.moe
+    mesh = build_mesh(
+        degrees,
+        runtime.device.type,
+        runtime.timeout,
+        ranks_per_node=config.parallel.ranks_per_node or runtime.launch.local_world_size,
+        hierarchical=moe is not None and moe.dispatcher.kind == "hierarchical",
+    )
     model = build_model(
         config.model,
         mesh,
@@ -188,12 +195,15 @@ def set_up(config: Config, runtime: Runtime) -> Run:
 def check_world(config: Config, runtime: Runtime) -> ParallelDegrees:
     """The degrees for the ranks that run, or a ValueError that names the setting and the numbers."""
     config.check_backend(runtime.device.type)
-    return check_degrees(config, runtime.world_size)
+    return check_degrees(config, runtime.world_size, runtime.launch.local_world_size)
 
 
-def check_degrees(config: Config, world_size: int) -> ParallelDegrees:
-    """The degrees for `world_size` ranks, wherever they may be."""
+def check_degrees(config: Config, world_size: int, ranks_per_node: int | None = None) -> ParallelDegrees:
+    """The degrees for `world_size` ranks, wherever they may be. ranks_per_node: as the launcher says, if there is
+    one."""
     degrees = ParallelDegrees(world_size, ep=config.parallel.ep)
+    if config.model.moe is not None and config.model.moe.dispatcher.kind == "hierarchical":
+        node_grid(degrees, config.parallel.ranks_per_node or ranks_per_node or world_size)
     micro = config.training.global_batch // config.training.micro_steps
     if micro < degrees.dp:
         raise ValueError(

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from expert_parallel.training.step import LayerReport, StepReport
+from expert_parallel.moe.totals import LayerTotals
+from expert_parallel.training.step import StepReport
 
 Metrics = dict[str, float]
 
@@ -25,21 +26,39 @@ def step_metrics(report: StepReport, prefix: str) -> Metrics:
     for name in next(iter(layers.values())):
         metrics[f"{moe}/{name}"] = sum(values[name] for values in layers.values()) / len(layers)
     for layer, values in layers.items():
+        values = values | _loads(report.layers[layer])
         metrics |= {f"{moe}/layer_{layer}/{name}": value for name, value in values.items()}
     return metrics
 
 
-def _layer_metrics(report: LayerReport) -> Metrics:
-    routed = max(int(report.routed_E.sum()), 1)
-    metrics = {
-        "dropped_share": int(report.dropped_E.sum()) / routed,
-        "load_cv": coefficient_of_variation(report.routed_E),
-        "dead_experts": int((report.kept_E == 0).sum()),
-        "rows_sent": report.rows_sent,
+def _layer_metrics(totals: LayerTotals) -> Metrics:
+    routed, tokens = max(int(totals.routed_E.sum()), 1), max(totals.num_tokens, 1)
+    dead = (totals.kept_E + totals.rerouted_E) == 0
+    metrics: Metrics = {
+        "dropped_share": int(totals.dropped_E.sum()) / routed,
+        "dropped_receive_bound_share": int(totals.dropped_receive_bound_E.sum()) / routed,
+        "rerouted_share": int(totals.rerouted_E.sum()) / routed,
+        "unserved_share": totals.num_unserved / tokens,
+        "load_cv": coefficient_of_variation(totals.routed_E),
+        "dead_expert_share": float(dead.double().mean()),
+        "router_entropy": totals.entropy / tokens,
+        "rows_sent": sum(totals.rows_moved.values()),
+        "bytes_in_node": totals.bytes_sent["node"],
+        "bytes_between_nodes": totals.bytes_sent["network"],
+        "bytes_gathered": totals.gathered_bytes,
     }
-    balance = [value for name, value in report.losses.items() if name.startswith("balance")]
+    balance = [value for name, value in totals.losses.items() if name.startswith("balance")]
     metrics |= {"balance_loss": sum(balance) / len(balance)} if balance else {}
-    return metrics | report.losses
+    return metrics | totals.losses
+
+
+def _loads(totals: LayerTotals) -> Metrics:
+    """The share of all choices that each expert computed."""
+    served_E = totals.kept_E + totals.rerouted_E
+    return {
+        f"load/{expert}": share
+        for expert, share in enumerate((served_E.double() / served_E.sum().clamp(min=1)).tolist())
+    }
 
 
 def coefficient_of_variation(load_E: Tensor) -> float:
@@ -91,6 +110,9 @@ def progress_line(step: int, total: int, metrics: Metrics) -> str:
         ("moe/load_cv", "load cv", "{:.2f}"),
     )
     parts += [f"{label} {form.format(metrics[name])}" for name, label, form in shown if name in metrics]
+    if metrics.get("moe/dropped_receive_bound_share", 0) > 0:
+        share = metrics["moe/dropped_receive_bound_share"]
+        parts.append(f"{share:.1%} OF CHOICES DROPPED AT model.moe.capacity.receive_bound")
     return "  ".join(parts)
 
 

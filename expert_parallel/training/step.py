@@ -1,7 +1,7 @@
 """One training step, and evaluation: forward, backward, reduce, clip, update, and what to report of it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
@@ -13,10 +13,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from expert_parallel.collectives import all_reduce_sum
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.transformer import ModelOutput, Recompute, Transformer
+from expert_parallel.model.transformer import Block, ModelOutput, Recompute, Transformer
 from expert_parallel.moe.balance import update_balance_bias
-from expert_parallel.moe.layer import MoELayer
+from expert_parallel.moe.ledger import LedgerConfig
 from expert_parallel.moe.plan import StepContext
+from expert_parallel.moe.routing import TopKRouter
+from expert_parallel.moe.totals import LayerTotals, pack, report_breaches, unpack
 from expert_parallel.settings import Settings
 from expert_parallel.training.data import MicroBatch
 from expert_parallel.training.grads import clip_gradients, global_norm, reduce_gradients
@@ -53,74 +55,51 @@ class TrainingConfig(Settings):
 
 
 @dataclass(frozen=True)
-class LayerReport:
-    """One MoE layer over a whole step and all ranks. Counts of choices per expert; losses before coefficients."""
-
-    routed_E: Tensor
-    kept_E: Tensor
-    dropped_E: Tensor
-    rows_sent: int
-    rows_received: int
-    rows_own: int
-    losses: dict[str, float]
-
-    def __post_init__(self) -> None:
-        """Conservation: no choice and no row is lost or made up, anywhere."""
-        assert torch.equal(self.routed_E, self.kept_E + self.dropped_E), self
-        assert self.rows_sent == self.rows_received, self
-
-
-@dataclass(frozen=True)
 class StepReport:
     """loss: cross entropy alone, nats a token, of all ranks' tokens. grad_norm: before clipping; 0 in evaluation."""
 
     loss: float
     num_tokens: int
-    layers: dict[int, LayerReport]
+    layers: dict[int, LayerTotals]
     grad_norm: float = 0.0
     learning_rate: float = 0.0
 
 
 @dataclass
 class StepTotals:
-    """Sums over the micro-steps of one step on this rank; one all-reduce makes them the step's over all ranks."""
+    """Sums over the micro-steps of one step on this rank; one all-reduce of all layers makes them the step's over all
+    ranks.
 
-    sums: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    Add a pass after its backward pass, if it has one, so that the ledger has seen both."""
+
+    ledger: LedgerConfig
+    step: int
+    sums: Tensor | None = None
+    shapes: dict[int, tuple[int, list[str]]] = field(default_factory=dict)  # by layer: experts, losses
     num_micro_steps: int = 0
 
     def add(self, cross_entropy: Tensor, num_tokens: int, output: ModelOutput) -> None:
         self.num_micro_steps += 1
-        self._add(-1, "cross_entropy", cross_entropy.detach())
-        self._add(-1, "tokens", torch.tensor(num_tokens, device=cross_entropy.device))
-        for layer, stats in output.stats.items():
-            dropped_E = stats.dropped_capacity_E + stats.dropped_receive_bound_E
-            rows = torch.tensor([stats.rows.sent, stats.rows.received, stats.rows.own], device=dropped_E.device)
-            parts = {"routed": stats.routed_E, "kept": stats.kept_E, "dropped": dropped_E, "rows": rows}
-            for name, value in {**parts, **{f"loss/{name}": value for name, value in stats.losses.items()}}.items():
-                self._add(layer, name, value)
+        head = cross_entropy.detach().double().view(1)
+        parts = [head, head.new_tensor([num_tokens]), *(pack(stats) for stats in output.stats.values())]
+        packed = torch.cat(parts)
+        self.sums = packed if self.sums is None else self.sums + packed
+        self.shapes = {layer: (len(stats.routed_E), list(stats.losses)) for layer, stats in output.stats.items()}
 
     def reduce(self, group: dist.ProcessGroup) -> StepReport:
-        packed = torch.cat([value.flatten() for value in self.sums.values()])  # float64: exact for counts below 2^53
-        packed = all_reduce_sum(packed, group).cpu()
-        parts = packed.split([value.numel() for value in self.sums.values()])
-        total = dict(zip(self.sums, parts, strict=True))
-        num_tokens = int(total[-1, "tokens"])
-        layers = {layer: self._layer(layer, total) for layer in sorted({key[0] for key in total} - {-1})}
-        return StepReport(float(total[-1, "cross_entropy"]) / max(num_tokens, 1), num_tokens, layers)
-
-    def _layer(self, layer: int, total: dict[tuple[int, str], Tensor]) -> LayerReport:
-        losses = {
-            name.removeprefix("loss/"): float(value) / self.num_micro_steps
-            for (number, name), value in total.items()
-            if number == layer and name.startswith("loss/")
-        }
-        sent, received, own = (int(count) for count in total[layer, "rows"])
-        routed_E, kept_E, dropped_E = (total[layer, name].long() for name in ("routed", "kept", "dropped"))
-        return LayerReport(routed_E, kept_E, dropped_E, sent, received, own, losses)
-
-    def _add(self, layer: int, name: str, value: Tensor) -> None:
-        key = (layer, name)
-        self.sums[key] = self.sums.get(key, torch.zeros((), dtype=torch.float64)) + value.double()
+        """Raises LedgerBreach on all ranks where a layer's counts do not add up, or warns, as set."""
+        assert self.sums is not None
+        head, rest = all_reduce_sum(self.sums, group).cpu().tensor_split([2])
+        loss, num_tokens = float(head[0]), int(head[1])
+        layers = {}
+        for (layer, (num_experts, names)), part in zip(
+            self.shapes.items(), rest.chunk(len(self.shapes) or 1), strict=False
+        ):
+            totals = unpack(part, num_experts, names)
+            report_breaches(totals, self.ledger, layer, self.step)
+            losses = {name: value / self.num_micro_steps for name, value in totals.losses.items()}
+            layers[layer] = replace(totals, losses=losses)
+        return StepReport(loss / max(num_tokens, 1), num_tokens, layers)
 
 
 def train_step(
@@ -138,7 +117,7 @@ def train_step(
     model.train()
     sharded = isinstance(model, FSDPModule)
     num_targets = config.global_batch * config.sequence_length
-    totals = StepTotals()
+    totals = StepTotals(ledger_of(model), step)
     for micro_step, batch in enumerate(micro_batches):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(micro_step == config.micro_steps - 1)
@@ -168,13 +147,17 @@ def train_step(
 def evaluate(model: Transformer, micro_batches: Iterable[MicroBatch], mesh: ParallelMesh, *, seed: int) -> StepReport:
     """Mean cross entropy over all ranks' sequences. Every rank must bring the same number of batches, empty or not."""
     model.eval()
-    totals = StepTotals()
+    totals = StepTotals(ledger_of(model), 0)
     for micro_step, batch in enumerate(micro_batches):
         context = StepContext(seed, 0, micro_step, 0, mesh.dp_rank, batch.sequence_index_B)
         output: ModelOutput = model(batch.inputs_BS, context)
         totals.add(cross_entropy_sum(output.logits, batch.targets_BS), batch.targets_BS.numel(), output)
     forget_gathered_weights(model)
     return totals.reduce(mesh.dp_group)
+
+
+def ledger_of(model: Transformer) -> LedgerConfig:
+    return LedgerConfig() if model.config.moe is None else model.config.moe.ledger
 
 
 def forget_gathered_weights(model: Transformer) -> None:
@@ -191,8 +174,8 @@ def cross_entropy_sum(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
 
 def update_balance_biases(model: Transformer, report: StepReport) -> None:
     for layer, block in enumerate(model.blocks):
-        moe = block.moe
-        if isinstance(moe, MoELayer) and moe.router.balance_bias_E is not None:
-            bias_E = moe.router.balance_bias_E
-            routed_E = report.layers[layer].routed_E.to(bias_E.device)
-            update_balance_bias(bias_E, routed_E, moe.config.router.balance_bias_rate)
+        assert isinstance(block, Block)
+        router = None if block.moe is None else block.moe.router
+        if isinstance(router, TopKRouter) and router.balance_bias_E is not None:
+            routed_E = report.layers[layer].routed_E.to(router.balance_bias_E.device)
+            update_balance_bias(router.balance_bias_E, routed_E, router.config.balance_bias_rate)

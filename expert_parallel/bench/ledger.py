@@ -1,0 +1,129 @@
+"""What the ledger costs: one MoE layer, forward and backward, with `counts`, with `rows`, and the counting alone.
+
+Rounds are interleaved and medians compared, since machines are shared. Run it on as many ranks as you like:
+
+    torchrun --nproc-per-node 2 -m expert_parallel bench ledger
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from expert_parallel.collectives import all_reduce_sum
+from expert_parallel.moe.layer import MoEConfig, MoELayer, token_batch
+from expert_parallel.moe.ledger import LedgerConfig
+from expert_parallel.moe.plan import MoEOutput, RowCounts, StepContext, count_choices
+from expert_parallel.moe.totals import check_conservation
+from expert_parallel.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Shape:
+    """tokens: of all ranks. Experts are GELU, two matrices."""
+
+    tokens: int
+    d_model: int
+    hidden: int
+    num_experts: int
+    k: int
+
+
+SHAPES = {"base": Shape(4096, 256, 1024, 8, 2), "fine": Shape(1024, 256, 128, 64, 8)}
+
+
+def bench_ledger(runtime: Runtime, shape_name: str, rounds: int) -> dict[str, Any]:
+    """Medians in milliseconds on this rank, and their ratios."""
+    shape, group = SHAPES[shape_name], dist.group.WORLD if runtime.world_size > 1 else None
+    x_TD = torch.randn(shape.tokens // runtime.world_size, shape.d_model, device=runtime.device, requires_grad=True)
+    layers = {kind: _layer(shape, kind, group).to(runtime.device) for kind in ("counts", "rows")}
+
+    def step(kind: str) -> MoEOutput:
+        output: MoEOutput = layers[kind](x_TD)
+        output.y.backward(torch.ones_like(output.y))
+        return output
+
+    output = step("counts")
+    plan = layers["counts"].router(x_TD.detach(), token_batch(x_TD[None], StepContext(), None))
+
+    def counting() -> None:
+        """All that `counts` does beside the layer's own work: with the reduction, which a step makes once for all
+        layers."""
+        count_choices(plan, plan, None)
+        RowCounts.of(output.stats.log)
+        check_conservation(output.stats, group, LedgerConfig())
+
+    def reduction() -> None:
+        all_reduce_sum(torch.zeros(100, dtype=torch.float64, device=runtime.device), group)
+
+    parts = {
+        "counts": lambda: step("counts"),
+        "rows": lambda: step("rows"),
+        "counting": counting,
+        "reduction": reduction,
+    }
+    medians = _medians(parts, runtime, rounds)
+    return {
+        "shape": shape_name,
+        "ranks": runtime.world_size,
+        "device": runtime.device.type,
+        "torch": torch.__version__,
+        "rounds": rounds,
+        "milliseconds": medians,
+        "counting_share": medians["counting"] / medians["counts"],
+        "counting_share_without_reduction": (medians["counting"] - medians["reduction"]) / medians["counts"],
+        "rows_over_counts": medians["rows"] / medians["counts"],
+    }
+
+
+def describe(result: dict[str, Any]) -> str:
+    shape, ms = SHAPES[result["shape"]], result["milliseconds"]
+    return "\n".join(
+        [
+            f"shape {result['shape']}: {shape.tokens} tokens, d {shape.d_model}, hidden {shape.hidden}, "
+            f"{shape.num_experts} experts, top-{shape.k}; {result['ranks']} ranks, {result['device']}, "
+            f"torch {result['torch']}; medians of {result['rounds']} rounds",
+            f"layer, ledger: counts   {ms['counts']:9.3f} ms  forward and backward",
+            f"layer, ledger: rows     {ms['rows']:9.3f} ms  {result['rows_over_counts']:.2f} times counts",
+            f"counting alone          {ms['counting']:9.3f} ms  {result['counting_share']:.2%} of the layer, with a "
+            "reduction of its own",
+            f"one reduction           {ms['reduction']:9.3f} ms  a step makes one for all its layers; without it "
+            f"{result['counting_share_without_reduction']:.2%}",
+        ]
+    )
+
+
+def _layer(shape: Shape, kind: str, group: dist.ProcessGroup | None) -> MoELayer:
+    config = {
+        "d_model": shape.d_model,
+        "num_experts": shape.num_experts,
+        "router": {"k": shape.k},
+        "experts": {"hidden": shape.hidden, "activation": "gelu"},
+        "ledger": {"kind": kind},
+    }
+    return MoELayer(MoEConfig.model_validate(config), group)
+
+
+def _medians(parts: dict[str, Callable[[], Any]], runtime: Runtime, rounds: int) -> dict[str, float]:
+    """Milliseconds of each part, after two rounds of warming up."""
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for number in range(rounds + 2):
+        for name, part in parts.items():
+            if runtime.world_size > 1:
+                dist.barrier()
+            _wait(runtime)
+            start = time.perf_counter()
+            part()
+            _wait(runtime)
+            if number >= 2:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _wait(runtime: Runtime) -> None:
+    if runtime.device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,73 @@
+"""Scopes: the tokens that a decision looks across (capacity, expert choice, Sinkhorn), in an order that no layout
+changes.
+
+`rank`: this rank's tokens of the micro-step. `sequence`: each sequence on its own. `global`: the tokens of all ranks,
+each once, in global order: index of the sequence in the micro-step's global batch, then position.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from expert_parallel.collectives import gather_columns, group_rank, group_size
+from expert_parallel.moe.plan import TokenBatch
+
+Scope = Literal["rank", "sequence", "global"]
+
+
+@dataclass(frozen=True)
+class View:
+    """G tokens in order, in blocks of equal length (masked ones included) that are decided on their own.
+
+    index_G, real_G: as in TokenBatch. size_b: int64, each block's real tokens. mine_T: where this rank's tokens stand.
+    """
+
+    num_blocks: int
+    index_G: Tensor
+    real_G: Tensor
+    size_b: Tensor
+    mine_T: Tensor
+
+    @property
+    def block_G(self) -> Tensor:
+        length = len(self.index_G) // max(self.num_blocks, 1)
+        return torch.arange(len(self.index_G), device=self.index_G.device) // max(length, 1)
+
+
+def look_across(scope: Scope, batch: TokenBatch, *columns: Tensor) -> tuple[View, list[Tensor]]:
+    """The view of this rank's tokens under `scope`, and the columns (T, ...) as (G, ...) in the view's order. Detached.
+
+    `global` gathers the columns over the ranks, each with 9 bytes a token beside them, so that every rank decides all
+    of it alike. Every rank calls it, with tokens or without.
+    """
+    real_T = torch.ones_like(batch.index_T, dtype=torch.bool) if batch.real_T is None else batch.real_T
+    if scope == "global":
+        return _look_across_ranks(batch, real_T, columns)
+    num_blocks = batch.num_sequences if scope == "sequence" else 1
+    size_b = real_T.view(num_blocks, -1).sum(1) if num_blocks else real_T.new_zeros(0, dtype=torch.int64)
+    mine_T = torch.arange(len(real_T), device=real_T.device)
+    return View(num_blocks, batch.index_T, real_T, size_b, mine_T), [column.detach() for column in columns]
+
+
+def _look_across_ranks(batch: TokenBatch, real_T: Tensor, columns: tuple[Tensor, ...]) -> tuple[View, list[Tensor]]:
+    if group_size(batch.group) > 1 and not batch.is_global:
+        raise ValueError(
+            "scope 'global' over several ranks needs each sequence's index in the micro-step's global batch: give "
+            "StepContext.sequence_index_B"
+        )
+    (index_G, real_G, *gathered), lengths, sent = gather_columns([batch.index_T, real_T, *columns], batch.group)
+    batch.gathered_bytes[0] += sent
+    index_G, order_G = index_G.sort(stable=True)
+    twice_G = index_G[1:] == index_G[:-1]
+    if bool(twice_G.any()):
+        first = int(index_G[1:][twice_G][0]) >> 32
+        raise ValueError(f"StepContext.sequence_index_B: two sequences of this micro-step have the index {first}")
+    place_G = torch.empty_like(order_G)
+    place_G[order_G] = torch.arange(len(order_G), device=order_G.device)
+    rank = group_rank(batch.group)
+    start = sum(lengths[:rank])
+    real_G = real_G[order_G]
+    view = View(1, index_G, real_G, real_G.sum()[None], place_G[start : start + lengths[rank]])
+    return view, [column[order_G] for column in gathered]

@@ -1,0 +1,266 @@
+"""Routers of one's own, registered by one line; presets, each of them what its paper says."""
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from expert_parallel.moe import routers
+from expert_parallel.moe.balance import BalanceLossConfig, ZLossConfig
+from expert_parallel.moe.capacity import DroplessConfig, FactorConfig
+from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.plan import TokenBatch
+from expert_parallel.moe.presets import PRESETS
+from expert_parallel.moe.routers import ROUTERS
+from expert_parallel.moe.routing import (
+    GroupLimitConfig,
+    HashConfig,
+    LinearRouter,
+    LinearSettings,
+    Router,
+    RouterSettings,
+    Scores,
+    TopKRouterConfig,
+    score_logits,
+)
+from expert_parallel.moe.routing_across import ExpertChoiceConfig, SinkhornConfig
+from expert_parallel.moe.routing_noisy import GShardConfig, NoisyTopKConfig
+from tests.test_routers import NUM_EXPERTS, X_BSD, Config, batch_of, close, layer_config
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A router of one's own
+
+
+class TemperatureConfig(LinearSettings):
+    kind: Literal["mine"]
+    temperature: float = Field(default=2.0, gt=0)
+
+
+class TemperatureRouter(LinearRouter):
+    """Top-k of the softmax of logits / temperature."""
+
+    Config = TemperatureConfig
+    config: TemperatureConfig  # type: ignore[assignment]
+
+    def score(self, x_TD: Tensor, batch: TokenBatch) -> Scores:
+        return score_logits(self.logits(x_TD) / self.config.temperature, "softmax")
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ROUTERS, "mine", TemperatureRouter)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_registered_router_trains_a_layer() -> None:
+    config = layer_config(router={"kind": "mine", "temperature": 4.0}, losses=[{"kind": "balance"}])
+    assert config.router.num_choices(NUM_EXPERTS) == 2
+    assert config.router.experts_per_token(NUM_EXPERTS) == 2
+    layer = MoELayer(config).double()
+    assert isinstance(layer.router, TemperatureRouter)
+    assert layer.router.config == TemperatureConfig(kind="mine", temperature=4.0)
+    output = layer(X_BSD)
+    close(layer.router(X_BSD[0], batch_of(X_BSD[0])).logits_TE, X_BSD[0] @ layer.router.weight.T / 4)
+    before = layer.router.weight.detach().clone()
+    (output.y.square().sum() + output.losses["balance_global"]).backward()
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    assert bool((layer.router.weight != before).any(1).all())
+    assert int(output.stats.kept_E.sum()) == 40
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temprature": 1.0}, r"temprature\n +Extra inputs are not permitted"),
+        ({"temperature": 0.0}, r"temperature\n +Input should be greater than 0"),
+        ({"temperature": "1"}, r"temperature\n +Input should be a valid number"),
+        ({"k": 7}, r"router\.k \(7\) is larger than num_experts \(6\)"),
+        ({"k": 1}, r"router\.normalise is true with router\.k = 1"),
+    ],
+)
+def test_the_settings_of_a_registered_router_are_checked(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        layer_config(router={"kind": "mine", **wrong})
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_settings_of_a_registered_router_are_checked_without_a_layer() -> None:
+    with pytest.raises(ValidationError, match="temprature"):
+        Config.validate_python({"kind": "mine", "temprature": 1.0})
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_config_of_a_registered_router_is_saved_and_read_again() -> None:
+    config = layer_config(router={"kind": "mine", "temperature": 4.0})
+    assert MoEConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_registered_router_may_have_its_weights_renormalised() -> None:
+    """It normalises, by its default as by its setting; where it does not, the weights have no sum to keep."""
+    capacity = {"kind": "factor", "renormalise": True}
+    assert layer_config(router={"kind": "mine", "normalise": True}, capacity=capacity)
+    with pytest.raises(ValidationError, match=r"router\.normalise is false"):
+        layer_config(router={"kind": "mine", "normalise": False}, capacity=capacity)
+    assert layer_config(router={"kind": "mine"}, capacity=capacity)
+
+
+def test_an_unknown_router_is_refused_with_the_list() -> None:
+    known = "'top_k', 'noisy_top_k', 'gshard', 'expert_choice', 'hash', 'sinkhorn', or a registered router"
+    with pytest.raises(ValidationError, match=f"kind is 'mine', it must be one of {known}"):
+        layer_config(router={"kind": "mine"})
+
+
+def test_an_installed_package_registers_by_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Point:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def load(self) -> type[Router]:
+            assert self.name == "mine"  # others are left unloaded
+            return TemperatureRouter
+
+    asked = []
+
+    def entry_points(group: str) -> list[Point]:
+        asked.append(group)
+        return [Point("another"), Point("mine")]
+
+    monkeypatch.setattr(routers, "entry_points", entry_points)
+    monkeypatch.setattr(routers, "ROUTERS", dict(ROUTERS))
+    config = layer_config(router={"kind": "mine", "temperature": 3.0})
+    assert asked == ["expert_parallel.routers"]
+    assert isinstance(MoELayer(config).router, TemperatureRouter)
+    with pytest.raises(ValidationError, match="kind is 'yours'"):
+        layer_config(router={"kind": "yours"})
+
+
+def test_a_router_without_a_kind_is_top_k() -> None:
+    assert layer_config(router={"k": 3}).router == layer_config(router={"kind": "top_k", "k": 3}).router
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets
+
+DROPLESS = DroplessConfig()
+PAPERS: dict[str, tuple[RouterSettings, Any, list[Any]]] = {
+    # Softmax(Top2(x W)); the paper names no loss. The released config.json has router_aux_loss_coef 0.02, for
+    # transformers' sum over all layers at once, which does not divide by k = 2: 0.04 of ours.
+    "mixtral": (
+        TopKRouterConfig(k=2, normalise=True),
+        DROPLESS,
+        [BalanceLossConfig(kind="balance", coefficient=0.04, layers="pooled")],
+    ),
+    # 8 of 64 experts, weights not normalised, losses 0.01 and 0.001
+    "olmoe": (
+        TopKRouterConfig(k=8, normalise=False),
+        DROPLESS,
+        [BalanceLossConfig(kind="balance", coefficient=0.01), ZLossConfig(kind="z_loss", coefficient=0.001)],
+    ),
+    # Top-1, jitter 0.01, capacity 1.25 in training and 2 in evaluation, loss 0.01 over all tokens
+    "switch": (
+        TopKRouterConfig(k=1, normalise=False, jitter=0.01),
+        FactorConfig(kind="factor", train=1.25, eval=2.0, minimum=0),
+        [BalanceLossConfig(kind="balance", coefficient=0.01)],
+    ),
+    # C = 2 N / (G E) for a group of N / G tokens (section 2.2): 2 T / E, so a factor of 1 beside k = 2
+    "gshard": (
+        GShardConfig(kind="gshard", k=2, second="proportional", threshold=0.5, normalise=True),
+        FactorConfig(kind="factor", train=1.0, eval=1.0, minimum=0),
+        [BalanceLossConfig(kind="balance", coefficient=0.01, choices="first")],
+    ),
+    # k = 4 in the flat layers; softmax after the choice
+    "shazeer": (NoisyTopKConfig(kind="noisy_top_k", k=4, noise="learned", normalise=True), DROPLESS, []),
+    # k = 2, C = 1.05, noise of 1 / E, weights chosen after the softmax, batch prioritized routing
+    "v_moe": (
+        NoisyTopKConfig(kind="noisy_top_k", k=2, noise="normal", std=None, normalise=False),
+        FactorConfig(kind="factor", train=1.05, eval=1.05, minimum=0, priority="batch_priority"),
+        [],
+    ),
+    # 8 experts of 256 within 4 of 8 nodes, sigmoid, scale 2.5, bias update 0.001, sequence loss 0.0001
+    "deepseek_v3": (
+        TopKRouterConfig(
+            k=8,
+            score="sigmoid",
+            normalise=True,
+            scale=2.5,
+            balance_bias_rate=0.001,
+            group_limit=GroupLimitConfig(count=8, limit=4, score="top2_sum"),
+        ),
+        DROPLESS,
+        [BalanceLossConfig(kind="balance", coefficient=0.0001, scope="sequence")],
+    ),
+    "expert_choice": (ExpertChoiceConfig(kind="expert_choice", train=2.0, eval=2.0), DROPLESS, []),
+    "hash_layers": (HashConfig(kind="hash", k=1), DROPLESS, []),
+    "s_base": (SinkhornConfig(kind="sinkhorn", k=1, score="softmax", normalise=False), DROPLESS, []),
+}
+
+
+def preset(name: str, **options: Any) -> MoEConfig:
+    return MoEConfig.model_validate({"preset": name, "num_experts": 64, "experts": {"hidden": 8}, **options})
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_a_preset_is_what_its_paper_says(name: str) -> None:
+    config = preset(name)
+    router, capacity, losses = PAPERS[name]
+    assert config.router == router
+    assert config.capacity == capacity
+    assert config.losses == losses
+
+
+def test_what_is_set_beside_a_preset_wins() -> None:
+    """Setting by setting in the blocks that are kept, also in a block within one; a list replaces the whole list."""
+    config = preset("deepseek_v3", router={"k": 4, "group_limit": {"limit": 2}}, losses=[{"kind": "z_loss"}])
+    router, _, _ = PAPERS["deepseek_v3"]
+    assert config.router == router.model_copy(update={"k": 4, "group_limit": GroupLimitConfig(count=8, limit=2)})
+    assert config.losses == [ZLossConfig(kind="z_loss")]
+    switch = preset("switch", router={"jitter": 0.0, "kind": "top_k"}, capacity={"train": 1.5})
+    assert switch.router == TopKRouterConfig(k=1, normalise=False)
+    assert switch.capacity == FactorConfig(kind="factor", train=1.5, eval=2.0, minimum=0)
+    assert switch.losses == preset("switch").losses
+
+
+def test_a_block_of_another_kind_replaces_the_presets() -> None:
+    """Nothing of the old block is left in it: k and eval are the new kind's defaults."""
+    config = preset("switch", router={"kind": "sinkhorn"}, capacity={"kind": "factor", "eval": 3.0})
+    assert config.router == SinkhornConfig(kind="sinkhorn")
+    assert config.capacity == FactorConfig(kind="factor", train=1.25, eval=3.0, minimum=0)
+    config = preset("olmoe", router={"kind": "noisy_top_k"}, capacity={"kind": "factor"})
+    assert config.router == NoisyTopKConfig(kind="noisy_top_k", k=2, normalise=True)
+    assert config.capacity == FactorConfig(kind="factor")
+
+
+def test_a_preset_that_cannot_work_with_what_is_set_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"router\.k \(8\) is larger than num_experts \(4\)"):
+        preset("olmoe", num_experts=4)
+    with pytest.raises(ValidationError, match=r"balance_global would do nothing: router\.kind is 'hash'"):
+        preset("switch", router={"kind": "hash"})
+    with pytest.raises(ValidationError, match=r"thresold"):
+        preset("gshard", router={"thresold": 0.2})
+
+
+def test_an_unknown_preset_is_refused_with_the_list() -> None:
+    with pytest.raises(ValidationError, match="preset is 'mistral', it must be one of 'mixtral', 'olmoe', 'switch'"):
+        preset("mistral")
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_a_config_with_a_preset_is_saved_and_read_again(name: str) -> None:
+    """As checkpoints keep it: preset and all it expands to, so that reading expands nothing anew."""
+    changed = [{}, {"router": {"kind": "top_k", "k": 3}, "losses": [], "capacity": {"kind": "dropless"}}]
+    if name == "deepseek_v3":
+        changed.append({"router": {"group_limit": None}})
+    for options in changed:
+        config = preset(name, **options)
+        assert MoEConfig.model_validate(config.model_dump(mode="json")) == config
+        assert config.preset == name
+
+
+def test_reading_leaves_the_presets_alone() -> None:
+    before = repr(PRESETS)
+    preset("deepseek_v3", router={"k": 4, "group_limit": {"limit": 2}})
+    assert repr(PRESETS) == before
