@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from expert_parallel.mesh import Nodes, ParallelDegrees, build_nodes
 from expert_parallel.moe.balance import loss_name
 from expert_parallel.moe.dispatch import LocalConfig
 from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.ledger import Ledger
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.moe.plan import Reason, StepContext
 from expert_parallel.moe.random import mix, uniform
@@ -377,3 +379,58 @@ def test_layer_equals_reference_in_every_combination(ep: int) -> None:
             check_case(case)
         except AssertionError as error:
             raise AssertionError(f"{identify(case)}: {error}") from error
+
+
+# ---------------------------------------------------------------------- the suite can fail: defects put in on purpose
+
+
+def run_with_defect(rank: int, defect: str, case: dict[str, Any]) -> dict[str, Any]:
+    import expert_parallel.moe.capacity as capacity
+
+    carry, order = Ledger.carry, capacity.queue_order
+
+    def token_major(config: Any, *arguments: Any) -> Tensor:
+        return order(config.model_copy(update={"first_choices_first": False}), *arguments)
+
+    def faulty(self: Ledger, x: Tensor, send: Any, receive: Any, peers: Any, purpose: str, payload: bool) -> Tensor:
+        received = carry(self, x, send, receive, peers, purpose, payload)
+        if defect == "gradient divided by ep" and purpose == "combine backward":
+            return received / case["ep"]
+        if defect == "rows swapped" and purpose == "dispatch" and rank == 1:
+            return received.flip(0)
+        if defect == "gradients of weights lost" and purpose == "metadata backward":
+            return received * 0
+        return received
+
+    queue = token_major if defect == "drops in token order" else order
+    with mock.patch.object(Ledger, "carry", faulty), mock.patch.object(capacity, "queue_order", queue):
+        return run_layer(rank, case)
+
+
+@pytest.mark.parametrize(
+    ("defect", "what"),
+    [
+        ("none", None),
+        ("drops in token order", "output of rank"),
+        ("gradient divided by ep", "input gradient of rank"),
+        ("gradients of weights lost", "input gradient of rank"),
+        ("rows swapped", "output of rank"),
+    ],
+)
+def test_a_defect_is_found(defect: str, what: str | None) -> None:
+    case = {
+        "ep": 4,
+        "dispatcher": "all_to_all",
+        "router": "softmax",
+        "capacity": "position",
+        "scenario": "random",
+        "experts": "swiglu",
+        "ledger": "counts",
+        "training": True,
+    }
+    results = run_ranks(4, run_with_defect, defect, case)
+    if what is None:
+        compare(case, results)
+        return
+    with pytest.raises(AssertionError, match=what):
+        compare(case, results)

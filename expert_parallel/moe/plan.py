@@ -216,6 +216,7 @@ def count_choices(routed: RoutingPlan, plan: RoutingPlan, real_T: Tensor | None)
     key_TK = plan.reason_TK.long() * num_experts + plan.expert_ids_TK
     counts = torch.bincount(key_TK.flatten(), minlength=len(Reason) * num_experts).view(len(Reason), num_experts)
     probabilities_TE = plan.probabilities_TE.detach()
+    logs_TE = probabilities_TE.clamp(min=torch.finfo(probabilities_TE.dtype).tiny).log()  # 0 log 0 is 0
     real_T = torch.ones_like(plan.reason_TK[:, 0], dtype=torch.bool) if real_T is None else real_T
     return {
         "routed_E": count_routed(routed),
@@ -225,7 +226,7 @@ def count_choices(routed: RoutingPlan, plan: RoutingPlan, real_T: Tensor | None)
         "dropped_receive_bound_E": counts[Reason.DROPPED_RECEIVE_BOUND],
         "num_tokens": real_T.sum(),
         "num_unserved": (real_T & ~plan.kept_TK.any(1)).sum(),
-        "entropy": (torch.special.entr(probabilities_TE).sum(1) * real_T).sum(),
+        "entropy": -((probabilities_TE * logs_TE).sum(1) * real_T).sum(),
     }
 
 
