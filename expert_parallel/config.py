@@ -76,6 +76,8 @@ class Config(Settings):
         if model.moe is None:
             if self.parallel.ep > 1:
                 raise ValueError(f"parallel.ep is {self.parallel.ep} but the model has no experts (model.moe)")
+            if training.routing is not None:
+                raise ValueError("training.routing is given but the model has no experts (model.moe)")
             if training.recompute == "moe":
                 raise ValueError("training.recompute is 'moe' but the model has no experts (model.moe)")
             return self
@@ -247,6 +249,8 @@ def _with_full_paths(text: str, block: str) -> str:
 def _did_you_mean(path: str) -> str:
     """The setting of this name in another block, or the one of its block that is spelt most alike."""
     block, _, name = re.sub(r"\[\d+\]", "[]", path).rpartition(".")
+    if ".".join(filter(None, (block, name))) in setting_paths():
+        return f" (another kind of {block} has it)"
     settings = [other.rpartition(".") for other in setting_paths()]
     found = [".".join(filter(None, (b, n))) for b, _, n in settings if n == name]
     if not found:

@@ -85,7 +85,7 @@ REFUSED_SETTINGS: dict[str, tuple[list[str], str]] = {
     "unknown block": (["optimiser.learning_rate=3e-4"], "unknown setting optimiser"),
     "of another kind": (
         ["model.moe.capacity={kind: dropless, train: 1.0}"],
-        "unknown setting model.moe.capacity.train",
+        "unknown setting model.moe.capacity.train (another kind of model.moe.capacity has it)",
     ),
     "missing": (["model={d_model: 16}"], "model.num_layers is missing (and 1 more)"),
     "text for a number": (["model.num_layers=two"], 'model.num_layers: input should be a valid integer, found "two"'),

@@ -144,7 +144,12 @@ class MoELayer(nn.Module):
             with torch.no_grad():
                 limited, padded_rows = self._limit(routed, batch)
             recorded = Choices(
-                routed.expert_ids_TK, routed.reason_TK, limited.expert_ids_TK, limited.reason_TK, padded_rows
+                batch.index_T,
+                routed.expert_ids_TK,
+                routed.reason_TK,
+                limited.expert_ids_TK,
+                limited.reason_TK,
+                padded_rows,
             )
             if replay is not None:
                 replay.recorded[key] = recorded
@@ -204,9 +209,8 @@ def token_batch(x_BSD: Tensor, context: StepContext, group: dist.ProcessGroup | 
             )
     numbers_B = torch.arange(num_sequences, device=x_BSD.device)
     sequence_B = numbers_B if context.sequence_index_B is None else context.sequence_index_B
-    position_S = torch.arange(length, device=x_BSD.device)
     return TokenBatch(
-        index_T=((sequence_B[:, None] << 32) + position_S).flatten(),
+        index_T=global_index(sequence_B, length),
         sequence_T=numbers_B.repeat_interleave(length),
         num_sequences=num_sequences,
         context=context,
@@ -215,6 +219,12 @@ def token_batch(x_BSD: Tensor, context: StepContext, group: dist.ProcessGroup | 
         real_T=None if context.mask_BS is None else context.mask_BS.flatten(),
         ids_T=None if context.token_ids_BS is None else context.token_ids_BS.flatten(),
     )
+
+
+def global_index(sequence_index_B: Tensor, length: int) -> Tensor:
+    """The place of each token of sequences of one length in the global order, int64 (B * length); see TokenBatch."""
+    position_S = torch.arange(length, device=sequence_index_B.device)
+    return ((sequence_index_B[:, None] << 32) + position_S).flatten()
 
 
 def dropout_seed(context: StepContext) -> int:

@@ -36,8 +36,9 @@ class Reason(IntEnum):
 @dataclass(frozen=True)
 class Choices:
     """Where a layer's tokens went: as the router chose, and as they stood after capacity. ids int64, reasons uint8.
-    padded_rows: what each expert computes, if padded to capacity."""
+    index_T: whose choices (see TokenBatch). padded_rows: what each expert computes, if padded to capacity."""
 
+    index_T: Tensor
     routed_ids_TK: Tensor
     routed_reason_TK: Tensor
     ids_TK: Tensor

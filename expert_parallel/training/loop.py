@@ -16,6 +16,7 @@ from expert_parallel.config import Config, dump_config
 from expert_parallel.mesh import ParallelDegrees, ParallelMesh, build_mesh, node_grid
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import Transformer
+from expert_parallel.moe.plan import RouterReplay
 from expert_parallel.runtime import Runtime, UserError
 from expert_parallel.training.checkpoint import list_checkpoints, load_checkpoint, read_manifest, save_checkpoint
 from expert_parallel.training.data import (
@@ -29,6 +30,7 @@ from expert_parallel.training.data import (
 from expert_parallel.training.generate import generate
 from expert_parallel.training.metrics import Metrics, MetricsWriter, memory_metrics, progress_line, step_metrics
 from expert_parallel.training.optim import build_optimizer
+from expert_parallel.training.replay import MoEPlace, PlayConfig, RecordConfig, load_choices, save_choices
 from expert_parallel.training.step import DTYPES, StepReport, evaluate, train_step
 
 # What a checkpoint's weights and data position are counted in.
@@ -52,9 +54,12 @@ def train(config: Config, runtime: Runtime) -> None:
 
     clock = Clock(tokens_of_step)
     for step in range(first_step, training.steps):
+        batches = list(run.batches(step))
+        replay = run.open_replay(step, batches)
         report = train_step(
-            run.model, run.optimizer, run.batches(step), training, run.mesh, step=step, seed=config.seed
+            run.model, run.optimizer, batches, training, run.mesh, step=step, seed=config.seed, replay=replay
         )
+        run.save_replay(step, batches, replay)
         done = step + 1
         is_last = done == training.steps
         metrics = step_metrics(report, "train")
@@ -122,6 +127,20 @@ class Run:
                 num_ranks=self.mesh.degrees.dp,
                 rank=self.mesh.dp_rank,
             ).to(self.runtime.device)
+
+    def open_replay(self, step: int, batches: list[MicroBatch]) -> RouterReplay | None:
+        """The step's routing as recorded, or an empty record to fill; None where routing is left to itself."""
+        routing = self.config.training.routing
+        if isinstance(routing, PlayConfig):
+            assert self.config.model.moe is not None
+            place = MoEPlace(self.config.model.moe_layers, self.config.model.moe.num_experts)
+            return self.runtime.together(lambda: load_choices(routing, step, batches, place))
+        return None if routing is None else RouterReplay()
+
+    def save_replay(self, step: int, batches: list[MicroBatch], replay: RouterReplay | None) -> None:
+        routing = self.config.training.routing
+        if isinstance(routing, RecordConfig) and replay is not None:
+            self.runtime.together(lambda: save_choices(routing, step, self.runtime.rank, batches, replay))
 
     def evaluate(self, step: int) -> Metrics:
         """Held-out loss, in global batches of a micro-step's size; the last may leave ranks without a sequence."""

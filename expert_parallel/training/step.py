@@ -16,13 +16,14 @@ from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.transformer import Block, ModelOutput, Recompute, Transformer
 from expert_parallel.moe.balance import update_balance_bias
 from expert_parallel.moe.ledger import LedgerConfig
-from expert_parallel.moe.plan import StepContext
+from expert_parallel.moe.plan import RouterReplay, StepContext
 from expert_parallel.moe.routing import TopKRouter
 from expert_parallel.moe.totals import LayerTotals, pack, report_breaches, unpack
 from expert_parallel.settings import Settings
 from expert_parallel.training.data import MicroBatch
 from expert_parallel.training.grads import clip_gradients, global_norm, reduce_gradients
 from expert_parallel.training.optim import OptimizerConfig, ScheduleConfig, learning_rate
+from expert_parallel.training.replay import RoutingConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -31,8 +32,8 @@ class TrainingConfig(Settings):
     """`global_batch`: sequences of a step over all ranks, in `micro_steps` equal parts (gradient accumulation).
 
     `dtype`: what the model computes in; weights, gradients and optimizer state are kept in float32, or float64 for
-    float64. `recompute`: forget activations of the MoE layers, or of whole blocks, and compute them again in the
-    backward pass.
+    float64. `routing`: record every token's experts, or play a record back (replay.py). `recompute`: forget
+    activations of the MoE layers, or of whole blocks, and compute them again in the backward pass.
     """
 
     steps: int = Field(ge=1)
@@ -41,6 +42,7 @@ class TrainingConfig(Settings):
     sequence_length: int = Field(ge=1)
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     recompute: Recompute = "none"
+    routing: RoutingConfig | None = None
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -111,9 +113,10 @@ def train_step(
     *,
     step: int,
     seed: int,
+    replay: RouterReplay | None = None,
 ) -> StepReport:
     """Updates the model once. The loss is sum of cross entropy / all targets of the step, plus, for each MoE layer, the
-    mean over micro-steps of coefficient * loss."""
+    mean over micro-steps of coefficient * loss. replay: choices to take, and where those made are recorded."""
     model.train()
     sharded = isinstance(model, FSDPModule)
     num_targets = config.global_batch * config.sequence_length
@@ -121,7 +124,7 @@ def train_step(
     for micro_step, batch in enumerate(micro_batches):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(micro_step == config.micro_steps - 1)
-        context = StepContext(seed, step, micro_step, 0, mesh.dp_rank, batch.sequence_index_B)
+        context = StepContext(seed, step, micro_step, 0, mesh.dp_rank, batch.sequence_index_B, replay=replay)
         output: ModelOutput = model(batch.inputs_BS, context)
         cross_entropy = cross_entropy_sum(output.logits, batch.targets_BS)
         auxiliary = sum((loss for losses in output.losses.values() for loss in losses.values()), torch.zeros(()))

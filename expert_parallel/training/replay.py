@@ -1,0 +1,121 @@
+"""Routing of a run, recorded and played back: which experts every token of every step went to, in a folder of
+safetensors.
+
+    training.routing={kind: record, folder: routing}      training.routing={kind: play, folder: routing}
+
+Each rank writes one file a step. Rows are found again by the tokens' global indices, so that a record of one layout
+plays on any other: what then differs is not the routing. Weights are computed anew from the router's scores.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from expert_parallel.moe.layer import global_index
+from expert_parallel.moe.plan import Choices, RouterReplay
+from expert_parallel.settings import Settings
+from expert_parallel.training.data import MicroBatch
+
+_TENSORS = tuple(field.name for field in fields(Choices) if field.name != "padded_rows")
+
+
+@dataclass(frozen=True)
+class MoEPlace:
+    """What a record must fit: the numbers of the MoE blocks, and of their experts."""
+
+    layers: list[int]
+    num_experts: int
+
+
+class RecordConfig(Settings):
+    """Writes every step's choices to `folder`."""
+
+    kind: Literal["record"]
+    folder: str = Field(min_length=1)
+
+
+class PlayConfig(Settings):
+    """Takes every step's choices from `folder`, recorded by a run with the same data, steps and MoE layers."""
+
+    kind: Literal["play"]
+    folder: str = Field(min_length=1)
+
+
+RoutingConfig = Annotated[RecordConfig | PlayConfig, Field(discriminator="kind")]
+
+
+def save_choices(
+    config: RecordConfig, step: int, rank: int, batches: Sequence[MicroBatch], replay: RouterReplay
+) -> None:
+    """Raises OSError. The tokens are kept with their choices, so that other data are found out."""
+    tensors = {
+        f"{micro_step}.{layer}.{name}": getattr(choices, name).cpu().contiguous()
+        for (_, micro_step, layer), choices in replay.recorded.items()
+        for name in _TENSORS
+    }
+    tensors |= {f"{number}.tokens": batch.inputs_BS.flatten().cpu() for number, batch in enumerate(batches)}
+    Path(config.folder).mkdir(parents=True, exist_ok=True)
+    path = Path(config.folder) / f"step_{step:08d}.rank_{rank:05d}.safetensors"
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial)
+    partial.rename(path)
+
+
+def load_choices(config: PlayConfig, step: int, batches: Sequence[MicroBatch], moe: MoEPlace) -> RouterReplay:
+    """This rank's tokens of one step, from the files of all ranks that recorded it. ValueError where it is not there,
+    or was made by another run."""
+    files = sorted(Path(config.folder).glob(f"step_{step:08d}.rank_*.safetensors"))
+    where = f"training.routing.folder: {config.folder}"
+    if not files:
+        known = sorted({int(re.findall(r"\d+", f.name)[0]) for f in Path(config.folder).glob("step_*.safetensors")})
+        held = f"it holds steps {known[0]} to {known[-1]}" if known else "it holds none"
+        raise ValueError(f"{where} has no record of step {step}: {held}")
+    try:
+        parts = [load_file(file) for file in files]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{where}: a record of step {step} cannot be read: {error}") from error
+    where = f"{where}, step {step}"
+    expected = {f"{number}.{layer}.index_T" for number in range(len(batches)) for layer in moe.layers}
+    found = {key for part in parts for key in part if key.endswith(".index_T")}
+    if found != expected:
+        raise ValueError(
+            f"{where}: {len(found)} passes through MoE layers were recorded and {len(expected)} are to be played "
+            f"(training.micro_steps {len(batches)}, MoE blocks {', '.join(map(str, moe.layers))})"
+        )
+    indices = torch.cat([part[min(found)] for part in parts])
+    if len(indices.unique()) < len(indices):
+        raise ValueError(f"{where} was recorded twice, on different numbers of ranks: record into an empty folder")
+    recorded = {}
+    for number, batch in enumerate(batches):
+        for layer in moe.layers:
+            choices, tokens_T = _rows(parts, number, layer, batch)
+            if tokens_T is None or not torch.equal(tokens_T, batch.inputs_BS.flatten().cpu()):
+                raise ValueError(f"{where} was recorded with other data (data, seed or training.global_batch)")
+            if choices.ids_TK.numel() and int(choices.ids_TK.max()) >= moe.num_experts:
+                raise ValueError(
+                    f"{where} names expert {int(choices.ids_TK.max())}, model.moe.num_experts is {moe.num_experts}"
+                )
+            recorded[step, number, layer] = choices
+    return RouterReplay(recorded)
+
+
+def _rows(parts: list[dict[str, Tensor]], number: int, layer: int, batch: MicroBatch) -> tuple[Choices, Tensor | None]:
+    """The choices of this batch's tokens, and those tokens as they were recorded; None where one is missing."""
+    whole = {name: torch.cat([part[f"{number}.{layer}.{name}"] for part in parts]) for name in _TENSORS}
+    index_T = global_index(batch.sequence_index_B, batch.inputs_BS.shape[1]).cpu()
+    index_G, order_G = whole["index_T"].sort()
+    place_T = torch.searchsorted(index_G, index_T)
+    there_T = place_T < len(index_G)
+    row_T = order_G[place_T[there_T]]
+    rows: dict[str, Any] = {name: values[row_T].to(batch.inputs_BS.device) for name, values in whole.items()}
+    found = bool(there_T.all()) and torch.equal(whole["index_T"][row_T], index_T)
+    tokens_G = torch.cat([part[f"{number}.tokens"] for part in parts])
+    return Choices(**rows), tokens_G[row_T] if found else None
