@@ -149,6 +149,23 @@ def test_scope_rank_depends_on_the_layout() -> None:
     assert spread != alone
 
 
+def run_gather(rank: int, decision: str) -> int:
+    layer = make_layer(decision, dist.group.WORLD)
+    mine = sequences_of(rank, 4, "strided")  # 3, 3, 3 and 2 of the 11
+    output = layer(make_batch(decision)[0][mine], StepContext(sequence_index_B=torch.tensor(mine)))
+    return output.stats.gathered_bytes
+
+
+@pytest.mark.parametrize(
+    ("decision", "of_a_token"),
+    [("position", 9 + 2 * 5), ("probability", 9 + 2 * (5 + 8)), ("reroute", 9 + 2 * (5 + 8) + 8 * NUM_EXPERTS)],
+)
+def test_what_scope_global_gathers_is_counted(decision: str, of_a_token: int) -> None:
+    """Index and mask are 9 bytes a token, expert and reason 5 a choice, scores 8 in float64; to each of 3 others, padded to
+    the 18 tokens of the fullest rank, and 8 bytes that say how many there are."""
+    assert run_ranks(4, run_gather, decision) == [3 * (18 * of_a_token + 8)] * 4
+
+
 def run_without_index(rank: int) -> str:
     try:
         make_layer("position", dist.group.WORLD)(torch.zeros(2, LENGTH, D_MODEL, dtype=torch.float64))

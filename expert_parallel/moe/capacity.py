@@ -116,13 +116,14 @@ def limit(
 ) -> tuple[RoutingPlan, Tensor | None]:
     """The plan with what overflows marked DROPPED_CAPACITY, or REROUTED and renamed; its weights are left as they were.
     Also the choices that one expert takes at most of the scope's tokens in all: int64, no dimensions."""
-    columns = [plan.expert_ids_TK, plan.reason_TK]
+    columns = [plan.expert_ids_TK.to(torch.int32), plan.reason_TK]
     if config.overflow == "reroute":
         assert plan.ranking_TE is not None
         columns += [plan.scores_TE.gather(1, plan.expert_ids_TK), plan.ranking_TE]
     elif config.priority in ("probability", "batch_priority"):
         columns += [plan.scores_TE.gather(1, plan.expert_ids_TK)]
     view, (ids_GK, reason_GK, *more) = look_across(config.scope, batch, *columns)
+    ids_GK = ids_GK.long()
     capacity_b = capacity_of_blocks(config, view.size_b, ids_GK.shape[1], plan.num_experts, training)
 
     routed_GK = reason_GK != Reason.NOT_ROUTED
