@@ -17,7 +17,7 @@ STEPS = 3
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     """`scope: rank` with drops: which tokens fall depends on the layout, unless it is played back."""
-    capacity = {"kind": "factor", "train": 0.8, "minimum": 0, "overflow": "reroute"}
+    capacity = changes.get("capacity", {"kind": "factor", "train": 0.8, "minimum": 0, "overflow": "reroute"})
     return {
         "run": {"folder": str(folder), "log_every": 1},
         "seed": changes.get("seed", 5),
@@ -80,11 +80,15 @@ def test_a_record_holds_every_token_once_and_nothing_is_pickled(recorded: tuple[
         assert len(file.get_tensor("1.0.index_T").unique()) == 2 * 16
 
 
-@pytest.mark.parametrize(("world", "changes"), [(1, {}), (2, {"ep": 2, "recompute": "block"}), (4, {"ep": 2})])
+@pytest.mark.parametrize(
+    ("world", "changes"),
+    [(1, {"capacity": {"kind": "dropless"}}), (2, {"ep": 2, "recompute": "block"}), (4, {"ep": 2})],
+)
 def test_a_record_plays_on_any_layout(
     recorded: tuple[Path, list[dict[str, float]]], world: int, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The same weights and choices: the same losses to rounding, though capacity of scope `rank` would drop others."""
+    """The same weights and choices: the same losses to rounding, though capacity of scope `rank` would drop others,
+    and a dropless layer none."""
     routing = {"kind": "play", "folder": str(recorded[0])}
     played = train_and_read(tmp_path / "played", world, routing=routing, **changes)
     for ours, theirs in zip(played, recorded[1], strict=True):

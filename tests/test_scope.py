@@ -161,8 +161,8 @@ def run_gather(rank: int, decision: str) -> int:
     [("position", 9 + 2 * 5), ("probability", 9 + 2 * (5 + 8)), ("reroute", 9 + 2 * (5 + 8) + 8 * NUM_EXPERTS)],
 )
 def test_what_scope_global_gathers_is_counted(decision: str, of_a_token: int) -> None:
-    """Index and mask are 9 bytes a token, expert and reason 5 a choice, scores 8 in float64; to each of 3 others, padded to
-    the 18 tokens of the fullest rank, and 8 bytes that say how many there are."""
+    """Index and mask are 9 bytes a token, expert and reason 5 a choice, scores 8 in float64; to each of 3 others,
+    padded to the 18 tokens of the fullest rank, and 8 bytes that say how many there are."""
     assert run_ranks(4, run_gather, decision) == [3 * (18 * of_a_token + 8)] * 4
 
 

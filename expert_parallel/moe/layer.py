@@ -154,7 +154,7 @@ class MoELayer(nn.Module):
             if replay is not None:
                 replay.recorded[key] = recorded
         plan = replace(routed, expert_ids_TK=recorded.ids_TK, reason_TK=recorded.reason_TK)
-        return routed, self._weigh_again(plan), recorded.padded_rows
+        return routed, self._weigh_again(plan, is_replayed=replay is not None), recorded.padded_rows
 
     def _limit(self, routed: RoutingPlan, batch: TokenBatch) -> tuple[RoutingPlan, int | None]:
         capacity = self.config.capacity
@@ -169,12 +169,15 @@ class MoELayer(nn.Module):
         assert most is not None
         return plan, int(most if capacity.scope == "global" else all_reduce_sum(most, self.group))
 
-    def _weigh_again(self, plan: RoutingPlan) -> RoutingPlan:
-        """Weights for what is left, where the capacity policy changes them."""
+    def _weigh_again(self, plan: RoutingPlan, is_replayed: bool) -> RoutingPlan:
+        """Weights for what is left, where the capacity policy, or that of the run that was recorded, may change
+        them."""
         capacity = self.config.capacity
-        if not isinstance(capacity, LimitSettings) or not (capacity.renormalise or capacity.overflow == "reroute"):
+        renormalise = isinstance(capacity, LimitSettings) and capacity.renormalise
+        reroutes = isinstance(capacity, LimitSettings) and capacity.overflow == "reroute"
+        if not (renormalise or reroutes or is_replayed):
             return plan
-        counted_TK = plan.kept_TK if capacity.renormalise else None
+        counted_TK = plan.kept_TK if renormalise else None
         return replace(plan, weights_TK=self.router.weights(plan, plan.expert_ids_TK, counted_TK))
 
     def _compute(self, tokens: DispatchedTokens, padded_rows: int | None, seed: int) -> Tensor:
