@@ -88,6 +88,11 @@ def bench_ledger(
         with distributed(RuntimeConfig()) as runtime:
             if shape not in ledger.SHAPES:
                 raise UserError(f"--shape is {shape!r}, it must be one of {', '.join(ledger.SHAPES)}")
+            if runtime.world_size > ledger.SHAPES[shape].num_experts:
+                experts = ledger.SHAPES[shape].num_experts
+                raise UserError(f"{runtime.world_size} ranks are more than the {experts} experts of --shape {shape}")
+            if json_file is not None and not json_file.parent.is_dir():
+                raise UserError(f"--json: there is no folder {json_file.parent}")
             result = ledger.bench_ledger(runtime, shape, rounds)
             if runtime.rank == 0:
                 print(ledger.describe(result))

@@ -80,7 +80,7 @@ def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def exchange_counts(counts_PC: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Row p of the result is what rank p holds for this rank. counts_PC: int64 (P, C), any device. No gradient."""
+    """Row p of the result is what rank p holds for this rank. counts_PC: (P, C), integers, any device. No gradient."""
     if group_size(group) == 1:
         return counts_PC
     received_PC = torch.empty_like(counts_PC)

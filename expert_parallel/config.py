@@ -15,12 +15,14 @@ from pydantic import Field, ValidationError, model_validator
 from expert_parallel.mesh import ParallelConfig
 from expert_parallel.model.attention import LearnedPositionConfig
 from expert_parallel.model.transformer import ModelConfig
+from expert_parallel.moe.capacity import LimitSettings
 from expert_parallel.moe.experts import choose_backend
 from expert_parallel.moe.ffn import width_in
 from expert_parallel.runtime import RuntimeConfig
 from expert_parallel.settings import Settings
 from expert_parallel.training.checkpoint import CheckpointConfig
 from expert_parallel.training.data import VOCABULARY_SIZE, DataConfig, StdlibData
+from expert_parallel.training.replay import PlayConfig
 from expert_parallel.training.step import DTYPES, TrainingConfig
 
 
@@ -90,6 +92,16 @@ class Config(Settings):
             raise ValueError(
                 f"model.moe.dispatcher.kind 'local' cannot reach the experts of other ranks: parallel.ep is "
                 f"{self.parallel.ep}, it must be 1 (or use 'all_to_all')"
+            )
+        capacity, dispatcher = model.moe.capacity, model.moe.dispatcher
+        if isinstance(training.routing, PlayConfig) and isinstance(capacity, LimitSettings) and capacity.pad:
+            raise ValueError(
+                "model.moe.capacity.pad is true but training.routing.kind is 'play': what was recorded may not "
+                "fit into this capacity; set model.moe.capacity.pad to false, the result is the same"
+            )
+        if training.dtype == "bfloat16" and getattr(dispatcher, "exchange_dtype", "model") == "bfloat16":
+            raise ValueError(
+                "model.moe.dispatcher.exchange_dtype is 'bfloat16' and so is training.dtype: it would change nothing"
             )
         self.check_backend("cuda" if self.runtime.device == "cuda" else "cpu")
         return self

@@ -1,6 +1,7 @@
 """Capacity and drops: the numbers of C by hand, who keeps a place against a literal queue in Python, weights after
 drops, padding to static shapes, and the bound on what a rank receives."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -19,6 +20,7 @@ from expert_parallel.moe.capacity import (
     AbsoluteConfig,
     DroplessConfig,
     FactorConfig,
+    capacities,
     capacity_of_blocks,
     expert_capacity,
     limit,
@@ -95,7 +97,7 @@ def test_expert_capacity(
     """Of a number, and of a tensor of block sizes."""
     assert expert_capacity(capacity_factor, 0, num_tokens, num_choices, num_experts) == capacity
     sizes_b = torch.tensor([num_tokens, 0, num_tokens])
-    capacity_b = expert_capacity(capacity_factor, 0, sizes_b, num_choices, num_experts)
+    capacity_b = capacities(capacity_factor, 0, sizes_b, num_choices, num_experts)
     assert capacity_b.tolist() == [capacity, 0, capacity]
     assert capacity_b.dtype == torch.int64
 
@@ -103,7 +105,7 @@ def test_expert_capacity(
 def test_the_minimum_holds_where_the_factor_gives_less() -> None:
     for num_tokens, capacity in ((8, 4), (64, 8), (0, 4)):
         assert expert_capacity(1.0, 4, num_tokens, num_choices=1, num_experts=8) == capacity
-    assert expert_capacity(1.0, 4, torch.tensor([8, 64, 0]), num_choices=1, num_experts=8).tolist() == [4, 8, 4]
+    assert capacities(1.0, 4, torch.tensor([8, 64, 0]), num_choices=1, num_experts=8).tolist() == [4, 8, 4]
 
 
 @NAIVE
@@ -113,7 +115,22 @@ def test_expert_capacity_is_exact(percent: int, sizes: list[int], num_choices: i
     expected = [-(-percent * num_tokens * num_choices // (100 * num_experts)) for num_tokens in sizes]
     assert [expert_capacity(percent / 100, 0, size, num_choices, num_experts) for size in sizes] == expected
     sizes_b = torch.tensor(sizes, dtype=torch.int64)
-    assert expert_capacity(percent / 100, 0, sizes_b, num_choices, num_experts).tolist() == expected
+    assert capacities(percent / 100, 0, sizes_b, num_choices, num_experts).tolist() == expected
+
+
+@pytest.mark.parametrize("factor", [4 / 3, 0.1 + 0.2, 1.0000000000000002, 1e-20, 1e6])
+def test_factors_of_many_digits_do_not_overflow(factor: float) -> None:
+    """As a fraction 1.3333333333333333 has 17 digits, and times 65536 tokens more than 63 bits."""
+    expected = math.ceil(Fraction(str(factor)) * 65536 * 2 / 8)
+    assert abs(expected - factor * 65536 * 2 / 8) <= 1
+    assert expert_capacity(factor, 0, 65536, 2, 8) == expected
+    assert capacities(factor, 0, torch.tensor([65536]), 2, 8).tolist() == [expected]
+
+
+def test_a_receive_bound_of_many_digits_does_not_overflow() -> None:
+    """Each of 2 ranks wants 12288 and 4096: 32768 in all, 16384 a rank; 4/3 of it is 21845.33, of 24576 wanted."""
+    allowed = allowances(torch.tensor([[12288, 4096]] * 2), 4 / 3)
+    assert allowed.tolist() == [[10923, 4096], [10923, 4096]]
 
 
 def test_absolute_capacity_does_not_ask_for_the_number_of_tokens() -> None:

@@ -244,7 +244,8 @@ def run_disagreement(rank: int, name: str, what: str) -> str:
         context = replace(context, **{what: 5})
     dispatcher, _ = make_dispatcher(name, rank, 4)
     try:
-        dispatcher.dispatch(torch.zeros(6, width, dtype=dtype), make_plan(rank, 6), Ledger(), context)
+        x_TD = torch.zeros(6, width, dtype=dtype, requires_grad=what == "gradient" and rank == 1)
+        dispatcher.dispatch(x_TD, make_plan(rank, 6), Ledger(), context)
     except ValueError as error:
         return str(error)
     return "nothing"
@@ -253,16 +254,17 @@ def run_disagreement(rank: int, name: str, what: str) -> str:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("width", "rows of 16 float32, 4 choices a token, layer 3, micro-step 0, step 7"),
-        ("dtype", "rows of 8 bfloat16, 4 choices a token, layer 3, micro-step 0, step 7"),
-        ("layer", "rows of 8 float32, 4 choices a token, layer 5, micro-step 0, step 7"),
-        ("step", "rows of 8 float32, 4 choices a token, layer 3, micro-step 0, step 5"),
-        ("micro_step", "rows of 8 float32, 4 choices a token, layer 3, micro-step 5, step 7"),
+        ("width", "rows of 16 float32 without gradient, 4 choices a token, layer 3, micro-step 0, step 7"),
+        ("dtype", "rows of 8 bfloat16 without gradient, 4 choices a token, layer 3, micro-step 0, step 7"),
+        ("gradient", "rows of 8 float32 with gradient, 4 choices a token, layer 3, micro-step 0, step 7"),
+        ("layer", "rows of 8 float32 without gradient, 4 choices a token, layer 5, micro-step 0, step 7"),
+        ("step", "rows of 8 float32 without gradient, 4 choices a token, layer 3, micro-step 0, step 5"),
+        ("micro_step", "rows of 8 float32 without gradient, 4 choices a token, layer 3, micro-step 5, step 7"),
     ],
 )
-@pytest.mark.parametrize("name", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("name", ["all_to_all", "all_gather", "hierarchical"])
 def test_ranks_that_disagree_say_so_instead_of_hanging(name: str, what: str, said: str) -> None:
-    usual = "rows of 8 float32, 4 choices a token, layer 3, micro-step 0, step 7"
+    usual = "rows of 8 float32 without gradient, 4 choices a token, layer 3, micro-step 0, step 7"
     for rank, text in enumerate(run_ranks(4, run_disagreement, name, what)):
         mine, other, first = (said, usual, 0) if rank == 1 else (usual, said, 1)
         assert text == (
@@ -272,8 +274,8 @@ def test_ranks_that_disagree_say_so_instead_of_hanging(name: str, what: str, sai
 
 
 def test_the_key_of_a_pass_survives_the_wire() -> None:
-    key = PassKey(7168, torch.bfloat16, 8, StepContext(step=16383, micro_step=127, layer=1023))
+    key = PassKey(7168, torch.bfloat16, 8, True, StepContext(step=16383, micro_step=127, layer=1023))
     assert all(0 <= word < 2**31 for word in key.words)
     assert PassKey.say(key.words) == (
-        "rows of 7168 bfloat16, 8 choices a token, layer 1023, micro-step 127, step 16383"
+        "rows of 7168 bfloat16 with gradient, 8 choices a token, layer 1023, micro-step 127, step 16383"
     )

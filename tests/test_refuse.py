@@ -102,6 +102,27 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["model.moe.router.kind is 'top_p', it must be one of 'top_k', 'noisy_top_k', 'gshard', 'expert_choice', "],
     ),
     # routers and what stands beside them
+    "renormalising one choice": (
+        [ROUTER + "{kind: hash, k: 1}", "model.moe.capacity.renormalise=true", NO_LOSSES],
+        ["model.moe.capacity.renormalise is true but model.moe.router.k is 1"],
+    ),
+    "bfloat16 rows of a bfloat16 model": (
+        ["model.moe.dispatcher={kind: all_to_all, exchange_dtype: bfloat16}", "training.dtype=bfloat16"],
+        ["model.moe.dispatcher.exchange_dtype is 'bfloat16' and so is training.dtype: it would change nothing"],
+    ),
+    "padding what is played back": (
+        ["model.moe.capacity.pad=true", "training.routing={kind: play, folder: routing}"],
+        ["model.moe.capacity.pad is true but training.routing.kind is 'play'"],
+    ),
+    "routing of a dense model": (
+        [
+            "model.moe=null",
+            "model.ffn={hidden: 8}",
+            "parallel.ep=1",
+            "training.routing={kind: record, folder: routing}",
+        ],
+        ["training.routing is given but the model has no experts (model.moe)"],
+    ),
     "expert choice in a causal model": (
         [ROUTER + "{kind: expert_choice}", DROPLESS, NO_LOSSES],
         [

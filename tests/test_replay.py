@@ -3,12 +3,17 @@ does not fit is told."""
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
+from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.plan import RouterReplay, StepContext
+from expert_parallel.moe.routing import TopKRouterConfig
 from tests.ranks import run_ranks
 from tests.test_checkpoint import run_training
 
@@ -28,7 +33,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
             "attention": {"num_heads": 2, "head_size": 8},
             "moe": {
                 "num_experts": changes.get("num_experts", 6),
-                "router": {"k": 2},
+                "router": {"k": changes.get("k", 2)},
                 "capacity": capacity,
                 "experts": {"hidden": 8},
             },
@@ -115,11 +120,12 @@ def test_a_model_with_other_weights_takes_the_recorded_experts(
     ("changes", "said"),
     [
         ({"steps": 4}, "has no record of step 3: it holds steps 0 to 2"),
-        ({"seed": 6}, "step 0 was recorded with other data (data, seed or training.global_batch)"),
+        ({"seed": 6}, "step 0 was recorded with other data (data or seed)"),
         (
             {"micro_steps": 1},
             "4 passes through MoE layers were recorded and 2 are to be played (training.micro_steps 1, ",
         ),
+        ({"k": 3}, "step 0 holds 2 choices a token, model.moe.router makes 3"),
         ({"num_experts": 5}, "names expert 5, model.moe.num_experts is 5"),
     ],
 )
@@ -144,6 +150,26 @@ def test_two_records_in_one_folder_are_told_apart(tmp_path: Path) -> None:
     tree = settings(tmp_path / "refused", routing={**routing, "kind": "play"}, steps=1)
     (text,) = run_ranks(1, run_training, 1, tree)
     assert text.endswith("step 0 was recorded twice, on different numbers of ranks: record into an empty folder")
+
+
+def test_a_record_that_lacks_a_ranks_file_is_refused(recorded: tuple[Path, Any], tmp_path: Path) -> None:
+    copied = tmp_path / "routing"
+    shutil.copytree(recorded[0], copied)
+    (copied / "step_00000000.rank_00001.safetensors").unlink()
+    tree = settings(tmp_path / "refused", routing={"kind": "play", "folder": str(copied)})
+    (text,) = run_ranks(1, run_training, 1, tree)
+    assert "step 0 does not hold all of this rank's tokens: a rank's file is missing" in text
+
+
+def test_a_layer_refuses_a_replay_of_other_tokens() -> None:
+    layer = MoELayer(MoEConfig.model_validate({"d_model": 4, "num_experts": 4, "experts": {"hidden": 4}}))
+    context = StepContext(replay=RouterReplay())
+    layer(torch.zeros(5, 4), context)
+    with pytest.raises(ValueError, match="recorded of other tokens: 5 of them, here are 6"):
+        layer(torch.zeros(6, 4), context)
+    other = MoELayer(layer.config.model_copy(update={"router": TopKRouterConfig(k=3)}))
+    with pytest.raises(ValueError, match="holds 2 choices a token, the router makes 3"):
+        other(torch.zeros(5, 4), context)
 
 
 def test_an_empty_folder_is_said_to_be_empty(tmp_path: Path) -> None:

@@ -297,6 +297,14 @@ def test_totals_that_do_not_balance_are_refused(case: str) -> None:
         report_breaches(wrong, LedgerConfig(breach="warn"), layer=3, step=4)
 
 
+def test_a_pooled_loss_is_shown_whole() -> None:
+    """Two layers' parts, 0.6 and 0.4, are a loss of 1: shown times 2 a layer, so that their mean is the loss."""
+    layers = {i: layer_totals(losses={"balance_global_pooled": part}) for i, part in ((1, 0.6), (5, 0.4))}
+    metrics = step_metrics(StepReport(1.25, 4, layers, 0.5, 0.01), "train")
+    assert metrics["moe/balance_loss"] == metrics["moe/balance_global_pooled"] == pytest.approx(1.0)
+    assert metrics["moe/layer_1/balance_loss"] == pytest.approx(1.2)
+
+
 def test_metrics_by_hand() -> None:
     """Layer 1: 2 of 7 choices dropped, loads 3 and 4 (std 0.5, mean 3.5), 1 of 4 tokens unserved, entropy 2 / 4.
 

@@ -53,7 +53,8 @@ LossConfig = Annotated[BalanceLossConfig | ZLossConfig, Field(discriminator="kin
 @dataclass(frozen=True)
 class MicroStep:
     """What the losses know of the micro-step beyond this rank's plan: sums over `group`, the ranks whose tokens make
-    it up, in router dtype; never fetched to the host. choices_E, first_E: choices of all k, and first choices."""
+    it up, in router dtype; never fetched to the host. Padding does not count. choices_E, first_E: choices of all k,
+    and first choices."""
 
     group: dist.ProcessGroup | None
     total_tokens: Tensor
@@ -66,9 +67,10 @@ def count_micro_step(plan: RoutingPlan, batch: TokenBatch) -> MicroStep:
     """One all-reduce of 2 E + 2 numbers over the group. Unconditional: a rank without tokens takes part."""
     num_experts = plan.num_experts
     choices_E, first_E = count_routed(plan), count_routed(plan, num_choices=1)
-    sizes = choices_E.new_tensor([plan.expert_ids_TK.shape[0], batch.num_sequences])
-    if batch.real_T is not None:
-        sizes[0] = batch.real_T.sum()
+    num_tokens = len(plan.expert_ids_TK)
+    sizes = choices_E.new_tensor([num_tokens, batch.num_sequences if num_tokens else 0])
+    if batch.real_T is not None and num_tokens:  # a sequence of padding alone is none
+        sizes = torch.stack([batch.real_T.sum(), batch.real_T.view(batch.num_sequences, -1).any(1).sum()])
     total = all_reduce_sum(torch.cat([choices_E, first_E, sizes]), batch.group).to(plan.logits_TE.dtype)
     choices_E, first_E, sizes = total.split([num_experts, num_experts, 2])
     return MicroStep(batch.group, sizes[0], sizes[1], choices_E, first_E)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from expert_parallel.collectives import all_gather_rows
 from expert_parallel.moe.hop import Hop, HopState, PassKey, RowChoices, refuse_disagreement
@@ -87,6 +88,7 @@ class _TakeRows(torch.autograd.Function):
         return ledger.broadcast(x_LD, lengths, hop.peers, f"{hop.name}dispatch")[row_V]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_VD: Tensor) -> tuple[Tensor | None, ...]:
         (rows_L,) = ctx.saved_tensors
         ledger, send, receive, hop = ctx.arguments
@@ -105,6 +107,7 @@ class _TakeChoices(torch.autograd.Function):
         return taken_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         ledger, send, receive, hop = ctx.arguments
         return ledger.carry(grad_N, receive, send, hop.peers, "metadata backward", False), *[None] * 5

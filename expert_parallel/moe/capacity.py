@@ -4,10 +4,11 @@
 dropped passes by the residual alone.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -20,8 +21,6 @@ from expert_parallel.moe.random import Stream
 from expert_parallel.moe.reroute import reroute
 from expert_parallel.moe.scope import Scope, View, look_across
 from expert_parallel.settings import Settings
-
-Number = TypeVar("Number", int, Tensor)
 
 
 class DroplessConfig(Settings):
@@ -87,12 +86,9 @@ class AbsoluteConfig(LimitSettings):
 CapacityConfig = Annotated[DroplessConfig | FactorConfig | AbsoluteConfig, Field(discriminator="kind")]
 
 
-def expert_capacity(factor: float, minimum: int, num_tokens: Number, num_choices: int, num_experts: int) -> Number:
-    """C, of a number of tokens or of each of many (int64), in exact decimal arithmetic: in floats 1.1 * 100 is more
-    than 110, and its ceiling 111."""
-    share = Fraction(str(factor)) * num_choices / num_experts
-    capacity = -(-num_tokens * share.numerator // share.denominator)
-    return capacity.clamp(min=minimum) if isinstance(capacity, Tensor) else max(minimum, capacity)
+def expert_capacity(factor: float, minimum: int, num_tokens: int, num_choices: int, num_experts: int) -> int:
+    """C, in exact decimal arithmetic: in floats 1.1 * 100 is more than 110, and its ceiling 111."""
+    return max(minimum, math.ceil(Fraction(str(factor)) * num_tokens * num_choices / num_experts))
 
 
 def capacity_of_blocks(
@@ -102,12 +98,18 @@ def capacity_of_blocks(
     if isinstance(config, AbsoluteConfig):
         return torch.full_like(size_b, config.train if training else config.eval)
     factor = config.train if training else config.eval
-    return expert_capacity(factor, config.minimum, size_b, num_choices, num_experts)
+    return capacities(factor, config.minimum, size_b, num_choices, num_experts)
+
+
+def capacities(factor: float, minimum: int, size_b: Tensor, num_choices: int, num_experts: int) -> Tensor:
+    """expert_capacity of each of many numbers of tokens, int64. On the host, whose integers do not overflow."""
+    return size_b.new_tensor([expert_capacity(factor, minimum, n, num_choices, num_experts) for n in size_b.tolist()])
 
 
 def keep_all(
     config: DroplessConfig, plan: RoutingPlan, batch: TokenBatch, training: bool
 ) -> tuple[RoutingPlan, Tensor | None]:
+    """The plan as it is; there is no most that an expert takes."""
     return plan, None
 
 
@@ -115,19 +117,18 @@ def limit(
     config: FactorConfig | AbsoluteConfig, plan: RoutingPlan, batch: TokenBatch, training: bool
 ) -> tuple[RoutingPlan, Tensor | None]:
     """The plan with what overflows marked DROPPED_CAPACITY, or REROUTED and renamed; its weights are left as they were.
-    Also the choices that one expert takes at most of the scope's tokens in all: int64, no dimensions."""
+    And the most choices that one expert takes of all the scope's tokens here: int64, no dimensions, for `pad`."""
     columns = [plan.expert_ids_TK.to(torch.int32), plan.reason_TK]
-    if config.overflow == "reroute":
-        assert plan.ranking_TE is not None
-        columns += [plan.scores_TE.gather(1, plan.expert_ids_TK), plan.ranking_TE]
-    elif config.priority in ("probability", "batch_priority"):
-        columns += [plan.scores_TE.gather(1, plan.expert_ids_TK)]
+    looks_at_scores = config.priority in ("probability", "batch_priority")
+    columns += [plan.scores_TE.gather(1, plan.expert_ids_TK)] if looks_at_scores else []
+    columns += [_ranking(plan)] if config.overflow == "reroute" else []
     view, (ids_GK, reason_GK, *more) = look_across(config.scope, batch, *columns)
-    ids_GK = ids_GK.long()
+    ids_GK, ranking_GE = ids_GK.long(), more[-1] if config.overflow == "reroute" else None
+    scores_GK = more[0] if looks_at_scores else None
     capacity_b = capacity_of_blocks(config, view.size_b, ids_GK.shape[1], plan.num_experts, training)
 
     routed_GK = reason_GK != Reason.NOT_ROUTED
-    order_N = queue_order(config, view, more[0] if more else None, routed_GK, batch, training)
+    order_N = queue_order(config, view, scores_GK, routed_GK, batch, training)
     queue_GK = view.block_G[:, None] * plan.num_experts + ids_GK
     num_queues = view.num_blocks * plan.num_experts
     queue_GK = queue_GK.masked_fill(~routed_GK, num_queues)  # a queue apart, without a capacity
@@ -136,13 +137,18 @@ def limit(
     overflows_GK = routed_GK & (place_GK >= capacity_Q[queue_GK])
     reason_GK = reason_GK.masked_fill(overflows_GK, Reason.DROPPED_CAPACITY)
 
-    if config.overflow == "reroute":
+    if ranking_GE is not None:
         taken_Q = torch.bincount(queue_GK[~overflows_GK], minlength=num_queues + 1)
         room_Q = (capacity_Q - taken_Q)[:num_queues]
-        ids_GK, rerouted_GK = reroute(ids_GK, routed_GK, overflows_GK, more[1], view.block_G, room_Q, order_N)
+        ids_GK, rerouted_GK = reroute(ids_GK, routed_GK, overflows_GK, ranking_GE, view.block_G, room_Q, order_N)
         reason_GK = reason_GK.masked_fill(rerouted_GK, Reason.REROUTED)
     limited = replace(plan, expert_ids_TK=ids_GK[view.mine_T], reason_TK=reason_GK[view.mine_T])
     return limited, capacity_b.sum()
+
+
+def _ranking(plan: RoutingPlan) -> Tensor:
+    assert plan.ranking_TE is not None, "refused at start: this router has no next best expert"
+    return plan.ranking_TE
 
 
 def queue_order(

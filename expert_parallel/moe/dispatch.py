@@ -17,7 +17,7 @@ from torch import Tensor
 from expert_parallel.collectives import Peers, group_rank, group_size
 from expert_parallel.mesh import Nodes
 from expert_parallel.moe.broadcast import BroadcastHop
-from expert_parallel.moe.hop import Hop, HopState, PassKey, RowChoices, choices_of, look_up
+from expert_parallel.moe.hop import Hop, HopState, PassKey, RowChoices, agree, choices_of, look_up
 from expert_parallel.moe.ledger import Ledger
 from expert_parallel.moe.permute import gather_rows, sort_by_expert, sources_table
 from expert_parallel.moe.plan import DispatchedTokens, RoutingPlan, StepContext
@@ -138,6 +138,7 @@ class Dispatcher:
         nodes: Nodes | None = None,
     ) -> None:
         assert placement.num_ranks == group_size(group), (placement, group_size(group))
+        self.peers = Peers.of(group)
         self.hops = DISPATCHERS[config.kind](config, placement, group, nodes)
         self.num_local_experts = len(placement.experts_on(group_rank(group)))
         self.slot_of_expert_E = torch.tensor(placement.slot_of_expert, device="cpu")
@@ -147,7 +148,10 @@ class Dispatcher:
     ) -> tuple[DispatchedTokens, CombineState]:
         """Rows for this rank's experts."""
         num_choices = plan.expert_ids_TK.shape[1]
-        key = PassKey(x_TD.shape[1], x_TD.dtype, num_choices, context)
+        needs_grad = x_TD.requires_grad and torch.is_grad_enabled()
+        key = PassKey(x_TD.shape[1], x_TD.dtype, num_choices, needs_grad, context)
+        if len(self.hops) > 1:  # a hop asks its own peers alone: others would wait for a rank that has raised
+            agree(key, self.peers, x_TD.device)
         x_VD, choices, states = x_TD, choices_of(plan), []
         for hop in self.hops:
             x_VD, choices, state = hop.send(x_VD, choices, key, ledger)

@@ -78,7 +78,7 @@ class GroupedExperts(nn.Module):
         """Takes the fields of DispatchedTokens. Returns (R, D) in x's dtype: weight_r * Expert_r(x_r)."""
         config = self.config
         best = choose_backend(x_RD.dtype, x_RD.device, self.sizes)
-        if config.backend == "grouped_mm" != best:
+        if config.backend == "grouped_mm" and best != "grouped_mm":
             raise ValueError(
                 f"model.moe.experts.backend 'grouped_mm' cannot run {x_RD.dtype} of sizes {self.sizes} on "
                 f"{x_RD.device.type}: no float64, on CUDA bfloat16 alone, rows of 16-byte multiples"

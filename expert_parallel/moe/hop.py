@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expert_parallel.collectives import Peers, exchange_counts
+from expert_parallel.collectives import Peers, all_gather_rows, exchange_counts
 from expert_parallel.moe.ledger import Ledger
 from expert_parallel.moe.permute import NO_ROW, gather_rows, sources_table
 from expert_parallel.moe.plan import RoutingPlan, StepContext
@@ -91,6 +91,7 @@ class PassKey:
     width: int
     dtype: torch.dtype
     num_choices: int
+    needs_grad: bool
     context: StepContext
 
     # dtype -> its number on the wire.
@@ -98,7 +99,12 @@ class PassKey:
 
     @property
     def words(self) -> list[int]:
-        shape = self.width % 2**18 | self.DTYPES.index(self.dtype) << 18 | self.num_choices % 2**9 << 22
+        shape = (
+            self.width % 2**17
+            | self.needs_grad << 17
+            | self.DTYPES.index(self.dtype) << 18
+            | self.num_choices % 2**9 << 22
+        )
         c = self.context
         return [shape, c.layer % 2**10 | c.micro_step % 2**7 << 10 | c.step % 2**14 << 17]
 
@@ -107,9 +113,16 @@ class PassKey:
         shape, place = words
         dtype = PassKey.DTYPES[min(shape >> 18 & 15, 3)]
         return (
-            f"rows of {shape % 2**18} {str(dtype).removeprefix('torch.')}, {shape >> 22} choices a token, "
+            f"rows of {shape % 2**17} {str(dtype).removeprefix('torch.')} {'with' if shape >> 17 & 1 else 'without'} "
+            f"gradient, {shape >> 22} choices a token, "
             f"layer {place % 2**10}, micro-step {place >> 10 & 127}, step {place >> 17}"
         )
+
+
+def agree(key: PassKey, peers: Peers, device: torch.device) -> None:
+    """ValueError on every rank of `peers` where one is in another pass. One small collective."""
+    words = torch.tensor([key.words], dtype=torch.int32, device=device)
+    refuse_disagreement(all_gather_rows(words, [1] * peers.size, peers.group).tolist(), key, peers)
 
 
 def refuse_disagreement(words_P2: Sequence[Sequence[int]], key: PassKey, peers: Peers) -> None:

@@ -1,5 +1,6 @@
 """The mixture-of-experts layer: route, limit, dispatch, compute, combine."""
 
+import copy
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from expert_parallel.moe.plan import (
     DispatchedTokens,
     LoadStats,
     MoEOutput,
+    Reason,
     RoutingPlan,
     RowCounts,
     StepContext,
@@ -96,6 +98,12 @@ class MoELayer(nn.Module):
         if config.d_model is None:
             raise ValueError("d_model is not set: a layer that is used alone needs it")
         placement = placement or ExpertPlacement.contiguous(config.num_experts, group_size(group))
+        sizes = [len(placement.experts_on(rank)) for rank in range(placement.num_ranks)]
+        if (placement.num_experts, placement.num_ranks) != (config.num_experts, group_size(group)) or 0 in sizes:
+            raise ValueError(
+                f"placement spreads {placement.num_experts} experts over {placement.num_ranks} ranks as {sizes}; "
+                f"there are {config.num_experts} (num_experts) and {group_size(group)} ranks, each needs one or more"
+            )
         self.config, self.group, self.placement = config, group, placement
         self.data_group = data_group if data_group is not None else group
         self.router = build_router(config.router, config.d_model, config.num_experts)
@@ -105,8 +113,25 @@ class MoELayer(nn.Module):
         if not self.experts.w_in.is_meta:
             init_parameters(self, seed, std=lambda name: 0.02)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MoELayer":
+        """Weights are copied, process groups are shared: they cannot be."""
+        memo |= {id(group): group for group in (self.group, self.data_group, self.dispatcher)}
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
+
     def forward(self, x: Tensor, context: StepContext | None = None) -> MoEOutput:
-        """x: (B, S, D), or (T, D) as one sequence. Every rank of the group calls it; B and S may differ, even be 0."""
+        """x: (B, S, D), or (T, D) as one sequence. Every rank of the group calls it; B and S may differ, even be 0.
+
+        ValueError for input of another shape, and on all ranks together where they are not in the same pass. One that a
+        single rank raises (its own input is wrong) leaves the others waiting: let it end the process.
+        """
+        if not x.is_floating_point() or x.dim() not in (2, 3) or x.shape[-1] != self.config.d_model:
+            raise ValueError(
+                f"the layer takes floating-point input of shape (B, S, {self.config.d_model}) or (T, "
+                f"{self.config.d_model}), d_model last; it was given {x.dtype} of shape {tuple(x.shape)}"
+            )
         context = context or StepContext()
         x_BSD = x if x.dim() == 3 else x[None]
         x_TD = x_BSD.flatten(0, 1)
@@ -138,6 +163,8 @@ class MoELayer(nn.Module):
         replay, context = batch.context.replay, batch.context
         key = (context.step, context.micro_step, context.layer)
         recorded = replay.recorded.get(key) if replay is not None else None
+        if recorded is not None:
+            refuse_other_tokens(recorded, batch, self.router.num_choices)
         choice = None if recorded is None else (recorded.routed_ids_TK, recorded.routed_reason_TK)
         routed = self.router(x_TD, batch, choice)
         if recorded is None:
@@ -153,7 +180,8 @@ class MoELayer(nn.Module):
             )
             if replay is not None:
                 replay.recorded[key] = recorded
-        plan = replace(routed, expert_ids_TK=recorded.ids_TK, reason_TK=recorded.reason_TK)
+        reason_TK = recorded.reason_TK.masked_fill(~routed.routed_TK, Reason.NOT_ROUTED)  # padding may be other now
+        plan = replace(routed, expert_ids_TK=recorded.ids_TK, reason_TK=reason_TK)
         return routed, self._weigh_again(plan, is_replayed=replay is not None), recorded.padded_rows
 
     def _limit(self, routed: RoutingPlan, batch: TokenBatch) -> tuple[RoutingPlan, int | None]:
@@ -222,6 +250,20 @@ def token_batch(x_BSD: Tensor, context: StepContext, group: dist.ProcessGroup | 
         real_T=None if context.mask_BS is None else context.mask_BS.flatten(),
         ids_T=None if context.token_ids_BS is None else context.token_ids_BS.flatten(),
     )
+
+
+def refuse_other_tokens(recorded: Choices, batch: TokenBatch, num_choices: int) -> None:
+    """ValueError where recorded choices are not those of these tokens, or of a router like this one."""
+    if recorded.ids_TK.shape[1] != num_choices:
+        raise ValueError(
+            f"StepContext.replay holds {recorded.ids_TK.shape[1]} choices a token, the router makes {num_choices} "
+            "(router.k)"
+        )
+    if not torch.equal(recorded.index_T, batch.index_T):
+        raise ValueError(
+            f"StepContext.replay was recorded of other tokens: {len(recorded.index_T)} of them, here are "
+            f"{len(batch.index_T)}; or their sequences have other indices"
+        )
 
 
 def global_index(sequence_index_B: Tensor, length: int) -> Tensor:

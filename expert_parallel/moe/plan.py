@@ -107,8 +107,8 @@ class RoutingPlan:
     logits_TE, scores_TE: router dtype (float32, or float64 for float64 models). probabilities_TE: the scores of each
     token divided by their sum, for balance losses; softmax scores themselves. weights_TK: the factor of each chosen
     expert's output, same dtype. expert_ids_TK: int64. reason_TK: uint8, values of `Reason`. log_scores_TE: what
-    weights are computed from again, after drops (see Scores). ranking_TE: what the choice was made by, largest first
-    (detached; -inf: not to be chosen); None: it cannot be ranked.
+    weights are computed from again, after drops (see Scores). ranking_TE: what a next best expert
+    is found by, largest first (detached; -inf: not to be chosen); None: this router has none, so nothing is rerouted.
     """
 
     logits_TE: Tensor

@@ -1,5 +1,6 @@
 """A bound on the rows that one rank computes, for dropless layers: one hot expert cannot exhaust its rank's memory."""
 
+import math
 from dataclasses import replace
 from fractions import Fraction
 
@@ -38,7 +39,7 @@ def allowances(wanted_SP: Tensor, bound: float) -> Tensor:
     """Choices that each source may send to each rank, int64 (P, P): no column sums to more than the bound."""
     num_ranks = len(wanted_SP)
     factor = Fraction(str(bound)) / num_ranks
-    most = -(-wanted_SP.sum() * factor.numerator // factor.denominator)
+    most = math.ceil(factor * int(wanted_SP.sum()))
     total_P = wanted_SP.sum(0)
     share_SP = wanted_SP * most // total_P.clamp(min=1)
     rest_P = most - share_SP.sum(0)

@@ -258,7 +258,8 @@ def _losses(config: Any, routing: Routing, batch: Batch) -> dict[str, Tensor]:
             log_sums = largest + torch.log(torch.exp(routing.logits_TE - largest[:, None]).sum(-1))
             losses["z_loss"] = (log_sums**2).sum() / max(len(batch.tokens), 1)
             continue
-        values = [_switch_loss(config, loss, routing, block) for block in blocks(loss.scope, batch)]
+        counted = [block for block in blocks(loss.scope, batch) if block or loss.scope != "sequence"]
+        values = [_switch_loss(config, loss, routing, block) for block in counted]
         name = f"balance_{loss.scope}" + ("_first" if loss.choices == "first" else "")
         name += "_pooled" if loss.layers == "pooled" else ""
         losses[name] = torch.stack(values).mean() if values else routing.scores_TE[:0].sum()

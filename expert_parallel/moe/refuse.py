@@ -31,6 +31,8 @@ def refuse_combinations(
             "sum to keep"
         )
     choices = router.num_choices(num_experts)
+    if capacity.renormalise and choices == 1:
+        raise ValueError("capacity.renormalise is true but router.k is 1: the only weight is 1 or nothing as it is")
     if capacity.overflow == "reroute":
         reachable = num_experts
         if isinstance(router, TopKRouterConfig) and router.group_limit is not None:

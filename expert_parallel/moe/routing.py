@@ -124,8 +124,16 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def forward(self, x_TD: Tensor, batch: TokenBatch, recorded: tuple[Tensor, Tensor] | None = None) -> RoutingPlan:
-        """x_TD: any float dtype; computes in promote_types(float32, x's dtype). recorded: choices to take instead."""
-        scores = self.score(x_TD.to(torch.promote_types(torch.float32, x_TD.dtype)), batch)
+        """x_TD: any float dtype; computes in promote_types(float32, x's dtype), also under autocast. recorded: choices
+        to take instead. What stands in padded rows does not matter, NaN included."""
+        x_TD = x_TD.to(torch.promote_types(torch.float32, x_TD.dtype))
+        if batch.real_T is not None:
+            x_TD = x_TD.masked_fill(~batch.real_T[:, None], 0)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return self._route(x_TD, batch, recorded)
+
+    def _route(self, x_TD: Tensor, batch: TokenBatch, recorded: tuple[Tensor, Tensor] | None) -> RoutingPlan:
+        scores = self.score(x_TD, batch)
         if recorded is None:
             with torch.no_grad():
                 recorded = self.choose(scores, batch)

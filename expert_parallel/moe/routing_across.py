@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from expert_parallel.moe.capacity import expert_capacity
+from expert_parallel.moe.capacity import capacities
 from expert_parallel.moe.permute import places_in_queues
 from expert_parallel.moe.plan import Reason, RoutingPlan, TokenBatch
 from expert_parallel.moe.routing import LinearRouter, LinearSettings, RouterSettings, Score, Scores, best, score_logits
@@ -59,7 +59,7 @@ class ExpertChoiceRouter(LinearRouter):
     def choose(self, scores: Scores, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         view, (scores_GE,) = look_across(self.config.scope, batch, scores.scores_TE)
         factor = self.config.train if self.training else self.config.eval
-        capacity_b = expert_capacity(factor, 0, view.size_b, 1, self.num_experts)
+        capacity_b = capacities(factor, 0, view.size_b, 1, self.num_experts)
         taken_GE = _best_tokens(scores_GE, view, capacity_b)
         reason_TK = torch.where(taken_GE, Reason.KEPT, Reason.NOT_ROUTED).to(torch.uint8)[view.mine_T]
         ids_E = torch.arange(self.num_experts, device=reason_TK.device)

@@ -52,12 +52,14 @@ def look_across(scope: Scope, batch: TokenBatch, *columns: Tensor) -> tuple[View
 
 
 def _look_across_ranks(batch: TokenBatch, real_T: Tensor, columns: tuple[Tensor, ...]) -> tuple[View, list[Tensor]]:
-    if group_size(batch.group) > 1 and not batch.is_global:
+    is_alone = group_size(batch.group) == 1
+    index_T = batch.index_T if batch.is_global or is_alone else torch.full_like(batch.index_T, -1)
+    (index_G, real_G, *gathered), lengths, sent = gather_columns([index_T, real_T, *columns], batch.group)
+    if bool((index_G < 0).any()):  # every rank sees it, whichever rank lacks them
         raise ValueError(
             "scope 'global' over several ranks needs each sequence's index in the micro-step's global batch: give "
-            "StepContext.sequence_index_B"
+            "StepContext.sequence_index_B on all of them"
         )
-    (index_G, real_G, *gathered), lengths, sent = gather_columns([batch.index_T, real_T, *columns], batch.group)
     batch.gathered_bytes[0] += sent
     index_G, order_G = index_G.sort(stable=True)
     twice_G = index_G[1:] == index_G[:-1]

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from expert_parallel.collectives import all_reduce_sum, group_rank
 from expert_parallel.config import load_config
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import ModelOutput, Transformer
@@ -16,12 +19,20 @@ from expert_parallel.training.step import DTYPES, forget_gathered_weights
 
 @torch.no_grad()
 def generate(
-    model: Transformer, prompt: bytes, *, num_tokens: int, temperature: float, window: int, seed: int = 0
+    model: Transformer,
+    prompt: bytes,
+    *,
+    num_tokens: int,
+    temperature: float,
+    window: int,
+    seed: int = 0,
+    group: dist.ProcessGroup | None = None,
 ) -> bytes:
     """The prompt and `num_tokens` more. temperature 0: the likeliest byte each time. window: bytes that the model sees.
 
-    Every rank of the model's groups calls it with the same arguments and gets the same text: the draw is a function
-    of (seed, position).
+    Every rank of the model's groups calls it with the same arguments and gets the same text. The first rank of `group`
+    brings the one sequence, the others none, so that nothing is decided across copies of it; they take the byte
+    that it draws, which is a function of (seed, position).
     """
     if not prompt:
         raise ValueError("the prompt is empty, at least one byte is needed (--prompt)")
@@ -29,17 +40,25 @@ def generate(
     device = next(model.parameters()).device
     tokens = torch.tensor([list(prompt)], device=device)
     for position in range(num_tokens):
-        output: ModelOutput = model(tokens[:, -window:], StepContext(seed=seed, step=position))
-        logits_V = output.logits[0, -1, :VOCABULARY_SIZE].double().cpu()  # a larger vocabulary has ids beyond bytes
-        if temperature == 0:
-            choice = logits_V.argmax()
-        else:
-            share = random.uniform(seed, torch.tensor([position]), 1)[0, 0]
-            choice = torch.searchsorted((logits_V / temperature).softmax(0).cumsum(0), share)
-        choice = choice.clamp(max=len(logits_V) - 1).view(1, 1).to(device)
-        tokens = torch.cat([tokens, choice], dim=1)
+        mine = tokens[: 1 if group_rank(group) == 0 else 0, -window:]
+        context = StepContext(seed=seed, step=position, sequence_index_B=torch.arange(len(mine), device=device))
+        output: ModelOutput = model(mine, context)
+        choice = torch.zeros(1, 1, dtype=torch.int64)
+        if len(mine):
+            choice = draw(output.logits[0, -1, :VOCABULARY_SIZE], temperature, seed, position).view(1, 1)
+        tokens = torch.cat([tokens, all_reduce_sum(choice.to(device), group)], dim=1)
     forget_gathered_weights(model)
     return bytes(tokens[0].tolist())
+
+
+def draw(logits_V: Tensor, temperature: float, seed: int, position: int) -> Tensor:
+    """A byte, int64, on the CPU. logits_V: of bytes alone, where a larger vocabulary has ids beyond them."""
+    logits_V = logits_V.double().cpu()
+    if temperature == 0:
+        return logits_V.argmax()
+    share = random.uniform(seed, torch.tensor([position]), 1)[0, 0]
+    choice = torch.searchsorted((logits_V / temperature).softmax(0).cumsum(0), share)
+    return choice.clamp(max=len(logits_V) - 1)
 
 
 def generate_from_run(run: Path, prompt: str, *, num_tokens: int, temperature: float, seed: int) -> str:

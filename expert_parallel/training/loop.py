@@ -80,7 +80,7 @@ def train(config: Config, runtime: Runtime) -> None:
     if writer is not None:
         writer.close()
     if config.run.sample is not None:
-        run.say(f"\n--- sample {'-' * 69}\n{sample_text(config, run.model)}\n{'-' * 80}")
+        run.say(f"\n--- sample {'-' * 69}\n{sample_text(config, run.model, run.mesh)}\n{'-' * 80}")
     run.say(f"done: {training.steps} steps; metrics, checkpoints and the resolved config are in {run.folder}")
 
 
@@ -132,8 +132,10 @@ class Run:
         """The step's routing as recorded, or an empty record to fill; None where routing is left to itself."""
         routing = self.config.training.routing
         if isinstance(routing, PlayConfig):
-            assert self.config.model.moe is not None
-            place = MoEPlace(self.config.model.moe_layers, self.config.model.moe.num_experts)
+            moe = self.config.model.moe
+            assert moe is not None
+            choices = moe.router.num_choices(moe.num_experts)
+            place = MoEPlace(self.config.model.moe_layers, moe.num_experts, choices)
             return self.runtime.together(lambda: load_choices(routing, step, batches, place))
         return None if routing is None else RouterReplay()
 
@@ -266,7 +268,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def sample_text(config: Config, model: Transformer) -> str:
+def sample_text(config: Config, model: Transformer, mesh: ParallelMesh) -> str:
     sample = config.run.sample
     assert sample is not None
     text = generate(
@@ -276,6 +278,7 @@ def sample_text(config: Config, model: Transformer) -> str:
         temperature=sample.temperature,
         window=config.training.sequence_length,
         seed=config.seed,
+        group=mesh.dp_group,
     )
     return text.decode(errors="replace")
 

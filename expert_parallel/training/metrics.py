@@ -22,7 +22,7 @@ def step_metrics(report: StepReport, prefix: str) -> Metrics:
     if not report.layers:
         return metrics
     moe = "moe" if prefix == "train" else "eval/moe"
-    layers = {layer: _layer_metrics(layer_report) for layer, layer_report in report.layers.items()}
+    layers = {layer: _layer_metrics(totals, len(report.layers)) for layer, totals in report.layers.items()}
     for name in next(iter(layers.values())):
         metrics[f"{moe}/{name}"] = sum(values[name] for values in layers.values()) / len(layers)
     for layer, values in layers.items():
@@ -31,7 +31,8 @@ def step_metrics(report: StepReport, prefix: str) -> Metrics:
     return metrics
 
 
-def _layer_metrics(totals: LayerTotals) -> Metrics:
+def _layer_metrics(totals: LayerTotals, num_layers: int) -> Metrics:
+    """A loss that is pooled over layers is shown times their number: so its mean over layers is the loss."""
     routed, tokens = max(int(totals.routed_E.sum()), 1), max(totals.num_tokens, 1)
     dead = (totals.kept_E + totals.rerouted_E) == 0
     metrics: Metrics = {
@@ -48,9 +49,10 @@ def _layer_metrics(totals: LayerTotals) -> Metrics:
         "bytes_between_nodes": totals.bytes_sent["network"],
         "bytes_gathered": totals.gathered_bytes,
     }
-    balance = [value for name, value in totals.losses.items() if name.startswith("balance")]
+    losses = {n: v * (num_layers if n.endswith("_pooled") else 1) for n, v in totals.losses.items()}
+    balance = [value for name, value in losses.items() if name.startswith("balance")]
     metrics |= {"balance_loss": sum(balance) / len(balance)} if balance else {}
-    return metrics | totals.losses
+    return metrics | losses
 
 
 def _loads(totals: LayerTotals) -> Metrics:
@@ -111,6 +113,8 @@ def progress_line(step: int, total: int, metrics: Metrics) -> str:
         ("moe/load_cv", "load cv", "{:.2f}"),
     )
     parts += [f"{label} {form.format(metrics[name])}" for name, label, form in shown if name in metrics]
+    if metrics.get("moe/rerouted_share", 0) > 0:
+        parts.append(f"rerouted {metrics['moe/rerouted_share']:.1%}")
     if metrics.get("moe/dropped_receive_bound_share", 0) > 0:
         share = metrics["moe/dropped_receive_bound_share"]
         parts.append(f"{share:.1%} OF CHOICES DROPPED AT model.moe.capacity.receive_bound")

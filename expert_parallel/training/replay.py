@@ -29,10 +29,11 @@ _TENSORS = tuple(field.name for field in fields(Choices) if field.name != "padde
 
 @dataclass(frozen=True)
 class MoEPlace:
-    """What a record must fit: the numbers of the MoE blocks, and of their experts."""
+    """What a record must fit: the numbers of the MoE blocks, their experts, and a token's choices."""
 
     layers: list[int]
     num_experts: int
+    num_choices: int
 
 
 class RecordConfig(Settings):
@@ -97,8 +98,17 @@ def load_choices(config: PlayConfig, step: int, batches: Sequence[MicroBatch], m
     for number, batch in enumerate(batches):
         for layer in moe.layers:
             choices, tokens_T = _rows(parts, number, layer, batch)
-            if tokens_T is None or not torch.equal(tokens_T, batch.inputs_BS.flatten().cpu()):
-                raise ValueError(f"{where} was recorded with other data (data, seed or training.global_batch)")
+            if tokens_T is None:
+                raise ValueError(
+                    f"{where} does not hold all of this rank's tokens: a rank's file is missing, or "
+                    "training.global_batch or training.sequence_length was another"
+                )
+            if not torch.equal(tokens_T, batch.inputs_BS.flatten().cpu()):
+                raise ValueError(f"{where} was recorded with other data (data or seed)")
+            if choices.ids_TK.shape[1] != moe.num_choices:
+                raise ValueError(
+                    f"{where} holds {choices.ids_TK.shape[1]} choices a token, model.moe.router makes {moe.num_choices}"
+                )
             if choices.ids_TK.numel() and int(choices.ids_TK.max()) >= moe.num_experts:
                 raise ValueError(
                     f"{where} names expert {int(choices.ids_TK.max())}, model.moe.num_experts is {moe.num_experts}"

@@ -1,0 +1,123 @@
+"""The MoE layer as a module in a user's hands: what it refuses, copies, and does beside what test_dispatch.py
+compares."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.plan import StepContext
+from expert_parallel.placement import ExpertPlacement
+from tests.ranks import run_ranks
+
+
+def make_layer(group: Any = None, **settings: Any) -> MoELayer:
+    tree = {"d_model": 8, "num_experts": 4, "router": {"k": 2}, "experts": {"hidden": 6}, **settings}
+    return MoELayer(MoEConfig.model_validate(tree), group)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("x", "said"),
+    [
+        (torch.zeros(2, 3, 8, dtype=torch.int64), "torch.int64 of shape (2, 3, 8)"),
+        (torch.zeros(8), "torch.float32 of shape (8,)"),
+        (torch.zeros(1, 2, 3, 8), "torch.float32 of shape (1, 2, 3, 8)"),
+        (torch.zeros(2, 3, 9), "torch.float32 of shape (2, 3, 9)"),
+    ],
+)
+def test_input_of_another_shape_is_refused(x: Tensor, said: str) -> None:
+    with pytest.raises(ValueError, match="takes floating-point input of shape") as error:
+        make_layer()(x)
+    assert str(error.value).endswith(f"it was given {said}")
+    assert "(B, S, 8) or (T, 8)" in str(error.value)
+
+
+def test_a_placement_that_does_not_fit_is_refused() -> None:
+    config = make_layer().config
+    with pytest.raises(
+        ValueError, match=r"spreads 3 experts over 1 ranks as .3.; there are 4 .num_experts. and 1 ranks"
+    ):
+        MoELayer(config, placement=ExpertPlacement((0, 0, 0), 1))
+
+
+LOSSES = [{"kind": "balance"}, {"kind": "balance", "scope": "sequence"}, {"kind": "z_loss"}]
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
+@pytest.mark.parametrize("capacity", [{"kind": "dropless"}, {"kind": "factor", "overflow": "reroute", "minimum": 0}])
+def test_what_stands_in_padding_does_not_matter(garbage: float, capacity: dict[str, Any]) -> None:
+    """Attention over rows of padding alone leaves NaN there."""
+    layer, mask_BS = (
+        make_layer(losses=LOSSES, capacity=capacity),
+        torch.tensor([[True] * 4, [True, True, False, False]]),
+    )
+    clean = draw(2, 4, 8)
+    dirty = clean.masked_fill(~mask_BS[:, :, None], garbage).requires_grad_()
+    context = StepContext(mask_BS=mask_BS)
+    ours, theirs = layer(dirty, context), layer(clean, context)
+    assert torch.equal(ours.y[mask_BS], theirs.y[mask_BS])
+    assert {n: v.item() for n, v in ours.losses.items()} == {n: v.item() for n, v in theirs.losses.items()}
+    assert ours.stats.entropy == theirs.stats.entropy
+    (ours.y[mask_BS].sum() + sum(ours.losses.values())).backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.isfinite().all()), name
+    assert dirty.grad is not None
+    assert bool(dirty.grad.isfinite().all())
+
+
+def test_a_sequence_of_padding_alone_is_none() -> None:
+    layer, x_BSD = make_layer(losses=LOSSES), draw(2, 4, 8)
+    mask_BS = torch.tensor([[True] * 4, [False] * 4])
+    padded, alone = layer(x_BSD, StepContext(mask_BS=mask_BS)), layer(x_BSD[:1])
+    assert {n: v.item() for n, v in padded.losses.items()} == pytest.approx(
+        {n: v.item() for n, v in alone.losses.items()}
+    )
+
+
+def test_the_router_stays_in_float32_under_autocast() -> None:
+    layer, x_TD = make_layer(losses=LOSSES), draw(64, 8)
+    plain = layer(x_TD)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = layer(x_TD)
+    assert all(value.dtype == torch.float32 for value in mixed.losses.values())
+    assert {n: v.item() for n, v in mixed.losses.items()} == {n: v.item() for n, v in plain.losses.items()}
+    assert torch.equal(mixed.stats.routed_E, plain.stats.routed_E)
+
+
+def run_copy(rank: int) -> tuple[bool, bool]:
+    layer = make_layer(dist.group.WORLD)
+    average = copy.deepcopy(layer)
+    x_TD = draw(6, 8, seed=rank)
+    same = torch.equal(average(x_TD).y, layer(x_TD).y)
+    with torch.no_grad():
+        average.experts.w_out.zero_()
+    return same, bool(layer(x_TD).y.abs().sum() > 0) and not bool(average(x_TD).y.any())
+
+
+def test_a_layer_can_be_copied() -> None:
+    """For averages of weights: they are the copy's own, the process groups are shared."""
+    assert run_ranks(2, run_copy) == [(True, True)] * 2
+
+
+def run_second_derivative(rank: int) -> str:
+    layer, x_TD = make_layer(dist.group.WORLD), draw(6, 8, seed=rank).requires_grad_()
+    (grad,) = torch.autograd.grad(layer(x_TD).y.square().sum(), x_TD, create_graph=True)
+    try:
+        grad.sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_second_derivatives_through_ranks_are_refused() -> None:
+    """An exchange's backward pass has none of its own: without the error they would be wrong in silence."""
+    assert all("once_differentiable" in text for text in run_ranks(2, run_second_derivative))
