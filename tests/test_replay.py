@@ -161,6 +161,19 @@ def test_a_record_that_lacks_a_ranks_file_is_refused(recorded: tuple[Path, Any],
     assert "step 0 does not hold all of this rank's tokens: a rank's file is missing" in text
 
 
+def test_a_damaged_record_and_a_folder_that_is_a_file_are_told(recorded: tuple[Path, Any], tmp_path: Path) -> None:
+    copied = tmp_path / "routing"
+    shutil.copytree(recorded[0], copied)
+    (copied / "step_00000000.rank_00001.safetensors").write_bytes(b"")
+    tree = settings(tmp_path / "refused", routing={"kind": "play", "folder": str(copied)})
+    (text,) = run_ranks(1, run_training, 1, tree)
+    assert text.startswith(f"training.routing.folder: {copied}: a record of step 0 cannot be read: ")
+    (tmp_path / "file").write_text("")
+    tree = settings(tmp_path / "again", routing={"kind": "record", "folder": str(tmp_path / "file")})
+    (text,) = run_ranks(1, run_training, 1, tree)
+    assert text.startswith(f"training.routing.folder: cannot write {tmp_path / 'file'}/step_00000000.rank_00000.safe")
+
+
 def test_a_layer_refuses_a_replay_of_other_tokens() -> None:
     layer = MoELayer(MoEConfig.model_validate({"d_model": 4, "num_experts": 4, "experts": {"hidden": 4}}))
     context = StepContext(replay=RouterReplay())

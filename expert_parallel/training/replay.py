@@ -56,18 +56,22 @@ RoutingConfig = Annotated[RecordConfig | PlayConfig, Field(discriminator="kind")
 def save_choices(
     config: RecordConfig, step: int, rank: int, batches: Sequence[MicroBatch], replay: RouterReplay
 ) -> None:
-    """Raises OSError. The tokens are kept with their choices, so that other data are found out."""
+    """ValueError where the folder cannot be written. The tokens are kept with their choices, so that other data are
+    found out."""
     tensors = {
         f"{micro_step}.{layer}.{name}": getattr(choices, name).cpu().contiguous()
         for (_, micro_step, layer), choices in replay.recorded.items()
         for name in _TENSORS
     }
     tensors |= {f"{number}.tokens": batch.inputs_BS.flatten().cpu() for number, batch in enumerate(batches)}
-    Path(config.folder).mkdir(parents=True, exist_ok=True)
     path = Path(config.folder) / f"step_{step:08d}.rank_{rank:05d}.safetensors"
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    partial.rename(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial)
+        partial.rename(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"training.routing.folder: cannot write {path}: {error}") from error
 
 
 def load_choices(config: PlayConfig, step: int, batches: Sequence[MicroBatch], moe: MoEPlace) -> RouterReplay:
