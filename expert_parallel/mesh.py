@@ -1,64 +1,35 @@
-"""Degrees of parallelism (validated numbers) and the process groups made from them. Built once, passed down.
+"""The process groups of a rank, made from the degrees of parallelism. Built once, passed down."""
 
-Rank order, innermost first: pp outermost, then dp, cp, tp for the dense parts; for the experts, over the same ranks
-("parallel folding", Liu et al. 2025): pp outermost, then edp, ep, etp.
-"""
-
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch.distributed.device_mesh import DeviceMesh
 
-from expert_parallel.settings import Settings
+from expert_parallel.collectives import group_rank
+from expert_parallel.degrees import (
+    ParallelConfig,
+    ParallelDegrees,
+    ReplicatedConfig,
+    ShardedConfig,
+    grid,
+    node_grid,
+    rank_grids,
+    shard_counts,
+)
 
-
-class ParallelConfig(Settings):
-    """`data`: `replicated` keeps all dense weights on every rank; `sharded` divides weights, gradients and optimizer
-    state over the data ranks (FSDP2): dense ones over dp, experts over edp."""
-
-    ep: int = Field(default=1, ge=1, description="expert parallel: ranks over which the experts are divided")
-    ranks_per_node: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="consecutive ranks that share a machine; default: as the launcher says"
-    )
-    data: Literal["replicated", "sharded"] = "replicated"
-
-
-@dataclass(frozen=True)
-class ParallelDegrees:
-    """world = dp * cp * tp * pp = edp * ep * etp * pp. dp and edp are derived."""
-
-    world_size: int
-    cp: int = 1
-    tp: int = 1
-    pp: int = 1
-    ep: int = 1
-    etp: int = 1
-
-    def __post_init__(self) -> None:
-        for kind, names in (("dense parts", ("cp", "tp", "pp")), ("experts", ("ep", "etp", "pp"))):
-            product = 1
-            for name in names:
-                product *= getattr(self, name)
-            if self.world_size % product:
-                factors = " * ".join(
-                    f"parallel.{name} ({getattr(self, name)})" for name in names if getattr(self, name) > 1
-                )
-                raise ValueError(
-                    f"the world size ({self.world_size}) is not a multiple of {factors}: one copy of the "
-                    f"{kind} takes {product} ranks"
-                )
-
-    @property
-    def dp(self) -> int:
-        return self.world_size // (self.cp * self.tp * self.pp)
-
-    @property
-    def edp(self) -> int:
-        return self.world_size // (self.ep * self.etp * self.pp)
+__all__ = [
+    "Nodes",
+    "ParallelConfig",
+    "ParallelDegrees",
+    "ParallelMesh",
+    "build_mesh",
+    "build_nodes",
+    "grid",
+    "node_grid",
+]
 
 
 @dataclass(frozen=True)
@@ -73,76 +44,81 @@ class Nodes:
 
 @dataclass(frozen=True)
 class ParallelMesh:
-    """The process groups of one rank.
+    """The process groups of one rank. A group of None is this rank alone.
 
-    dp_group: the ranks that hold replicas (or shards) of the dense parameters; their tokens make up a micro-step.
-    ep_group: the ranks among which the experts are divided. edp_group: those that hold the same experts.
-    nodes: how ep_group lies on machines.
-    dp_mesh, edp_mesh: the same groups for FSDP2.
+    pp_group: the stages of one pipeline. dp_group, cp_group, tp_group: along one axis of the dense grid.
+    stage_group (dp x cp x tp): all ranks of this pipeline stage; their tokens make up a micro-step.
+    dense_group (dp x cp): those that hold the same part of the dense weights.
+    sequence_group (cp x tp): those among which the same sequences are divided.
+    key_group: the neighbours in tp that hold the same key and value heads, where there are fewer heads than ranks.
+    tied_group: the first and the last stage, where they share an embedding table.
+    ep_group: the ranks among which the experts are divided; etp_group: among which each of them is; edp_group: those
+    that hold the same part of the same experts. nodes: how ep_group lies on machines.
+    dense_mesh, expert_mesh: dense_group and edp_group for FSDP2, [shards] or [replicas, shards]; None if not sharded.
     """
 
     degrees: ParallelDegrees
     rank: int
-    dp_group: dist.ProcessGroup
-    ep_group: dist.ProcessGroup
-    edp_group: dist.ProcessGroup
-    dp_mesh: DeviceMesh
-    edp_mesh: DeviceMesh
+    pp_group: dist.ProcessGroup | None
+    dp_group: dist.ProcessGroup | None
+    cp_group: dist.ProcessGroup | None
+    tp_group: dist.ProcessGroup | None
+    stage_group: dist.ProcessGroup | None
+    dense_group: dist.ProcessGroup | None
+    sequence_group: dist.ProcessGroup | None
+    key_group: dist.ProcessGroup | None
+    tied_group: dist.ProcessGroup | None
+    ep_group: dist.ProcessGroup | None
+    etp_group: dist.ProcessGroup | None
+    edp_group: dist.ProcessGroup | None
     nodes: Nodes
-
-    @property
-    def holds_first_replica(self) -> bool:
-        """Whether this rank is the first of those that hold its experts."""
-        return dist.get_rank(self.edp_group) == 0
+    dense_mesh: DeviceMesh | None
+    expert_mesh: DeviceMesh | None
 
     @property
     def dp_rank(self) -> int:
-        return dist.get_rank(self.dp_group)
+        return group_rank(self.dp_group)
 
     @property
     def ep_rank(self) -> int:
-        return dist.get_rank(self.ep_group)
+        return group_rank(self.ep_group)
 
+    @property
+    def pp_rank(self) -> int:
+        return group_rank(self.pp_group)
 
-def grid(degrees: ParallelDegrees) -> dict[str, list[list[int]]]:
-    """The ranks of every group, by axis: from one arange, so that each rank's place is arithmetic. pp, cp, tp, etp = 1.
-
-    >>> grid(ParallelDegrees(world_size=4, ep=2))
-    {'dp': [[0, 1, 2, 3]], 'ep': [[0, 1], [2, 3]], 'edp': [[0, 2], [1, 3]]}
-    """
-    experts = torch.arange(degrees.world_size).view(degrees.edp, degrees.ep)
-    return {"dp": [experts.flatten().tolist()], "ep": experts.tolist(), "edp": experts.mT.tolist()}
-
-
-def node_grid(degrees: ParallelDegrees, ranks_per_node: int) -> dict[str, list[list[int]]]:
-    """The ranks of every node and rail group. ValueError where an expert-parallel group does not fill whole nodes, or a
-    node whole groups.
-
-    >>> node_grid(ParallelDegrees(world_size=4, ep=4), ranks_per_node=2)
-    {'node': [[0, 1], [2, 3]], 'rail': [[0, 2], [1, 3]]}
-    """
-    within = min(degrees.ep, ranks_per_node)
-    if degrees.ep % within or ranks_per_node % within:
-        raise ValueError(
-            f"parallel.ep ({degrees.ep}) and the ranks of a node ({ranks_per_node}, parallel.ranks_per_node) must "
-            "divide one another for model.moe.dispatcher.kind 'hierarchical': a group fills whole nodes, or a node "
-            "whole groups"
-        )
-    ranks = torch.arange(degrees.world_size).view(-1, degrees.ep // within, within)
-    return {"node": ranks.flatten(0, 1).tolist(), "rail": ranks.mT.flatten(0, 1).tolist()}
+    @property
+    def stage_rank(self) -> int:
+        """This rank's number among those that have tokens of their own: tells dropout masks apart."""
+        return group_rank(self.stage_group)
 
 
 def build_nodes(degrees: ParallelDegrees, ranks_per_node: int, device_type: str, timeout: timedelta) -> Nodes:
     """Every rank of the world calls it."""
     axes = node_grid(degrees, ranks_per_node)
-    node, rail = (_build_group(ranks, device_type, timeout) if len(ranks[0]) > 1 else None for ranks in axes.values())
-    return Nodes(ranks_per_node, node, rail)
+    make = group_maker(device_type, timeout)
+    return Nodes(ranks_per_node, make(axes["node"]), make(axes["rail"]))
 
 
-def _build_group(ranks: list[list[int]], device_type: str, timeout: timedelta) -> dist.ProcessGroup:
-    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout)
-    dist.all_reduce(torch.zeros(1, device=device_type), group=group)
-    return group
+def group_maker(device_type: str, timeout: timedelta) -> Callable[..., dist.ProcessGroup | None]:
+    """A function from lists of ranks to the one of these groups that this rank is in; None: in none, or alone in it.
+
+    Builds each set of groups once, with the user's timeout, and warms it up, so that no first step waits or hangs.
+    """
+    built: dict[str, dist.ProcessGroup | None] = {}
+
+    def make(ranks: list[list[int]], alone: bool = False) -> dist.ProcessGroup | None:
+        """alone: a real group for a rank alone, too."""
+        if max(map(len, ranks)) == 1 and not alone:
+            return None
+        if str(ranks) not in built:
+            group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout)
+            if group is not None:
+                dist.all_reduce(torch.zeros(1, device=device_type), group=group)
+            built[str(ranks)] = group
+        return built[str(ranks)]
+
+    return make
 
 
 def build_mesh(
@@ -151,24 +127,52 @@ def build_mesh(
     timeout: timedelta,
     ranks_per_node: int | None = None,
     hierarchical: bool = False,
+    data: ReplicatedConfig | ShardedConfig | None = None,
+    kv_copies: int = 1,
+    tied_embeddings: bool = False,
 ) -> ParallelMesh:
-    """Builds every group with the user's timeout, and warms each up, so that no first step waits or hangs in one.
+    """Every rank of the world calls it.
 
-    ranks_per_node: default: all ranks share one. hierarchical: node and rail groups too.
+    ranks_per_node: default: all ranks share one. hierarchical: node and rail groups too. data: meshes for FSDP2 where
+    it is sharded. kv_copies: neighbouring tensor-parallel ranks that hold the same key and value heads.
+    tied_embeddings: the first and the last stage share a table.
     """
     assert degrees.world_size == dist.get_world_size(), (degrees, dist.get_world_size())
-    groups = {axis: _build_group(ranks, device_type, timeout) for axis, ranks in grid(degrees).items()}
+    make, ranks = group_maker(device_type, timeout), grid(degrees)
+    groups = {f"{name}_group": make(of) for name, of in ranks.items()}
+    key_ranks = [tp[i : i + kv_copies] for tp in ranks["tp"] for i in range(0, degrees.tp, kv_copies)]
+    tied_ranks = [sorted({stages[0], stages[-1]}) for stages in rank_grids(degrees)[0].flatten(1).mT.tolist()]
     ranks_per_node = ranks_per_node or degrees.world_size
     nodes = Nodes(ranks_per_node, None, None)
     if hierarchical:
         nodes = build_nodes(degrees, ranks_per_node, device_type, timeout)
+    dense_mesh = expert_mesh = None
+    if isinstance(data, ShardedConfig):
+        shards, expert_shards = shard_counts(data, degrees)
+        dense_mesh = _fsdp_mesh(ranks["dense"], shards, make, device_type)
+        expert_mesh = _fsdp_mesh(ranks["edp"], expert_shards, make, device_type)
     return ParallelMesh(
         degrees=degrees,
         rank=dist.get_rank(),
-        dp_group=groups["dp"],
-        ep_group=groups["ep"],
-        edp_group=groups["edp"],
-        dp_mesh=DeviceMesh.from_group(groups["dp"], device_type, mesh_dim_names=("dp",)),
-        edp_mesh=DeviceMesh.from_group(groups["edp"], device_type, mesh_dim_names=("edp",)),
+        **groups,
+        key_group=make(key_ranks),
+        tied_group=make(tied_ranks) if tied_embeddings else None,
         nodes=nodes,
+        dense_mesh=dense_mesh,
+        expert_mesh=expert_mesh,
     )
+
+
+def _fsdp_mesh(
+    ranks: list[list[int]], shards: int, make: Callable[..., dist.ProcessGroup | None], device_type: str
+) -> DeviceMesh:
+    """One mesh over this rank's group of `ranks`: [shards] where that is all of it, else [replicas, shards]."""
+    if shards == len(ranks[0]):
+        group = make(ranks, alone=True)
+        assert group is not None
+        return DeviceMesh.from_group(group, device_type, mesh_dim_names=("shards",))
+    sharded = [group[i : i + shards] for group in ranks for i in range(0, len(group), shards)]
+    replicated = [group[i::shards] for group in ranks for i in range(shards)]
+    mine = next(torch.tensor(group).view(-1, shards) for group in ranks if dist.get_rank() in group)
+    pair = [group for group in (make(replicated, alone=True), make(sharded, alone=True)) if group is not None]
+    return DeviceMesh.from_group(pair, device_type, mine, mesh_dim_names=("replicas", "shards"))

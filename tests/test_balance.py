@@ -7,9 +7,11 @@ Several ranks are simulated by splitting one micro-step's tokens: each part comp
 import math
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.moe import sharded_moe
 from torch import Tensor
@@ -22,7 +24,6 @@ from expert_parallel.moe import balance
 from expert_parallel.moe.balance import (
     BalanceLossConfig,
     LossConfig,
-    MicroStep,
     ZLossConfig,
     balance_loss,
     count_micro_step,
@@ -35,6 +36,7 @@ from expert_parallel.moe.balance import (
 from expert_parallel.moe.layer import MoEConfig, MoELayer, token_batch
 from expert_parallel.moe.plan import Reason, RoutingPlan, StepContext, TokenBatch, count_choices
 from tests.peers import peers_in_float64
+from tests.ranks import run_ranks
 
 SCOPES = ["global", "rank", "sequence"]
 Z_LOSS = ZLossConfig(kind="z_loss")
@@ -67,7 +69,7 @@ def loss_of(config: LossConfig, plan: RoutingPlan, batch: TokenBatch | None = No
     """The loss of one rank that holds the whole micro-step."""
     batch = batch or batch_of(plan)
     function = balance_loss if isinstance(config, BalanceLossConfig) else z_loss
-    return function(config, plan, batch, count_micro_step(plan, batch))
+    return function(config, plan, batch, count_micro_step([config], plan, batch))
 
 
 def loss_alone(plan: RoutingPlan, scope: str = "global", num_sequences: int = 1) -> Tensor:
@@ -77,11 +79,19 @@ def loss_alone(plan: RoutingPlan, scope: str = "global", num_sequences: int = 1)
 def shares(plans: list[RoutingPlan], num_sequences: list[int], config: BalanceLossConfig | ZLossConfig) -> list[Tensor]:
     """Each simulated rank's share of the loss, with the totals that the all-reduce would give."""
     batches = [batch_of(plan, n) for plan, n in zip(plans, num_sequences, strict=True)]
-    alone = [count_micro_step(plan, batch) for plan, batch in zip(plans, batches, strict=True)]
-    names = ("total_tokens", "total_sequences", "choices_E", "first_E")
-    totals = MicroStep(None, *(torch.stack([getattr(step, name) for step in alone]).sum(0) for name in names))
+    ranks, sent = list(zip(plans, batches, strict=True)), []
+
+    def collect(x: Tensor, group: Any) -> Tensor:
+        sent.append(x)
+        return x
+
+    with mock.patch.object(balance, "all_reduce_sum", collect):
+        for plan, batch in ranks:
+            count_micro_step([config], plan, batch)
+    with mock.patch.object(balance, "all_reduce_sum", return_value=torch.stack(sent).sum(0)):
+        steps = [count_micro_step([config], plan, batch) for plan, batch in ranks]
     function = balance_loss if isinstance(config, BalanceLossConfig) else z_loss
-    return [function(config, plan, batch, totals) for plan, batch in zip(plans, batches, strict=True)]
+    return [function(config, plan, batch, step) for (plan, batch), step in zip(ranks, steps, strict=True)]
 
 
 def written_out(plan: RoutingPlan, rows: slice) -> float:
@@ -202,6 +212,40 @@ def test_shares_of_ranks_add_up_to_the_loss_of_one_rank(
     torch.testing.assert_close(apart.grad, together.grad, rtol=1e-12, atol=1e-15)
 
 
+def run_divided_sequences(rank: int, choices: str) -> tuple[float, Tensor]:
+    """Three sequences of 4 tokens: rank 0 has the first token of each, rank 1 the last three; the third is padding
+    alone, and so is rank 0's part of the second."""
+    positions_S = torch.tensor([[0], [1, 2, 3]][rank])
+    mask_BS = torch.tensor([[True] * 4, [False, True, True, True], [False] * 4])[:, positions_S]
+    mine_BSE = logits(12, 5).view(3, 4, 5)[:, positions_S].requires_grad_()
+    plan = make_plan(mine_BSE.flatten(0, 1), 2)
+    plan = replace(plan, reason_TK=plan.reason_TK.masked_fill(~mask_BS.view(-1, 1), Reason.NOT_ROUTED))
+    context = StepContext(mask_BS=mask_BS, positions_S=positions_S)
+    batch = token_batch(mine_BSE, context, dist.group.WORLD, dist.group.WORLD)
+    share = loss_of(balance_of("sequence", choices=choices), plan, batch)
+    share.backward()
+    assert mine_BSE.grad is not None
+    return float(share.detach()), mine_BSE.grad
+
+
+@pytest.mark.parametrize("choices", ["all", "first"])
+def test_shares_of_ranks_that_divide_sequences_add_up(choices: str) -> None:
+    """To the mean over the two sequences that are not padding alone, each counted once; gradients too."""
+    (first, first_grad), (second, second_grad) = run_ranks(2, run_divided_sequences, choices)
+    together_TE = logits(12, 5).requires_grad_()
+    num_counted = 1 if choices == "first" else 2
+    losses = []
+    for rows in (slice(0, 4), slice(5, 8)):  # the formula, written out
+        probabilities_TE, ids_TK = together_TE[rows].softmax(-1), together_TE[rows].topk(num_counted).indices
+        f_E = torch.stack([(ids_TK == expert).double().mean() for expert in range(5)])
+        losses.append(5 * (f_E * probabilities_TE.mean(0)).sum())
+    loss = torch.stack(losses).mean()
+    assert first + second == pytest.approx(float(loss.detach()), rel=1e-12)
+    loss.backward()
+    gradient_BSE = torch.cat([first_grad, second_grad], dim=1)
+    torch.testing.assert_close(gradient_BSE.flatten(0, 1), together_TE.grad, rtol=1e-12, atol=1e-15)
+
+
 def test_the_mean_over_ranks_is_not_the_loss_of_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trap 9. Two ranks, each with an expert of its own: out of balance apart, balanced together."""
     monkeypatch.setattr(balance, "group_size", lambda group: 2)
@@ -231,15 +275,17 @@ def test_the_sequence_loss_does_not_know_how_sequences_are_batched() -> None:
 
 
 def test_count_micro_step() -> None:
-    """Choices of all k, first choices, and neither padding nor what was not routed."""
+    """Choices of all k, first choices, tokens; and neither padding nor what was not routed."""
     plan = make_plan(torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]]), k=2)
-    step = count_micro_step(plan, batch_of(plan))
-    assert (step.choices_E.tolist(), step.first_E.tolist()) == ([1, 2, 1], [1, 0, 1])
-    assert (float(step.total_tokens), float(step.total_sequences)) == (2.0, 1.0)
+    step = count_micro_step([], plan, batch_of(plan))
+    assert all(counts.tolist() == [[1, 2, 1, 1, 0, 1, 2]] for counts in step.counts.values())
+    step = count_micro_step([], plan, batch_of(plan, 2))
+    assert step.counts["sequence"].tolist() == [[1, 1, 0, 1, 0, 0, 1], [0, 1, 1, 0, 0, 1, 1]]
+    assert (step.num_blocks["global"], step.num_blocks["rank"], int(step.num_blocks["sequence"])) == (1, 1, 2)
     masked = replace(plan, reason_TK=torch.tensor([[0, 0], [4, 4]], dtype=torch.uint8))
-    step = count_micro_step(masked, batch_of(plan, 1, torch.tensor([[True, False]])))
-    assert (step.choices_E.tolist(), step.first_E.tolist()) == ([1, 1, 0], [1, 0, 0])
-    assert (float(step.total_tokens), float(step.total_sequences)) == (1.0, 1.0)
+    step = count_micro_step([], masked, batch_of(plan, 2, torch.tensor([[True], [False]])))
+    assert step.counts["global"].tolist() == [[1, 1, 0, 1, 0, 0, 1]]
+    assert int(step.num_blocks["sequence"]) == 1  # the other is padding alone
 
 
 def test_each_loss_has_its_name() -> None:

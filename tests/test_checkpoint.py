@@ -19,6 +19,7 @@ from expert_parallel.runtime import Launch, Runtime, UserError
 from expert_parallel.training.checkpoint import list_checkpoints, load_checkpoint, read_manifest
 from expert_parallel.training.generate import generate, generate_from_run
 from expert_parallel.training.loop import train
+from tests.layouts import parallel_config
 from tests.ranks import run_ranks
 
 
@@ -41,7 +42,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
             },
             "dropout": changes.get("dropout", 0.1),
         },
-        "parallel": {"ep": changes.get("ep", 1), "data": changes.get("data", "replicated")},
+        "parallel": parallel_config(changes).model_dump(mode="json"),
         "training": {
             "steps": changes.get("steps", 20),
             "global_batch": 8,
@@ -121,6 +122,8 @@ def test_stopped_and_resumed_run_is_bit_equal(world: int, changes: dict[str, Any
         ((4, {"ep": 2, "data": "sharded"}), (1, {"ep": 1})),
         ((1, {"ep": 1}), (4, {"ep": 2, "data": "sharded"})),
         ((4, {"ep": 4}), (2, {"ep": 1, "data": "sharded"})),
+        ((4, {"tp": 2, "pp": 2, "ep": 2}), (2, {"cp": 2, "etp": 2})),
+        ((2, {"cp": 2, "etp": 2}), (4, {"tp": 2, "pp": 2, "ep": 2, "data": "sharded"})),
     ],
     ids=str,
 )

@@ -23,7 +23,7 @@ from expert_parallel.__main__ import app, main
 from expert_parallel.config import Config, load_config
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.training.check import count_parameters, state_bytes_of_rank
-from expert_parallel.training.loop import check_degrees
+from expert_parallel.training.setup import check_degrees
 from expert_parallel.training.step import DTYPES
 from tests.launches import ROOT, run_folder, small_config, start
 
@@ -396,7 +396,7 @@ def test_check_knows_the_memory_of_a_rank(config_file: Path) -> None:
         assert state_bytes(2, f"training.dtype={dtype}") == on_two
         assert state_bytes(4, f"training.dtype={dtype}") == on_two, "replicas save no memory"
         sharded = 4 * width * (counts.dense // 4 + counts.experts // 4)
-        assert state_bytes(4, f"training.dtype={dtype}", "parallel.data=sharded") == sharded
+        assert state_bytes(4, f"training.dtype={dtype}", "parallel.data={kind: sharded}") == sharded
 
     counts = count_parameters(load_config(config_file, ["model.moe.num_experts=5"]))
     fullest = 4 * 8 * (counts.dense + counts.experts * 3 // 5)

@@ -238,7 +238,7 @@ def run_layer(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     layer.train(case["training"])
     parameters = make_parameters(case, config)
     for logical in logical_parameters(layer):
-        logical.parameter.data.copy_(logical.join([parameters[name] for name in logical.names]))
+        logical.fill(logical.parameter, [parameters[name] for name in logical.names])
     if "router.balance_bias_E" in parameters:
         layer.router.balance_bias_E.copy_(parameters["router.balance_bias_E"])
     tokens = make_inputs(case)[rank]
@@ -249,7 +249,7 @@ def run_layer(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     grads = {}
     for logical in logical_parameters(layer):
         assert logical.parameter.grad is not None, f"{logical.names}: no gradient"
-        grads.update(logical.split(logical.parameter.grad))
+        grads.update(logical.whole(logical.parameter.grad))
     totals = check_conservation(output.stats, group, config.ledger)
     return {"y": output.y.detach(), "x_grad": x.grad, "grads": grads, "totals": totals, "rows": output.stats.rows}
 

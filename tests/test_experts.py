@@ -250,7 +250,7 @@ def test_initial_weights_do_not_depend_on_which_experts_are_local() -> None:
         init_parameters(experts, seed=3, std=lambda name: 0.02, prefix="experts.")
         logical = {}
         for parameter in logical_parameters(experts, prefix="experts."):
-            logical.update(parameter.split(parameter.parameter.data))
+            logical.update(parameter.whole(parameter.parameter.data))
         return logical
 
     whole = initial((0, 1, 2, 3, 4, 5))

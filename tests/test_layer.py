@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.plan import StepContext
+from expert_parallel.moe.plan import RouterReplay, StepContext
 from expert_parallel.placement import ExpertPlacement
 from tests.ranks import run_ranks
 
@@ -38,6 +38,21 @@ def test_input_of_another_shape_is_refused(x: Tensor, said: str) -> None:
         make_layer()(x)
     assert str(error.value).endswith(f"it was given {said}")
     assert "(B, S, 8) or (T, 8)" in str(error.value)
+
+
+def test_positions_of_another_shape_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"StepContext.positions_S is torch.int64 of shape .4,., the layer's input asks"
+    ):
+        make_layer()(torch.zeros(2, 3, 8), StepContext(positions_S=torch.arange(4)))
+
+
+def test_positions_are_part_of_whose_choices_are_played_back() -> None:
+    layer, x_TD, replay = make_layer(), draw(3, 8), RouterReplay()
+    layer(x_TD, StepContext(positions_S=torch.tensor([4, 0, 2]), replay=replay))
+    assert replay.recorded[0, 0, 0].index_T.tolist() == [4, 0, 2]
+    with pytest.raises(ValueError, match=r"recorded of other tokens: 3 of them, here are 3; or .* elsewhere in them"):
+        layer(x_TD, StepContext(positions_S=torch.tensor([4, 0, 1]), replay=replay))
 
 
 def test_a_placement_that_does_not_fit_is_refused() -> None:

@@ -1,15 +1,29 @@
 """Degrees, groups and placement: numbers by hand, real groups, and a timeout that every group obeys."""
 
 import time
+from dataclasses import fields
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from expert_parallel.mesh import ParallelDegrees, build_mesh, grid
+from expert_parallel.degrees import (
+    DENSE_ORDER,
+    EXPERT_ORDER,
+    ParallelConfig,
+    ParallelDegrees,
+    ShardedConfig,
+    describe_grid,
+    grid,
+    place_of,
+    shard_counts,
+)
+from expert_parallel.mesh import build_mesh
 from expert_parallel.placement import ExpertPlacement
 from tests.ranks import run_ranks
 
@@ -37,25 +51,129 @@ def test_degrees_that_do_not_fit_name_every_factor(degrees: dict[str, int], word
     assert all(word in str(error.value) for word in words), error.value
 
 
-@given(st.integers(0, 4), st.integers(0, 4))
-def test_every_rank_is_once_in_each_axis(log_edp: int, log_ep: int) -> None:
-    degrees = ParallelDegrees(2 ** (log_edp + log_ep), ep=2**log_ep)
-    groups = grid(degrees)
-    for axis, size in (("dp", degrees.dp), ("ep", degrees.ep), ("edp", degrees.edp)):
-        assert sorted(rank for group in groups[axis] for rank in group) == list(range(degrees.world_size))
-        assert {len(group) for group in groups[axis]} == {size}
-    assert all(len(set(ep) & set(edp)) == 1 for ep in groups["ep"] for edp in groups["edp"])
+@st.composite
+def degrees_of_any_kind(draw: st.DrawFn) -> ParallelDegrees:
+    """Degrees that fit, in any order of the axes."""
+    dp, cp, tp, pp = (draw(st.sampled_from([1, 2, 3, 4])) for _ in range(4))
+    stage = dp * cp * tp
+    ep = draw(st.sampled_from([n for n in range(1, stage + 1) if stage % n == 0]))
+    etp = draw(st.sampled_from([n for n in range(1, stage // ep + 1) if stage // ep % n == 0]))
+    order, expert_order = (tuple(draw(st.permutations(axes))) for axes in (DENSE_ORDER, EXPERT_ORDER))
+    return ParallelDegrees(stage * pp, cp, tp, pp, ep, etp, order, expert_order)
 
 
-def coordinates(rank: int) -> tuple[int, int, int, bool]:
+@settings(deadline=None)
+@given(degrees_of_any_kind())
+def test_groups_are_those_of_the_coordinates(degrees: ParallelDegrees) -> None:
+    """Two ranks share a group exactly if their coordinates on all axes but the group's are equal."""
+    places = [place_of(degrees, rank) for rank in range(degrees.world_size)]
+    dense_axes, expert_axes = {"pp", "dp", "cp", "tp"}, {"pp", "edp", "ep", "etp"}
+    moving = {name: {name} for name in ("pp", "dp", "cp", "tp", "edp", "ep", "etp")}
+    moving |= {"stage": {"dp", "cp", "tp"}, "dense": {"dp", "cp"}, "sequence": {"cp", "tp"}}
+    for name, groups in grid(degrees).items():
+        fixed = sorted((expert_axes if name in ("edp", "ep", "etp") else dense_axes) - moving[name])
+        expected: dict[tuple[int, ...], list[int]] = {}
+        for rank, place in enumerate(places):
+            expected.setdefault(tuple(place[axis] for axis in fixed), []).append(rank)
+        assert sorted(groups) == sorted(expected.values()), name
+
+
+@settings(deadline=None)
+@given(degrees_of_any_kind())
+def test_places_count_up_in_the_order_of_the_axes(degrees: ParallelDegrees) -> None:
+    """The rank is its coordinates read as a number, the outermost axis first; the experts' within its stage."""
+    seen = [0] * degrees.pp
+    for rank in range(degrees.world_size):
+        place, number = place_of(degrees, rank), 0
+        for axis in degrees.order:
+            number = number * getattr(degrees, axis) + place[axis]
+        assert number == rank
+        number = 0
+        for axis in degrees.expert_order:
+            number = number * getattr(degrees, axis) + place[axis]
+        assert number == seen[place["pp"]]
+        seen[place["pp"]] += 1
+
+
+def test_folding_by_hand() -> None:
+    """8 ranks, dp 4 x tp 2, ep 4 x edp 2: an expert-parallel group spans two data and two tensor parallel ranks."""
+    groups = grid(ParallelDegrees(8, tp=2, ep=4))
+    assert groups["tp"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert groups["dense"] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert groups["ep"] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert groups["edp"] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    lines = describe_grid(ParallelDegrees(8, tp=2, ep=4)).splitlines()
+    assert lines[0].split() == ["rank", "pp", "dp", "cp", "tp", "edp", "ep", "etp"]
+    assert lines[6].split() == ["5", "0", "2", "0", "1", "1", "1", "0"]
+
+
+def test_an_order_names_each_axis_once() -> None:
+    with pytest.raises(ValidationError, match="order is pp, dp, cp, cp: it must name each of pp, dp, cp, tp once"):
+        ParallelConfig.model_validate({"order": ["pp", "dp", "cp", "cp"]})
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"shards": 3}, r"parallel.data.shards \(3\) does not divide the 8 ranks of dp x cp"),
+        ({"expert_shards": 3}, r"parallel.data.expert_shards \(3\) does not divide the 4 ranks of edp"),
+    ],
+)
+def test_shards_that_do_not_divide_are_refused(data: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ParallelConfig.model_validate({"ep": 2, "data": {"kind": "sharded", **data}}).degrees(8)
+
+
+@pytest.mark.parametrize(
+    ("data", "counts"), [({}, (8, 4)), ({"shards": 4}, (4, 2)), ({"shards": 2}, (2, 1)), ({"shards": 1}, (1, 1))]
+)
+def test_experts_are_sharded_within_the_dense_shards(data: dict[str, int], counts: tuple[int, int]) -> None:
+    assert shard_counts(ShardedConfig(kind="sharded", **data), ParallelDegrees(8, ep=2)) == counts
+
+
+def test_a_mesh_of_4096_ranks_without_processes() -> None:
+    """As rank 1,234 of dp 32 x cp 2 x tp 8 x pp 8 sees it, from the arithmetic of its number alone."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1234, world_size=4096)
+    try:
+        data = ShardedConfig(kind="sharded", shards=8)
+        degrees = ParallelDegrees(4096, cp=2, tp=8, pp=8, ep=64)
+        mesh = build_mesh(degrees, "cpu", timedelta(seconds=5), data=data, kv_copies=4, tied_embeddings=True)
+        ranks = {
+            field.name: dist.get_process_group_ranks(getattr(mesh, field.name))
+            for field in fields(mesh)
+            if isinstance(getattr(mesh, field.name), dist.ProcessGroup)
+        }
+    finally:
+        dist.destroy_process_group()
+    stage, inside = divmod(1234, 512)  # stage 2; 210 = dp 13, cp 0, tp 2 = edp 3, ep 18
+    assert (stage, inside) == (2, 13 * 16 + 0 * 8 + 2) == (2, 3 * 64 + 18)
+    assert ranks["pp_group"] == [210 + 512 * i for i in range(8)]
+    assert ranks["dp_group"] == [1024 + 16 * i + 2 for i in range(32)]
+    assert ranks["cp_group"] == [1234, 1242]
+    assert ranks["tp_group"] == list(range(1232, 1240))
+    assert ranks["stage_group"] == list(range(1024, 1536))
+    assert ranks["dense_group"] == [1024 + 8 * i + 2 for i in range(64)]
+    assert ranks["sequence_group"] == list(range(1232, 1248))
+    assert ranks["key_group"] == list(range(1232, 1236))
+    assert ranks["ep_group"] == list(range(1216, 1280))
+    assert ranks["edp_group"] == [1024 + 64 * i + 18 for i in range(8)]
+    assert "etp_group" not in ranks
+    assert "tied_group" not in ranks  # neither the first nor the last stage
+    assert mesh.dense_mesh is not None
+    assert mesh.dense_mesh.mesh.tolist() == [[1024 + 8 * (8 * r + s) + 2 for s in range(8)] for r in range(8)]
+    assert mesh.expert_mesh is not None
+    assert mesh.expert_mesh.mesh.tolist() == [[1024 + 64 * i + 18] for i in range(8)]  # 8 shards x tp 8 = one ep group
+
+
+def coordinates(rank: int) -> tuple[int, int, int]:
     mesh = build_mesh(ParallelDegrees(4, ep=2), "cpu", timedelta(seconds=20))
     total = torch.tensor([10.0**rank])
     dist.all_reduce(total, group=mesh.edp_group)
-    return mesh.dp_rank, mesh.ep_rank, int(total), mesh.holds_first_replica
+    return mesh.dp_rank, mesh.ep_rank, int(total)
 
 
 def test_groups_of_real_ranks() -> None:
-    assert run_ranks(4, coordinates) == [(0, 0, 101, True), (1, 1, 1010, True), (2, 0, 101, False), (3, 1, 1010, False)]
+    assert run_ranks(4, coordinates) == [(0, 0, 101), (1, 1, 1010), (2, 0, 101), (3, 1, 1010)]
 
 
 def wait_alone(rank: int) -> float:

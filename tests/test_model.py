@@ -60,7 +60,7 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-12) -> None:
 def logical_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = {}
     for logical in logical_parameters(model):
-        tensors.update(logical.split(logical.parameter.detach()))
+        tensors.update(logical.whole(logical.parameter.detach()))
     return tensors
 
 

@@ -1,6 +1,6 @@
 """Scope `global`: the same choices are kept, rerouted and dropped on 1, 2, 4 and 8 ranks, for every mix of ep and dp,
-however the sequences lie on the ranks. On real ranks in float64, and as a property of the index maths with ties
-everywhere."""
+however the sequences lie on the ranks; scope `sequence`: however each sequence is divided over ranks. On real ranks in
+float64, and as a property of the index maths with ties everywhere."""
 
 from datetime import timedelta
 from functools import cache
@@ -41,19 +41,19 @@ DECISIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_layer(decision: str, group: Any = None, data_group: Any = None) -> MoELayer:
+def make_layer(decision: str, group: Any = None, data_group: Any = None, sequence_group: Any = None) -> MoELayer:
     tree = {"router": {"k": 2}, **DECISIONS[decision]}
     config = {"d_model": D_MODEL, "num_experts": NUM_EXPERTS, "experts": {"hidden": 4, "activation": "gelu"}, **tree}
     if tree["router"].get("kind") != "expert_choice":
         config["losses"] = [{"kind": "balance"}]
-    layer = MoELayer(MoEConfig.model_validate(config), group, data_group).double()
+    layer = MoELayer(MoEConfig.model_validate(config), group, data_group, sequence_group=sequence_group).double()
     generator = torch.Generator().manual_seed(4)
     for logical in logical_parameters(layer):
         drawn = {}  # every expert's weights, in the order of their numbers, whatever this rank holds
         for expert in range(NUM_EXPERTS if logical.is_expert else 1):
             drawn[expert] = torch.randn(logical.shape, generator=generator, dtype=torch.float64)
         mine = layer.experts.expert_ids if logical.is_expert else (0,)
-        logical.parameter.data.copy_(logical.join([drawn[expert] for expert in mine]))
+        logical.fill(logical.parameter, [drawn[expert] for expert in mine])
     return layer
 
 
@@ -201,6 +201,129 @@ def test_global_order_is_the_callers() -> None:
     assert run_ranks(2, run_with_one_index_twice) == [twice, twice]
 
 
+# --------------------------------------------------------------------------------------- sequences divided over ranks
+
+POSITIONS = {
+    "contiguous": lambda rank, sharers: torch.arange(LENGTH).tensor_split(sharers)[rank],
+    "zigzag": lambda rank, sharers: torch.cat(
+        [torch.arange(LENGTH).tensor_split(2 * sharers)[part] for part in (rank, 2 * sharers - 1 - rank)]
+    ),
+    "descending": lambda rank, sharers: torch.arange(LENGTH)[rank::sharers].flip(0),
+}
+
+
+@cache
+def sequence_group(world_size: int, sharers: int) -> Any:
+    if sharers == 1:
+        return None
+    group, _ = dist.new_subgroups_by_enumeration([list(range(i, i + sharers)) for i in range(0, world_size, sharers)])
+    return group
+
+
+def with_scope(decision: str, scope: str) -> dict[str, Any]:
+    return {
+        part: {**block, "scope": scope} if "scope" in block else block for part, block in DECISIONS[decision].items()
+    }
+
+
+def run_divided(
+    rank: int, world_size: int, ep: int, sharers: int, way: str, decision: str, scope: str
+) -> tuple[dict[tuple[int, int], list[Any]], int | None, int]:
+    """(by sequence and position, what became of each choice, and the output; padded rows; bytes gathered)."""
+    data_group = dist.group.WORLD if world_size > 1 else None
+    with mock.patch.dict(DECISIONS, {decision: with_scope(decision, scope)}):
+        layer = make_layer(decision, ep_group(world_size, ep), data_group, sequence_group(world_size, sharers))
+    x_BSD, mask_BS = make_batch(decision)
+    mine, here = (
+        sequences_of(rank // sharers, world_size // sharers, "strided"),
+        POSITIONS[way](rank % sharers, sharers),
+    )
+    replay = RouterReplay()
+    context = StepContext(
+        seed=9,
+        sequence_index_B=torch.tensor(mine, dtype=torch.int64),
+        positions_S=here,
+        mask_BS=None if mask_BS is None else mask_BS[mine][:, here],
+        replay=replay,
+    )
+    output = layer(x_BSD[mine][:, here], context)
+    choices = replay.recorded[0, 0, 0]
+    places = [(sequence, position) for sequence in mine for position in here.tolist()]
+    fates = zip(choices.ids_TK.tolist(), choices.reason_TK.tolist(), output.y.detach().flatten(0, 1), strict=True)
+    found = {place: list(fate) for place, fate in zip(places, fates, strict=True)}
+    return found, choices.padded_rows, output.stats.gathered_bytes
+
+
+DIVIDED = [(1, 1, 1), (2, 1, 2), (2, 2, 2), (4, 2, 2), (4, 4, 2), (4, 2, 4), (8, 4, 4), (8, 8, 8)]
+
+
+@pytest.mark.parametrize("scope", ["sequence", "global"])
+@pytest.mark.parametrize("decision", DECISIONS)
+def test_the_same_choices_fall_however_sequences_are_divided(decision: str, scope: str) -> None:
+    """LENGTH is 6: among 4 and 8 ranks some have more tokens than others, or none."""
+    alone, padded_rows, _ = run_ranks(1, run_divided, 1, 1, 1, "contiguous", decision, scope)[0]
+    assert len(alone) == NUM_SEQUENCES * LENGTH
+    for number, (world_size, ep, sharers) in enumerate(DIVIDED):
+        way = ("descending", "zigzag", "contiguous")[number % 3]
+        where = f"{world_size} ranks, ep {ep}, sequences over {sharers}, {way}"
+        found: dict[tuple[int, int], list[Any]] = {}
+        for places, rows, _ in run_ranks(world_size, run_divided, world_size, ep, sharers, way, decision, scope):
+            assert not found.keys() & places.keys()
+            found |= places
+            assert rows == padded_rows or ep < world_size, where  # each sequence's capacity counts once
+        assert found.keys() == alone.keys()
+        for place, (ids, reasons, y) in alone.items():
+            assert found[place][:2] == [ids, reasons], f"{where}, {place}"
+            torch.testing.assert_close(found[place][2], y, rtol=1e-10, atol=1e-12, msg=f"{where}, {place}")
+
+
+@pytest.mark.parametrize("sharers", [1, 2, 4])
+def test_what_scope_sequence_gathers_is_counted(sharers: int) -> None:
+    """Nothing where a rank has its sequences whole; else as scope `global`, to the ranks that share them. The most
+    tokens that one of these has: 3 sequences of 3, or 11 of 2."""
+    for rank, (_, _, gathered) in enumerate(
+        run_ranks(4, run_divided, 4, 1, sharers, "contiguous", "position", "sequence")
+    ):
+        of_group = {1: 0, 2: 18 if rank < 2 else 15, 4: 22}[sharers]
+        assert gathered == (sharers - 1) * (of_group * (9 + 2 * 5) + 8)
+
+
+def run_wrongly_divided(rank: int, fault: str) -> str:
+    positions_S = {"lacking": None, "twice": torch.arange(3) + 2 * rank}.get(fault, torch.arange(3) + 3 * rank)
+    index_B = torch.tensor([3, 4 + rank * (fault == "others")])
+    with mock.patch.dict(DECISIONS, {"position": with_scope("position", "sequence")}):
+        layer = make_layer("position", None, dist.group.WORLD, dist.group.WORLD)
+    try:
+        layer(
+            torch.zeros(2, 3, D_MODEL, dtype=torch.float64),
+            StepContext(sequence_index_B=index_B, positions_S=positions_S),
+        )
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("none", "nothing"),
+        (
+            "lacking",
+            "StepContext.positions_S is not set: sequences are divided over 2 ranks, and it says where this one's 3 "
+            "tokens of each stand in it",
+        ),
+        ("twice", "StepContext.positions_S: two tokens of sequence 3 stand at position 2"),
+        (
+            "others",
+            "StepContext.sequence_index_B: the ranks that share sequences must have the same ones: here are 2, on all "
+            "of them 3, of 3 to 6 tokens",
+        ),
+    ],
+)
+def test_sequences_divided_wrongly_are_refused_on_every_rank(fault: str, said: str) -> None:
+    assert run_ranks(2, run_wrongly_divided, fault) == [said, said]
+
+
 # ------------------------------------------------------------------------------------------------- a property, with
 # ties
 
@@ -296,7 +419,7 @@ def run_generate(rank: int, world_size: int) -> bytes:
     )
     mesh = build_mesh(ParallelDegrees(world_size, ep=world_size), "cpu", timedelta(seconds=60))
     model = build_model(config, mesh, dtype=torch.float64, seed=3)
-    return generate(model, b"def ", num_tokens=12, temperature=0.7, window=10, seed=1, group=mesh.dp_group)
+    return generate(model, b"def ", num_tokens=12, temperature=0.7, window=10, seed=1, mesh=mesh)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -8,7 +8,6 @@ accumulation and recomputation, with weights replicated and sharded. Clipping is
 import math
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -16,13 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from expert_parallel.mesh import ParallelDegrees, ParallelMesh, build_mesh
+from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.parallelize import build_model
+from expert_parallel.model.pipeline import Pipeline
 from expert_parallel.model.transformer import ModelConfig, Transformer
 from expert_parallel.moe.balance import loss_name
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.ledger import LedgerBreach, LedgerConfig
-from expert_parallel.moe.parameters import full_tensor, logical_parameters
+from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.moe.plan import MoEOutput, RouterReplay, StepContext
 from expert_parallel.moe.reference import reference_layer
 from expert_parallel.moe.totals import LayerTotals, report_breaches
@@ -30,6 +30,7 @@ from expert_parallel.training.data import MicroBatch, TokenSampler, micro_batch
 from expert_parallel.training.metrics import coefficient_of_variation, step_metrics
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.step import DTYPES, StepReport, TrainingConfig, evaluate, train_step
+from tests.layouts import build_on
 from tests.pairwise import all_cases
 from tests.ranks import run_ranks
 
@@ -73,6 +74,12 @@ LAYOUTS = [
     {"world": 4, "ep": 2, "data": "sharded", "micro_steps": 1, "recompute": "none"},
     {"world": 4, "ep": 2, "data": "sharded", "micro_steps": 2, "recompute": "moe"},
     {"world": 4, "ep": 4, "data": "sharded", "micro_steps": 1, "recompute": "none"},
+    {"world": 2, "tp": 2, "ep": 2, "data": "replicated", "micro_steps": 1, "recompute": "none"},
+    {"world": 4, "tp": 2, "ep": 2, "data": "replicated", "micro_steps": 2, "recompute": "block"},
+    {"world": 4, "tp": 4, "ep": 2, "data": "replicated", "micro_steps": 1, "recompute": "none"},
+    {"world": 4, "tp": 2, "ep": 4, "data": "sharded", "micro_steps": 2, "recompute": "moe"},
+    {"world": 2, "cp": 2, "ep": 2, "data": "replicated", "micro_steps": 1, "recompute": "none"},
+    {"world": 4, "cp": 2, "tp": 2, "ep": 4, "data": "sharded", "micro_steps": 1, "recompute": "none"},
 ]
 FACTORS = {
     "world": [1, 2, 4],
@@ -122,27 +129,14 @@ def batches(config: TrainingConfig, step: int, num_ranks: int, rank: int) -> Ite
         )
 
 
-@cache
-def mesh_of(world: int, ep: int) -> ParallelMesh:
-    return build_mesh(ParallelDegrees(world, ep=ep), "cpu", timedelta(seconds=30))
-
-
 def train(rank: int, layout: dict[str, Any], steps: int = STEPS) -> dict[str, Any]:
     """On one rank: the losses, norms and balance losses of every step; the first step's gradients, by logical name."""
-    mesh = mesh_of(layout["world"], layout["ep"])
     config = training_config(layout)
-    model = build_model(
-        ModelConfig.model_validate(MODEL),
-        mesh,
-        sharded=layout["data"] == "sharded",
-        dtype=DTYPES[config.dtype],
-        recompute=layout["recompute"],
-        seed=SEED,
-    )
-    return run_steps(model, config, mesh, rank, steps)
+    mesh, model = build_on(layout, {**MODEL, **layout.get("model", {})}, SEED, DTYPES[config.dtype])
+    return run_steps(model, config, mesh, steps)
 
 
-def run_steps(model: Transformer, config: TrainingConfig, mesh: ParallelMesh, rank: int, steps: int) -> dict[str, Any]:
+def run_steps(model: Transformer | Pipeline, config: TrainingConfig, mesh: ParallelMesh, steps: int) -> dict[str, Any]:
     optimizer = build_optimizer(config.optimizer, model)
     grads: dict[str, torch.Tensor] = {}
 
@@ -150,14 +144,14 @@ def run_steps(model: Transformer, config: TrainingConfig, mesh: ParallelMesh, ra
         if not grads:
             for logical in logical_parameters(model):
                 assert logical.parameter.grad is not None
-                grads.update(logical.split(full_tensor(logical.parameter.grad).clone()))
+                grads.update(logical.whole(logical.parameter.grad.clone()))
 
     optimizer.register_step_pre_hook(record)
     reports = []
     for step in range(steps):
-        mine = batches(config, step, mesh.degrees.dp, rank)
+        mine = batches(config, step, mesh.degrees.dp, mesh.dp_rank)
         reports.append(train_step(model, optimizer, mine, config, mesh, step=step, seed=SEED))
-    held_out = evaluate(model, batches(config, 1000, mesh.degrees.dp, rank), mesh, seed=SEED)
+    held_out = evaluate(model, batches(config, 1000, mesh.degrees.dp, mesh.dp_rank), mesh, seed=SEED)
     return {
         "losses": [report.loss for report in reports] + [held_out.loss],
         "norms": [report.grad_norm for report in reports],
@@ -179,7 +173,7 @@ def train_slowly(rank: int, layout: dict[str, Any]) -> dict[str, Any]:
     for block in model.blocks:
         if block.moe is not None:
             block.moe.forward = SlowLayer(block.moe)  # type: ignore[assignment]
-    return run_steps(model, config, mesh_of(1, 1), rank, STEPS)
+    return run_steps(model, config, build_on({"world": 1}, MODEL, SEED)[0], STEPS)
 
 
 class SlowLayer:
@@ -192,7 +186,7 @@ class SlowLayer:
         layer, config = self.layer, self.layer.config
         parameters: dict[str, torch.Tensor] = {"router.balance_bias_E": layer.router.balance_bias_E}  # type: ignore[dict-item]
         for logical in logical_parameters(layer):
-            parameters.update(logical.split(logical.parameter))
+            parameters.update(logical.whole(logical.parameter))
         reference = reference_layer(config, parameters, [x])
         with torch.no_grad():
             stats = self.fast(x, context).stats
@@ -361,17 +355,15 @@ def test_the_variation_of_loads_by_hand() -> None:
 def totals_of(rank: int, layout: dict[str, Any], moe: dict[str, Any]) -> dict[str, Any]:
     """The totals of one training step's layers, of held-out passes before and after it, and of the same step told
     again without any evaluation."""
-    mesh, config = mesh_of(layout["world"], layout["ep"]), training_config(layout)
+    config = training_config(layout)
     reports = []
     for with_evaluation in (True, False):
         tree = {**MODEL, "moe": {**MODEL["moe"], **moe}}  # type: ignore[dict-item]
-        model = build_model(
-            ModelConfig.model_validate(tree), mesh, dtype=torch.float64, recompute=layout["recompute"], seed=SEED
-        )
+        mesh, model = build_on(layout, tree, SEED)
         optimizer = build_optimizer(config.optimizer, model)
         if with_evaluation:
-            reports.append(evaluate(model, batches(config, 1000, mesh.degrees.dp, rank), mesh, seed=SEED))
-        mine = batches(config, 0, mesh.degrees.dp, rank)
+            reports.append(evaluate(model, batches(config, 1000, mesh.degrees.dp, mesh.dp_rank), mesh, seed=SEED))
+        mine = batches(config, 0, mesh.degrees.dp, mesh.dp_rank)
         reports.append(train_step(model, optimizer, mine, config, mesh, step=0, seed=SEED))
     names = ("before", "step", "alone")
     return {
@@ -427,8 +419,8 @@ def test_micro_steps_change_no_total_but_the_losses_of_all_tokens() -> None:
 
 
 def totals_in_one_micro_step(rank: int, layout: dict[str, Any]) -> list[dict[str, Any]]:
-    mesh, config = mesh_of(1, 1), training_config(layout).model_copy(update={"micro_steps": 1})
-    model = build_model(ModelConfig.model_validate(MODEL), mesh, dtype=torch.float64, seed=SEED)
+    config = training_config(layout).model_copy(update={"micro_steps": 1})
+    mesh, model = build_on({"world": 1}, MODEL, SEED)
     optimizer = build_optimizer(config.optimizer, model)
     report = train_step(model, optimizer, batches(config, 0, 1, rank), config, mesh, step=0, seed=SEED)
     return [plainly(part) for part in report.layers.values()]

@@ -1,5 +1,6 @@
 """Causal self-attention with grouped key/value heads, rotary positions, and the norms. Single-device code."""
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.moe.ffn import Linear
 from expert_parallel.settings import Settings
 
@@ -81,38 +83,52 @@ class LayerNorm(RMSNorm):
 NORMS: dict[str, type[RMSNorm]] = {"rms_norm": RMSNorm, "layer_norm": LayerNorm}
 
 
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """(B, heads, S, h) each; keys and values may have fewer heads."""
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+
+
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(head_size)) v over the positions so far. (B, S, D) -> (B, S, D)."""
+    """softmax(q k^T / sqrt(head_size)) v over the positions so far. (B, S, D) -> (B, S, D).
+
+    place: which positions the tokens have. attend: what queries, keys and values become; where tokens are spread over
+    ranks, another than `causal_attention`.
+    """
 
     def __init__(self, config: AttentionConfig, d_model: int, theta: float | None) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_size = config.num_heads, config.kv_heads, config.head_size
-        self.theta = theta
-        self.query = Linear(d_model, self.num_heads * self.head_size, bias=config.bias)
-        self.key = Linear(d_model, self.num_kv_heads * self.head_size, bias=config.bias)
-        self.value = Linear(d_model, self.num_kv_heads * self.head_size, bias=config.bias)
-        self.out = Linear(self.num_heads * self.head_size, d_model, bias=config.bias)
+        self.head_size, self.theta = config.head_size, theta
+        self.query = Linear(d_model, config.num_heads * self.head_size, bias=config.bias)
+        self.key = Linear(d_model, config.kv_heads * self.head_size, bias=config.bias)
+        self.value = Linear(d_model, config.kv_heads * self.head_size, bias=config.bias)
+        self.out = Linear(config.num_heads * self.head_size, d_model, bias=config.bias)
+        self.place = SequencePlace()
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        query = self.query(x_BSD).unflatten(-1, (self.num_heads, self.head_size)).transpose(1, 2)
-        key = self.key(x_BSD).unflatten(-1, (self.num_kv_heads, self.head_size)).transpose(1, 2)
-        value = self.value(x_BSD).unflatten(-1, (self.num_kv_heads, self.head_size)).transpose(1, 2)
+        query, key, value = (
+            matrix(x_BSD).unflatten(-1, (matrix.weight.shape[0] // self.head_size, self.head_size)).transpose(1, 2)
+            for matrix in (self.query, self.key, self.value)
+        )
         if self.theta is not None:
-            query, key = rotate(query, self.theta), rotate(key, self.theta)
-        grouped = self.num_kv_heads != self.num_heads
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-        return self.out(attended.transpose(1, 2).flatten(2))
+            positions_S = self.place.context(query.shape[2] * self.place.cp).to(query.device)
+            query, key = rotate(query, self.theta, positions_S), rotate(key, self.theta, positions_S)
+        return self.out(self.attend(query, key, value).transpose(1, 2).flatten(2))
 
 
-def rotate(x: Tensor, theta: float) -> Tensor:
+def rotate(x: Tensor, theta: float, positions_S: Tensor | None = None) -> Tensor:
     """Turns the pair (x_i, x_{i + h/2}) of each position s by the angle s * theta^(-2i/h). x: (B, heads, S, h).
+    positions_S: int64; default 0, 1, ...
 
     Angles in float32, or float64 for float64 inputs: positions beyond 256 have no exact bfloat16.
     """
     wide = torch.promote_types(torch.float32, x.dtype)
     length, half = x.shape[-2], x.shape[-1] // 2
+    if positions_S is None:
+        positions_S = torch.arange(length, device=x.device)
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)
-    angle = torch.arange(length, device=x.device, dtype=wide)[:, None] * frequency
+    angle = positions_S.to(wide)[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -1,130 +1,29 @@
 """The decoder: embedding, blocks of attention and feed-forward (dense or mixture of experts), output logits.
 
-Single-device code: process groups are only handed through to the MoE layers; `parallelize.py` does the rest from
-outside.
+Single-device code: the mesh is only handed through to the MoE layers; `parallelize.py` does the rest from outside.
 """
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from expert_parallel.mesh import Nodes
-from expert_parallel.model.attention import (
-    NORMS,
-    Attention,
-    AttentionConfig,
-    LearnedPositionConfig,
-    NormConfig,
-    PositionConfig,
-    RopeConfig,
-)
-from expert_parallel.moe.balance import loss_name, pool_layers
-from expert_parallel.moe.ffn import FFN, FFNConfig
+from expert_parallel.mesh import ParallelMesh
+from expert_parallel.model.attention import NORMS, Attention, LearnedPositionConfig, RopeConfig
+from expert_parallel.model.config import ModelConfig, Recompute
+from expert_parallel.model.sequence import SequencePlace
+from expert_parallel.moe.balance import BalanceLossConfig, loss_name, pool_layers
+from expert_parallel.moe.ffn import FFN
 from expert_parallel.moe.layer import MoEConfig, MoELayer
 from expert_parallel.moe.plan import LoadStats, RouterReplay, StepContext
 from expert_parallel.moe.random import dropout, mix
-from expert_parallel.moe.routers import router_settings
-from expert_parallel.moe.routing_across import ExpertChoiceConfig
-from expert_parallel.settings import Settings
 
-Recompute = Literal["none", "moe", "block"]
-
-
-class AllBlocks(Settings):
-    kind: Literal["all"] = "all"
-
-    def blocks(self, num_layers: int) -> list[int]:
-        return list(range(num_layers))
-
-
-class EveryNth(Settings):
-    """Blocks n - 1, 2n - 1, ...: with n = 2 every other block, the second first (Switch, GLaM)."""
-
-    kind: Literal["every_nth"]
-    n: int = Field(ge=1)
-
-    def blocks(self, num_layers: int) -> list[int]:
-        return list(range(self.n - 1, num_layers, self.n))
-
-
-class AllButFirst(Settings):
-    """The first k blocks stay dense (DeepSeek-V3)."""
-
-    kind: Literal["all_but_first"]
-    k: int = Field(ge=0)
-
-    def blocks(self, num_layers: int) -> list[int]:
-        return list(range(self.k, num_layers))
-
-
-class ListedBlocks(Settings):
-    kind: Literal["list"]
-    indices: list[int]
-
-    def blocks(self, num_layers: int) -> list[int]:
-        return sorted(self.indices)
-
-
-MoEBlocks = Annotated[AllBlocks | EveryNth | AllButFirst | ListedBlocks, Field(discriminator="kind")]
-
-
-class ModelConfig(Settings):
-    """`moe` absent: a dense model. `ffn` is the dense blocks' own; it may be absent where every block is MoE."""
-
-    vocab_size: int = Field(default=256, ge=1)
-    num_layers: int = Field(ge=1)
-    d_model: int = Field(ge=1)
-    attention: AttentionConfig
-    ffn: FFNConfig | None = None
-    moe: MoEConfig | None = None
-    moe_blocks: MoEBlocks = AllBlocks()
-    norm: NormConfig = NormConfig()
-    norm_placement: Literal["pre", "post"] = "pre"
-    position: PositionConfig = RopeConfig()
-    tied_embeddings: bool = True
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="of each block's two branches, and of the embedding")
-    init_std: float = Field(default=0.02, gt=0)
-
-    @property
-    def moe_layers(self) -> list[int]:
-        """Numbers of the blocks whose feed-forward is a MoE layer."""
-        return self.moe_blocks.blocks(self.num_layers) if self.moe is not None else []
-
-    @model_validator(mode="after")
-    def _fit_together(self) -> "ModelConfig":
-        if self.moe is not None and self.moe.d_model not in (None, self.d_model):
-            raise ValueError(f"moe.d_model ({self.moe.d_model}) differs from d_model ({self.d_model})")
-        if len(set(self.moe_layers)) < len(self.moe_layers):
-            raise ValueError(f"moe_blocks.indices names a block twice: {self.moe_layers}")
-        if self.moe is None and not isinstance(self.moe_blocks, AllBlocks):
-            raise ValueError("moe_blocks is given without moe: there are no experts to put into these blocks")
-        outside = [block for block in self.moe_layers if not 0 <= block < self.num_layers]
-        if outside:
-            raise ValueError(f"moe_blocks names block {outside[0]}, but num_layers is {self.num_layers}")
-        if self.moe is not None and not self.moe_layers:
-            raise ValueError(f"moe is given, but moe_blocks selects none of the {self.num_layers} blocks")
-        dense = self.num_layers - len(self.moe_layers)
-        if dense and self.ffn is None:
-            raise ValueError(f"ffn is missing: {dense} of the {self.num_layers} blocks are dense")
-        if not dense and self.ffn is not None:
-            raise ValueError(f"ffn is given, but all {self.num_layers} blocks are MoE: it would do nothing")
-        router = None if self.moe is None else router_settings(self.moe.router)
-        if isinstance(router, ExpertChoiceConfig) and not router.accept_future_tokens:
-            raise ValueError(
-                "moe.router.kind is 'expert_choice' in a causal model: whether an expert takes a token depends on the "
-                "tokens after it, so training sees the future and generation differs; set "
-                "moe.router.accept_future_tokens to true to have it all the same"
-            )
-        if isinstance(self.position, RopeConfig) and self.attention.head_size % 2:
-            raise ValueError(f"attention.head_size ({self.attention.head_size}) must be even for position.kind rope")
-        return self
+Pooled = dict[str, tuple[Tensor, Tensor]]  # by loss: f and P, see balance.fractions_and_probabilities
 
 
 class BlockOutput(NamedTuple):
@@ -134,15 +33,35 @@ class BlockOutput(NamedTuple):
     x: Tensor
     losses: dict[str, Tensor]
     stats: LoadStats | None
-    pooled: dict[str, tuple[Tensor, Tensor]]
+    pooled: Pooled
 
 
 class ModelOutput(NamedTuple):
-    """logits: (B, S, vocab) in the compute dtype. losses, stats: by number of the MoE block."""
+    """logits: (B, S, vocab) in the compute dtype; of a pipeline stage that is not the last, x (B, S, D) instead.
+    losses, stats: by number of the MoE block. pooled: of a stage alone, the terms of losses that are pooled over the
+    layers of all stages; a whole model has them in `losses`."""
 
     logits: Tensor
     losses: dict[int, dict[str, Tensor]]
     stats: dict[int, LoadStats]
+    pooled: dict[int, Pooled]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The blocks of one pipeline stage. The first stage has the embedding, the last the logits."""
+
+    blocks: range
+    number: int = 0
+    num_stages: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.number == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.number == self.num_stages - 1
 
 
 class Block(nn.Module):
@@ -152,10 +71,8 @@ class Block(nn.Module):
         self,
         config: ModelConfig,
         is_moe: bool,
-        ep_group: dist.ProcessGroup | None,
-        data_group: dist.ProcessGroup | None,
+        mesh: ParallelMesh | None,
         recompute: Recompute,
-        nodes: Nodes | None,
     ) -> None:
         super().__init__()
         self.norm_placement, self.dropout, self.recompute = config.norm_placement, config.dropout, recompute
@@ -168,7 +85,7 @@ class Block(nn.Module):
         if is_moe:
             assert config.moe is not None
             moe_config = config.moe.model_copy(update={"d_model": config.d_model})
-            self.moe = MoELayer(moe_config, ep_group, data_group, nodes=nodes)
+            self.moe = build_moe_layer(moe_config, mesh)
         else:
             assert config.ffn is not None
             self.ffn = FFN(config.ffn, config.d_model)
@@ -208,68 +125,129 @@ class Block(nn.Module):
         return dropout(x, self.dropout, mix(*where))
 
 
+def build_moe_layer(config: MoEConfig, mesh: ParallelMesh | None) -> MoELayer:
+    if mesh is None:
+        return MoELayer(config)
+    return MoELayer(
+        config,
+        mesh.ep_group,
+        mesh.stage_group,
+        nodes=mesh.nodes,
+        sequence_group=mesh.sequence_group,
+        etp_group=mesh.etp_group,
+    )
+
+
 class Transformer(nn.Module):
     """Tokens (B, S), int64 -> ModelOutput. Computes in `compute_dtype`, whatever dtype the weights are kept in.
 
-    ep_group, data_group, nodes: see MoELayer. Weights are not initialised here: see `init_weights`.
+    mesh: handed to the MoE layers; None: this rank alone. part: what of the model is here; default: all. Where ranks
+    divide sequences, each is given them whole; the logits are those of its own positions (`place.context`).
+
+    Weights are not initialised here: see `init_weights`.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         compute_dtype: torch.dtype = torch.float32,
-        ep_group: dist.ProcessGroup | None = None,
-        data_group: dist.ProcessGroup | None = None,
+        mesh: ParallelMesh | None = None,
         recompute: Recompute = "none",
-        nodes: Nodes | None = None,
+        part: Part | None = None,
     ) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        learned = isinstance(config.position, LearnedPositionConfig)
-        self.position = nn.Embedding(config.position.max_length, config.d_model) if learned else None  # type: ignore[union-attr]
+        self.part = part or Part(range(config.num_layers))
+        self.place = SequencePlace.of(mesh)
+        self.before_logits: Callable[[Tensor], Tensor] = as_is  # another one where ranks divide the vocabulary
+        is_first, is_last = self.part.is_first, self.part.is_last
+        table = partial(nn.Embedding, embedding_dim=config.d_model)
+        learned = config.position if isinstance(config.position, LearnedPositionConfig) else None
+        pre = config.norm_placement == "pre"
+        self.embedding = table(config.vocab_size) if is_first or (is_last and config.tied_embeddings) else None
+        self.position = table(learned.max_length) if learned is not None and is_first else None
+        # A block's place in the list is its number; those of other stages are None.
         self.blocks = nn.ModuleList(
-            Block(config, layer in config.moe_layers, ep_group, data_group, recompute, nodes)
+            Block(config, layer in config.moe_layers, mesh, recompute) if layer in self.part.blocks else None  # type: ignore[misc]
             for layer in range(config.num_layers)
         )
-        pre = config.norm_placement == "pre"
-        self.final_norm = NORMS[config.norm.kind](config.d_model, config.norm.eps) if pre else None
-        self.unembedding = None if config.tied_embeddings else nn.Embedding(config.vocab_size, config.d_model)
+        self.final_norm = NORMS[config.norm.kind](config.d_model, config.norm.eps) if pre and is_last else None
+        self.unembedding = table(config.vocab_size) if is_last and not config.tied_embeddings else None
 
-    def forward(self, tokens_BS: Tensor, context: StepContext) -> ModelOutput:
-        """context.coordinate is this rank's; the block number and the token ids are filled in here."""
+    def local_blocks(self) -> Iterator[tuple[int, Block]]:
+        """The blocks that are here, with their numbers."""
+        for layer in self.part.blocks:
+            block = self.blocks[layer]
+            assert isinstance(block, Block)
+            yield layer, block
+
+    def forward(self, tokens_BS: Tensor, context: StepContext, x: Tensor | None = None) -> ModelOutput:
+        """context.coordinate is this rank's; the block number and what the tokens are is filled in here. x: (B, S, D),
+        what the stage before put out; the first stage embeds the tokens."""
+        length = tokens_BS.shape[1]
+        if self.part.is_first:
+            x = self._embed(tokens_BS, context)
+        assert x is not None
         context = replace(context, token_ids_BS=tokens_BS)
-        x = self.embedding(tokens_BS).to(self.compute_dtype)
-        if self.position is not None:
-            if tokens_BS.shape[1] > len(self.position.weight):
-                raise ValueError(
-                    f"{tokens_BS.shape[1]} tokens in a sequence are more than the {len(self.position.weight)} of "
-                    "model.position.max_length"
-                )
-            x = x + self.position.weight[: tokens_BS.shape[1]].to(self.compute_dtype)
-        if self.training and self.config.dropout > 0:
-            where = (context.seed, context.step, context.micro_step, self.config.num_layers, context.coordinate)
-            x = dropout(x, self.config.dropout, mix(*where))
+        if not self.place.is_whole:
+            own_S = self.place.own(length).to(tokens_BS.device)
+            mask_BS = None if context.mask_BS is None else context.mask_BS[:, own_S]
+            context = replace(context, token_ids_BS=tokens_BS[:, own_S], mask_BS=mask_BS, positions_S=own_S)
         outputs: dict[int, BlockOutput] = {}
-        for layer, block in enumerate(self.blocks):
+        for layer, block in self.local_blocks():
             output: BlockOutput = block(x, replace(context, layer=layer))
             x = output.x
             if output.stats is not None:
                 outputs[layer] = output
-        losses, stats = self._losses(outputs)
+        losses, stats, pooled = self._losses(outputs)
         if self.final_norm is not None:
             x = self.final_norm(x)
-        table = self.embedding if self.unembedding is None else self.unembedding
-        return ModelOutput(F.linear(x, table.weight.to(x.dtype)), losses, stats)
+        return ModelOutput(self._logits(x) if self.part.is_last else x, losses, stats, pooled)
 
-    def _losses(self, outputs: dict[int, BlockOutput]) -> tuple[dict[int, dict[str, Tensor]], dict[int, LoadStats]]:
-        """By MoE block; those that are pooled over layers, from all of them."""
+    def _embed(self, tokens_BS: Tensor, context: StepContext) -> Tensor:
+        """(B, S) -> (B, S, D), of this rank's own positions."""
+        assert self.embedding is not None
+        length, device = tokens_BS.shape[1], tokens_BS.device
+        x = self.embedding(tokens_BS[:, self.place.context(length).to(device)]).to(self.compute_dtype)
+        if self.position is not None:
+            if length > len(self.position.weight):
+                raise ValueError(
+                    f"{length} tokens in a sequence are more than the {len(self.position.weight)} of "
+                    "model.position.max_length"
+                )
+            x = x + self.position.weight[self.place.own(length).to(device)].to(self.compute_dtype)
+        if self.training and self.config.dropout > 0:
+            where = (context.seed, context.step, context.micro_step, self.config.num_layers, context.coordinate)
+            x = dropout(x, self.config.dropout, mix(*where))
+        return x
+
+    def _logits(self, x: Tensor) -> Tensor:
+        table = self.embedding if self.unembedding is None else self.unembedding
+        assert table is not None
+        return F.linear(self.before_logits(x), table.weight.to(x.dtype))
+
+    def _losses(
+        self, outputs: dict[int, BlockOutput]
+    ) -> tuple[dict[int, dict[str, Tensor]], dict[int, LoadStats], dict[int, Pooled]]:
+        """By MoE block; those that are pooled over layers, from all of them, if they are all here."""
         losses = {layer: dict(output.losses) for layer, output in outputs.items()}
         stats = {layer: output.stats for layer, output in outputs.items() if output.stats is not None}
-        for layer, parts in pool_layers({layer: output.pooled for layer, output in outputs.items()}).items():
-            assert self.config.moe is not None
-            weights = {loss_name(loss): loss.coefficient for loss in self.config.moe.losses}
-            losses[layer] |= {name: weights[name] * part for name, part in parts.items()}
+        pooled = {layer: output.pooled for layer, output in outputs.items()}
+        if self.part.num_stages > 1:
+            return losses, stats, pooled
+        for layer, parts in pool_layers(pooled).items():
+            settings = pooled_losses(self.config)
+            losses[layer] |= {name: settings[name].coefficient * part for name, part in parts.items()}
             detached = {name: part.detach() for name, part in parts.items()}
             stats[layer] = replace(stats[layer], losses={**stats[layer].losses, **detached})
-        return losses, stats
+        return losses, stats, {}
+
+
+def as_is(x: Tensor) -> Tensor:
+    return x
+
+
+def pooled_losses(config: ModelConfig) -> dict[str, BalanceLossConfig]:
+    """Those that are pooled over layers, by name, in the order of the config."""
+    losses = [] if config.moe is None else config.moe.losses
+    return {loss_name(loss): loss for loss in losses if isinstance(loss, BalanceLossConfig) and loss.layers == "pooled"}

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
-from expert_parallel.collectives import all_reduce_sum, group_size
-from expert_parallel.moe.plan import RoutingPlan, TokenBatch, count_routed
+from expert_parallel.collectives import all_reduce_sum, group_rank, group_size
+from expert_parallel.moe.plan import RoutingPlan, TokenBatch
 from expert_parallel.settings import Settings
 
 
@@ -52,28 +51,49 @@ LossConfig = Annotated[BalanceLossConfig | ZLossConfig, Field(discriminator="kin
 
 @dataclass(frozen=True)
 class MicroStep:
-    """What the losses know of the micro-step beyond this rank's plan: sums over `group`, the ranks whose tokens make
-    it up, in router dtype; never fetched to the host. Padding does not count. choices_E, first_E: choices of all k,
-    and first choices."""
+    """What the losses know of the micro-step: counts over the tokens of each scope, never fetched to the host.
 
-    group: dist.ProcessGroup | None
-    total_tokens: Tensor
-    total_sequences: Tensor
-    choices_E: Tensor
-    first_E: Tensor
+    counts: by scope, int64 (blocks, 2 E + 1): choices of each expert, first choices of each expert, tokens; padding
+    does not count. `global` is one block, `rank` one for this rank, `sequence` one for each of its sequences, whole.
+    num_blocks: by scope, of all ranks together.
+    """
+
+    counts: dict[str, Tensor]
+    num_blocks: dict[str, Tensor | int]
 
 
-def count_micro_step(plan: RoutingPlan, batch: TokenBatch) -> MicroStep:
-    """One all-reduce of 2 E + 2 numbers over the group. Unconditional: a rank without tokens takes part."""
-    num_experts = plan.num_experts
-    choices_E, first_E = count_routed(plan), count_routed(plan, num_choices=1)
-    num_tokens = len(plan.expert_ids_TK)
-    sizes = choices_E.new_tensor([num_tokens, batch.num_sequences if num_tokens else 0])
-    if batch.real_T is not None and num_tokens:  # a sequence of padding alone is none
-        sizes = torch.stack([batch.real_T.sum(), batch.real_T.view(batch.num_sequences, -1).any(1).sum()])
-    total = all_reduce_sum(torch.cat([choices_E, first_E, sizes]), batch.group).to(plan.logits_TE.dtype)
-    choices_E, first_E, sizes = total.split([num_experts, num_experts, 2])
-    return MicroStep(batch.group, sizes[0], sizes[1], choices_E, first_E)
+def count_sequences(plan: RoutingPlan, batch: TokenBatch) -> Tensor:
+    """Of this rank's part of each sequence: choices, first choices and tokens as MicroStep has them, (B, 2 E + 1)."""
+    num_rows, num_experts, sequence_T = batch.num_sequences, plan.num_experts, batch.sequence_T
+
+    def count(num_choices: int | None) -> Tensor:
+        key_TK = sequence_T[:, None] * num_experts + plan.expert_ids_TK
+        key_TK = key_TK.masked_fill(~plan.routed_TK, num_rows * num_experts)[:, :num_choices]
+        counts = torch.bincount(key_TK.flatten(), minlength=num_rows * num_experts + 1)
+        return counts[: num_rows * num_experts].view(num_rows, num_experts)
+
+    real_T = torch.ones_like(sequence_T) if batch.real_T is None else batch.real_T.long()
+    tokens_b = torch.zeros(num_rows, dtype=torch.int64, device=real_T.device).index_add(0, sequence_T, real_T)
+    return torch.cat([count(None), count(1), tokens_b[:, None]], dim=1)
+
+
+def count_micro_step(configs: list[LossConfig], plan: RoutingPlan, batch: TokenBatch) -> MicroStep:
+    """One all-reduce of 2 E + 2 numbers over the ranks of the micro-step. For a loss of scope `sequence`, where
+    sequences are divided over ranks, before it one of 2 E + 1 numbers a sequence over those. Unconditional: a rank
+    without tokens takes part."""
+    mine = count_sequences(plan, batch)
+    is_divided = group_size(batch.sequence_group) > 1
+    needs_sequences = any(isinstance(config, BalanceLossConfig) and config.scope == "sequence" for config in configs)
+    whole = all_reduce_sum(mine, batch.sequence_group) if is_divided and needs_sequences else mine
+    num_sequences = (whole[:, -1] > 0).sum()  # a sequence of padding alone is none
+    if group_rank(batch.sequence_group) > 0:  # and one that is divided over ranks is counted by the first of them
+        num_sequences = num_sequences * 0
+    of_rank = mine.sum(0)
+    total = all_reduce_sum(torch.cat([of_rank, num_sequences[None]]), batch.group)
+    return MicroStep(
+        counts={"global": total[None, :-1], "rank": of_rank[None], "sequence": whole},
+        num_blocks={"global": 1, "rank": group_size(batch.group), "sequence": total[-1].clamp(min=1)},
+    )
 
 
 def fractions_and_probabilities(
@@ -82,27 +102,16 @@ def fractions_and_probabilities(
     """f and P of each block of tokens, (blocks, E): the sum of E * f * P over all ranks is the loss. f carries no
     gradient and is the block's; P is this rank's part of it, so that the gradient of a share is a part of the
     whole's."""
-    num_experts, num_tokens = plan.num_experts, len(plan.expert_ids_TK)
-    num_counted = 1 if config.choices == "first" else plan.expert_ids_TK.shape[1]
+    num_experts, num_choices = plan.num_experts, plan.expert_ids_TK.shape[1]
+    choices_bE, first_bE, tokens_b1 = step.counts[config.scope].split([num_experts, num_experts, 1], dim=1)
+    counted_bE, num_counted = (first_bE, 1) if config.choices == "first" else (choices_bE, num_choices)
     probabilities_TE = plan.probabilities_TE
     if batch.real_T is not None:
         probabilities_TE = probabilities_TE * batch.real_T[:, None]
-    if config.scope == "global":
-        counts_E = step.first_E if config.choices == "first" else step.choices_E
-        total = step.total_tokens.clamp(min=1)
-        return (counts_E / (total * num_counted))[None], (probabilities_TE.sum(0) / total)[None]
-    per_rank = config.scope == "rank"
-    num_blocks = 1 if per_rank else batch.num_sequences
-    total_blocks = group_size(step.group) if per_rank else step.total_sequences.clamp(min=1)
-    real_T = torch.ones_like(batch.index_T) if batch.real_T is None else batch.real_T.long()
-    block_T = torch.zeros_like(batch.sequence_T) if per_rank else batch.sequence_T
-    size_b = torch.zeros(num_blocks, dtype=torch.int64, device=real_T.device).index_add(0, block_T, real_T).clamp(min=1)
-    ids_TK = plan.expert_ids_TK + block_T[:, None] * num_experts
-    ids_TK = ids_TK.masked_fill(~plan.routed_TK, num_blocks * num_experts)[:, :num_counted]
-    counts = torch.bincount(ids_TK.flatten(), minlength=num_blocks * num_experts + 1)[: num_blocks * num_experts]
-    fraction_bE = counts.view(num_blocks, num_experts).to(probabilities_TE.dtype) / (size_b * num_counted)[:, None]
-    sum_bE = probabilities_TE.view(num_blocks, num_tokens // max(num_blocks, 1), num_experts).sum(1)
-    return fraction_bE, sum_bE / size_b[:, None] / total_blocks
+    num_rows = batch.num_sequences if config.scope == "sequence" else 1
+    sum_bE = probabilities_TE.view(num_rows, len(probabilities_TE) // max(num_rows, 1), num_experts).sum(1)
+    tokens_b1 = tokens_b1.clamp(min=1).to(sum_bE.dtype)
+    return counted_bE / (tokens_b1 * num_counted), sum_bE / tokens_b1 / step.num_blocks[config.scope]
 
 
 def balance_loss(config: BalanceLossConfig, plan: RoutingPlan, batch: TokenBatch, step: MicroStep) -> Tensor:
@@ -116,7 +125,7 @@ def z_loss(config: ZLossConfig, plan: RoutingPlan, batch: TokenBatch, step: Micr
     squares_T = plan.logits_TE.logsumexp(-1).square()
     if batch.real_T is not None:
         squares_T = squares_T * batch.real_T
-    return squares_T.sum() / step.total_tokens.clamp(min=1)
+    return squares_T.sum() / step.counts["global"][0, -1].clamp(min=1)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"balance": balance_loss, "z_loss": z_loss}
@@ -129,7 +138,7 @@ def router_losses(
     layers."""
     if not configs:
         return {}, {}
-    step = count_micro_step(plan, batch)
+    step = count_micro_step(configs, plan, batch)
     losses = {loss_name(config): LOSSES[config.kind](config, plan, batch, step) for config in configs}
     pooled = [config for config in configs if isinstance(config, BalanceLossConfig) and config.layers == "pooled"]
     return losses, {loss_name(config): fractions_and_probabilities(config, plan, batch, step) for config in pooled}

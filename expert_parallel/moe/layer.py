@@ -9,7 +9,7 @@ import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from expert_parallel.collectives import all_reduce_sum, group_rank, group_size
+from expert_parallel.collectives import Peers, all_reduce_sum, group_rank, group_size
 from expert_parallel.mesh import Nodes
 from expert_parallel.moe import random
 from expert_parallel.moe.balance import LossConfig, loss_name, router_losses
@@ -77,12 +77,15 @@ class MoELayer(nn.Module):
     group: the expert-parallel ranks; None = this rank holds every expert.
     data_group: all ranks whose tokens make up a micro-step, for balance losses and decisions over all of them; default:
     `group`. placement: which rank holds which expert; default: contiguous. nodes: how `group` lies on machines.
+    sequence_group: the ranks among which each sequence's tokens are divided; default: this rank has them whole (see
+    StepContext.positions_S). etp_group: the ranks among which the hidden columns of the experts are divided.
 
     seed: initial weights are a function of it and of each weight's name; give each layer of a model one of its own.
 
     Weights are float32 (or what `.double()`, `.bfloat16()` make of them); the layer computes in its input's dtype,
     the router in promote_types(float32, that). Gradients of router and shared experts are this rank's part: SUM
-    them over the data ranks. Gradients of experts already hold every token of the group.
+    them over the data ranks. Gradients of experts already hold every token of the group, and what is divided over
+    etp_group those of its ranks' tokens too; b_out, which is not, is this rank's part there.
     """
 
     def __init__(
@@ -93,6 +96,9 @@ class MoELayer(nn.Module):
         placement: ExpertPlacement | None = None,
         seed: int = 0,
         nodes: Nodes | None = None,
+        *,
+        sequence_group: dist.ProcessGroup | None = None,
+        etp_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if config.d_model is None:
@@ -106,16 +112,28 @@ class MoELayer(nn.Module):
             )
         self.config, self.group, self.placement = config, group, placement
         self.data_group = data_group if data_group is not None else group
+        self.sequence_group, self.etp_group = sequence_group, etp_group
+        sharers, data_ranks = set(Peers.of(sequence_group).ranks), set(Peers.of(self.data_group).ranks)
+        if not sharers <= data_ranks:
+            raise ValueError(
+                f"sequence_group has the ranks {sorted(sharers)}, data_group {sorted(data_ranks)}: those whose tokens "
+                "make up a micro-step include those that share its sequences"
+            )
+        # Others that share this rank's sequences may stand in `group` too: the first of them counts them.
+        self.counts_sequences = min(sharers & set(Peers.of(group).ranks)) == Peers.of(None).ranks[0]
         self.router = build_router(config.router, config.d_model, config.num_experts)
         self.dispatcher = Dispatcher(config.dispatcher, placement, group, nodes)
-        self.experts = GroupedExperts(config.experts, config.d_model, placement.experts_on(group_rank(group)))
+        self.experts = GroupedExperts(
+            config.experts, config.d_model, placement.experts_on(group_rank(group)), etp_group
+        )
         self.shared_experts = FFN(config.shared_experts, config.d_model) if config.shared_experts else None
         if not self.experts.w_in.is_meta:
             init_parameters(self, seed, std=lambda name: 0.02)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MoELayer":
         """Weights are copied, process groups are shared: they cannot be."""
-        memo |= {id(group): group for group in (self.group, self.data_group, self.dispatcher)}
+        groups = (self.group, self.data_group, self.sequence_group, self.etp_group)
+        memo |= {id(shared): shared for shared in (*groups, self.dispatcher)}
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         copied.__dict__ = copy.deepcopy(self.__dict__, memo)
@@ -135,7 +153,7 @@ class MoELayer(nn.Module):
         context = context or StepContext()
         x_BSD = x if x.dim() == 3 else x[None]
         x_TD = x_BSD.flatten(0, 1)
-        batch = token_batch(x_BSD, context, self.data_group)
+        batch = token_batch(x_BSD, context, self.data_group, self.sequence_group)
         ledger = Ledger(self.config.ledger, context.layer, context.step)
 
         routed, plan, padded_rows = self._route(x_TD, batch)
@@ -195,7 +213,11 @@ class MoELayer(nn.Module):
         if not capacity.pad:
             return plan, None
         assert most is not None
-        return plan, int(most if capacity.scope == "global" else all_reduce_sum(most, self.group))
+        if capacity.scope == "global":
+            return plan, int(most)
+        if capacity.scope == "sequence" and not self.counts_sequences:
+            most = torch.zeros_like(most)
+        return plan, int(all_reduce_sum(most, self.group))
 
     def _weigh_again(self, plan: RoutingPlan, is_replayed: bool) -> RoutingPlan:
         """Weights for what is left, where the capacity policy, or that of the run that was recorded, may change
@@ -224,11 +246,18 @@ class MoELayer(nn.Module):
         return counts_E
 
 
-def token_batch(x_BSD: Tensor, context: StepContext, group: dist.ProcessGroup | None) -> TokenBatch:
-    """ValueError where what the context says of the tokens does not have their shape."""
+def token_batch(
+    x_BSD: Tensor,
+    context: StepContext,
+    group: dist.ProcessGroup | None,
+    sequence_group: dist.ProcessGroup | None = None,
+) -> TokenBatch:
+    """ValueError where what the context says of the tokens does not have their shape, or does not say where they
+    stand."""
     num_sequences, length, _ = x_BSD.shape
     for name, shape, dtype in (
         ("sequence_index_B", (num_sequences,), torch.int64),
+        ("positions_S", (length,), torch.int64),
         ("token_ids_BS", (num_sequences, length), torch.int64),
         ("mask_BS", (num_sequences, length), torch.bool),
     ):
@@ -238,14 +267,20 @@ def token_batch(x_BSD: Tensor, context: StepContext, group: dist.ProcessGroup | 
                 f"StepContext.{name} is {given.dtype} of shape {tuple(given.shape)}, the layer's input asks for "
                 f"{dtype} of shape {shape}"
             )
+    if context.positions_S is None and group_size(sequence_group) > 1:
+        raise ValueError(
+            f"StepContext.positions_S is not set: sequences are divided over {group_size(sequence_group)} ranks, and "
+            f"it says where this one's {length} tokens of each stand in it"
+        )
     numbers_B = torch.arange(num_sequences, device=x_BSD.device)
     sequence_B = numbers_B if context.sequence_index_B is None else context.sequence_index_B
     return TokenBatch(
-        index_T=global_index(sequence_B, length),
+        index_T=global_index(sequence_B, length, context.positions_S),
         sequence_T=numbers_B.repeat_interleave(length),
         num_sequences=num_sequences,
         context=context,
         group=group,
+        sequence_group=sequence_group,
         is_global=context.sequence_index_B is not None,
         real_T=None if context.mask_BS is None else context.mask_BS.flatten(),
         ids_T=None if context.token_ids_BS is None else context.token_ids_BS.flatten(),
@@ -262,14 +297,16 @@ def refuse_other_tokens(recorded: Choices, batch: TokenBatch, num_choices: int) 
     if not torch.equal(recorded.index_T, batch.index_T):
         raise ValueError(
             f"StepContext.replay was recorded of other tokens: {len(recorded.index_T)} of them, here are "
-            f"{len(batch.index_T)}; or their sequences have other indices"
+            f"{len(batch.index_T)}; or their sequences have other indices, or they stand elsewhere in them"
         )
 
 
-def global_index(sequence_index_B: Tensor, length: int) -> Tensor:
-    """The place of each token of sequences of one length in the global order, int64 (B * length); see TokenBatch."""
-    position_S = torch.arange(length, device=sequence_index_B.device)
-    return ((sequence_index_B[:, None] << 32) + position_S).flatten()
+def global_index(sequence_index_B: Tensor, length: int, positions_S: Tensor | None = None) -> Tensor:
+    """The place of each token of sequences of one length in the global order, int64 (B * length); see TokenBatch.
+    positions_S: where the tokens stand in their sequences; None: at 0, 1, ..."""
+    if positions_S is None:
+        positions_S = torch.arange(length, device=sequence_index_B.device)
+    return ((sequence_index_B[:, None] << 32) + positions_S).flatten()
 
 
 def dropout_seed(context: StepContext) -> int:

@@ -1,7 +1,8 @@
 """Logical names of parameters, independent of the layout: what initialisation and checkpoints are written in terms of.
 
 A dense parameter has one logical tensor, under its own name. A stack of experts has one for each expert:
-`...experts.w_in` on a rank that holds experts 2 and 3 is `...experts.2.w_in` and `...experts.3.w_in`.
+`...experts.w_in` on a rank that holds experts 2 and 3 is `...experts.2.w_in` and `...experts.3.w_in`. A logical tensor
+is whole, whatever part of it a rank holds.
 """
 
 import hashlib
@@ -14,44 +15,59 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from expert_parallel.moe.experts import GroupedExperts
 from expert_parallel.moe.random import mix
+from expert_parallel.moe.slices import Slice, slices_of
 
 
 @dataclass(frozen=True)
 class LogicalParameter:
-    """A parameter of this rank and the logical tensors that it holds.
+    """A parameter of this rank and the logical tensors that it holds, or holds a slice of.
 
     names: one for a dense parameter; one for each local expert, in slot order, for a stack.
-    shape: of one logical tensor.
     """
 
     parameter: nn.Parameter
     names: tuple[str, ...]
     is_expert: bool
+    slice: Slice | None = None
 
     @property
     def shape(self) -> torch.Size:
-        return self.parameter.shape[1:] if self.is_expert else self.parameter.shape
+        """Of one whole logical tensor."""
+        shape = self.parameter.shape if self.slice is None else self.slice.full_shape(self.parameter.shape)
+        return shape[1:] if self.is_expert else shape
 
-    def join(self, tensors: list[Tensor]) -> Tensor:
-        """The logical tensors, in the order of `names`, as one of the parameter's shape."""
-        return torch.stack(tensors) if self.is_expert else tensors[0]
+    def whole(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The logical tensors of the parameter, or of what has its shape (gradient, moments), whole, by name.
 
-    def split(self, full: Tensor) -> dict[str, Tensor]:
-        """The inverse of `join`, by name."""
+        Collectives, where it is sliced or sharded: every rank of these groups calls it."""
+        full = full_tensor(tensor)
+        if self.slice is not None:
+            full = self.slice.gather(full)
         return dict(zip(self.names, full.unbind(0) if self.is_expert else (full,), strict=True))
+
+    def fill(self, tensor: Tensor, whole: list[Tensor]) -> None:
+        """The inverse: this rank's part of the whole logical tensors, in the order of `names`. Communicates nothing."""
+        full = torch.stack(whole) if self.is_expert else whole[0]
+        fill(tensor, full if self.slice is None else self.slice.take(full))
 
 
 def logical_parameters(module: nn.Module, prefix: str = "") -> Iterator[LogicalParameter]:
-    """Every parameter of the module once, in the order of `named_parameters` (a tied one under its first name)."""
-    experts = {name: child for name, child in module.named_modules() if isinstance(child, GroupedExperts)}
+    """Every parameter of the module once, in the order of `named_parameters` (a tied one under its first name). A
+    ModuleList is taken for parts of one model: their parameters have the names that they have in the whole."""
+    if isinstance(module, nn.ModuleList):
+        for part in module:
+            yield from logical_parameters(part, prefix)
+        return
+    owners = dict(module.named_modules())
     for name, parameter in module.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        if owner in experts:
-            dotted = f"{owner}." if owner else ""
-            names = tuple(f"{prefix}{dotted}{expert}.{leaf}" for expert in experts[owner].expert_ids)
-            yield LogicalParameter(parameter, names, is_expert=True)
+        path, _, leaf = name.rpartition(".")
+        owner, held = owners[path], slices_of(owners[path]).get(leaf)
+        if isinstance(owner, GroupedExperts):
+            dotted = f"{path}." if path else ""
+            names = tuple(f"{prefix}{dotted}{expert}.{leaf}" for expert in owner.expert_ids)
+            yield LogicalParameter(parameter, names, True, held)
         else:
-            yield LogicalParameter(parameter, (prefix + name,), is_expert=False)
+            yield LogicalParameter(parameter, (prefix + name,), False, held)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -81,7 +97,7 @@ def init_parameters(module: nn.Module, seed: int, std: Callable[[str], float], p
     0. Drawn in float32 on the CPU, so that all dtypes and devices start from the same numbers.
     """
     for logical in logical_parameters(module, prefix):
-        fill(logical.parameter, logical.join([_initial(name, logical.shape, seed, std) for name in logical.names]))
+        logical.fill(logical.parameter, [_initial(name, logical.shape, seed, std) for name in logical.names])
 
 
 def _initial(name: str, shape: torch.Size, seed: int, std: Callable[[str], float]) -> Tensor:

@@ -64,8 +64,11 @@ class StepContext:
     generator state is stored), and what the tokens are.
 
     `sequence_index_B` (int64) is each sequence's index in the global batch of the micro-step; None counts this
-    rank's own sequences from 0. `coordinate` tells data ranks apart for dropout. `token_ids_BS` (int64): for hash
-    routing. `mask_BS` (bool): False marks padding, which is not routed, takes no capacity and is in no loss.
+    rank's own sequences from 0. `positions_S` (int64): where this rank's tokens stand in their sequences, the same in
+    all of them, in any order; None: at 0, 1, ... Where sequences are divided over ranks, each rank gives its own, and
+    all of them the same sequences in the same order. `coordinate` tells apart, for dropout, the ranks that have tokens
+    of their own. `token_ids_BS` (int64): for hash routing. `mask_BS` (bool): False marks padding, which is not routed,
+    takes no capacity and is in no loss.
     """
 
     seed: int = 0
@@ -74,6 +77,7 @@ class StepContext:
     layer: int = 0
     coordinate: int = 0
     sequence_index_B: Tensor | None = None
+    positions_S: Tensor | None = None
     token_ids_BS: Tensor | None = None
     mask_BS: Tensor | None = None
     replay: RouterReplay | None = None
@@ -86,7 +90,8 @@ class TokenBatch:
     index_T: int64, the token's place in the global order: its sequence's index * 2^32 + its position. is_global: the
     caller gave the sequences' indices. sequence_T: int64, the sequence's number on this rank. real_T: bool, False for
     padding; None: all are real. ids_T: int64, the tokens themselves. group: the ranks whose tokens make up the
-    micro-step. gathered_bytes: what scope `global` sent, added up as it happens (a list of one number).
+    micro-step. sequence_group: those among which the tokens of these sequences are divided; None: all are here.
+    gathered_bytes: what scopes beyond this rank sent, added up as it happens (a list of one number).
     """
 
     index_T: Tensor
@@ -94,6 +99,7 @@ class TokenBatch:
     num_sequences: int
     context: StepContext
     group: dist.ProcessGroup | None = None
+    sequence_group: dist.ProcessGroup | None = None
     is_global: bool = False
     real_T: Tensor | None = None
     ids_T: Tensor | None = None
@@ -177,8 +183,9 @@ class LoadStats:
     dropped_capacity_E, dropped_receive_bound_E: what became of them. computed_E: rows that this rank's experts
     computed, by global expert, counted where they arrived. num_tokens, num_unserved: real tokens, and those that no
     expert computes. entropy: sum over real tokens of the entropy of the router's probabilities, nats. rows, log: rows
-    and bytes of the exchange; `log` gains those of the backward pass. gathered_bytes: what scope `global` sent to
-    other ranks. losses: each loss before its coefficient; this rank's share, so that the sum over ranks is the loss.
+    and bytes of the exchange; `log` gains those of the backward pass. gathered_bytes: what scopes beyond this
+    rank sent to others. losses: each loss before its coefficient; this rank's share, so that the sum over ranks is
+    the loss.
     """
 
     routed_E: Tensor
@@ -231,7 +238,7 @@ def count_choices(routed: RoutingPlan, plan: RoutingPlan, real_T: Tensor | None)
     }
 
 
-def count_routed(plan: RoutingPlan, num_choices: int | None = None) -> Tensor:
-    """Choices per expert that a router made, int64 (E); of the first `num_choices` of each token, if given."""
-    ids_TK = plan.expert_ids_TK.masked_fill(~plan.routed_TK, plan.num_experts)[:, :num_choices]
+def count_routed(plan: RoutingPlan) -> Tensor:
+    """Choices per expert that a router made, int64 (E)."""
+    ids_TK = plan.expert_ids_TK.masked_fill(~plan.routed_TK, plan.num_experts)
     return torch.bincount(ids_TK.flatten(), minlength=plan.num_experts + 1)[: plan.num_experts]

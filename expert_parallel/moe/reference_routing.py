@@ -24,19 +24,21 @@ class RankTokens:
     """What one rank of a layout sees.
 
     x_BSD: B may be 0. sequence_index: of each sequence in the micro-step's global batch; None: 0, 1, ...
-    token_ids_BS: for hash routing. mask_BS: bool, False is padding.
+    token_ids_BS: for hash routing. mask_BS: bool, False is padding. positions_S: where its tokens stand in their
+    sequences, which are then those of the same index on other ranks that have positions; None: all of each is here.
     """
 
     x_BSD: Tensor
     sequence_index: list[int] | None = None
     token_ids_BS: Tensor | None = None
     mask_BS: Tensor | None = None
+    positions_S: list[int] | None = None
 
 
 @dataclass(frozen=True)
 class Token:
-    """A real token. row: among its rank's tokens, padding included. sequence: among the sequences of all ranks, rank
-    after rank. index: its place in the global order."""
+    """A real token. row: among its rank's tokens, padding included. sequence: among the sequences of all ranks, as they
+    are first met, rank after rank. index: its place in the global order."""
 
     rank: int
     row: int
@@ -67,21 +69,24 @@ class Routing:
 
 
 def collect(ranks: list[RankTokens], training: bool, context: StepContext) -> Batch:
-    tokens, rows, num_sequences = [], [], 0
+    tokens, rows = [], []
+    numbers: dict[tuple[str, int, int], int] = {}  # of the sequences
     for rank, sight in enumerate(ranks):
         num_here, length, _ = sight.x_BSD.shape
         indices = list(range(num_here)) if sight.sequence_index is None else sight.sequence_index
+        positions = list(range(length)) if sight.positions_S is None else sight.positions_S
         for b in range(num_here):
+            key = ("divided", 0, indices[b]) if sight.positions_S is not None else ("whole", rank, b)
+            sequence = numbers.setdefault(key, len(numbers))
             for s in range(length):
                 if sight.mask_BS is not None and not bool(sight.mask_BS[b, s]):
                     continue
                 token_id = None if sight.token_ids_BS is None else int(sight.token_ids_BS[b, s])
-                tokens.append(Token(rank, b * length + s, num_sequences + b, indices[b] * 2**32 + s, token_id))
+                tokens.append(Token(rank, b * length + s, sequence, indices[b] * 2**32 + positions[s], token_id))
                 rows.append(sight.x_BSD[b, s])
-        num_sequences += num_here
     nothing = ranks[0].x_BSD.reshape(-1, ranks[0].x_BSD.shape[-1])[:0]
     x_TD = torch.stack(rows) if rows else nothing
-    return Batch(tokens, x_TD, len(ranks), num_sequences, training, context)
+    return Batch(tokens, x_TD, len(ranks), len(numbers), training, context)
 
 
 def blocks(scope: str, batch: Batch) -> list[list[int]]:
@@ -91,7 +96,10 @@ def blocks(scope: str, batch: Batch) -> list[list[int]]:
         return [sorted(everyone, key=lambda t: batch.tokens[t].index)]
     if scope == "rank":
         return [[t for t in everyone if batch.tokens[t].rank == rank] for rank in range(batch.num_ranks)]
-    return [[t for t in everyone if batch.tokens[t].sequence == sequence] for sequence in range(batch.num_sequences)]
+    sequences: list[list[int]] = [[] for _ in range(batch.num_sequences)]
+    for t in sorted(everyone, key=lambda t: batch.tokens[t].index):
+        sequences[batch.tokens[t].sequence].append(t)
+    return sequences
 
 
 def draw(numbers: Callable[[int, Tensor, int], Tensor], stream: Stream, batch: Batch, width: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Scopes: the tokens that a decision looks across (capacity, expert choice, Sinkhorn), in an order that no layout
 changes.
 
-`rank`: this rank's tokens of the micro-step. `sequence`: each sequence on its own. `global`: the tokens of all ranks,
-each once, in global order: index of the sequence in the micro-step's global batch, then position.
+`rank`: this rank's tokens of the micro-step. `sequence`: each sequence on its own, whole, on however many ranks its
+tokens are. `global`: the tokens of all ranks, each once, in global order: index of the sequence in the micro-step's
+global batch, then position.
 """
 
 from dataclasses import dataclass
@@ -40,21 +41,27 @@ def look_across(scope: Scope, batch: TokenBatch, *columns: Tensor) -> tuple[View
     """The view of this rank's tokens under `scope`, and the columns (T, ...) as (G, ...) in the view's order. Detached.
 
     `global` gathers the columns over the ranks, each with 9 bytes a token beside them, so that every rank decides all
-    of it alike. Every rank calls it, with tokens or without.
+    of it alike; `sequence` does so over the ranks among which sequences are divided. Every rank calls it, with tokens
+    or without.
     """
     real_T = torch.ones_like(batch.index_T, dtype=torch.bool) if batch.real_T is None else batch.real_T
-    if scope == "global":
-        return _look_across_ranks(batch, real_T, columns)
+    is_divided = group_size(batch.sequence_group) > 1 or batch.context.positions_S is not None
+    if scope == "global" or (scope == "sequence" and is_divided):
+        return _look_across_ranks(scope, batch, real_T, columns)
     num_blocks = batch.num_sequences if scope == "sequence" else 1
     size_b = real_T.view(num_blocks, -1).sum(1) if num_blocks else real_T.new_zeros(0, dtype=torch.int64)
     mine_T = torch.arange(len(real_T), device=real_T.device)
     return View(num_blocks, batch.index_T, real_T, size_b, mine_T), [column.detach() for column in columns]
 
 
-def _look_across_ranks(batch: TokenBatch, real_T: Tensor, columns: tuple[Tensor, ...]) -> tuple[View, list[Tensor]]:
-    is_alone = group_size(batch.group) == 1
-    index_T = batch.index_T if batch.is_global or is_alone else torch.full_like(batch.index_T, -1)
-    (index_G, real_G, *gathered), lengths, sent = gather_columns([index_T, real_T, *columns], batch.group)
+def _look_across_ranks(
+    scope: Scope, batch: TokenBatch, real_T: Tensor, columns: tuple[Tensor, ...]
+) -> tuple[View, list[Tensor]]:
+    """ValueError, on every rank of the group alike, where the global order is not one."""
+    group, num_blocks = (batch.group, 1) if scope == "global" else (batch.sequence_group, batch.num_sequences)
+    lacks_index = scope == "global" and group_size(group) > 1 and not batch.is_global
+    index_T = torch.full_like(batch.index_T, -1) if lacks_index else batch.index_T
+    (index_G, real_G, *gathered), lengths, sent = gather_columns([index_T, real_T, *columns], group)
     if bool((index_G < 0).any()):  # every rank sees it, whichever rank lacks them
         raise ValueError(
             "scope 'global' over several ranks needs each sequence's index in the micro-step's global batch: give "
@@ -62,14 +69,33 @@ def _look_across_ranks(batch: TokenBatch, real_T: Tensor, columns: tuple[Tensor,
         )
     batch.gathered_bytes[0] += sent
     index_G, order_G = index_G.sort(stable=True)
-    twice_G = index_G[1:] == index_G[:-1]
-    if bool(twice_G.any()):
-        first = int(index_G[1:][twice_G][0]) >> 32
-        raise ValueError(f"StepContext.sequence_index_B: two sequences of this micro-step have the index {first}")
+    _refuse_disorder(index_G, batch, num_blocks if scope == "sequence" else None)
     place_G = torch.empty_like(order_G)
     place_G[order_G] = torch.arange(len(order_G), device=order_G.device)
-    rank = group_rank(batch.group)
+    rank = group_rank(group)
     start = sum(lengths[:rank])
     real_G = real_G[order_G]
-    view = View(1, index_G, real_G, real_G.sum()[None], place_G[start : start + lengths[rank]])
+    size_b = real_G.view(num_blocks, -1).sum(1) if num_blocks else real_G.new_zeros(0, dtype=torch.int64)
+    view = View(num_blocks, index_G, real_G, size_b, place_G[start : start + lengths[rank]])
     return view, [column[order_G] for column in gathered]
+
+
+def _refuse_disorder(index_G: Tensor, batch: TokenBatch, num_sequences: int | None) -> None:
+    """ValueError where two tokens have one place, or the tokens are not those of so many sequences of one length.
+    index_G: sorted."""
+    twice_G = index_G[1:] == index_G[:-1]
+    if bool(twice_G.any()):
+        sequence, position = divmod(int(index_G[1:][twice_G][0]), 2**32)
+        if batch.context.positions_S is None:
+            raise ValueError(
+                f"StepContext.sequence_index_B: two sequences of this micro-step have the index {sequence}"
+            )
+        raise ValueError(f"StepContext.positions_S: two tokens of sequence {sequence} stand at position {position}")
+    if num_sequences is None or len(index_G) == 0:
+        return
+    lengths_b = torch.unique_consecutive(index_G >> 32, return_counts=True)[1].tolist()
+    if len(lengths_b) != num_sequences or len(set(lengths_b)) > 1:
+        raise ValueError(
+            f"StepContext.sequence_index_B: the ranks that share sequences must have the same ones: here are "
+            f"{num_sequences}, on all of them {len(lengths_b)}, of {min(lengths_b)} to {max(lengths_b)} tokens"
+        )

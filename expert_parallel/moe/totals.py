@@ -27,8 +27,8 @@ _LINKS = ("node", "network")
 class LayerTotals:
     """One MoE layer over passes and ranks. Per expert: int64, on the CPU. rows_sent, rows_received: by purpose, rows
     that stayed on their rank included. rows_moved, bytes_sent: by link class, forward and backward; bytes with
-    metadata. rows_own: those of dispatch that stayed. gathered_bytes: of scope `global`. losses: before coefficients,
-    summed over passes."""
+    metadata. rows_own: those of dispatch that stayed. gathered_bytes: of scopes beyond a rank. losses: before
+    coefficients, summed over passes."""
 
     routed_E: Tensor
     kept_E: Tensor
@@ -92,6 +92,11 @@ def pack(stats: LoadStats) -> Tensor:
             *(value.double().view(1) for value in stats.losses.values()),
         ]
     )
+
+
+def packed_size(num_experts: int, num_losses: int) -> int:
+    """The length of what `pack` makes."""
+    return len(PER_EXPERT) * num_experts + 3 + 2 + 2 * len(PURPOSES) + 2 * len(_LINKS) + num_losses
 
 
 def unpack(total: Tensor, num_experts: int, loss_names: list[str]) -> LayerTotals:

@@ -1,18 +1,22 @@
 """What a config comes to, without starting anything: effective values, parameters, memory per rank."""
 
+import math
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
 from expert_parallel.config import Config, dump_config
-from expert_parallel.mesh import ParallelDegrees
-from expert_parallel.model.parallelize import build_model
+from expert_parallel.degrees import ParallelDegrees, ShardedConfig, describe_grid, shard_counts
+from expert_parallel.model.parallelize import build_model, split_model
+from expert_parallel.model.transformer import Part
 from expert_parallel.moe.capacity import DroplessConfig, capacity_of_blocks
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.training.loop import check_degrees
+from expert_parallel.training.setup import check_degrees, describe_degrees
 from expert_parallel.training.step import DTYPES
 
 GIB = 1024**3
+GRID_RANKS = 64  # of larger worlds the grid is not printed
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,10 @@ class ParameterCounts:
         return self.dense + self.experts
 
 
-def count_parameters(config: Config) -> ParameterCounts:
-    """Exact, from the model itself on torch's meta device: no weights are made."""
-    model = build_model(config.model, device=torch.device("meta"))
+def count_parameters(config: Config, part: Part | None = None) -> ParameterCounts:
+    """Of the whole model, or a stage of it. Exact, from the model itself on torch's meta device: no weights are
+    made."""
+    model = build_model(config.model, device=torch.device("meta"), part=part)
     dense = experts = 0
     for logical in logical_parameters(model):
         if logical.is_expert:
@@ -42,14 +47,25 @@ def count_parameters(config: Config) -> ParameterCounts:
     return ParameterCounts(dense, experts, dense + used)
 
 
-def state_bytes_of_rank(config: Config, degrees: ParallelDegrees, counts: ParameterCounts) -> int:
-    """Weights, gradients and both Adam moments of the rank that holds most, in float32 (float64 for float64)."""
-    moe = config.model.moe
+def state_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
+    """Weights, gradients and both Adam moments of the rank that holds most, in float32 (float64 for float64). What
+    tensor parallelism leaves whole (norms, routers, biases: little) counts as divided, too."""
+    moe, data = config.model.moe, config.parallel.data
     largest_share = -(-moe.num_experts // degrees.ep) / moe.num_experts if moe is not None else 0.0
-    replicas = (degrees.dp, degrees.edp) if config.parallel.data == "sharded" else (1, 1)
-    dense, experts = counts.dense / replicas[0], counts.experts * largest_share / replicas[1]
+    shards, expert_shards = shard_counts(data, degrees) if isinstance(data, ShardedConfig) else (1, 1)
+    stages = [
+        count_parameters(config, part)
+        for part in split_model(config.model, degrees.pp * config.parallel.stages_per_rank)
+    ]
+    numbers = [
+        sum(
+            stage.dense / degrees.tp / shards + stage.experts * largest_share / degrees.etp / expert_shards
+            for stage in stages[pp_rank :: degrees.pp]
+        )
+        for pp_rank in range(degrees.pp)
+    ]
     width = torch.promote_types(torch.float32, DTYPES[config.training.dtype]).itemsize
-    return round((dense + experts) * width * 4)
+    return round(max(numbers) * width * 4)
 
 
 def activation_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
@@ -59,36 +75,44 @@ def activation_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
     With `recompute: block` a block keeps its input alone.
     """
     model, training = config.model, config.training
-    tokens = training.global_batch // training.micro_steps * training.sequence_length / degrees.dp
+    tokens = training.global_batch // training.micro_steps * training.sequence_length / degrees.dp / degrees.cp
     width = DTYPES[training.dtype].itemsize
     attention = model.attention
     heads = (2 * attention.num_heads + 2 * attention.kv_heads) * attention.head_size
     values = 0.0
-    for block in range(model.num_layers):
+    tp, stages = degrees.tp, split_model(model, degrees.pp * config.parallel.stages_per_rank)
+    for block in chain.from_iterable(stage.blocks for stage in stages[:: degrees.pp]):
         if training.recompute == "block":
-            values += model.d_model
+            values += model.d_model / tp
             continue
-        values += 4 * model.d_model + heads
+        values += 3 * model.d_model / tp + model.d_model + heads / tp
         moe, ffn = model.moe, model.ffn
         if moe is None or block not in model.moe_layers:
             assert ffn is not None
-            values += 3 * ffn.hidden
+            values += 3 * ffn.hidden / tp
         elif training.recompute != "moe":
-            values += moe.router.experts_per_token(moe.num_experts) * (2 * model.d_model + 3 * moe.experts.hidden)
-    return round(tokens * (values * width + model.vocab_size * (width + 4)))
+            chosen = moe.router.experts_per_token(moe.num_experts)
+            values += chosen * (2 * model.d_model + 3 * moe.experts.hidden) / tp
+    in_flight = min(degrees.pp, training.micro_steps)  # micro-steps that the first stage keeps
+    return round(tokens * (in_flight * values * width + model.vocab_size / tp * (width + 4)))
+
+
+def smallest_world(config: Config) -> int:
+    """Ranks that the degrees need."""
+    parallel = config.parallel
+    return parallel.pp * math.lcm(parallel.cp * parallel.tp, parallel.ep * parallel.etp)
 
 
 def describe(config: Config, world_size: int | None) -> str:
     """The text of `expert-parallel check`. Raises ValueError where the world size does not fit."""
-    degrees = check_degrees(config, world_size or config.parallel.ep)
+    degrees = check_degrees(config, world_size or smallest_world(config))
     counts = count_parameters(config)
     training, moe = config.training, config.model.moe
     tokens = training.global_batch * training.sequence_length
     lines = [
         dump_config(config).rstrip(),
         "",
-        f"ranks                {degrees.world_size}: dp {degrees.dp} ({config.parallel.data}), ep {degrees.ep}, "
-        f"edp {degrees.edp}",
+        f"ranks                {degrees.world_size}: {describe_degrees(config, degrees)}",
         f"parameters           {counts.total:,} in all, {counts.active:,} active for a token "
         f"({counts.dense:,} dense, {counts.experts:,} in experts)",
         f"tokens               {tokens:,} a step, {tokens * training.steps:,} in {training.steps:,} steps",
@@ -100,11 +124,13 @@ def describe(config: Config, world_size: int | None) -> str:
             f"{moe.router.kind}, {moe.router.experts_per_token(moe.num_experts):g} a token"
         )
         lines.append(f"capacity             {describe_capacity(config, degrees)}")
-    state, activations = state_bytes_of_rank(config, degrees, counts), activation_bytes_of_rank(config, degrees)
+    state, activations = state_bytes_of_rank(config, degrees), activation_bytes_of_rank(config, degrees)
     lines.append(
         f"memory of a rank     {state / GIB:.2f} GiB weights, gradients and optimizer; "
         f"about {activations / GIB:.2f} GiB activations (estimate)"
     )
+    if 1 < degrees.world_size <= GRID_RANKS:
+        lines += ["", describe_grid(degrees)]
     return "\n".join(lines)
 
 

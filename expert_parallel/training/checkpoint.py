@@ -24,10 +24,12 @@ from torch import Tensor, nn
 
 from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.parallelize import build_model
+from expert_parallel.model.pipeline import Pipeline
 from expert_parallel.model.transformer import ModelConfig, Transformer
-from expert_parallel.moe.parameters import fill, full_tensor, logical_parameters
+from expert_parallel.moe.parameters import fill, logical_parameters
 from expert_parallel.runtime import Runtime
 from expert_parallel.settings import Settings
+from expert_parallel.training.grads import is_first_holder
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -42,7 +44,7 @@ class CheckpointConfig(Settings):
 
 def save_checkpoint(
     folder: Path,
-    model: Transformer,
+    model: Transformer | Pipeline,
     optimizer: torch.optim.Optimizer,
     mesh: ParallelMesh,
     runtime: Runtime,
@@ -85,7 +87,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: Transformer, optimizer: torch.optim.Optimizer | None, runtime: Runtime | None = None
+    path: Path, model: Transformer | Pipeline, optimizer: torch.optim.Optimizer | None, runtime: Runtime | None = None
 ) -> dict[str, Any]:
     """Fills model and optimizer, whatever layout they are in, and returns the manifest.
 
@@ -106,14 +108,14 @@ def load_checkpoint(
     for name, buffer in _saved_buffers(model):
         fill(buffer, reader.read(f"weights/{name}"))
     for logical in logical_parameters(model):
-        fill(logical.parameter, logical.join([reader.read(f"weights/{name}") for name in logical.names]))
+        logical.fill(logical.parameter, [reader.read(f"weights/{name}") for name in logical.names])
         if optimizer is None:
             continue
         state = optimizer.state[logical.parameter]
         state["step"] = torch.tensor(float(manifest["step"]))
         for moment in MOMENTS:
             state[moment] = torch.zeros_like(logical.parameter, requires_grad=False)
-            fill(state[moment], logical.join([reader.read(f"{moment}/{name}") for name in logical.names]))
+            logical.fill(state[moment], [reader.read(f"{moment}/{name}") for name in logical.names])
     return manifest
 
 
@@ -132,22 +134,27 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _tensors_to_write(model: Transformer, optimizer: torch.optim.Optimizer, mesh: ParallelMesh) -> dict[str, Tensor]:
-    """This rank's part: rank 0 writes the dense tensors, the first replica of each expert writes that expert."""
-    writes_dense, writes_experts = mesh.rank == 0, mesh.holds_first_replica
-    tensors = {f"weights/{name}": buffer.cpu() for name, buffer in _saved_buffers(model) if writes_dense}
+def _tensors_to_write(
+    model: Transformer | Pipeline, optimizer: torch.optim.Optimizer, mesh: ParallelMesh
+) -> dict[str, Tensor]:
+    """This rank's part: each logical tensor is written by the first rank that holds it, or its first slice."""
+    tensors = {f"weights/{name}": buffer.cpu() for name, buffer in _saved_buffers(model) if mesh.stage_rank == 0}
     for logical in logical_parameters(model):
         state = optimizer.state[logical.parameter]
         parts = {"weights": logical.parameter.detach(), **{moment: state[moment] for moment in MOMENTS}}
+        is_first_slice = logical.slice is None or logical.slice.index == 0
+        writes = is_first_slice and is_first_holder(logical, mesh, sharded=False)
         for part, value in parts.items():
-            split = logical.split(full_tensor(value))
-            if writes_experts if logical.is_expert else writes_dense:
-                tensors.update({f"{part}/{name}": tensor.cpu().contiguous().clone() for name, tensor in split.items()})
+            whole = logical.whole(value)  # a collective: every rank takes part
+            if writes:
+                tensors.update({f"{part}/{name}": tensor.cpu().contiguous().clone() for name, tensor in whole.items()})
     return tensors
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name.endswith("balance_bias_E"))
+    """Balance biases, with the names that they have in the whole model."""
+    for part in model if isinstance(model, nn.ModuleList) else [model]:
+        yield from ((name, buffer) for name, buffer in part.named_buffers() if name.endswith("balance_bias_E"))
 
 
 def _expected_names(config: ModelConfig, optimizer: torch.optim.Optimizer | None) -> dict[str, list[int]]:
@@ -177,7 +184,7 @@ def _write_manifest(folder: Path, step: int, config: dict[str, Any], expected: d
 
 
 def _check_names(
-    path: Path, manifest: dict[str, Any], model: Transformer, optimizer: torch.optim.Optimizer | None
+    path: Path, manifest: dict[str, Any], model: Transformer | Pipeline, optimizer: torch.optim.Optimizer | None
 ) -> None:
     found = {name: entry["shape"] for name, entry in manifest["tensors"].items()}
     if optimizer is None:

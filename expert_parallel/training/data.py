@@ -296,6 +296,10 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         return MicroBatch(self.inputs_BS.to(device), self.targets_BS.to(device), self.sequence_index_B.to(device))
 
+    def at(self, positions_S: Tensor) -> "MicroBatch":
+        """Some positions of each sequence."""
+        return MicroBatch(self.inputs_BS[:, positions_S], self.targets_BS[:, positions_S], self.sequence_index_B)
+
 
 def shard_bounds(total: int, num_ranks: int, rank: int) -> tuple[int, int]:
     """(first, count) of this rank's run of `total` items; the first ranks hold one more where it does not divide."""

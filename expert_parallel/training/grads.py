@@ -1,49 +1,68 @@
 """The one place that reduces and norms gradients.
 
 Every rank back-propagates its own tokens' share of the global loss, so every reduction is a SUM. The all-to-all's
-backward has already brought each expert the gradients of all tokens of its expert-parallel group; what is left is
-the sum over the ranks that hold the same parameter: dp for dense ones, edp for experts. Under FSDP2 (`sharded`) the
-same sums are made by its reduce-scatter.
+backward has already brought each expert the gradients of all tokens of its expert-parallel group; what is left is the
+sum over the ranks that hold the same parameter.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from expert_parallel.collectives import all_reduce_sum, group_size
+from expert_parallel.collectives import all_reduce_sum, group_rank, group_size
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.moe.parameters import local_tensor, logical_parameters
+from expert_parallel.moe.parameters import LogicalParameter, local_tensor, logical_parameters
 
 BUCKET_BYTES = 32 * 1024**2
+TIED = ("embedding.weight",)  # what the last pipeline stage may share with the first
 
 
 def reduce_gradients(model: nn.Module, mesh: ParallelMesh, *, sharded: bool) -> None:
-    """Sums the gradients of the whole step over the ranks that hold the same parameters. Under FSDP2: done already."""
+    """Sums the gradients of the whole step over the ranks that hold the same parameters, in three rounds:
+
+    1. over the data ranks: dense_group, for experts edp_group. Under FSDP2 (`sharded`): its reduce-scatter has done it.
+    2. what tp (for experts etp) does not divide, norms, routers and biases, over it, since its ranks have different
+       tokens; key and value heads that several of its ranks hold, over those.
+    3. an embedding table that the last stage shares with the first, over these two.
+    """
+    dense: list[LogicalParameter] = []
+    experts: list[LogicalParameter] = []
     for logical in logical_parameters(model):
         assert logical.parameter.grad is not None, f"{logical.names[0]} has no gradient: it is cut off from the loss"
+        (experts if logical.is_expert else dense).append(logical)
+    if not sharded:
+        _sum_in_buckets(dense, mesh.dense_group)
+        _sum_in_buckets(experts, mesh.edp_group)
+    _sum_in_buckets([logical for logical in dense if logical.slice is None], mesh.tp_group)
+    _sum_in_buckets([logical for logical in experts if logical.slice is None], mesh.etp_group)
+    _sum_in_buckets([logical for logical in dense if logical.slice and logical.slice.copies > 1], mesh.key_group)
+    _sum_in_buckets([logical for logical in dense if logical.names == TIED], mesh.tied_group)
+
+
+def is_first_holder(logical: LogicalParameter, mesh: ParallelMesh, *, sharded: bool) -> bool:
+    """Whether this rank is the first of those that hold the same elements of a parameter. sharded: counting FSDP2's
+    shards as different; else as one."""
+    data, divided = (mesh.edp_group, mesh.etp_group) if logical.is_expert else (mesh.dense_group, mesh.tp_group)
+    is_first_part = group_rank(divided) == 0 if logical.slice is None else logical.slice.is_first_copy
+    is_first_replica = group_rank(data) == 0
     if sharded:
-        return
-    dense = [p.parameter.grad for p in logical_parameters(model) if not p.is_expert]
-    experts = [p.parameter.grad for p in logical_parameters(model) if p.is_expert]
-    _sum_in_buckets(dense, mesh.dp_group)
-    _sum_in_buckets(experts, mesh.edp_group)
+        over = mesh.expert_mesh if logical.is_expert else mesh.dense_mesh
+        assert over is not None
+        is_first_replica = over.ndim == 1 or over.get_local_rank("replicas") == 0
+    is_copy = logical.names == TIED and group_rank(mesh.tied_group) > 0
+    return is_first_replica and is_first_part and not is_copy
 
 
 def global_norm(model: nn.Module, mesh: ParallelMesh, *, sharded: bool) -> Tensor:
-    """L2 norm of the gradient of the whole model, each shard of each parameter counted once. float64 scalar.
-
-    Replicated: dense gradients are equal on all ranks and counted here, experts are summed over ep. Sharded: every
-    rank holds a part of its own of everything; summed over all ranks.
-    """
-    dense = _square_sum(p.parameter.grad for p in logical_parameters(model) if not p.is_expert)
-    experts = _square_sum(p.parameter.grad for p in logical_parameters(model) if p.is_expert)
-    device = next(model.parameters()).device
-    dense, experts = dense.to(device), experts.to(device)
-    if sharded:
-        return all_reduce_sum(dense + experts, mesh.dp_group).sqrt()
-    return (dense + all_reduce_sum(experts, mesh.ep_group)).sqrt()
+    """L2 norm of the gradient of the whole model, each element counted once. float64 scalar, the same on all ranks."""
+    total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+    for logical in logical_parameters(model):
+        assert logical.parameter.grad is not None
+        if is_first_holder(logical, mesh, sharded=sharded):
+            total += torch.linalg.vector_norm(local_tensor(logical.parameter.grad)).double().square()
+    return all_reduce_sum(total, dist.group.WORLD).sqrt()
 
 
 def clip_gradients(model: nn.Module, norm: Tensor, limit: float) -> None:
@@ -54,18 +73,12 @@ def clip_gradients(model: nn.Module, norm: Tensor, limit: float) -> None:
         grad.mul_(factor.to(grad.dtype))
 
 
-def _square_sum(grads: Iterable[Tensor | None]) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64)
-    for grad in grads:
-        assert grad is not None
-        total = total.to(grad.device) + torch.linalg.vector_norm(local_tensor(grad)).double().square()
-    return total
-
-
-def _sum_in_buckets(grads: list[Tensor | None], group: dist.ProcessGroup) -> None:
+def _sum_in_buckets(logicals: list[LogicalParameter], group: dist.ProcessGroup | None) -> None:
+    """In place, over a group of which every rank holds the same of them."""
     if group_size(group) == 1:
         return
-    for bucket in _buckets([grad for grad in grads if grad is not None]):
+    grads = [local_tensor(logical.parameter.grad) for logical in logicals if logical.parameter.grad is not None]
+    for bucket in _buckets(grads):
         flat = torch.cat([grad.flatten() for grad in bucket])
         dist.all_reduce(flat, group=group)
         for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):

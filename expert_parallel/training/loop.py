@@ -13,8 +13,9 @@ from torch import Tensor
 
 from expert_parallel.collectives import gather_text
 from expert_parallel.config import Config, dump_config
-from expert_parallel.mesh import ParallelDegrees, ParallelMesh, build_mesh, node_grid
-from expert_parallel.model.parallelize import build_model
+from expert_parallel.mesh import ParallelMesh
+from expert_parallel.model.pipeline import Pipeline
+from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.model.transformer import Transformer
 from expert_parallel.moe.plan import RouterReplay
 from expert_parallel.runtime import Runtime, UserError
@@ -29,9 +30,9 @@ from expert_parallel.training.data import (
 )
 from expert_parallel.training.generate import generate
 from expert_parallel.training.metrics import Metrics, MetricsWriter, memory_metrics, progress_line, step_metrics
-from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.replay import MoEPlace, PlayConfig, RecordConfig, load_choices, save_choices
-from expert_parallel.training.step import DTYPES, StepReport, evaluate, train_step
+from expert_parallel.training.setup import build, check_world, describe_degrees
+from expert_parallel.training.step import StepReport, evaluate, train_step
 
 # What a checkpoint's weights and data position are counted in.
 FIXED_SETTINGS = ("model.", "seed", "training.global_batch", "training.sequence_length")
@@ -91,7 +92,7 @@ class Run:
     config: Config
     runtime: Runtime
     mesh: ParallelMesh
-    model: Transformer
+    model: Transformer | Pipeline
     optimizer: torch.optim.Optimizer
     sampler: TokenSampler
     held_out: Tensor  # sequences, the same on all ranks
@@ -100,6 +101,11 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.config.run.folder)
+
+    @property
+    def own_positions(self) -> Tensor:
+        """Of each sequence, those that this rank has."""
+        return SequencePlace.of(self.mesh).own(self.config.training.sequence_length)
 
     def say(self, text: str) -> None:
         if self.runtime.rank == 0:
@@ -135,14 +141,16 @@ class Run:
             moe = self.config.model.moe
             assert moe is not None
             choices = moe.router.num_choices(moe.num_experts)
-            place = MoEPlace(self.config.model.moe_layers, moe.num_experts, choices)
-            return self.runtime.together(lambda: load_choices(routing, step, batches, place))
+            place = MoEPlace(self.config.model.moe_layers, moe.num_experts, choices, self.own_positions)
+            own = [batch.at(self.own_positions) for batch in batches]
+            return self.runtime.together(lambda: load_choices(routing, step, own, place))
         return None if routing is None else RouterReplay()
 
     def save_replay(self, step: int, batches: list[MicroBatch], replay: RouterReplay | None) -> None:
         routing = self.config.training.routing
         if isinstance(routing, RecordConfig) and replay is not None:
-            self.runtime.together(lambda: save_choices(routing, step, self.runtime.rank, batches, replay))
+            own = [batch.at(self.own_positions) for batch in batches]
+            self.runtime.together(lambda: save_choices(routing, step, self.runtime.rank, own, replay))
 
     def evaluate(self, step: int) -> Metrics:
         """Held-out loss, in global batches of a micro-step's size; the last may leave ranks without a sequence."""
@@ -186,52 +194,13 @@ def set_up(config: Config, runtime: Runtime) -> Run:
             "must lie on a file system that all of them share"
         )
 
-    moe = config.model.moe
-    mesh = build_mesh(
-        degrees,
-        runtime.device.type,
-        runtime.timeout,
-        ranks_per_node=config.parallel.ranks_per_node or runtime.launch.local_world_size,
-        hierarchical=moe is not None and moe.dispatcher.kind == "hierarchical",
-    )
-    model = build_model(
-        config.model,
-        mesh,
-        sharded=config.parallel.data == "sharded",
-        dtype=DTYPES[training.dtype],
-        device=runtime.device,
-        recompute=training.recompute,
-        seed=config.seed,
-    )
-    optimizer = build_optimizer(training.optimizer, model)
+    mesh, model, optimizer = build(config, runtime, degrees)
     run = Run(config, runtime, mesh, model, optimizer, sampler, held_out, checkpoints)
     run.say(f"data: {corpus.description}")
     run.say(
-        f"ranks: {runtime.world_size} on {runtime.device.type} ({runtime.backend}), dp {degrees.dp} "
-        f"({config.parallel.data}), ep {degrees.ep}, edp {degrees.edp}"
+        f"ranks: {runtime.world_size} on {runtime.device.type} ({runtime.backend}), {describe_degrees(config, degrees)}"
     )
     return run
-
-
-def check_world(config: Config, runtime: Runtime) -> ParallelDegrees:
-    """The degrees for the ranks that run, or a ValueError that names the setting and the numbers."""
-    config.check_backend(runtime.device.type)
-    return check_degrees(config, runtime.world_size, runtime.launch.local_world_size)
-
-
-def check_degrees(config: Config, world_size: int, ranks_per_node: int | None = None) -> ParallelDegrees:
-    """The degrees for `world_size` ranks, wherever they may be. ranks_per_node: as the launcher says, if there is
-    one."""
-    degrees = ParallelDegrees(world_size, ep=config.parallel.ep)
-    if config.model.moe is not None and config.model.moe.dispatcher.kind == "hierarchical":
-        node_grid(degrees, config.parallel.ranks_per_node or ranks_per_node or world_size)
-    micro = config.training.global_batch // config.training.micro_steps
-    if micro < degrees.dp:
-        raise ValueError(
-            f"training.global_batch / training.micro_steps ({micro} sequences) is smaller than the number of data "
-            f"ranks ({degrees.dp}): some would have nothing to do"
-        )
-    return degrees
 
 
 def open_folder(config: Config, rank: int) -> list[Path]:
@@ -268,7 +237,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def sample_text(config: Config, model: Transformer, mesh: ParallelMesh) -> str:
+def sample_text(config: Config, model: Transformer | Pipeline, mesh: ParallelMesh) -> str:
     sample = config.run.sample
     assert sample is not None
     text = generate(
@@ -278,7 +247,7 @@ def sample_text(config: Config, model: Transformer, mesh: ParallelMesh) -> str:
         temperature=sample.temperature,
         window=config.training.sequence_length,
         seed=config.seed,
-        group=mesh.dp_group,
+        mesh=mesh,
     )
     return text.decode(errors="replace")
 

@@ -29,11 +29,13 @@ _TENSORS = tuple(field.name for field in fields(Choices) if field.name != "padde
 
 @dataclass(frozen=True)
 class MoEPlace:
-    """What a record must fit: the numbers of the MoE blocks, their experts, and a token's choices."""
+    """What a record must fit: the numbers of the MoE blocks, their experts, a token's choices, and the positions of
+    sequences that this rank has."""
 
     layers: list[int]
     num_experts: int
     num_choices: int
+    positions_S: Tensor
 
 
 class RecordConfig(Settings):
@@ -56,8 +58,8 @@ RoutingConfig = Annotated[RecordConfig | PlayConfig, Field(discriminator="kind")
 def save_choices(
     config: RecordConfig, step: int, rank: int, batches: Sequence[MicroBatch], replay: RouterReplay
 ) -> None:
-    """ValueError where the folder cannot be written. The tokens are kept with their choices, so that other data are
-    found out."""
+    """batches: of this rank's own positions alone, here and below. ValueError where the folder cannot be written. The
+    tokens are kept with their choices, so that other data are found out."""
     tensors = {
         f"{micro_step}.{layer}.{name}": getattr(choices, name).cpu().contiguous()
         for (_, micro_step, layer), choices in replay.recorded.items()
@@ -95,13 +97,13 @@ def load_choices(config: PlayConfig, step: int, batches: Sequence[MicroBatch], m
             f"{where}: {len(found)} passes through MoE layers were recorded and {len(expected)} are to be played "
             f"(training.micro_steps {len(batches)}, MoE blocks {', '.join(map(str, moe.layers))})"
         )
-    indices = torch.cat([part[min(found)] for part in parts])
+    indices = torch.cat([part[min(found)] for part in parts if min(found) in part])
     if len(indices.unique()) < len(indices):
         raise ValueError(f"{where} was recorded twice, on different numbers of ranks: record into an empty folder")
     recorded = {}
     for number, batch in enumerate(batches):
         for layer in moe.layers:
-            choices, tokens_T = _rows(parts, number, layer, batch)
+            choices, tokens_T = _rows(parts, number, layer, batch, moe.positions_S)
             if tokens_T is None:
                 raise ValueError(
                     f"{where} does not hold all of this rank's tokens: a rank's file is missing, or "
@@ -121,10 +123,14 @@ def load_choices(config: PlayConfig, step: int, batches: Sequence[MicroBatch], m
     return RouterReplay(recorded)
 
 
-def _rows(parts: list[dict[str, Tensor]], number: int, layer: int, batch: MicroBatch) -> tuple[Choices, Tensor | None]:
+def _rows(
+    parts: list[dict[str, Tensor]], number: int, layer: int, batch: MicroBatch, positions_S: Tensor
+) -> tuple[Choices, Tensor | None]:
     """The choices of this batch's tokens, and those tokens as they were recorded; None where one is missing."""
-    whole = {name: torch.cat([part[f"{number}.{layer}.{name}"] for part in parts]) for name in _TENSORS}
-    index_T = global_index(batch.sequence_index_B, batch.inputs_BS.shape[1]).cpu()
+    key = f"{number}.{layer}"
+    parts = [part for part in parts if f"{key}.index_T" in part]  # pipeline stages have layers of their own
+    whole = {name: torch.cat([part[f"{key}.{name}"] for part in parts]) for name in _TENSORS}
+    index_T = global_index(batch.sequence_index_B.cpu(), len(positions_S), positions_S)
     index_G, order_G = whole["index_T"].sort()
     place_T = torch.searchsorted(index_G, index_T)
     there_T = place_T < len(index_G)

@@ -1,24 +1,24 @@
 """One training step, and evaluation: forward, backward, reduce, clip, update, and what to report of it."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from expert_parallel.collectives import all_reduce_sum
+from expert_parallel.collectives import all_reduce_sum, group_rank
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.transformer import Block, ModelOutput, Recompute, Transformer
-from expert_parallel.moe.balance import update_balance_bias
-from expert_parallel.moe.ledger import LedgerConfig
+from expert_parallel.model.pipeline import Passes, Pipeline, Stage
+from expert_parallel.model.tensor_parallel import cross_entropy_sum
+from expert_parallel.model.transformer import ModelConfig, ModelOutput, Recompute, Transformer
+from expert_parallel.moe.balance import loss_name, update_balance_bias
 from expert_parallel.moe.plan import RouterReplay, StepContext
 from expert_parallel.moe.routing import TopKRouter
-from expert_parallel.moe.totals import LayerTotals, pack, report_breaches, unpack
+from expert_parallel.moe.totals import LayerTotals, pack, packed_size, report_breaches, unpack
 from expert_parallel.settings import Settings
 from expert_parallel.training.data import MicroBatch
 from expert_parallel.training.grads import clip_gradients, global_norm, reduce_gradients
@@ -69,43 +69,54 @@ class StepReport:
 
 @dataclass
 class StepTotals:
-    """Sums over the micro-steps of one step on this rank; one all-reduce of all layers makes them the step's over all
-    ranks.
+    """Sums over the micro-steps of one step on this rank; one all-reduce of all layers, over all ranks and stages,
+    makes them the step's.
 
     Add a pass after its backward pass, if it has one, so that the ledger has seen both."""
 
-    ledger: LedgerConfig
+    config: ModelConfig
     step: int
-    sums: Tensor | None = None
-    shapes: dict[int, tuple[int, list[str]]] = field(default_factory=dict)  # by layer: experts, losses
     num_micro_steps: int = 0
+    sums: Tensor | None = None
 
     def add(self, cross_entropy: Tensor, num_tokens: int, output: ModelOutput) -> None:
+        """cross_entropy: sum over `num_tokens` of this rank, which no other rank counts."""
         self.num_micro_steps += 1
         head = cross_entropy.detach().double().view(1)
-        parts = [head, head.new_tensor([num_tokens]), *(pack(stats) for stats in output.stats.values())]
-        packed = torch.cat(parts)
+        empty = head.new_zeros(self._layer_size)
+        layers = (
+            pack(output.stats[layer]) if layer in output.stats else empty  # a layer of another stage
+            for layer in self.config.moe_layers
+        )
+        packed = torch.cat([head, head.new_tensor([num_tokens]), *layers])
         self.sums = packed if self.sums is None else self.sums + packed
-        self.shapes = {layer: (len(stats.routed_E), list(stats.losses)) for layer, stats in output.stats.items()}
 
-    def reduce(self, group: dist.ProcessGroup) -> StepReport:
+    def reduce(self) -> StepReport:
         """Raises LedgerBreach on all ranks where a layer's counts do not add up, or warns, as set."""
         assert self.sums is not None
-        head, rest = all_reduce_sum(self.sums, group).cpu().tensor_split([2])
+        head, rest = all_reduce_sum(self.sums, dist.group.WORLD).cpu().tensor_split([2])
         loss, num_tokens = float(head[0]), int(head[1])
         layers = {}
-        for (layer, (num_experts, names)), part in zip(
-            self.shapes.items(), rest.chunk(len(self.shapes) or 1), strict=False
-        ):
-            totals = unpack(part, num_experts, names)
-            report_breaches(totals, self.ledger, layer, self.step)
+        for number, layer in enumerate(self.config.moe_layers):
+            assert self.config.moe is not None
+            part = rest[number * self._layer_size :][: self._layer_size]
+            totals = unpack(part, self.config.moe.num_experts, self._loss_names)
+            report_breaches(totals, self.config.moe.ledger, layer, self.step)
             losses = {name: value / self.num_micro_steps for name, value in totals.losses.items()}
             layers[layer] = replace(totals, losses=losses)
         return StepReport(loss / max(num_tokens, 1), num_tokens, layers)
 
+    @property
+    def _loss_names(self) -> list[str]:
+        return [] if self.config.moe is None else [loss_name(loss) for loss in self.config.moe.losses]
+
+    @property
+    def _layer_size(self) -> int:
+        return 0 if self.config.moe is None else packed_size(self.config.moe.num_experts, len(self._loss_names))
+
 
 def train_step(
-    model: Transformer,
+    model: Transformer | Pipeline,
     optimizer: torch.optim.Optimizer,
     micro_batches: Iterable[MicroBatch],
     config: TrainingConfig,
@@ -118,19 +129,18 @@ def train_step(
     """Updates the model once. The loss is sum of cross entropy / all targets of the step, plus, for each MoE layer, the
     mean over micro-steps of coefficient * loss. replay: choices to take, and where those made are recorded."""
     model.train()
-    sharded = isinstance(model, FSDPModule)
+    batches = list(micro_batches)
+    contexts = [
+        StepContext(seed, step, micro_step, 0, mesh.stage_rank, batch.sequence_index_B, replay=replay)
+        for micro_step, batch in enumerate(batches)
+    ]
     num_targets = config.global_batch * config.sequence_length
-    totals = StepTotals(ledger_of(model), step)
-    for micro_step, batch in enumerate(micro_batches):
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(micro_step == config.micro_steps - 1)
-        context = StepContext(seed, step, micro_step, 0, mesh.dp_rank, batch.sequence_index_B, replay=replay)
-        output: ModelOutput = model(batch.inputs_BS, context)
-        cross_entropy = cross_entropy_sum(output.logits, batch.targets_BS)
-        auxiliary = sum((loss for losses in output.losses.values() for loss in losses.values()), torch.zeros(()))
-        (cross_entropy / num_targets + auxiliary / config.micro_steps).backward()
-        totals.add(cross_entropy, batch.targets_BS.numel(), output)
+    totals = StepTotals(model.config, step)
+    passes = run_pipeline if isinstance(model, Pipeline) else run_micro_steps
+    for cross_entropy, num_tokens, output in passes(model, batches, contexts, num_targets, mesh):  # type: ignore[arg-type]
+        totals.add(cross_entropy, num_tokens, output)
 
+    sharded = is_sharded(model)
     reduce_gradients(model, mesh, sharded=sharded)
     norm = global_norm(model, mesh, sharded=sharded)
     if config.clip_norm is not None:
@@ -141,43 +151,92 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
-    report = totals.reduce(mesh.dp_group)
+    report = totals.reduce()
     update_balance_biases(model, report)
     return StepReport(report.loss, report.num_tokens, report.layers, float(norm), rate)
 
 
+Pass = tuple[
+    Tensor, int, ModelOutput
+]  # cross entropy and number of the tokens that this rank counts; what was computed
+
+
+def run_micro_steps(
+    model: Transformer, batches: list[MicroBatch], contexts: list[StepContext], num_targets: int, mesh: ParallelMesh
+) -> Iterator[Pass]:
+    """Forward and backward, one micro-step after the other."""
+    for batch, context in zip(batches, contexts, strict=True):
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(context.micro_step == len(batches) - 1)
+        output: ModelOutput = model(batch.inputs_BS, context)
+        cross_entropy, counted, num_tokens = count_cross_entropy(model, output, batch, mesh)
+        balance = sum((loss for losses in output.losses.values() for loss in losses.values()), torch.zeros(()))
+        (cross_entropy / num_targets + balance / len(batches)).backward()
+        yield counted, num_tokens, output
+
+
+def run_pipeline(
+    model: Pipeline, batches: list[MicroBatch], contexts: list[StepContext], num_targets: int, mesh: ParallelMesh
+) -> Iterator[Pass]:
+    """Forward and backward of all micro-steps, in the order of the pipeline's schedule."""
+    counted = [(torch.zeros((), device=batch.inputs_BS.device), 0) for batch in batches]
+
+    def cross_entropy_of(stage: Stage, output: ModelOutput, number: int) -> Tensor:
+        cross_entropy, own, num_tokens = count_cross_entropy(stage, output, batches[number], mesh)
+        counted[number] = (own.detach(), num_tokens)
+        return cross_entropy / num_targets
+
+    passes = Passes([batch.inputs_BS for batch in batches], contexts, cross_entropy_of)
+    model.forward_backward(passes)
+    for (own, num_tokens), stats in zip(counted, passes.stats, strict=True):
+        yield own, num_tokens, ModelOutput(own, {}, stats, {})
+
+
+def count_cross_entropy(
+    model: Transformer | Pipeline, output: ModelOutput, batch: MicroBatch, mesh: ParallelMesh
+) -> tuple[Tensor, Tensor, int]:
+    """The sum of cross entropy, nats, over the positions of this rank; what of it this rank counts, and of how many
+    tokens: tensor parallel ranks all have the same."""
+    positions_S = model.place.context(batch.targets_BS.shape[1]).to(batch.targets_BS.device)
+    targets_BS = batch.targets_BS[:, positions_S]
+    cross_entropy = cross_entropy_sum(output.logits, targets_BS, mesh.tp_group, model.config.vocab_size)
+    if group_rank(mesh.tp_group) > 0:
+        return cross_entropy, torch.zeros_like(cross_entropy), 0
+    return cross_entropy, cross_entropy, targets_BS.numel()
+
+
 @torch.no_grad()
-def evaluate(model: Transformer, micro_batches: Iterable[MicroBatch], mesh: ParallelMesh, *, seed: int) -> StepReport:
+def evaluate(
+    model: Transformer | Pipeline, micro_batches: Iterable[MicroBatch], mesh: ParallelMesh, *, seed: int
+) -> StepReport:
     """Mean cross entropy over all ranks' sequences. Every rank must bring the same number of batches, empty or not."""
     model.eval()
-    totals = StepTotals(ledger_of(model), 0)
+    totals = StepTotals(model.config, 0)
     for micro_step, batch in enumerate(micro_batches):
-        context = StepContext(seed, 0, micro_step, 0, mesh.dp_rank, batch.sequence_index_B)
+        context = StepContext(seed, 0, micro_step, 0, mesh.stage_rank, batch.sequence_index_B)
         output: ModelOutput = model(batch.inputs_BS, context)
-        totals.add(cross_entropy_sum(output.logits, batch.targets_BS), batch.targets_BS.numel(), output)
+        if isinstance(model, Pipeline) and not model.has_logits:
+            totals.add(torch.zeros((), device=output.logits.device), 0, output)
+            continue
+        _, counted, num_tokens = count_cross_entropy(model, output, batch, mesh)
+        totals.add(counted, num_tokens, output)
     forget_gathered_weights(model)
-    return totals.reduce(mesh.dp_group)
+    return totals.reduce()
 
 
-def ledger_of(model: Transformer) -> LedgerConfig:
-    return LedgerConfig() if model.config.moe is None else model.config.moe.ledger
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def forget_gathered_weights(model: Transformer) -> None:
-    """FSDP2 keeps the outermost weights whole after a forward pass, for a backward pass that evaluation never makes."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+def forget_gathered_weights(model: nn.Module) -> None:
+    """FSDP2 keeps weights whole after a forward pass, for a backward pass that evaluation never makes."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
-def cross_entropy_sum(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    """Sum of -log p(target), nats, in float32 or wider."""
-    wide = logits_BSV.to(torch.promote_types(torch.float32, logits_BSV.dtype))
-    return F.cross_entropy(wide.flatten(0, 1), targets_BS.flatten(), reduction="sum")
-
-
-def update_balance_biases(model: Transformer, report: StepReport) -> None:
-    for layer, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
+def update_balance_biases(model: Transformer | Pipeline, report: StepReport) -> None:
+    for layer, block in model.local_blocks():
         router = None if block.moe is None else block.moe.router
         if isinstance(router, TopKRouter) and router.balance_bias_E is not None:
             routed_E = report.layers[layer].routed_E.to(router.balance_bias_E.device)

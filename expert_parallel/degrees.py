@@ -1,0 +1,245 @@
+"""Degrees of parallelism, as validated numbers, and which rank stands where. Pure arithmetic: no process groups.
+
+The ranks lie in two grids over the same numbers ("parallel folding", Liu et al. 2025): pp, dp, cp, tp for the dense
+parts, and within each pipeline stage edp, ep, etp for the experts. Default order: pp outermost, tp (etp) innermost, so
+that what talks most shares a node.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from expert_parallel.settings import Settings
+
+Order = tuple[str, ...]
+DENSE_ORDER: Order = ("pp", "dp", "cp", "tp")
+EXPERT_ORDER: Order = ("edp", "ep", "etp")
+Degree = Annotated[int, Field(ge=1)]
+
+
+class ReplicatedConfig(Settings):
+    """All data ranks keep all weights of their part of the model."""
+
+    kind: Literal["replicated"] = "replicated"
+
+
+class ShardedConfig(Settings):
+    """Weights, gradients and optimizer state are divided over the data ranks (FSDP2): dense ones over dp x cp, experts
+    over edp.
+
+    shards: over so many neighbouring ranks of dp x cp; the others hold replicas (hybrid: sharded within a node,
+    replicated between). Default: all. expert_shards: the same for edp; default: as many as lie within the ranks that
+    `shards` takes. reshard_after_forward: weights are gathered again for the backward pass: less memory, more bytes.
+    """
+
+    kind: Literal["sharded"]
+    shards: Degree | None = None
+    expert_shards: Degree | None = None
+    reshard_after_forward: bool = True
+
+
+class OneForwardOneBackwardConfig(Settings):
+    """Each rank one stage; its forward and backward passes alternate. Narayanan et al. 2021, section 2.2.1."""
+
+    kind: Literal["1f1b"] = "1f1b"
+
+
+class InterleavedConfig(Settings):
+    """Each rank several stages, dealt out in turn: a smaller bubble, more exchanges. Narayanan et al. 2021, 2.2.2."""
+
+    kind: Literal["interleaved"]
+    stages_per_rank: int = Field(default=2, ge=2)
+
+
+class ParallelConfig(Settings):
+    """dp and edp are what is left of the world: world = dp * cp * tp * pp = edp * ep * etp * pp.
+
+    order, expert_order: the grids' axes, outermost first.
+    """
+
+    cp: Degree = Field(default=1, description="context parallel: ranks over which each sequence is divided")
+    tp: Degree = Field(default=1, description="tensor parallel: ranks over which dense matrices are divided")
+    pp: Degree = Field(default=1, description="pipeline parallel: ranks over which the blocks are divided")
+    ep: Degree = Field(default=1, description="expert parallel: ranks over which the experts are divided")
+    etp: Degree = Field(default=1, description="expert tensor parallel: ranks over which each expert is divided")
+    order: list[Literal["pp", "dp", "cp", "tp"]] = Field(default_factory=lambda: list(DENSE_ORDER))  # type: ignore[arg-type]
+    expert_order: list[Literal["edp", "ep", "etp"]] = Field(default_factory=lambda: list(EXPERT_ORDER))  # type: ignore[arg-type]
+    ranks_per_node: Degree | None = Field(
+        default=None, description="consecutive ranks that share a machine; default: as the launcher says"
+    )
+    data: Annotated[ReplicatedConfig | ShardedConfig, Field(discriminator="kind")] = ReplicatedConfig()
+    pipeline: Annotated[OneForwardOneBackwardConfig | InterleavedConfig, Field(discriminator="kind")] = (
+        OneForwardOneBackwardConfig()
+    )
+
+    @model_validator(mode="after")
+    def _name_each_axis_once(self) -> "ParallelConfig":
+        for name, order, axes in (
+            ("order", self.order, DENSE_ORDER),
+            ("expert_order", self.expert_order, EXPERT_ORDER),
+        ):
+            if sorted(order) != sorted(axes):
+                raise ValueError(f"{name} is {', '.join(order)}: it must name each of {', '.join(axes)} once")
+        return self
+
+    @property
+    def stages_per_rank(self) -> int:
+        return self.pipeline.stages_per_rank if isinstance(self.pipeline, InterleavedConfig) else 1
+
+    def degrees(self, world_size: int) -> "ParallelDegrees":
+        """ValueError where the world does not fit."""
+        degrees = ParallelDegrees(
+            world_size, self.cp, self.tp, self.pp, self.ep, self.etp, tuple(self.order), tuple(self.expert_order)
+        )
+        if isinstance(self.data, ShardedConfig):
+            shard_counts(self.data, degrees)
+        return degrees
+
+
+@dataclass(frozen=True)
+class ParallelDegrees:
+    """world = dp * cp * tp * pp = edp * ep * etp * pp. dp and edp are derived."""
+
+    world_size: int
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+    order: Order = DENSE_ORDER
+    expert_order: Order = EXPERT_ORDER
+
+    def __post_init__(self) -> None:
+        for kind, names in (("dense parts", ("cp", "tp", "pp")), ("experts", ("ep", "etp", "pp"))):
+            product = math.prod(getattr(self, name) for name in names)
+            if self.world_size % product:
+                factors = " * ".join(
+                    f"parallel.{name} ({getattr(self, name)})" for name in names if getattr(self, name) > 1
+                )
+                raise ValueError(
+                    f"the world size ({self.world_size}) is not a multiple of {factors}: one copy of the "
+                    f"{kind} takes {product} ranks"
+                )
+
+    @property
+    def dp(self) -> int:
+        return self.world_size // (self.cp * self.tp * self.pp)
+
+    @property
+    def edp(self) -> int:
+        return self.world_size // (self.ep * self.etp * self.pp)
+
+    def __str__(self) -> str:
+        """As `dp 2, cp 1, tp 4, pp 1 | edp 4, ep 2, etp 1`."""
+        dense = ", ".join(f"{axis} {getattr(self, axis)}" for axis in ("dp", "cp", "tp", "pp"))
+        return f"{dense} | " + ", ".join(f"{axis} {getattr(self, axis)}" for axis in EXPERT_ORDER)
+
+
+def rank_grids(degrees: ParallelDegrees) -> tuple[Tensor, Tensor]:
+    """The ranks as [pp, dp, cp, tp] and as [pp, edp, ep, etp], int64, from one arange: each rank's place is arithmetic.
+
+    >>> rank_grids(ParallelDegrees(world_size=4, tp=2, ep=2))[0].squeeze().tolist()
+    [[0, 1], [2, 3]]
+    """
+    sizes = [getattr(degrees, axis) for axis in degrees.order]
+    dense = torch.arange(degrees.world_size).view(sizes)
+    dense = dense.permute([degrees.order.index(axis) for axis in DENSE_ORDER]).contiguous()
+    stages = dense.flatten(1).sort(dim=1).values
+    sizes = [getattr(degrees, axis) for axis in degrees.expert_order]
+    places = [1 + degrees.expert_order.index(axis) for axis in EXPERT_ORDER]
+    return dense, stages.view(degrees.pp, *sizes).permute(0, *places).contiguous()
+
+
+# Each group's name -> the grid it lies in, and the axes along which its ranks differ.
+GROUPS: dict[str, tuple[Order, Order]] = {
+    "pp": (DENSE_ORDER, ("pp",)),
+    "dp": (DENSE_ORDER, ("dp",)),
+    "cp": (DENSE_ORDER, ("cp",)),
+    "tp": (DENSE_ORDER, ("tp",)),
+    "stage": (DENSE_ORDER, ("dp", "cp", "tp")),
+    "dense": (DENSE_ORDER, ("dp", "cp")),
+    "sequence": (DENSE_ORDER, ("cp", "tp")),
+    "edp": (("pp", *EXPERT_ORDER), ("edp",)),
+    "ep": (("pp", *EXPERT_ORDER), ("ep",)),
+    "etp": (("pp", *EXPERT_ORDER), ("etp",)),
+}
+
+
+def grid(degrees: ParallelDegrees) -> dict[str, list[list[int]]]:
+    """The ranks of every group, by name, each in ascending order.
+
+    >>> {axis: groups for axis, groups in grid(ParallelDegrees(world_size=4, ep=2)).items() if axis in ("ep", "edp")}
+    {'edp': [[0, 2], [1, 3]], 'ep': [[0, 1], [2, 3]]}
+    """
+    dense, experts = rank_grids(degrees)
+    return {
+        name: _along(dense if all_axes == DENSE_ORDER else experts, all_axes, axes)
+        for name, (all_axes, axes) in GROUPS.items()
+    }
+
+
+def _along(ranks: Tensor, all_axes: Order, axes: Order) -> list[list[int]]:
+    moved = ranks.movedim([all_axes.index(axis) for axis in axes], list(range(-len(axes), 0)))
+    return moved.flatten(-len(axes)).flatten(0, -2).sort(dim=1).values.tolist()
+
+
+def place_of(degrees: ParallelDegrees, rank: int) -> dict[str, int]:
+    """The coordinates of a rank on every axis of both grids."""
+    dense, experts = rank_grids(degrees)
+    coordinates = dict(zip(DENSE_ORDER, (dense == rank).nonzero()[0].tolist(), strict=True))
+    return coordinates | dict(zip(EXPERT_ORDER, (experts == rank).nonzero()[0, 1:].tolist(), strict=True))
+
+
+def describe_grid(degrees: ParallelDegrees) -> str:
+    """A table: which rank stands where."""
+    axes = [*DENSE_ORDER, *EXPERT_ORDER]
+    lines = ["rank  " + " ".join(f"{axis:>4}" for axis in axes)]
+    for rank in range(degrees.world_size):
+        place = place_of(degrees, rank)
+        lines.append(f"{rank:>4}  " + " ".join(f"{place[axis]:>4}" for axis in axes))
+    return "\n".join(lines)
+
+
+def shard_counts(config: ShardedConfig, degrees: ParallelDegrees) -> tuple[int, int]:
+    """Over how many ranks dense weights are sharded, and experts."""
+    dense = degrees.dp * degrees.cp
+    shards = config.shards or dense
+    if dense % shards:
+        raise ValueError(
+            f"parallel.data.shards ({shards}) does not divide the {dense} ranks of dp x cp that hold the same weights"
+        )
+    within = max(1, shards * degrees.tp // (degrees.ep * degrees.etp))
+    expert_shards = config.expert_shards or (degrees.edp if config.shards is None else math.gcd(degrees.edp, within))
+    if degrees.edp % expert_shards:
+        raise ValueError(
+            f"parallel.data.expert_shards ({expert_shards}) does not divide the {degrees.edp} ranks of edp that hold "
+            "the same experts"
+        )
+    return shards, expert_shards
+
+
+def node_grid(degrees: ParallelDegrees, ranks_per_node: int) -> dict[str, list[list[int]]]:
+    """The ranks of every node and rail group. ValueError where an expert-parallel group does not lie on its nodes in
+    equal parts.
+
+    >>> node_grid(ParallelDegrees(world_size=4, ep=4), ranks_per_node=2)
+    {'node': [[0, 1], [2, 3]], 'rail': [[0, 2], [1, 3]]}
+    """
+    nodes, rails = [], []
+    for ranks in grid(degrees)["ep"]:
+        parts: dict[int, list[int]] = {}
+        for rank in ranks:
+            parts.setdefault(rank // ranks_per_node, []).append(rank)
+        nodes += list(parts.values())
+        if len({len(node) for node in nodes}) > 1:
+            raise ValueError(
+                f"parallel.ep ({degrees.ep}) and the ranks of a node ({ranks_per_node}, parallel.ranks_per_node) must "
+                "divide one another for model.moe.dispatcher.kind 'hierarchical': a group fills whole nodes, or a node "
+                "whole groups"
+            )
+        rails += [list(rail) for rail in zip(*parts.values(), strict=True)]
+    return {"node": nodes, "rail": rails}

@@ -1,0 +1,225 @@
+"""Pipeline parallelism: the blocks in stages over ranks, run by torch.distributed.pipelining.
+
+Between stages travel x (B, S, D) and one vector, `balance`, in which the balance losses add up from stage to stage: so
+the last stage has the whole loss, and its gradient reaches the routers of all stages. Nothing is averaged.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterleaved1F1B
+
+from expert_parallel.collectives import all_reduce_sum, group_rank, group_size
+from expert_parallel.degrees import InterleavedConfig, OneForwardOneBackwardConfig
+from expert_parallel.mesh import ParallelMesh
+from expert_parallel.model.parallelize import build_model, split_model
+from expert_parallel.model.sequence import SequencePlace
+from expert_parallel.model.transformer import Block, ModelConfig, ModelOutput, Pooled, Transformer, pooled_losses
+from expert_parallel.moe.plan import LoadStats, StepContext
+
+PipelineConfig = OneForwardOneBackwardConfig | InterleavedConfig
+SCHEDULES = {"1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
+
+
+class Passes:
+    """The micro-steps of one step, and what the stages of this rank make of them.
+
+    tokens: (B, S) each, all of one shape. cross_entropy: of a last stage, its output and the number of the micro-step,
+    the sum divided by all targets of the step; None: forward only. stats, pooled: by micro-step and MoE block.
+    A plain object, which the schedule does not take apart but hands to every stage.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[Tensor],
+        contexts: Sequence[StepContext],
+        cross_entropy: Callable[["Stage", ModelOutput, int], Tensor] | None = None,
+    ) -> None:
+        self.tokens, self.contexts, self.cross_entropy = tokens, contexts, cross_entropy
+        self.stats: list[dict[int, LoadStats]] = [{} for _ in tokens]
+        self.pooled: list[dict[int, Pooled]] = [{} for _ in tokens]
+
+
+class Stage(Transformer):
+    """Some blocks of a Transformer, called as pipelining calls them."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor | None = None, balance: Tensor | None = None, *, micro_step: Tensor, passes: Passes
+    ) -> Any:
+        """x, balance: what the stage before returned; the first is given none. Returns the same, the last stage the
+        loss of the micro-step; a ModelOutput, forward only."""
+        number = int(micro_step)
+        output = super().forward(passes.tokens[number], passes.contexts[number], x)
+        passes.stats[number] |= output.stats
+        passes.pooled[number] |= {
+            layer: {name: (f_bE.detach(), p_bE.detach()) for name, (f_bE, p_bE) in terms.items()}
+            for layer, terms in output.pooled.items()
+        }
+        if passes.cross_entropy is None:
+            return output
+        here = self._balance_of(output, len(passes.tokens[number]))
+        balance = here if balance is None else balance + here
+        if not self.part.is_last:
+            return output.logits, balance
+        whole = self._whole_balance(balance, len(passes.tokens[number]))
+        return passes.cross_entropy(self, output, number) + whole / len(passes.tokens)
+
+    def _balance_of(self, output: ModelOutput, num_sequences: int) -> Tensor:
+        """This stage's summand: the sum of its layers' own losses; then f and P of each loss pooled over layers. A part
+        of the graph even without MoE blocks: the schedule asks for its gradient."""
+        zero = output.logits.flatten()[0].to(torch.promote_types(torch.float32, self.compute_dtype)) * 0
+        summand = zero.new_zeros(balance_size(self.config, num_sequences)) + zero
+        for layer, losses in output.losses.items():
+            terms = [term.flatten() for pair in output.pooled[layer].values() for term in pair]
+            single = sum((loss for name, loss in losses.items() if name not in output.pooled[layer]), zero)
+            summand = summand + torch.cat([single.view(1), *terms])
+        return summand
+
+    def _whole_balance(self, balance: Tensor, num_sequences: int) -> Tensor:
+        """All stages' balance losses, as one number; see balance.pool_layers."""
+        total, rest = balance[0], balance[1:]
+        for name, (blocks, experts) in pooled_shapes(self.config, num_sequences).items():
+            fraction, probability, rest = rest.tensor_split([blocks * experts, 2 * blocks * experts])
+            loss = experts * (fraction * probability).sum() / len(self.config.moe_layers) ** 2
+            total = total + pooled_losses(self.config)[name].coefficient * loss
+        return total
+
+
+def pooled_shapes(config: ModelConfig, num_sequences: int) -> dict[str, tuple[int, int]]:
+    """(blocks, E) of f and P of the losses that are pooled over layers, by name."""
+    experts = 0 if config.moe is None else config.moe.num_experts
+    return {
+        name: (num_sequences if loss.scope == "sequence" else 1, experts)
+        for name, loss in pooled_losses(config).items()
+    }
+
+
+def balance_size(config: ModelConfig, num_sequences: int) -> int:
+    """Numbers that travel for the balance losses."""
+    return 1 + sum(2 * blocks * experts for blocks, experts in pooled_shapes(config, num_sequences).values())
+
+
+class Pipeline(nn.ModuleList):
+    """This rank's stages of a model. Iterating gives the stages, in order."""
+
+    def __init__(self, stages: Sequence[Transformer], mesh: ParallelMesh, config: PipelineConfig) -> None:
+        super().__init__(stages)
+        assert mesh.pp_group is not None
+        self.group, self.kind, self.place = mesh.pp_group, config.kind, SequencePlace.of(mesh)
+        self.config: ModelConfig = stages[0].config
+        self.schedules: dict[tuple[int, ...], Any] = {}  # by the shape of a step
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter(self._modules.values())  # type: ignore[arg-type]
+
+    @property
+    def has_logits(self) -> bool:
+        return any(stage.part.is_last for stage in self)
+
+    def local_blocks(self) -> Iterator[tuple[int, Block]]:
+        return chain.from_iterable(stage.local_blocks() for stage in self)
+
+    def forward_backward(self, passes: Passes) -> None:
+        """All micro-steps of a step, forward and backward; gradients are added up."""
+        schedule = self._schedule(len(passes.tokens), *passes.tokens[0].shape)
+        numbers = torch.arange(len(passes.tokens))
+        schedule.step(target=numbers, losses=[], return_outputs=False, micro_step=numbers, passes=passes)
+        self._pool_stats(passes)
+
+    def forward(self, tokens_BS: Tensor, context: StepContext) -> ModelOutput:
+        """Forward alone, stage after stage, without a gradient; logits are those of the last stage."""
+        passes = Passes([tokens_BS], [context])
+        num_ranks, me = group_size(self.group), group_rank(self.group)
+        length = len(self.place.own(tokens_BS.shape[1]))
+        x = None
+        for stage in self:
+            if not stage.part.is_first:
+                shape = (len(tokens_BS), length, self.config.d_model)
+                x = torch.empty(shape, dtype=stage.compute_dtype, device=tokens_BS.device)
+                _exchange(dist.recv, x, self.group, (me - 1) % num_ranks)
+            output: ModelOutput = stage(x, micro_step=torch.tensor(0), passes=passes)
+            x = output.logits
+            if not stage.part.is_last:
+                _exchange(dist.send, x, self.group, (me + 1) % num_ranks)
+        assert x is not None
+        self._pool_stats(passes)
+        return ModelOutput(x, {}, passes.stats[0], {})
+
+    def _schedule(self, num_micro_steps: int, num_sequences: int, length: int) -> Any:
+        key = (num_micro_steps, num_sequences, length)
+        if key not in self.schedules:
+            stages = [self._pipeline_stage(stage, num_sequences, length) for stage in self]
+            self.schedules[key] = SCHEDULES[self.kind](
+                stages[0] if self.kind == "1f1b" else stages,
+                n_microbatches=num_micro_steps,
+                loss_fn=lambda output, target: output,
+                scale_grads=False,
+            )
+        return self.schedules[key]
+
+    def _pipeline_stage(self, stage: Stage, num_sequences: int, length: int) -> PipelineStage:
+        """With its shapes given, so that ranks need not tell each other."""
+        wide = torch.promote_types(torch.float32, stage.compute_dtype)
+        shape = (num_sequences, len(self.place.own(length)), self.config.d_model)
+        travels = (
+            torch.empty(shape, dtype=stage.compute_dtype, device="meta", requires_grad=True),
+            torch.empty(balance_size(self.config, num_sequences), dtype=wide, device="meta", requires_grad=True),
+        )
+        loss = torch.empty((), dtype=wide, device="meta", requires_grad=True)
+        return PipelineStage(
+            stage,
+            stage.part.number,
+            stage.part.num_stages,
+            next(stage.parameters()).device,
+            input_args=() if stage.part.is_first else travels,
+            output_args=loss if stage.part.is_last else travels,
+            group=self.group,
+        )
+
+    @torch.no_grad()
+    def _pool_stats(self, passes: Passes) -> None:
+        """What of a loss that is pooled over layers is each layer's, for the report: f is summed over all stages."""
+        num_layers = len(self.config.moe_layers)
+        for stats, pooled in zip(passes.stats, passes.pooled, strict=True):
+            for name, (blocks, experts) in pooled_shapes(self.config, len(passes.tokens[0])).items():
+                device = passes.tokens[0].device
+                own = [terms[name][0].double() for terms in pooled.values()]
+                fraction = sum(own, torch.zeros(blocks, experts, dtype=torch.float64, device=device))
+                fraction = all_reduce_sum(fraction, self.group) / num_layers
+                for layer, terms in pooled.items():
+                    part = experts * (fraction * terms[name][1]).sum() / num_layers
+                    stats[layer] = replace(stats[layer], losses={**stats[layer].losses, name: part})
+
+
+def _exchange(carry: Callable[..., Any], x: Tensor, group: dist.ProcessGroup, peer: int) -> None:
+    if x.numel():  # both sides know the shape
+        carry(x.contiguous(), dist.get_global_rank(group, peer), group=group)
+
+
+def build_pipeline(config: ModelConfig, mesh: ParallelMesh, *, pipeline: PipelineConfig, **settings: Any) -> Pipeline:
+    """This rank's stages: every pp-th, beginning with its own place. settings: build_model's."""
+    per_rank = pipeline.stages_per_rank if isinstance(pipeline, InterleavedConfig) else 1
+    parts = split_model(config, mesh.degrees.pp * per_rank)
+    mine = parts[mesh.pp_rank :: mesh.degrees.pp]
+    return Pipeline([build_model(config, mesh, part=part, kind=Stage, **settings) for part in mine], mesh, pipeline)
+
+
+def refuse_schedule(config: PipelineConfig, pp: int, num_micro_steps: int) -> None:
+    """ValueError where the schedule cannot run this many micro-steps."""
+    if num_micro_steps < pp:
+        raise ValueError(
+            f"training.micro_steps ({num_micro_steps}) is smaller than parallel.pp ({pp}): a pipeline needs a "
+            "micro-step or more for each of its ranks"
+        )
+    rounds = num_micro_steps // pp
+    if isinstance(config, InterleavedConfig) and num_micro_steps % rounds:
+        raise ValueError(
+            f"training.micro_steps ({num_micro_steps}) is not a multiple of {rounds}, the rounds that "
+            f"parallel.pipeline.kind 'interleaved' makes of them over parallel.pp ({pp})"
+        )

@@ -1,0 +1,178 @@
+"""Tensor and sequence parallelism, put on a Transformer from outside: Shoeybi et al. 2019, Korthikanti et al. 2022.
+
+Between the matrices every rank has its own tokens. In front of attention and the dense feed-forwards they are gathered
+over tp; each rank computes some of the heads (of the hidden columns) of all of them; the partial outputs are summed and
+scattered back. The embedding table and the logits are divided by vocabulary.
+
+Not with DTensor's styles: gated matrices lie [gate | up] side by side, key heads may be fewer than ranks, vocabularies
+need not divide evenly, and FSDP2 shards the parts that are left here as ordinary tensors.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from expert_parallel.collectives import all_reduce_sum, group_rank, group_size
+from expert_parallel.model.attention import Attention
+from expert_parallel.moe.ffn import FFN, GATED, Linear
+from expert_parallel.moe.slices import divide
+
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 gave them other names
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+class GatherTokens(torch.autograd.Function):
+    """(..., T, D) of each rank -> (..., P * T, D), in rank order, on all of them. The gradients are summed and
+    scattered."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return gather_tokens(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter_tokens(grad, ctx.group), None
+
+
+class ReduceScatterTokens(torch.autograd.Function):
+    """(..., P * T, D) of each rank -> the sum's own part (..., T, D). The gradients are gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return reduce_scatter_tokens(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return gather_tokens(grad, ctx.group), None
+
+
+def gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    rows = x.movedim(-2, 0).contiguous()
+    gathered = rows.new_empty(group_size(group) * rows.shape[0], *rows.shape[1:])
+    _gather(gathered, rows, group=group)
+    return gathered.movedim(0, -2).contiguous()
+
+
+def reduce_scatter_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    rows = x.movedim(-2, 0).contiguous()
+    own = rows.new_empty(rows.shape[0] // group_size(group), *rows.shape[1:])
+    _reduce_scatter(own, rows, group=group)
+    return own.movedim(0, -2).contiguous()
+
+
+class RowParallelLinear(Linear):
+    """The second matrix of a pair: this rank's inputs of all tokens -> whole outputs of its own tokens. The bias is
+    added once, after the sum."""
+
+    def __init__(self, whole: nn.Linear, group: dist.ProcessGroup) -> None:
+        super().__init__(whole.in_features, whole.out_features, bias=whole.bias is not None, device="meta")
+        self.group = group
+        divide(self, "weight", -1, group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        partial = F.linear(x, self.weight.to(x.dtype))
+        y = ReduceScatterTokens.apply(partial, self.group)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+class VocabularyParallelEmbedding(nn.Embedding):
+    """Looks up tokens (B, P * T) in this rank's rows of the table; zero for the others'. Returns (B, T, D): the sum's
+    own part."""
+
+    def __init__(self, whole: nn.Embedding, group: dist.ProcessGroup) -> None:
+        super().__init__(whole.num_embeddings, whole.embedding_dim, device="meta")
+        self.group = group
+        divide(self, "weight", -2, group)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        local_BS = tokens_BS - first_word(self.num_embeddings, self.group)
+        is_here_BS = (local_BS >= 0) & (local_BS < len(self.weight))
+        x_BSD = F.embedding(local_BS.clamp(0, len(self.weight) - 1), self.weight) * is_here_BS[..., None]
+        return ReduceScatterTokens.apply(x_BSD, self.group)
+
+
+def first_word(vocab_size: int, group: dist.ProcessGroup | None) -> int:
+    """The first token id of this rank's rows: parts as `tensor_split` makes them."""
+    small, larger = divmod(vocab_size, group_size(group))
+    return group_rank(group) * small + min(group_rank(group), larger)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Sum over tokens of log(sum over the vocabulary of exp(logit)) - logit of the target. Every rank has the same."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor, group: dist.ProcessGroup, vocab_size: int) -> Tensor:
+        largest_T = logits_TV.amax(1)
+        dist.all_reduce(largest_T, op=dist.ReduceOp.MAX, group=group)
+        shifted_TV = logits_TV - largest_T[:, None]
+        local_T = targets_T - first_word(vocab_size, group)
+        is_here_T = (local_T >= 0) & (local_T < logits_TV.shape[1])
+        local_T = local_T.clamp(0, logits_TV.shape[1] - 1)
+        target_T = shifted_TV.gather(1, local_T[:, None]).squeeze(1) * is_here_T
+        exp_TV = shifted_TV.exp()
+        sums_T, targets_T = all_reduce_sum(torch.stack([exp_TV.sum(1), target_T]), group)
+        ctx.save_for_backward(exp_TV / sums_T[:, None], local_T, is_here_T)
+        return (sums_T.log() - targets_T).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        softmax_TV, local_T, is_here_T = ctx.saved_tensors
+        logits_grad_TV = softmax_TV.scatter_add(1, local_T[:, None], -is_here_T[:, None].to(softmax_TV.dtype))
+        return logits_grad_TV * grad, None, None, None
+
+
+def cross_entropy_sum(
+    logits_BSV: Tensor, targets_BS: Tensor, group: dist.ProcessGroup | None = None, vocab_size: int = 0
+) -> Tensor:
+    """Sum of -log p(target), nats, in float32 or wider. group: the logits are divided over it by vocabulary, and are
+    never gathered; each of its ranks returns the whole sum."""
+    wide = logits_BSV.to(torch.promote_types(torch.float32, logits_BSV.dtype)).flatten(0, 1)
+    if group is None:
+        return F.cross_entropy(wide, targets_BS.flatten(), reduction="sum")
+    return _CrossEntropy.apply(wide, targets_BS.flatten(), group, vocab_size)
+
+
+def gather_logits(logits_BSV: Tensor, group: dist.ProcessGroup | None, vocab_size: int) -> Tensor:
+    """The whole vocabulary's, without a gradient: for generation."""
+    if group is None:
+        return logits_BSV
+    widths = [len(part) for part in torch.arange(vocab_size).tensor_split(group_size(group))]
+    padded = F.pad(logits_BSV.detach(), (0, max(widths) - logits_BSV.shape[-1])).contiguous()
+    parts = [torch.empty_like(padded) for _ in widths]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], -1)
+
+
+# ------------------------------------------------------------------------------------------------ put on from outside
+
+
+def divide_attention(attention: Attention, group: dist.ProcessGroup, kv_copies: int) -> None:
+    """Heads over the ranks; `kv_copies` neighbours hold the same key and value heads."""
+    _divide_linear(attention.query, group)
+    _divide_linear(attention.key, group, copies=kv_copies)
+    _divide_linear(attention.value, group, copies=kv_copies)
+    attention.out = RowParallelLinear(attention.out, group)
+    _gather_inputs(attention, group)
+
+
+def divide_ffn(ffn: FFN, group: dist.ProcessGroup) -> None:
+    """Hidden columns over the ranks."""
+    _divide_linear(ffn.w_in, group, blocks=2 if ffn.activation in GATED else 1)
+    ffn.w_out = RowParallelLinear(ffn.w_out, group)
+    _gather_inputs(ffn, group)
+
+
+def _divide_linear(linear: nn.Linear, group: dist.ProcessGroup, blocks: int = 1, copies: int = 1) -> None:
+    """Outputs over the ranks."""
+    divide(linear, "weight", -2, group, blocks, copies)
+    if linear.bias is not None:
+        divide(linear, "bias", -1, group, blocks, copies)
+
+
+def _gather_inputs(module: nn.Module, group: dist.ProcessGroup) -> None:
+    module.register_forward_pre_hook(lambda _, inputs: (GatherTokens.apply(inputs[0], group), *inputs[1:]))

@@ -1,0 +1,77 @@
+"""Which part of a logical tensor a rank holds, where tensor parallel or expert tensor parallel divides it."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from expert_parallel.collectives import all_gather_rows, group_rank, group_size
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Part `index` of `parts` of dimension `dim`, which is `size` long in the logical tensor.
+
+    dim: counted from the end (-1 is the last), so that it means the same for one expert and for a stack of them.
+    blocks: the dimension is so many equal blocks side by side ([gate | up]), each divided alike.
+    copies: so many neighbouring ranks of `group` hold the same part (a key head that several ranks share).
+    group: the ranks that hold the whole together, in order of their parts. Parts may differ by one in size.
+    """
+
+    dim: int
+    size: int
+    group: dist.ProcessGroup
+    blocks: int = 1
+    copies: int = 1
+
+    @property
+    def parts(self) -> int:
+        return group_size(self.group) // self.copies
+
+    @property
+    def index(self) -> int:
+        return group_rank(self.group) // self.copies
+
+    @property
+    def is_first_copy(self) -> bool:
+        return group_rank(self.group) % self.copies == 0
+
+    def take(self, full: Tensor) -> Tensor:
+        """This rank's part of a tensor that is whole in `dim`."""
+        assert full.shape[self.dim] == self.size, (full.shape, self)
+        blocks = full.unflatten(self.dim, (self.blocks, -1)).movedim(self.dim - 1, 0)
+        part = [block.tensor_split(self.parts, self.dim)[self.index] for block in blocks]
+        return torch.cat(part, self.dim)
+
+    def full_shape(self, local: torch.Size) -> torch.Size:
+        shape = list(local)
+        shape[self.dim] = self.size
+        return torch.Size(shape)
+
+    def gather(self, local: Tensor) -> Tensor:
+        """The whole tensor, of which `local` is this rank's part. A collective over `group`."""
+        rows = local.movedim(self.dim, 0).contiguous()
+        sizes = [len(part) * self.blocks for part in torch.arange(self.size // self.blocks).tensor_split(self.parts)]
+        everyone = [size for size in sizes for _ in range(self.copies)]
+        gathered = all_gather_rows(rows, everyone, self.group).split(everyone)[:: self.copies]
+        blocks = [part.chunk(self.blocks) for part in gathered]
+        whole = torch.cat([parts[block] for block in range(self.blocks) for parts in blocks])
+        return whole.movedim(0, self.dim)
+
+
+def divide(module: nn.Module, name: str, dim: int, group: dist.ProcessGroup, blocks: int = 1, copies: int = 1) -> None:
+    """Leaves the module this rank's part of its parameter `name` alone, and notes the slice in `module.slices`.
+
+    The parameter must have no values yet (meta device). The caller has checked that it can be divided."""
+    full = getattr(module, name)
+    assert full.is_meta, name
+    part = Slice(dim, full.shape[dim], group, blocks, copies)
+    setattr(module, name, nn.Parameter(part.take(full.detach()).contiguous()))
+    module.slices = {**slices_of(module), name: part}  # type: ignore[assignment]
+
+
+def slices_of(module: nn.Module) -> dict[str, Slice]:
+    """The slices of a module's own parameters, by name; whole ones are not in it."""
+    slices: dict[str, Slice] = getattr(module, "slices", {})
+    return slices

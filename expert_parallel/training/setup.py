@@ -1,0 +1,83 @@
+"""What a config comes to on the ranks that run: degrees, groups, this rank's part of the model, the optimizer."""
+
+from functools import partial
+
+import torch
+
+from expert_parallel.config import Config
+from expert_parallel.degrees import ParallelDegrees, ShardedConfig, node_grid
+from expert_parallel.mesh import ParallelMesh, build_mesh
+from expert_parallel.model.parallelize import build_model, kv_copies, refuse_degrees
+from expert_parallel.model.pipeline import Pipeline, build_pipeline, refuse_schedule
+from expert_parallel.model.sequence import length_unit
+from expert_parallel.model.transformer import Transformer
+from expert_parallel.runtime import Runtime
+from expert_parallel.training.optim import build_optimizer
+from expert_parallel.training.step import DTYPES
+
+
+def build(
+    config: Config, runtime: Runtime, degrees: ParallelDegrees
+) -> tuple[ParallelMesh, Transformer | Pipeline, torch.optim.Optimizer]:
+    """Process groups, this rank's part of the model, with its initial weights, and the optimizer."""
+    moe, parallel, training = config.model.moe, config.parallel, config.training
+    mesh = build_mesh(
+        degrees,
+        runtime.device.type,
+        runtime.timeout,
+        ranks_per_node=parallel.ranks_per_node or runtime.launch.local_world_size,
+        hierarchical=moe is not None and moe.dispatcher.kind == "hierarchical",
+        data=parallel.data,
+        kv_copies=kv_copies(config.model, degrees),
+        tied_embeddings=config.model.tied_embeddings,
+    )
+    build_parts = partial(build_pipeline, pipeline=parallel.pipeline) if degrees.pp > 1 else build_model
+    model = build_parts(
+        config.model,
+        mesh,
+        sharding=parallel.data if isinstance(parallel.data, ShardedConfig) else None,
+        dtype=DTYPES[training.dtype],
+        device=runtime.device,
+        recompute=training.recompute,
+        seed=config.seed,
+    )
+    return mesh, model, build_optimizer(training.optimizer, model)
+
+
+def describe_degrees(config: Config, degrees: ParallelDegrees) -> str:
+    data = config.parallel.data
+    kind: str = data.kind
+    if isinstance(data, ShardedConfig) and data.shards is not None:
+        kind = f"{degrees.dp * degrees.cp // data.shards} replicas of {data.shards} shards"
+    return f"{degrees}, {kind}"
+
+
+def check_world(config: Config, runtime: Runtime) -> ParallelDegrees:
+    """The degrees for the ranks that run, or a ValueError that names the setting and the numbers."""
+    config.check_backend(runtime.device.type)
+    return check_degrees(config, runtime.world_size, runtime.launch.local_world_size)
+
+
+def check_degrees(config: Config, world_size: int, ranks_per_node: int | None = None) -> ParallelDegrees:
+    """The degrees for `world_size` ranks, wherever they may be. ranks_per_node: as the launcher says, if there is
+    one. ValueError where the model, the batch or the sequences do not divide over them."""
+    degrees = config.parallel.degrees(world_size)
+    refuse_degrees(config.model, degrees, config.parallel.stages_per_rank)
+    if config.model.moe is not None and config.model.moe.dispatcher.kind == "hierarchical":
+        node_grid(degrees, config.parallel.ranks_per_node or ranks_per_node or world_size)
+    training = config.training
+    micro = training.global_batch // training.micro_steps
+    if micro < degrees.dp:
+        raise ValueError(
+            f"training.global_batch / training.micro_steps ({micro} sequences) is smaller than the number of data "
+            f"ranks ({degrees.dp}): some would have nothing to do"
+        )
+    unit = length_unit(degrees.cp, degrees.tp)
+    if training.sequence_length % unit:
+        raise ValueError(
+            f"training.sequence_length ({training.sequence_length}) is not a multiple of {unit}: sequences are divided "
+            f"evenly over parallel.cp ({degrees.cp}, two chunks a rank) and parallel.tp ({degrees.tp})"
+        )
+    if degrees.pp > 1:
+        refuse_schedule(config.parallel.pipeline, degrees.pp, training.micro_steps)
+    return degrees
