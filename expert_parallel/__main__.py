@@ -75,6 +75,43 @@ def generate(
         _fail(error)
 
 
+@app.command()
+def verify(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="processes to start, without a launcher; default: 4")] = None,
+    layout: Annotated[list[str] | None, typer.Option(help="ep=4,data=sharded; several times; default: chosen")] = None,
+    dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16")] = "float64",
+    full: Annotated[bool, typer.Option("--full", help="the config's own sizes, not small ones: slow")] = False,
+) -> None:
+    """Prove that every layout computes the same model as one rank with plain code. Starts its ranks itself on the CPU,
+    or runs on every rank under torchrun. Exit code 1 where one differs."""
+    from expert_parallel.verify.command import verify_command
+    from expert_parallel.verify.ranks import RankError
+
+    runtime_config = early_runtime_config(config, overrides or [])
+    if runtime_config.device == "cuda":  # a config of a cluster can be verified on a laptop
+        runtime_config = runtime_config.model_copy(update={"device": "auto"})
+    try:
+        with distributed(runtime_config) as runtime:
+
+            def say(text: str) -> None:
+                if runtime.rank == 0:
+                    print(text, file=sys.stderr, flush=True)
+
+            loaded = runtime.together(lambda: load_config(config, overrides or []))
+            passes = verify_command(loaded, runtime, ranks, layout or [], dtype, full, say)
+    except UserError:  # rank 0 has said it
+        raise typer.Exit(2) from None
+    except LaunchError as error:
+        _fail(error)
+    except RankError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if not passes:
+        raise typer.Exit(1)
+
+
 @bench.command("ledger")
 def bench_ledger(
     shape: Annotated[str, typer.Option(help="base or fine")] = "base",

@@ -12,9 +12,9 @@ import torch
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from expert_parallel.mesh import ParallelConfig
+from expert_parallel.degrees import InterleavedConfig, ParallelConfig
 from expert_parallel.model.attention import LearnedPositionConfig
-from expert_parallel.model.transformer import ModelConfig
+from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.capacity import LimitSettings
 from expert_parallel.moe.experts import choose_backend
 from expert_parallel.moe.ffn import width_in
@@ -75,9 +75,12 @@ class Config(Settings):
                 f"model.position.max_length ({position.max_length}) is smaller than "
                 f"training.sequence_length ({training.sequence_length})"
             )
+        if isinstance(self.parallel.pipeline, InterleavedConfig) and self.parallel.pp == 1:
+            raise ValueError("parallel.pipeline.kind is 'interleaved' but parallel.pp is 1: there is no pipeline")
         if model.moe is None:
-            if self.parallel.ep > 1:
-                raise ValueError(f"parallel.ep is {self.parallel.ep} but the model has no experts (model.moe)")
+            for name in ("ep", "etp"):
+                if (degree := getattr(self.parallel, name)) > 1:
+                    raise ValueError(f"parallel.{name} is {degree} but the model has no experts (model.moe)")
             if training.routing is not None:
                 raise ValueError("training.routing is given but the model has no experts (model.moe)")
             if training.recompute == "moe":
@@ -111,7 +114,8 @@ class Config(Settings):
         if self.model.moe is None:
             return
         experts, device = self.model.moe.experts, torch.device(device_type)
-        sizes = (self.model.d_model, width_in(experts.activation, experts.hidden), experts.hidden)
+        hidden = experts.hidden // self.parallel.etp
+        sizes = (self.model.d_model, width_in(experts.activation, hidden), hidden)
         if experts.backend == "grouped_mm" and choose_backend(DTYPES[self.training.dtype], device, sizes) == "loop":
             raise ValueError(
                 f"model.moe.experts.backend 'grouped_mm' cannot multiply these: training.dtype is "

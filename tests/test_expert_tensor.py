@@ -401,12 +401,12 @@ def run_sums(rank: int, values: list[float], dtype: torch.dtype) -> tuple[list[f
 
 
 def test_sums_are_taken_in_the_order_of_the_ranks_and_rounded_once() -> None:
-    """(1e16 + 1) - 1e16 + 1 is 1 in this order alone; in bfloat16 1 + 3 * 2^-8 would stay 1 if each sum were
+    """(1e16 + 1) - 1e16 + 3 is 3 in this order alone; in bfloat16 1 + 3 * 2^-8 would stay 1 if each sum were
     rounded."""
-    values = [1e16, 1.0, -1e16, 1.0]
-    assert run_ranks(4, run_sums, values, torch.float64) == [([1.0], torch.float64)] * 4
+    values = [1e16, 1.0, -1e16, 3.0]
+    assert run_ranks(4, run_sums, values, torch.float64) == [([3.0], torch.float64)] * 4
     small = [1.0, 2.0**-8, 2.0**-8, 2.0**-8]
-    assert run_ranks(4, run_sums, small, torch.bfloat16) == [([1 + 2.0**-6 * 0.5 + 2.0**-8 * 2], torch.bfloat16)] * 4
+    assert run_ranks(4, run_sums, small, torch.bfloat16) == [([1 + 2.0**-7 * 2], torch.bfloat16)] * 4
 
 
 # ------------------------------------------------------------------------------------------- the layer as a module

@@ -72,7 +72,7 @@ def divide_model(model: Transformer, mesh: ParallelMesh) -> None:
         for name in ("embedding", "unembedding"):
             table = getattr(model, name)
             if table is not None:
-                setattr(model, name, VocabularyParallelEmbedding(table, tp_group))
+                setattr(model, name, VocabularyParallelEmbedding(table, tp_group, model.compute_dtype))
         model.before_logits = partial(_gather_for_logits, group=tp_group)
 
 

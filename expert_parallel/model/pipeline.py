@@ -71,13 +71,14 @@ class Stage(Transformer):
         return passes.cross_entropy(self, output, number) + whole / len(passes.tokens)
 
     def _balance_of(self, output: ModelOutput, num_sequences: int) -> Tensor:
-        """This stage's summand: the sum of its layers' own losses; then f and P of each loss pooled over layers. A part
-        of the graph even without MoE blocks: the schedule asks for its gradient."""
-        zero = output.logits.flatten()[0].to(torch.promote_types(torch.float32, self.compute_dtype)) * 0
-        summand = zero.new_zeros(balance_size(self.config, num_sequences)) + zero
+        """This stage's summand: the sum of its layers' own losses; then f and P of each loss pooled over layers."""
+        wide = torch.promote_types(torch.float32, self.compute_dtype)
+        summand = torch.zeros(balance_size(self.config, num_sequences), dtype=wide, device=output.logits.device)
         for layer, losses in output.losses.items():
             terms = [term.flatten() for pair in output.pooled[layer].values() for term in pair]
-            single = sum((loss for name, loss in losses.items() if name not in output.pooled[layer]), zero)
+            single = sum(
+                (loss for name, loss in losses.items() if name not in output.pooled[layer]), summand.new_zeros(())
+            )
             summand = summand + torch.cat([single.view(1), *terms])
         return summand
 
@@ -129,7 +130,12 @@ class Pipeline(nn.ModuleList):
         """All micro-steps of a step, forward and backward; gradients are added up."""
         schedule = self._schedule(len(passes.tokens), *passes.tokens[0].shape)
         numbers = torch.arange(len(passes.tokens))
-        schedule.step(target=numbers, losses=[], return_outputs=False, micro_step=numbers, passes=passes)
+        try:
+            schedule.step(target=numbers, losses=[], return_outputs=False, micro_step=numbers, passes=passes)
+        except RuntimeError as error:
+            if error.__cause__ is not None:  # pipelining wraps what a stage raises
+                raise error.__cause__ from None
+            raise
         self._pool_stats(passes)
 
     def forward(self, tokens_BS: Tensor, context: StepContext) -> ModelOutput:
@@ -212,12 +218,12 @@ def build_pipeline(config: ModelConfig, mesh: ParallelMesh, *, pipeline: Pipelin
 
 def refuse_schedule(config: PipelineConfig, pp: int, num_micro_steps: int) -> None:
     """ValueError where the schedule cannot run this many micro-steps."""
-    if num_micro_steps < pp:
+    if isinstance(config, OneForwardOneBackwardConfig) and num_micro_steps < pp:
         raise ValueError(
             f"training.micro_steps ({num_micro_steps}) is smaller than parallel.pp ({pp}): a pipeline needs a "
             "micro-step or more for each of its ranks"
         )
-    rounds = num_micro_steps // pp
+    rounds = max(1, num_micro_steps // pp)
     if isinstance(config, InterleavedConfig) and num_micro_steps % rounds:
         raise ValueError(
             f"training.micro_steps ({num_micro_steps}) is not a multiple of {rounds}, the rounds that "

@@ -81,18 +81,19 @@ class RowParallelLinear(Linear):
 
 
 class VocabularyParallelEmbedding(nn.Embedding):
-    """Looks up tokens (B, P * T) in this rank's rows of the table; zero for the others'. Returns (B, T, D): the sum's
-    own part."""
+    """Looks up tokens (B, P * T) in this rank's rows of the table; zero for the others'. Returns (B, T, D) in `dtype`:
+    the sum's own part. One rank alone has a token's row, so nothing is rounded in the sum."""
 
-    def __init__(self, whole: nn.Embedding, group: dist.ProcessGroup) -> None:
+    def __init__(self, whole: nn.Embedding, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
         super().__init__(whole.num_embeddings, whole.embedding_dim, device="meta")
-        self.group = group
+        self.group, self.dtype = group, dtype
         divide(self, "weight", -2, group)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         local_BS = tokens_BS - first_word(self.num_embeddings, self.group)
         is_here_BS = (local_BS >= 0) & (local_BS < len(self.weight))
-        x_BSD = F.embedding(local_BS.clamp(0, len(self.weight) - 1), self.weight) * is_here_BS[..., None]
+        x_BSD = F.embedding(local_BS.clamp(0, len(self.weight) - 1), self.weight).to(self.dtype)
+        x_BSD = x_BSD * is_here_BS[..., None]
         return ReduceScatterTokens.apply(x_BSD, self.group)
 
 

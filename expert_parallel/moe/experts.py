@@ -96,8 +96,7 @@ class GroupedExperts(nn.Module):
             divide(self, "w_out", -2, etp_group)
             if config.bias:
                 divide(self, "b_in", -1, etp_group, gate_and_up)
-            if device.type != "meta":
-                self.to_empty(device=device)
+            self.to_empty(device=device)
 
     def forward(self, x_RD: Tensor, counts_e: Tensor, weights_R: Tensor, dropout_seed: int = 0) -> Tensor:
         """Takes the fields of DispatchedTokens. Returns (R, D) in x's dtype: weight_r * Expert_r(x_r).

@@ -1,0 +1,108 @@
+"""`expert-parallel verify`: from the command line's words to a table and an exit code."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any
+
+from expert_parallel.config import Config
+from expert_parallel.runtime import Runtime
+from expert_parallel.verify.compare import TOLERANCES, Difference
+from expert_parallel.verify.dropout import dropout_of
+from expert_parallel.verify.layouts import Layout, accumulations, check_layout, choose_layouts
+from expert_parallel.verify.ranks import run_on_ranks
+from expert_parallel.verify.reduce import Reduced, reduce_config
+from expert_parallel.verify.run import LayoutResult, Plan, Say, verify
+from expert_parallel.verify.table import make_console, show
+
+DEFAULT_RANKS = 4
+REDUCED_TIMEOUT = timedelta(seconds=120)
+
+
+def plan_verification(
+    config: Config, num_ranks: int, layouts: Sequence[str], dtype: str, full: bool
+) -> tuple[Plan, Reduced]:
+    """ValueError where something cannot be verified, or a layout cannot be."""
+    if dtype not in TOLERANCES:
+        raise ValueError(f"--dtype is {dtype!r}, it must be one of {', '.join(TOLERANCES)}")
+    named = [Layout.parse(text) for text in layouts]
+    reduced = reduce_config(config, num_ranks, full)
+    for layout in named:
+        check_layout(reduced.config, layout, num_ranks)
+    micro_steps = (config.training.micro_steps,) if full else accumulations(num_ranks)
+    chosen = named or choose_layouts(reduced.config, num_ranks, micro_steps)
+    if not chosen:
+        raise ValueError(f"no layout of this config fits {num_ranks} ranks")
+    return Plan(reduced.config, chosen, dtype, dropout_of(config)), reduced
+
+
+def verify_command(
+    config: Config, runtime: Runtime, num_ranks: int | None, layouts: Sequence[str], dtype: str, full: bool, say: Say
+) -> bool:
+    """Whether all layouts agree; prints the table. runtime: the ranks of a launcher, each of which calls this, or a
+    process alone, which starts `num_ranks` of its own on the CPU.
+
+    UserError for what cannot be verified; RankError where a rank of our own fails."""
+    alone = runtime.launch.launcher == "none"
+    plan, reduced = runtime.together(
+        lambda: plan_verification(config, _world(runtime, num_ranks), layouts, dtype, full)
+    )
+    if alone:
+        timeout = timedelta(seconds=config.runtime.timeout_seconds) if full else REDUCED_TIMEOUT
+        trees = run_on_ranks(_world(runtime, num_ranks), verify_task, _task(plan), say, timeout)
+        results = [_result(tree) for tree in trees]
+    else:
+        results = verify(plan, runtime, say)
+    if runtime.rank == 0:
+        device = "cpu" if alone else f"{runtime.device.type} ({runtime.backend})"
+        report(plan, reduced, results, f"{_world(runtime, num_ranks)} ranks on {device}")
+    return all(result.passes(TOLERANCES[dtype][0]) for result in results)
+
+
+def _world(runtime: Runtime, num_ranks: int | None) -> int:
+    if runtime.launch.launcher == "none":
+        return num_ranks or DEFAULT_RANKS
+    if num_ranks not in (None, runtime.world_size):
+        raise ValueError(f"--ranks is {num_ranks} but the launcher has started {runtime.world_size}: leave it out")
+    return runtime.world_size
+
+
+def report(plan: Plan, reduced: Reduced, results: list[LayoutResult], ranks: str) -> None:
+    console = make_console()
+    tolerance = TOLERANCES[plan.dtype][0]
+    for title, changes in (("made smaller", reduced.changes), ("set for the comparison", reduced.settings)):
+        if changes:
+            console.print(f"{title}: {'; '.join(changes)}", soft_wrap=True, markup=False)
+    backends = ", ".join(dict.fromkeys(result.backend for result in results))
+    console.print(
+        f"{ranks}, {plan.dtype}, experts by {backends}; largest relative difference to one rank with plain code in "
+        f"float64, at most {tolerance:g} passes",
+        soft_wrap=True,
+        markup=False,
+    )
+    show(results, tolerance, console)
+    wrong = sum(not result.passes(tolerance) for result in results)
+    seconds = sum(result.seconds for result in results)
+    verdict = f"{wrong} of {len(results)} layouts differ" if wrong else f"all {len(results)} layouts compute the same"
+    console.print(f"{verdict} ({seconds:.0f} s)", soft_wrap=True)
+
+
+def verify_task(task: dict[str, Any], runtime: Runtime, say: Say) -> list[dict[str, Any]]:
+    """On a rank of our own."""
+    layouts = [Layout.parse(text) for text in task["layouts"]]
+    plan = Plan(Config.model_validate(task["config"]), layouts, task["dtype"], task["dropout"])
+    return [asdict(result) for result in verify(plan, runtime, say)]
+
+
+def _task(plan: Plan) -> dict[str, Any]:
+    names = [layout.name for layout in plan.layouts]
+    return {
+        "config": plan.config.model_dump(mode="json"),
+        "layouts": names,
+        "dtype": plan.dtype,
+        "dropout": plan.dropout,
+    }
+
+
+def _result(tree: dict[str, Any]) -> LayoutResult:
+    return LayoutResult(**{**tree, "differences": [Difference(**difference) for difference in tree["differences"]]})

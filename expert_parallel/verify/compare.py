@@ -1,0 +1,183 @@
+"""What every rank holds against the reference: how far apart, by which factor, and where."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from expert_parallel.moe.totals import LayerTotals
+from expert_parallel.verify.product import Seen, Tensors, place_of
+from expert_parallel.verify.reference import Division, LayerRecord, ReferenceStep
+
+# dtype -> the largest relative difference that passes, and the share of the largest number among all gradients (or
+# updates) below which a tensor's own size no longer counts: a gradient that is zero but for rounding has no digits.
+TOLERANCES = {"float64": (1e-9, 1e-3), "float32": (1e-4, 1e-2), "bfloat16": (1e-1, 1e-1)}
+
+Pairs = dict[str, tuple[Tensor, Tensor]]  # by name: what a rank holds, and what is expected there
+
+# Columns of the table -> the prefix of the names of what they compare. Gradients are divided by parameter group.
+GROUPS = ("embedding", "attention", "ffn", "router", "experts", "shared experts", "norm")
+
+
+def group_of(name: str) -> str:
+    """Of a logical parameter name."""
+    for part, group in (
+        ("norm.", "norm"),
+        (".router.", "router"),
+        (".shared_experts.", "shared experts"),
+        (".experts.", "experts"),
+        (".attention.", "attention"),
+        (".ffn.", "ffn"),
+    ):
+        if part in name:
+            return group
+    return "embedding"
+
+
+def expected_tensors(reference: ReferenceStep, initial: Tensors, start: Tensors) -> Tensors:
+    """All that is compared, float64, by `what/where`."""
+    after = reference.weights | reference.balance_biases
+    found: Tensors = {
+        "loss/loss": torch.tensor([reference.loss]),
+        "gradient norm/gradient norm": torch.tensor([reference.grad_norm]),
+        **{f"initial weights/{name}": value for name, value in initial.items()},
+        **{f"gradient/{name}": value for name, value in reference.gradients.items()},
+        **{f"update/{name}": after[name] - value for name, value in start.items()},
+        **{f"output/micro-step {m}, block {layer}": x for (m, layer), x in reference.outputs.items()},
+    }
+    for layer, record in reference.layers.items():
+        found |= _of_layer(layer, record, record.dropped)
+    return {name: value.detach().to(torch.float64) for name, value in found.items()}
+
+
+def _of_layer(layer: int, layer_record: LayerRecord | LayerTotals, dropped: int) -> Tensors:
+    losses = {f"balance loss/block {layer}, {name}": [value] for name, value in layer_record.losses.items()}
+    found = {name: torch.tensor(value, dtype=torch.float64) for name, value in losses.items()}
+    counts = (layer_record.routed_E, layer_record.kept_E)
+    if isinstance(layer_record, LayerTotals):
+        counts = (layer_record.routed_E, layer_record.kept_E + layer_record.rerouted_E)
+    for name, count in zip(("choices routed", "choices kept"), counts, strict=True):
+        assert count is not None
+        found[f"dropped/block {layer}, {name}"] = count
+    found[f"dropped/block {layer}, choices dropped"] = torch.tensor([dropped])
+    return found
+
+
+def actual_tensors(seen: Seen, before: Tensors, start: Tensors, expected: Tensors) -> Pairs:
+    """What this rank holds, each with its part of `expected`. before: its weights as the product initialised them."""
+    report = seen.report
+    found: Tensors = {
+        "loss/loss": torch.tensor([report.loss]),
+        "gradient norm/gradient norm": torch.tensor([report.grad_norm]),
+        **{f"initial weights/{name}": value for name, value in before.items()},
+        **{f"gradient/{name}": value for name, value in seen.gradients.items()},
+        **{f"update/{name}": value - start[name] for name, value in seen.weights.items()},
+    }
+    for layer, totals in report.layers.items():
+        found |= _of_layer(layer, totals, int(totals.dropped_E.sum()))
+    pairs = {name: (value.double(), expected[name]) for name, value in found.items()}
+    for (micro_step, layer), (context, value) in seen.outputs.items():
+        name, (sequence_index_B, positions_S) = (
+            f"output/micro-step {micro_step}, block {layer}",
+            place_of(context, value.shape[1]),
+        )
+        pairs[name] = (value, expected[name][sequence_index_B[:, None], positions_S])
+    return pairs
+
+
+def coverage(divisions: list[Division], shape: tuple[int, int]) -> Pairs:
+    """How many ranks hold each token of each micro-step: one."""
+    found = {}
+    for micro_step, division in enumerate(divisions):
+        held = torch.zeros(shape, dtype=torch.float64)
+        for sequence_index_B, positions_S in division:
+            held[sequence_index_B[:, None], positions_S] += 1
+        found[f"output/micro-step {micro_step}, ranks that hold each token"] = (held, torch.ones_like(held))
+    return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The worst of one tensor over all ranks. relative: max |a - b| / max |b|. ratio: of a to b, by least squares;
+    spread: what is left, so that 0 says that a is exactly ratio * b. rank: which one. None was found: held is False."""
+
+    name: str
+    held: bool
+    relative: float
+    ratio: float
+    spread: float
+    rank: int
+
+    @property
+    def column(self) -> str:
+        what, _, where = self.name.partition("/")
+        return f"gradient: {group_of(where)}" if what == "gradient" else what
+
+
+def compare(pairs: Pairs, expected: Tensors, floor: float) -> list[Difference]:
+    """On every rank the same list, one entry for each name of `expected` and of `pairs`. A collective."""
+    largest: dict[str, float] = {}
+    for name, value in expected.items():
+        what = name.partition("/")[0]
+        largest[what] = max(largest.get(what, 0.0), _largest(value))
+    names = list(dict.fromkeys([*expected, *pairs]))
+    rows = torch.zeros(len(names), 4, dtype=torch.float64)
+    for row, name in zip(rows, names, strict=True):
+        if name in pairs:
+            smallest = floor * largest.get(name.partition("/")[0], 0.0)
+            row.copy_(torch.tensor([1.0, *_measure(*pairs[name], smallest)], dtype=torch.float64))
+    gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, rows)
+    every = torch.stack(gathered)
+    worst = torch.where(every[..., 0] > 0, every[..., 1], -1.0).argmax(0)
+    chosen = every[worst, torch.arange(len(names))]
+    return [
+        Difference(name, held > 0, relative, ratio, spread, rank)
+        for name, rank, (held, relative, ratio, spread) in zip(names, worst.tolist(), chosen.tolist(), strict=True)
+    ]
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _measure(a: Tensor, b: Tensor, smallest: float) -> tuple[float, float, float]:
+    if not bool(a.isfinite().all()):
+        return float("inf"), float("nan"), float("inf")
+    relative = _largest(a - b) / max(_largest(b), smallest, torch.finfo(torch.float64).tiny)
+    square = float((b * b).sum())
+    ratio = float((a * b).sum()) / square if square > 0 else float("nan")
+    return relative, ratio, _largest(a - ratio * b) / max(_largest(b), torch.finfo(torch.float64).tiny)
+
+
+def broadcast_tensors(tensors: Tensors | None) -> Tensors:
+    """Rank 0's float64 tensors on every rank: names and shapes as JSON, then the numbers. tensors: None elsewhere."""
+    header = b"" if tensors is None else json.dumps({n: list(t.shape) for n, t in tensors.items()}).encode()
+    text = _broadcast(torch.frombuffer(bytearray(header or b"\0"), dtype=torch.uint8))
+    shapes: dict[str, list[int]] = json.loads(bytes(text.tolist()))
+    flat = torch.cat([tensors[n].flatten() for n in shapes]) if tensors is not None else torch.zeros(1).double()
+    parts = _broadcast(flat).split([torch.Size(shape).numel() for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def _broadcast(x: Tensor) -> Tensor:
+    size = torch.tensor([x.numel()])
+    dist.broadcast(size, 0)
+    x = x.contiguous() if dist.get_rank() == 0 else x.new_empty(int(size))
+    dist.broadcast(x, 0)
+    return x
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Every rank's value, small and of plain numbers and texts, on every rank."""
+    raw = json.dumps(value).encode()
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(raw)]))
+    width = max(int(size) for size in sizes)
+    mine = torch.frombuffer(bytearray(raw.ljust(width, b" ")), dtype=torch.uint8)
+    everyone = [torch.empty_like(mine) for _ in sizes]
+    dist.all_gather(everyone, mine)
+    return [json.loads(bytes(part.tolist())) for part in everyone]

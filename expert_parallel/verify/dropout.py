@@ -1,0 +1,132 @@
+"""Dropout, which the comparison switches off: its masks must differ between ranks, each of which has tokens of its own,
+and be the same where a block is computed again in the backward pass.
+
+One more step, in which every block is given one vector in the place of every token: without dropout all tokens of all
+ranks then leave it alike, so that two ranks' outputs are equal if and only if their masks are.
+"""
+
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+
+from expert_parallel.config import Config
+from expert_parallel.model.transformer import Block
+from expert_parallel.runtime import Runtime
+from expert_parallel.training.setup import check_world
+from expert_parallel.training.step import train_step
+from expert_parallel.verify import product
+from expert_parallel.verify.compare import gather_json
+
+DEFAULT = 0.1
+BRANCHES = ("model.dropout",)
+EXPERTS = ("model.moe.experts.hidden_dropout", "model.moe.experts.output_dropout")
+
+
+def dropout_of(config: Config) -> dict[str, float]:
+    """The config's own probabilities, by setting; 0.1 where there is none."""
+    found = {"model.dropout": config.model.dropout}
+    if config.model.moe is not None:
+        experts = config.model.moe.experts
+        found |= dict(zip(EXPERTS, (experts.hidden_dropout, experts.output_dropout), strict=True))
+    return {path: value or DEFAULT for path, value in found.items()}
+
+
+def check_dropout(config: Config, probabilities: dict[str, float], runtime: Runtime) -> list[str]:
+    """What is wrong, in sentences. A collective; the same on every rank."""
+    found = []
+    for settings in (BRANCHES, EXPERTS):
+        chosen = {path: probabilities[path] for path in settings if path in probabilities}
+        if chosen:
+            num_data_ranks = check_world(config, runtime).dp
+            found += _check(_with_dropout(config, chosen, num_data_ranks), " and ".join(chosen), runtime)
+    return found
+
+
+def _with_dropout(config: Config, probabilities: dict[str, float], num_data_ranks: int) -> Config:
+    """One sequence a data rank; and what else could tell equal tokens apart is switched off."""
+    tree = config.model_dump(mode="json")
+    tree["training"]["global_batch"] = num_data_ranks * config.training.micro_steps
+    if (moe := tree["model"]["moe"]) is not None:
+        k = min(2, moe["num_experts"])
+        moe |= {"router": {"kind": "top_k", "k": k, "normalise": k > 1}, "capacity": {"kind": "dropless"}, "losses": []}
+    for path, probability in probabilities.items():
+        *blocks, leaf = path.split(".")
+        here = tree
+        for block in blocks:
+            here = here[block]
+        here[leaf] = probability
+    return Config.model_validate(tree)
+
+
+def _check(config: Config, setting: str, runtime: Runtime) -> list[str]:
+    in_experts = setting != BRANCHES[0]
+    first = _run(config, runtime, in_experts)
+    recompute = config.training.recompute
+    repeats = True
+    if recompute != "none":
+        training = config.training.model_copy(update={"recompute": "none"})
+        repeats = first.is_near(_run(config.model_copy(update={"training": training}), runtime, in_experts))
+    everyone = [(Dropped(**rank), fine) for rank, fine in gather_json([asdict(first), repeats])]
+    found = []
+    if not all(fine for _, fine in everyone):
+        found.append(
+            f"{setting}: the step is another one with training.recompute {recompute!r} than with 'none': masks must "
+            "be a function of the seed and the place alone"
+        )
+    for (one, (mine, _)), (other, (theirs, _)) in combinations(enumerate(everyone), 2):
+        if same := mine.same_masks(theirs):
+            found.append(
+                f"{setting}: ranks {one} and {other} have other tokens but draw the same masks ({', '.join(same)}): "
+                "the rank's coordinate is missing in the seed"
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """outputs: by place, of the first micro-step, each token's numbers added up."""
+
+    outputs: dict[str, list[float]]
+    grad_norm: float
+
+    def is_near(self, other: "Dropped") -> bool:
+        alike = all(_near(seen, other.outputs[where]) for where, seen in self.outputs.items())
+        return alike and _near([self.grad_norm], [other.grad_norm])
+
+    def same_masks(self, other: "Dropped") -> list[str]:
+        both = [where for where in self.outputs if where in other.outputs]
+        return [where for where in both if _near(self.outputs[where], other.outputs[where])]
+
+
+def _near(one: list[float], other: list[float]) -> bool:
+    largest = max(map(abs, [*one, *other]), default=0.0)
+    return len(one) == len(other) and all(abs(a - b) <= 1e-9 * largest for a, b in zip(one, other, strict=True))
+
+
+def _run(config: Config, runtime: Runtime, in_experts: bool) -> Dropped:
+    """A step in which every block is given the same vectors."""
+    outputs: dict[str, list[float]] = {}
+    generator = torch.Generator().manual_seed(config.seed)
+    given_D = torch.randn(config.model.d_model, generator=generator, dtype=torch.float64)
+
+    def give(block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, context = arguments
+        if context.layer == 0 and context.micro_step == 0 and not in_experts:
+            outputs["embedding"] = (x == 0).double().cumsum(-1).sum(-1).flatten().tolist()  # which are dropped
+        return x * 0 + given_D.to(x.device), context
+
+    def take(block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        context = arguments[1]
+        if context.micro_step == 0 and (not in_experts or context.layer in config.model.moe_layers):
+            outputs[f"block {context.layer}"] = output.x.detach().double().sum(-1).flatten().tolist()
+
+    run = product.set_up(config, runtime, product.random_sequences(config))
+    for block in run.model.modules():
+        if isinstance(block, Block):
+            block.register_forward_pre_hook(give)
+            block.register_forward_hook(take)
+    report = train_step(run.model, run.optimizer, run.batches(0), config.training, run.mesh, step=0, seed=config.seed)
+    return Dropped(outputs, report.grad_norm)

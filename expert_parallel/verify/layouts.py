@@ -1,0 +1,153 @@
+"""Layouts: what is said with `--layout ep=4,data=sharded`, and which ones are tried if nothing is said."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any
+
+from pydantic import ValidationError
+
+from expert_parallel.config import Config
+from expert_parallel.degrees import ParallelDegrees
+from expert_parallel.training.setup import check_degrees
+
+DEGREES = ("cp", "tp", "pp", "ep", "etp")
+# What a layout may name, and the setting behind it.
+SETTINGS = {
+    **{degree: f"parallel.{degree}" for degree in DEGREES},
+    "data": "parallel.data.kind",
+    "pipeline": "parallel.pipeline.kind",
+    "micro_steps": "training.micro_steps",
+    "recompute": "training.recompute",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is divided over the ranks. What it does not name: degrees are 1, weights are replicated, the rest is
+    as in the config."""
+
+    settings: tuple[tuple[str, str | int], ...]
+
+    @property
+    def name(self) -> str:
+        """As `parse` takes it; what is 1 or replicated goes without saying."""
+        said = [f"{name}={value}" for name, value in self.settings if not _by_default(name, value)]
+        return ",".join(said or [f"{name}={value}" for name, value in self.settings])
+
+    @staticmethod
+    def parse(text: str) -> "Layout":
+        """ValueError: one sentence."""
+        settings: dict[str, str | int] = {}
+        for part in text.split(","):
+            name, equals, value = part.strip().partition("=")
+            if not equals or not value:
+                raise ValueError(f"--layout {text}: {part!r} is not of the form name=value")
+            if name not in SETTINGS:
+                raise ValueError(f"--layout {text}: {name!r} is none of {', '.join(SETTINGS)}")
+            if name in settings:
+                raise ValueError(f"--layout {text}: {name} stands twice")
+            settings[name] = int(value) if value.isdecimal() else value
+        return Layout(tuple(settings.items()))
+
+    def apply(self, config: Config) -> Config:
+        """The config with this layout; micro-steps stay as large as they are. ValueError where the two do not fit."""
+        tree = config.model_dump(mode="json")
+        values = dict.fromkeys(DEGREES, 1) | {"data": "replicated"} | dict(self.settings)
+        for name, value in values.items():
+            block, leaf = _block_of(tree, name)
+            if leaf == "kind" and block["kind"] != value:  # another kind has other settings
+                block.clear()
+            block[leaf] = value
+        training = tree["training"]
+        training["global_batch"] = config.training.global_batch // config.training.micro_steps * training["micro_steps"]
+        moe = tree["model"]["moe"]
+        if moe is not None and moe["dispatcher"]["kind"] == "local" and values["ep"] != 1:
+            moe["dispatcher"] = {"kind": "all_to_all"}
+        try:
+            return Config.model_validate(tree)
+        except ValidationError as error:
+            first = error.errors()[0]
+            path = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{path}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": ")) from None
+
+
+def _block_of(tree: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """The block of a config's tree that holds a setting, and its key there."""
+    *blocks, leaf = SETTINGS[name].split(".")
+    for block in blocks:
+        tree = tree[block]
+    return tree, leaf
+
+
+def _by_default(name: str, value: str | int) -> bool:
+    return value in ("replicated", "1f1b") or (name in DEGREES and value == 1)
+
+
+def check_layout(config: Config, layout: Layout, num_ranks: int) -> ParallelDegrees:
+    """ValueError, with the layout's name, where the product itself refuses it."""
+    try:
+        return check_degrees(layout.apply(config), num_ranks)
+    except ValueError as error:
+        raise ValueError(f"layout {layout.name}: {error}") from None
+
+
+def own_layout(config: Config) -> Layout:
+    """The config's."""
+    tree = config.model_dump(mode="json")
+    blocks = {name: _block_of(tree, name) for name in SETTINGS}
+    return Layout(tuple((name, block[leaf]) for name, (block, leaf) in blocks.items()))
+
+
+def choose_layouts(config: Config, num_ranks: int, micro_steps: Sequence[int]) -> list[Layout]:
+    """The config's own layout, if it fits the ranks, and few others, such that each two values of two names that can
+    stand together do so once. Greedy: always the layout with most pairs that are still missing."""
+    candidates = {layout: _pairs(layout) for layout in _candidates(num_ranks, micro_steps)}
+    missing = set().union(*candidates.values())
+    own = own_layout(config)
+    chosen = [own] if _fits(config, own, num_ranks) else []
+    missing -= _pairs(own) if chosen else set()
+    while candidates:
+        best = max(candidates, key=lambda layout: len(missing & candidates[layout]))
+        pairs = candidates.pop(best)
+        if not missing & pairs:
+            break
+        if _fits(config, best, num_ranks):
+            chosen.append(best)
+            missing -= pairs
+    return chosen
+
+
+def _candidates(num_ranks: int, micro_steps: Sequence[int]) -> Iterator[Layout]:
+    divisors = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0]
+    for degrees in product(divisors, repeat=len(DEGREES)):
+        named = dict(zip(DEGREES, degrees, strict=True))
+        try:
+            ParallelDegrees(num_ranks, *degrees)  # type: ignore[arg-type]
+        except ValueError:
+            continue
+        others: dict[str, Sequence[str | int]] = {
+            "data": ("replicated", "sharded"),
+            "pipeline": ("1f1b", "interleaved") if named["pp"] > 1 else ("1f1b",),
+            "micro_steps": micro_steps,
+            "recompute": ("none", "moe", "block"),
+        }
+        for values in product(*others.values()):
+            yield Layout((*named.items(), *zip(others, values, strict=True)))
+
+
+def _pairs(layout: Layout) -> set[tuple[Any, ...]]:
+    return set(combinations(layout.settings, 2))
+
+
+def _fits(config: Config, layout: Layout, num_ranks: int) -> bool:
+    try:
+        check_layout(config, layout, num_ranks)
+    except ValueError:
+        return False
+    return True
+
+
+def accumulations(num_ranks: int) -> tuple[int, int]:
+    """Two numbers of micro-steps to try: without accumulation, and with enough for a pipeline."""
+    return 1, max(2, min(num_ranks, 4))

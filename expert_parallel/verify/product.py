@@ -1,0 +1,139 @@
+"""One training step of the product in a layout, and what a rank can see of it. All that verify knows of how the
+product builds a model and gives a rank its tokens stands here."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expert_parallel.config import Config
+from expert_parallel.model.parallelize import build_model
+from expert_parallel.model.transformer import Block
+from expert_parallel.moe.experts import choose_backend
+from expert_parallel.moe.ffn import width_in
+from expert_parallel.moe.parameters import logical_parameters
+from expert_parallel.moe.plan import RouterReplay, StepContext
+from expert_parallel.runtime import Runtime
+from expert_parallel.training.data import MicroBatch, TokenSampler
+from expert_parallel.training.loop import Run
+from expert_parallel.training.setup import build, check_world
+from expert_parallel.training.step import DTYPES, StepReport, train_step
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class GivenSequences(TokenSampler):
+    """In place of samples of a text."""
+
+    given_GS: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def sequences(self, first: int, count: int) -> Tensor:
+        return self.given_GS[first : first + count]
+
+
+def set_up(config: Config, runtime: Runtime, sequences_GS: Tensor) -> Run:
+    """As a training run is set up, without its text and its folder. sequences_GS: those of step 0, (global_batch,
+    sequence_length + 1)."""
+    degrees = runtime.together(lambda: check_world(config, runtime))
+    mesh, model, optimizer = build(config, runtime, degrees)
+    length = config.training.sequence_length
+    sampler = GivenSequences(torch.zeros(length + 1, dtype=torch.uint8), length, config.seed, sequences_GS)
+    return Run(config, runtime, mesh, model, optimizer, sampler, sequences_GS[:0], [])
+
+
+def random_sequences(config: Config) -> Tensor:
+    training = config.training
+    shape = (training.global_batch, training.sequence_length + 1)
+    return torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(config.seed))
+
+
+def whole_model(config: Config) -> Tensors:
+    """The initial weights and balance biases of the model on one rank, by logical name, float64."""
+    return read(build_model(config.model, dtype=torch.float64, seed=config.seed))
+
+
+def read(model: nn.Module) -> Tensors:
+    """The weights that this rank holds, whole, and the balance biases. Collectives where they are divided."""
+    found: Tensors = {}
+    for logical in logical_parameters(model):
+        found |= logical.whole(logical.parameter.detach())
+    return _on_host(found | dict(_balance_biases(model)))
+
+
+def write(model: nn.Module, start: Tensors) -> None:
+    for logical in logical_parameters(model):
+        logical.fill(logical.parameter, [start[name] for name in logical.names])
+    for name, buffer in _balance_biases(model):
+        buffer.copy_(start[name])
+
+
+def _balance_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for part in model if isinstance(model, nn.ModuleList) else [model]:
+        yield from ((name, buffer) for name, buffer in part.named_buffers() if name.endswith("balance_bias_E"))
+
+
+def _on_host(tensors: Tensors) -> Tensors:
+    return {name: tensor.detach().to("cpu", torch.float64, copy=True) for name, tensor in tensors.items()}
+
+
+def places(run: Run, mine: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
+    """Of each micro-step: which sequences this rank has a part of, and which of their positions."""
+    return [(batch.sequence_index_B.cpu(), run.own_positions) for batch in mine]
+
+
+def place_of(context: StepContext, length: int) -> tuple[Tensor, Tensor]:
+    """The same, as a block is told it."""
+    assert context.sequence_index_B is not None
+    positions_S = torch.arange(length) if context.positions_S is None else context.positions_S
+    return context.sequence_index_B.cpu(), positions_S.cpu()
+
+
+@dataclass
+class Seen:
+    """What a rank saw of a step. gradients: before clipping. outputs: by (micro-step, block), with what the block was
+    told."""
+
+    report: StepReport
+    gradients: Tensors = field(default_factory=dict)
+    weights: Tensors = field(default_factory=dict)
+    outputs: dict[tuple[int, int], tuple[StepContext, Tensor]] = field(default_factory=dict)
+
+
+def take_step(run: Run, mine: list[MicroBatch], replay: RouterReplay | None = None) -> Seen:
+    """Step 0, by the product's own train_step, with hooks that look on."""
+    seen = Seen(StepReport(0.0, 0, {}))
+
+    def see_block(block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        context = arguments[1]
+        seen.outputs[context.micro_step, context.layer] = (context, output.x.detach().to("cpu", torch.float64))
+
+    def see_gradients(*_: Any) -> None:
+        for logical in logical_parameters(run.model):
+            assert logical.parameter.grad is not None, f"{logical.names[0]} has no gradient"
+            seen.gradients |= _on_host(logical.whole(logical.parameter.grad))
+
+    hooks = [block.register_forward_hook(see_block) for block in run.model.modules() if isinstance(block, Block)]
+    hooks.append(run.optimizer.register_step_pre_hook(see_gradients))
+    training, seed = run.config.training, run.config.seed
+    seen.report = train_step(run.model, run.optimizer, mine, training, run.mesh, step=0, seed=seed, replay=replay)
+    for hook in hooks:
+        hook.remove()
+    norm, limit = seen.report.grad_norm, training.clip_norm
+    if limit is not None and norm > limit:  # the step has scaled them
+        seen.gradients = {name: grad * (norm / limit) for name, grad in seen.gradients.items()}
+    seen.weights = read(run.model)
+    return seen
+
+
+def backend(config: Config, runtime: Runtime) -> str:
+    """What multiplies the experts' matrices."""
+    moe = config.model.moe
+    if moe is None:
+        return "none"
+    hidden = moe.experts.hidden // config.parallel.etp
+    sizes = (config.model.d_model, width_in(moe.experts.activation, hidden), hidden)
+    best = choose_backend(DTYPES[config.training.dtype], runtime.device, sizes)
+    return best if moe.experts.backend == "auto" else moe.experts.backend

@@ -1,0 +1,102 @@
+"""Ranks of our own, where no launcher has started any: processes on this machine's CPU with gloo between them.
+
+Each is forked from a server that has imported everything once. What they say comes over pipes as JSON; the first that
+fails, or dies, ends the others.
+"""
+
+import json
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from expert_parallel.runtime import CPU, Launch, Runtime, UserError
+
+# Runs on every rank: (what to do, this rank's runtime, a way to speak to the user) -> the result, as JSON has it.
+Work = Callable[[Any, Runtime, Callable[[str], None]], Any]
+
+
+class RankError(Exception):
+    """One sentence: in which layout which rank failed, and why."""
+
+
+def run_on_ranks(num_ranks: int, work: Work, task: Any, say: Callable[[str], None], timeout: timedelta) -> Any:
+    """The result of rank 0. work: a function of a module. task: anything that JSON can hold.
+
+    Raises UserError with what the ranks refuse together, RankError where one fails."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([work.__module__])
+    connections: list[Connection] = []
+    processes = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for rank in range(num_ranks):
+                ours, theirs = server.Pipe()
+                place = (rank, num_ranks, str(Path(folder, "store")), timeout.total_seconds())
+                process = server.Process(target=_serve, args=(work, json.dumps(task), place, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                connections.append(ours)
+                processes.append(process)
+            return _listen(connections, processes, say)
+        finally:
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
+
+
+def _listen(connections: list[Connection], processes: list[Any], say: Callable[[str], None]) -> Any:
+    """Until rank 0 has a result, or any has failed."""
+    said = "the start"
+    while True:
+        for ready in wait(connections):
+            rank = connections.index(ready)  # type: ignore[arg-type]
+            try:
+                kind, value = json.loads(connections[rank].recv_bytes())
+            except (EOFError, OSError):
+                processes[rank].join()
+                raise RankError(f"{said}: rank {rank} ended with exit code {processes[rank].exitcode}") from None
+            if kind == "result":
+                return value
+            if kind == "refused":
+                raise UserError(value)
+            if kind == "failed":
+                raise RankError(f"{said}: rank {rank} failed: {value}")
+            said = value
+            say(value)
+
+
+def _serve(work: Work, task: str, place: tuple[int, int, str, float], connection: Connection) -> None:
+    rank, num_ranks, store, seconds = place
+
+    def tell(kind: str, value: Any) -> None:
+        connection.send_bytes(json.dumps([kind, value]).encode())
+
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=seconds)
+    try:
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks, timeout=timeout
+        )
+        runtime = Runtime(Launch("verify", rank, num_ranks, rank, num_ranks), CPU, "gloo", timeout)
+        result = work(json.loads(task), runtime, lambda text: tell("say", text) if rank == 0 else None)
+        if rank == 0:
+            tell("result", result)
+    except UserError as error:
+        tell("refused", str(error))
+    except BaseException as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place_of_error = f"{Path(where.filename).name}, line {where.lineno}"
+        tell("failed", f"{type(error).__name__} in {place_of_error}: {' '.join(str(error).split())}")
+    # Stay until killed: a rank that leaves breaks the others' connections, and their errors would hide the first.
+    with suppress(EOFError, OSError):
+        connection.recv_bytes()

@@ -1,0 +1,151 @@
+"""The config that is verified: the user's own with what would disturb the comparison switched off and, unless in full,
+made small, keeping what matters: routers, capacity, losses, norms, biases, activations, the pattern of MoE blocks."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from expert_parallel.config import Config
+from expert_parallel.training.data import VOCABULARY_SIZE
+from expert_parallel.verify.layouts import accumulations
+
+# Small, but all different, and multiples of 8, as grouped products want them.
+SIZES = {"model.d_model": 16, "model.ffn.hidden": 48, "model.moe.experts.hidden": 32}
+SHARED_HIDDEN, HEAD_SIZE, MOST_KV_HEADS, MOST_HEADS_A_GROUP, MOST_EXPERTS = 24, 4, 4, 4, 16
+INIT_STD, CLIP_NORM, LEARNING_RATE, EPS = 0.3, 0.1, 0.01, 1e-4
+
+
+@dataclass
+class Draft:
+    """A config's tree, and what has been changed in it."""
+
+    tree: dict[str, Any]
+    changes: list[str] = field(default_factory=list)
+
+    def get(self, path: str) -> Any:
+        """None where a block on the way is absent."""
+        here: Any = self.tree
+        for key in path.split("."):
+            here = None if here is None else here.get(key)
+        return here
+
+    def put(self, path: str, value: Any, why: str = "") -> None:
+        """Where the setting exists and has another value."""
+        old = self.get(path)
+        block, _, leaf = path.rpartition(".")
+        if old is None or old == value:
+            return
+        self.get(block)[leaf] = value
+        self.changes.append(f"{path} {_shown(old)} -> {_shown(value)}" + (f" ({why})" if why else ""))
+
+    def at_most(self, path: str, limit: int) -> None:
+        value = self.get(path)
+        if value is not None:
+            self.put(path, min(value, limit))
+
+
+def _shown(value: Any) -> str:
+    return value["kind"] if isinstance(value, dict) and "kind" in value else str(value)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """changes: what was made smaller. settings: what was switched off or set for the comparison. In sentences."""
+
+    config: Config
+    changes: list[str]
+    settings: list[str]
+
+
+def reduce_config(config: Config, num_ranks: int, full: bool) -> Reduced:
+    """ValueError for what cannot be verified."""
+    _refuse(config)
+    draft, small = Draft(config.model_dump(mode="json")), Draft({})
+    _switch_off(draft)
+    if not full:
+        small = Draft(draft.tree)
+        _make_small(small, num_ranks)
+    return Reduced(Config.model_validate(draft.tree), small.changes, draft.changes)
+
+
+def _refuse(config: Config) -> None:
+    moe = config.model.moe
+    if getattr(moe.capacity if moe else None, "receive_bound", None) is not None:
+        raise ValueError(
+            "model.moe.capacity.receive_bound: which tokens it drops depends on the layout by its nature, so there is "
+            "nothing to compare; set it to null to verify the rest"
+        )
+
+
+def _switch_off(draft: Draft) -> None:
+    elsewhere = "in a column of its own"
+    draft.put("model.dropout", 0.0, elsewhere)
+    draft.put("model.moe.experts.hidden_dropout", 0.0, elsewhere)
+    draft.put("model.moe.experts.output_dropout", 0.0, elsewhere)
+    draft.put("model.moe.experts.backend", "auto")
+    draft.put("model.moe.dispatcher.exchange_dtype", "model", "it rounds")
+    draft.put("model.moe.ledger", {"kind": "rows", "breach": "error"})
+    if draft.get("training.routing") is not None:
+        draft.put("training.routing", None)
+    draft.put("training.dtype", "float64")
+    draft.put("training.optimizer.learning_rate", LEARNING_RATE)
+    draft.put("training.optimizer.eps", EPS, "so that tiny gradients do not decide the first step of Adam")
+    draft.put("training.schedule.warmup_steps", 0)
+    draft.put("runtime.device", "auto")
+
+
+def _make_small(draft: Draft, num_ranks: int) -> None:
+    length = max(8, 2 * num_ranks)
+    for path, size in {**SIZES, "model.vocab_size": VOCABULARY_SIZE, "training.sequence_length": length}.items():
+        draft.at_most(path, size)
+    draft.at_most("model.position.max_length", length + 3)
+    draft.put("model.init_std", INIT_STD, "so that gradients are no noise")
+    draft.put("training.clip_norm", CLIP_NORM, "so that it clips")
+    _fewer_blocks(draft)
+    for shards in ("shards", "expert_shards"):
+        draft.put(f"parallel.data.{shards}", None)
+    kv_heads = draft.get("model.attention.num_kv_heads") or draft.get("model.attention.num_heads")
+    group = draft.get("model.attention.num_heads") // kv_heads
+    draft.put("model.attention.num_heads", min(kv_heads, MOST_KV_HEADS) * min(group, MOST_HEADS_A_GROUP))
+    draft.put("model.attention.num_kv_heads", min(kv_heads, MOST_KV_HEADS))
+    draft.at_most("model.attention.head_size", HEAD_SIZE)
+    micro_batch = num_ranks + 1  # no number of data ranks divides it, so that they get unequal numbers of tokens
+    draft.at_most("training.micro_steps", accumulations(num_ranks)[1])
+    draft.put("training.global_batch", draft.get("training.micro_steps") * micro_batch)
+    if draft.get("model.moe") is not None:
+        _make_moe_small(
+            draft, {"rank": length * micro_batch // num_ranks, "sequence": length, "global": length * micro_batch}
+        )
+
+
+def _fewer_blocks(draft: Draft) -> None:
+    """A multiple of 4, for pipeline stages, with two MoE blocks or more, if there are as many."""
+    pattern, num_layers = draft.get("model.moe_blocks"), draft.get("model.num_layers")
+    kind, enough = pattern["kind"], 4
+    if kind == "every_nth":
+        draft.at_most("model.moe_blocks.n", 4)
+        enough = 2 * pattern["n"]
+    elif kind == "all_but_first":
+        draft.at_most("model.moe_blocks.k", 1 if num_layers > 1 else 0)
+    elif kind == "list":
+        blocks = sorted(pattern["indices"])
+        if len(blocks) < num_layers:
+            draft.put("model.moe_blocks.indices", [block for block in (1, 2) if block < num_layers])
+    draft.at_most("model.num_layers", max(4, math.ceil(enough / 4) * 4))
+    if draft.get("model.moe") is not None and kind == "list" and len(pattern["indices"]) == num_layers:
+        draft.put("model.moe_blocks.indices", list(range(draft.get("model.num_layers"))))
+
+
+def _make_moe_small(draft: Draft, tokens: dict[str, int]) -> None:
+    """tokens: about how many each scope has."""
+    moe = "model.moe"
+    k, groups = draft.get(f"{moe}.router.k") or 1, draft.get(f"{moe}.router.group_limit.count") or 1
+    fewest = max(MOST_EXPERTS, 2 * k, 4 * groups)
+    draft.at_most(f"{moe}.num_experts", math.ceil(fewest / groups) * groups)
+    draft.at_most(f"{moe}.shared_experts.hidden", SHARED_HIDDEN)
+    if draft.get(f"{moe}.capacity.kind") == "factor":
+        draft.put(f"{moe}.capacity.minimum", 0, "of few tokens it would keep all")
+    if draft.get(f"{moe}.capacity.kind") == "absolute":
+        mean = tokens[draft.get(f"{moe}.capacity.scope")] * k / draft.get(f"{moe}.num_experts")
+        draft.at_most(f"{moe}.capacity.train", math.ceil(1.25 * mean))
+        draft.at_most(f"{moe}.capacity.eval", math.ceil(1.25 * mean))

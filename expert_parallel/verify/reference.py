@@ -1,0 +1,328 @@
+"""A whole training step on one rank in float64, slow and obviously right: what every layout is compared with.
+
+Written from the formulas, without any parallel code and without any code of model/, training/ or the fast MoE layer:
+plain attention, plain cross entropy, gradients by autograd, AdamW by hand; the MoE layers are moe/reference.py.
+Here B are the sequences of a whole micro-step, V the vocabulary; the other letters are those of moe/plan.py.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expert_parallel.moe.plan import StepContext
+from expert_parallel.moe.reference import RankTokens, reference_layer
+from expert_parallel.moe.reference_routing import NOT_ROUTED, blocks, collect, route
+
+Parameters = dict[str, Tensor]
+# For each rank of one pipeline stage: which sequences of a micro-step it holds, and which positions of them (int64).
+Division = list[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class LayerRecord:
+    """One MoE block over a step. losses: mean over micro-steps, before coefficients. Counts: of the whole step;
+    routed_E by the expert first chosen, kept_E (kept and rerouted) by the expert reached."""
+
+    losses: dict[str, float] = field(default_factory=dict)
+    routed_E: Tensor | None = None
+    kept_E: Tensor | None = None
+    dropped: int = 0
+
+
+@dataclass
+class ReferenceStep:
+    """loss: mean cross entropy, nats a token. gradients: before clipping. outputs: by (micro-step, block), (B, S, D).
+    balance_biases: after the step, by logical name."""
+
+    loss: float
+    grad_norm: float
+    gradients: Parameters
+    weights: Parameters
+    balance_biases: Parameters
+    outputs: dict[tuple[int, int], Tensor]
+    layers: dict[int, LayerRecord]
+
+
+def reference_step(
+    model: Any, training: Any, parameters: Parameters, sequences_GS: Tensor, division: Division, seed: int
+) -> ReferenceStep:
+    """Step 0 of a run. model: a ModelConfig without dropout. training: a TrainingConfig.
+
+    parameters: logical name -> float64, with the balance biases (`....router.balance_bias_E`). sequences_GS: int64
+    (global_batch, sequence_length + 1), in global order. division: of each micro-step, which are alike; it matters
+    to settings with scope `rank` alone. seed: of the routers' random numbers.
+    """
+    biases = {name: value for name, value in parameters.items() if name.endswith("balance_bias_E")}
+    weights = {name: p.detach().clone().requires_grad_() for name, p in parameters.items() if name not in biases}
+    step = ReferenceStep(0.0, 0.0, {}, {}, {}, {}, {layer: LayerRecord() for layer in model.moe_layers})
+    num_targets = sequences_GS.shape[0] * (sequences_GS.shape[1] - 1)
+    total = torch.zeros((), dtype=torch.float64)
+    for micro_step, sequences_BS in enumerate(sequences_GS.chunk(training.micro_steps)):
+        context = StepContext(seed=seed, step=0, micro_step=micro_step)
+        passed = _forward(model, {**weights, **biases}, sequences_BS[:, :-1], division, context, step)
+        loss = _cross_entropy(passed.logits_BSV, sequences_BS[:, 1:]).sum() / num_targets
+        total = total + loss + passed.auxiliary / training.micro_steps
+        step.loss += float(loss.detach())
+    grads = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+    step.gradients = {
+        name: torch.zeros_like(w) if g is None else g for (name, w), g in zip(weights.items(), grads, strict=True)
+    }
+    step.grad_norm = math.sqrt(sum(float((g * g).sum()) for g in step.gradients.values()))
+    _update(training, weights, step)
+    for name, bias in biases.items():
+        routed_E = step.layers[int(name.split(".")[1])].routed_E
+        assert routed_E is not None
+        load_E = routed_E.to(torch.float64)
+        step.balance_biases[name] = bias + model.moe.router.balance_bias_rate * (load_E.mean() - load_E).sign()
+    for record in step.layers.values():
+        record.losses = {name: value / training.micro_steps for name, value in record.losses.items()}
+    return step
+
+
+def _update(training: Any, weights: Parameters, step: ReferenceStep) -> None:
+    """Clips, and makes the first step of AdamW (Loshchilov and Hutter 2017, algorithm 2) at the schedule's first
+    rate."""
+    optimizer, warmup = training.optimizer, training.schedule.warmup_steps
+    rate = optimizer.learning_rate / max(1, warmup)
+    (beta1, beta2), limit = optimizer.betas, training.clip_norm
+    factor = 1.0 if limit is None or step.grad_norm <= limit else limit / step.grad_norm
+    for name, weight in weights.items():
+        grad = factor * step.gradients[name]
+        mean, square = (1 - beta1) * grad, (1 - beta2) * grad**2
+        direction = (mean / (1 - beta1)) / (torch.sqrt(square / (1 - beta2)) + optimizer.eps)
+        decay = optimizer.weight_decay if weight.dim() > 1 else 0.0
+        step.weights[name] = weight.detach() - rate * decay * weight.detach() - rate * direction
+
+
+# ------------------------------------------------------------------------------------------------------- forward pass
+
+
+@dataclass
+class Pass:
+    """auxiliary: sum over MoE blocks and losses of coefficient * loss."""
+
+    logits_BSV: Tensor
+    auxiliary: Tensor
+
+
+def _forward(
+    model: Any, weights: Parameters, tokens_BS: Tensor, division: Division, context: StepContext, step: ReferenceStep
+) -> Pass:
+    """Writes outputs, losses and counts into `step`."""
+    length = tokens_BS.shape[1]
+    x_BSD = weights["embedding.weight"][tokens_BS]
+    if model.position.kind == "learned":
+        x_BSD = x_BSD + weights["position.weight"][:length]
+    auxiliary, sights = x_BSD.new_zeros(()), {}
+    for layer in range(model.num_layers):
+        here = _below(weights, f"blocks.{layer}.")
+
+        def feed_forward(x: Tensor, layer: int = layer, here: Parameters = here) -> Tensor:
+            nonlocal auxiliary
+            if layer not in model.moe_layers:
+                return _ffn(model.ffn.activation, _below(here, "ffn."), x)
+            where = StepContext(context.seed, context.step, context.micro_step, layer)
+            y, loss, sights[layer] = _moe(model.moe, _below(here, "moe."), x, tokens_BS, division, where, step)
+            auxiliary = auxiliary + loss
+            return y
+
+        norm1, norm2 = (_norm(model.norm, _below(here, f"{name}_norm.")) for name in ("attention", "ffn"))
+        attention = _below(here, "attention.")
+        if model.norm_placement == "pre":
+            x_BSD = x_BSD + _attention(model, attention, norm1(x_BSD))
+            x_BSD = x_BSD + feed_forward(norm2(x_BSD))
+        else:
+            x_BSD = norm1(x_BSD + _attention(model, attention, x_BSD))
+            x_BSD = norm2(x_BSD + feed_forward(x_BSD))
+        step.outputs[context.micro_step, layer] = x_BSD.detach()
+    if model.moe is not None:
+        auxiliary = auxiliary + _pooled_losses(model.moe, sights, step)
+    if model.norm_placement == "pre":
+        x_BSD = _norm(model.norm, _below(weights, "final_norm."))(x_BSD)
+    table = "embedding.weight" if model.tied_embeddings else "unembedding.weight"
+    return Pass(x_BSD @ weights[table].T, auxiliary)
+
+
+def _below(parameters: Parameters, prefix: str) -> Parameters:
+    return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
+
+
+def _norm(config: Any, weights: Parameters) -> Callable[[Tensor], Tensor]:
+    def norm(x: Tensor) -> Tensor:
+        if config.kind == "layer_norm":
+            x = x - x.mean(-1, keepdim=True)
+        x = x / torch.sqrt((x**2).mean(-1, keepdim=True) + config.eps) * weights["weight"]
+        return x + weights["bias"] if config.kind == "layer_norm" else x
+
+    return norm
+
+
+def _linear(weights: Parameters, name: str, x: Tensor) -> Tensor:
+    return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+
+
+def _attention(model: Any, weights: Parameters, x_BSD: Tensor) -> Tensor:
+    """Head by head, with the mask written out."""
+    config, length, size = model.attention, x_BSD.shape[1], model.attention.head_size
+    query, key, value = (_linear(weights, name, x_BSD) for name in ("query", "key", "value"))
+    sees = torch.arange(length)[:, None] >= torch.arange(length)[None, :]
+    heads = []
+    for head in range(config.num_heads):
+        shared = head // (config.num_heads // config.kv_heads)
+        q, k, v = (t[..., h * size : (h + 1) * size] for t, h in ((query, head), (key, shared), (value, shared)))
+        if model.position.kind == "rope":
+            q, k = _rotate(q, model.position.theta), _rotate(k, model.position.theta)
+        scores = (q @ k.transpose(1, 2)) / math.sqrt(size)
+        scores = torch.where(sees, scores, torch.full_like(scores, -math.inf))
+        heads.append(_softmax(scores) @ v)
+    return _linear(weights, "out", torch.cat(heads, -1))
+
+
+def _softmax(x: Tensor) -> Tensor:
+    exponentials = torch.exp(x - x.detach().amax(-1, keepdim=True))
+    return exponentials / exponentials.sum(-1, keepdim=True)
+
+
+def _rotate(x_BSh: Tensor, theta: float) -> Tensor:
+    """Turns each pair (x_i, x_{i + h/2}) of position s by s * theta^(-2i/h)."""
+    half = x_BSh.shape[-1] // 2
+    columns: list[Tensor] = [x_BSh[..., i] for i in range(2 * half)]
+    position_S = torch.arange(x_BSh.shape[1], dtype=x_BSh.dtype)
+    for i in range(half):
+        angle_S = position_S * theta ** (-i / half)
+        one, two = columns[i], columns[i + half]
+        columns[i] = one * torch.cos(angle_S) - two * torch.sin(angle_S)
+        columns[i + half] = one * torch.sin(angle_S) + two * torch.cos(angle_S)
+    return torch.stack(columns, -1)
+
+
+def _ffn(activation: str, weights: Parameters, x: Tensor) -> Tensor:
+    return _linear(weights, "w_out", ACTIVATIONS[activation](_linear(weights, "w_in", x)))
+
+
+def _gelu(h: Tensor) -> Tensor:
+    return 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
+
+
+def _gated(gate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda h: gate(h[..., : h.shape[-1] // 2]) * h[..., h.shape[-1] // 2 :]
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda h: torch.clamp(h, min=0),
+    "gelu": _gelu,
+    "swiglu": _gated(lambda h: h / (1 + torch.exp(-h))),
+    "geglu": _gated(_gelu),
+}
+
+
+def _cross_entropy(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    """-log of the target's probability, (B, S)."""
+    chosen = logits_BSV.gather(-1, targets_BS[..., None])[..., 0]
+    largest = logits_BSV.detach().amax(-1)
+    return largest + torch.log(torch.exp(logits_BSV - largest[..., None]).sum(-1)) - chosen
+
+
+# --------------------------------------------------------------------------------------------------------- MoE blocks
+
+
+@dataclass
+class Sight:
+    """What a router did with a micro-step, for losses that are pooled over layers: f and P of each block of tokens,
+    (blocks, E), by loss."""
+
+    fraction_bE: dict[str, Tensor]
+    probability_bE: dict[str, Tensor]
+
+
+def _moe(
+    config: Any,
+    weights: Parameters,
+    x_BSD: Tensor,
+    tokens_BS: Tensor,
+    division: Division,
+    context: StepContext,
+    step: ReferenceStep,
+) -> tuple[Tensor, Tensor, Sight]:
+    """y; the sum of coefficient * loss over the losses of this layer alone; what the pooled ones need."""
+    ranks = []
+    for sequence_index_B, positions_S in division:
+        here = (sequence_index_B[:, None], positions_S)
+        ranks.append(
+            RankTokens(x_BSD[here], sequence_index_B.tolist(), tokens_BS[here], positions_S=positions_S.tolist())
+        )
+    output = reference_layer(config, weights, list(ranks), training=True, context=context)
+    y_BSD = torch.zeros_like(x_BSD)
+    for (sequence_index_B, positions_S), y in zip(division, output.y, strict=True):
+        y_BSD[sequence_index_B[:, None], positions_S] = y
+
+    record = step.layers[context.layer]
+    for count, new in (("routed_E", output.routed_E), ("kept_E", output.kept_E)):
+        old = getattr(record, count)
+        setattr(record, count, torch.tensor(new) if old is None else old + torch.tensor(new))
+    record.dropped += sum(int(dropped.sum()) for dropped in output.dropped)
+    own = [loss for loss in config.losses if not _is_pooled(loss)]
+    for loss in own:
+        _add_loss(record, loss, output.losses[_name(loss)])
+    total = sum((loss.coefficient * output.losses[_name(loss)] for loss in own), x_BSD.new_zeros(()))
+    return y_BSD, total, _look(config, weights, ranks, context)
+
+
+def _name(loss: Any) -> str:
+    if loss.kind != "balance":
+        return str(loss.kind)
+    return f"balance_{loss.scope}" + "_first" * (loss.choices == "first") + "_pooled" * (loss.layers == "pooled")
+
+
+def _is_pooled(loss: Any) -> bool:
+    return bool(loss.kind == "balance" and loss.layers == "pooled")
+
+
+def _add_loss(record: LayerRecord, loss: Any, value: Tensor) -> None:
+    record.losses[_name(loss)] = record.losses.get(_name(loss), 0.0) + float(value.detach())
+
+
+def _look(config: Any, weights: Parameters, ranks: list[RankTokens], context: StepContext) -> Sight:
+    """Routes once more, since reference_layer does not tell its probabilities."""
+    sight = Sight({}, {})
+    pooled = [loss for loss in config.losses if _is_pooled(loss)]
+    if not pooled:
+        return sight
+    batch = collect(ranks, True, context)
+    routing = route(config, weights, batch)
+    probability_TE = routing.scores_TE / routing.scores_TE.sum(-1, keepdim=True)
+    for loss in pooled:
+        fractions, probabilities = [], []
+        for block in blocks(loss.scope, batch):
+            if not block and loss.scope == "sequence":
+                continue
+            counted = 1 if loss.choices == "first" else config.router.k
+            count_E, total = probability_TE.new_zeros(config.num_experts), max(1, len(block))
+            for t in block:
+                for expert, reason in zip(routing.ids[t][:counted], routing.reasons[t], strict=False):
+                    count_E[expert] += reason != NOT_ROUTED
+            fractions.append(count_E / (total * counted))
+            probabilities.append(probability_TE[block].sum(0) / total)
+        sight.fraction_bE[_name(loss)] = torch.stack(fractions)
+        sight.probability_bE[_name(loss)] = torch.stack(probabilities)
+    return sight
+
+
+def _pooled_losses(config: Any, sights: dict[int, Sight], step: ReferenceStep) -> Tensor:
+    """coefficient * E * mean over blocks of sum_e f_e P_e, with f and P averaged over the layers first."""
+    total = torch.zeros((), dtype=torch.float64)
+    for loss in config.losses:
+        if not _is_pooled(loss):
+            continue
+        name = _name(loss)
+        fraction_bE = torch.stack([sight.fraction_bE[name] for sight in sights.values()]).mean(0)
+        for layer, sight in sights.items():
+            probability_bE = sight.probability_bE[name] / len(sights)
+            part = config.num_experts * (fraction_bE * probability_bE).sum(1).mean()
+            _add_loss(step.layers[layer], loss, part)
+            total = total + loss.coefficient * part
+    return total

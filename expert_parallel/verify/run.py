@@ -1,0 +1,179 @@
+"""The verification, as every rank runs it: one layout after the other, from top to bottom."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from expert_parallel.config import Config
+from expert_parallel.moe.plan import RouterReplay
+from expert_parallel.runtime import Runtime
+from expert_parallel.verify import product
+from expert_parallel.verify.compare import (
+    TOLERANCES,
+    Difference,
+    Pairs,
+    actual_tensors,
+    broadcast_tensors,
+    compare,
+    coverage,
+    expected_tensors,
+    gather_json,
+)
+from expert_parallel.verify.dropout import check_dropout
+from expert_parallel.verify.layouts import Layout, check_layout
+from expert_parallel.verify.product import Tensors
+from expert_parallel.verify.reference import Division, reference_step
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is verified. config: as reduced, in float64. dropout: the user's own probabilities, by setting."""
+
+    config: Config
+    layouts: list[Layout]
+    dtype: str = "float64"
+    dropout: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayoutResult:
+    """differences: of every tensor, the worst over the ranks. dropped, routed: choices of the step. dropout: what is
+    wrong with it, in sentences; None where there is none to compare. degrees: numbers that a ratio may be."""
+
+    layout: str
+    differences: list[Difference]
+    routed: int
+    dropped: int
+    grad_norm: float
+    dropout: list[str]
+    backend: str
+    degrees: dict[str, int]
+    seconds: float
+
+    def wrong(self, tolerance: float) -> list[Difference]:
+        return [d for d in self.differences if not d.held or not d.relative <= tolerance]
+
+    def passes(self, tolerance: float) -> bool:
+        return not self.wrong(tolerance) and not self.dropout
+
+
+def verify(plan: Plan, runtime: Runtime, say: Say = lambda text: None) -> list[LayoutResult]:
+    """Every rank calls it, and gets the same results."""
+    for layout in plan.layouts:
+        runtime.together(lambda layout=layout: check_layout(plan.config, layout, runtime.world_size))  # type: ignore[misc]
+    initial = _from_rank_0(runtime, lambda: product.whole_model(plan.config))
+    oracle = Oracle(plan.config, runtime, initial, stirred(initial, plan.config.seed))
+    results: list[LayoutResult] = []
+    for number, layout in enumerate(plan.layouts, start=1):
+        say(f"{number} of {len(plan.layouts)}: {layout.name}")
+        results.append(verify_layout(plan, layout, runtime, oracle))
+    return results
+
+
+def verify_layout(plan: Plan, layout: Layout, runtime: Runtime, oracle: "Oracle") -> LayoutResult:
+    began = time.perf_counter()
+    config = layout.apply(plan.config)
+    sequences_GS = product.random_sequences(config)
+    run = product.set_up(config, runtime, sequences_GS)
+    mine = list(run.batches(0))
+    divisions = _gather_divisions(run, mine)
+    expected = oracle.step(config, sequences_GS, divisions[0])
+    replay = None if plan.dtype == "float64" else RouterReplay()
+    pairs = _take_step(run, mine, replay, oracle, expected)
+    if plan.dtype != "float64":
+        # The choices of float64 are played back: near ties fall differently in fewer digits.
+        training = config.training.model_copy(update={"dtype": plan.dtype})
+        run = product.set_up(config.model_copy(update={"training": training}), runtime, sequences_GS)
+        pairs = _take_step(run, mine, replay, oracle, expected)
+    pairs |= coverage(divisions, (len(sequences_GS) // len(mine), sequences_GS.shape[1] - 1))
+    degrees = run.mesh.degrees
+    return LayoutResult(
+        layout=layout.name,
+        differences=compare(pairs, expected, TOLERANCES[plan.dtype][1]),
+        routed=_sum(expected, "choices routed"),
+        dropped=_sum(expected, "choices dropped"),
+        grad_norm=float(expected["gradient norm/gradient norm"]),
+        dropout=check_dropout(config, plan.dropout, runtime),
+        backend=product.backend(run.config, runtime),
+        degrees={name: getattr(degrees, name) for name in ("ep", "etp", "edp", "tp", "cp", "dp", "pp")}
+        | {"micro_steps": len(mine), "ranks": degrees.world_size},
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _take_step(
+    run: product.Run, mine: list[product.MicroBatch], replay: RouterReplay | None, oracle: "Oracle", expected: Tensors
+) -> Pairs:
+    before = product.read(run.model)
+    product.write(run.model, oracle.start)
+    return actual_tensors(product.take_step(run, mine, replay), before, oracle.start, expected)
+
+
+@dataclass
+class Oracle:
+    """What the reference says; rank 0 computes it, once for all layouts that ask the same. initial: weights as one rank
+    initialises them. start: those of the step."""
+
+    config: Config
+    runtime: Runtime
+    initial: Tensors
+    start: Tensors
+    known: dict[tuple[int, str], Tensors] = field(default_factory=dict)
+
+    def step(self, config: Config, sequences_GS: Tensor, division: Division) -> Tensors:
+        training = config.training
+        if not _looks_at_ranks(config):
+            size = len(sequences_GS) // training.micro_steps
+            division = [(torch.arange(size), torch.arange(sequences_GS.shape[1] - 1))]
+
+        def compute() -> Tensors:
+            step = reference_step(config.model, training, self.start, sequences_GS, division, config.seed)
+            return expected_tensors(step, self.initial, self.start)
+
+        key = (training.micro_steps, repr([[numbers.tolist() for numbers in place] for place in division]))
+        if key not in self.known:
+            self.known[key] = _from_rank_0(self.runtime, compute)
+        return self.known[key]
+
+
+def _from_rank_0(runtime: Runtime, compute: Callable[[], Tensors]) -> Tensors:
+    return broadcast_tensors(compute() if runtime.rank == 0 else None)
+
+
+def stirred(initial: Tensors, seed: int) -> Tensors:
+    """Vectors begin at 0 or 1: stirred, so that each bias and norm matters."""
+    generator = torch.Generator().manual_seed(seed)
+    start = {}
+    for name, value in initial.items():
+        size = 0.01 if name.endswith("balance_bias_E") else 0.2
+        noise = size * torch.randn(value.shape, generator=generator)
+        start[name] = (value + noise if value.dim() == 1 else value).float().double()  # as every dtype holds it
+    return start
+
+
+def _gather_divisions(run: product.Run, mine: list[product.MicroBatch]) -> list[Division]:
+    """Of each micro-step, over the ranks of the first pipeline stage."""
+    places = [[numbers.tolist() for numbers in place] for place in product.places(run, mine)]
+    everyone = gather_json({"stage": run.mesh.pp_rank, "places": places})
+    first = [rank["places"] for rank in everyone if rank["stage"] == 0]
+    return [
+        [(torch.tensor(rank[m][0], dtype=torch.int64), torch.tensor(rank[m][1])) for rank in first]
+        for m in range(len(mine))
+    ]
+
+
+def _looks_at_ranks(config: Config) -> bool:
+    """Whether a setting has scope `rank`, so that the reference needs to know which rank has which token."""
+    moe = config.model.moe
+    return moe is not None and any(
+        getattr(block, "scope", None) == "rank" for block in (moe.capacity, moe.router, *moe.losses)
+    )
+
+
+def _sum(expected: Tensors, what: str) -> int:
+    return int(sum(float(value.sum()) for name, value in expected.items() if name.endswith(what)))
