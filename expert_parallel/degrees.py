@@ -6,6 +6,7 @@ that what talks most shares a node.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -194,13 +195,13 @@ def place_of(degrees: ParallelDegrees, rank: int) -> dict[str, int]:
     return coordinates | dict(zip(EXPERT_ORDER, (experts == rank).nonzero()[0, 1:].tolist(), strict=True))
 
 
-def describe_grid(degrees: ParallelDegrees) -> str:
-    """A table: which rank stands where."""
+def describe_grid(degrees: ParallelDegrees, holds: Callable[[dict[str, int]], str] = lambda place: "") -> str:
+    """A table: which rank stands where, and what it holds, as a function of its coordinates."""
     axes = [*DENSE_ORDER, *EXPERT_ORDER]
     lines = ["rank  " + " ".join(f"{axis:>4}" for axis in axes)]
     for rank in range(degrees.world_size):
         place = place_of(degrees, rank)
-        lines.append(f"{rank:>4}  " + " ".join(f"{place[axis]:>4}" for axis in axes))
+        lines.append((f"{rank:>4}  " + " ".join(f"{place[axis]:>4}" for axis in axes) + f"  {holds(place)}").rstrip())
     return "\n".join(lines)
 
 

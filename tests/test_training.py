@@ -80,6 +80,10 @@ LAYOUTS = [
     {"world": 4, "tp": 2, "ep": 4, "data": "sharded", "micro_steps": 2, "recompute": "moe"},
     {"world": 2, "cp": 2, "ep": 2, "data": "replicated", "micro_steps": 1, "recompute": "none"},
     {"world": 4, "cp": 2, "tp": 2, "ep": 4, "data": "sharded", "micro_steps": 1, "recompute": "none"},
+    {"world": 4, "pp": 2, "tp": 2, "ep": 2, "data": "replicated", "micro_steps": 2, "recompute": "block"},
+    {"world": 4, "pp": 2, "ep": 2, "data": "sharded", "micro_steps": 2, "recompute": "moe"},
+    {"world": 4, "tp": 2, "ep": 2, "etp": 2, "data": "replicated", "micro_steps": 1, "recompute": "none"},
+    {"world": 4, "ep": 2, "data": {"kind": "sharded", "shards": 2}, "micro_steps": 1, "recompute": "none"},
 ]
 FACTORS = {
     "world": [1, 2, 4],

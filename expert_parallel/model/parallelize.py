@@ -1,6 +1,7 @@
 """Builds a Transformer, or a stage of it, on a mesh: all that the single-device code of transformer.py leaves out."""
 
 import math
+import warnings
 from functools import partial
 
 import torch
@@ -129,6 +130,8 @@ def shard(model: Transformer, mesh: ParallelMesh, config: ShardedConfig) -> None
     """
     assert mesh.dense_mesh is not None
     assert mesh.expert_mesh is not None
+    # Said of every matrix with a bias; nothing here works in place on what a module returns.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
     kept = torch.promote_types(torch.float32, model.compute_dtype)
     lean = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=kept, cast_forward_inputs=False)
     wide = MixedPrecisionPolicy(cast_forward_inputs=False)

@@ -1,6 +1,7 @@
 """What a config comes to, without starting anything: effective values, parameters, memory per rank."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -12,6 +13,7 @@ from expert_parallel.model.parallelize import build_model, split_model
 from expert_parallel.model.transformer import Part
 from expert_parallel.moe.capacity import DroplessConfig, capacity_of_blocks
 from expert_parallel.moe.parameters import logical_parameters
+from expert_parallel.placement import ExpertPlacement
 from expert_parallel.training.setup import check_degrees, describe_degrees
 from expert_parallel.training.step import DTYPES
 
@@ -130,8 +132,23 @@ def describe(config: Config, world_size: int | None) -> str:
         f"about {activations / GIB:.2f} GiB activations (estimate)"
     )
     if 1 < degrees.world_size <= GRID_RANKS:
-        lines += ["", describe_grid(degrees)]
+        lines += ["", describe_grid(degrees, lambda place: describe_holding(config, degrees, place))]
     return "\n".join(lines)
+
+
+def describe_holding(config: Config, degrees: ParallelDegrees, place: dict[str, int]) -> str:
+    """The blocks and experts of the rank at this place."""
+    parts = split_model(config.model, degrees.pp * config.parallel.stages_per_rank)[place["pp"] :: degrees.pp]
+    text = "blocks " + ", ".join(_span(part.blocks) for part in parts)
+    moe = config.model.moe
+    if moe is not None:
+        held = ExpertPlacement.contiguous(moe.num_experts, degrees.ep).experts_on(place["ep"])
+        text += f"; experts {_span(held)}" + (f", part {place['etp'] + 1} of {degrees.etp}" if degrees.etp > 1 else "")
+    return text
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
 
 def describe_capacity(config: Config, degrees: ParallelDegrees) -> str:
@@ -147,7 +164,8 @@ def describe_capacity(config: Config, degrees: ParallelDegrees) -> str:
         "sequence": 1,
         "global": training.global_batch // training.micro_steps,
     }[capacity.scope]
-    size_b = torch.tensor([sequences * training.sequence_length])
+    share = degrees.cp * degrees.tp if capacity.scope == "rank" else 1
+    size_b = torch.tensor([sequences * training.sequence_length // share])
     choices = moe.router.num_choices(moe.num_experts)
     train, evaluation = (
         int(capacity_of_blocks(capacity, size_b, choices, moe.num_experts, training=is_training))

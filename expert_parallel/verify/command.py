@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from expert_parallel.config import Config
+from expert_parallel.moe.capacity import DroplessConfig
 from expert_parallel.runtime import Runtime
 from expert_parallel.verify.compare import TOLERANCES, Difference
 from expert_parallel.verify.dropout import dropout_of
@@ -20,19 +21,21 @@ REDUCED_TIMEOUT = timedelta(seconds=120)
 
 
 def plan_verification(
-    config: Config, num_ranks: int, layouts: Sequence[str], dtype: str, full: bool
+    config: Config, num_ranks: int, layouts: Sequence[str], dtype: str, full: bool, one_machine: bool = True
 ) -> tuple[Plan, Reduced]:
     """ValueError where something cannot be verified, or a layout cannot be."""
     if dtype not in TOLERANCES:
         raise ValueError(f"--dtype is {dtype!r}, it must be one of {', '.join(TOLERANCES)}")
     named = [Layout.parse(text) for text in layouts]
-    reduced = reduce_config(config, num_ranks, full)
+    reduced = reduce_config(config, num_ranks, full, one_machine)
     for layout in named:
         check_layout(reduced.config, layout, num_ranks)
     micro_steps = (config.training.micro_steps,) if full else accumulations(num_ranks)
-    chosen = named or choose_layouts(reduced.config, num_ranks, micro_steps)
+    chosen = named or choose_layouts(reduced.config, reduced.own, num_ranks, micro_steps)
     if not chosen:
         raise ValueError(f"no layout of this config fits {num_ranks} ranks")
+    if not named and chosen[0] != reduced.own:
+        reduced.changes.append(f"the config's own layout, {reduced.own.name}, does not fit {num_ranks} ranks")
     return Plan(reduced.config, chosen, dtype, dropout_of(config)), reduced
 
 
@@ -44,18 +47,17 @@ def verify_command(
 
     UserError for what cannot be verified; RankError where a rank of our own fails."""
     alone = runtime.launch.launcher == "none"
-    plan, reduced = runtime.together(
-        lambda: plan_verification(config, _world(runtime, num_ranks), layouts, dtype, full)
-    )
+    world = runtime.together(lambda: _world(runtime, num_ranks))
+    plan, reduced = runtime.together(lambda: plan_verification(config, world, layouts, dtype, full, alone))
     if alone:
         timeout = timedelta(seconds=config.runtime.timeout_seconds) if full else REDUCED_TIMEOUT
-        trees = run_on_ranks(_world(runtime, num_ranks), verify_task, _task(plan), say, timeout)
+        trees = run_on_ranks(world, verify_task, _task(plan), say, timeout)
         results = [_result(tree) for tree in trees]
     else:
         results = verify(plan, runtime, say)
     if runtime.rank == 0:
         device = "cpu" if alone else f"{runtime.device.type} ({runtime.backend})"
-        report(plan, reduced, results, f"{_world(runtime, num_ranks)} ranks on {device}")
+        report(plan, reduced, results, f"{world} ranks on {device}")
     return all(result.passes(TOLERANCES[dtype][0]) for result in results)
 
 
@@ -81,6 +83,9 @@ def report(plan: Plan, reduced: Reduced, results: list[LayoutResult], ranks: str
         markup=False,
     )
     show(results, tolerance, console)
+    capacity = getattr(plan.config.model.moe, "capacity", None)
+    if not isinstance(capacity, DroplessConfig | None) and not any(result.dropped for result in results):
+        console.print("no choice was dropped: model.moe.capacity has not been put to the test", soft_wrap=True)
     wrong = sum(not result.passes(tolerance) for result in results)
     seconds = sum(result.seconds for result in results)
     verdict = f"{wrong} of {len(results)} layouts differ" if wrong else f"all {len(results)} layouts compute the same"

@@ -46,9 +46,11 @@ def check_dropout(config: Config, probabilities: dict[str, float], runtime: Runt
 
 
 def _with_dropout(config: Config, probabilities: dict[str, float], num_data_ranks: int) -> Config:
-    """One sequence a data rank; and what else could tell equal tokens apart is switched off."""
-    tree = config.model_dump(mode="json")
-    tree["training"]["global_batch"] = num_data_ranks * config.training.micro_steps
+    """As few micro-steps as a pipeline takes, of one sequence a data rank, without what else could tell equal tokens
+    apart."""
+    tree, micro_steps = config.model_dump(mode="json"), config.parallel.pp
+    tree["training"] |= {"micro_steps": micro_steps, "global_batch": num_data_ranks * micro_steps}
+    tree["parallel"]["data"] = {"kind": "replicated"}
     if (moe := tree["model"]["moe"]) is not None:
         k = min(2, moe["num_experts"])
         moe |= {"router": {"kind": "top_k", "k": k, "normalise": k > 1}, "capacity": {"kind": "dropless"}, "losses": []}
@@ -76,12 +78,17 @@ def _check(config: Config, setting: str, runtime: Runtime) -> list[str]:
             f"{setting}: the step is another one with training.recompute {recompute!r} than with 'none': masks must "
             "be a function of the seed and the place alone"
         )
-    for (one, (mine, _)), (other, (theirs, _)) in combinations(enumerate(everyone), 2):
-        if same := mine.same_masks(theirs):
-            found.append(
-                f"{setting}: ranks {one} and {other} have other tokens but draw the same masks ({', '.join(same)}): "
-                "the rank's coordinate is missing in the seed"
-            )
+    pairs = [
+        (one, other, same)
+        for (one, (mine, _)), (other, (theirs, _)) in combinations(enumerate(everyone), 2)
+        if (same := mine.same_masks(theirs))
+    ]
+    if pairs:
+        (one, other, same), more = pairs[0], f", and so do {len(pairs) - 1} more pairs of ranks" * (len(pairs) > 1)
+        found.append(
+            f"{setting}: ranks {one} and {other} have other tokens but draw the same masks in {', '.join(same)}{more}: "
+            "the rank's coordinate is missing in the seed"
+        )
     return found
 
 
@@ -123,10 +130,13 @@ def _run(config: Config, runtime: Runtime, in_experts: bool) -> Dropped:
         if context.micro_step == 0 and (not in_experts or context.layer in config.model.moe_layers):
             outputs[f"block {context.layer}"] = output.x.detach().double().sum(-1).flatten().tolist()
 
-    run = product.set_up(config, runtime, product.random_sequences(config))
-    for block in run.model.modules():
-        if isinstance(block, Block):
-            block.register_forward_pre_hook(give)
-            block.register_forward_hook(take)
-    report = train_step(run.model, run.optimizer, run.batches(0), config.training, run.mesh, step=0, seed=config.seed)
+    training, seed = config.training, config.seed
+    with product.set_up(config, runtime, product.random_sequences(config)) as run:
+        for block in run.model.modules():
+            if isinstance(block, Block):
+                block.register_forward_pre_hook(give)
+                block.register_forward_hook(take)
+        mine = list(run.batches(0))
+        with product.listening([]):  # the comparison has said it
+            report = train_step(run.model, run.optimizer, mine, training, run.mesh, step=0, seed=seed)
     return Dropped(outputs, report.grad_norm)

@@ -1,12 +1,22 @@
-"""A sentence for each column in which a layout differs: which tensor, by how much, and what usually causes it."""
+"""Sentences for a layout that differs: which tensor, by how much, by which factor, and what usually causes that."""
 
-from expert_parallel.verify.compare import Difference
+from expert_parallel.verify.compare import GROUPS, Difference
 from expert_parallel.verify.run import LayoutResult
 
 EXACT = 1e-6
-
+MOST_BREACHES = 4
+GRADIENTS = tuple(f"gradient: {group}" for group in GROUPS)
+# Columns in the order of a step: what comes later differs because of what comes earlier.
+ORDER = (
+    ("initial weights",),
+    ("output", "dropped"),
+    ("loss", "balance loss"),
+    GRADIENTS,
+    ("gradient norm",),
+    ("update",),
+)
 ONCE = "the loss is divided once, by all tokens of the step, so that every reduction is a sum"
-# (column, degree, whether the number is too large by it) -> the usual cause. Column "": any.
+# (column or "", degree, whether the number is too large by it) -> the usual cause.
 CAUSES: dict[tuple[str, str, bool], str] = {
     (
         "gradient: experts",
@@ -15,8 +25,14 @@ CAUSES: dict[tuple[str, str, bool], str] = {
     ): "the all-to-all's backward pass has already brought each expert the gradients of "
     f"its whole expert-parallel group; {ONCE}, and that of experts goes over edp alone",
     ("gradient: experts", "ep", False): f"it is averaged over the expert-parallel group; {ONCE}",
+    ("gradient: experts", "edp", True): f"the sum over the ranks that hold the same experts is made twice; {ONCE}",
     ("gradient: experts", "edp", False): f"it is averaged over the ranks that hold the same experts; {ONCE}",
     ("gradient: experts", "etp", True): "each rank of the expert's tensor-parallel group adds the whole of it; one may",
+    (
+        "gradient: experts",
+        "etp",
+        False,
+    ): "each rank of the expert's tensor-parallel group has a part of it, and the sum over etp is missing",
     ("", "dp", True): f"each data rank divides by its own tokens, or the sum over dp is made twice; {ONCE}",
     ("", "dp", False): f"it is averaged over the data ranks; {ONCE}",
     ("", "cp", True): "each context rank adds the whole of it; each may add its own tokens' part alone",
@@ -30,32 +46,37 @@ CAUSES: dict[tuple[str, str, bool], str] = {
 }
 # Where no degree explains it: what the column says by itself.
 HINTS = {
-    "output": "the forward pass differs from here on",
-    "gradient norm": "each shard of each parameter is to be counted once: experts too, copies not",
-    "update": "clipping, the optimizer's groups or its rate differ, if the gradients do not",
     "initial weights": "they are to be a function of the seed and the logical name alone",
+    "output": "the forward pass is another one from here on",
+    "dropped": "the choice is another one, or capacity is counted over other tokens",
     "balance loss": "f and P are to be averaged over all tokens of the loss's scope before they are multiplied",
-    "dropped": "capacity is counted over other tokens, or in another order",
+    **dict.fromkeys(GRADIENTS, "some tokens' parts are missing in it, or weigh more than others"),
+    "gradient norm": "the gradients agree, so some are left out or counted twice: experts count, copies do not",
+    "update": "gradients and norm agree, so clipping, weight decay, rate or optimizer differ",
 }
 
 
 def explain(result: LayoutResult, tolerance: float) -> list[str]:
-    """One sentence a column, for its worst tensor; and those of dropout."""
+    """A sentence for the worst tensor of each column of the first part of the step that differs; which later ones
+    differ, too; and what ledger and dropout say."""
     by_column: dict[str, list[Difference]] = {}
     for difference in result.wrong(tolerance):
         by_column.setdefault(difference.column, []).append(difference)
+    first = next(([column for column in part if column in by_column] for part in ORDER if by_column.keys() & part), [])
     sentences = []
-    for column, found in by_column.items():
-        first = column in ("output", "dropped")  # what comes later follows from it
-        worst = found[0] if first else max(found, key=lambda d: (not d.held, d.relative))
+    for column in first:
+        found = by_column.pop(column)
+        worst = found[0] if column in ("output", "dropped") else max(found, key=lambda d: (not d.held, d.relative))
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         sentences.append(f"{_what(worst)}{more}{_why(worst, result.degrees, tolerance)}")
-    return sentences + [f"dropout: {sentence}" for sentence in result.dropout]
+    if by_column:
+        sentences.append(f"what follows from it differs, too: {', '.join(by_column)}")
+    return sentences + result.ledger[:MOST_BREACHES] + result.dropout
 
 
 def _what(difference: Difference) -> str:
     what, _, where = difference.name.partition("/")
-    name = where if where == what else f"{what} of {where}" if what in ("gradient", "update") else f"{what}, {where}"
+    name = where if where == what else f"{what} of {where}"
     if not difference.held:
         return f"{name}: no rank has it"
     return f"{name} differs by {difference.relative:.1e} (rank {difference.rank})"
@@ -64,26 +85,28 @@ def _what(difference: Difference) -> str:
 def _why(difference: Difference, degrees: dict[str, int], tolerance: float) -> str:
     if not difference.held:
         return ""
-    hint = HINTS.get(difference.column)
-    if not difference.spread <= max(EXACT, tolerance):
-        return f": {hint}" if hint else ", by no fixed factor"
-    for power in (1, -1, 2, -2, 0.5, -0.5):
-        names = [n for n, size in degrees.items() if size > 1 and _near(difference.ratio, size**power, tolerance)]
+    hint = f": {HINTS[difference.column]}" if difference.column in HINTS else ""
+    if difference.spread > max(EXACT, tolerance):
+        return hint
+    for power in (1, -1, 2, -2):
+        names = [
+            name for name in _likely(difference.column, degrees) if _near(difference, degrees[name] ** power, tolerance)
+        ]
         if names:
-            causes = [CAUSES.get((column, name, power > 0)) for name in names for column in (difference.column, "")]
-            cause = next((cause for cause in causes if cause), hint)
-            called = " = ".join(f"{_power(name, power)}" for name in names)
-            return f": it is {difference.ratio:.6g} times what it must be, exactly {called}" + (
-                f"; {cause}" if cause else ""
-            )
-    return f": it is {difference.ratio:.6g} times what it must be" + (f"; {hint}" if hint else "")
+            cause = CAUSES.get((difference.column, names[0], power > 0)) or CAUSES["", names[0], power > 0]
+            called = " = ".join(f"{'1 / ' * (power < 0)}{name}{'^2' * (abs(power) == 2)}" for name in names)
+            how = "exactly" if tolerance < EXACT else "about"
+            return f": it is {difference.ratio:.6g} times what it must be, {how} {called}; {cause}"
+    return f": it is {difference.ratio:.6g} times what it must be" + hint.replace(": ", "; ", 1)
 
 
-def _near(ratio: float, target: float, tolerance: float) -> bool:
-    return abs(ratio / target - 1) <= max(EXACT, tolerance)
+def _likely(column: str, degrees: dict[str, int]) -> list[str]:
+    """The degrees that may be at fault, most likely ones first."""
+    dense = ("dp", "cp", "tp", "pp", "micro_steps")
+    experts = ("ep", "etp", "edp", "pp", "micro_steps")
+    order = experts if column == "gradient: experts" else dense
+    return [name for name in order if degrees[name] > 1]
 
 
-def _power(name: str, power: float) -> str:
-    return {1: name, -1: f"1 / {name}", 2: f"{name}^2", -2: f"1 / {name}^2", 0.5: f"sqrt({name})"}.get(
-        power, f"1 / sqrt({name})"
-    )
+def _near(difference: Difference, factor: float, tolerance: float) -> bool:
+    return abs(difference.ratio / factor - 1) <= max(EXACT, tolerance)

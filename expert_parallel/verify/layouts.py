@@ -16,6 +16,7 @@ DEGREES = ("cp", "tp", "pp", "ep", "etp")
 SETTINGS = {
     **{degree: f"parallel.{degree}" for degree in DEGREES},
     "data": "parallel.data.kind",
+    "shards": "parallel.data.shards",
     "pipeline": "parallel.pipeline.kind",
     "micro_steps": "training.micro_steps",
     "recompute": "training.recompute",
@@ -24,8 +25,8 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is divided over the ranks. What it does not name: degrees are 1, weights are replicated, the rest is
-    as in the config."""
+    """How a step is divided over the ranks. What it does not name: degrees are 1, weights are replicated (but with
+    `shards`, so many of them are sharded), the rest is as in the config."""
 
     settings: tuple[tuple[str, str | int], ...]
 
@@ -53,7 +54,8 @@ class Layout:
     def apply(self, config: Config) -> Config:
         """The config with this layout; micro-steps stay as large as they are. ValueError where the two do not fit."""
         tree = config.model_dump(mode="json")
-        values = dict.fromkeys(DEGREES, 1) | {"data": "replicated"} | dict(self.settings)
+        named = dict(self.settings)
+        values = dict.fromkeys(DEGREES, 1) | {"data": "sharded" if "shards" in named else "replicated"} | named
         for name, value in values.items():
             block, leaf = _block_of(tree, name)
             if leaf == "kind" and block["kind"] != value:  # another kind has other settings
@@ -92,19 +94,18 @@ def check_layout(config: Config, layout: Layout, num_ranks: int) -> ParallelDegr
         raise ValueError(f"layout {layout.name}: {error}") from None
 
 
-def own_layout(config: Config) -> Layout:
-    """The config's."""
-    tree = config.model_dump(mode="json")
+def own_layout(tree: dict[str, Any]) -> Layout:
+    """That of a config's tree."""
     blocks = {name: _block_of(tree, name) for name in SETTINGS}
-    return Layout(tuple((name, block[leaf]) for name, (block, leaf) in blocks.items()))
+    found = {name: block.get(leaf) for name, (block, leaf) in blocks.items()}
+    return Layout(tuple((name, value) for name, value in found.items() if value is not None))
 
 
-def choose_layouts(config: Config, num_ranks: int, micro_steps: Sequence[int]) -> list[Layout]:
-    """The config's own layout, if it fits the ranks, and few others, such that each two values of two names that can
+def choose_layouts(config: Config, own: Layout, num_ranks: int, micro_steps: Sequence[int]) -> list[Layout]:
+    """The user's own layout, if it fits the ranks, and few others, such that each two values of two names that can
     stand together do so once. Greedy: always the layout with most pairs that are still missing."""
     candidates = {layout: _pairs(layout) for layout in _candidates(num_ranks, micro_steps)}
     missing = set().union(*candidates.values())
-    own = own_layout(config)
     chosen = [own] if _fits(config, own, num_ranks) else []
     missing -= _pairs(own) if chosen else set()
     while candidates:

@@ -1,14 +1,18 @@
 """One training step of the product in a layout, and what a rank can see of it. All that verify knows of how the
 product builds a model and gives a rank its tokens stands here."""
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from expert_parallel.config import Config
+from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import Block
 from expert_parallel.moe.experts import choose_backend
@@ -34,14 +38,27 @@ class GivenSequences(TokenSampler):
         return self.given_GS[first : first + count]
 
 
-def set_up(config: Config, runtime: Runtime, sequences_GS: Tensor) -> Run:
+@contextmanager
+def set_up(config: Config, runtime: Runtime, sequences_GS: Tensor) -> Iterator[Run]:
     """As a training run is set up, without its text and its folder. sequences_GS: those of step 0, (global_batch,
     sequence_length + 1)."""
     degrees = runtime.together(lambda: check_world(config, runtime))
     mesh, model, optimizer = build(config, runtime, degrees)
     length = config.training.sequence_length
     sampler = GivenSequences(torch.zeros(length + 1, dtype=torch.uint8), length, config.seed, sequences_GS)
-    return Run(config, runtime, mesh, model, optimizer, sampler, sequences_GS[:0], [])
+    yield Run(config, runtime, mesh, model, optimizer, sampler, sequences_GS[:0], [])
+    _forget(mesh)
+
+
+def _forget(mesh: ParallelMesh) -> None:
+    """Ends the process groups, each of which holds sockets and threads; but not those of DTensors, which torch keeps
+    in caches."""
+    meshes = [over for over in (mesh.dense_mesh, mesh.expert_mesh) if over is not None]
+    kept = {id(group) for over in meshes for group in over.get_all_groups()}
+    for held in [*vars(mesh).values(), *vars(mesh.nodes).values()]:
+        if isinstance(held, dist.ProcessGroup) and id(held) not in kept:
+            kept.add(id(held))
+            dist.destroy_process_group(held)
 
 
 def random_sequences(config: Config) -> Tensor:
@@ -94,12 +111,13 @@ def place_of(context: StepContext, length: int) -> tuple[Tensor, Tensor]:
 @dataclass
 class Seen:
     """What a rank saw of a step. gradients: before clipping. outputs: by (micro-step, block), with what the block was
-    told."""
+    told. breaches: what the ledger said."""
 
     report: StepReport
     gradients: Tensors = field(default_factory=dict)
     weights: Tensors = field(default_factory=dict)
     outputs: dict[tuple[int, int], tuple[StepContext, Tensor]] = field(default_factory=dict)
+    breaches: list[str] = field(default_factory=list)
 
 
 def take_step(run: Run, mine: list[MicroBatch], replay: RouterReplay | None = None) -> Seen:
@@ -118,7 +136,8 @@ def take_step(run: Run, mine: list[MicroBatch], replay: RouterReplay | None = No
     hooks = [block.register_forward_hook(see_block) for block in run.model.modules() if isinstance(block, Block)]
     hooks.append(run.optimizer.register_step_pre_hook(see_gradients))
     training, seed = run.config.training, run.config.seed
-    seen.report = train_step(run.model, run.optimizer, mine, training, run.mesh, step=0, seed=seed, replay=replay)
+    with listening(seen.breaches):
+        seen.report = train_step(run.model, run.optimizer, mine, training, run.mesh, step=0, seed=seed, replay=replay)
     for hook in hooks:
         hook.remove()
     norm, limit = seen.report.grad_norm, training.clip_norm
@@ -126,6 +145,19 @@ def take_step(run: Run, mine: list[MicroBatch], replay: RouterReplay | None = No
         seen.gradients = {name: grad * (norm / limit) for name, grad in seen.gradients.items()}
     seen.weights = read(run.model)
     return seen
+
+
+@contextmanager
+def listening(breaches: list[str]) -> Iterator[None]:
+    """The ledger's breaches, which the config lets it say as warnings, so that the rest is compared all the same."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield
+    for warning in said:
+        if str(warning.message).startswith("ledger: "):
+            breaches.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def backend(config: Config, runtime: Runtime) -> str:

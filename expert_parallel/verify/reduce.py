@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from expert_parallel.config import Config
+from expert_parallel.degrees import ParallelConfig
 from expert_parallel.training.data import VOCABULARY_SIZE
-from expert_parallel.verify.layouts import accumulations
+from expert_parallel.verify.layouts import Layout, accumulations, own_layout
 
 # Small, but all different, and multiples of 8, as grouped products want them.
 SIZES = {"model.d_model": 16, "model.ffn.hidden": 48, "model.moe.experts.hidden": 32}
@@ -30,13 +31,13 @@ class Draft:
         return here
 
     def put(self, path: str, value: Any, why: str = "") -> None:
-        """Where the setting exists and has another value."""
-        old = self.get(path)
-        block, _, leaf = path.rpartition(".")
-        if old is None or old == value:
+        """Where the config has this setting, with another value."""
+        parent, _, leaf = path.rpartition(".")
+        block = self.get(parent)
+        if block is None or leaf not in block or block[leaf] == value:
             return
-        self.get(block)[leaf] = value
-        self.changes.append(f"{path} {_shown(old)} -> {_shown(value)}" + (f" ({why})" if why else ""))
+        self.changes.append(f"{path} {_shown(block[leaf])} -> {_shown(value)}" + (f" ({why})" if why else ""))
+        block[leaf] = value
 
     def at_most(self, path: str, limit: int) -> None:
         value = self.get(path)
@@ -50,22 +51,28 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Reduced:
-    """changes: what was made smaller. settings: what was switched off or set for the comparison. In sentences."""
+    """config: without its layout, which is `own`. changes: what was made smaller. settings: what was set for the
+    comparison."""
 
     config: Config
+    own: Layout
     changes: list[str]
     settings: list[str]
 
 
-def reduce_config(config: Config, num_ranks: int, full: bool) -> Reduced:
-    """ValueError for what cannot be verified."""
+def reduce_config(config: Config, num_ranks: int, full: bool, one_machine: bool = True) -> Reduced:
+    """ValueError for what cannot be verified. one_machine: the ranks are processes of one."""
     _refuse(config)
     draft, small = Draft(config.model_dump(mode="json")), Draft({})
     _switch_off(draft)
+    if one_machine and draft.get("model.moe.dispatcher.kind") == "hierarchical" and num_ranks % 2 == 0:
+        draft.put("parallel.ranks_per_node", num_ranks // 2, "as if they were two")
     if not full:
         small = Draft(draft.tree)
         _make_small(small, num_ranks)
-    return Reduced(Config.model_validate(draft.tree), small.changes, draft.changes)
+    own = own_layout(draft.tree)
+    parallel = ParallelConfig(ranks_per_node=draft.get("parallel.ranks_per_node")).model_dump(mode="json")
+    return Reduced(Config.model_validate({**draft.tree, "parallel": parallel}), own, small.changes, draft.changes)
 
 
 def _refuse(config: Config) -> None:
@@ -84,9 +91,8 @@ def _switch_off(draft: Draft) -> None:
     draft.put("model.moe.experts.output_dropout", 0.0, elsewhere)
     draft.put("model.moe.experts.backend", "auto")
     draft.put("model.moe.dispatcher.exchange_dtype", "model", "it rounds")
-    draft.put("model.moe.ledger", {"kind": "rows", "breach": "error"})
-    if draft.get("training.routing") is not None:
-        draft.put("training.routing", None)
+    draft.put("model.moe.ledger", {"kind": "rows", "breach": "warn"})
+    draft.put("training.routing", None)
     draft.put("training.dtype", "float64")
     draft.put("training.optimizer.learning_rate", LEARNING_RATE)
     draft.put("training.optimizer.eps", EPS, "so that tiny gradients do not decide the first step of Adam")
@@ -100,14 +106,15 @@ def _make_small(draft: Draft, num_ranks: int) -> None:
         draft.at_most(path, size)
     draft.at_most("model.position.max_length", length + 3)
     draft.put("model.init_std", INIT_STD, "so that gradients are no noise")
-    draft.put("training.clip_norm", CLIP_NORM, "so that it clips")
+    if draft.get("training.clip_norm") is not None:
+        draft.put("training.clip_norm", CLIP_NORM, "so that it clips")
     _fewer_blocks(draft)
     for shards in ("shards", "expert_shards"):
         draft.put(f"parallel.data.{shards}", None)
     kv_heads = draft.get("model.attention.num_kv_heads") or draft.get("model.attention.num_heads")
     group = draft.get("model.attention.num_heads") // kv_heads
     draft.put("model.attention.num_heads", min(kv_heads, MOST_KV_HEADS) * min(group, MOST_HEADS_A_GROUP))
-    draft.put("model.attention.num_kv_heads", min(kv_heads, MOST_KV_HEADS))
+    draft.at_most("model.attention.num_kv_heads", MOST_KV_HEADS)
     draft.at_most("model.attention.head_size", HEAD_SIZE)
     micro_batch = num_ranks + 1  # no number of data ranks divides it, so that they get unequal numbers of tokens
     draft.at_most("training.micro_steps", accumulations(num_ranks)[1])

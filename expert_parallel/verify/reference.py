@@ -72,7 +72,7 @@ def reference_step(
         name: torch.zeros_like(w) if g is None else g for (name, w), g in zip(weights.items(), grads, strict=True)
     }
     step.grad_norm = math.sqrt(sum(float((g * g).sum()) for g in step.gradients.values()))
-    _update(training, weights, step)
+    step.weights = adamw_step(training, weights, step.gradients, step.grad_norm)
     for name, bias in biases.items():
         routed_E = step.layers[int(name.split(".")[1])].routed_E
         assert routed_E is not None
@@ -83,19 +83,21 @@ def reference_step(
     return step
 
 
-def _update(training: Any, weights: Parameters, step: ReferenceStep) -> None:
-    """Clips, and makes the first step of AdamW (Loshchilov and Hutter 2017, algorithm 2) at the schedule's first
-    rate."""
-    optimizer, warmup = training.optimizer, training.schedule.warmup_steps
-    rate = optimizer.learning_rate / max(1, warmup)
-    (beta1, beta2), limit = optimizer.betas, training.clip_norm
-    factor = 1.0 if limit is None or step.grad_norm <= limit else limit / step.grad_norm
-    for name, weight in weights.items():
-        grad = factor * step.gradients[name]
+def adamw_step(training: Any, weights: Parameters, gradients: Parameters, grad_norm: float) -> Parameters:
+    """The weights after the first step of a run: clipping, then AdamW (Loshchilov and Hutter 2017, algorithm 2) at the
+    schedule's first rate; no decay of vectors."""
+    optimizer, limit = training.optimizer, training.clip_norm
+    rate = optimizer.learning_rate / max(1, training.schedule.warmup_steps)
+    beta1, beta2 = optimizer.betas
+    factor = 1.0 if limit is None or grad_norm <= limit else limit / grad_norm
+    after = {}
+    for name, gradient in gradients.items():
+        weight, grad = weights[name].detach(), factor * gradient
         mean, square = (1 - beta1) * grad, (1 - beta2) * grad**2
         direction = (mean / (1 - beta1)) / (torch.sqrt(square / (1 - beta2)) + optimizer.eps)
         decay = optimizer.weight_decay if weight.dim() > 1 else 0.0
-        step.weights[name] = weight.detach() - rate * decay * weight.detach() - rate * direction
+        after[name] = weight - rate * decay * weight - rate * direction
+    return after
 
 
 # ------------------------------------------------------------------------------------------------------- forward pass

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -42,14 +43,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class LayoutResult:
-    """differences: of every tensor, the worst over the ranks. dropped, routed: choices of the step. dropout: what is
-    wrong with it, in sentences; None where there is none to compare. degrees: numbers that a ratio may be."""
+    """differences: of every tensor, the worst over the ranks. dropped, routed: choices of the step. ledger, dropout:
+    what is wrong, in sentences. degrees: numbers that a ratio may be."""
 
     layout: str
     differences: list[Difference]
     routed: int
     dropped: int
     grad_norm: float
+    ledger: list[str]
     dropout: list[str]
     backend: str
     degrees: dict[str, int]
@@ -59,7 +61,7 @@ class LayoutResult:
         return [d for d in self.differences if not d.held or not d.relative <= tolerance]
 
     def passes(self, tolerance: float) -> bool:
-        return not self.wrong(tolerance) and not self.dropout
+        return not self.wrong(tolerance) and not self.ledger and not self.dropout
 
 
 def verify(plan: Plan, runtime: Runtime, say: Say = lambda text: None) -> list[LayoutResult]:
@@ -79,39 +81,40 @@ def verify_layout(plan: Plan, layout: Layout, runtime: Runtime, oracle: "Oracle"
     began = time.perf_counter()
     config = layout.apply(plan.config)
     sequences_GS = product.random_sequences(config)
-    run = product.set_up(config, runtime, sequences_GS)
-    mine = list(run.batches(0))
-    divisions = _gather_divisions(run, mine)
-    expected = oracle.step(config, sequences_GS, divisions[0])
     replay = None if plan.dtype == "float64" else RouterReplay()
-    pairs = _take_step(run, mine, replay, oracle, expected)
+    with product.set_up(config, runtime, sequences_GS) as run:
+        mine, degrees = list(run.batches(0)), run.mesh.degrees
+        divisions = _gather_divisions(run, mine)
+        expected = oracle.step(config, sequences_GS, divisions[0])
+        pairs, breaches = _take_step(run, mine, replay, oracle, expected)
     if plan.dtype != "float64":
         # The choices of float64 are played back: near ties fall differently in fewer digits.
-        training = config.training.model_copy(update={"dtype": plan.dtype})
-        run = product.set_up(config.model_copy(update={"training": training}), runtime, sequences_GS)
-        pairs = _take_step(run, mine, replay, oracle, expected)
+        config = config.model_copy(update={"training": config.training.model_copy(update={"dtype": plan.dtype})})
+        with product.set_up(config, runtime, sequences_GS) as run:
+            pairs, breaches = _take_step(run, mine, replay, oracle, expected)
     pairs |= coverage(divisions, (len(sequences_GS) // len(mine), sequences_GS.shape[1] - 1))
-    degrees = run.mesh.degrees
     return LayoutResult(
         layout=layout.name,
         differences=compare(pairs, expected, TOLERANCES[plan.dtype][1]),
         routed=_sum(expected, "choices routed"),
         dropped=_sum(expected, "choices dropped"),
         grad_norm=float(expected["gradient norm/gradient norm"]),
-        dropout=check_dropout(config, plan.dropout, runtime),
-        backend=product.backend(run.config, runtime),
+        ledger=sorted(set(chain.from_iterable(gather_json(breaches)))),
+        dropout=check_dropout(layout.apply(plan.config), plan.dropout, runtime),
+        backend=product.backend(config, runtime),
         degrees={name: getattr(degrees, name) for name in ("ep", "etp", "edp", "tp", "cp", "dp", "pp")}
-        | {"micro_steps": len(mine), "ranks": degrees.world_size},
+        | {"micro_steps": len(mine)},
         seconds=time.perf_counter() - began,
     )
 
 
 def _take_step(
     run: product.Run, mine: list[product.MicroBatch], replay: RouterReplay | None, oracle: "Oracle", expected: Tensors
-) -> Pairs:
+) -> tuple[Pairs, list[str]]:
     before = product.read(run.model)
     product.write(run.model, oracle.start)
-    return actual_tensors(product.take_step(run, mine, replay), before, oracle.start, expected)
+    seen = product.take_step(run, mine, replay)
+    return actual_tensors(run, seen, before, oracle.start, expected), seen.breaches
 
 
 @dataclass

@@ -42,8 +42,10 @@ def show(results: Sequence[LayoutResult], tolerance: float, console: Console) ->
         console.print(_table(names, columns[:count]))
         columns = columns[count:]
     for result in results:
-        for sentence in explain(result, tolerance):
-            console.print(Text(f"{result.layout}: {sentence}"), soft_wrap=True)
+        if sentences := explain(result, tolerance):
+            console.print(Text(result.layout, "bold"), soft_wrap=True)
+        for sentence in sentences:
+            console.print(Text(f"  {sentence}"), soft_wrap=True)
 
 
 def make_console() -> Console:
@@ -75,8 +77,9 @@ def _columns(results: Sequence[LayoutResult], tolerance: float) -> list[tuple[st
     ]
     if "dropped" in found:
         columns.append(("dropped tokens", [_dropped(result, tolerance) for result in results]))
-    columns.append(("dropout", [_verdict(not result.dropout) for result in results]))
-    columns.append(("verdict", [_verdict(result.passes(tolerance)) for result in results]))
+    columns.append(("ledger", [_verdict(not result.ledger, "BREACH") for result in results]))
+    columns.append(("dropout", [_verdict(not result.dropout, "WRONG") for result in results]))
+    columns.append(("verdict", [_verdict(result.passes(tolerance), "DIFFERS") for result in results]))
     return columns
 
 
@@ -93,5 +96,5 @@ def _dropped(result: LayoutResult, tolerance: float) -> Text:
     return Text(share if right else f"not {share}", "" if right else "bold red")
 
 
-def _verdict(right: bool) -> Text:
-    return Text("ok", "green") if right else Text("DIFFERS", "bold red")
+def _verdict(right: bool, otherwise: str) -> Text:
+    return Text("ok", "green") if right else Text(otherwise, "bold red")

@@ -1,0 +1,159 @@
+"""The bytes of one training step that its MoE layers move, by parallel axis: counts for losses, what scopes look at,
+rows. See formulas.py. What routing decides is taken from the step itself."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from expert_parallel.collectives import group_size
+from expert_parallel.degrees import grid
+from expert_parallel.moe.capacity import DroplessConfig, LimitSettings
+from expert_parallel.moe.routing import HashConfig
+from expert_parallel.moe.routing_across import ExpertChoiceConfig, SinkhornConfig
+from expert_parallel.moe.totals import LayerTotals, packed_size
+from expert_parallel.verify.formulas import Step, Terms, balance_losses
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """Rows that experts were given in a step, over layers, passes (recomputed ones too) and ranks. fullest: over groups
+    of etp instead of ranks, of each the number of its fullest rank."""
+
+    total: int
+    fullest: int
+
+
+def losses_and_totals(step: Step) -> Terms:
+    """Counts of choices and tokens in every pass, where there are losses; once a step, over all ranks, the gradient
+    norm, cross entropy, number of tokens, and the counts of all layers."""
+    degrees, numbers = step.degrees, 3
+    terms: Terms = Counter()
+    if step.model.moe is not None:
+        E, num_losses, num_layers = step.moe.num_experts, len(step.moe.losses), len(step.model.moe_layers)
+        numbers += num_layers * packed_size(E, num_losses)
+        if num_losses:
+            terms["stage", "counts for losses"] = (
+                num_layers * step.moe_passes * 2 * (step.stage_ranks - 1) * (2 * E + 2) * 8
+            )
+        if any(loss.scope == "sequence" for loss in balance_losses(step)):
+            terms["sequence", "counts for losses"] = (
+                num_layers * step.moe_passes * 2 * (degrees.cp * degrees.tp - 1) * step.sequences * (2 * E + 1) * 8
+            )
+    terms["world", "norm and totals"] = 2 * (degrees.world_size - 1) * numbers * 8
+    return terms
+
+
+def scopes(step: Step) -> Terms:
+    """What capacity and routers of a scope beyond a rank look at is gathered, padded to the rank with most tokens; and
+    small agreements over ep. Once, whatever is recomputed: choices are played back."""
+    terms: Terms = Counter()
+    if step.model.moe is None:
+        return terms
+    capacity, router, W = step.moe.capacity, step.router, step.kept_width
+    E, K, ep = step.moe.num_experts, router.num_choices(step.moe.num_experts), step.degrees.ep
+    passes = step.training.micro_steps * len(step.model.moe_layers)
+    ep_ranks = passes * step.stage_ranks  # of all groups, in all passes
+    looks: list[tuple[str, int]] = []  # scope, bytes a token
+    if isinstance(router, ExpertChoiceConfig | SinkhornConfig):
+        looks.append((router.scope, W * E))
+    if isinstance(capacity, LimitSettings):
+        scores = W * K * (capacity.priority in ("probability", "batch_priority"))
+        looks.append((capacity.scope, 5 * K + scores + W * E * (capacity.overflow == "reroute")))
+        if capacity.pad and capacity.scope != "global":
+            terms["ep", "agreed padding"] = ep_ranks // ep * 2 * (ep - 1) * 8
+    if isinstance(capacity, DroplessConfig) and capacity.receive_bound is not None:
+        terms["ep", "receive bound"] = ep_ranks * (ep - 1) * ep * 8
+    for scope, width in looks:
+        if scope != "rank":
+            axis = "stage" if scope == "global" else "sequence"
+            terms[axis, "gathered for decisions"] += passes * to_all_others(step, axis, 9 + width, header=8)
+    return terms
+
+
+def to_all_others(step: Step, axis: str, width: int, header: int) -> int:
+    """Bytes of one pass of one layer in which every rank of a group sends all others a header and its tokens, padded to
+    those of the fullest rank."""
+    groups = grid(step.degrees)[axis]
+    sent = [(header + max(step.tokens_of_ranks[rank] for rank in ranks) * width) * len(ranks) for ranks in groups]
+    return sum(sent) * (len(groups[0]) - 1) // step.degrees.pp
+
+
+def dispatch(step: Step, totals: LayerTotals) -> Terms:
+    """Rows of one MoE layer: out and back, forward and backward; out and back once more where it is recomputed. Beside
+    them metadata: 16 bytes a pair of ranks, 4 a row, and for each choice that crosses its expert and weight. How many
+    choices share a row the ledger does not say: its bytes do."""
+    if step.degrees.ep == 1:
+        return Counter()
+    if step.moe.dispatcher.kind == "all_gather":
+        return broadcast(step, totals)
+    hops: list[tuple[str, int, tuple[str, ...]]] = [("ep", step.degrees.ep, ("node", "network"))]
+    row, choice = row_width(step), 4 + step.kept_width
+    terms: Terms = Counter()
+    if step.moe.dispatcher.kind == "hierarchical":
+        nodes = step.mesh.nodes
+        hops = [
+            ("nodes", group_size(nodes.rail_group), ("network",)),
+            ("node", group_size(nodes.node_group), ("node",)),
+        ]
+        terms["ep", "agreement"] = step.moe_passes * step.stage_ranks * (step.degrees.ep - 1) * 8
+    for axis, P, links in hops:
+        moved = sum(totals.rows_moved[link] for link in links) // 4  # each way
+        counts = step.training.micro_steps * 16 * step.stage_ranks * (P - 1)
+        metadata = sum(totals.bytes_sent[link] for link in links) - 4 * moved * row
+        choices = (metadata - counts - 4 * moved) // (choice + gradient_width(step))
+        if getattr(step.moe.dispatcher, "one_row_per", "rank") == "choice":
+            choices = moved
+        terms[axis, "rows"] = 4 * moved * row
+        terms[axis, "metadata"] = counts + 4 * moved + choices * (choice + gradient_width(step))
+        if step.recomputes_moe:
+            terms[axis, "recomputed"] = 2 * moved * row + counts + 4 * moved + choices * choice
+    return terms
+
+
+def broadcast(step: Step, totals: LayerTotals) -> Terms:
+    """Out go all tokens with all their choices, padded to those of the fullest rank (the ledger has them without);
+    back, and backward, what an all-to-all moves."""
+    row, M, P = row_width(step), step.training.micro_steps, step.degrees.ep
+    token = row + step.router.num_choices(step.moe.num_experts) * (4 + step.kept_width)
+    out = M * to_all_others(step, "ep", token, header=12)
+    unpadded = (P - 1) * (M * step.stage_ranks * 12 + step.tokens * token)
+    moved = sum(totals.rows_moved.values()) // 4
+    return Counter(
+        {
+            ("ep", "all tokens and choices"): out,
+            ("ep", "rows"): 3 * moved * row,
+            ("ep", "metadata"): sum(totals.bytes_sent.values()) - unpadded - 3 * moved * row,
+            ("ep", "recomputed"): (out + moved * row) * step.recomputes_moe,
+        }
+    )
+
+
+def row_width(step: Step) -> int:
+    """Bytes of a row between ranks; the ledger may add a tag and a sum."""
+    is_narrow = getattr(step.moe.dispatcher, "exchange_dtype", "model") == "bfloat16"
+    number = torch.bfloat16.itemsize if is_narrow else step.compute_width
+    return step.model.d_model * number + (16 if step.moe.ledger.kind == "rows" else 0)
+
+
+def gradient_width(step: Step) -> int:
+    """Of the gradient of a choice's weight, which comes back where the weight is learned."""
+    return 0 if isinstance(step.router, HashConfig) else step.kept_width
+
+
+def expert_tensor(step: Step, rows: ExpertRows) -> Terms:
+    """etp: rows are gathered, padded to the fullest rank's, and partial outputs go to the ranks whose rows they are;
+    their gradients the other way round. Beside them the numbers of rows of each expert."""
+    if step.model.moe is None:
+        return Counter()
+    others, edp = step.degrees.etp - 1, step.degrees.edp
+    once = others * step.model.d_model * step.compute_width
+    gathered, returned = once * step.degrees.etp * rows.fullest, once * rows.total
+    times = 2 if step.recomputes_moe else 1  # the rows are those of all forward passes
+    counts = 8 * step.moe.num_experts * edp * step.degrees.etp * others
+    return Counter(
+        {
+            ("etp", "rows"): gathered + returned + (gathered + returned) // times,
+            ("etp", "numbers of rows"): step.moe_passes * len(step.model.moe_layers) * counts,
+        }
+    )
