@@ -345,10 +345,10 @@ def test_waste_shows() -> None:
     """Half of the exchanges are gathers."""
     found = measure_on_ranks({"world": 4, "tp": 2, "ep": 4}, {}, measure_with_waste)
     wrong = [axis for axis in found if not axis.agrees]
-    assert [axis.axes for axis in wrong] == [("tp",)]
+    assert [axis.axes for axis in wrong] == [("tp", "sequence")]
     waste = wrong[0].expected["tp: tokens"] // 2
     assert wrong[0].measured == sum(wrong[0].expected.values()) + waste
     text = describe(found)
     assert f"differs by +{waste:,}" in text
-    assert text.endswith("not as the formulas say: tp")
+    assert text.endswith("not as the formulas say: tp = sequence")
     assert describe(measure_on_ranks({"world": 2, "tp": 2}, {})).endswith("all axes move what the formulas say")

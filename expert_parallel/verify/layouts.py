@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from itertools import combinations, product
 from typing import Any
 
@@ -104,17 +105,21 @@ def own_layout(tree: dict[str, Any]) -> Layout:
 def choose_layouts(config: Config, own: Layout, num_ranks: int, micro_steps: Sequence[int]) -> list[Layout]:
     """The user's own layout, if it fits the ranks, and few others, such that each two values of two names that can
     stand together do so once. Greedy: always the layout with most pairs that are still missing."""
-    candidates = {layout: _pairs(layout) for layout in _candidates(num_ranks, micro_steps)}
-    missing = set().union(*candidates.values())
+    candidates = [(layout, _pairs(layout)) for layout in _candidates(num_ranks, micro_steps)]
+    missing = set().union(*(pairs for _, pairs in candidates))
     chosen = [own] if _fits(config, own, num_ranks) else []
     missing -= _pairs(own) if chosen else set()
-    while candidates:
-        best = max(candidates, key=lambda layout: len(missing & candidates[layout]))
-        pairs = candidates.pop(best)
-        if not missing & pairs:
-            break
-        if _fits(config, best, num_ranks):
-            chosen.append(best)
+    # What a layout adds only ever falls: those whose old number is the largest are counted anew, until one stays it.
+    best = [(-len(pairs), number) for number, (_, pairs) in enumerate(candidates)]
+    heapify(best)
+    while best and missing:
+        _, number = heappop(best)
+        layout, pairs = candidates[number]
+        added = len(missing & pairs)
+        if best and added < -best[0][0]:
+            heappush(best, (-added, number))
+        elif added and _fits(config, layout, num_ranks):
+            chosen.append(layout)
             missing -= pairs
     return chosen
 
