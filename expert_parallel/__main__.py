@@ -83,6 +83,7 @@ def verify(
     layout: Annotated[list[str] | None, typer.Option(help="ep=4,data=sharded; several times; default: chosen")] = None,
     dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16")] = "float64",
     full: Annotated[bool, typer.Option("--full", help="the config's own sizes, not small ones: slow")] = False,
+    count_bytes: Annotated[bool, typer.Option("--bytes", help="print what each axis moves in a step")] = False,
 ) -> None:
     """Prove that every layout computes the same model as one rank with plain code. Starts its ranks itself on the CPU,
     or runs on every rank under torchrun. Exit code 1 where one differs."""
@@ -100,7 +101,7 @@ def verify(
                     print(text, file=sys.stderr, flush=True)
 
             loaded = runtime.together(lambda: load_config(config, overrides or []))
-            passes = verify_command(loaded, runtime, ranks, layout or [], dtype, full, say)
+            passes = verify_command(loaded, runtime, ranks, layout or [], dtype, full, say, count_bytes)
     except UserError:  # rank 0 has said it
         raise typer.Exit(2) from None
     except LaunchError as error:

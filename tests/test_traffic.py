@@ -61,7 +61,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "ep, micro-steps": ({"world": 4, "ep": 4, "micro_steps": 2, "recompute": "block"}, {}, "ep dense"),
     "tp x pp x ep": ({"world": 8, "tp": 2, "pp": 2, "ep": 2, "micro_steps": 2}, {}, "tp pp ep edp dense tied"),
     "dense model": (
-        {"world": 8, "pp": 2, "cp": 2, "micro_steps": 2},
+        {"world": 4, "pp": 2, "cp": 2, "micro_steps": 2},
         {"moe": None, "moe_blocks": {"kind": "all"}},
         "cp",
     ),
@@ -79,9 +79,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "dense pp",
     ),
     "hybrid": (
-        {"world": 8, "tp": 2, "data": {"kind": "sharded", "shards": 2}},
+        {"world": 4, "data": {"kind": "sharded", "shards": 2}},
         {},
-        "dense.shards dense.replicas edp.shards edp.replicas tp",
+        "dense.shards dense.replicas edp.shards edp.replicas",
     ),
     "etp": ({"world": 4, "etp": 2, "ep": 2}, {}, "etp ep"),
     "etp, sharded": (
@@ -95,16 +95,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "recompute block, cp": ({"world": 2, "cp": 2, "recompute": "block"}, {}, "cp"),
     "recompute moe": ({"world": 4, "tp": 2, "ep": 2, "recompute": "moe"}, {}, "tp ep"),
     "other order": (
-        {
-            "world": 8,
-            "tp": 2,
-            "cp": 2,
-            "ep": 2,
-            "order": ["tp", "pp", "cp", "dp"],
-            "expert_order": ["ep", "edp", "etp"],
-        },
+        {"world": 4, "tp": 2, "ep": 2, "order": ["tp", "pp", "cp", "dp"], "expert_order": ["ep", "edp", "etp"]},
         {},
-        "tp cp ep",
+        "tp dense ep edp",
     ),
     "a row a choice, with tags": (
         {"world": 4, "ep": 4, "recompute": "block"},
@@ -136,7 +129,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "ep",
     ),
     "hierarchical": (
-        {"world": 8, "ep": 4, "ranks_per_node": 2, "recompute": "block"},
+        {"world": 4, "ep": 4, "ranks_per_node": 2, "recompute": "block"},
         moe(dispatcher={"kind": "hierarchical"}),
         "nodes node ep",
     ),

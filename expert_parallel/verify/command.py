@@ -1,7 +1,7 @@
 """`expert-parallel verify`: from the command line's words to a table and an exit code."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +15,7 @@ from expert_parallel.verify.ranks import run_on_ranks
 from expert_parallel.verify.reduce import Reduced, reduce_config
 from expert_parallel.verify.run import LayoutResult, Plan, Say, verify
 from expert_parallel.verify.table import make_console, show
+from expert_parallel.verify.traffic import AxisBytes, describe
 
 DEFAULT_RANKS = 4
 REDUCED_TIMEOUT = timedelta(seconds=120)
@@ -40,15 +41,23 @@ def plan_verification(
 
 
 def verify_command(
-    config: Config, runtime: Runtime, num_ranks: int | None, layouts: Sequence[str], dtype: str, full: bool, say: Say
+    config: Config,
+    runtime: Runtime,
+    num_ranks: int | None,
+    layouts: Sequence[str],
+    dtype: str,
+    full: bool,
+    say: Say,
+    count_bytes: bool = False,
 ) -> bool:
-    """Whether all layouts agree; prints the table. runtime: the ranks of a launcher, each of which calls this, or a
+    """Whether all layouts agree; prints the table, and with count_bytes what each axis moves. runtime: the ranks of a launcher, each of which calls this, or a
     process alone, which starts `num_ranks` of its own on the CPU.
 
     UserError for what cannot be verified; RankError where a rank of our own fails."""
     alone = runtime.launch.launcher == "none"
     world = runtime.together(lambda: _world(runtime, num_ranks))
     plan, reduced = runtime.together(lambda: plan_verification(config, world, layouts, dtype, full, alone))
+    plan = replace(plan, bytes=count_bytes)
     if alone:
         timeout = timedelta(seconds=config.runtime.timeout_seconds) if full else REDUCED_TIMEOUT
         trees = run_on_ranks(world, verify_task, _task(plan), say, timeout)
@@ -83,6 +92,9 @@ def report(plan: Plan, reduced: Reduced, results: list[LayoutResult], ranks: str
         markup=False,
     )
     show(results, tolerance, console)
+    for result in results:
+        if result.bytes:
+            console.print(f"{result.layout}: {describe(result.bytes)}\n", soft_wrap=True, markup=False)
     capacity = getattr(plan.config.model.moe, "capacity", None)
     if not isinstance(capacity, DroplessConfig | None) and not any(result.dropped for result in results):
         console.print("no choice was dropped: model.moe.capacity has not been put to the test", soft_wrap=True)
@@ -95,7 +107,7 @@ def report(plan: Plan, reduced: Reduced, results: list[LayoutResult], ranks: str
 def verify_task(task: dict[str, Any], runtime: Runtime, say: Say) -> list[dict[str, Any]]:
     """On a rank of our own."""
     layouts = [Layout.parse(text) for text in task["layouts"]]
-    plan = Plan(Config.model_validate(task["config"]), layouts, task["dtype"], task["dropout"])
+    plan = Plan(Config.model_validate(task["config"]), layouts, task["dtype"], task["dropout"], task["bytes"])
     return [asdict(result) for result in verify(plan, runtime, say)]
 
 
@@ -106,8 +118,10 @@ def _task(plan: Plan) -> dict[str, Any]:
         "layouts": names,
         "dtype": plan.dtype,
         "dropout": plan.dropout,
+        "bytes": plan.bytes,
     }
 
 
 def _result(tree: dict[str, Any]) -> LayoutResult:
-    return LayoutResult(**{**tree, "differences": [Difference(**difference) for difference in tree["differences"]]})
+    differences = [Difference(**difference) for difference in tree["differences"]]
+    return LayoutResult(**{**tree, "differences": differences, "bytes": [AxisBytes(**axis) for axis in tree["bytes"]]})

@@ -27,24 +27,27 @@ from expert_parallel.verify.dropout import check_dropout
 from expert_parallel.verify.layouts import Layout, check_layout
 from expert_parallel.verify.product import Tensors
 from expert_parallel.verify.reference import Division, reference_step
+from expert_parallel.verify.traffic import AxisBytes, measure_step
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is verified. config: as reduced, in float64. dropout: the user's own probabilities, by setting."""
+    """What is verified. config: as reduced, in float64. dropout: the user's own probabilities, by setting. bytes:
+    whether those that each axis moves are counted, too."""
 
     config: Config
     layouts: list[Layout]
     dtype: str = "float64"
     dropout: dict[str, float] = field(default_factory=dict)
+    bytes: bool = False
 
 
 @dataclass(frozen=True)
 class LayoutResult:
     """differences: of every tensor, the worst over the ranks. dropped, routed: choices of the step. ledger, dropout:
-    what is wrong, in sentences. degrees: numbers that a ratio may be."""
+    what is wrong, in sentences. degrees: numbers that a ratio may be. bytes: of each axis; empty if not counted."""
 
     layout: str
     differences: list[Difference]
@@ -56,12 +59,14 @@ class LayoutResult:
     backend: str
     degrees: dict[str, int]
     seconds: float
+    bytes: list[AxisBytes] = field(default_factory=list)
 
     def wrong(self, tolerance: float) -> list[Difference]:
         return [d for d in self.differences if not d.held or not d.relative <= tolerance]
 
     def passes(self, tolerance: float) -> bool:
-        return not self.wrong(tolerance) and not self.ledger and not self.dropout
+        counts_agree = all(axis.agrees for axis in self.bytes)
+        return not self.wrong(tolerance) and not self.ledger and not self.dropout and counts_agree
 
 
 def verify(plan: Plan, runtime: Runtime, say: Say = lambda text: None) -> list[LayoutResult]:
@@ -92,6 +97,7 @@ def verify_layout(plan: Plan, layout: Layout, runtime: Runtime, oracle: "Oracle"
         config = config.model_copy(update={"training": config.training.model_copy(update={"dtype": plan.dtype})})
         with product.set_up(config, runtime, sequences_GS) as run:
             pairs, breaches = _take_step(run, mine, replay, oracle, expected)
+    counted = _count_bytes(config, runtime, sequences_GS) if plan.bytes else []
     pairs |= coverage(divisions, (len(sequences_GS) // len(mine), sequences_GS.shape[1] - 1))
     return LayoutResult(
         layout=layout.name,
@@ -105,6 +111,7 @@ def verify_layout(plan: Plan, layout: Layout, runtime: Runtime, oracle: "Oracle"
         degrees={name: getattr(degrees, name) for name in ("ep", "etp", "edp", "tp", "cp", "dp", "pp")}
         | {"micro_steps": len(mine)},
         seconds=time.perf_counter() - began,
+        bytes=counted,
     )
 
 
@@ -115,6 +122,14 @@ def _take_step(
     product.write(run.model, oracle.start)
     seen = product.take_step(run, mine, replay)
     return actual_tensors(run, seen, before, oracle.start, expected), seen.breaches
+
+
+def _count_bytes(config: Config, runtime: Runtime, sequences_GS: Tensor) -> list[AxisBytes]:
+    with product.set_up(config, runtime, sequences_GS) as run:
+        batches = list(run.batches(0))
+        return measure_step(
+            run.model, run.optimizer, batches, config.training, config.parallel, run.mesh, step=0, seed=config.seed
+        )
 
 
 @dataclass

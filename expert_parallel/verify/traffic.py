@@ -37,7 +37,7 @@ from expert_parallel.verify.formulas_moe import ExpertRows, dispatch, expert_ten
 @dataclass(frozen=True)
 class AxisBytes:
     """Of all ranks together, in one step. axes: more than one where they have the same ranks, and share their groups.
-    expected: by what is carried, as `tp: blocks`."""
+    expected: by what is carried, as `tp: tokens`."""
 
     axes: tuple[str, ...]
     num_ranks: int
@@ -60,13 +60,14 @@ def measure_step(
     step: int,
     seed: int,
 ) -> list[AxisBytes]:
-    """Takes two training steps on the same micro-batches, which change the weights, and counts the second: the first
-    one of a pipeline sends some words more. Every rank calls it; all get the same, axes that move nothing left out.
+    """Takes a training step, which changes the weights, and counts what it moves; of a pipeline the second of two, since
+    the first sends some words more. Every rank calls it; all get the same, axes that move nothing left out.
 
     The arguments are train_step's; parallel: as the mesh was built from it. NotImplementedError where a step calls a
     collective that is not known here.
     """
-    train_step(model, optimizer, micro_batches, training, mesh, step=step, seed=seed)
+    if isinstance(model, Pipeline):
+        train_step(model, optimizer, micro_batches, training, mesh, step=step, seed=seed)
     rows_of_passes, hooks = _watch_experts(model)
     with counting() as counted:
         report = train_step(model, optimizer, micro_batches, training, mesh, step=step, seed=seed)
