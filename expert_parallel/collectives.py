@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 gave it another name
+# torch 2.13 gave them other names.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 Link = Literal["own", "node", "network"]
 
@@ -112,7 +114,7 @@ def all_gather_rows(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup |
     mine = x.new_zeros((max(counts), *x.shape[1:]))
     mine[: x.shape[0]] = x
     gathered = mine.new_empty((len(counts) * max(counts), *x.shape[1:]))
-    _all_gather(gathered, mine, group=group)
+    all_gather_single(gathered, mine, group=group)
     blocks = gathered.view(len(counts), max(counts), *x.shape[1:])
     return torch.cat([block[:count] for block, count in zip(blocks.unbind(0), counts, strict=True)])
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from expert_parallel.degrees import InterleavedConfig, ParallelConfig
+from expert_parallel.degrees import EXPERT_ORDER, InterleavedConfig, ParallelConfig, ShardedConfig
 from expert_parallel.model.attention import LearnedPositionConfig
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.capacity import LimitSettings
@@ -81,6 +81,10 @@ class Config(Settings):
             for name in ("ep", "etp"):
                 if (degree := getattr(self.parallel, name)) > 1:
                     raise ValueError(f"parallel.{name} is {degree} but the model has no experts (model.moe)")
+            if self.parallel.expert_order != list(EXPERT_ORDER):
+                raise ValueError("parallel.expert_order is given but the model has no experts (model.moe)")
+            if isinstance(self.parallel.data, ShardedConfig) and self.parallel.data.expert_shards is not None:
+                raise ValueError("parallel.data.expert_shards is given but the model has no experts (model.moe)")
             if training.routing is not None:
                 raise ValueError("training.routing is given but the model has no experts (model.moe)")
             if training.recompute == "moe":

@@ -28,6 +28,7 @@ __all__ = [
     "build_mesh",
     "build_nodes",
     "grid",
+    "group_maker",
     "node_grid",
 ]
 
@@ -93,10 +94,9 @@ class ParallelMesh:
         return group_rank(self.stage_group)
 
 
-def build_nodes(degrees: ParallelDegrees, ranks_per_node: int, device_type: str, timeout: timedelta) -> Nodes:
-    """Every rank of the world calls it."""
+def build_nodes(degrees: ParallelDegrees, ranks_per_node: int, make: Callable[..., dist.ProcessGroup | None]) -> Nodes:
+    """make: from `group_maker`. Every rank of the world calls it."""
     axes = node_grid(degrees, ranks_per_node)
-    make = group_maker(device_type, timeout)
     return Nodes(ranks_per_node, make(axes["node"]), make(axes["rail"]))
 
 
@@ -145,7 +145,7 @@ def build_mesh(
     ranks_per_node = ranks_per_node or degrees.world_size
     nodes = Nodes(ranks_per_node, None, None)
     if hierarchical:
-        nodes = build_nodes(degrees, ranks_per_node, device_type, timeout)
+        nodes = build_nodes(degrees, ranks_per_node, make)
     dense_mesh = expert_mesh = None
     if isinstance(data, ShardedConfig):
         shards, expert_shards = shard_counts(data, degrees)

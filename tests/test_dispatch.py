@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expert_parallel.mesh import Nodes, ParallelDegrees, build_nodes
+from expert_parallel.mesh import Nodes, ParallelDegrees, build_nodes, group_maker
 from expert_parallel.moe.balance import loss_name
 from expert_parallel.moe.dispatch import LocalConfig
 from expert_parallel.moe.layer import MoEConfig, MoELayer
@@ -216,7 +216,7 @@ def make_placement(case: dict[str, Any], config: MoEConfig) -> ExpertPlacement:
 @cache
 def nodes_of(world_size: int, ranks_per_node: int) -> Nodes:
     degrees = ParallelDegrees(world_size, ep=world_size)
-    return build_nodes(degrees, ranks_per_node, "cpu", timedelta(seconds=60))
+    return build_nodes(degrees, ranks_per_node, group_maker("cpu", timedelta(seconds=60)))
 
 
 def upstream(y: Tensor, rank: int) -> Tensor:

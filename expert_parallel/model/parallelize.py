@@ -58,7 +58,7 @@ def build_model(
 
 
 def divide_model(model: Transformer, mesh: ParallelMesh) -> None:
-    """Tensor, sequence and context parallelism, and the tie between first and last stage."""
+    """Tensor, sequence and context parallelism."""
     tp_group, cp_group = mesh.tp_group, mesh.cp_group
     for _, block in model.local_blocks():
         block.attention.place = model.place

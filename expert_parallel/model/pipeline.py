@@ -21,6 +21,7 @@ from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.parallelize import build_model, split_model
 from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.model.transformer import Block, ModelConfig, ModelOutput, Pooled, Transformer, pooled_losses
+from expert_parallel.moe.balance import pooled_part
 from expert_parallel.moe.plan import LoadStats, StepContext
 
 PipelineConfig = OneForwardOneBackwardConfig | InterleavedConfig
@@ -83,11 +84,12 @@ class Stage(Transformer):
         return summand
 
     def _whole_balance(self, balance: Tensor, num_sequences: int) -> Tensor:
-        """All stages' balance losses, as one number; see balance.pool_layers."""
+        """All stages' balance losses, as one number."""
         total, rest = balance[0], balance[1:]
         for name, (blocks, experts) in pooled_shapes(self.config, num_sequences).items():
             fraction, probability, rest = rest.tensor_split([blocks * experts, 2 * blocks * experts])
-            loss = experts * (fraction * probability).sum() / len(self.config.moe_layers) ** 2
+            shape = (blocks, experts)
+            loss = pooled_part(fraction.view(shape), probability.view(shape), len(self.config.moe_layers))
             total = total + pooled_losses(self.config)[name].coefficient * loss
         return total
 
@@ -197,9 +199,9 @@ class Pipeline(nn.ModuleList):
                 device = passes.tokens[0].device
                 own = [terms[name][0].double() for terms in pooled.values()]
                 fraction = sum(own, torch.zeros(blocks, experts, dtype=torch.float64, device=device))
-                fraction = all_reduce_sum(fraction, self.group) / num_layers
+                fraction = all_reduce_sum(fraction, self.group)
                 for layer, terms in pooled.items():
-                    part = experts * (fraction * terms[name][1]).sum() / num_layers
+                    part = pooled_part(fraction, terms[name][1], num_layers)
                     stats[layer] = replace(stats[layer], losses={**stats[layer].losses, name: part})
 
 

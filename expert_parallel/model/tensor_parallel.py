@@ -15,13 +15,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expert_parallel.collectives import all_reduce_sum, group_rank, group_size
+from expert_parallel.collectives import all_gather_single, all_reduce_sum, group_rank, group_size, reduce_scatter_single
 from expert_parallel.model.attention import Attention
 from expert_parallel.moe.ffn import FFN, GATED, Linear
 from expert_parallel.moe.slices import divide
-
-_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 gave them other names
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class GatherTokens(torch.autograd.Function):
@@ -54,14 +51,14 @@ class ReduceScatterTokens(torch.autograd.Function):
 def gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     rows = x.movedim(-2, 0).contiguous()
     gathered = rows.new_empty(group_size(group) * rows.shape[0], *rows.shape[1:])
-    _gather(gathered, rows, group=group)
+    all_gather_single(gathered, rows, group=group)
     return gathered.movedim(0, -2).contiguous()
 
 
 def reduce_scatter_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     rows = x.movedim(-2, 0).contiguous()
     own = rows.new_empty(rows.shape[0] // group_size(group), *rows.shape[1:])
-    _reduce_scatter(own, rows, group=group)
+    reduce_scatter_single(own, rows, group=group)
     return own.movedim(0, -2).contiguous()
 
 

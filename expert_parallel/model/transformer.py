@@ -1,6 +1,7 @@
 """The decoder: embedding, blocks of attention and feed-forward (dense or mixture of experts), output logits.
 
-Single-device code: the mesh is only handed through to the MoE layers; `parallelize.py` does the rest from outside.
+Single-device code: of the mesh it takes which positions of each sequence are here, and hands it to the MoE layers;
+`parallelize.py` does the rest from outside.
 """
 
 from collections.abc import Callable, Iterator

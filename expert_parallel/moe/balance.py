@@ -149,10 +149,16 @@ def pool_layers(pooled: dict[int, dict[str, tuple[Tensor, Tensor]]]) -> dict[int
     sum over layers is E * mean f * mean P, transformers' load_balancing_loss_func. pooled: by layer and loss."""
     parts: dict[int, dict[str, Tensor]] = {layer: {} for layer in pooled}
     for name in next(iter(pooled.values()), {}):
-        fraction_bE = torch.stack([terms[name][0] for terms in pooled.values()]).mean(0)
+        fraction_bE = torch.stack([terms[name][0] for terms in pooled.values()]).sum(0)
         for layer, terms in pooled.items():
-            parts[layer][name] = fraction_bE.shape[1] * (fraction_bE * terms[name][1]).sum() / len(pooled)
+            parts[layer][name] = pooled_part(fraction_bE, terms[name][1], len(pooled))
     return parts
+
+
+def pooled_part(fraction_bE: Tensor, probability_bE: Tensor, num_layers: int) -> Tensor:
+    """E * sum of (mean over layers of f) * P / layers. fraction_bE: f, summed over all layers. probability_bE: P of one
+    layer for its part; summed over all layers for the whole loss."""
+    return fraction_bE.shape[1] * (fraction_bE / num_layers * probability_bE).sum() / num_layers
 
 
 def loss_name(config: LossConfig) -> str:

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from expert_parallel.config import Config
-from expert_parallel.degrees import ParallelDegrees, ShardedConfig, node_grid
+from expert_parallel.degrees import ParallelDegrees, ShardedConfig, node_grid, shard_counts
 from expert_parallel.mesh import ParallelMesh, build_mesh
 from expert_parallel.model.parallelize import build_model, kv_copies, refuse_degrees
 from expert_parallel.model.pipeline import Pipeline, build_pipeline, refuse_schedule
@@ -45,11 +45,13 @@ def build(
 
 
 def describe_degrees(config: Config, degrees: ParallelDegrees) -> str:
+    """As `dp 2, cp 1, ... | edp 4, ..., replicated`; sharded ones as shards x replicas."""
     data = config.parallel.data
-    kind: str = data.kind
-    if isinstance(data, ShardedConfig) and data.shards is not None:
-        kind = f"{degrees.dp * degrees.cp // data.shards} replicas of {data.shards} shards"
-    return f"{degrees}, {kind}"
+    if not isinstance(data, ShardedConfig):
+        return f"{degrees}, {data.kind}"
+    shards, expert_shards = shard_counts(data, degrees)
+    text = f"{degrees}, sharded {shards} x {degrees.dp * degrees.cp // shards}"
+    return text + (f", experts {expert_shards} x {degrees.edp // expert_shards}" if config.model.moe else "")
 
 
 def check_world(config: Config, runtime: Runtime) -> ParallelDegrees:
@@ -65,6 +67,12 @@ def check_degrees(config: Config, world_size: int, ranks_per_node: int | None = 
     refuse_degrees(config.model, degrees, config.parallel.stages_per_rank)
     if config.model.moe is not None and config.model.moe.dispatcher.kind == "hierarchical":
         node_grid(degrees, config.parallel.ranks_per_node or ranks_per_node or world_size)
+    per_node = config.parallel.ranks_per_node
+    if per_node is not None and world_size > per_node and world_size % per_node:
+        raise ValueError(
+            f"the world size ({world_size}) is not a multiple of parallel.ranks_per_node ({per_node}): nodes have "
+            "equally many ranks"
+        )
     training = config.training
     micro = training.global_batch // training.micro_steps
     if micro < degrees.dp:

@@ -16,7 +16,7 @@ from expert_parallel.model.pipeline import Passes, Pipeline, Stage
 from expert_parallel.model.tensor_parallel import cross_entropy_sum
 from expert_parallel.model.transformer import ModelConfig, ModelOutput, Recompute, Transformer
 from expert_parallel.moe.balance import loss_name, update_balance_bias
-from expert_parallel.moe.plan import RouterReplay, StepContext
+from expert_parallel.moe.plan import LoadStats, RouterReplay, StepContext
 from expert_parallel.moe.routing import TopKRouter
 from expert_parallel.moe.totals import LayerTotals, pack, packed_size, report_breaches, unpack
 from expert_parallel.settings import Settings
@@ -79,13 +79,13 @@ class StepTotals:
     num_micro_steps: int = 0
     sums: Tensor | None = None
 
-    def add(self, cross_entropy: Tensor, num_tokens: int, output: ModelOutput) -> None:
+    def add(self, cross_entropy: Tensor, num_tokens: int, stats: dict[int, LoadStats]) -> None:
         """cross_entropy: sum over `num_tokens` of this rank, which no other rank counts."""
         self.num_micro_steps += 1
         head = cross_entropy.detach().double().view(1)
         empty = head.new_zeros(self._layer_size)
         layers = (
-            pack(output.stats[layer]) if layer in output.stats else empty  # a layer of another stage
+            pack(stats[layer]) if layer in stats else empty  # a layer of another stage
             for layer in self.config.moe_layers
         )
         packed = torch.cat([head, head.new_tensor([num_tokens]), *layers])
@@ -137,8 +137,8 @@ def train_step(
     num_targets = config.global_batch * config.sequence_length
     totals = StepTotals(model.config, step)
     passes = run_pipeline if isinstance(model, Pipeline) else run_micro_steps
-    for cross_entropy, num_tokens, output in passes(model, batches, contexts, num_targets, mesh):  # type: ignore[arg-type]
-        totals.add(cross_entropy, num_tokens, output)
+    for cross_entropy, num_tokens, stats in passes(model, batches, contexts, num_targets, mesh):  # type: ignore[arg-type]
+        totals.add(cross_entropy, num_tokens, stats)
 
     sharded = is_sharded(model)
     reduce_gradients(model, mesh, sharded=sharded)
@@ -156,9 +156,8 @@ def train_step(
     return StepReport(report.loss, report.num_tokens, report.layers, float(norm), rate)
 
 
-Pass = tuple[
-    Tensor, int, ModelOutput
-]  # cross entropy and number of the tokens that this rank counts; what was computed
+# Cross entropy and number of the tokens that this rank counts; stats of the MoE blocks that are here.
+Pass = tuple[Tensor, int, dict[int, LoadStats]]
 
 
 def run_micro_steps(
@@ -172,7 +171,7 @@ def run_micro_steps(
         cross_entropy, counted, num_tokens = count_cross_entropy(model, output, batch, mesh)
         balance = sum((loss for losses in output.losses.values() for loss in losses.values()), torch.zeros(()))
         (cross_entropy / num_targets + balance / len(batches)).backward()
-        yield counted, num_tokens, output
+        yield counted, num_tokens, output.stats
 
 
 def run_pipeline(
@@ -189,7 +188,7 @@ def run_pipeline(
     passes = Passes([batch.inputs_BS for batch in batches], contexts, cross_entropy_of)
     model.forward_backward(passes)
     for (own, num_tokens), stats in zip(counted, passes.stats, strict=True):
-        yield own, num_tokens, ModelOutput(own, {}, stats, {})
+        yield own, num_tokens, stats
 
 
 def count_cross_entropy(
@@ -216,10 +215,10 @@ def evaluate(
         context = StepContext(seed, 0, micro_step, 0, mesh.stage_rank, batch.sequence_index_B)
         output: ModelOutput = model(batch.inputs_BS, context)
         if isinstance(model, Pipeline) and not model.has_logits:
-            totals.add(torch.zeros((), device=output.logits.device), 0, output)
+            totals.add(torch.zeros((), device=output.logits.device), 0, output.stats)
             continue
         _, counted, num_tokens = count_cross_entropy(model, output, batch, mesh)
-        totals.add(counted, num_tokens, output)
+        totals.add(counted, num_tokens, output.stats)
     forget_gathered_weights(model)
     return totals.reduce()
 

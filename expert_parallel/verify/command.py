@@ -50,8 +50,8 @@ def verify_command(
     say: Say,
     count_bytes: bool = False,
 ) -> bool:
-    """Whether all layouts agree; prints the table, and with count_bytes what each axis moves. runtime: the ranks of a launcher, each of which calls this, or a
-    process alone, which starts `num_ranks` of its own on the CPU.
+    """Whether all layouts agree; prints the table, and with count_bytes what each axis moves. runtime: the ranks of a
+    launcher, each of which calls this, or a process alone, which starts `num_ranks` of its own on the CPU.
 
     UserError for what cannot be verified; RankError where a rank of our own fails."""
     alone = runtime.launch.launcher == "none"

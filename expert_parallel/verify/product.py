@@ -62,9 +62,15 @@ def _forget(mesh: ParallelMesh) -> None:
 
 
 def random_sequences(config: Config) -> Tensor:
-    training = config.training
+    """(global_batch, sequence_length + 1). No two begin alike, and none with one token twice: what has seen nothing but
+    one token, at whatever position, is equal but for rounding, and a tie falls differently on other layouts."""
+    training, words = config.training, config.model.vocab_size
+    generator = torch.Generator().manual_seed(config.seed)
     shape = (training.global_batch, training.sequence_length + 1)
-    return torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(config.seed))
+    tokens_GS = torch.randint(0, words, shape, generator=generator)
+    tokens_GS[:, 0] = torch.randperm(words, generator=generator).repeat(-(-len(tokens_GS) // words))[: len(tokens_GS)]
+    tokens_GS[:, 1] += tokens_GS[:, 1] == tokens_GS[:, 0]
+    return tokens_GS % words
 
 
 def whole_model(config: Config) -> Tensors:
