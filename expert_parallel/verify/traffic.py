@@ -60,8 +60,8 @@ def measure_step(
     step: int,
     seed: int,
 ) -> list[AxisBytes]:
-    """Takes a training step, which changes the weights, and counts what it moves; of a pipeline the second of two, since
-    the first sends some words more. Every rank calls it; all get the same, axes that move nothing left out.
+    """Takes a training step, which changes the weights, and counts what it moves; of a pipeline the second of two,
+    since the first sends some words more. Every rank calls it; all get the same, axes that move nothing left out.
 
     The arguments are train_step's; parallel: as the mesh was built from it. NotImplementedError where a step calls a
     collective that is not known here.
