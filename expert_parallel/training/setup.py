@@ -67,12 +67,6 @@ def check_degrees(config: Config, world_size: int, ranks_per_node: int | None = 
     refuse_degrees(config.model, degrees, config.parallel.stages_per_rank)
     if config.model.moe is not None and config.model.moe.dispatcher.kind == "hierarchical":
         node_grid(degrees, config.parallel.ranks_per_node or ranks_per_node or world_size)
-    per_node = config.parallel.ranks_per_node
-    if per_node is not None and world_size > per_node and world_size % per_node:
-        raise ValueError(
-            f"the world size ({world_size}) is not a multiple of parallel.ranks_per_node ({per_node}): nodes have "
-            "equally many ranks"
-        )
     training = config.training
     micro = training.global_batch // training.micro_steps
     if micro < degrees.dp:
