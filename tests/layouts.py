@@ -28,7 +28,7 @@ def parallel_config(layout: dict[str, Any]) -> ParallelConfig:
 @cache
 def _mesh(world: int, parallel: str, copies: int, tied: bool) -> ParallelMesh:
     config = ParallelConfig.model_validate_json(parallel)
-    timeout = timedelta(seconds=30)
+    timeout = timedelta(seconds=120)
     return build_mesh(config.degrees(world), "cpu", timeout, data=config.data, kv_copies=copies, tied_embeddings=tied)
 
 

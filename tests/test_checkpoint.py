@@ -60,7 +60,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def run_training(rank: int, world: int, tree: dict[str, Any], stop_after: int | None = None) -> str:
     """`stop_after`: breaks off there, as a kill would. Returns the error's text, or nothing."""
-    runtime = Runtime(Launch("test", rank, world, rank, world), torch.device("cpu"), "gloo", timedelta(seconds=30))
+    runtime = Runtime(Launch("test", rank, world, rank, world), torch.device("cpu"), "gloo", timedelta(seconds=120))
     try:
         if stop_after is None:
             train(Config.model_validate(tree), runtime)

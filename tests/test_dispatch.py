@@ -216,7 +216,7 @@ def make_placement(case: dict[str, Any], config: MoEConfig) -> ExpertPlacement:
 @cache
 def nodes_of(world_size: int, ranks_per_node: int) -> Nodes:
     degrees = ParallelDegrees(world_size, ep=world_size)
-    return build_nodes(degrees, ranks_per_node, group_maker("cpu", timedelta(seconds=60)))
+    return build_nodes(degrees, ranks_per_node, group_maker("cpu", timedelta(seconds=120)))
 
 
 def upstream(y: Tensor, rank: int) -> Tensor:

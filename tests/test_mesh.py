@@ -166,7 +166,7 @@ def test_a_mesh_of_4096_ranks_without_processes() -> None:
 
 
 def coordinates(rank: int) -> tuple[int, int, int]:
-    mesh = build_mesh(ParallelDegrees(4, ep=2), "cpu", timedelta(seconds=20))
+    mesh = build_mesh(ParallelDegrees(4, ep=2), "cpu", timedelta(seconds=120))
     total = torch.tensor([10.0**rank])
     dist.all_reduce(total, group=mesh.edp_group)
     return mesh.dp_rank, mesh.ep_rank, int(total)
@@ -188,7 +188,7 @@ def wait_alone(rank: int) -> float:
 
 def test_a_group_obeys_the_timeout() -> None:
     """Trap 21: an expert-parallel group that waits half an hour, whatever the user set."""
-    assert 1.0 < run_ranks(2, wait_alone)[0] < 50.0  # the pool itself would wait 60 s
+    assert 1.0 < run_ranks(2, wait_alone)[0] < 50.0  # the pool itself would wait 240 s
 
 
 @given(st.integers(1, 40), st.integers(1, 16))

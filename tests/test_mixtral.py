@@ -142,7 +142,7 @@ cached_mesh = cache(build_mesh)
 
 def mesh_of(layout: dict[str, int]) -> ParallelMesh:
     degrees = {axis: degree for axis, degree in layout.items() if axis != "world"}
-    return cached_mesh(ParallelDegrees(layout["world"], **degrees), "cpu", timedelta(seconds=30))
+    return cached_mesh(ParallelDegrees(layout["world"], **degrees), "cpu", timedelta(seconds=120))
 
 
 def model_of(layout: dict[str, int], dtype: str, coefficient: float, weights: dict[str, Tensor]) -> Transformer:

@@ -43,7 +43,7 @@ from tests.ranks import run_ranks
 @cache
 def mesh_of(world: int, **degrees: int) -> ParallelMesh:
     copies = max(1, degrees.get("tp", 1) // 2)
-    return build_mesh(ParallelDegrees(world, **degrees), "cpu", timedelta(seconds=30), kv_copies=copies)
+    return build_mesh(ParallelDegrees(world, **degrees), "cpu", timedelta(seconds=120), kv_copies=copies)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -328,7 +328,7 @@ def test_the_balance_vector_holds_f_and_p_of_pooled_losses() -> None:
 
 
 def names_on(rank: int) -> list[list[str]]:
-    mesh = build_mesh(ParallelDegrees(2, pp=2), "cpu", timedelta(seconds=30), tied_embeddings=True)
+    mesh = build_mesh(ParallelDegrees(2, pp=2), "cpu", timedelta(seconds=120), tied_embeddings=True)
     config = ModelConfig.model_validate(model_config())
     pipeline = build_pipeline(config, mesh, pipeline=InterleavedConfig(kind="interleaved"), seed=1)
     assert all(isinstance(stage, Stage) for stage in pipeline)

@@ -417,7 +417,7 @@ def run_generate(rank: int, world_size: int) -> bytes:
     config = ModelConfig.model_validate(
         {"num_layers": 2, "d_model": 16, "attention": attention, "moe": moe, "init_std": 0.5}
     )
-    mesh = build_mesh(ParallelDegrees(world_size, ep=world_size), "cpu", timedelta(seconds=60))
+    mesh = build_mesh(ParallelDegrees(world_size, ep=world_size), "cpu", timedelta(seconds=120))
     model = build_model(config, mesh, dtype=torch.float64, seed=3)
     return generate(model, b"def ", num_tokens=12, temperature=0.7, window=10, seed=1, mesh=mesh)
 

@@ -173,7 +173,7 @@ def measure(rank: int, layout: dict[str, Any], model: dict[str, Any]) -> list[Ax
     dtype = DTYPES[training.dtype]
     if "ranks_per_node" in layout:
         degrees, config = parallel.degrees(layout["world"]), ModelConfig.model_validate(model)
-        mesh = build_mesh(degrees, "cpu", timedelta(seconds=30), layout["ranks_per_node"], hierarchical=True)
+        mesh = build_mesh(degrees, "cpu", timedelta(seconds=120), layout["ranks_per_node"], hierarchical=True)
         built: Any = build_model(config, mesh, dtype=dtype, recompute=training.recompute)
     else:
         mesh, built = build_on(layout, model, 0, dtype)

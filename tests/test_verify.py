@@ -66,7 +66,7 @@ def config_of(model: dict[str, Any] | None = None, moe: dict[str, Any] | None = 
 
 @cache
 def runtime_of(rank: int, world: int) -> Runtime:
-    return Runtime(Launch("verify", rank, world, rank, world), CPU, "gloo", timedelta(seconds=60))
+    return Runtime(Launch("verify", rank, world, rank, world), CPU, "gloo", timedelta(seconds=180))
 
 
 # ---------------------------------------------------------------------------------------------- right ones, and wrong
