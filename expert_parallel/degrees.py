@@ -84,7 +84,7 @@ class ParallelConfig(Settings):
             ("expert_order", self.expert_order, EXPERT_ORDER),
         ):
             if sorted(order) != sorted(axes):
-                raise ValueError(f"{name} is {', '.join(order)}: it must name each of {', '.join(axes)} once")
+                raise ValueError(f"{name} is [{', '.join(order)}]: it must name each of {', '.join(axes)} once")
         return self
 
     @property

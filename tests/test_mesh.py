@@ -108,7 +108,7 @@ def test_folding_by_hand() -> None:
 
 
 def test_an_order_names_each_axis_once() -> None:
-    with pytest.raises(ValidationError, match="order is pp, dp, cp, cp: it must name each of pp, dp, cp, tp once"):
+    with pytest.raises(ValidationError, match=r"order is \[pp, dp, cp, cp\]: it must name each of pp, dp, cp, tp once"):
         ParallelConfig.model_validate({"order": ["pp", "dp", "cp", "cp"]})
 
 
