@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from expert_parallel.command_line import ConfigFile, Overrides, early_runtime_config, refusals
 from expert_parallel.config import load_config
-from expert_parallel.runtime import LaunchError, RuntimeConfig, UserError, distributed
+from expert_parallel.runtime import RuntimeConfig, UserError, distributed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,10 +18,6 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure: ratios of things timed side by side in one run.")
 app.add_typer(bench, name="bench")
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, for example configs/quickstart.yaml")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted.key=value, over the file")
-]
 
 
 @app.callback()
@@ -34,13 +31,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train, or go on from the newest checkpoint in run.folder. Alone, or on every rank under torchrun."""
     from expert_parallel.training.loop import train as run
 
-    try:
-        with distributed(early_runtime_config(config, overrides or [])) as runtime:
-            run(runtime.together(lambda: load_config(config, overrides or [])), runtime)
-    except UserError:  # rank 0 has said it
-        raise typer.Exit(2) from None
-    except LaunchError as error:
-        _fail(error)
+    with refusals(), distributed(early_runtime_config(config, overrides or [])) as runtime:
+        run(runtime.together(lambda: load_config(config, overrides or [])), runtime)
 
 
 @app.command()
@@ -52,10 +44,8 @@ def check(
     """Validate a config and print what it comes to: effective values, parameters, memory per rank. Starts nothing."""
     from expert_parallel.training.check import describe
 
-    try:
+    with refusals(ValueError):
         print(describe(load_config(config, overrides or []), world_size))
-    except ValueError as error:
-        _fail(error)
 
 
 @app.command()
@@ -69,10 +59,8 @@ def generate(
     """Generate text from a run's newest checkpoint, on this process alone, whatever layout trained it."""
     from expert_parallel.training.generate import generate_from_run
 
-    try:
+    with refusals(ValueError, OSError):
         print(generate_from_run(run, prompt, num_tokens=tokens, temperature=temperature, seed=seed))
-    except (ValueError, OSError) as error:
-        _fail(error)
 
 
 @app.command()
@@ -94,7 +82,7 @@ def verify(
     if runtime_config.device == "cuda":  # a config of a cluster can be verified on a laptop
         runtime_config = runtime_config.model_copy(update={"device": "auto"})
     try:
-        with distributed(runtime_config) as runtime:
+        with refusals(), distributed(runtime_config) as runtime:
 
             def say(text: str) -> None:
                 if runtime.rank == 0:
@@ -102,10 +90,6 @@ def verify(
 
             loaded = runtime.together(lambda: load_config(config, overrides or []))
             passes = verify_command(loaded, runtime, ranks, layout or [], dtype, full, say, count_bytes)
-    except UserError:  # rank 0 has said it
-        raise typer.Exit(2) from None
-    except LaunchError as error:
-        _fail(error)
     except RankError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
@@ -122,38 +106,19 @@ def bench_ledger(
     """What the ledger costs, on one MoE layer. Alone, or on every rank under torchrun."""
     from expert_parallel.bench import ledger
 
-    try:
-        with distributed(RuntimeConfig()) as runtime:
-            if shape not in ledger.SHAPES:
-                raise UserError(f"--shape is {shape!r}, it must be one of {', '.join(ledger.SHAPES)}")
-            if runtime.world_size > ledger.SHAPES[shape].num_experts:
-                experts = ledger.SHAPES[shape].num_experts
-                raise UserError(f"{runtime.world_size} ranks are more than the {experts} experts of --shape {shape}")
-            if json_file is not None and not json_file.parent.is_dir():
-                raise UserError(f"--json: there is no folder {json_file.parent}")
-            result = ledger.bench_ledger(runtime, shape, rounds)
-            if runtime.rank == 0:
-                print(ledger.describe(result))
-                if json_file is not None:
-                    json_file.write_text(json.dumps(result, indent=2) + "\n")
-    except UserError:  # rank 0 has said it
-        raise typer.Exit(2) from None
-    except (LaunchError, OSError) as error:
-        _fail(error)
-
-
-def early_runtime_config(path: Path, overrides: list[str]) -> RuntimeConfig:
-    """The config's runtime block, or the defaults where the config is not readable: then the ranks meet, agree on
-    the error and leave together, instead of some being killed before rank 0 has spoken."""
-    try:
-        return load_config(path, overrides).runtime
-    except ValueError:
-        return RuntimeConfig()
-
-
-def _fail(error: Exception) -> None:
-    print(f"error: {error}", file=sys.stderr)
-    raise typer.Exit(2) from None
+    with refusals(OSError), distributed(RuntimeConfig()) as runtime:
+        if shape not in ledger.SHAPES:
+            raise UserError(f"--shape is {shape!r}, it must be one of {', '.join(ledger.SHAPES)}")
+        if runtime.world_size > ledger.SHAPES[shape].num_experts:
+            experts = ledger.SHAPES[shape].num_experts
+            raise UserError(f"{runtime.world_size} ranks are more than the {experts} experts of --shape {shape}")
+        if json_file is not None and not json_file.parent.is_dir():
+            raise UserError(f"--json: there is no folder {json_file.parent}")
+        result = ledger.bench_ledger(runtime, shape, rounds)
+        if runtime.rank == 0:
+            print(ledger.describe(result))
+            if json_file is not None:
+                json_file.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def main() -> None:
