@@ -21,11 +21,12 @@ Overrides = Annotated[
 def refusals(*also: type[Exception]) -> Iterator[None]:
     """What a user caused is one sentence on stderr and exit code 2. also: errors that only a user can cause here; any
     other is a defect of ours, and keeps its traceback."""
+    said_here: tuple[type[Exception], ...] = (LaunchError, *also)
     try:
         yield
     except UserError:  # rank 0 has said it
         raise typer.Exit(2) from None
-    except (LaunchError, *also) as error:
+    except said_here as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 

@@ -35,7 +35,7 @@ LEVELS = {
     "bench": 8,
     "study": 8,
     "interop": 8,
-    "command_line": 7,
+    "command_line": 8,
     "__main__": 9,
     "__init__": 9,
 }
