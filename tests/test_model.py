@@ -15,6 +15,8 @@ from transformers.models.llama import modeling_llama
 from expert_parallel.model import transformer
 from expert_parallel.model.attention import Attention, AttentionConfig, LayerNorm, RMSNorm, rotate
 from expert_parallel.model.parallelize import build_model, init_weights
+from expert_parallel.model.sequence import SequencePlace
+from expert_parallel.model.sight import Sight
 from expert_parallel.model.transformer import ModelConfig, ModelOutput, Recompute, Transformer
 from expert_parallel.moe import experts
 from expert_parallel.moe.experts import GroupedExperts
@@ -57,6 +59,15 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+def positions(length: int) -> Tensor:
+    return torch.arange(length)[None]
+
+
+def plain(length: int) -> Sight:
+    """One document a row, causal."""
+    return Sight.of(SequencePlace(), length, torch.device("cpu"))
+
+
 def logical_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = {}
     for logical in logical_parameters(model):
@@ -75,20 +86,20 @@ def test_rotate_equals_llama(theta: float) -> None:
         config = LlamaConfig(head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": theta})
         cos, sin = modeling_llama.LlamaRotaryEmbedding(config)(query, torch.arange(50)[None])
         expected = modeling_llama.apply_rotary_pos_emb(query, key, cos, sin)
-    close((rotate(query, theta), rotate(key, theta)), expected)
+    close((rotate(query, theta, positions(50)), rotate(key, theta, positions(50))), expected)
 
 
 def test_rotate_by_hand() -> None:
     """Two pairs, (x_0, x_2) and (x_1, x_3), at position 1 turned by 1 and by 1 / sqrt(100) = 0.1."""
     x = torch.tensor([[1.0, 0.0, 0.0, 2.0]] * 2, dtype=torch.float64)[None, None]
-    rotated = rotate(x, theta=100.0)[0, 0]
+    rotated = rotate(x, 100.0, positions(2))[0, 0]
     assert rotated[0].tolist() == [1.0, 0.0, 0.0, 2.0]
     expected = [math.cos(1), -2 * math.sin(0.1), math.sin(1), 2 * math.cos(0.1)]
     assert rotated[1].tolist() == pytest.approx(expected, rel=1e-14)
 
 
 def test_rotated_products_depend_on_the_distance_alone() -> None:
-    query, key = (rotate(draw(1, 1, 1, 8, seed=s).expand(1, 1, 20, 8), 10000.0)[0, 0] for s in (1, 2))
+    query, key = (rotate(draw(1, 1, 1, 8, seed=s).expand(1, 1, 20, 8), 10000.0, positions(20))[0, 0] for s in (1, 2))
     products = query @ key.T
     for distance in range(-10, 10):
         diagonal = products.diagonal(distance)
@@ -98,7 +109,12 @@ def test_rotated_products_depend_on_the_distance_alone() -> None:
 def test_rotation_of_bfloat16_at_far_positions() -> None:
     """Positions beyond 256 have no exact bfloat16: angles are taken in float32."""
     x = torch.ones(1, 1, 1025, 2)
-    assert float((rotate(x.bfloat16(), 10000.0).float() - rotate(x, 10000.0)).abs().max()) < 0.02
+    assert (
+        float(
+            (rotate(x.bfloat16(), 10000.0, positions(1025)).float() - rotate(x, 10000.0, positions(1025))).abs().max()
+        )
+        < 0.02
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -132,7 +148,7 @@ def test_attention_equals_llama(kv_heads: int, bias: bool) -> None:
     mask = torch.full((7, 7), float("-inf"), dtype=torch.float64).triu(1)[None, None]
     with peers_in_float64():
         expected, _ = theirs(their_x, rotary(their_x, torch.arange(7)[None]), mask)
-    actual = ours(x)
+    actual = ours(x, plain(7))
     close(actual, expected)
     upstream = draw(2, 7, 12, seed=3)
     actual.backward(upstream)
@@ -152,16 +168,16 @@ def test_grouped_heads_equal_repeated_heads() -> None:
         heads = getattr(grouped, name).weight.data.view(2, 6, 8)
         getattr(full, name).weight.data = heads.repeat_interleave(2, dim=0).view(24, 8)
     x = draw(2, 5, 8)
-    close(grouped(x), full(x))
+    close(grouped(x, plain(5)), full(x, plain(5)))
 
 
 def test_attention_without_positions_sees_a_set() -> None:
     """theta None (learned positions): the last token's output does not change with the order of the others."""
     attention = Attention(AttentionConfig(num_heads=2, head_size=4), 8, theta=None).double()
     x = draw(1, 5, 8)
-    close(attention(x)[:, -1], attention(x[:, [2, 0, 3, 1, 4]])[:, -1])
+    close(attention(x, plain(5))[:, -1], attention(x[:, [2, 0, 3, 1, 4]], plain(5))[:, -1])
     rotary = Attention(AttentionConfig(num_heads=2, head_size=4), 8, theta=100.0).double()
-    assert not torch.allclose(rotary(x)[:, -1], rotary(x[:, [2, 0, 3, 1, 4]])[:, -1])
+    assert not torch.allclose(rotary(x, plain(5))[:, -1], rotary(x[:, [2, 0, 3, 1, 4]], plain(5))[:, -1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,15 +221,15 @@ def feed_forward(block: Any, x: Tensor, layer: int) -> Tensor:
 
 def hand_written(model: Transformer, tokens_BS: Tensor) -> Tensor:
     """The formulas of the two norm placements over the model's own parts."""
-    x = model.embedding.weight[tokens_BS]
+    x, sight = model.embedding.weight[tokens_BS], plain(tokens_BS.shape[1])
     if model.position is not None:
         x = x + model.position.weight[: tokens_BS.shape[1]]
     for layer, block in enumerate(model.blocks):
         if model.config.norm_placement == "pre":
-            x = x + block.attention(block.attention_norm(x))
+            x = x + block.attention(block.attention_norm(x), sight)
             x = x + feed_forward(block, block.ffn_norm(x), layer)
         else:
-            x = block.attention_norm(x + block.attention(x))
+            x = block.attention_norm(x + block.attention(x, sight))
             x = block.ffn_norm(x + feed_forward(block, x, layer))
     if model.final_norm is not None:
         x = model.final_norm(x)

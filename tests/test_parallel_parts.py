@@ -20,6 +20,7 @@ from expert_parallel.model.context_parallel import ContextParallelAttention
 from expert_parallel.model.parallelize import split_model
 from expert_parallel.model.pipeline import Passes, Pipeline, Stage, balance_size, build_pipeline
 from expert_parallel.model.sequence import SequencePlace, length_unit
+from expert_parallel.model.sight import Sight
 from expert_parallel.model.tensor_parallel import (
     GatherTokens,
     ReduceScatterTokens,
@@ -173,6 +174,11 @@ def fill(module: Any) -> Any:
     return module
 
 
+def sight_for(kind: str) -> list[Sight]:
+    """What the module is called with beside x."""
+    return [Sight.of(SequencePlace(), LENGTH, torch.device("cpu"))] if kind == "attention" else []
+
+
 def divided(rank: int, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Output and input gradient of this rank's tokens, and each whole gradient, summed as training sums them."""
     mesh = mesh_of(dist.get_world_size(), tp=dist.get_world_size())
@@ -180,7 +186,7 @@ def divided(rank: int, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     copies = max(1, mesh.degrees.tp // ATTENTION.kv_heads)
     module = make_attention(mesh.tp_group, copies) if kind == "attention" else make_ffn(mesh.tp_group, kind)
     x = random(2, LENGTH, D).chunk(mesh.degrees.tp, 1)[rank].clone().requires_grad_()
-    y = module(x)
+    y = module(x, *sight_for(kind))
     (y * random(2, LENGTH, D, seed=1).chunk(mesh.degrees.tp, 1)[rank]).sum().backward()
     grads = {}
     for logical in logical_parameters(module):
@@ -201,7 +207,7 @@ def test_a_divided_layer_computes_the_whole(kind: str, world: int) -> None:
     """4 query heads and 2 key heads: on 4 ranks two share each key head. Biases are added once (trap 4)."""
     whole = make_attention(None, 1) if kind == "attention" else make_ffn(None, kind)
     x = random(2, LENGTH, D).requires_grad_()
-    y = whole(x)
+    y = whole(x, *sight_for(kind))
     (y * random(2, LENGTH, D, seed=1)).sum().backward()
     assert x.grad is not None
     results = run_ranks(world, divided, kind)
@@ -324,7 +330,7 @@ def test_the_balance_vector_holds_f_and_p_of_pooled_losses() -> None:
         {"kind": "balance", "layers": "pooled", "scope": "sequence"},
     ]
     config = ModelConfig.model_validate(model_config(losses=losses))
-    assert balance_size(config, num_sequences=3) == 1 + 2 * 4 + 3 * 2 * 4
+    assert balance_size(config, num_blocks=3) == 1 + 2 * 4 + 3 * 2 * 4
 
 
 def names_on(rank: int) -> list[list[str]]:

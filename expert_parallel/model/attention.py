@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from expert_parallel.model.sequence import SequencePlace
+from expert_parallel.model.sight import Sight
 from expert_parallel.moe.ffn import Linear
 from expert_parallel.settings import Settings
 
@@ -83,17 +83,18 @@ class LayerNorm(RMSNorm):
 NORMS: dict[str, type[RMSNorm]] = {"rms_norm": RMSNorm, "layer_norm": LayerNorm}
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """(B, heads, S, h) each; keys and values may have fewer heads."""
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B, heads, S, h) each; keys and values may have fewer heads, and be more than the queries. mask: see
+    Sight.mask."""
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(head_size)) v over the positions so far. (B, S, D) -> (B, S, D).
 
-    place: which positions the tokens have. attend: what queries, keys and values become; where tokens are spread over
-    ranks, another than `causal_attention`.
+    attend: what queries, keys, values and the mask become; where tokens are spread over ranks, another than
+    `causal_attention`.
     """
 
     def __init__(self, config: AttentionConfig, d_model: int, theta: float | None) -> None:
@@ -103,32 +104,30 @@ class Attention(nn.Module):
         self.key = Linear(d_model, config.kv_heads * self.head_size, bias=config.bias)
         self.value = Linear(d_model, config.kv_heads * self.head_size, bias=config.bias)
         self.out = Linear(config.num_heads * self.head_size, d_model, bias=config.bias)
-        self.place = SequencePlace()
-        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention
+        self.attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = causal_attention
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, sight: Sight) -> Tensor:
         query, key, value = (
             matrix(x_BSD).unflatten(-1, (matrix.weight.shape[0] // self.head_size, self.head_size)).transpose(1, 2)
             for matrix in (self.query, self.key, self.value)
         )
         if self.theta is not None:
-            positions_S = self.place.context(query.shape[2] * self.place.cp).to(query.device)
-            query, key = rotate(query, self.theta, positions_S), rotate(key, self.theta, positions_S)
-        return self.out(self.attend(query, key, value).transpose(1, 2).flatten(2))
+            query, key = (rotate(rows, self.theta, sight.position_BS) for rows in (query, key))
+        if sight.cache is not None:
+            key, value = sight.cache.extend(self, key, value)
+        return self.out(self.attend(query, key, value, sight.mask()).transpose(1, 2).flatten(2))
 
 
-def rotate(x: Tensor, theta: float, positions_S: Tensor | None = None) -> Tensor:
-    """Turns the pair (x_i, x_{i + h/2}) of each position s by the angle s * theta^(-2i/h). x: (B, heads, S, h).
-    positions_S: int64; default 0, 1, ...
+def rotate(x: Tensor, theta: float, position_BS: Tensor) -> Tensor:
+    """Turns the pair (x_i, x_{i + h/2}) of each position p by the angle p * theta^(-2i/h). x: (B, heads, S, h).
+    position_BS: int64, (B, S) or (1, S).
 
     Angles in float32, or float64 for float64 inputs: positions beyond 256 have no exact bfloat16.
     """
     wide = torch.promote_types(torch.float32, x.dtype)
-    length, half = x.shape[-2], x.shape[-1] // 2
-    if positions_S is None:
-        positions_S = torch.arange(length, device=x.device)
+    half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)
-    angle = positions_S.to(wide)[:, None] * frequency
+    angle = position_BS.to(wide)[:, None, :, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

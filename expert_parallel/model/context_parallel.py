@@ -6,10 +6,10 @@ another. Keys and values of grouped heads are few: gathering them moves less tha
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from expert_parallel.model.attention import causal_attention
 from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.model.tensor_parallel import GatherTokens
 
@@ -20,7 +20,8 @@ class ContextParallelAttention:
     def __init__(self, place: SequencePlace, group: dist.ProcessGroup) -> None:
         self.place, self.group = place, group
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """mask: of this rank's queries and the keys of whole rows, see Sight.mask."""
         cp, rank = self.place.cp, self.place.cp_rank
         both = GatherTokens.apply(torch.stack([key, value]), self.group)
         if query.numel() == 0:  # no sequences here; not every kernel takes none
@@ -29,10 +30,8 @@ class ContextParallelAttention:
         key, value = both.index_select(-2, order).unbind(0)
         chunk = key.shape[-2] // (2 * cp)
         outputs = []
-        for part, end in zip(query.chunk(2, -2), ((rank + 1) * chunk, (2 * cp - rank) * chunk), strict=True):
-            mask = causal_lower_right(chunk, end)
-            grouped = query.shape[1] != key.shape[1]
-            outputs.append(
-                F.scaled_dot_product_attention(part, key[..., :end, :], value[..., :end, :], mask, enable_gqa=grouped)
-            )
+        for half, end in enumerate(((rank + 1) * chunk, (2 * cp - rank) * chunk)):
+            part = query.chunk(2, -2)[half]
+            sees = causal_lower_right(chunk, end) if mask is None else mask.chunk(2, -2)[half][..., :end]
+            outputs.append(causal_attention(part, key[..., :end, :], value[..., :end, :], sees))
         return torch.cat(outputs, -2)

@@ -61,7 +61,6 @@ def divide_model(model: Transformer, mesh: ParallelMesh) -> None:
     """Tensor, sequence and context parallelism."""
     tp_group, cp_group = mesh.tp_group, mesh.cp_group
     for _, block in model.local_blocks():
-        block.attention.place = model.place
         if cp_group is not None:
             block.attention.attend = ContextParallelAttention(model.place, cp_group)
         if tp_group is not None:

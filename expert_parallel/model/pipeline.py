@@ -20,6 +20,7 @@ from expert_parallel.degrees import InterleavedConfig, OneForwardOneBackwardConf
 from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.parallelize import build_model, split_model
 from expert_parallel.model.sequence import SequencePlace
+from expert_parallel.model.sight import KeyValueCache
 from expert_parallel.model.transformer import Block, ModelConfig, ModelOutput, Pooled, Transformer, pooled_losses
 from expert_parallel.moe.balance import pooled_part
 from expert_parallel.moe.plan import LoadStats, StepContext
@@ -32,7 +33,8 @@ class Passes:
     """The micro-steps of one step, and what the stages of this rank make of them.
 
     tokens: (B, S) each, all of one shape. cross_entropy: of a last stage, its output and the number of the micro-step,
-    the sum divided by all targets of the step; None: forward only. stats, pooled: by micro-step and MoE block.
+    the sum divided by all targets of the step; None: forward only. cache: of generation, see Transformer. stats,
+    pooled: by micro-step and MoE block.
     A plain object, which the schedule does not take apart but hands to every stage.
     """
 
@@ -41,10 +43,18 @@ class Passes:
         tokens: Sequence[Tensor],
         contexts: Sequence[StepContext],
         cross_entropy: Callable[["Stage", ModelOutput, int], Tensor] | None = None,
+        cache: KeyValueCache | None = None,
     ) -> None:
-        self.tokens, self.contexts, self.cross_entropy = tokens, contexts, cross_entropy
+        self.tokens, self.contexts, self.cross_entropy, self.cache = tokens, contexts, cross_entropy, cache
         self.stats: list[dict[int, LoadStats]] = [{} for _ in tokens]
         self.pooled: list[dict[int, Pooled]] = [{} for _ in tokens]
+
+    @property
+    def num_blocks(self) -> int:
+        """What losses of scope `sequence` look at in a micro-step: its sequences, or as many documents as they may
+        hold; the same number in all micro-steps of a step."""
+        per_row = max(1 if c.document_BS is None else c.documents_per_row for c in self.contexts)
+        return len(self.tokens[0]) * per_row
 
 
 class Stage(Transformer):
@@ -56,7 +66,7 @@ class Stage(Transformer):
         """x, balance: what the stage before returned; the first is given none. Returns the same, the last stage the
         loss of the micro-step; a ModelOutput, forward only."""
         number = int(micro_step)
-        output = super().forward(passes.tokens[number], passes.contexts[number], x)
+        output = super().forward(passes.tokens[number], passes.contexts[number], x, passes.cache)
         passes.stats[number] |= output.stats
         passes.pooled[number] |= {
             layer: {name: (f_bE.detach(), p_bE.detach()) for name, (f_bE, p_bE) in terms.items()}
@@ -64,17 +74,17 @@ class Stage(Transformer):
         }
         if passes.cross_entropy is None:
             return output
-        here = self._balance_of(output, len(passes.tokens[number]))
+        here = self._balance_of(output, passes.num_blocks)
         balance = here if balance is None else balance + here
         if not self.part.is_last:
             return output.logits, balance
-        whole = self._whole_balance(balance, len(passes.tokens[number]))
+        whole = self._whole_balance(balance, passes.num_blocks)
         return passes.cross_entropy(self, output, number) + whole / len(passes.tokens)
 
-    def _balance_of(self, output: ModelOutput, num_sequences: int) -> Tensor:
+    def _balance_of(self, output: ModelOutput, num_blocks: int) -> Tensor:
         """This stage's summand: the sum of its layers' own losses; then f and P of each loss pooled over layers."""
         wide = torch.promote_types(torch.float32, self.compute_dtype)
-        summand = torch.zeros(balance_size(self.config, num_sequences), dtype=wide, device=output.logits.device)
+        summand = torch.zeros(balance_size(self.config, num_blocks), dtype=wide, device=output.logits.device)
         for layer, losses in output.losses.items():
             terms = [term.flatten() for pair in output.pooled[layer].values() for term in pair]
             single = sum(
@@ -83,10 +93,10 @@ class Stage(Transformer):
             summand = summand + torch.cat([single.view(1), *terms])
         return summand
 
-    def _whole_balance(self, balance: Tensor, num_sequences: int) -> Tensor:
+    def _whole_balance(self, balance: Tensor, num_blocks: int) -> Tensor:
         """All stages' balance losses, as one number."""
         total, rest = balance[0], balance[1:]
-        for name, (blocks, experts) in pooled_shapes(self.config, num_sequences).items():
+        for name, (blocks, experts) in pooled_shapes(self.config, num_blocks).items():
             fraction, probability, rest = rest.tensor_split([blocks * experts, 2 * blocks * experts])
             shape = (blocks, experts)
             loss = pooled_part(fraction.view(shape), probability.view(shape), len(self.config.moe_layers))
@@ -94,18 +104,17 @@ class Stage(Transformer):
         return total
 
 
-def pooled_shapes(config: ModelConfig, num_sequences: int) -> dict[str, tuple[int, int]]:
+def pooled_shapes(config: ModelConfig, num_blocks: int) -> dict[str, tuple[int, int]]:
     """(blocks, E) of f and P of the losses that are pooled over layers, by name."""
     experts = 0 if config.moe is None else config.moe.num_experts
     return {
-        name: (num_sequences if loss.scope == "sequence" else 1, experts)
-        for name, loss in pooled_losses(config).items()
+        name: (num_blocks if loss.scope == "sequence" else 1, experts) for name, loss in pooled_losses(config).items()
     }
 
 
-def balance_size(config: ModelConfig, num_sequences: int) -> int:
+def balance_size(config: ModelConfig, num_blocks: int) -> int:
     """Numbers that travel for the balance losses."""
-    return 1 + sum(2 * blocks * experts for blocks, experts in pooled_shapes(config, num_sequences).values())
+    return 1 + sum(2 * blocks * experts for blocks, experts in pooled_shapes(config, num_blocks).values())
 
 
 class Pipeline(nn.ModuleList):
@@ -130,7 +139,9 @@ class Pipeline(nn.ModuleList):
 
     def forward_backward(self, passes: Passes) -> None:
         """All micro-steps of a step, forward and backward; gradients are added up."""
-        schedule = self._schedule(len(passes.tokens), *passes.tokens[0].shape)
+        num_sequences, length = passes.tokens[0].shape
+        travels = balance_size(self.config, passes.num_blocks)
+        schedule = self._schedule(len(passes.tokens), num_sequences, length, travels)
         numbers = torch.arange(len(passes.tokens))
         try:
             schedule.step(target=numbers, losses=[], return_outputs=False, micro_step=numbers, passes=passes)
@@ -140,9 +151,9 @@ class Pipeline(nn.ModuleList):
             raise
         self._pool_stats(passes)
 
-    def forward(self, tokens_BS: Tensor, context: StepContext) -> ModelOutput:
+    def forward(self, tokens_BS: Tensor, context: StepContext, cache: KeyValueCache | None = None) -> ModelOutput:
         """Forward alone, stage after stage, without a gradient; logits are those of the last stage."""
-        passes = Passes([tokens_BS], [context])
+        passes = Passes([tokens_BS], [context], cache=cache)
         num_ranks, me = group_size(self.group), group_rank(self.group)
         length = len(self.place.own(tokens_BS.shape[1]))
         x = None
@@ -159,10 +170,10 @@ class Pipeline(nn.ModuleList):
         self._pool_stats(passes)
         return ModelOutput(x, {}, passes.stats[0], {})
 
-    def _schedule(self, num_micro_steps: int, num_sequences: int, length: int) -> Any:
-        key = (num_micro_steps, num_sequences, length)
+    def _schedule(self, num_micro_steps: int, num_sequences: int, length: int, balance_size: int) -> Any:
+        key = (num_micro_steps, num_sequences, length, balance_size)
         if key not in self.schedules:
-            stages = [self._pipeline_stage(stage, num_sequences, length) for stage in self]
+            stages = [self._pipeline_stage(stage, num_sequences, length, balance_size) for stage in self]
             self.schedules[key] = SCHEDULES[self.kind](
                 stages[0] if self.kind == "1f1b" else stages,
                 n_microbatches=num_micro_steps,
@@ -171,13 +182,13 @@ class Pipeline(nn.ModuleList):
             )
         return self.schedules[key]
 
-    def _pipeline_stage(self, stage: Stage, num_sequences: int, length: int) -> PipelineStage:
+    def _pipeline_stage(self, stage: Stage, num_sequences: int, length: int, balance_size: int) -> PipelineStage:
         """With its shapes given, so that ranks need not tell each other."""
         wide = torch.promote_types(torch.float32, stage.compute_dtype)
         shape = (num_sequences, len(self.place.own(length)), self.config.d_model)
         travels = (
             torch.empty(shape, dtype=stage.compute_dtype, device="meta", requires_grad=True),
-            torch.empty(balance_size(self.config, num_sequences), dtype=wide, device="meta", requires_grad=True),
+            torch.empty(balance_size, dtype=wide, device="meta", requires_grad=True),
         )
         loss = torch.empty((), dtype=wide, device="meta", requires_grad=True)
         return PipelineStage(
@@ -195,7 +206,7 @@ class Pipeline(nn.ModuleList):
         """What of a loss that is pooled over layers is each layer's, for the report: f is summed over all stages."""
         num_layers = len(self.config.moe_layers)
         for stats, pooled in zip(passes.stats, passes.pooled, strict=True):
-            for name, (blocks, experts) in pooled_shapes(self.config, len(passes.tokens[0])).items():
+            for name, (blocks, experts) in pooled_shapes(self.config, passes.num_blocks).items():
                 device = passes.tokens[0].device
                 own = [terms[name][0].double() for terms in pooled.values()]
                 fraction = sum(own, torch.zeros(blocks, experts, dtype=torch.float64, device=device))

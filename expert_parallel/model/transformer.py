@@ -18,6 +18,7 @@ from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.attention import NORMS, Attention, LearnedPositionConfig, RopeConfig
 from expert_parallel.model.config import ModelConfig, Recompute
 from expert_parallel.model.sequence import SequencePlace
+from expert_parallel.model.sight import KeyValueCache, Sight
 from expert_parallel.moe.balance import BalanceLossConfig, loss_name, pool_layers
 from expert_parallel.moe.ffn import FFN
 from expert_parallel.moe.layer import MoEConfig, MoELayer
@@ -91,21 +92,21 @@ class Block(nn.Module):
             assert config.ffn is not None
             self.ffn = FFN(config.ffn, config.d_model)
 
-    def forward(self, x: Tensor, context: StepContext) -> BlockOutput:
+    def forward(self, x: Tensor, context: StepContext, sight: Sight) -> BlockOutput:
         # All randomness is a function of the context, so recomputation needs no saved generator state. The choices of
         # the first pass are played back in the second.
         if self.recompute != "none" and torch.is_grad_enabled():
             context = replace(context, replay=context.replay or RouterReplay())
         if self.recompute == "block" and torch.is_grad_enabled():
-            return checkpoint(self._run, x, context, use_reentrant=False, preserve_rng_state=False)
-        return self._run(x, context)
+            return checkpoint(self._run, x, context, sight, use_reentrant=False, preserve_rng_state=False)
+        return self._run(x, context, sight)
 
-    def _run(self, x: Tensor, context: StepContext) -> BlockOutput:
+    def _run(self, x: Tensor, context: StepContext, sight: Sight) -> BlockOutput:
         if self.norm_placement == "pre":
-            x = x + self._drop(self.attention(self.attention_norm(x)), context, branch=0)
+            x = x + self._drop(self.attention(self.attention_norm(x), sight), context, branch=0)
             branch = self._feed_forward(self.ffn_norm(x), context)
             return branch._replace(x=x + self._drop(branch.x, context, branch=1))
-        x = self.attention_norm(x + self._drop(self.attention(x), context, branch=0))
+        x = self.attention_norm(x + self._drop(self.attention(x, sight), context, branch=0))
         branch = self._feed_forward(x, context)
         return branch._replace(x=self.ffn_norm(x + self._drop(branch.x, context, branch=1)))
 
@@ -182,21 +183,21 @@ class Transformer(nn.Module):
             assert isinstance(block, Block)
             yield layer, block
 
-    def forward(self, tokens_BS: Tensor, context: StepContext, x: Tensor | None = None) -> ModelOutput:
-        """context.coordinate is this rank's; the block number and what the tokens are is filled in here. x: (B, S, D),
-        what the stage before put out; the first stage embeds the tokens."""
+    def forward(
+        self, tokens_BS: Tensor, context: StepContext, x: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> ModelOutput:
+        """context.coordinate is this rank's, document_BS and mask_BS are of whole rows; the block number and what the
+        tokens are is filled in here. x: (B, S, D), what the stage before put out; the first stage embeds the tokens.
+        cache: the tokens come after those that it holds; its length is left to the caller."""
         length = tokens_BS.shape[1]
+        sight = Sight.of(self.place, length, tokens_BS.device, context.document_BS, cache)
         if self.part.is_first:
-            x = self._embed(tokens_BS, context)
+            x = self._embed(tokens_BS, context, sight)
         assert x is not None
-        context = replace(context, token_ids_BS=tokens_BS)
-        if not self.place.is_whole:
-            own_S = self.place.own(length).to(tokens_BS.device)
-            mask_BS = None if context.mask_BS is None else context.mask_BS[:, own_S]
-            context = replace(context, token_ids_BS=tokens_BS[:, own_S], mask_BS=mask_BS, positions_S=own_S)
+        context = self._own_tokens(tokens_BS, context)
         outputs: dict[int, BlockOutput] = {}
         for layer, block in self.local_blocks():
-            output: BlockOutput = block(x, replace(context, layer=layer))
+            output: BlockOutput = block(x, replace(context, layer=layer), sight)
             x = output.x
             if output.stats is not None:
                 outputs[layer] = output
@@ -205,7 +206,19 @@ class Transformer(nn.Module):
             x = self.final_norm(x)
         return ModelOutput(self._logits(x) if self.part.is_last else x, losses, stats, pooled)
 
-    def _embed(self, tokens_BS: Tensor, context: StepContext) -> Tensor:
+    def _own_tokens(self, tokens_BS: Tensor, context: StepContext) -> StepContext:
+        """What the context says of whole rows, of this rank's own positions."""
+        if self.place.is_whole:
+            return replace(context, token_ids_BS=tokens_BS)
+        own_S = self.place.own(tokens_BS.shape[1]).to(tokens_BS.device)
+        mask_BS, document_BS = (
+            None if rows is None else rows[:, own_S] for rows in (context.mask_BS, context.document_BS)
+        )
+        return replace(
+            context, token_ids_BS=tokens_BS[:, own_S], mask_BS=mask_BS, document_BS=document_BS, positions_S=own_S
+        )
+
+    def _embed(self, tokens_BS: Tensor, context: StepContext, sight: Sight) -> Tensor:
         """(B, S) -> (B, S, D), of this rank's own positions."""
         assert self.embedding is not None
         length, device = tokens_BS.shape[1], tokens_BS.device
@@ -216,7 +229,8 @@ class Transformer(nn.Module):
                     f"{length} tokens in a sequence are more than the {len(self.position.weight)} of "
                     "model.position.max_length"
                 )
-            x = x + self.position.weight[self.place.own(length).to(device)].to(self.compute_dtype)
+            own_BS = sight.position_BS.chunk(self.place.tp, 1)[self.place.tp_rank]
+            x = x + self.position(own_BS.clamp(max=len(self.position.weight) - 1)).to(self.compute_dtype)
         if self.training and self.config.dropout > 0:
             where = (context.seed, context.step, context.micro_step, self.config.num_layers, context.coordinate)
             x = dropout(x, self.config.dropout, mix(*where))

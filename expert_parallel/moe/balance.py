@@ -23,7 +23,8 @@ class BalanceLossConfig(Settings):
 
     `scope`: the tokens over which f and P are averaged before they are multiplied. `global`: all ranks' tokens of
     the micro-step, the same as one rank that sees them as one batch. `rank`: each rank's own, then the mean over
-    ranks. `sequence`: each sequence's own, then the mean over all sequences (DeepSeek-V3, eq. 17-20).
+    ranks. `sequence`: each sequence's own, then the mean over all sequences (DeepSeek-V3, eq. 17-20); where rows are
+    packed with documents that see nothing of each other, each document's own, as if it had a row to itself.
 
     `choices`: f counts `all` k choices of a token (transformers' Mixtral, which does not divide by k: its coefficient
     is ours / k), or the `first` alone (GShard, DeepSpeed's top-2).
@@ -62,18 +63,21 @@ class MicroStep:
     num_blocks: dict[str, Tensor | int]
 
 
-def count_sequences(plan: RoutingPlan, batch: TokenBatch) -> Tensor:
-    """Of this rank's part of each sequence: choices, first choices and tokens as MicroStep has them, (B, 2 E + 1)."""
-    num_rows, num_experts, sequence_T = batch.num_sequences, plan.num_experts, batch.sequence_T
+def count_documents(plan: RoutingPlan, batch: TokenBatch) -> Tensor:
+    """Of this rank's part of each sequence, or document: choices, first choices and tokens as MicroStep has them, (B,
+    2 E + 1)."""
+    num_rows, num_experts, document_T = batch.num_sequences, plan.num_experts, batch.sequence_T
+    if batch.document_T is not None:
+        num_rows, document_T = batch.num_documents, batch.document_T
 
     def count(num_choices: int | None) -> Tensor:
-        key_TK = sequence_T[:, None] * num_experts + plan.expert_ids_TK
+        key_TK = document_T[:, None] * num_experts + plan.expert_ids_TK
         key_TK = key_TK.masked_fill(~plan.routed_TK, num_rows * num_experts)[:, :num_choices]
         counts = torch.bincount(key_TK.flatten(), minlength=num_rows * num_experts + 1)
         return counts[: num_rows * num_experts].view(num_rows, num_experts)
 
-    real_T = torch.ones_like(sequence_T) if batch.real_T is None else batch.real_T.long()
-    tokens_b = torch.zeros(num_rows, dtype=torch.int64, device=real_T.device).index_add(0, sequence_T, real_T)
+    real_T = torch.ones_like(document_T) if batch.real_T is None else batch.real_T.long()
+    tokens_b = torch.zeros(num_rows, dtype=torch.int64, device=real_T.device).index_add(0, document_T, real_T)
     return torch.cat([count(None), count(1), tokens_b[:, None]], dim=1)
 
 
@@ -81,7 +85,7 @@ def count_micro_step(configs: list[LossConfig], plan: RoutingPlan, batch: TokenB
     """One all-reduce of 2 E + 2 numbers over the ranks of the micro-step. For a loss of scope `sequence`, where
     sequences are divided over ranks, before it one of 2 E + 1 numbers a sequence over those. Unconditional: a rank
     without tokens takes part."""
-    mine = count_sequences(plan, batch)
+    mine = count_documents(plan, batch)
     is_divided = group_size(batch.sequence_group) > 1
     needs_sequences = any(isinstance(config, BalanceLossConfig) and config.scope == "sequence" for config in configs)
     whole = all_reduce_sum(mine, batch.sequence_group) if is_divided and needs_sequences else mine
@@ -108,8 +112,12 @@ def fractions_and_probabilities(
     probabilities_TE = plan.probabilities_TE
     if batch.real_T is not None:
         probabilities_TE = probabilities_TE * batch.real_T[:, None]
-    num_rows = batch.num_sequences if config.scope == "sequence" else 1
-    sum_bE = probabilities_TE.view(num_rows, len(probabilities_TE) // max(num_rows, 1), num_experts).sum(1)
+    if config.scope == "sequence" and batch.document_T is not None:
+        zeros_bE = probabilities_TE.new_zeros(batch.num_documents, num_experts)
+        sum_bE = zeros_bE.index_add(0, batch.document_T, probabilities_TE)
+    else:
+        num_rows = batch.num_sequences if config.scope == "sequence" else 1
+        sum_bE = probabilities_TE.view(num_rows, len(probabilities_TE) // max(num_rows, 1), num_experts).sum(1)
     tokens_b1 = tokens_b1.clamp(min=1).to(sum_bE.dtype)
     return counted_bE / (tokens_b1 * num_counted), sum_bE / tokens_b1 / step.num_blocks[config.scope]
 

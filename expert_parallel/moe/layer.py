@@ -204,6 +204,8 @@ class MoELayer(nn.Module):
 
     def _limit(self, routed: RoutingPlan, batch: TokenBatch) -> tuple[RoutingPlan, int | None]:
         capacity = self.config.capacity
+        if batch.context.dropless:
+            return routed, None
         plan, most = POLICIES[capacity.kind](capacity, routed, batch, self.training)
         if isinstance(capacity, DroplessConfig):
             if capacity.receive_bound is not None:
@@ -260,6 +262,7 @@ def token_batch(
         ("positions_S", (length,), torch.int64),
         ("token_ids_BS", (num_sequences, length), torch.int64),
         ("mask_BS", (num_sequences, length), torch.bool),
+        ("document_BS", (num_sequences, length), torch.int64),
     ):
         given = getattr(context, name)
         if given is not None and (tuple(given.shape) != shape or given.dtype != dtype):
@@ -274,6 +277,9 @@ def token_batch(
         )
     numbers_B = torch.arange(num_sequences, device=x_BSD.device)
     sequence_B = numbers_B if context.sequence_index_B is None else context.sequence_index_B
+    document_T, per_row = None, context.documents_per_row
+    if context.document_BS is not None:
+        document_T = (numbers_B[:, None] * per_row + context.document_BS).flatten()
     return TokenBatch(
         index_T=global_index(sequence_B, length, context.positions_S),
         sequence_T=numbers_B.repeat_interleave(length),
@@ -284,6 +290,8 @@ def token_batch(
         is_global=context.sequence_index_B is not None,
         real_T=None if context.mask_BS is None else context.mask_BS.flatten(),
         ids_T=None if context.token_ids_BS is None else context.token_ids_BS.flatten(),
+        document_T=document_T,
+        num_documents=num_sequences * per_row,
     )
 
 

@@ -68,7 +68,10 @@ class StepContext:
     all of them, in any order; None: at 0, 1, ... Where sequences are divided over ranks, each rank gives its own, and
     all of them the same sequences in the same order. `coordinate` tells apart, for dropout, the ranks that have tokens
     of their own. `token_ids_BS` (int64): for hash routing. `mask_BS` (bool): False marks padding, which is not routed,
-    takes no capacity and is in no loss.
+    takes no capacity and is in no loss. `document_BS` (int64, from 0): which document of its row a token belongs to,
+    where rows are packed with several, at most `documents_per_row`; losses of scope `sequence` then look at each
+    document as they else do at each row. `dropless`: no capacity limits (generation: what a token becomes must not
+    depend on what else is in the pass).
     """
 
     seed: int = 0
@@ -80,6 +83,9 @@ class StepContext:
     positions_S: Tensor | None = None
     token_ids_BS: Tensor | None = None
     mask_BS: Tensor | None = None
+    document_BS: Tensor | None = None
+    documents_per_row: int = 1
+    dropless: bool = False
     replay: RouterReplay | None = None
 
 
@@ -91,6 +97,8 @@ class TokenBatch:
     caller gave the sequences' indices. sequence_T: int64, the sequence's number on this rank. real_T: bool, False for
     padding; None: all are real. ids_T: int64, the tokens themselves. group: the ranks whose tokens make up the
     micro-step. sequence_group: those among which the tokens of these sequences are divided; None: all are here.
+    document_T: int64, the token's document among the num_documents that these sequences may hold; None: rows are not
+    packed.
     gathered_bytes: what scopes beyond this rank sent, added up as it happens (a list of one number).
     """
 
@@ -103,6 +111,8 @@ class TokenBatch:
     is_global: bool = False
     real_T: Tensor | None = None
     ids_T: Tensor | None = None
+    document_T: Tensor | None = None
+    num_documents: int = 0
     gathered_bytes: list[int] = field(default_factory=lambda: [0])
 
 
