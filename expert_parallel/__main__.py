@@ -7,8 +7,12 @@ from typing import Annotated
 
 import typer
 
+from expert_parallel.checkpoint.command import checkpoint
 from expert_parallel.command_line import ConfigFile, Overrides, early_runtime_config, refusals
 from expert_parallel.config import load_config
+from expert_parallel.data.command import data
+from expert_parallel.interop.command import convert
+from expert_parallel.interop.experts_command import experts
 from expert_parallel.runtime import RuntimeConfig, UserError, distributed
 
 app = typer.Typer(
@@ -18,6 +22,10 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure: ratios of things timed side by side in one run.")
 app.add_typer(bench, name="bench")
+app.add_typer(checkpoint, name="checkpoint")
+checkpoint.add_typer(experts, name="experts")
+app.add_typer(convert, name="convert")
+app.add_typer(data, name="data")
 
 
 @app.callback()
@@ -51,16 +59,37 @@ def check(
 @app.command()
 def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run: its config and checkpoints")],
-    prompt: Annotated[str, typer.Option(help="the text to go on from")],
-    tokens: Annotated[int, typer.Option(min=1, help="bytes to generate")] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest byte each time")] = 0.7,
+    overrides: Overrides = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="the text to go on from; several times: a batch")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token each time")] = 0.7,
+    top_k: Annotated[int | None, typer.Option(min=1, help="draw from so many likeliest tokens")] = None,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="draw from the likeliest that have this share")] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    cache: Annotated[bool, typer.Option(help="keep keys and values of the tokens so far")] = True,
 ) -> None:
-    """Generate text from a run's newest checkpoint, on this process alone, whatever layout trained it."""
+    """Generate text from a run's newest checkpoint, on this process alone, whatever layout trained it; or on every rank
+    under torchrun, in the run's layout or the one given (parallel.tp=2)."""
+    from expert_parallel.model.generation import Sampling
     from expert_parallel.training.generate import generate_from_run
 
-    with refusals(ValueError, OSError):
-        print(generate_from_run(run, prompt, num_tokens=tokens, temperature=temperature, seed=seed))
+    with (
+        refusals(ValueError, OSError),
+        distributed(early_runtime_config(run / "config.yaml", overrides or [])) as ranks,
+    ):
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        texts = generate_from_run(
+            run,
+            overrides or [],
+            prompt or [""],
+            ranks,
+            num_tokens=tokens,
+            sampling=sampling,
+            seed=seed,
+            use_cache=cache,
+        )
+        if ranks.rank == 0:
+            print(f"\n{'-' * 80}\n".join(texts))
 
 
 @app.command()
@@ -117,6 +146,28 @@ def bench_ledger(
         result = ledger.bench_ledger(runtime, shape, rounds)
         if runtime.rank == 0:
             print(ledger.describe(result))
+            if json_file is not None:
+                json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+@bench.command("checkpoint")
+def bench_checkpoint(
+    megabytes: Annotated[int, typer.Option(min=1, help="of weights and optimizer state, over all ranks")] = 400,
+    rounds: Annotated[int, typer.Option(min=1, help="of which medians are taken")] = 5,
+    folder: Annotated[Path, typer.Option(help="on the disk to measure; what is written is removed")] = Path(),
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here, too")] = None,
+) -> None:
+    """How long training waits for a checkpoint, saved in the background or not. Alone, or on every rank under
+    torchrun."""
+    from expert_parallel.bench import checkpoint as bench
+
+    with refusals(OSError), distributed(RuntimeConfig()) as runtime:
+        for path in (folder, json_file.parent if json_file is not None else folder):
+            if not path.is_dir():
+                raise UserError(f"there is no folder {path}")
+        result = bench.bench_checkpoint(runtime, megabytes, rounds, folder)
+        if runtime.rank == 0:
+            print(bench.describe(result))
             if json_file is not None:
                 json_file.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -12,16 +12,19 @@ import torch
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from expert_parallel.checkpoint.config import CheckpointConfig
+from expert_parallel.data.config import DataConfig, StdlibData, TokensData
+from expert_parallel.data.tokenizer import VOCABULARY_SIZE
 from expert_parallel.degrees import EXPERT_ORDER, InterleavedConfig, ParallelConfig, ShardedConfig
-from expert_parallel.model.attention import LearnedPositionConfig
 from expert_parallel.model.config import ModelConfig
+from expert_parallel.model.generation import Sampling
+from expert_parallel.model.rotary import LearnedPositionConfig
 from expert_parallel.moe.capacity import LimitSettings
 from expert_parallel.moe.experts import choose_backend
 from expert_parallel.moe.ffn import width_in
 from expert_parallel.runtime import RuntimeConfig
 from expert_parallel.settings import Settings
-from expert_parallel.training.checkpoint import CheckpointConfig
-from expert_parallel.training.data import VOCABULARY_SIZE, DataConfig, StdlibData
+from expert_parallel.training.freeze import refuse_trainable
 from expert_parallel.training.replay import PlayConfig
 from expert_parallel.training.step import DTYPES, TrainingConfig
 
@@ -33,7 +36,7 @@ class EvaluationConfig(Settings):
     sequences: int = Field(default=64, ge=1)
 
 
-class SampleConfig(Settings):
+class SampleConfig(Sampling):
     """A text generated at the end of the run."""
 
     prompt: str = Field(min_length=1)
@@ -65,7 +68,7 @@ class Config(Settings):
     @model_validator(mode="after")
     def _fit_together(self) -> "Config":
         model, training = self.model, self.training
-        if model.vocab_size < VOCABULARY_SIZE:
+        if not isinstance(self.data, TokensData) and model.vocab_size < VOCABULARY_SIZE:
             raise ValueError(
                 f"model.vocab_size ({model.vocab_size}) must be at least {VOCABULARY_SIZE}: tokens are bytes"
             )
@@ -74,6 +77,12 @@ class Config(Settings):
             raise ValueError(
                 f"model.position.max_length ({position.max_length}) is smaller than "
                 f"training.sequence_length ({training.sequence_length})"
+            )
+        refuse_trainable(training.trainable, model)
+        if self.run.sample is not None and training.sequence_length < 2:
+            raise ValueError(
+                f"run.sample is given but training.sequence_length ({training.sequence_length}) is smaller than 2: it is "
+                "how many tokens the model sees when it writes"
             )
         if isinstance(self.parallel.pipeline, InterleavedConfig) and self.parallel.pp == 1:
             raise ValueError("parallel.pipeline.kind is 'interleaved' but parallel.pp is 1: there is no pipeline")
@@ -166,10 +175,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"the config file {path} must hold a mapping of settings, found {_shown(tree)}")
     for override in overrides:
         _override(tree, override)
+    return read_config(tree, str(path))
+
+
+def read_config(tree: dict[str, Any], where: str) -> Config:
+    """Validates. ValueError: one sentence that begins with `where` and names the path."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(f"{path}: {_first_sentence(error, tree)}") from None
+        raise ValueError(f"{where}: {_first_sentence(error, tree)}") from None
 
 
 def dump_config(config: Config) -> str:

@@ -6,6 +6,7 @@ before any training, by one rank only.
 
 import json
 import math
+import re
 import shutil
 import tomllib
 from collections.abc import Sequence
@@ -334,9 +335,9 @@ def test_generate_refuses_what_is_no_run(finished_run: Path) -> None:
 
     assert refused(finished_run / "absent") == f"there is no run folder {finished_run / 'absent'}"
     assert "config.yaml cannot be read: No such file" in refused(finished_run / "checkpoints")
-    assert refused(finished_run, prompt="") == "the prompt is empty, at least one byte is needed (--prompt)"
+    assert refused(finished_run, prompt="") == "the prompt is empty, at least one token is needed (--prompt)"
     shutil.rmtree(finished_run / "checkpoints")
-    assert refused(finished_run) == f"{finished_run / 'checkpoints'} holds no checkpoint"
+    assert refused(finished_run) == f"there is no checkpoint {finished_run / 'checkpoints'}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -527,7 +528,10 @@ def test_tensorboard_shows_what_the_metrics_say() -> None:
 @pytest.mark.system
 def test_the_resolved_config_stands_beside_the_run() -> None:
     run = run_folder("torchrun")
-    assert load_config(run / "config.yaml") == load_config(run.parent / "config.yaml")
+    resolved, given = load_config(run / "config.yaml"), load_config(run.parent / "config.yaml")
+    data = given.data.model_copy(update={"sha256": resolved.data.sha256})
+    assert resolved == given.model_copy(update={"data": data}), "the digest of its data is filled in"
+    assert re.fullmatch("[0-9a-f]{64}", str(resolved.data.sha256))
     assert yaml.safe_load((run / "config.yaml").read_text())["training"]["micro_steps"] == 1, "with its defaults"
 
 
@@ -542,6 +546,19 @@ def test_a_run_of_two_ranks_generates_alone(finished_run: Path) -> None:
     assert text.startswith("It is ")
     assert generated("--seed", "1", "--temperature", "5") == text, "the same seed, the same text"
     assert generated("--seed", "2", "--temperature", "5") != text
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("layout", [["parallel.ep=2"], ["parallel.tp=2", "parallel.ep=2"]], ids=str)
+def test_ranks_generate_what_one_process_does(layout: list[str], finished_run: Path) -> None:
+    """A batch of two prompts, with the cache and without."""
+    options = ["--prompt", "It is ", "--prompt", "a truth", "--tokens", "6", "--temperature", "0"]
+    alone = invoke("generate", finished_run, *options).stdout
+    assert alone.count("It is ") == alone.count("a truth") == 1
+    assert invoke("generate", finished_run, *options, "--no-cache").stdout == alone
+    ranks = start("torchrun", "generate", finished_run, *layout, *options)
+    assert ranks.returncode == 0, ranks.output
+    assert ranks.output.count(alone) == 1, "rank 0 alone speaks"
 
 
 @pytest.mark.system
@@ -566,4 +583,5 @@ def test_a_run_with_more_steps_resumes_in_another_layout(finished_run: Path) -> 
     assert after[:3] == before
     assert [(record["step"], record["tokens"]) for record in after[3:]] == [(3, 192), (4, 256)]
     assert load_config(finished_run / "config.yaml").training.steps == 4
-    assert sorted(path.name for path in (finished_run / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+    names = sorted(path.name for path in (finished_run / "checkpoints").iterdir())
+    assert names == ["latest", "step_00000002", "step_00000004"]

@@ -12,21 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from expert_parallel.training.data import (
-    SOURCES,
-    Corpus,
-    DataConfig,
-    FilesData,
-    MicroBatch,
-    StdlibData,
-    TokenSampler,
-    epoch_order,
-    held_out_sequences,
-    held_out_start,
-    load_corpus,
-    micro_batch,
-    shard_bounds,
-)
+from expert_parallel.data.batch import MicroBatch, micro_batch, shard_bounds
+from expert_parallel.data.config import DataConfig, FilesData, StdlibData
+from expert_parallel.data.sampler import Sampler, TokenSampler, epoch_order, held_out_sequences
+from expert_parallel.data.text import SOURCES, Corpus, held_out_start, load_corpus
 
 RANKS = [1, 2, 3, 4, 8]
 
@@ -387,7 +376,7 @@ def test_shards_are_contiguous_and_even(total: int, num_ranks: int) -> None:
     assert counts == [len(c) for c in torch.arange(total).tensor_split(num_ranks)]
 
 
-def whole_step(sampler: TokenSampler, step: int, global_batch: int, num_micro_steps: int, num_ranks: int) -> MicroBatch:
+def whole_step(sampler: Sampler, step: int, global_batch: int, num_micro_steps: int, num_ranks: int) -> MicroBatch:
     """What all ranks see in a step, in the order (micro-step, rank)."""
     parts = [
         micro_batch(
@@ -403,6 +392,9 @@ def whole_step(sampler: TokenSampler, step: int, global_batch: int, num_micro_st
         for rank in range(num_ranks)
     ]
     fields = [field.name for field in dataclasses.fields(MicroBatch)]
+    if sampler.separator is None:
+        assert all(part.documents_BS is None for part in parts)
+        fields.remove("documents_BS")
     return MicroBatch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in fields})
 
 

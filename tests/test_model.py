@@ -13,8 +13,10 @@ from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
 from expert_parallel.model import transformer
-from expert_parallel.model.attention import Attention, AttentionConfig, LayerNorm, RMSNorm, rotate
+from expert_parallel.model.attention import Attention, HeadsConfig
+from expert_parallel.model.norms import LayerNorm, RMSNorm
 from expert_parallel.model.parallelize import build_model, init_weights
+from expert_parallel.model.rotary import RopeConfig, rotate, rotation
 from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.model.sight import Sight
 from expert_parallel.model.transformer import ModelConfig, ModelOutput, Recompute, Transformer
@@ -59,8 +61,9 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def positions(length: int) -> Tensor:
-    return torch.arange(length)[None]
+def turned(x: Tensor, theta: float) -> Tensor:
+    """At positions 0, 1, ..."""
+    return rotate(x, *rotation(RopeConfig(theta=theta), x.shape[-1], torch.arange(x.shape[2])[None], x.dtype))
 
 
 def plain(length: int) -> Sight:
@@ -86,20 +89,20 @@ def test_rotate_equals_llama(theta: float) -> None:
         config = LlamaConfig(head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": theta})
         cos, sin = modeling_llama.LlamaRotaryEmbedding(config)(query, torch.arange(50)[None])
         expected = modeling_llama.apply_rotary_pos_emb(query, key, cos, sin)
-    close((rotate(query, theta, positions(50)), rotate(key, theta, positions(50))), expected)
+    close((turned(query, theta), turned(key, theta)), expected)
 
 
 def test_rotate_by_hand() -> None:
     """Two pairs, (x_0, x_2) and (x_1, x_3), at position 1 turned by 1 and by 1 / sqrt(100) = 0.1."""
     x = torch.tensor([[1.0, 0.0, 0.0, 2.0]] * 2, dtype=torch.float64)[None, None]
-    rotated = rotate(x, 100.0, positions(2))[0, 0]
+    rotated = turned(x, 100.0)[0, 0]
     assert rotated[0].tolist() == [1.0, 0.0, 0.0, 2.0]
     expected = [math.cos(1), -2 * math.sin(0.1), math.sin(1), 2 * math.cos(0.1)]
     assert rotated[1].tolist() == pytest.approx(expected, rel=1e-14)
 
 
 def test_rotated_products_depend_on_the_distance_alone() -> None:
-    query, key = (rotate(draw(1, 1, 1, 8, seed=s).expand(1, 1, 20, 8), 10000.0, positions(20))[0, 0] for s in (1, 2))
+    query, key = (turned(draw(1, 1, 1, 8, seed=s).expand(1, 1, 20, 8), 10000.0)[0, 0] for s in (1, 2))
     products = query @ key.T
     for distance in range(-10, 10):
         diagonal = products.diagonal(distance)
@@ -109,12 +112,7 @@ def test_rotated_products_depend_on_the_distance_alone() -> None:
 def test_rotation_of_bfloat16_at_far_positions() -> None:
     """Positions beyond 256 have no exact bfloat16: angles are taken in float32."""
     x = torch.ones(1, 1, 1025, 2)
-    assert (
-        float(
-            (rotate(x.bfloat16(), 10000.0, positions(1025)).float() - rotate(x, 10000.0, positions(1025))).abs().max()
-        )
-        < 0.02
-    )
+    assert float((turned(x.bfloat16(), 10000.0).float() - turned(x, 10000.0)).abs().max()) < 0.02
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -133,8 +131,8 @@ def test_attention_equals_llama(kv_heads: int, bias: bool) -> None:
         )
         theirs = modeling_llama.LlamaAttention(config, layer_idx=0).double()
         rotary = modeling_llama.LlamaRotaryEmbedding(config)
-    own_config = AttentionConfig(num_heads=4, num_kv_heads=kv_heads, head_size=6, bias=bias)
-    ours = Attention(own_config, d_model=12, theta=500.0).double()
+    own_config = HeadsConfig(num_heads=4, num_kv_heads=kv_heads, head_size=6, bias=bias)
+    ours = Attention(own_config, d_model=12, rope=RopeConfig(theta=500.0)).double()
     pairs = [
         (ours.query, theirs.q_proj),
         (ours.key, theirs.k_proj),
@@ -161,8 +159,8 @@ def test_attention_equals_llama(kv_heads: int, bias: bool) -> None:
 
 def test_grouped_heads_equal_repeated_heads() -> None:
     """Key/value head g serves query heads 2g and 2g + 1."""
-    grouped = Attention(AttentionConfig(num_heads=4, num_kv_heads=2, head_size=6), 8, theta=100.0).double()
-    full = Attention(AttentionConfig(num_heads=4, head_size=6), 8, theta=100.0).double()
+    grouped = Attention(HeadsConfig(num_heads=4, num_kv_heads=2, head_size=6), 8, RopeConfig(theta=100.0)).double()
+    full = Attention(HeadsConfig(num_heads=4, head_size=6), 8, RopeConfig(theta=100.0)).double()
     full.query, full.out = grouped.query, grouped.out
     for name in ("key", "value"):
         heads = getattr(grouped, name).weight.data.view(2, 6, 8)
@@ -172,11 +170,11 @@ def test_grouped_heads_equal_repeated_heads() -> None:
 
 
 def test_attention_without_positions_sees_a_set() -> None:
-    """theta None (learned positions): the last token's output does not change with the order of the others."""
-    attention = Attention(AttentionConfig(num_heads=2, head_size=4), 8, theta=None).double()
+    """Learned positions: the last token's output does not change with the order of the others."""
+    attention = Attention(HeadsConfig(num_heads=2, head_size=4), 8, None).double()
     x = draw(1, 5, 8)
     close(attention(x, plain(5))[:, -1], attention(x[:, [2, 0, 3, 1, 4]], plain(5))[:, -1])
-    rotary = Attention(AttentionConfig(num_heads=2, head_size=4), 8, theta=100.0).double()
+    rotary = Attention(HeadsConfig(num_heads=2, head_size=4), 8, RopeConfig(theta=100.0)).double()
     assert not torch.allclose(rotary(x, plain(5))[:, -1], rotary(x[:, [2, 0, 3, 1, 4]], plain(5))[:, -1])
 
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from expert_parallel.degrees import InterleavedConfig, ParallelDegrees
 from expert_parallel.mesh import ParallelMesh, build_mesh
-from expert_parallel.model.attention import Attention, AttentionConfig, causal_attention
+from expert_parallel.model.attention import Attention, HeadsConfig, causal_attention
 from expert_parallel.model.context_parallel import ContextParallelAttention
 from expert_parallel.model.parallelize import split_model
 from expert_parallel.model.pipeline import Passes, Pipeline, Stage, balance_size, build_pipeline
+from expert_parallel.model.rotary import RopeConfig
 from expert_parallel.model.sequence import SequencePlace, length_unit
 from expert_parallel.model.sight import Sight
 from expert_parallel.model.tensor_parallel import (
@@ -145,12 +146,12 @@ def test_gather_and_reduce_scatter_are_transposes(world: int) -> None:
 # ------------------------------------------------------------------------------------------------------ divided layers
 
 D, LENGTH = 8, 8
-ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_size=6, bias=True)
+ATTENTION = HeadsConfig(num_heads=4, num_kv_heads=2, head_size=6, bias=True)
 
 
 def make_attention(group: Any, copies: int) -> Attention:
     with torch.device("meta"):
-        attention = Attention(ATTENTION, D, theta=100.0)
+        attention = Attention(ATTENTION, D, RopeConfig(theta=100.0))
         if group is not None:
             divide_attention(attention, group, copies)
     return fill(attention)
@@ -366,7 +367,7 @@ class FailingSchedule:
 def breach(rank: int) -> None:
     _, pipeline = build_on({"world": 2, "pp": 2}, model_config(), seed=1)
     assert isinstance(pipeline, Pipeline)
-    pipeline.schedules[2, 1, 4] = FailingSchedule()
+    pipeline.schedules[2, 1, 4, balance_size(pipeline.config, num_blocks=1)] = FailingSchedule()
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     with pytest.raises(LedgerBreach, match="a row was lost"):
         pipeline.forward_backward(Passes([tokens] * 2, [StepContext()] * 2))

@@ -2,7 +2,6 @@
 however the sequences lie on the ranks; scope `sequence`: however each sequence is divided over ranks. On real ranks in
 float64, and as a property of the index maths with ties everywhere."""
 
-from datetime import timedelta
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -14,15 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expert_parallel.mesh import ParallelDegrees, build_mesh
-from expert_parallel.model.parallelize import build_model
-from expert_parallel.model.transformer import ModelConfig
 from expert_parallel.moe import scope
 from expert_parallel.moe.capacity import FactorConfig, limit
 from expert_parallel.moe.layer import MoEConfig, MoELayer
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.moe.plan import Reason, RouterReplay, RoutingPlan, StepContext, TokenBatch
-from expert_parallel.training.generate import generate
 from tests.ranks import run_ranks
 
 NUM_SEQUENCES, LENGTH, D_MODEL, NUM_EXPERTS = 11, 6, 8, 8  # 11: no number of ranks divides it
@@ -400,31 +395,3 @@ def test_any_split_of_any_sequences_gives_the_same_fates(data: st.DataObject) ->
 
     alone = fates([list(range(num_sequences))])
     assert fates([[s for s in order if holder[s] == rank] for rank in range(num_ranks)]) == alone
-
-
-# ----------------------------------------------------------------------------------------------------------- generation
-
-
-def run_generate(rank: int, world_size: int) -> bytes:
-    """By a model whose capacity is tight in evaluation, with experts on all ranks."""
-    moe = {
-        "num_experts": 4,
-        "router": {"k": 2},
-        "capacity": {"kind": "factor", "eval": 0.6, "minimum": 0, "scope": "global"},
-        "experts": {"hidden": 8},
-    }
-    attention = {"num_heads": 2, "head_size": 8}
-    config = ModelConfig.model_validate(
-        {"num_layers": 2, "d_model": 16, "attention": attention, "moe": moe, "init_std": 0.5}
-    )
-    mesh = build_mesh(ParallelDegrees(world_size, ep=world_size), "cpu", timedelta(seconds=120))
-    model = build_model(config, mesh, dtype=torch.float64, seed=3)
-    return generate(model, b"def ", num_tokens=12, temperature=0.7, window=10, seed=1, mesh=mesh)
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_all_ranks_generate_one_text_and_it_is_that_of_one_rank(world_size: int) -> None:
-    """Copies of the prompt on every rank would compete for one capacity."""
-    (alone,) = run_ranks(1, run_generate, 1)
-    assert len(alone) == 16
-    assert run_ranks(world_size, run_generate, world_size) == [alone] * world_size

@@ -25,6 +25,9 @@ LEVELS = {
     "model": 3,
     "planning": 3,
     "runtime": 4,
+    "checkpoint": 4,
+    "checkpoint.command": 8,
+    "data": 4,
     "training": 5,
     "config": 6,  # composes the config classes of the rooms below, training's among them
     "training.setup": 7,  # these four take the whole config
@@ -36,6 +39,7 @@ LEVELS = {
     "study": 8,
     "interop": 8,
     "command_line": 8,
+    "data.command": 8,
     "__main__": 9,
     "__init__": 9,
 }

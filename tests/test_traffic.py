@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from expert_parallel.collectives import all_gather_single, reduce_scatter_single
+from expert_parallel.data.batch import MicroBatch, shard_bounds
 from expert_parallel.mesh import build_mesh
 from expert_parallel.model import tensor_parallel
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.training.data import MicroBatch, shard_bounds
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.step import DTYPES, TrainingConfig
 from expert_parallel.verify.traffic import AxisBytes, counting, describe, measure_step
@@ -47,6 +47,8 @@ def moe(**settings: Any) -> dict[str, Any]:
 
 POOLED = [{"kind": "balance", "layers": "pooled", "scope": scope} for scope in ("global", "sequence")]
 UNTIED = {"tied_embeddings": False}
+LATENT = {"kind": "latent", "num_heads": 4, "query_rank": 7, "kv_rank": 5}
+LATENT |= {"nope_size": 3, "rope_size": 2, "value_size": 4}
 
 # 6 sequences a micro-step: on 4 data ranks they are 2, 2, 1 and 1. The last column: axes that must move something.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -58,6 +60,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"world": 4, "cp": 2, "tp": 2},
         {"attention": {"num_heads": 4, "num_kv_heads": 1, "head_size": 6}},
         "cp key",
+    ),
+    "latent attention": ({"world": 4, "cp": 2, "tp": 2, "recompute": "block"}, {"attention": LATENT}, "tp cp"),
+    "latent attention, sharded": (
+        {"world": 4, "tp": 2, "data": "sharded", "micro_steps": 2, "dtype": "bfloat16"},
+        {"attention": {**LATENT, "query_rank": None}},
+        "tp dense",
     ),
     "pp": ({"world": 2, "pp": 2, "micro_steps": 2}, {}, "pp tied"),
     "pp, untied": ({"world": 4, "pp": 2, "micro_steps": 3}, UNTIED, "pp dense"),
@@ -214,13 +222,13 @@ DENSE_NUMBERS = 10 * 4 + 3 * 4 + 4 * 4 * 4 + 2 * 4  # table, norms, four matrice
 EXPERT_NUMBERS = 2 * (4 * 6 + 6 * 4)
 
 
-def by_hand(layout: dict[str, Any]) -> dict[str, int]:
-    found = run_ranks(layout["world"], measure_small, layout)[0]
+def by_hand(layout: dict[str, Any], model: dict[str, Any] | None = None) -> dict[str, int]:
+    found = run_ranks(layout["world"], measure_small, layout, {**SMALL, **(model or {})})[0]
     return {label: number for axis in found for label, number in axis.expected.items()}
 
 
-def measure_small(rank: int, layout: dict[str, Any]) -> list[AxisBytes]:
-    found = measure(rank, layout, SMALL)
+def measure_small(rank: int, layout: dict[str, Any], model: dict[str, Any]) -> list[AxisBytes]:
+    found = measure(rank, layout, model)
     assert all(axis.agrees for axis in found), describe(found)
     return found
 
@@ -252,6 +260,19 @@ def test_tokens_by_hand() -> None:
     assert found["tp: gradients of what it leaves whole"] == 2 * 20 * 8
     found = by_hand({"world": 2, "cp": 2})
     assert found["cp: keys and values"] == 2 * 48 * 2 * 4 * 8
+
+
+def test_latents_by_hand() -> None:
+    """The same with latents of 3 (queries) and 2 + 2 numbers. tp: gathered before attention, and their gradients back;
+    out of it come 4 numbers, as before. cp: latents of 2 + 2, and their gradients back."""
+    latent = {"kind": "latent", "num_heads": 2, "query_rank": 3, "kv_rank": 2, "rope_size": 2}
+    attention = {"attention": {**latent, "nope_size": 5, "value_size": 3}}
+    found = by_hand({"world": 2, "tp": 2}, attention)
+    assert found["tp: tokens"] == (6 * 4 + 2 * (3 + 4)) * 48 * 8
+    whole = 3 * 4 + 2 * 4 + 3 * 4 + 3 + 4 * 4 + 2  # norms, router, query_down, its norm, kv_down, its norm
+    assert found["tp: gradients of what it leaves whole"] == 2 * whole * 8
+    found = by_hand({"world": 2, "cp": 2}, attention)
+    assert found["cp: keys and values"] == 2 * 48 * 4 * 8
 
 
 def test_pipeline_by_hand() -> None:

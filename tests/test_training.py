@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from expert_parallel.data.batch import MicroBatch, micro_batch
+from expert_parallel.data.sampler import TokenSampler
 from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.pipeline import Pipeline
@@ -26,7 +28,6 @@ from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.moe.plan import MoEOutput, RouterReplay, StepContext
 from expert_parallel.moe.reference import reference_layer
 from expert_parallel.moe.totals import LayerTotals, report_breaches
-from expert_parallel.training.data import MicroBatch, TokenSampler, micro_batch
 from expert_parallel.training.metrics import coefficient_of_variation, step_metrics
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.step import DTYPES, StepReport, TrainingConfig, evaluate, train_step
@@ -525,7 +526,7 @@ def train_with_defect(rank: int, defect: str, layout: dict[str, Any]) -> dict[st
         for parameter, grad in zip(routers, own, strict=True):
             parameter.grad.copy_(grad)
 
-    def norm_without_experts(model: Any, mesh: Any, *, sharded: bool) -> torch.Tensor:
+    def norm_without_experts(model: Any, mesh: Any) -> torch.Tensor:
         grads = [p.parameter.grad for p in logical_parameters(model) if not p.is_expert]
         return torch.stack([grad.norm() for grad in grads]).norm().double()
 

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from itertools import combinations, count
@@ -102,6 +103,36 @@ def test_a_right_layout_passes(layout: str) -> None:
         assert seen["clips"]
 
 
+SEPARATE = {
+    "model": {"position": {"kind": "learned", "max_length": 32}},
+    "moe": {"losses": [{"kind": "balance", "coefficient": 0.1, "scope": "sequence", "layers": "pooled"}]},
+    "data": {"kind": "stdlib", "documents": "separate"},
+}
+
+
+@pytest.mark.parametrize("layout", [*RIGHT, "pp=2,ep=2,tp=2,micro_steps=2"])
+def test_documents_kept_apart_are_the_same_in_every_layout(layout: str) -> None:
+    tree = config_of(**SEPARATE).model_dump(mode="json")
+    for result in run_ranks(4, run_verification, [layout], tree, "float64", "none"):
+        (seen,) = result.values()
+        assert not seen["columns"], seen["sentences"]
+
+
+@pytest.mark.parametrize(
+    ("defect", "column"),
+    [
+        ("documents see each other", "output"),
+        ("positions run on over documents", "output"),
+        ("a balance loss takes documents together", "balance loss"),
+    ],
+)
+def test_documents_not_kept_apart_are_found(defect: str, column: str) -> None:
+    tree = config_of(**SEPARATE).model_dump(mode="json")
+    for result in run_ranks(4, run_verification, ["cp=2,ep=2,micro_steps=1"], tree, "float64", defect):
+        (seen,) = result.values()
+        assert column in seen["columns"], seen
+
+
 @pytest.mark.full
 def test_layouts_that_show_a_defect_pass_without_it() -> None:
     for layout in sorted({layout for layout, *_ in DEFECTS.values()}):
@@ -170,8 +201,8 @@ def counted(change: Callable[[bool, Any, Any], bool]) -> tuple[Any, str, Any]:
 
     original = grads.is_first_holder
 
-    def wrong(logical: Any, mesh: Any, *, sharded: bool) -> bool:
-        return change(original(logical, mesh, sharded=sharded), logical, mesh)
+    def wrong(logical: Any, mesh: Any) -> bool:
+        return change(original(logical, mesh), logical, mesh)
 
     return grads, "is_first_holder", wrong
 
@@ -264,6 +295,32 @@ def dropout_drawn_anew() -> tuple[Any, str, Any]:
     return transformer, "dropout", lambda x, probability, seed: original(x, probability, seed + next(calls))
 
 
+def documents_see_each_other() -> tuple[Any, str, Any]:
+    from expert_parallel.model.sight import Sight
+
+    original = Sight.mask
+    return Sight, "mask", lambda self, window=None: original(replace(self, document_BS=None, masks={}), window)
+
+
+def positions_run_on() -> tuple[Any, str, Any]:
+    from expert_parallel.model.sight import Sight
+
+    original = Sight.of
+
+    def wrong(*arguments: Any) -> Sight:
+        sight = original(*arguments)
+        return replace(sight, position_BS=sight.index_BS)
+
+    return Sight, "of", staticmethod(wrong)
+
+
+def balance_of_rows() -> tuple[Any, str, Any]:
+    from expert_parallel.moe import layer
+
+    original = layer.token_batch
+    return layer, "token_batch", lambda *arguments: replace(original(*arguments), document_T=None)
+
+
 DEFECT_PATCHES: dict[str, Callable[[], tuple[Any, str, Any]]] = {
     "expert gradients divided by ep": expert_gradients_divided,
     "router gradient not reduced over tp": lambda: without_sum("tp_group", lambda one: "router" in one.names[0]),
@@ -277,6 +334,9 @@ DEFECT_PATCHES: dict[str, Callable[[], tuple[Any, str, Any]]] = {
     "dropout drawn anew in recomputation": dropout_drawn_anew,
     "experts in another order": experts_in_another_order,
     "experts' bias added by every rank": bias_added_by_every_rank,
+    "documents see each other": documents_see_each_other,
+    "positions run on over documents": positions_run_on,
+    "a balance loss takes documents together": balance_of_rows,
 }
 
 # The layout that shows it, columns that must differ, columns that must not, and what a sentence must say.
@@ -331,7 +391,7 @@ DEFECTS: dict[str, tuple[str, set[str], set[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("defect", sorted(DEFECT_PATCHES))
+@pytest.mark.parametrize("defect", sorted(DEFECTS))
 def test_a_defect_is_found_and_named(defect: str) -> None:
     layout, differ, agree, words = DEFECTS[defect]
     results = run_ranks(4, run_verification, [layout], config_of().model_dump(mode="json"), "float64", defect)

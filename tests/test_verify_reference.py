@@ -17,6 +17,7 @@ from expert_parallel.verify import product
 from expert_parallel.verify import reference as slow
 from expert_parallel.verify.compare import actual_tensors, expected_tensors
 from expert_parallel.verify.reference import Division, ReferenceStep, adamw_step, reference_step
+from expert_parallel.verify.reference_attention import attention
 from expert_parallel.verify.run import stirred
 from tests.peers import peers_in_float64
 from tests.ranks import run_ranks
@@ -45,9 +46,9 @@ def training_of(**settings: Any) -> TrainingConfig:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
 def test_attention_is_torch_s(heads: int, kv_heads: int) -> None:
     """Without rotation: learned positions."""
-    attention = {"num_heads": heads, "num_kv_heads": kv_heads, "head_size": 6, "bias": True}
+    settings = {"num_heads": heads, "num_kv_heads": kv_heads, "head_size": 6, "bias": True}
     position = {"kind": "learned", "max_length": 9}
-    tree = {"num_layers": 1, "d_model": 10, "attention": attention, "ffn": {"hidden": 4}, "position": position}
+    tree = {"num_layers": 1, "d_model": 10, "attention": settings, "ffn": {"hidden": 4}, "position": position}
     model = ModelConfig.model_validate(tree)
     sizes = {"query": (24, 10), "key": (6 * kv_heads, 10), "value": (6 * kv_heads, 10), "out": (10, 24)}
     weights = {f"{name}.weight": draw(*size, seed=i) for i, (name, size) in enumerate(sizes.items())}
@@ -59,7 +60,7 @@ def test_attention_is_torch_s(heads: int, kv_heads: int) -> None:
     )
     attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     expected = F.linear(attended.transpose(1, 2).flatten(2), weights["out.weight"], weights["out.bias"])
-    torch.testing.assert_close(slow._attention(model, weights, x_BSD), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(attention(model, 0, weights, x_BSD), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_norms_activations_and_cross_entropy_are_torch_s() -> None:

@@ -1,133 +1,126 @@
-"""Causal self-attention with grouped key/value heads, rotary positions, and the norms. Single-device code."""
+"""Causal self-attention with heads, grouped or not; optionally with norms of queries and keys, sinks, and a window.
+Single-device code."""
 
-from collections.abc import Callable
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
+from expert_parallel.model.norms import QK_NORMS, QKNormConfig
+from expert_parallel.model.rotary import RopeConfig, rotate
 from expert_parallel.model.sight import Sight
 from expert_parallel.moe.ffn import Linear
 from expert_parallel.settings import Settings
 
 
-class AttentionConfig(Settings):
-    """heads * head_size need not be d_model. `num_kv_heads` (default: all heads) must divide `num_heads`."""
+class HeadsConfig(Settings):
+    """heads * head_size need not be d_model. `num_kv_heads` (default: all heads) must divide `num_heads`. out_bias: of
+    the last matrix; null: as `bias`. sinks: see `attend_with_sinks`. window: keys that a query sees, its own and those
+    before it."""
 
+    kind: Literal["heads"] = "heads"
     num_heads: int = Field(ge=1)
     num_kv_heads: Annotated[int, Field(ge=1)] | None = None
     head_size: int = Field(ge=1)
     bias: bool = False
+    out_bias: bool | None = None
+    qk_norm: QKNormConfig | None = None
+    sinks: bool = False
+    window: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> "HeadsConfig":
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) is not a multiple of num_kv_heads ({self.kv_heads})")
+        return self
 
     @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
 
-    @model_validator(mode="after")
-    def _check_heads(self) -> "AttentionConfig":
-        if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_heads ({self.num_heads}) is not a multiple of num_kv_heads ({self.kv_heads})")
-        return self
+    @property
+    def rope_columns(self) -> tuple[str, int]:
+        """What rotary positions turn: the setting, and how many columns of a head."""
+        return "head_size", self.head_size
+
+    @property
+    def values_kept(self) -> int:
+        """Numbers a token that the backward pass needs: queries, keys, values, and what comes of them."""
+        return (2 * self.num_heads + 2 * self.kv_heads) * self.head_size
 
 
-class RopeConfig(Settings):
-    """Rotary positions: Su et al. 2021, in the half-split form of GPT-NeoX and Llama."""
+class Attend(Protocol):
+    """(B, heads, S, h), (B, kv heads, L, h), (B, kv heads, L, v) -> (B, heads, S, v). mask: see Sight.mask; None: the
+    queries are the last of the L tokens, and see the keys up to their own. sinks_H: see `attend_with_sinks`."""
 
-    kind: Literal["rope"] = "rope"
-    theta: float = Field(default=10000.0, gt=0)
-
-
-class LearnedPositionConfig(Settings):
-    """One learned vector a position, added to the embedding."""
-
-    kind: Literal["learned"]
-    max_length: int = Field(ge=1)
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, sinks_H: Tensor | None = None
+    ) -> Tensor: ...
 
 
-PositionConfig = Annotated[RopeConfig | LearnedPositionConfig, Field(discriminator="kind")]
-
-
-class NormConfig(Settings):
-    kind: Literal["rms_norm", "layer_norm"] = "rms_norm"
-    eps: float = Field(default=1e-5, gt=0)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 or wider. Zhang and Sennrich 2019."""
-
-    def __init__(self, d_model: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(d_model))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(torch.float32, x.dtype))
-        return F.rms_norm(wide, wide.shape[-1:], self.weight.to(wide.dtype), self.eps).to(x.dtype)
-
-
-class LayerNorm(RMSNorm):
-    """(x - mean) / sqrt(variance + eps) * weight + bias. Ba et al. 2016."""
-
-    def __init__(self, d_model: int, eps: float) -> None:
-        super().__init__(d_model, eps)
-        self.bias = nn.Parameter(torch.zeros(d_model))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(torch.float32, x.dtype))
-        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
-        return F.layer_norm(wide, wide.shape[-1:], weight, bias, self.eps).to(x.dtype)
-
-
-NORMS: dict[str, type[RMSNorm]] = {"rms_norm": RMSNorm, "layer_norm": LayerNorm}
-
-
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(B, heads, S, h) each; keys and values may have fewer heads, and be more than the queries. mask: see
-    Sight.mask."""
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, sinks_H: Tensor | None = None
+) -> Tensor:
+    """softmax(query key^T / sqrt(h)) value; see Attend."""
+    if sinks_H is not None:
+        return attend_with_sinks(query, key, value, mask, sinks_H)
     grouped = query.shape[1] != key.shape[1]
+    if mask is None and query.shape[2] < key.shape[2]:
+        mask = causal_lower_right(query.shape[2], key.shape[2])
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
-class Attention(nn.Module):
-    """softmax(q k^T / sqrt(head_size)) v over the positions so far. (B, S, D) -> (B, S, D).
+def attend_with_sinks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks_H: Tensor) -> Tensor:
+    """As `causal_attention`, but each head's sink is one more logit in every softmax, of a key that has no value (Xiao
+    et al. 2023; gpt-oss): heads may attend to nothing. Softmax in float32 or wider."""
+    wide = torch.promote_types(torch.float32, query.dtype)
+    num_kv_heads, num_queries, num_keys = key.shape[1], query.shape[2], key.shape[2]
+    grouped = query.unflatten(1, (num_kv_heads, -1))  # (B, kv heads, heads of each, S, h)
+    logits = (grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2).to(wide) / math.sqrt(query.shape[-1])
+    if mask is None:
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
+    logits = logits.masked_fill(~mask, -math.inf)
+    sinks = sinks_H.to(query.dtype).to(wide)[:, None, None].expand(*logits.shape[:-1], 1)
+    weights = torch.cat([logits, sinks], -1).softmax(-1)[..., :-1].to(value.dtype)
+    return (weights.unflatten(1, (num_kv_heads, -1)) @ value[:, :, None]).flatten(1, 2)
 
-    attend: what queries, keys, values and the mask become; where tokens are spread over ranks, another than
-    `causal_attention`.
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(head_size)) v over the keys that `sight` lets a query see. (B, S, D) -> (B, S, D).
+
+    rope: None where positions are not rotary. attend: where ranks divide the tokens, another than the default.
     """
 
-    def __init__(self, config: AttentionConfig, d_model: int, theta: float | None) -> None:
+    def __init__(self, config: HeadsConfig, d_model: int, rope: RopeConfig | None) -> None:
         super().__init__()
-        self.head_size, self.theta = config.head_size, theta
+        self.head_size, self.window, self.rope = config.head_size, config.window, rope
         self.query = Linear(d_model, config.num_heads * self.head_size, bias=config.bias)
         self.key = Linear(d_model, config.kv_heads * self.head_size, bias=config.bias)
         self.value = Linear(d_model, config.kv_heads * self.head_size, bias=config.bias)
-        self.out = Linear(config.num_heads * self.head_size, d_model, bias=config.bias)
-        self.attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = causal_attention
+        out_bias = config.bias if config.out_bias is None else config.out_bias
+        self.out = Linear(config.num_heads * self.head_size, d_model, bias=out_bias)
+        self.query_norm: nn.Module | None = None
+        self.key_norm: nn.Module | None = None
+        if config.qk_norm is not None:
+            norm, eps = QK_NORMS[config.qk_norm.kind], config.qk_norm.eps
+            self.query_norm = norm(config.num_heads, self.head_size, eps)
+            self.key_norm = norm(config.kv_heads, self.head_size, eps)
+        self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.sinks else None
+        self.attend: Attend = causal_attention
 
     def forward(self, x_BSD: Tensor, sight: Sight) -> Tensor:
-        query, key, value = (
-            matrix(x_BSD).unflatten(-1, (matrix.weight.shape[0] // self.head_size, self.head_size)).transpose(1, 2)
-            for matrix in (self.query, self.key, self.value)
-        )
-        if self.theta is not None:
-            query, key = (rotate(rows, self.theta, sight.position_BS) for rows in (query, key))
+        query, key, value = self.query(x_BSD), self.key(x_BSD), self.value(x_BSD)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key, value = (rows.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for rows in (query, key, value))
+        if self.rope is not None:
+            cos, sin = sight.rotation(self.rope, self.head_size, query.dtype)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if sight.cache is not None:
             key, value = sight.cache.extend(self, key, value)
-        return self.out(self.attend(query, key, value, sight.mask()).transpose(1, 2).flatten(2))
-
-
-def rotate(x: Tensor, theta: float, position_BS: Tensor) -> Tensor:
-    """Turns the pair (x_i, x_{i + h/2}) of each position p by the angle p * theta^(-2i/h). x: (B, heads, S, h).
-    position_BS: int64, (B, S) or (1, S).
-
-    Angles in float32, or float64 for float64 inputs: positions beyond 256 have no exact bfloat16.
-    """
-    wide = torch.promote_types(torch.float32, x.dtype)
-    half = x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)
-    angle = position_BS.to(wide)[:, None, :, None] * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+        mixed = self.attend(query, key, value, sight.mask(self.window), self.sinks)
+        return self.out(mixed.transpose(1, 2).flatten(2))

@@ -11,12 +11,15 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from expert_parallel.degrees import ParallelDegrees, ShardedConfig
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.context_parallel import ContextParallelAttention
+from expert_parallel.model.context_parallel import spread_attention
+from expert_parallel.model.latent_attention import LatentAttention
+from expert_parallel.model.norms import RMSNorm
 from expert_parallel.model.tensor_parallel import (
     GatherTokens,
     VocabularyParallelEmbedding,
     divide_attention,
     divide_ffn,
+    divide_latent_attention,
 )
 from expert_parallel.model.transformer import ModelConfig, Part, Recompute, Transformer
 from expert_parallel.moe.parameters import init_parameters
@@ -62,9 +65,12 @@ def divide_model(model: Transformer, mesh: ParallelMesh) -> None:
     tp_group, cp_group = mesh.tp_group, mesh.cp_group
     for _, block in model.local_blocks():
         if cp_group is not None:
-            block.attention.attend = ContextParallelAttention(model.place, cp_group)
+            spread_attention(block.attention, model.place, cp_group)
         if tp_group is not None:
-            divide_attention(block.attention, tp_group, kv_copies(model.config, mesh.degrees))
+            if isinstance(block.attention, LatentAttention):
+                divide_latent_attention(block.attention, tp_group)
+            else:
+                divide_attention(block.attention, tp_group, kv_copies(model.config, mesh.degrees))
             for ffn in (block.ffn, block.moe.shared_experts if block.moe is not None else None):
                 if ffn is not None:
                     divide_ffn(ffn, tp_group)
@@ -144,6 +150,8 @@ def shard(model: Transformer, mesh: ParallelMesh, config: ShardedConfig) -> None
             wrap(block.moe.experts, mesh.expert_mesh, lean)
             wrap(block.moe.shared_experts, mesh.dense_mesh, lean)
         wrap(block.ffn, mesh.dense_mesh, lean)
+        for module in block.attention.modules():
+            wrap(module if isinstance(module, RMSNorm) else None, mesh.dense_mesh, wide)
         wrap(block.attention, mesh.dense_mesh, lean)
         wrap(block, mesh.dense_mesh, wide)
     wrap(model.final_norm, mesh.dense_mesh, wide)

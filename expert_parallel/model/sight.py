@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from expert_parallel.model.rotary import RopeConfig, rotation
 from expert_parallel.model.sequence import SequencePlace
 
 
@@ -16,21 +17,23 @@ class KeyValueCache:
     """Keys and values (or what a kind of attention makes them of) of the tokens so far, of the blocks of this rank.
 
     length_B: int64, tokens of each sequence that are in it. Its owner moves it on, once all blocks have run; what
-    stands beyond is overwritten. capacity: tokens of a sequence that there is room for.
+    stands beyond is overwritten. capacity: tokens of a sequence that there is room for; behind it is one place more,
+    for the padding of a pass that goes beyond.
     """
 
     def __init__(self, num_sequences: int, capacity: int, device: torch.device | None = None) -> None:
-        self.capacity = capacity
+        self.num_places = capacity + 1
         self.length_B = torch.zeros(num_sequences, dtype=torch.int64, device=device)
         self.rows: dict[nn.Module, list[Tensor]] = {}
 
     def extend(self, owner: nn.Module, *new: Tensor) -> list[Tensor]:
-        """Puts rows (B, heads, S, h) after the first length_B of each sequence, and returns all, (B, heads, capacity,
+        """Puts rows (B, heads, S, h) after the first length_B of each sequence, and returns all, (B, heads, num_places,
         h). owner: the module whose rows they are."""
         if owner not in self.rows:
-            self.rows[owner] = [rows.new_zeros(*rows.shape[:2], self.capacity, rows.shape[3]) for rows in new]
+            self.rows[owner] = [rows.new_zeros(*rows.shape[:2], self.num_places, rows.shape[3]) for rows in new]
         for held, rows in zip(self.rows[owner], new, strict=True):
             place_BS = self.length_B[:, None] + torch.arange(rows.shape[2], device=rows.device)
+            place_BS = place_BS.clamp(max=self.num_places - 1)
             held.scatter_(2, place_BS[:, None, :, None].expand_as(rows), rows)
         return self.rows[owner]
 
@@ -48,7 +51,11 @@ class Sight:
     document_BS: Tensor | None = None
     key_document_BL: Tensor | None = None
     cache: KeyValueCache | None = None
-    masks: dict[int | None, Tensor] = field(default_factory=dict, compare=False)  # by window, made when asked for
+    # Made when first asked for, for all blocks: masks by window, cos and sin by what they are made of.
+    masks: dict[int | None, Tensor] = field(default_factory=dict, compare=False)
+    rotations: dict[tuple[RopeConfig, int, torch.dtype], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, compare=False
+    )
 
     @staticmethod
     def of(
@@ -64,7 +71,7 @@ class Sight:
             assert document_BL is None, "documents are for training"
             assert place.cp == 1, "a cache holds whole sequences"
             index_BS = cache.length_B[:, None] + index_1S
-            return Sight(index_BS, index_BS, cache.capacity, cache=cache)
+            return Sight(index_BS, index_BS, cache.num_places, cache=cache)
         if document_BL is None:
             return Sight(index_1S, index_1S, length)
         index_L = torch.arange(length, device=device)
@@ -92,3 +99,10 @@ class Sight:
                 sees_BSL = sees_BSL & (self.document_BS[:, :, None] == self.key_document_BL[:, None, :])
             self.masks[window] = sees_BSL[:, None]
         return self.masks[window]
+
+    def rotation(self, rope: RopeConfig, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of these tokens' angles, (B or 1, 1, S, size / 2) each; see rotary.rotation."""
+        key = (rope, size, dtype)
+        if key not in self.rotations:
+            self.rotations[key] = rotation(rope, size, self.position_BS, dtype)
+        return self.rotations[key]

@@ -8,6 +8,7 @@ Not with DTensor's styles: gated matrices lie [gate | up] side by side, key head
 need not divide evenly, and FSDP2 shards the parts that are left here as ordinary tensors.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from expert_parallel.collectives import all_gather_single, all_reduce_sum, group_rank, group_size, reduce_scatter_single
 from expert_parallel.model.attention import Attention
+from expert_parallel.model.latent_attention import LatentAttention
+from expert_parallel.model.norms import RMSNorm, WholeNorm
 from expert_parallel.moe.ffn import FFN, GATED, Linear
 from expert_parallel.moe.slices import divide
 
@@ -62,6 +65,19 @@ def reduce_scatter_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return own.movedim(0, -2).contiguous()
 
 
+class AllReduceSum(torch.autograd.Function):
+    """The sum over the ranks, on all of them. So is the gradient: each rank has its part of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_reduce_sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce_sum(grad, ctx.group), None
+
+
 class RowParallelLinear(Linear):
     """The second matrix of a pair: this rank's inputs of all tokens -> whole outputs of its own tokens. The bias is
     added once, after the sum."""
@@ -75,6 +91,21 @@ class RowParallelLinear(Linear):
         partial = F.linear(x, self.weight.to(x.dtype))
         y = ReduceScatterTokens.apply(partial, self.group)
         return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+class DividedNorm(RMSNorm):
+    """RMS norm of rows whose columns are divided over the ranks: the mean square is of all of them. copies: neighbours
+    that have the same columns."""
+
+    def __init__(self, whole: WholeNorm, group: dist.ProcessGroup, copies: int) -> None:
+        super().__init__(len(whole.weight), whole.eps)
+        self.width, self.group, self.copies = len(whole.weight), group, copies
+        divide(self, "weight", -1, group, copies=copies)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(torch.float32, x.dtype))
+        squares = AllReduceSum.apply(wide.square().sum(-1, keepdim=True), self.group) / self.copies
+        return (wide * torch.rsqrt(squares / self.width + self.eps) * self.weight.to(wide.dtype)).to(x.dtype)
 
 
 class VocabularyParallelEmbedding(nn.Embedding):
@@ -155,7 +186,26 @@ def divide_attention(attention: Attention, group: dist.ProcessGroup, kv_copies: 
     _divide_linear(attention.key, group, copies=kv_copies)
     _divide_linear(attention.value, group, copies=kv_copies)
     attention.out = RowParallelLinear(attention.out, group)
+    for name, copies in (("query_norm", 1), ("key_norm", kv_copies)):
+        norm = getattr(attention, name)
+        if isinstance(norm, WholeNorm):
+            setattr(attention, name, DividedNorm(norm, group, copies))
+    if attention.sinks is not None:
+        divide(attention, "sinks", -1, group)
     _gather_inputs(attention, group)
+
+
+def divide_latent_attention(attention: LatentAttention, group: dist.ProcessGroup) -> None:
+    """Heads over the ranks. What is made of one token alone stays whole, is made of this rank's own tokens, and is what
+    is gathered: the gradients of these weights are of own tokens, too."""
+    _divide_linear(attention.query if attention.config.query_rank is None else attention.query_up, group)
+    _divide_linear(attention.kv_up, group)
+    attention.out = RowParallelLinear(attention.out, group)
+    attention.gather = partial(_gathered, group=group)
+
+
+def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return GatherTokens.apply(x, group)
 
 
 def divide_ffn(ffn: FFN, group: dist.ProcessGroup) -> None:

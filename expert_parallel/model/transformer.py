@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.attention import NORMS, Attention, LearnedPositionConfig, RopeConfig
+from expert_parallel.model.attentions import ATTENTION
 from expert_parallel.model.config import ModelConfig, Recompute
+from expert_parallel.model.norms import NORMS
+from expert_parallel.model.rotary import LearnedPositionConfig, RopeConfig
 from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.model.sight import KeyValueCache, Sight
 from expert_parallel.moe.balance import BalanceLossConfig, loss_name, pool_layers
@@ -72,19 +74,20 @@ class Block(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        is_moe: bool,
+        layer: int,
         mesh: ParallelMesh | None,
         recompute: Recompute,
     ) -> None:
         super().__init__()
         self.norm_placement, self.dropout, self.recompute = config.norm_placement, config.dropout, recompute
         norm = partial(NORMS[config.norm.kind], config.d_model, config.norm.eps)
-        theta = config.position.theta if isinstance(config.position, RopeConfig) else None
+        rope = config.position if isinstance(config.position, RopeConfig) else None
         self.attention_norm, self.ffn_norm = norm(), norm()
-        self.attention = Attention(config.attention, config.d_model, theta)
+        attention = config.attention_of(layer)
+        self.attention = ATTENTION[attention.kind](attention, config.d_model, rope)  # type: ignore[arg-type]
         self.moe: MoELayer | None = None
         self.ffn: FFN | None = None
-        if is_moe:
+        if layer in config.moe_layers:
             assert config.moe is not None
             moe_config = config.moe.model_copy(update={"d_model": config.d_model})
             self.moe = build_moe_layer(moe_config, mesh)
@@ -170,7 +173,7 @@ class Transformer(nn.Module):
         self.position = table(learned.max_length) if learned is not None and is_first else None
         # A block's place in the list is its number; those of other stages are None.
         self.blocks = nn.ModuleList(
-            Block(config, layer in config.moe_layers, mesh, recompute) if layer in self.part.blocks else None  # type: ignore[misc]
+            Block(config, layer, mesh, recompute) if layer in self.part.blocks else None  # type: ignore[misc]
             for layer in range(config.num_layers)
         )
         self.final_norm = NORMS[config.norm.kind](config.d_model, config.norm.eps) if pre and is_last else None

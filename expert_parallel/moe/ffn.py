@@ -3,13 +3,22 @@
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from expert_parallel.settings import Settings
 
-Activation = Literal["relu", "gelu", "swiglu", "geglu"]
+Activation = Literal["relu", "gelu", "swiglu", "geglu", "gpt_oss"]
+
+
+def gpt_oss(x: Tensor) -> Tensor:
+    """(up + 1) * gate * sigmoid(1.702 gate), of a gate of at most 7 and an up of -7 to 7: gpt-oss."""
+    gate, up = x.chunk(2, -1)
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
 
 # kind -> function of the first matrix's output. The gated ones take [gate | up] side by side (Shazeer 2020).
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -17,8 +26,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "swiglu": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
     "geglu": lambda x: F.gelu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+    "gpt_oss": gpt_oss,
 }
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "gpt_oss")
 
 
 def width_in(activation: str, hidden: int) -> int:

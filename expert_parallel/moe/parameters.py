@@ -2,10 +2,11 @@
 
 A dense parameter has one logical tensor, under its own name. A stack of experts has one for each expert:
 `...experts.w_in` on a rank that holds experts 2 and 3 is `...experts.2.w_in` and `...experts.3.w_in`. A logical tensor
-is whole, whatever part of it a rank holds.
+is whole, whatever part of it a rank holds; `pieces` says which.
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,9 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from expert_parallel.collectives import group_rank, group_size
+from expert_parallel.mesh import ParallelMesh
 from expert_parallel.moe.experts import GroupedExperts
 from expert_parallel.moe.random import mix
-from expert_parallel.moe.slices import Slice, slices_of
+from expert_parallel.moe.slices import Run, Slice, slices_of
+
+TIED = ("embedding.weight",)  # what the last pipeline stage may share with the first
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,59 @@ def logical_parameters(module: nn.Module, prefix: str = "") -> Iterator[LogicalP
             yield LogicalParameter(parameter, names, True, held)
         else:
             yield LogicalParameter(parameter, (prefix + name,), False, held)
+
+
+def first_row(parameter: Tensor) -> int:
+    """Where in dimension 0 the part begins that FSDP2 has left this rank; 0 if it has not sharded it."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    rows = torch.arange(len(parameter), device=parameter.device_mesh.device_type)
+    mine = distribute_tensor(rows, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+    assert len(mine) == len(parameter.to_local()), (parameter.placements, "another dimension is sharded")
+    return int(mine[0]) if len(mine) else 0
+
+
+def pieces(logical: LogicalParameter, local: Tensor, first: int) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """What this rank has of the logical tensors: (name, where it begins there, view of `local`), a rectangle each.
+
+    local: the parameter's local tensor, or one of its shape (moments, a copy of either). first: its first_row, by which
+    FSDP2 divides what tp or etp has left; for a stack of experts this divides the names."""
+    by_dim = [[Run(0, 0, size)] for size in local.shape]
+    by_dim[0] = [Run(0, 0, first + len(local))]
+    if logical.slice is not None:
+        by_dim[logical.slice.dim] = logical.slice.runs
+    by_dim[0] = [run for run in (_crop(run, first, len(local)) for run in by_dim[0]) if run.size > 0]
+    for runs in itertools.product(*by_dim):
+        view, start = local, tuple(run.logical for run in runs)
+        for dim, run in enumerate(runs):
+            view = view.narrow(dim, run.local, run.size)
+        if not logical.is_expert:
+            yield logical.names[0], start, view
+            continue
+        for name, one in zip(logical.names[start[0] :], view.unbind(0), strict=False):
+            yield name, start[1:], one
+
+
+def _crop(run: Run, first: int, length: int) -> Run:
+    """What of the run lies in `length` rows from `first` on, counted from there."""
+    begin, end = max(run.local, first), min(run.local + run.size, first + length)
+    return Run(begin - first, run.logical + begin - run.local, end - begin)
+
+
+def place_among_holders(logical: LogicalParameter, mesh: ParallelMesh) -> tuple[int, int]:
+    """Of the ranks that hold the same elements of a parameter: this one's number, and how many they are.
+
+    The last stage's copy of a tied table stands behind: its number is not below their count, so that it is never the
+    first, and nobody's turn."""
+    data, divided = (mesh.edp_group, mesh.etp_group) if logical.is_expert else (mesh.dense_group, mesh.tp_group)
+    index, count = group_rank(data), group_size(data)
+    if isinstance(logical.parameter, DTensor):
+        over = logical.parameter.device_mesh  # [shards] or [replicas, shards]
+        index, count = (over.get_local_rank(0), over.size(0)) if over.ndim > 1 else (0, 1)
+    copies = group_size(divided) if logical.slice is None else logical.slice.copies
+    index, count = index * copies + group_rank(divided) % copies, count * copies
+    is_behind = logical.names == TIED and group_rank(mesh.tied_group) > 0
+    return index + count * is_behind, count
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -232,6 +232,9 @@ def _activate(activation: str, h: Tensor) -> Tensor:
     if activation == "gelu":
         return _gelu(h)
     gate, up = h[..., :half], h[..., half:]
+    if activation == "gpt_oss":
+        gate, up = torch.clamp(gate, max=7), torch.clamp(up, min=-7, max=7)
+        return (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
     return (gate / (1 + torch.exp(-gate)) if activation == "swiglu" else _gelu(gate)) * up
 
 
@@ -258,7 +261,7 @@ def _losses(config: Any, routing: Routing, batch: Batch) -> dict[str, Tensor]:
             log_sums = largest + torch.log(torch.exp(routing.logits_TE - largest[:, None]).sum(-1))
             losses["z_loss"] = (log_sums**2).sum() / max(len(batch.tokens), 1)
             continue
-        counted = [block for block in blocks(loss.scope, batch) if block or loss.scope != "sequence"]
+        counted = blocks("document" if loss.scope == "sequence" else loss.scope, batch)
         values = [_switch_loss(config, loss, routing, block) for block in counted]
         name = f"balance_{loss.scope}" + ("_first" if loss.choices == "first" else "")
         name += "_pooled" if loss.layers == "pooled" else ""

@@ -33,18 +33,20 @@ class RankTokens:
     token_ids_BS: Tensor | None = None
     mask_BS: Tensor | None = None
     positions_S: list[int] | None = None
+    document_BS: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Token:
     """A real token. row: among its rank's tokens, padding included. sequence: among the sequences of all ranks, as they
-    are first met, rank after rank. index: its place in the global order."""
+    are first met, rank after rank. index: its place in the global order. document: of its sequence."""
 
     rank: int
     row: int
     sequence: int
     index: int
     token_id: int | None
+    document: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ def collect(ranks: list[RankTokens], training: bool, context: StepContext) -> Ba
                 if sight.mask_BS is not None and not bool(sight.mask_BS[b, s]):
                     continue
                 token_id = None if sight.token_ids_BS is None else int(sight.token_ids_BS[b, s])
-                tokens.append(Token(rank, b * length + s, sequence, indices[b] * 2**32 + positions[s], token_id))
+                document = 0 if sight.document_BS is None else int(sight.document_BS[b, s])
+                index = indices[b] * 2**32 + positions[s]
+                tokens.append(Token(rank, b * length + s, sequence, index, token_id, document))
                 rows.append(sight.x_BSD[b, s])
     nothing = ranks[0].x_BSD.reshape(-1, ranks[0].x_BSD.shape[-1])[:0]
     x_TD = torch.stack(rows) if rows else nothing
@@ -92,6 +96,9 @@ def collect(ranks: list[RankTokens], training: bool, context: StepContext) -> Ba
 def blocks(scope: str, batch: Batch) -> list[list[int]]:
     """Numbers of the tokens that are looked at together, in the block's order. A block may be empty."""
     everyone = range(len(batch.tokens))
+    if scope == "document":  # what losses of scope `sequence` look at; empty ones are left out
+        places = sorted({(token.sequence, token.document) for token in batch.tokens})
+        return [[t for t in everyone if (batch.tokens[t].sequence, batch.tokens[t].document) == p] for p in places]
     if scope == "global":
         return [sorted(everyone, key=lambda t: batch.tokens[t].index)]
     if scope == "rank":

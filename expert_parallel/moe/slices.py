@@ -1,12 +1,30 @@
 """Which part of a logical tensor a rank holds, where tensor parallel or expert tensor parallel divides it."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from expert_parallel.collectives import all_gather_rows, group_rank, group_size
+
+
+class Run(NamedTuple):
+    """`size` neighbours along a dimension: where they begin in a rank's part, and where in the logical tensor."""
+
+    local: int
+    logical: int
+    size: int
+
+
+def runs_of_part(size: int, parts: int, index: int, blocks: int = 1) -> list[Run]:
+    """What of a dimension `size` long is in part `index` of `parts`, where each of `blocks` equal blocks is divided
+    alike, as `tensor_split` does: the first parts are longer by one where they do not divide evenly."""
+    block = size // blocks
+    small, larger = divmod(block, parts)
+    first, length = index * small + min(index, larger), small + (index < larger)
+    return [Run(number * length, number * block + first, length) for number in range(blocks)]
 
 
 @dataclass(frozen=True)
@@ -34,15 +52,14 @@ class Slice:
         return group_rank(self.group) // self.copies
 
     @property
-    def is_first_copy(self) -> bool:
-        return group_rank(self.group) % self.copies == 0
+    def runs(self) -> list[Run]:
+        """What of `dim` this rank has."""
+        return runs_of_part(self.size, self.parts, self.index, self.blocks)
 
     def take(self, full: Tensor) -> Tensor:
         """This rank's part of a tensor that is whole in `dim`."""
         assert full.shape[self.dim] == self.size, (full.shape, self)
-        blocks = full.unflatten(self.dim, (self.blocks, -1)).movedim(self.dim - 1, 0)
-        part = [block.tensor_split(self.parts, self.dim)[self.index] for block in blocks]
-        return torch.cat(part, self.dim)
+        return torch.cat([full.narrow(self.dim, run.logical, run.size) for run in self.runs], self.dim)
 
     def full_shape(self, local: torch.Size) -> torch.Size:
         shape = list(local)

@@ -8,13 +8,15 @@ from itertools import chain
 import torch
 
 from expert_parallel.config import Config, dump_config
+from expert_parallel.data.config import TokensData
+from expert_parallel.data.open import open_data
 from expert_parallel.degrees import ParallelDegrees, ShardedConfig, describe_grid, shard_counts
 from expert_parallel.model.parallelize import build_model, split_model
 from expert_parallel.model.transformer import Part
 from expert_parallel.moe.capacity import DroplessConfig, capacity_of_blocks
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.placement import ExpertPlacement
-from expert_parallel.training.setup import check_degrees, describe_degrees
+from expert_parallel.training.setup import check_degrees, demand_of, describe_degrees
 from expert_parallel.training.step import DTYPES
 
 GIB = 1024**3
@@ -79,8 +81,7 @@ def activation_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
     model, training = config.model, config.training
     tokens = training.global_batch // training.micro_steps * training.sequence_length / degrees.dp / degrees.cp
     width = DTYPES[training.dtype].itemsize
-    attention = model.attention
-    heads = (2 * attention.num_heads + 2 * attention.kv_heads) * attention.head_size
+    heads = model.attention.values_kept
     values = 0.0
     tp, stages = degrees.tp, split_model(model, degrees.pp * config.parallel.stages_per_rank)
     for block in chain.from_iterable(stage.blocks for stage in stages[:: degrees.pp]):
@@ -119,6 +120,8 @@ def describe(config: Config, world_size: int | None) -> str:
         f"({counts.dense:,} dense, {counts.experts:,} in experts)",
         f"tokens               {tokens:,} a step, {tokens * training.steps:,} in {training.steps:,} steps",
     ]
+    if isinstance(config.data, TokensData):  # other kinds would be read whole
+        lines.append(f"data                 {open_data(config.data, demand_of(config)).description}")
     if moe is not None:
         lines.append(
             f"MoE blocks           {', '.join(map(str, config.model.moe_layers))}: {moe.num_experts} experts, "

@@ -11,12 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from expert_parallel.collectives import all_reduce_sum, group_rank, group_size
+from expert_parallel.collectives import all_reduce_sum, group_size
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.moe.parameters import LogicalParameter, local_tensor, logical_parameters
+from expert_parallel.moe.parameters import (
+    TIED,
+    LogicalParameter,
+    local_tensor,
+    logical_parameters,
+    place_among_holders,
+)
 
 BUCKET_BYTES = 32 * 1024**2
-TIED = ("embedding.weight",)  # what the last pipeline stage may share with the first
 
 
 def reduce_gradients(model: nn.Module, mesh: ParallelMesh, *, sharded: bool) -> None:
@@ -41,26 +46,17 @@ def reduce_gradients(model: nn.Module, mesh: ParallelMesh, *, sharded: bool) -> 
     _sum_in_buckets([logical for logical in dense if logical.names == TIED], mesh.tied_group)
 
 
-def is_first_holder(logical: LogicalParameter, mesh: ParallelMesh, *, sharded: bool) -> bool:
-    """Whether this rank is the first of those that hold the same elements of a parameter. sharded: counting FSDP2's
-    shards as different; else as one."""
-    data, divided = (mesh.edp_group, mesh.etp_group) if logical.is_expert else (mesh.dense_group, mesh.tp_group)
-    is_first_part = group_rank(divided) == 0 if logical.slice is None else logical.slice.is_first_copy
-    is_first_replica = group_rank(data) == 0
-    if sharded:
-        over = mesh.expert_mesh if logical.is_expert else mesh.dense_mesh
-        assert over is not None
-        is_first_replica = over.ndim == 1 or over.get_local_rank("replicas") == 0
-    is_copy = logical.names == TIED and group_rank(mesh.tied_group) > 0
-    return is_first_replica and is_first_part and not is_copy
+def is_first_holder(logical: LogicalParameter, mesh: ParallelMesh) -> bool:
+    """Whether this rank is the first of those that hold the same elements of a parameter."""
+    return place_among_holders(logical, mesh)[0] == 0
 
 
-def global_norm(model: nn.Module, mesh: ParallelMesh, *, sharded: bool) -> Tensor:
+def global_norm(model: nn.Module, mesh: ParallelMesh) -> Tensor:
     """L2 norm of the gradient of the whole model, each element counted once. float64 scalar, the same on all ranks."""
     total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
     for logical in logical_parameters(model):
         assert logical.parameter.grad is not None
-        if is_first_holder(logical, mesh, sharded=sharded):
+        if is_first_holder(logical, mesh):
             total += torch.linalg.vector_norm(local_tensor(logical.parameter.grad)).double().square()
     return all_reduce_sum(total, dist.group.WORLD).sqrt()
 

@@ -6,36 +6,48 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from expert_parallel.checkpoint.config import changed_settings
+from expert_parallel.checkpoint.files import Checkpoint, list_checkpoints, open_checkpoint
+from expert_parallel.checkpoint.load import load_checkpoint
+from expert_parallel.checkpoint.save import Saver
 from expert_parallel.collectives import gather_text
 from expert_parallel.config import Config, dump_config
+from expert_parallel.data.batch import MicroBatch, held_out_batch, micro_batch
+from expert_parallel.data.open import keep_tokenizer, open_data
+from expert_parallel.data.sampler import Sampler
 from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.pipeline import Pipeline
 from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.model.transformer import Transformer
 from expert_parallel.moe.plan import RouterReplay
 from expert_parallel.runtime import Runtime, UserError
-from expert_parallel.training.checkpoint import list_checkpoints, load_checkpoint, read_manifest, save_checkpoint
-from expert_parallel.training.data import (
-    MicroBatch,
-    TokenSampler,
-    held_out_sequences,
-    load_corpus,
-    micro_batch,
-    shard_bounds,
-)
-from expert_parallel.training.generate import generate
+from expert_parallel.training.generate import generate_texts, run_tokenizer
 from expert_parallel.training.metrics import Metrics, MetricsWriter, memory_metrics, progress_line, step_metrics
 from expert_parallel.training.replay import MoEPlace, PlayConfig, RecordConfig, load_choices, save_choices
-from expert_parallel.training.setup import build, check_world, describe_degrees
+from expert_parallel.training.setup import build, check_world, demand_of, describe_degrees
 from expert_parallel.training.step import StepReport, evaluate, train_step
 
 # What a checkpoint's weights and data position are counted in.
 FIXED_SETTINGS = ("model.", "seed", "training.global_batch", "training.sequence_length")
+# What a new run may set otherwise than the model whose weights it starts from: no weight means another thing by it.
+FREE_AT_START = (
+    "model.dropout",
+    "model.init_std",
+    "model.moe.preset",
+    "model.moe.router.jitter",
+    "model.moe.router.balance_bias_rate",
+    "model.moe.capacity",
+    "model.moe.losses",
+    "model.moe.dispatcher",
+    "model.moe.ledger",
+    "model.moe.experts.backend",
+    "model.moe.experts.hidden_dropout",
+    "model.moe.experts.output_dropout",
+)
 
 
 def train(config: Config, runtime: Runtime) -> None:
@@ -54,34 +66,35 @@ def train(config: Config, runtime: Runtime) -> None:
             writer.write(0, 0, metrics)
 
     clock = Clock(tokens_of_step)
-    for step in range(first_step, training.steps):
-        batches = list(run.batches(step))
-        replay = run.open_replay(step, batches)
-        report = train_step(
-            run.model, run.optimizer, batches, training, run.mesh, step=step, seed=config.seed, replay=replay
-        )
-        run.save_replay(step, batches, replay)
-        done = step + 1
-        is_last = done == training.steps
-        metrics = step_metrics(report, "train")
-        refuse_nonsense(done, report)
-        clock.count_step()
-        if done % config.run.log_every == 0 or is_last:
-            metrics |= clock.read() | memory_metrics(runtime.device)
-            run.say(progress_line(done, training.steps, metrics))
-        with clock.paused():
-            if done % config.evaluation.every == 0 or is_last:
-                metrics |= run.evaluate(done)
-            # Before the checkpoint: a resumed run drops what is newer than it, never the reverse.
-            if writer is not None:
-                writer.write(done, done * tokens_of_step, metrics)
-            if done % config.checkpoint.every == 0 or is_last:
-                run.save(done)
+    with run.open_saver() as saver:
+        for step in range(first_step, training.steps):
+            batches = run.batches(step)
+            replay = run.open_replay(step, batches)
+            report = train_step(
+                run.model, run.optimizer, batches, training, run.mesh, step=step, seed=config.seed, replay=replay
+            )
+            run.save_replay(step, batches, replay)
+            done = step + 1
+            is_last = done == training.steps
+            metrics = step_metrics(report, "train")
+            refuse_nonsense(done, report)
+            clock.count_step()
+            if done % config.run.log_every == 0 or is_last:
+                metrics |= clock.read() | memory_metrics(runtime.device)
+                run.say(progress_line(done, training.steps, metrics))
+            with clock.paused():
+                if done % config.evaluation.every == 0 or is_last:
+                    metrics |= run.evaluate(done)
+                # Before the checkpoint: a resumed run drops what is newer than it, never the reverse.
+                if writer is not None:
+                    writer.write(done, done * tokens_of_step, metrics)
+                if done % config.checkpoint.every == 0 or is_last:
+                    saver.save(done, is_last=is_last)
 
-    if writer is not None:
-        writer.close()
-    if config.run.sample is not None:
-        run.say(f"\n--- sample {'-' * 69}\n{sample_text(config, run.model, run.mesh)}\n{'-' * 80}")
+        if writer is not None:
+            writer.close()
+        if config.run.sample is not None:
+            run.say(f"\n--- sample {'-' * 69}\n{sample_text(run.config, run.model, run.mesh)}\n{'-' * 80}")
     run.say(f"done: {training.steps} steps; metrics, checkpoints and the resolved config are in {run.folder}")
 
 
@@ -94,7 +107,7 @@ class Run:
     mesh: ParallelMesh
     model: Transformer | Pipeline
     optimizer: torch.optim.Optimizer
-    sampler: TokenSampler
+    sampler: Sampler
     held_out: Tensor  # sequences, the same on all ranks
     checkpoints: list[Path]  # that were there when the run began, oldest first
 
@@ -109,30 +122,44 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.runtime.rank == 0:
-            print(text, flush=True)
+            print(f"{text}\n", end="", flush=True)  # in one piece: the thread that saves speaks, too
 
     def resume(self) -> int:
-        """Steps done: 0, or those of the newest checkpoint, which is loaded."""
-        if not self.checkpoints:
-            return 0
-        newest = self.checkpoints[-1]
-        step = load_checkpoint(newest, self.model, self.optimizer, self.runtime)["step"]
-        changes = [f"{path} {old!r} -> {new!r}" for path, old, new in changed_settings(newest, self.config)]
-        self.say(f"resumed from {newest} after step {step}" + (f"; changed: {', '.join(changes)}" if changes else ""))
-        return step
+        """Steps done: those of the newest checkpoint, which is loaded; else 0, from other weights if there are such."""
+        if self.checkpoints:
+            loaded = load_checkpoint(self.checkpoints[-1], self.model, self.optimizer, self.runtime, self.mesh)
+            alone = "" if loaded.has_moments else " with its weights alone"
+            self.say(f"resumed from {loaded.path}{alone} after step {loaded.step}{self._changes(loaded)}")
+            return loaded.step
+        if (source := self.config.checkpoint.start_from) is not None:
+            loaded = load_checkpoint(Path(source), self.model, None, self.runtime, self.mesh)
+            self.say(f"started from the weights of {loaded.path}{self._changes(loaded, 'model')}")
+        return 0
 
-    def batches(self, step: int) -> Iterator[MicroBatch]:
+    def _changes(self, loaded: Checkpoint, block: str = "") -> str:
+        found = changed_settings(loaded.config, self.config.model_dump(mode="json"))
+        changes = [f"{path} {old!r} -> {new!r}" for path, old, new in found if path.startswith(block)]
+        return f"; changed: {', '.join(changes)}" if changes else ""
+
+    def batches(self, step: int) -> list[MicroBatch]:
+        """Read on all ranks together: a token file may turn out damaged in the middle of a run."""
         training = self.config.training
-        for number in range(training.micro_steps):
-            yield micro_batch(
-                self.sampler,
-                step=step,
-                global_batch=training.global_batch,
-                num_micro_steps=training.micro_steps,
-                micro_step=number,
-                num_ranks=self.mesh.degrees.dp,
-                rank=self.mesh.dp_rank,
-            ).to(self.runtime.device)
+
+        def read() -> list[MicroBatch]:
+            return [
+                micro_batch(
+                    self.sampler,
+                    step=step,
+                    global_batch=training.global_batch,
+                    num_micro_steps=training.micro_steps,
+                    micro_step=number,
+                    num_ranks=self.mesh.degrees.dp,
+                    rank=self.mesh.dp_rank,
+                ).to(self.runtime.device)
+                for number in range(training.micro_steps)
+            ]
+
+        return self.runtime.together(read)
 
     def open_replay(self, step: int, batches: list[MicroBatch]) -> RouterReplay | None:
         """The step's routing as recorded, or an empty record to fill; None where routing is left to itself."""
@@ -157,36 +184,36 @@ class Run:
         size = self.config.training.global_batch // self.config.training.micro_steps
         mine = []
         for batch in self.held_out.split(size):
-            first, count = shard_bounds(len(batch), self.mesh.degrees.dp, self.mesh.dp_rank)
-            rows, index_B = batch[first : first + count], torch.arange(first, first + count)
-            mine.append(MicroBatch(rows[:, :-1], rows[:, 1:], index_B).to(self.runtime.device))
+            share = held_out_batch(batch, self.mesh.degrees.dp, self.mesh.dp_rank, self.sampler.separator)
+            mine.append(share.to(self.runtime.device))
         metrics = step_metrics(evaluate(self.model, mine, self.mesh, seed=self.config.seed), "eval")
         self.say(progress_line(step, self.config.training.steps, metrics))
         return metrics
 
-    def save(self, step: int) -> None:
-        path = save_checkpoint(
+    def open_saver(self) -> Saver:
+        return Saver(
             self.folder / "checkpoints",
             self.model,
             self.optimizer,
             self.mesh,
             self.runtime,
-            step=step,
+            self.config.checkpoint,
             config=self.config.model_dump(mode="json"),
-            keep=self.config.checkpoint.keep,
+            layout=f"{self.runtime.world_size} ranks, {describe_degrees(self.config, self.mesh.degrees)}",
+            say=self.say,
         )
-        self.say(f"saved {path}")
 
 
 def set_up(config: Config, runtime: Runtime) -> Run:
     """Everything that can be wrong is found here, before any training, and on all ranks together."""
-    training = config.training
     degrees = runtime.together(lambda: check_world(config, runtime))
-    corpus = runtime.together(lambda: load_corpus(config.data))
-    sampler = runtime.together(lambda: TokenSampler(corpus.train, training.sequence_length, config.seed))
-    sequences = config.evaluation.sequences
-    held_out = runtime.together(lambda: held_out_sequences(corpus.held_out, training.sequence_length, sequences))
+    data = runtime.together(lambda: open_data(config.data, demand_of(config)))
+    if len(digests := set(gather_text(str(data.config.sha256), torch.device("cpu")))) > 1:
+        raise UserError(f"data: the ranks see different data, with sha256 {' and '.join(sorted(digests))}")
+    config = config.model_copy(update={"data": data.config})
     checkpoints = runtime.together(lambda: open_folder(config, runtime.rank))
+    if config.run.sample is not None:
+        runtime.together(lambda: run_tokenizer(config))
     newest = gather_text(checkpoints[-1].name if checkpoints else "none", torch.device("cpu"))
     if len(set(newest)) > 1:
         raise UserError(
@@ -195,8 +222,8 @@ def set_up(config: Config, runtime: Runtime) -> Run:
         )
 
     mesh, model, optimizer = build(config, runtime, degrees)
-    run = Run(config, runtime, mesh, model, optimizer, sampler, held_out, checkpoints)
-    run.say(f"data: {corpus.description}")
+    run = Run(config, runtime, mesh, model, optimizer, data.sampler, data.held_out, checkpoints)
+    run.say(f"data: {data.description}")
     run.say(
         f"ranks: {runtime.world_size} on {runtime.device.type} ({runtime.backend}), {describe_degrees(config, degrees)}"
     )
@@ -208,48 +235,50 @@ def open_folder(config: Config, rank: int) -> list[Path]:
     folder = Path(config.run.folder)
     checkpoints = list_checkpoints(folder / "checkpoints")
     if checkpoints:
-        for path, old, new in changed_settings(checkpoints[-1], config):
-            if path.startswith(FIXED_SETTINGS):
-                raise ValueError(
-                    f"{checkpoints[-1]} is a checkpoint of another model or data order: {path} is {old!r} there and "
-                    f"{new!r} here; choose another run.folder, or the same setting"
-                )
+        refuse_settings(open_checkpoint(checkpoints[-1]), config)
+    elif config.checkpoint.start_from is not None:
+        try:
+            refuse_model(open_checkpoint(Path(config.checkpoint.start_from)), config)
+        except ValueError as error:
+            raise ValueError(f"checkpoint.start_from: {error}") from None
     if rank == 0:
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(dump_config(config))
+            keep_tokenizer(config.data, folder)
         except OSError as error:
             raise ValueError(f"run.folder: cannot write to {folder}: {error.strerror}") from error
     return checkpoints
 
 
-def changed_settings(checkpoint: Path, config: Config) -> list[tuple[str, Any, Any]]:
-    """(path, value of the run that saved it, value now) of each setting that differs."""
-    old, new = _leaves(read_manifest(checkpoint)["config"]), _leaves(config.model_dump(mode="json"))
-    return [(path, old.get(path), new.get(path)) for path in old | new if old.get(path) != new.get(path)]
+def refuse_settings(checkpoint: Checkpoint, config: Config) -> None:
+    """ValueError where the run cannot go on from it: another model, other data. Weights alone that no step has changed
+    fix the model only."""
+    fixed = FIXED_SETTINGS if checkpoint.has_moments or checkpoint.step else ("model.",)
+    for path, old, new in changed_settings(checkpoint.config, config.model_dump(mode="json")):
+        if path.startswith(fixed):
+            raise ValueError(
+                f"{checkpoint.path} is a checkpoint of another model or data order: {path} is {old!r} there and "
+                f"{new!r} here; choose another run.folder, or the same setting"
+            )
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        leaves |= _leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return leaves
+def refuse_model(checkpoint: Checkpoint, config: Config) -> None:
+    """ValueError where its weights mean another thing in this run's model."""
+    for path, old, new in changed_settings(checkpoint.config, config.model_dump(mode="json")):
+        if path.startswith("model.") and not path.startswith(FREE_AT_START):
+            raise ValueError(
+                f"{checkpoint.path} is a checkpoint of another model: {path} is {old!r} there and {new!r} here"
+            )
 
 
 def sample_text(config: Config, model: Transformer | Pipeline, mesh: ParallelMesh) -> str:
     sample = config.run.sample
     assert sample is not None
-    text = generate(
-        model,
-        sample.prompt.encode(),
-        num_tokens=sample.length,
-        temperature=sample.temperature,
-        window=config.training.sequence_length,
-        seed=config.seed,
-        mesh=mesh,
+    (text,) = generate_texts(
+        config, model, [sample.prompt], num_tokens=sample.length, sampling=sample, seed=config.seed, mesh=mesh
     )
-    return text.decode(errors="replace")
+    return text
 
 
 def refuse_nonsense(step: int, report: StepReport) -> None:

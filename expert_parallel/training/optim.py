@@ -1,7 +1,7 @@
 """Optimizer and learning-rate schedule."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -9,6 +9,7 @@ from torch import nn
 
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.settings import Settings
+from expert_parallel.training.freeze import AllTrainable, TrainableConfig, before_step, frozen_rows
 
 
 class OptimizerConfig(Settings):
@@ -41,20 +42,27 @@ def learning_rate(optimizer: OptimizerConfig, schedule: ScheduleConfig, step: in
     return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * cosine)
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.AdamW:
+def build_optimizer(
+    config: OptimizerConfig,
+    model: nn.Module,
+    trainable: TrainableConfig = AllTrainable(),  # noqa: B008 - frozen
+) -> torch.optim.AdamW:
     """Every parameter in exactly one group. Dense and expert ones apart, since under FSDP2 they live on different
     meshes and a fused update takes one mesh."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for logical in logical_parameters(model):
         decays = len(logical.shape) > 1
-        groups.setdefault((logical.is_expert, decays), []).append(logical.parameter)
-    assert sum(map(len, groups.values())) == len(list(model.parameters()))
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
-            for (_, decays), parameters in groups.items()
-        ],
-        lr=config.learning_rate,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
+        group = groups.setdefault((logical.is_expert, decays), {"params": [], "frozen_rows": []})
+        group["params"].append(logical.parameter)
+        rows = frozen_rows(trainable, logical)
+        if rows is not None:
+            group["frozen_rows"].append(rows)
+    assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
+    for (_, decays), group in groups.items():
+        decay = config.weight_decay if decays else 0.0
+        group["weight_decay"], group["decay_of_rows"] = (0.0, decay) if group["frozen_rows"] else (decay, 0.0)
+    optimizer = torch.optim.AdamW(
+        list(groups.values()), lr=config.learning_rate, betas=(config.betas[0], config.betas[1]), eps=config.eps
     )
+    optimizer.register_step_pre_hook(before_step)
+    return optimizer

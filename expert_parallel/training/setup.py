@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from expert_parallel.config import Config
+from expert_parallel.data.open import Demand
 from expert_parallel.degrees import ParallelDegrees, ShardedConfig, node_grid, shard_counts
 from expert_parallel.mesh import ParallelMesh, build_mesh
 from expert_parallel.model.parallelize import build_model, kv_copies, refuse_degrees
@@ -20,6 +21,14 @@ def build(
     config: Config, runtime: Runtime, degrees: ParallelDegrees
 ) -> tuple[ParallelMesh, Transformer | Pipeline, torch.optim.Optimizer]:
     """Process groups, this rank's part of the model, with its initial weights, and the optimizer."""
+    mesh, model = build_parts(config, runtime, degrees)
+    return mesh, model, build_optimizer(config.training.optimizer, model, config.training.trainable)
+
+
+def build_parts(
+    config: Config, runtime: Runtime, degrees: ParallelDegrees
+) -> tuple[ParallelMesh, Transformer | Pipeline]:
+    """Process groups and this rank's part of the model, with its initial weights."""
     moe, parallel, training = config.model.moe, config.parallel, config.training
     mesh = build_mesh(
         degrees,
@@ -31,8 +40,8 @@ def build(
         kv_copies=kv_copies(config.model, degrees),
         tied_embeddings=config.model.tied_embeddings,
     )
-    build_parts = partial(build_pipeline, pipeline=parallel.pipeline) if degrees.pp > 1 else build_model
-    model = build_parts(
+    build_here = partial(build_pipeline, pipeline=parallel.pipeline) if degrees.pp > 1 else build_model
+    model = build_here(
         config.model,
         mesh,
         sharding=parallel.data if isinstance(parallel.data, ShardedConfig) else None,
@@ -41,7 +50,7 @@ def build(
         recompute=training.recompute,
         seed=config.seed,
     )
-    return mesh, model, build_optimizer(training.optimizer, model)
+    return mesh, model
 
 
 def describe_degrees(config: Config, degrees: ParallelDegrees) -> str:
@@ -52,6 +61,17 @@ def describe_degrees(config: Config, degrees: ParallelDegrees) -> str:
     shards, expert_shards = shard_counts(data, degrees)
     text = f"{degrees}, sharded {shards} x {degrees.dp * degrees.cp // shards}"
     return text + (f", experts {expert_shards} x {degrees.edp // expert_shards}" if config.model.moe else "")
+
+
+def demand_of(config: Config) -> Demand:
+    training = config.training
+    return Demand(
+        sequence_length=training.sequence_length,
+        vocab_size=config.model.vocab_size,
+        held_out_sequences=config.evaluation.sequences,
+        num_samples=training.steps * training.global_batch,
+        seed=config.seed,
+    )
 
 
 def check_world(config: Config, runtime: Runtime) -> ParallelDegrees:

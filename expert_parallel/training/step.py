@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from expert_parallel.collectives import all_reduce_sum, group_rank
+from expert_parallel.data.batch import MicroBatch
 from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.pipeline import Passes, Pipeline, Stage
 from expert_parallel.model.tensor_parallel import cross_entropy_sum
@@ -20,7 +21,7 @@ from expert_parallel.moe.plan import LoadStats, RouterReplay, StepContext
 from expert_parallel.moe.routing import TopKRouter
 from expert_parallel.moe.totals import LayerTotals, pack, packed_size, report_breaches, unpack
 from expert_parallel.settings import Settings
-from expert_parallel.training.data import MicroBatch
+from expert_parallel.training.freeze import AllTrainable, TrainableConfig, freeze_gradients
 from expert_parallel.training.grads import clip_gradients, global_norm, reduce_gradients
 from expert_parallel.training.optim import OptimizerConfig, ScheduleConfig, learning_rate
 from expert_parallel.training.replay import RoutingConfig
@@ -32,8 +33,9 @@ class TrainingConfig(Settings):
     """`global_batch`: sequences of a step over all ranks, in `micro_steps` equal parts (gradient accumulation).
 
     `dtype`: what the model computes in; weights, gradients and optimizer state are kept in float32, or float64 for
-    float64. `routing`: record every token's experts, or play a record back (replay.py). `recompute`: forget
-    activations of the MoE layers, or of whole blocks, and compute them again in the backward pass.
+    float64. `trainable`: all weights, or chosen experts alone (freeze.py). `routing`: record every token's experts, or
+    play a record back (replay.py). `recompute`: forget activations of the MoE layers, or of whole blocks, and compute
+    them again in the backward pass.
     """
 
     steps: int = Field(ge=1)
@@ -46,6 +48,7 @@ class TrainingConfig(Settings):
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    trainable: TrainableConfig = AllTrainable()
 
     @model_validator(mode="after")
     def _divide(self) -> "TrainingConfig":
@@ -130,19 +133,16 @@ def train_step(
     mean over micro-steps of coefficient * loss. replay: choices to take, and where those made are recorded."""
     model.train()
     batches = list(micro_batches)
-    contexts = [
-        StepContext(seed, step, micro_step, 0, mesh.stage_rank, batch.sequence_index_B, replay=replay)
-        for micro_step, batch in enumerate(batches)
-    ]
+    contexts = contexts_of(batches, mesh, seed=seed, step=step, replay=replay)
     num_targets = config.global_batch * config.sequence_length
     totals = StepTotals(model.config, step)
     passes = run_pipeline if isinstance(model, Pipeline) else run_micro_steps
     for cross_entropy, num_tokens, stats in passes(model, batches, contexts, num_targets, mesh):  # type: ignore[arg-type]
         totals.add(cross_entropy, num_tokens, stats)
 
-    sharded = is_sharded(model)
-    reduce_gradients(model, mesh, sharded=sharded)
-    norm = global_norm(model, mesh, sharded=sharded)
+    reduce_gradients(model, mesh, sharded=is_sharded(model))
+    freeze_gradients(optimizer)
+    norm = global_norm(model, mesh)
     if config.clip_norm is not None:
         clip_gradients(model, norm, config.clip_norm)
     rate = learning_rate(config.optimizer, config.schedule, step, config.steps)
@@ -152,8 +152,31 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
 
     report = totals.reduce()
-    update_balance_biases(model, report)
+    if isinstance(config.trainable, AllTrainable) or config.trainable.router == "chosen":
+        update_balance_biases(model, report)
     return StepReport(report.loss, report.num_tokens, report.layers, float(norm), rate)
+
+
+def contexts_of(
+    batches: list[MicroBatch], mesh: ParallelMesh, *, seed: int, step: int = 0, replay: RouterReplay | None = None
+) -> list[StepContext]:
+    """What the micro-steps of a step are told."""
+    documents = [b.documents_BS for b in batches if b.documents_BS is not None and b.documents_BS.numel()]
+    most = max((int(documents_BS.max()) + 1 for documents_BS in documents), default=1)
+    return [
+        StepContext(
+            seed,
+            step,
+            micro_step,
+            0,
+            mesh.stage_rank,
+            batch.sequence_index_B,
+            document_BS=batch.documents_BS,
+            documents_per_row=1 << (most - 1).bit_length(),  # few different numbers, since shapes come of it
+            replay=replay,
+        )
+        for micro_step, batch in enumerate(batches)
+    ]
 
 
 # Cross entropy and number of the tokens that this rank counts; stats of the MoE blocks that are here.
@@ -211,8 +234,8 @@ def evaluate(
     """Mean cross entropy over all ranks' sequences. Every rank must bring the same number of batches, empty or not."""
     model.eval()
     totals = StepTotals(model.config, 0)
-    for micro_step, batch in enumerate(micro_batches):
-        context = StepContext(seed, 0, micro_step, 0, mesh.stage_rank, batch.sequence_index_B)
+    batches = list(micro_batches)
+    for batch, context in zip(batches, contexts_of(batches, mesh, seed=seed), strict=True):
         output: ModelOutput = model(batch.inputs_BS, context)
         if isinstance(model, Pipeline) and not model.has_logits:
             totals.add(torch.zeros((), device=output.logits.device), 0, output.stats)

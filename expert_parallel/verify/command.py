@@ -57,6 +57,8 @@ def verify_command(
     alone = runtime.launch.launcher == "none"
     world = runtime.together(lambda: _world(runtime, num_ranks))
     plan, reduced = runtime.together(lambda: plan_verification(config, world, layouts, dtype, full, alone))
+    if count_bytes:
+        runtime.together(lambda: _refuse_bytes(config))
     plan = replace(plan, bytes=count_bytes)
     if alone:
         timeout = timedelta(seconds=config.runtime.timeout_seconds) if full else REDUCED_TIMEOUT
@@ -76,6 +78,14 @@ def _world(runtime: Runtime, num_ranks: int | None) -> int:
     if num_ranks not in (None, runtime.world_size):
         raise ValueError(f"--ranks is {num_ranks} but the launcher has started {runtime.world_size}: leave it out")
     return runtime.world_size
+
+
+def _refuse_bytes(config: Config) -> None:
+    if config.data.documents == "separate":
+        raise ValueError(
+            "--bytes: data.documents is 'separate', and what losses of scope 'sequence' send depends on how many "
+            "documents a row has; the formulas are for data.documents=joined"
+        )
 
 
 def report(plan: Plan, reduced: Reduced, results: list[LayoutResult], ranks: str) -> None:

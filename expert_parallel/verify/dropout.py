@@ -120,10 +120,10 @@ def _run(config: Config, runtime: Runtime, in_experts: bool) -> Dropped:
     given_D = torch.randn(config.model.d_model, generator=generator, dtype=torch.float64)
 
     def give(block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, context = arguments
+        x, context, *rest = arguments
         if context.layer == 0 and context.micro_step == 0 and not in_experts:
             outputs["embedding"] = (x == 0).double().cumsum(-1).sum(-1).flatten().tolist()  # which are dropped
-        return x * 0 + given_D.to(x.device), context
+        return x * 0 + given_D.to(x.device), context, *rest
 
     def take(block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         context = arguments[1]

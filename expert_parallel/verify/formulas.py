@@ -4,6 +4,7 @@ communicates, so that the two can be compared (traffic.py).
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from functools import cached_property
 
 import torch
 
+from expert_parallel.data.batch import shard_bounds
 from expert_parallel.degrees import ParallelConfig, ParallelDegrees, ShardedConfig, place_of, shard_counts
 from expert_parallel.mesh import ParallelMesh
+from expert_parallel.model.attention import HeadsConfig
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe.balance import BalanceLossConfig
@@ -20,7 +23,6 @@ from expert_parallel.moe.layer import MoEConfig
 from expert_parallel.moe.routers import router_settings
 from expert_parallel.moe.routing import RouterSettings
 from expert_parallel.placement import ExpertPlacement
-from expert_parallel.training.data import shard_bounds
 from expert_parallel.training.step import DTYPES, TrainingConfig
 
 Terms = Counter[tuple[str, str]]  # (axis, what it carries) -> bytes of all ranks together
@@ -96,8 +98,8 @@ def balance_losses(step: Step) -> list[BalanceLossConfig]:
 
 
 def tokens_between_ranks(step: Step) -> Terms:
-    """tp: tokens are gathered before attention and dense feed-forwards, partial sums scattered behind them. cp: keys
-    and values are gathered. Backward each the other way round."""
+    """tp: tokens (of latent attention: latents) are gathered before attention and dense feed-forwards, partial sums
+    scattered behind them. cp: keys and values (or latents) are gathered. Backward each the other way round."""
     model, training, degrees = step.model, step.training, step.degrees
     dense = model.num_layers - len(model.moe_layers)
     shared = len(model.moe_layers) if model.moe is not None and model.moe.shared_experts is not None else 0
@@ -106,19 +108,43 @@ def tokens_between_ranks(step: Step) -> Terms:
     block, moe = training.recompute == "block", training.recompute == "moe"
     again = 2 if model.norm_placement == "post" or model.dropout > 0 else 1
     exchanges = 4  # embedding: scattered; logits: gathered
-    exchanges += (4 + 2 * block) * model.num_layers  # attention
+    exchanges += (2 + block) * model.num_layers  # behind attention
     exchanges += (4 + again * block) * dense + (4 + again * block + moe) * shared
-    exchange = (degrees.tp - 1) * step.tokens * model.d_model * step.compute_width
+    numbers = exchanges * model.d_model + (2 + block) * model.num_layers * _gathered_columns(model)
 
-    heads = max(model.attention.kv_heads, degrees.tp)  # with fewer heads than ranks, each rank has one
-    keys_and_values = (degrees.cp - 1) * step.tokens * 2 * heads * model.attention.head_size * step.compute_width
+    keys_and_values = (degrees.cp - 1) * step.tokens * _key_columns(step) * step.compute_width
+    # Of queries and of keys, each token's sum of squares, where they are normed over all heads.
+    squares = 2 * 2 * (degrees.tp - 1) * step.tokens * step.kept_width if has_whole_norms(model) else 0
     return Counter(
         {
-            ("tp", "tokens"): exchanges * exchange,
+            ("tp", "tokens"): (degrees.tp - 1) * step.tokens * numbers * step.compute_width,
+            ("tp", "norms of queries and keys"): (2 + block) * model.num_layers * squares,
             ("tp", "cross entropy"): 2 * (degrees.tp - 1) * step.tokens * 3 * step.kept_width,
             ("cp", "keys and values"): (2 + block) * model.num_layers * keys_and_values,
         }
     )
+
+
+def has_whole_norms(model: ModelConfig) -> bool:
+    norm = getattr(model.attention, "qk_norm", None)
+    return norm is not None and norm.kind == "whole"
+
+
+def _gathered_columns(model: ModelConfig) -> int:
+    """Numbers of a token that are gathered in front of attention: the token's, or its latents (and x, if queries have
+    none)."""
+    attention = model.attention
+    if isinstance(attention, HeadsConfig):
+        return model.d_model
+    return (attention.query_rank or model.d_model) + attention.kv_rank + attention.rope_size
+
+
+def _key_columns(step: Step) -> int:
+    """Numbers of a token that context ranks send each other, all ranks of tp together."""
+    attention = step.model.attention
+    if not isinstance(attention, HeadsConfig):
+        return step.degrees.tp * (attention.kv_rank + attention.rope_size)
+    return 2 * max(attention.kv_heads, step.degrees.tp) * attention.head_size  # fewer heads than ranks: each has one
 
 
 def pipeline(step: Step) -> Terms:
@@ -144,6 +170,8 @@ def pipeline(step: Step) -> Terms:
 
 # Ends of the names of what tp divides, by rows or by columns. All else it leaves whole. Of experts, etp leaves b_out.
 BY_ROWS = tuple(f"{name}.{leaf}" for name in ("query", "key", "value", "w_in") for leaf in ("weight", "bias"))
+BY_ROWS += ("attention.sinks", "attention.query_up.weight", "attention.kv_up.weight")
+WHOLE_NORMS = ("attention.query_norm.weight", "attention.key_norm.weight")
 BY_COLUMNS = ("attention.out.weight", "w_out.weight")
 VOCABULARY = ("embedding.weight", "unembedding.weight")
 
@@ -177,8 +205,8 @@ def held_parameters(step: Step) -> Iterator[Held]:
             yield _held_experts(step, name, tuple(parameter.shape))
         elif name in VOCABULARY:
             yield Held(name, [(len(part), *rest) for part in torch.arange(rows).tensor_split(tp)])
-        elif name.endswith(BY_ROWS):
-            copies = kv_copies if ".key." in name or ".value." in name else 1
+        elif name.endswith(BY_ROWS) or (name.endswith(WHOLE_NORMS) and has_whole_norms(step.model)):
+            copies = kv_copies if re.search(r"\.(key|value|key_norm)\.", name) else 1
             yield Held(name, [(rows * copies // tp, *rest)] * tp, copies=copies)
         elif name.endswith(BY_COLUMNS):
             yield Held(name, [(rows, rest[0] // tp)] * tp)

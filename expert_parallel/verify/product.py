@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from expert_parallel.config import Config
+from expert_parallel.data.batch import MicroBatch
+from expert_parallel.data.sampler import TokenSampler
 from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import Block
@@ -20,7 +22,6 @@ from expert_parallel.moe.ffn import width_in
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.moe.plan import RouterReplay, StepContext
 from expert_parallel.runtime import Runtime
-from expert_parallel.training.data import MicroBatch, TokenSampler
 from expert_parallel.training.loop import Run
 from expert_parallel.training.setup import build, check_world
 from expert_parallel.training.step import DTYPES, StepReport, train_step
@@ -45,7 +46,8 @@ def set_up(config: Config, runtime: Runtime, sequences_GS: Tensor) -> Iterator[R
     degrees = runtime.together(lambda: check_world(config, runtime))
     mesh, model, optimizer = build(config, runtime, degrees)
     length = config.training.sequence_length
-    sampler = GivenSequences(torch.zeros(length + 1, dtype=torch.uint8), length, config.seed, sequences_GS)
+    nothing = torch.zeros(length + 1, dtype=torch.uint8)
+    sampler = GivenSequences(nothing, length, config.seed, sequences_GS, separator=separator(config))
     yield Run(config, runtime, mesh, model, optimizer, sampler, sequences_GS[:0], [])
     _forget(mesh)
 
@@ -61,16 +63,34 @@ def _forget(mesh: ParallelMesh) -> None:
             dist.destroy_process_group(held)
 
 
+def separator(config: Config) -> int | None:
+    """The token that ends a document, where documents are kept apart."""
+    return 0 if config.data.documents == "separate" else None
+
+
 def random_sequences(config: Config) -> Tensor:
-    """(global_batch, sequence_length + 1). No two begin alike, and none with one token twice: what has seen nothing but
-    one token, at whatever position, is equal but for rounding, and a tie falls differently on other layouts."""
-    training, words = config.training, config.model.vocab_size
+    """(global_batch, sequence_length + 1). No two documents begin alike, and none with one token twice: what has seen
+    nothing but one token, at whatever position, is equal but for rounding, and a tie falls differently on other
+    layouts. A row is a document, or several, which end at random."""
+    training, words, end = config.training, config.model.vocab_size, separator(config)
     generator = torch.Generator().manual_seed(config.seed)
     shape = (training.global_batch, training.sequence_length + 1)
     tokens_GS = torch.randint(0, words, shape, generator=generator)
-    tokens_GS[:, 0] = torch.randperm(words, generator=generator).repeat(-(-len(tokens_GS) // words))[: len(tokens_GS)]
-    tokens_GS[:, 1] += tokens_GS[:, 1] == tokens_GS[:, 0]
-    return tokens_GS % words
+    begins_GS = torch.zeros(shape, dtype=torch.bool)
+    begins_GS[:, 0] = True
+    if end is not None:
+        tokens_GS = torch.randint(1, words, shape, generator=generator)
+        for place in range(1, shape[1] - 1):
+            ends_G = (torch.rand(shape[0], generator=generator) < 0.3) & ~begins_GS[:, place]
+            tokens_GS[ends_G, place] = end
+            begins_GS[ends_G, place + 1] = True
+    first = torch.randperm(words, generator=generator)
+    first = first if end is None else first[first != end]
+    tokens_GS[begins_GS] = first.repeat(-(-int(begins_GS.sum()) // len(first)))[: int(begins_GS.sum())]
+    for place in range(1, shape[1]):
+        follows_G = begins_GS[:, place - 1] & (tokens_GS[:, place] == tokens_GS[:, place - 1])
+        tokens_GS[follows_G, place] = 1 + tokens_GS[follows_G, place] % (words - 1)
+    return tokens_GS
 
 
 def whole_model(config: Config) -> Tensors:

@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from expert_parallel.config import Config
+from expert_parallel.data.tokenizer import VOCABULARY_SIZE
 from expert_parallel.degrees import ParallelConfig
-from expert_parallel.training.data import VOCABULARY_SIZE
 from expert_parallel.verify.layouts import Layout, accumulations, own_layout
 
 # Small, but all different, and multiples of 8, as grouped products want them.
 SIZES = {"model.d_model": 16, "model.ffn.hidden": 48, "model.moe.experts.hidden": 32}
 SHARED_HIDDEN, HEAD_SIZE, MOST_KV_HEADS, MOST_HEADS_A_GROUP, MOST_EXPERTS = 24, 4, 4, 4, 16
+LATENT_SIZES = {"num_heads": 8, "query_rank": 12, "kv_rank": 8, "nope_size": 6, "rope_size": 4, "value_size": 5}
+WINDOW, ORIGINAL_LENGTH = 3, 64  # some tokens are outside of windows, some pairs of columns within a scaling's ramp
 INIT_STD, CLIP_NORM, LEARNING_RATE, EPS = 0.3, 0.1, 0.01, 1e-4
 
 
@@ -93,6 +95,7 @@ def _switch_off(draft: Draft) -> None:
     draft.put("model.moe.dispatcher.exchange_dtype", "model", "it rounds")
     draft.put("model.moe.ledger", {"kind": "rows", "breach": "warn"})
     draft.put("training.routing", None)
+    draft.put("training.trainable", {"kind": "all"})
     draft.put("training.dtype", "float64")
     draft.put("training.optimizer.learning_rate", LEARNING_RATE)
     draft.put("training.optimizer.eps", EPS, "so that tiny gradients do not decide the first step of Adam")
@@ -111,11 +114,8 @@ def _make_small(draft: Draft, num_ranks: int) -> None:
     _fewer_blocks(draft)
     for shards in ("shards", "expert_shards"):
         draft.put(f"parallel.data.{shards}", None)
-    kv_heads = draft.get("model.attention.num_kv_heads") or draft.get("model.attention.num_heads")
-    group = draft.get("model.attention.num_heads") // kv_heads
-    draft.put("model.attention.num_heads", min(kv_heads, MOST_KV_HEADS) * min(group, MOST_HEADS_A_GROUP))
-    draft.at_most("model.attention.num_kv_heads", MOST_KV_HEADS)
-    draft.at_most("model.attention.head_size", HEAD_SIZE)
+    SMALL_ATTENTION[draft.get("model.attention.kind")](draft)
+    draft.at_most("model.position.scaling.original_length", ORIGINAL_LENGTH)
     micro_batch = num_ranks + 1  # no number of data ranks divides it, so that they get unequal numbers of tokens
     draft.at_most("training.micro_steps", accumulations(num_ranks)[1])
     draft.put("training.global_batch", draft.get("training.micro_steps") * micro_batch)
@@ -123,6 +123,28 @@ def _make_small(draft: Draft, num_ranks: int) -> None:
         _make_moe_small(
             draft, {"rank": length * micro_batch // num_ranks, "sequence": length, "global": length * micro_batch}
         )
+
+
+def _small_heads(draft: Draft) -> None:
+    kv_heads = draft.get("model.attention.num_kv_heads") or draft.get("model.attention.num_heads")
+    group = draft.get("model.attention.num_heads") // kv_heads
+    draft.put("model.attention.num_heads", min(kv_heads, MOST_KV_HEADS) * min(group, MOST_HEADS_A_GROUP))
+    draft.at_most("model.attention.num_kv_heads", MOST_KV_HEADS)
+    draft.at_most("model.attention.head_size", HEAD_SIZE)
+    draft.at_most("model.attention.window", WINDOW)
+    pattern, num_layers = draft.get("model.window_blocks"), draft.get("model.num_layers")
+    draft.at_most("model.window_blocks.n", 2)
+    draft.at_most("model.window_blocks.k", 1 if num_layers > 1 else 0)
+    if pattern["kind"] == "list" and max(pattern["indices"]) >= num_layers:
+        draft.put("model.window_blocks.indices", list(range(0, num_layers, 2)))
+
+
+def _small_latent(draft: Draft) -> None:
+    for name, size in LATENT_SIZES.items():
+        draft.at_most(f"model.attention.{name}", size)
+
+
+SMALL_ATTENTION = {"heads": _small_heads, "latent": _small_latent}
 
 
 def _fewer_blocks(draft: Draft) -> None:

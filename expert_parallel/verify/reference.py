@@ -7,7 +7,7 @@ Here B are the sequences of a whole micro-step, V the vocabulary; the other lett
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from expert_parallel.moe.plan import StepContext
 from expert_parallel.moe.reference import RankTokens, reference_layer
 from expert_parallel.moe.reference_routing import NOT_ROUTED, blocks, collect, route
+from expert_parallel.verify.reference_attention import attention, linear, positions
 
 Parameters = dict[str, Tensor]
 # For each rank of one pipeline stage: which sequences of a micro-step it holds, and which positions of them (int64).
@@ -48,13 +49,20 @@ class ReferenceStep:
 
 
 def reference_step(
-    model: Any, training: Any, parameters: Parameters, sequences_GS: Tensor, division: Division, seed: int
+    model: Any,
+    training: Any,
+    parameters: Parameters,
+    sequences_GS: Tensor,
+    division: Division,
+    seed: int,
+    separator: int | None = None,
 ) -> ReferenceStep:
     """Step 0 of a run. model: a ModelConfig without dropout. training: a TrainingConfig.
 
     parameters: logical name -> float64, with the balance biases (`....router.balance_bias_E`). sequences_GS: int64
     (global_batch, sequence_length + 1), in global order. division: of each micro-step, which are alike; it matters
-    to settings with scope `rank` alone. seed: of the routers' random numbers.
+    to settings with scope `rank` alone. seed: of the routers' random numbers. separator: the token that ends a
+    document, where documents are kept apart.
     """
     biases = {name: value for name, value in parameters.items() if name.endswith("balance_bias_E")}
     weights = {name: p.detach().clone().requires_grad_() for name, p in parameters.items() if name not in biases}
@@ -62,7 +70,8 @@ def reference_step(
     num_targets = sequences_GS.shape[0] * (sequences_GS.shape[1] - 1)
     total = torch.zeros((), dtype=torch.float64)
     for micro_step, sequences_BS in enumerate(sequences_GS.chunk(training.micro_steps)):
-        context = StepContext(seed=seed, step=0, micro_step=micro_step)
+        document_BS = None if separator is None else documents(sequences_BS[:, :-1], separator)
+        context = StepContext(seed=seed, step=0, micro_step=micro_step, document_BS=document_BS)
         passed = _forward(model, {**weights, **biases}, sequences_BS[:, :-1], division, context, step)
         loss = _cross_entropy(passed.logits_BSV, sequences_BS[:, 1:]).sum() / num_targets
         total = total + loss + passed.auxiliary / training.micro_steps
@@ -81,6 +90,15 @@ def reference_step(
     for record in step.layers.values():
         record.losses = {name: value / training.micro_steps for name, value in record.losses.items()}
     return step
+
+
+def documents(tokens_BS: Tensor, separator: int) -> Tensor:
+    """How many separators stand before each token of its row."""
+    found = torch.zeros_like(tokens_BS)
+    for b, row in enumerate(tokens_BS.tolist()):
+        for s in range(len(row)):
+            found[b, s] = row[:s].count(separator)
+    return found
 
 
 def adamw_step(training: Any, weights: Parameters, gradients: Parameters, grad_norm: float) -> Parameters:
@@ -115,10 +133,10 @@ def _forward(
     model: Any, weights: Parameters, tokens_BS: Tensor, division: Division, context: StepContext, step: ReferenceStep
 ) -> Pass:
     """Writes outputs, losses and counts into `step`."""
-    length = tokens_BS.shape[1]
+    document_BS = torch.zeros_like(tokens_BS) if context.document_BS is None else context.document_BS
     x_BSD = weights["embedding.weight"][tokens_BS]
     if model.position.kind == "learned":
-        x_BSD = x_BSD + weights["position.weight"][:length]
+        x_BSD = x_BSD + weights["position.weight"][positions(document_BS)]
     auxiliary, sights = x_BSD.new_zeros(()), {}
     for layer in range(model.num_layers):
         here = _below(weights, f"blocks.{layer}.")
@@ -127,18 +145,20 @@ def _forward(
             nonlocal auxiliary
             if layer not in model.moe_layers:
                 return _ffn(model.ffn.activation, _below(here, "ffn."), x)
-            where = StepContext(context.seed, context.step, context.micro_step, layer)
+            where = replace(context, layer=layer)
             y, loss, sights[layer] = _moe(model.moe, _below(here, "moe."), x, tokens_BS, division, where, step)
             auxiliary = auxiliary + loss
             return y
 
+        def attend(x: Tensor, layer: int = layer, here: Parameters = here) -> Tensor:
+            return attention(model, layer, _below(here, "attention."), x, document_BS)
+
         norm1, norm2 = (_norm(model.norm, _below(here, f"{name}_norm.")) for name in ("attention", "ffn"))
-        attention = _below(here, "attention.")
         if model.norm_placement == "pre":
-            x_BSD = x_BSD + _attention(model, attention, norm1(x_BSD))
+            x_BSD = x_BSD + attend(norm1(x_BSD))
             x_BSD = x_BSD + feed_forward(norm2(x_BSD))
         else:
-            x_BSD = norm1(x_BSD + _attention(model, attention, x_BSD))
+            x_BSD = norm1(x_BSD + attend(x_BSD))
             x_BSD = norm2(x_BSD + feed_forward(x_BSD))
         step.outputs[context.micro_step, layer] = x_BSD.detach()
     if model.moe is not None:
@@ -163,47 +183,8 @@ def _norm(config: Any, weights: Parameters) -> Callable[[Tensor], Tensor]:
     return norm
 
 
-def _linear(weights: Parameters, name: str, x: Tensor) -> Tensor:
-    return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
-
-
-def _attention(model: Any, weights: Parameters, x_BSD: Tensor) -> Tensor:
-    """Head by head, with the mask written out."""
-    config, length, size = model.attention, x_BSD.shape[1], model.attention.head_size
-    query, key, value = (_linear(weights, name, x_BSD) for name in ("query", "key", "value"))
-    sees = torch.arange(length)[:, None] >= torch.arange(length)[None, :]
-    heads = []
-    for head in range(config.num_heads):
-        shared = head // (config.num_heads // config.kv_heads)
-        q, k, v = (t[..., h * size : (h + 1) * size] for t, h in ((query, head), (key, shared), (value, shared)))
-        if model.position.kind == "rope":
-            q, k = _rotate(q, model.position.theta), _rotate(k, model.position.theta)
-        scores = (q @ k.transpose(1, 2)) / math.sqrt(size)
-        scores = torch.where(sees, scores, torch.full_like(scores, -math.inf))
-        heads.append(_softmax(scores) @ v)
-    return _linear(weights, "out", torch.cat(heads, -1))
-
-
-def _softmax(x: Tensor) -> Tensor:
-    exponentials = torch.exp(x - x.detach().amax(-1, keepdim=True))
-    return exponentials / exponentials.sum(-1, keepdim=True)
-
-
-def _rotate(x_BSh: Tensor, theta: float) -> Tensor:
-    """Turns each pair (x_i, x_{i + h/2}) of position s by s * theta^(-2i/h)."""
-    half = x_BSh.shape[-1] // 2
-    columns: list[Tensor] = [x_BSh[..., i] for i in range(2 * half)]
-    position_S = torch.arange(x_BSh.shape[1], dtype=x_BSh.dtype)
-    for i in range(half):
-        angle_S = position_S * theta ** (-i / half)
-        one, two = columns[i], columns[i + half]
-        columns[i] = one * torch.cos(angle_S) - two * torch.sin(angle_S)
-        columns[i + half] = one * torch.sin(angle_S) + two * torch.cos(angle_S)
-    return torch.stack(columns, -1)
-
-
 def _ffn(activation: str, weights: Parameters, x: Tensor) -> Tensor:
-    return _linear(weights, "w_out", ACTIVATIONS[activation](_linear(weights, "w_in", x)))
+    return linear(weights, "w_out", ACTIVATIONS[activation](linear(weights, "w_in", x)))
 
 
 def _gelu(h: Tensor) -> Tensor:
@@ -214,11 +195,18 @@ def _gated(gate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda h: gate(h[..., : h.shape[-1] // 2]) * h[..., h.shape[-1] // 2 :]
 
 
+def _gpt_oss(h: Tensor) -> Tensor:
+    gate, up = h[..., : h.shape[-1] // 2], h[..., h.shape[-1] // 2 :]
+    gate, up = torch.clamp(gate, max=7), torch.clamp(up, min=-7, max=7)
+    return (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda h: torch.clamp(h, min=0),
     "gelu": _gelu,
     "swiglu": _gated(lambda h: h / (1 + torch.exp(-h))),
     "geglu": _gated(_gelu),
+    "gpt_oss": _gpt_oss,
 }
 
 
@@ -254,9 +242,9 @@ def _moe(
     ranks = []
     for sequence_index_B, positions_S in division:
         here = (sequence_index_B[:, None], positions_S)
-        ranks.append(
-            RankTokens(x_BSD[here], sequence_index_B.tolist(), tokens_BS[here], positions_S=positions_S.tolist())
-        )
+        document_BS = None if context.document_BS is None else context.document_BS[here]
+        sequences, places = sequence_index_B.tolist(), positions_S.tolist()
+        ranks.append(RankTokens(x_BSD[here], sequences, tokens_BS[here], None, places, document_BS))
     output = reference_layer(config, weights, list(ranks), training=True, context=context)
     y_BSD = torch.zeros_like(x_BSD)
     for (sequence_index_B, positions_S), y in zip(division, output.y, strict=True):
@@ -299,9 +287,7 @@ def _look(config: Any, weights: Parameters, ranks: list[RankTokens], context: St
     probability_TE = routing.scores_TE / routing.scores_TE.sum(-1, keepdim=True)
     for loss in pooled:
         fractions, probabilities = [], []
-        for block in blocks(loss.scope, batch):
-            if not block and loss.scope == "sequence":
-                continue
+        for block in blocks("document" if loss.scope == "sequence" else loss.scope, batch):
             counted = 1 if loss.choices == "first" else config.router.k
             count_E, total = probability_TE.new_zeros(config.num_experts), max(1, len(block))
             for t in block:

@@ -150,7 +150,8 @@ class Oracle:
             division = [(torch.arange(size), torch.arange(sequences_GS.shape[1] - 1))]
 
         def compute() -> Tensors:
-            step = reference_step(config.model, training, self.start, sequences_GS, division, config.seed)
+            separator = product.separator(config)
+            step = reference_step(config.model, training, self.start, sequences_GS, division, config.seed, separator)
             return expected_tensors(step, self.initial, self.start)
 
         key = (training.micro_steps, repr([[numbers.tolist() for numbers in place] for place in division]))

@@ -1,0 +1,170 @@
+"""What saving costs: how long training stands still for a save in the background, beside one that it waits for, and
+beside a plain copy, a plain write and the two digests of the same bytes. Rounds are interleaved and medians compared.
+
+    torchrun --nproc-per-node 2 -m expert_parallel bench checkpoint --megabytes 400
+"""
+
+import hashlib
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from expert_parallel.checkpoint.config import CheckpointConfig
+from expert_parallel.checkpoint.digest import digest
+from expert_parallel.checkpoint.load import load_checkpoint
+from expert_parallel.checkpoint.manifest import MOMENTS
+from expert_parallel.checkpoint.save import Saver
+from expert_parallel.collectives import gather_text
+from expert_parallel.degrees import ParallelConfig
+from expert_parallel.mesh import build_mesh
+from expert_parallel.model.config import ModelConfig
+from expert_parallel.model.parallelize import build_model
+from expert_parallel.runtime import Runtime
+
+MEGABYTE = 10**6
+D_MODEL, HIDDEN, LAYERS = 512, 1024, 4
+
+
+def bench_checkpoint(runtime: Runtime, megabytes: int, rounds: int, folder: Path) -> dict[str, Any]:
+    """Medians in seconds on this rank. megabytes: of weights and moments, over all ranks, which divide the experts.
+    Writes into a folder of its own in `folder`, and removes it."""
+    place = Path(gather_text(tempfile.mkdtemp(dir=folder) if runtime.rank == 0 else "", torch.device("cpu"))[0])
+    try:
+        config = _model(megabytes, runtime.world_size)
+        degrees = ParallelConfig(ep=runtime.world_size).degrees(runtime.world_size)
+        mesh = build_mesh(degrees, runtime.device.type, runtime.timeout)
+        model = build_model(config, mesh, device=runtime.device)
+        optimizer = torch.optim.AdamW(model.parameters())
+        for parameter in model.parameters():
+            optimizer.state[parameter] = {moment: torch.rand_like(parameter) for moment in MOMENTS}
+
+        def saver(name: str, background: bool) -> Saver:
+            settings = CheckpointConfig(background=background, keep=1)
+            tree = {"model": config.model_dump(mode="json")}
+            return Saver(
+                place / name, model, optimizer, mesh, runtime, settings, config=tree, layout="bench", say=_say_nothing
+            )
+
+        savers = {name: saver(name, name == "background") for name in ("blocking", "background")}
+        times: dict[str, list[float]] = {}
+        for step in range(1, rounds + 2):  # the first stands apart
+            found = _round(runtime, savers, place, step)
+            for name, duration in found.items():
+                times.setdefault(f"first {name}" if step == 1 else name, []).append(duration)
+        newest = place / "background" / f"step_{rounds + 1:08d}"
+        load = _seconds(runtime, lambda: load_checkpoint(newest, model, optimizer, runtime, mesh))
+        own = sum(tensor.nbytes for tensor in savers["background"].buffers)
+        total = sum(path.stat().st_size for path in newest.iterdir())
+    finally:
+        runtime.together(lambda: None)
+        if runtime.rank == 0:
+            shutil.rmtree(place, ignore_errors=True)
+    seconds = {name: statistics.median(found) for name, found in times.items()} | {"load": load}
+    return {
+        "ranks": runtime.world_size,
+        "device": runtime.device.type,
+        "torch": torch.__version__,
+        "date": datetime.now().isoformat(timespec="seconds"),
+        "rounds": rounds,
+        "bytes": total,
+        "bytes_of_rank_0": own,
+        "seconds": seconds,
+        "stall_share": seconds["background stall"] / seconds["blocking save"],
+    }
+
+
+def describe(result: dict[str, Any]) -> str:
+    seconds, own = result["seconds"], result["bytes_of_rank_0"]
+    rows = {
+        "blocking save": "training waits for all of it",
+        "background stall": f"{result['stall_share']:.1%} of the blocking save: all that training waits for",
+        "first background stall": "the run's first",
+        "background save": "until it is on disk and has its name",
+        "copy": "the same bytes, memory to memory",
+        "write": "the same bytes, one file, with fsync",
+        "sha256": "of the same bytes",
+        "digest": "the sum that is the same in every layout, of the same bytes",
+        "load": "with both digests checked",
+    }
+    lines = [
+        f"{result['bytes'] / MEGABYTE:,.0f} MB, of which rank 0 writes {own / MEGABYTE:,.0f}; {result['ranks']} ranks, "
+        + f"{result['device']}, torch {result['torch']}, {result['date']}; medians of {result['rounds']} rounds"
+    ]
+    for name, remark in rows.items():
+        rate = own / MEGABYTE / seconds[name]
+        lines.append(f"{name:24}{seconds[name]:9.3f} s {rate:9,.0f} MB/s a rank  {remark}")
+    return "\n".join(lines)
+
+
+def _round(runtime: Runtime, savers: dict[str, Saver], place: Path, step: int) -> dict[str, float]:
+    """Each kind of work once, with nothing else going on."""
+    found = {
+        "blocking save": _seconds(runtime, lambda: savers["blocking"].save(step, is_last=True)),
+        "background stall": _seconds(runtime, lambda: savers["background"].save(step, is_last=True)),
+    }
+    found["background save"] = found["background stall"] + _seconds(runtime, savers["background"].finish)
+    live, held = savers["background"].live(), savers["background"].buffers
+    path = place / f"plain_{runtime.rank}"
+
+    def copy() -> None:
+        for buffer, tensor in zip(held, live, strict=True):
+            buffer.copy_(tensor)
+
+    def write() -> None:
+        with path.open("wb") as file:
+            for tensor in held:
+                file.write(tensor.flatten().view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def sha256() -> None:
+        total = hashlib.sha256()
+        for tensor in held:
+            total.update(tensor.flatten().view(torch.uint8).numpy().data)
+
+    def digests() -> None:
+        for tensor in held:
+            digest(tensor, [0] * tensor.dim(), tensor.shape)
+
+    works: dict[str, Callable[[], None]] = {"copy": copy, "write": write, "sha256": sha256, "digest": digests}
+    found |= {name: _seconds(runtime, work) for name, work in works.items()}
+    path.unlink()
+    return found
+
+
+def _model(megabytes: int, world_size: int) -> ModelConfig:
+    """Experts for so many megabytes of weights and moments, equally many on each rank."""
+    bytes_of_expert = 3 * D_MODEL * HIDDEN * 4 * (1 + len(MOMENTS)) * LAYERS
+    per_rank = max(1, round(megabytes * MEGABYTE / bytes_of_expert / world_size))
+    tree = {
+        "num_layers": LAYERS,
+        "d_model": D_MODEL,
+        "attention": {"num_heads": 8, "head_size": 64},
+        "moe": {"num_experts": max(2, per_rank * world_size), "router": {"k": 2}, "experts": {"hidden": HIDDEN}},
+    }
+    return ModelConfig.model_validate(tree)
+
+
+def _seconds(runtime: Runtime, work: Callable[[], object]) -> float:
+    if runtime.world_size > 1:
+        dist.barrier()
+    if runtime.device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if runtime.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _say_nothing(_: str) -> None:
+    pass

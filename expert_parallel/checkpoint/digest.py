@@ -1,0 +1,92 @@
+"""A digest of a logical tensor that adds over its parts: however ranks cut it, the sum of theirs is the same.
+
+    digest = sum over elements of H(flat index in the logical tensor, bits of the value), modulo 2**128
+
+H is two rounds of multiply and xor-shift over 64 bits (as the finaliser of SplitMix64, Steele et al. 2014), and a third
+one for the upper half. It finds mistakes (an expert in another's place, a part missing or counted twice, a wrong row),
+not forgers: for the bytes of a file stands its SHA-256.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+MODULUS = 1 << 128
+CHUNK = 1 << 15  # elements at a time: they stay in the processor's cache
+_SPREAD = 0x9E3779B97F4A7C15  # odd: different indices have different keys
+_MIX = tuple(np.uint64(number) for number in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93))
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}
+
+Keys = NDArray[np.uint64]
+
+
+def digest(part: Tensor, start: Sequence[int], shape: Sequence[int]) -> int:
+    """The summand of `part`, a rectangle that begins at `start` in a logical tensor of `shape`. On the CPU, any dtype
+    of 1 to 8 bytes; an 8-byte value counts as two of 4 bytes."""
+    assert all(s >= 0 and s + n <= size for s, n, size in zip(start, part.shape, shape, strict=True)), (start, shape)
+    if part.numel() == 0:
+        return 0
+    size = part.element_size()
+    rows_R, run_C = _keys(start, part.shape, shape, words=2 if size == 8 else 1)
+    bits = part.detach().contiguous().flatten().view(torch.uint8).numpy().view(_BITS[size])
+    bits_RC = bits.reshape(len(rows_R), len(run_C))
+    height, width = max(1, CHUNK // len(run_C)), min(CHUNK, len(run_C))
+    total = 0
+    for top in range(0, len(rows_R), height):
+        for left in range(0, len(run_C), width):
+            keys = rows_R[top : top + height, None] + run_C[left : left + width]
+            keys += bits_RC[top : top + height, left : left + width]
+            total += _sum_of_hashes(keys)
+    return total % MODULUS
+
+
+def as_text(total: int) -> str:
+    """32 hex digits."""
+    return f"{total % MODULUS:032x}"
+
+
+def _keys(start: Sequence[int], part: Sequence[int], shape: Sequence[int], words: int) -> tuple[Keys, Keys]:
+    """(index of a word) * _SPREAD, modulo 2**64, as a sum: of the runs of consecutive words that the part consists of,
+    (R,), and of the words within a run, (C,)."""
+    dim = len(shape) - 1
+    while dim > 0 and part[dim] == shape[dim]:  # whole rows: they follow one another
+        dim -= 1
+    stride = math.prod(shape[dim + 1 :])
+    first = (start[dim] if shape else 0) * stride * words
+    length = math.prod(part[dim:]) * words
+    rows_R = np.zeros(1, dtype=np.uint64)
+    for outer in reversed(range(dim)):
+        stride *= shape[outer + 1]
+        places = np.arange(start[outer], start[outer] + part[outer], dtype=np.uint64)
+        rows_R = np.add.outer(places * _modulo(stride * words * _SPREAD), rows_R).flatten()
+    return rows_R, np.arange(first, first + length, dtype=np.uint64) * _modulo(_SPREAD)
+
+
+def _sum_of_hashes(keys: Keys) -> int:
+    """Exact, below 2**128 times their number. Overwrites `keys`."""
+    scratch = np.empty_like(keys)
+
+    def stir(shift: int) -> None:
+        np.right_shift(keys, np.uint64(shift), out=scratch)
+        np.bitwise_xor(keys, scratch, out=keys)
+
+    stir(32)
+    np.multiply(keys, _MIX[0], out=keys)
+    stir(29)
+    np.multiply(keys, _MIX[1], out=keys)
+    stir(32)
+    # A sum of 64-bit numbers wraps; that of their upper halves does not, and tells how often.
+    np.right_shift(keys, np.uint64(32), out=scratch)
+    upper = int(scratch.sum()) << 32
+    low = upper + (int(keys.sum()) - upper) % (1 << 64)
+    np.multiply(keys, _MIX[2], out=keys)
+    stir(31)
+    return low + (int(keys.sum()) << 64)
+
+
+def _modulo(number: int) -> np.uint64:
+    return np.uint64(number % (1 << 64))

@@ -1,0 +1,217 @@
+"""A checkpoint as others see it: opened for reading, or written by one process, tensor after tensor.
+
+    step_00000100/
+        manifest.json             step, config, layout; files with their SHA-256; tensors with pieces and digests
+        rank_00000.safetensors    what rank 0 wrote
+        ...
+
+Tensors are `weights/LOGICAL`, `exp_avg/LOGICAL`, `exp_avg_sq/LOGICAL`; LOGICAL as in moe/parameters.py.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expert_parallel.checkpoint.digest import as_text, digest
+from expert_parallel.checkpoint.folders import (
+    find_checkpoint,
+    list_checkpoints,
+    new_partial,
+    point_to_newest,
+    publish,
+    write_whole,
+)
+from expert_parallel.checkpoint.manifest import (
+    DTYPE_NAMES,
+    FORMAT,
+    NAME,
+    WEIGHTS,
+    Entry,
+    FileRecord,
+    Manifest,
+    Piece,
+    compare_shapes,
+    read_manifest,
+)
+from expert_parallel.checkpoint.shapes import expected_shapes
+from expert_parallel.checkpoint.tensor_files import TensorFile, check_sha256, write_tensors
+from expert_parallel.model.config import ModelConfig
+
+__all__ = ["Checkpoint", "CheckpointWriter", "expected_shapes", "list_checkpoints", "open_checkpoint"]
+
+
+class Checkpoint:
+    """Opened for reading; its files stay mapped into memory. ValueError, with the name, where a file that is read does
+    not hold what the manifest says."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self._files: dict[str, TensorFile] = {}
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.manifest.config
+
+    @property
+    def has_moments(self) -> bool:
+        return self.manifest.has_moments
+
+    @property
+    def tensors(self) -> dict[str, Entry]:
+        """By full name, `weights/...`."""
+        return self.manifest.tensors
+
+    def read(self, name: str) -> Tensor:
+        """The whole logical tensor, in the dtype of the file."""
+        shape = self.tensors[name].shape
+        return self.read_part(name, [0] * len(shape), shape)
+
+    def read_part(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """A rectangle of a logical tensor, and no more than that: from one piece, or put together from several."""
+        entry = self.tensors[name]
+        stop = [first + size for first, size in zip(start, shape, strict=True)]
+        assert all(last <= whole for last, whole in zip(stop, entry.shape, strict=True)), (name, start, shape)
+        part: Tensor | None = None
+        for piece in entry.pieces:
+            low = [max(a, b) for a, b in zip(start, piece.start, strict=True)]
+            high = [min(a, b + n) for a, b, n in zip(stop, piece.start, piece.shape, strict=True)]
+            size = [last - first for first, last in zip(low, high, strict=True)]
+            if min(size, default=1) <= 0:
+                continue
+            first = [a - b for a, b in zip(low, piece.start, strict=True)]
+            found = self._opened(name, entry, piece).read(piece.key, first, size)
+            if size == list(shape):
+                return found
+            part = torch.empty(list(shape), dtype=entry.dtype) if part is None else part
+            part[tuple(slice(a - b, a - b + n) for a, b, n in zip(low, start, size, strict=True))] = found
+        assert part is not None, (name, start, shape)
+        return part
+
+    def check_file(self, file: str) -> None:
+        """ValueError where its bytes are not those that were written, or its tensors not those of the manifest."""
+        check_sha256(self.path / file, self.manifest.files[file])
+        named = set()
+        for name, entry in self.tensors.items():
+            for piece in entry.pieces:
+                if piece.file == file:
+                    self._opened(name, entry, piece)
+                    named.add(piece.key)
+        for key in self._file(file).keys - named:
+            raise ValueError(f"{self.path / file} holds {key}, which the manifest does not name")
+
+    def _file(self, file: str) -> TensorFile:
+        if file not in self._files:
+            self._files[file] = TensorFile(self.path / file)
+        return self._files[file]
+
+    def _opened(self, name: str, entry: Entry, piece: Piece) -> TensorFile:
+        """The piece's file, which holds it as the manifest says."""
+        file = self._file(piece.file)
+        if piece.key not in file.keys:
+            raise ValueError(f"{file.path}: {name} is missing, though the manifest names it")
+        dtype, shape = file.describe(piece.key)
+        if (dtype, shape) != (entry.dtype, piece.shape):
+            raise ValueError(
+                f"{file.path}: {name} is {dtype} {list(shape)}, the manifest says {entry.dtype} {list(piece.shape)}"
+            )
+        return file
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """path: a `step_` folder, `latest`, a folder of checkpoints (then its newest) or a run. ValueError if there is none
+    or its manifest is not in order; of the files, only those are looked into that are read later."""
+    found = find_checkpoint(path)
+    return Checkpoint(found, read_manifest(found))
+
+
+class CheckpointWriter:
+    """Writes a checkpoint from one process: files of about `shard_bytes`, never more than one of them in memory.
+
+    Use it as a context manager: leaving it by an exception removes what was written. ValueError where `final` exists,
+    or a tensor is not one of the model that config["model"] describes, has another shape, comes twice or not at all.
+    """
+
+    def __init__(
+        self,
+        final: Path,
+        *,
+        step: int,
+        config: dict[str, Any],
+        shard_bytes: int = 2 * 1024**3,
+        layout: str = "one process",
+    ) -> None:
+        if final.exists():
+            raise ValueError(f"{final} exists already")
+        self.final, self.step, self.config, self.shard_bytes, self.layout = final, step, config, shard_bytes, layout
+        self.expected = expected_shapes(ModelConfig.model_validate(config["model"]), moments=True)
+        self.partial = new_partial(final)
+        self.files: dict[str, FileRecord] = {}
+        self.tensors: dict[str, Entry] = {}
+        self._shard: list[tuple[str, Tensor]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """name: in full, `weights/...`. tensor: the whole logical one, floating point, any device."""
+        if name not in self.expected:
+            raise ValueError(f"{self.final}: {name} is left over: the model has no such tensor")
+        if list(tensor.shape) != self.expected[name]:
+            raise ValueError(f"{self.final}: {name} has shape {list(tensor.shape)}, expected {self.expected[name]}")
+        if name in self.tensors:
+            raise ValueError(f"{self.final}: {name} comes twice")
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ValueError(f"{self.final}: {name} is {tensor.dtype}, which checkpoints do not hold")
+        held = tensor.detach().cpu().contiguous()
+        if self._shard and sum(part.nbytes for _, part in self._shard) + held.nbytes > self.shard_bytes:
+            self._write_shard()
+        if held.data_ptr() == tensor.data_ptr():
+            held = held.clone()  # the caller may use its memory again
+        self._shard.append((name, held))
+        shape, start = tuple(tensor.shape), (0,) * tensor.dim()
+        piece = Piece(file=self._file, key=name, start=start, shape=shape)
+        total = as_text(digest(held, start, shape))
+        self.tensors[name] = Entry(dtype=tensor.dtype, shape=shape, digest=total, pieces=(piece,))
+
+    def finish(self) -> Path:
+        """Checks that nothing is missing (moments all or none), writes the manifest, gives the folder its name."""
+        manifest = self._manifest()
+        moments = manifest.has_moments
+        expected = {n: s for n, s in self.expected.items() if moments or n.startswith(f"{WEIGHTS}/")}
+        compare_shapes(f"{self.final}", manifest.shapes, expected)
+        self._write_shard()
+        write_whole(self.partial / NAME, self._manifest().to_json())
+        publish(self.partial, self.final)
+        point_to_newest(self.final.parent)
+        return self.final
+
+    @property
+    def _file(self) -> str:
+        return f"shard_{len(self.files):05d}.safetensors"
+
+    def _manifest(self) -> Manifest:
+        return Manifest(
+            format=FORMAT,
+            step=self.step,
+            config=self.config,
+            layout=self.layout,
+            files=self.files,
+            tensors=self.tensors,
+        )
+
+    def _write_shard(self) -> None:
+        if self._shard:
+            self.files[self._file] = write_tensors(self.partial / self._file, self._shard)
+            self._shard = []
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)

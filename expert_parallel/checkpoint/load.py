@@ -1,0 +1,122 @@
+"""Loading into any layout: each rank reads its own rectangles, no more; together they have read what was saved."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from expert_parallel.checkpoint.digest import MODULUS, digest
+from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
+from expert_parallel.checkpoint.manifest import MOMENTS, WEIGHTS, compare_shapes
+from expert_parallel.checkpoint.shapes import balance_biases, expected_shapes
+from expert_parallel.collectives import all_reduce_sum
+from expert_parallel.mesh import ParallelMesh
+from expert_parallel.model.pipeline import Pipeline
+from expert_parallel.model.transformer import Transformer
+from expert_parallel.moe.parameters import (
+    first_row,
+    local_tensor,
+    logical_parameters,
+    pieces,
+    place_among_holders,
+)
+from expert_parallel.runtime import Runtime
+
+Result = TypeVar("Result")
+Target = tuple[str, tuple[int, ...], Tensor, bool]  # full name, start, what to fill, whether this rank counts it
+LIMB = 1 << 32
+
+
+@torch.no_grad()
+def load_checkpoint(
+    path: Path,
+    model: Transformer | Pipeline,
+    optimizer: torch.optim.Optimizer | None = None,
+    runtime: Runtime | None = None,
+    mesh: ParallelMesh | None = None,
+) -> Checkpoint:
+    """Fills model and optimizer, whatever layout they are in. optimizer None, or a checkpoint without moments: the
+    weights alone. runtime and mesh None: this process alone, with the whole model.
+
+    Nothing is changed unless the manifest is in order, fits the model, and all files have the bytes that were written
+    (each rank looks at a share of them). Afterwards the digests of what was read are added up over the ranks, each
+    element once: ValueError (with a runtime: UserError on all ranks) that names the tensor.
+    """
+    rank, world_size = (0, 1) if runtime is None else (runtime.rank, runtime.world_size)
+
+    def together(work: Callable[[], Result]) -> Result:
+        return work() if runtime is None else runtime.together(work)
+
+    def check() -> Checkpoint:
+        checkpoint = open_checkpoint(path)
+        with_moments = optimizer is not None and checkpoint.has_moments
+        found = {n: s for n, s in checkpoint.manifest.shapes.items() if with_moments or n.startswith(f"{WEIGHTS}/")}
+        compare_shapes(f"{path}: checkpoint of another model", found, expected_shapes(model.config, with_moments))
+        for file in list(checkpoint.manifest.files)[rank::world_size]:
+            checkpoint.check_file(file)
+        return checkpoint
+
+    def fill() -> dict[str, int]:
+        totals: dict[str, int] = {}
+        for name, start, target, counts in _targets(model, moments, mesh):
+            values = checkpoint.read_part(name, start, target.shape)
+            target.copy_(values)
+            if counts:
+                totals[name] = totals.get(name, 0) + digest(values, start, checkpoint.tensors[name].shape)
+        return totals
+
+    checkpoint = together(check)
+    moments = None if optimizer is None or not checkpoint.has_moments else _empty_moments(model, optimizer, checkpoint)
+    totals = _add_over_ranks(together(fill), list(checkpoint.tensors), runtime)
+    together(lambda: _compare_digests(checkpoint, totals, with_moments=moments is not None))
+    return checkpoint
+
+
+Moments = dict[str, dict[Tensor, Tensor]]
+
+
+def _empty_moments(model: Transformer | Pipeline, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> Moments:
+    """The optimizer's state after so many steps, still zero: by moment and parameter."""
+    for parameter in model.parameters():
+        state = optimizer.state[parameter]
+        state["step"] = torch.tensor(float(checkpoint.step))
+        state.update({moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS})
+    return {moment: {p: optimizer.state[p][moment] for p in model.parameters()} for moment in MOMENTS}
+
+
+def _targets(model: Transformer | Pipeline, moments: Moments | None, mesh: ParallelMesh | None) -> Iterator[Target]:
+    """All that this rank holds, a rectangle of a logical tensor each. Of several ranks that hold the same, the first
+    counts it."""
+    for name, buffer in balance_biases(model):
+        yield f"{WEIGHTS}/{name}", (0,) * buffer.dim(), buffer, mesh is None or mesh.stage_rank == 0
+    for logical in logical_parameters(model):
+        first = first_row(logical.parameter)
+        counts = mesh is None or place_among_holders(logical, mesh)[0] == 0
+        parts = {WEIGHTS: logical.parameter.detach()}
+        parts |= {moment: of[logical.parameter] for moment, of in (moments or {}).items()}
+        for part, tensor in parts.items():
+            for name, start, view in pieces(logical, local_tensor(tensor), first):
+                yield f"{part}/{name}", start, view, counts
+
+
+def _add_over_ranks(totals: dict[str, int], names: list[str], runtime: Runtime | None) -> dict[str, int]:
+    """128-bit sums as four 32-bit limbs each: their sums over the ranks fit into int64."""
+    limbs = [[(totals.get(name, 0) // LIMB**place) % LIMB for place in range(4)] for name in names]
+    group = None if runtime is None else dist.group.WORLD
+    sums = all_reduce_sum(torch.tensor(limbs, dtype=torch.int64), group).tolist()
+    return {
+        name: sum(limb * LIMB**place for place, limb in enumerate(row)) % MODULUS
+        for name, row in zip(names, sums, strict=True)
+    }
+
+
+def _compare_digests(checkpoint: Checkpoint, totals: dict[str, int], *, with_moments: bool) -> None:
+    for name, entry in checkpoint.tensors.items():
+        if (with_moments or name.startswith(f"{WEIGHTS}/")) and totals[name] != int(entry.digest, 16):
+            raise ValueError(
+                f"{checkpoint.path}: {name} is not what was saved: the digest of what was read is {totals[name]:032x}, "
+                f"the manifest says {entry.digest}"
+            )

@@ -1,0 +1,175 @@
+"""The manifest of a checkpoint: which tensors it holds, in which pieces of which files, with which digests.
+
+JSON that comes from outside is validated before anything else is believed: types, names of files, pieces that cover
+each tensor exactly once.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from expert_parallel.settings import Settings
+
+FORMAT = 2
+NAME = "manifest.json"
+WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
+# As safetensors calls them.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Size = Annotated[int, Field(ge=0)]
+DType = Annotated[
+    torch.dtype, BeforeValidator(lambda name: _dtype(name)), PlainSerializer(lambda dtype: DTYPE_NAMES[dtype])
+]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.safetensors$")]  # never a path out of the folder
+Shapes = dict[str, list[int]]
+
+
+class Piece(Settings):
+    """A rectangle of a logical tensor: it begins at `start` and lies under `key` in `file`."""
+
+    file: FileName
+    key: str
+    start: tuple[Size, ...]
+    shape: tuple[Size, ...]
+
+
+class Entry(Settings):
+    """A logical tensor. digest: of digest.py, 32 hex digits."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    dtype: DType
+    shape: tuple[Size, ...]
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+class FileRecord(Settings):
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Size
+
+
+class Manifest(Settings):
+    """config: the run's resolved one. layout: the one that wrote it, for people; loading takes no notice of it."""
+
+    format: int
+    step: Size
+    config: dict[str, Any]
+    layout: str
+    files: dict[FileName, FileRecord]
+    tensors: dict[str, Entry]
+
+    @property
+    def has_moments(self) -> bool:
+        return any(not name.startswith(f"{WEIGHTS}/") for name in self.tensors)
+
+    @property
+    def shapes(self) -> Shapes:
+        return {name: list(entry.shape) for name, entry in self.tensors.items()}
+
+    def to_json(self) -> str:
+        """With a line for each tensor and file, so that `grep` is of use."""
+        tree = self.model_dump(mode="json")
+        last = {key: tree.pop(key) for key in ("files", "tensors")}
+        blocks = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in tree.items()]
+        for key, entries in last.items():
+            lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
+            blocks.append(f"{json.dumps(key)}: {{\n{lines}\n }}")
+        return "{\n " + ",\n ".join(blocks) + "\n}\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """ValueError: one sentence that names the folder and what is wrong."""
+    path = folder / NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text, object_pairs_hook=_no_key_twice)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is not a checkpoint: {NAME} cannot be read ({error})") from error
+    number = tree.get("format") if isinstance(tree, dict) else None
+    if number != FORMAT:
+        raise ValueError(f"{folder}: {NAME} has format {number}, this version reads format {FORMAT} alone")
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{folder}: {NAME} is damaged at {where}: {first['msg']}") from None
+    check_pieces(f"{folder}", manifest)
+    return manifest
+
+
+def check_pieces(what: str, manifest: Manifest) -> None:
+    """ValueError where a tensor is not covered exactly once, or a piece lies in a file that the manifest lacks."""
+    places: dict[tuple[str, str], str] = {}
+    for name, entry in manifest.tensors.items():
+        check_cover(f"{what}: {name}", entry.shape, [(piece.start, piece.shape) for piece in entry.pieces])
+        for piece in entry.pieces:
+            if piece.file not in manifest.files:
+                raise ValueError(f"{what}: {name} lies in {piece.file}, which is not among the manifest's files")
+            other = places.setdefault((piece.file, piece.key), name)
+            if other != name or entry.pieces.count(piece) > 1:
+                raise ValueError(f"{what}: {other} and {name} claim the same {piece.key} in {piece.file}")
+
+
+def check_cover(what: str, shape: Sequence[int], pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+    """ValueError unless the rectangles (start, shape) lie within `shape`, apart from each other, and fill it."""
+    for start, size in pieces:
+        fits = len(start) == len(size) == len(shape)
+        if not fits or any(s + n > whole for s, n, whole in zip(start, size, shape, strict=True)):
+            raise ValueError(f"{what}: a piece of shape {list(size)} at {list(start)} is no part of {list(shape)}")
+    covered, whole = sum(math.prod(size) for _, size in pieces), math.prod(shape)
+    if covered < whole or not pieces:
+        raise ValueError(f"{what} is not whole: its pieces hold {covered} of {whole} elements")
+    if len(pieces) > 1 and (pair := _overlapping(pieces)):
+        first, second = (list(pieces[index][0]) for index in pair)
+        raise ValueError(f"{what} is doubled: the pieces at {first} and {second} overlap")
+    assert covered == whole, (what, covered, whole)
+
+
+def _overlapping(pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[int, int] | None:
+    """The first two that have an element in common."""
+    starts = np.array([start for start, _ in pieces])
+    ends = starts + np.array([size for _, size in pieces])
+    for index in range(len(pieces) - 1):
+        meets = ((starts[index + 1 :] < ends[index]) & (starts[index] < ends[index + 1 :])).all(1)
+        if meets.any():
+            return index, index + 1 + int(meets.argmax())
+    return None
+
+
+def compare_shapes(what: str, found: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> None:
+    """ValueError that names the first tensor which is missing, of another shape, or left over."""
+    for name, shape in expected.items():
+        if name not in found:
+            raise ValueError(f"{what}: {name} is missing ({len(found)} tensors found, {len(expected)} expected)")
+        if found[name] != shape:
+            raise ValueError(f"{what}: {name} has shape {found[name]}, expected {shape}")
+    for name in found:
+        if name not in expected:
+            raise ValueError(f"{what}: {name} is left over ({len(found)} tensors found, {len(expected)} expected)")
+
+
+def _dtype(name: Any) -> Any:
+    if isinstance(name, str) and name not in DTYPES:
+        raise ValueError(f"the dtype {name!r} is none of {', '.join(DTYPES)}")
+    return DTYPES.get(name, name)
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} stands twice")
+    return tree

@@ -1,0 +1,127 @@
+"""What each rank writes, and how the ranks' parts add up to one manifest."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from expert_parallel.checkpoint.digest import MODULUS, as_text, digest
+from expert_parallel.checkpoint.manifest import (
+    MOMENTS,
+    WEIGHTS,
+    Entry,
+    FileRecord,
+    Manifest,
+    Piece,
+    Shapes,
+    check_pieces,
+    compare_shapes,
+)
+from expert_parallel.checkpoint.shapes import balance_biases
+from expert_parallel.checkpoint.tensor_files import write_tensors
+from expert_parallel.mesh import ParallelMesh
+from expert_parallel.model.pipeline import Pipeline
+from expert_parallel.model.transformer import Transformer
+from expert_parallel.moe.parameters import (
+    LogicalParameter,
+    first_row,
+    logical_parameters,
+    pieces,
+    place_among_holders,
+)
+from expert_parallel.settings import Settings
+
+
+@dataclass(frozen=True)
+class Held:
+    """A local tensor that this rank writes. part: `weights` or a moment. first: its first_row."""
+
+    part: str
+    logical: LogicalParameter | str  # a buffer's name: whole on this rank
+    first: int
+
+    def pieces(self, local: Tensor) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]:
+        """(full name, logical shape, where the piece begins, its values)."""
+        if isinstance(self.logical, str):
+            yield f"{self.part}/{self.logical}", tuple(local.shape), (0,) * local.dim(), local
+            return
+        shape = tuple(self.logical.shape)
+        for name, start, values in pieces(self.logical, local, self.first):
+            yield f"{self.part}/{name}", shape, start, values
+
+
+class RankPart(Settings):
+    """What a rank's marker says: its share of the manifest. Digests are of its pieces alone."""
+
+    files: dict[str, FileRecord]
+    tensors: dict[str, Entry]
+
+
+def share_of_writing(model: Transformer | Pipeline, mesh: ParallelMesh) -> Iterator[Held]:
+    """What this rank writes: of what several ranks hold, each writes a part, so that they have about equally much."""
+    loads: dict[tuple[bool, int], list[int]] = {}
+    for logical in logical_parameters(model):
+        index, count = place_among_holders(logical, mesh)
+        # All holders see the same parameters in the same order, so they come to the same shares without a word.
+        load = loads.setdefault((logical.is_expert, count), [0] * count)
+        first = first_row(logical.parameter)
+        for part in (WEIGHTS, *MOMENTS):
+            writer = load.index(min(load))
+            load[writer] += len(logical.names) * logical.shape.numel()
+            if writer == index:
+                yield Held(part, logical, first)
+    if mesh.stage_rank == 0:
+        yield from (Held(WEIGHTS, name, 0) for name, _ in balance_biases(model))
+
+
+def write_part(folder: Path, rank: int, content: list[tuple[Held, Tensor]]) -> RankPart:
+    """This rank's file, and what the manifest says of it. A rank that has nothing to write writes no file."""
+    file = f"rank_{rank:05d}.safetensors"
+    entries: dict[str, Entry] = {}
+    tensors: list[tuple[str, Tensor]] = []
+    places: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for held, local in content:
+        for name, shape, start, values in held.pieces(local):
+            key = name if values.shape == shape else f"{name}@{','.join(map(str, start))}"
+            piece = Piece(file=file, key=key, start=start, shape=tuple(values.shape))
+            before = entries[name].pieces if name in entries else ()
+            entries[name] = Entry(dtype=values.dtype, shape=shape, digest=as_text(0), pieces=(*before, piece))
+            places[key] = (name, start)
+            tensors.append((key, values))
+    totals = dict.fromkeys(entries, 0)
+
+    def add_digest(key: str, values: Tensor) -> None:
+        name, start = places[key]
+        totals[name] += digest(values, start, entries[name].shape)
+
+    files = {file: write_tensors(folder / file, tensors, add_digest)} if tensors else {}
+    found = {name: entry.model_copy(update={"digest": as_text(totals[name])}) for name, entry in entries.items()}
+    return RankPart(files=files, tensors=found)
+
+
+def add_up(manifest: Manifest, markers: list[Path], expected: Shapes) -> Manifest:
+    """The ranks' parts as one. ValueError where a tensor is missing, left over, or not covered exactly once."""
+    files: dict[str, FileRecord] = {}
+    tensors: dict[str, Entry] = {}
+    for path in markers:
+        try:
+            part = RankPart.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValidationError as error:
+            raise ValueError(f"{path} is damaged: {error.errors()[0]['msg']}") from error
+        files |= part.files
+        for name, entry in part.tensors.items():
+            other = tensors.get(name, entry.model_copy(update={"digest": as_text(0), "pieces": ()}))
+            assert (entry.shape, entry.dtype) == (other.shape, other.dtype), (name, entry, other)
+            total = (int(other.digest, 16) + int(entry.digest, 16)) % MODULUS
+            joined = {"digest": as_text(total), "pieces": (*other.pieces, *entry.pieces)}
+            tensors[name] = entry.model_copy(update=joined)
+    whole = manifest.model_copy(update={"files": files, "tensors": dict(sorted(tensors.items()))})
+    compare_shapes(f"step {manifest.step}: what the ranks wrote", whole.shapes, expected)
+    check_pieces(f"step {manifest.step}: what the ranks wrote", whole)
+    return whole
+
+
+def marker(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank:05d}.json"

@@ -1,0 +1,165 @@
+"""What the commands say of checkpoints: what is in one, whether it is whole, how two of them differ."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from pydantic import ValidationError
+
+from expert_parallel.checkpoint.config import changed_settings
+from expert_parallel.checkpoint.digest import MODULUS, digest
+from expert_parallel.checkpoint.files import Checkpoint, expected_shapes
+from expert_parallel.checkpoint.manifest import DTYPE_NAMES, WEIGHTS, Entry, compare_shapes
+from expert_parallel.model.config import ModelConfig
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """Step, parameters, layout, experts, tensors in groups, files."""
+    manifest = checkpoint.manifest
+    weights = {name.removeprefix(f"{WEIGHTS}/"): e for name, e in manifest.tensors.items() if name.startswith(WEIGHTS)}
+    numbers = sum(entry.numel for entry in weights.values())
+    in_experts = sum(entry.numel for name, entry in weights.items() if _expert_of(name))
+    share = f", of which {in_experts:,} ({in_experts / numbers:.1%}) in experts" if in_experts else ""
+    lines = [
+        f"{checkpoint.path}",
+        f"step        {manifest.step}",
+        f"written by  {manifest.layout}",
+        f"numbers     {numbers:,} in weights and balance biases{share}",
+        f"holds       {', '.join(_parts(checkpoint))}",
+        f"experts     {_experts(weights)}",
+        "",
+        *_table([("tensors", "count", "shape", "numbers"), *_groups(weights)]),
+        "",
+        *_table([("files", "bytes"), *((name, f"{record.bytes:,}") for name, record in manifest.files.items())]),
+        f"{sum(record.bytes for record in manifest.files.values()):,} bytes in {len(manifest.files)} files",
+    ]
+    return "\n".join(lines)
+
+
+def problems(checkpoint: Checkpoint) -> Iterator[str]:
+    """All that is wrong: the bytes of files, names and shapes against the config, digests of what the files hold. That
+    the manifest is in order and covers each tensor once was found out when it was opened."""
+    damaged = set()
+    for file in checkpoint.manifest.files:
+        try:
+            checkpoint.check_file(file)
+        except ValueError as error:
+            damaged.add(file)
+            yield str(error)
+    stray = {path.name for path in checkpoint.path.glob("*.safetensors")} - checkpoint.manifest.files.keys()
+    yield from (f"{checkpoint.path / name} is not among the manifest's files" for name in sorted(stray))
+    try:
+        model = ModelConfig.model_validate(checkpoint.config.get("model"))
+        expected = expected_shapes(model, checkpoint.has_moments)
+        compare_shapes(f"{checkpoint.path}: against its config", checkpoint.manifest.shapes, expected)
+    except ValidationError as error:
+        yield f"{checkpoint.path}: its config has no model that this version knows: {error.errors()[0]['msg']}"
+    except ValueError as error:
+        yield str(error)
+    for name, entry in checkpoint.tensors.items():
+        try:
+            found = f"{digest_of(checkpoint, name):032x}"
+        except ValueError as error:
+            yield str(error)
+            continue
+        if found != entry.digest:
+            yield f"{checkpoint.path}: {name} has changed: its digest is {found}, the manifest says {entry.digest}"
+
+
+def digest_of(checkpoint: Checkpoint, name: str) -> int:
+    """From the bytes of the files, piece by piece."""
+    entry = checkpoint.tensors[name]
+    parts = (
+        digest(checkpoint.read_part(name, piece.start, piece.shape), piece.start, entry.shape) for piece in entry.pieces
+    )
+    return sum(parts) % MODULUS
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of a tensor of two checkpoints."""
+
+    name: str
+    what: str
+
+
+def differences(first: Checkpoint, second: Checkpoint) -> Iterator[Difference]:
+    """Tensors that one lacks, or that have another shape, dtype or value. Equal digests are equal tensors; others are
+    read."""
+    for name in sorted(first.tensors | second.tensors, key=_weights_first):
+        one, other = first.tensors.get(name), second.tensors.get(name)
+        if one is None or other is None:
+            yield Difference(name, f"only in {'A' if other is None else 'B'}")
+        elif one.shape != other.shape:
+            yield Difference(name, f"shape {list(one.shape)} and {list(other.shape)}")
+        elif (one.dtype, one.digest) != (other.dtype, other.digest):
+            dtypes = "" if one.dtype == other.dtype else f"{DTYPE_NAMES[one.dtype]} and {DTYPE_NAMES[other.dtype]}, "
+            gap = (first.read(name).double() - second.read(name).double()).abs().max()
+            yield Difference(name, f"{dtypes}largest absolute difference {float(gap):.3g}")
+
+
+def headline(first: Checkpoint, second: Checkpoint) -> str:
+    """What differs beside tensors."""
+    both = {"A": first, "B": second}
+    lines = [f"{letter}: {c.path}, step {c.step}, written by {c.manifest.layout}" for letter, c in both.items()]
+    lines.append(f"layouts: {'the same' if first.manifest.layout == second.manifest.layout else 'different'}")
+    changes = changed_settings(first.config, second.config)
+    lines += [f"config: {path} {old!r} -> {new!r}" for path, old, new in changes] or ["config: the same"]
+    return "\n".join(lines)
+
+
+def _parts(checkpoint: Checkpoint) -> list[str]:
+    """`weights (F32)`, and the moments."""
+    dtypes: dict[str, set[torch.dtype]] = {}
+    for name, entry in checkpoint.tensors.items():
+        dtypes.setdefault(name.partition("/")[0], set()).add(entry.dtype)
+    parts = sorted(dtypes.items(), key=lambda item: _weights_first(item[0]))
+    return [f"{part} ({', '.join(sorted(DTYPE_NAMES[d] for d in found))})" for part, found in parts]
+
+
+def _expert_of(name: str) -> tuple[str, int] | None:
+    """Block and global number."""
+    match = re.fullmatch(r"(.*)\.experts\.(\d+)\.\w+", name)
+    return (match.group(1), int(match.group(2))) if match else None
+
+
+def _experts(weights: dict[str, Entry]) -> str:
+    """`8 in blocks 1, 3`."""
+    of_layer: dict[str, set[int]] = {}
+    for layer, expert in filter(None, map(_expert_of, weights)):
+        of_layer.setdefault(layer, set()).add(expert)
+    blocks: dict[int, list[str]] = {}
+    for layer in sorted(of_layer, key=_natural):
+        blocks.setdefault(len(of_layer[layer]), []).append(re.sub(r"\D", "", layer))
+    return "; ".join(f"{count} in blocks {', '.join(numbers)}" for count, numbers in blocks.items()) or "none"
+
+
+def _groups(weights: dict[str, Entry]) -> Iterator[tuple[str, ...]]:
+    """Tensors whose names differ by numbers alone, together: name, count, shape, numbers."""
+    groups: dict[tuple[str, tuple[int, ...]], list[Entry]] = {}
+    for name in sorted(weights, key=_natural):
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        groups.setdefault((pattern, weights[name].shape), []).append(weights[name])
+    for (pattern, shape), entries in groups.items():
+        yield pattern, str(len(entries)), str(list(shape)), f"{sum(entry.numel for entry in entries):,}"
+
+
+def _weights_first(name: str) -> tuple[bool, list[int | str]]:
+    return not name.startswith(WEIGHTS), _natural(name)
+
+
+def _natural(name: str) -> list[int | str]:
+    """Sorts block 10 behind block 9."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    """The first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]

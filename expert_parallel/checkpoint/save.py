@@ -1,0 +1,246 @@
+"""Saving, on all ranks together: a copy to host memory is all that training waits for; a thread writes it.
+
+    main thread    finish the last save; agree on a fresh folder; copy to host memory; train on
+    thread         write the own file, leave rank_N.json; rank 0 waits for all of these, adds them up, renames
+
+Threads communicate through files alone: no collective of theirs can get between those of training.
+"""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expert_parallel.checkpoint.config import CheckpointConfig
+from expert_parallel.checkpoint.folders import (
+    list_checkpoints,
+    new_partial,
+    point_to_newest,
+    prune,
+    publish,
+    remove_partial,
+    step_folder,
+    write_whole,
+)
+from expert_parallel.checkpoint.manifest import FORMAT, NAME, WEIGHTS, Manifest
+from expert_parallel.checkpoint.part import Held, add_up, marker, share_of_writing, write_part
+from expert_parallel.checkpoint.shapes import balance_biases, expected_shapes
+from expert_parallel.collectives import gather_text
+from expert_parallel.mesh import ParallelMesh
+from expert_parallel.model.pipeline import Pipeline
+from expert_parallel.model.transformer import Transformer
+from expert_parallel.moe.parameters import local_tensor
+from expert_parallel.runtime import Runtime, UserError
+
+GRACE_SECONDS = 60.0  # for a save under way when the run ends by an error
+
+
+class Saver:
+    """Saves a model and its optimizer into `folder`. A context manager: leaving it waits for what is being written.
+
+    config: the run's, resolved. layout: a text for people. say: what rank 0 tells the user.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Transformer | Pipeline,
+        optimizer: torch.optim.Optimizer,
+        mesh: ParallelMesh,
+        runtime: Runtime,
+        settings: CheckpointConfig,
+        *,
+        config: dict[str, Any],
+        layout: str,
+        say: Callable[[str], None],
+    ) -> None:
+        self.folder, self.model, self.optimizer = folder, model, optimizer
+        self.runtime, self.settings, self.say = runtime, settings, say
+        self.config, self.layout = config, layout
+        self.expected = expected_shapes(model.config, moments=True)
+        self.mine = list(share_of_writing(model, mesh))
+        self.buffers = list(self._host_memory()) if settings.background else []  # every save uses them again
+        self.attempt: Attempt | None = None
+
+    def save(self, step: int, *, is_last: bool = False) -> None:
+        """Every rank calls it. A save that fails is said, and training goes on; a UserError if it was the run's last,
+        from here or from `finish`."""
+        self._said(self.finish)
+        if is_last:
+            self._start(step)
+        else:
+            self._said(lambda: self._start(step))
+
+    def finish(self) -> None:
+        """Waits for the save under way. UserError on all ranks if it failed on any; what it has written is removed."""
+        attempt, self.attempt = self.attempt, None
+        if attempt is None:
+            return
+        try:
+            self.runtime.together(attempt.wait_for_file)
+            self.runtime.together(attempt.wait_for_commit)
+        except UserError as error:
+            attempt.abandon()
+            whole = list_checkpoints(self.folder)
+            last = f"the last checkpoint is {whole[-1].name}" if whole else "there is no checkpoint yet"
+            raise UserError(f"step {attempt.manifest.step} is not saved: {error}; {last}") from None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """By an error: what is being written may still become whole, but nobody is waited for without end."""
+        if kind is None:
+            self.finish()
+        elif self.attempt is not None:
+            self.attempt.thread.join(GRACE_SECONDS)
+
+    def _said(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except UserError as error:
+            self.say(f"{error}; training goes on")
+
+    def _start(self, step: int) -> None:
+        partial = self._begin(step)
+        manifest = Manifest(format=FORMAT, step=step, config=self.config, layout=self.layout, files={}, tensors={})
+        tensors = self._copied() if self.settings.background else self.live()
+        final, content = step_folder(self.folder, step), list(zip(self.mine, tensors, strict=True))
+        self.attempt = Attempt(self, final, partial, manifest, content)
+        self.attempt.thread.start()
+        if not self.settings.background:
+            self.finish()
+
+    def _begin(self, step: int) -> Path:
+        """A fresh folder, made by rank 0 and told to all: what an earlier attempt left cannot get into this one."""
+
+        def begin() -> str:
+            if self.runtime.rank > 0:
+                return ""
+            try:
+                remove_partial(self.folder)
+                return new_partial(step_folder(self.folder, step)).name
+            except OSError as error:
+                raise ValueError(f"step {step} is not saved: {_reason(error)}") from error
+
+        name = self.runtime.together(begin)
+        return self.folder / gather_text(name, torch.device("cpu"))[0]
+
+    def _host_memory(self) -> Iterator[Tensor]:
+        """For a copy of what this rank writes. Touched here, so that no save waits for the system to find it."""
+        for held in self.mine:
+            like = self._tensor(Held(WEIGHTS, held.logical, 0))  # moments have the shape and dtype of their parameter
+            yield torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda).fill_(0)
+
+    def live(self) -> list[Tensor]:
+        """The tensors that this rank writes, in the order of `mine`."""
+        return [self._tensor(held) for held in self.mine]
+
+    def _tensor(self, held: Held) -> Tensor:
+        if isinstance(held.logical, str):
+            return dict(balance_biases(self.model))[held.logical]
+        parameter = held.logical.parameter
+        return local_tensor(parameter if held.part == WEIGHTS else self.optimizer.state[parameter][held.part]).detach()
+
+    def _copied(self) -> list[Tensor]:
+        """Their copies in host memory."""
+        for buffer, tensor in zip(self.buffers, self.live(), strict=True):
+            assert (buffer.shape, buffer.dtype) == (tensor.shape, tensor.dtype), (buffer.shape, tensor.shape)
+            buffer.copy_(tensor, non_blocking=True)
+        if self.runtime.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return self.buffers
+
+
+@dataclass
+class Attempt:
+    """One save on one rank: what its thread writes, and what has become of it."""
+
+    saver: Saver
+    final: Path
+    partial: Path
+    manifest: Manifest  # still without files and tensors
+    content: list[tuple[Held, Tensor]]
+    thread: threading.Thread = field(init=False)
+    file_is_done: threading.Event = field(default_factory=threading.Event)
+    is_given_up: threading.Event = field(default_factory=threading.Event)
+    failure: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.thread = threading.Thread(target=self._run, name=f"save step {self.manifest.step}", daemon=True)
+
+    def wait_for_file(self) -> None:
+        self.file_is_done.wait()
+        self._raise()
+
+    def wait_for_commit(self) -> None:
+        self.thread.join()
+        self._raise()
+
+    def abandon(self) -> None:
+        self.is_given_up.set()
+        self.thread.join()
+        if self.saver.runtime.rank == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _raise(self) -> None:
+        if isinstance(self.failure, OSError):
+            raise ValueError(_reason(self.failure)) from self.failure
+        if self.failure is not None:
+            raise self.failure
+
+    def _run(self) -> None:
+        self._do(self._write_file)
+        self.file_is_done.set()
+        if self.saver.runtime.rank == 0 and self.failure is None:
+            self._do(self._commit)
+
+    def _do(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as failure:  # the main thread raises it, where all ranks agree
+            self.failure = failure
+
+    def _write_file(self) -> None:
+        rank = self.saver.runtime.rank
+        part = write_part(self.partial, rank, self.content)
+        write_whole(marker(self.partial, rank), part.model_dump_json())
+
+    def _everyone_is_done(self) -> bool:
+        """Waits for the markers of all ranks. False: the save has been given up."""
+        world_size, limit = self.saver.runtime.world_size, self.saver.runtime.timeout.total_seconds()
+        end, pause, waiting = time.monotonic() + limit, 0.005, list(range(world_size))
+        while waiting := [rank for rank in waiting if not marker(self.partial, rank).exists()]:
+            if time.monotonic() > end:
+                raise ValueError(f"rank {waiting[0]} has not written its file {limit:.0f} s after rank 0")
+            if self.is_given_up.wait(pause):
+                return False
+            pause = min(2 * pause, 0.5)
+        return True
+
+    def _commit(self) -> None:
+        saver = self.saver
+        if not self._everyone_is_done():
+            return
+        markers = [marker(self.partial, rank) for rank in range(saver.runtime.world_size)]
+        manifest = add_up(self.manifest, markers, saver.expected)
+        write_whole(self.partial / NAME, manifest.to_json())
+        for path in markers:
+            path.unlink()
+        publish(self.partial, self.final)
+        saver.say(f"saved {self.final}")
+        try:
+            point_to_newest(saver.folder)
+            prune(saver.folder, saver.settings.keep, saver.settings.keep_every)
+        except OSError as error:  # this one is whole all the same
+            saver.say(f"beside it, {error.filename} cannot be changed: {error.strerror}")
+
+
+def _reason(error: OSError) -> str:
+    return f"cannot write {error.filename}: {error.strerror}"

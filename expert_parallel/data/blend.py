@@ -1,0 +1,152 @@
+"""Blends: sample i of a run comes from the corpora by their weights, and from each corpus in an order of its own.
+
+Everything is a function of (seed, i), at the same small cost for any i, and nothing grows with the corpora but the
+files themselves: an epoch's order is a permutation that is computed for one window at a time, not a table of all. (A
+table takes 8 bytes a window on every rank, and is drawn anew every epoch; 100 billion tokens in sequences of 4,096 are
+200 MB. The table of a blend takes 8 MB, whatever it blends.)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expert_parallel.data.sampler import Tokens, count_windows, evenly, too_short, windows
+from expert_parallel.moe.random import mix
+
+PERIOD = 1 << 20  # samples after which the pattern of corpora begins anew: weights are kept to a millionth
+ROUNDS = 6
+
+
+class Pattern(NamedTuple):
+    """For each place of the period: its corpus, and how many places of that corpus come before it. counts: places of
+    each corpus in a period."""
+
+    corpus: np.ndarray[Any, Any]
+    before: np.ndarray[Any, Any]
+    counts: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a corpus has for training, or for evaluation. setting: that names it. file, begin: where its tokens lie."""
+
+    setting: str
+    file: Path
+    begin: int
+    tokens: Tokens
+    weight: float
+
+    def num_windows(self, sequence_length: int, purpose: str) -> int:
+        """ValueError where there is none."""
+        number = count_windows(self.tokens, sequence_length)
+        if number < 1:
+            what = f"{self.setting}: {self.file} holds"
+            raise ValueError(too_short(what, f"tokens for {purpose}", len(self.tokens), sequence_length))
+        return number
+
+    def windows(self, sequence_length: int, order: Sequence[int], vocab_size: int) -> Tensor:
+        """int64, (len(order), S + 1). ValueError where a token is beyond the vocabulary: the embedding has no row."""
+        tokens = windows(self.tokens, sequence_length, order)
+        wrong = (tokens < 0) | (tokens >= vocab_size)
+        if wrong.any():
+            row, column = wrong.nonzero()[0].tolist()
+            place = self.begin + order[row] * sequence_length + column
+            raise ValueError(
+                f"{self.setting}: {self.file} holds {int(tokens[row, column])} as token {place}, model.vocab_size is "
+                f"{vocab_size}"
+            )
+        return tokens
+
+
+@dataclass(frozen=True, eq=False)
+class BlendSampler:
+    """An endless list of sequences of several corpora (Sampler), each of which goes through epochs of its own."""
+
+    parts: Sequence[Part]
+    sequence_length: int
+    seed: int
+    vocab_size: int
+    separator: int | None = None
+
+    def __post_init__(self) -> None:
+        assert all(self.num_windows)
+        for part, count in zip(self.parts, self.pattern.counts, strict=True):
+            if not count:
+                total = sum(part.weight for part in self.parts)
+                raise ValueError(
+                    f"{part.setting}: its weight is {part.weight:g} of {total:g} in all, it must be at least one part "
+                    f"in {PERIOD}"
+                )
+
+    @property
+    def pattern(self) -> Pattern:
+        return spread(tuple(part.weight for part in self.parts))
+
+    @cached_property
+    def num_windows(self) -> list[int]:
+        return [part.num_windows(self.sequence_length, "training") for part in self.parts]
+
+    def place_of(self, sample: int) -> tuple[int, int, int]:
+        """Corpus, epoch of the corpus, window."""
+        period, place = divmod(sample, PERIOD)
+        corpus_p, before_p, counts = self.pattern
+        corpus = int(corpus_p[place])
+        epoch, position = divmod(period * counts[corpus] + int(before_p[place]), self.num_windows[corpus])
+        return corpus, epoch, shuffled(position, self.num_windows[corpus], mix(self.seed, corpus, epoch))
+
+    def sequences(self, first: int, count: int) -> Tensor:
+        places = [self.place_of(sample) for sample in range(first, first + count)]
+        length = self.sequence_length
+        rows = [self.parts[corpus].windows(length, [window], self.vocab_size) for corpus, _, window in places]
+        return torch.cat([torch.empty((0, length + 1), dtype=torch.int64), *rows])
+
+    def epochs(self, num_samples: int) -> list[float]:
+        """How often so many samples go through each corpus."""
+        periods = num_samples / PERIOD
+        return [periods * count / n for count, n in zip(self.pattern.counts, self.num_windows, strict=True)]
+
+
+def blended_held_out(parts: Sequence[Part], sequence_length: int, limit: int, vocab_size: int) -> Tensor:
+    """Held-out sequences of all corpora, int64, (n, S + 1): of each as many as are among the first `limit` samples."""
+    corpus_p = spread(tuple(part.weight for part in parts)).corpus
+    found = []
+    for number, part in enumerate(parts):
+        if wanted := int((corpus_p[:limit] == number).sum()):
+            order = evenly(part.num_windows(sequence_length, "evaluation (data.held_out)"), wanted)
+            found.append(part.windows(sequence_length, order, vocab_size))
+    return torch.cat(found)
+
+
+@lru_cache(maxsize=8)
+def spread(weights: tuple[float, ...]) -> Pattern:
+    """Places in proportion to the weights, those of a corpus at equal distances: the j-th of n lies at (j + 1/2) / n of
+    the period. So is every stretch of samples in proportion, within about one sample a corpus."""
+    shares = np.array(weights) / sum(weights) * PERIOD
+    counts = np.floor(shares).astype(np.int64)
+    largest_rests = np.argsort(counts - shares, kind="stable")
+    counts[largest_rests[: PERIOD - counts.sum()]] += 1
+    places = np.concatenate([(2 * np.arange(count) + 1) / (2 * count) for count in counts])
+    corpus = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    before = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
+    order = np.lexsort((corpus, places))
+    return Pattern(corpus[order], before[order], counts.tolist())
+
+
+def shuffled(position: int, size: int, key: int) -> int:
+    """Position -> place, a permutation of range(size) for each key: a Feistel network (Luby and Rackoff 1988) over the
+    next power of four, gone through again while the result lies outside (cycle walking, Black and Rogaway 2002)."""
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = position >> half, position & mask
+        for number in range(ROUNDS):
+            left, right = right, left ^ (mix(key, number, right) & mask)
+        position = left << half | right
+        if position < size:
+            return position

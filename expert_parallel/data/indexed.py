@@ -1,0 +1,176 @@
+"""Token files in Megatron's indexed layout: PREFIX.bin holds token ids end to end, PREFIX.idx says where they begin.
+
+PREFIX.idx, little-endian, as megatron/core/datasets/indexed_dataset.py reads and writes it:
+
+    9 bytes    b"MMIDIDX" and two zeros
+    uint64     version: 1
+    uint8      code of the tokens' dtype (DTYPES)
+    uint64     N: sequences
+    uint64     M: documents + 1
+    int32 N    tokens of each sequence
+    int64 N    byte of PREFIX.bin with which each sequence begins: there are no gaps
+    int64 M    sequence with which each document begins, and N; a document is one sequence in most corpora
+
+Files stay on disk: they are memory-mapped, and opening reads the index alone.
+"""
+
+import bisect
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MAGIC = b"MMIDIDX\0\0"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+CHUNK = 1 << 20  # sequences that are checked at a time
+
+
+@dataclass(frozen=True, eq=False)
+class IndexedTokens:
+    """tokens: all of them, end to end. lengths, begins: of each sequence, in tokens and as byte. documents: the first
+    sequence of each, and the number of sequences."""
+
+    path: Path
+    tokens: np.ndarray[Any, Any]
+    lengths: np.ndarray[Any, Any]
+    begins: np.ndarray[Any, Any]
+    documents: np.ndarray[Any, Any]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.documents) - 1
+
+    def document_begin(self, document: int) -> int:
+        """The token with which it begins; that of the document after the last is the number of tokens."""
+        sequence = int(self.documents[document])
+        at_end = sequence == len(self.lengths)
+        return self.num_tokens if at_end else int(self.begins[sequence]) // self.tokens.itemsize
+
+    def held_out_begin(self, held_out: float) -> int:
+        """The token with which the held-out part begins: the fewest last documents that make up the fraction. Where
+        these are more than half of all (a lone document), it is the token instead."""
+        wanted = math.ceil(held_out * self.num_tokens)
+        latest = self.num_tokens - wanted
+        document = bisect.bisect_right(range(self.num_documents), latest, key=self.document_begin) - 1
+        begin = self.document_begin(document)
+        return latest if 2 * (self.num_tokens - begin) > self.num_tokens else begin
+
+
+def with_suffix(prefix: str, suffix: str) -> Path:
+    """PREFIX may hold dots."""
+    return Path(prefix + suffix)
+
+
+def smallest_dtype(vocab_size: int) -> type[np.generic]:
+    """Megatron's choice, and one byte where that will do; it reads all of them."""
+    return np.uint8 if vocab_size <= 256 else np.uint16 if vocab_size < 65500 else np.int32
+
+
+def write_index(path: Path, dtype: type[np.generic], lengths: np.ndarray[Any, Any]) -> None:
+    """The index of documents of one sequence each. lengths: int32, tokens of each."""
+    code = next(code for code, known in DTYPES.items() if known is dtype)
+    ends = np.cumsum(lengths, dtype="<i8") * np.dtype(dtype).itemsize
+    with path.open("wb") as stream:
+        stream.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
+        stream.write(lengths.astype("<i4").tobytes())
+        stream.write(np.concatenate([np.zeros(1, "<i8"), ends])[:-1].tobytes())
+        stream.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+
+
+def open_indexed(prefix: str) -> IndexedTokens:
+    """ValueError, with file and place, where a file is missing, cut off, or where the two do not fit each other."""
+    index, data = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
+    missing = [path for path in (index, data) if not path.is_file()]
+    if missing:
+        hint = " (give the path without .bin or .idx)" if prefix.endswith((".bin", ".idx")) else ""
+        also = "" if len(missing) == 2 else f", though {({index, data} - set(missing)).pop()} is there"
+        raise ValueError(f"there is no file {' and no file '.join(map(str, missing))}{also}{hint}")
+    try:
+        size, data_size = index.stat().st_size, data.stat().st_size
+        with index.open("rb") as stream:
+            header = stream.read(HEADER.size)
+        if len(header) < HEADER.size:
+            raise ValueError(f"{index} is cut off: it has {size} bytes, its header alone takes {HEADER.size}")
+        dtype, num_sequences, num_entries = _read_header(index, header, size)
+        lengths = np.memmap(index, "<i4", "r", HEADER.size, (num_sequences,))
+        begins = np.memmap(index, "<i8", "r", HEADER.size + lengths.nbytes, (num_sequences,))
+        documents = np.memmap(index, "<i8", "r", HEADER.size + lengths.nbytes + begins.nbytes, (num_entries,))
+        num_bytes = _check_sequences(index, lengths, begins, dtype.itemsize)
+        _check_documents(index, documents, num_sequences)
+        if data_size != num_bytes:
+            raise ValueError(f"{data} has {data_size} bytes, its index {index} comes to {num_bytes}")
+        if num_bytes == 0:
+            raise ValueError(f"{data} is empty: its index lists {num_sequences} sequences without a token")
+        return IndexedTokens(Path(prefix), np.memmap(data, dtype, "r"), lengths, begins, documents)
+    except OSError as error:
+        raise ValueError(f"{error.filename or index} cannot be read: {error.strerror or error}") from error
+
+
+def _read_header(index: Path, header: bytes, size: int) -> tuple[np.dtype[Any], int, int]:
+    """dtype of the tokens, N, M."""
+    magic, version, code, num_sequences, num_entries = HEADER.unpack(header)
+    if magic != MAGIC:
+        raise ValueError(f"{index} is no index of Megatron's: it begins with {magic!r}, not with {MAGIC!r}")
+    if version != 1:
+        raise ValueError(f"{index} is of version {version} (byte 9), only version 1 is known")
+    if code not in DTYPES:
+        raise ValueError(f"{index} has code {code} for the tokens' dtype (byte 17), it must be one of {list(DTYPES)}")
+    expected = HEADER.size + 12 * num_sequences + 8 * num_entries
+    if size == expected + num_sequences and num_sequences:
+        raise ValueError(f"{index} holds a mode for each of {num_sequences} sequences: multimodal corpora are unknown")
+    if size != expected:
+        raise ValueError(
+            f"{index} has {size} bytes, its counts of {num_sequences} sequences and {num_entries} entries of documents "
+            f"(bytes 18 to 33) come to {expected}"
+        )
+    if num_sequences == 0:
+        raise ValueError(f"{index} is empty: it lists 0 sequences")
+    return np.dtype(DTYPES[code]).newbyteorder("<"), num_sequences, num_entries
+
+
+def _check_sequences(index: Path, lengths: np.ndarray[Any, Any], begins: np.ndarray[Any, Any], itemsize: int) -> int:
+    """Each begins where the one before ends. The bytes of all."""
+    expected = 0
+    for first in range(0, len(lengths), CHUNK):
+        length_n = np.asarray(lengths[first : first + CHUNK], dtype=np.int64)
+        begin_n = np.asarray(begins[first : first + CHUNK])
+        expected_n = expected + np.concatenate([[0], np.cumsum(length_n) * itemsize])
+        wrong_n = (length_n < 0) | (begin_n != expected_n[:-1])
+        if wrong_n.any():
+            place = int(wrong_n.argmax())
+            raise ValueError(
+                f"{index}: sequence {first + place} of {len(lengths)} has {length_n[place]} tokens from byte "
+                f"{begin_n[place]}, it should begin at byte {expected_n[place]}, where the one before it ends"
+            )
+        expected = int(expected_n[-1])
+    return expected
+
+
+def _check_documents(index: Path, documents: np.ndarray[Any, Any], num_sequences: int) -> None:
+    """They begin at sequence 0, never go back, and end with the last sequence."""
+    if len(documents) < 2:
+        raise ValueError(f"{index} is empty: it lists {num_sequences} sequences but no document")
+    before = 0
+    for first in range(0, len(documents), CHUNK):
+        begin_n = np.asarray(documents[first : first + CHUNK])
+        wrong_n = np.diff(begin_n, prepend=before) < 0
+        wrong_n |= begin_n > num_sequences
+        if first == 0:
+            wrong_n[0] |= begin_n[0] != 0
+        if wrong_n.any():
+            place = int(wrong_n.argmax())
+            raise ValueError(
+                f"{index}: document {first + place} begins with sequence {begin_n[place]} of {num_sequences}, out of "
+                f"order: the one before it begins with {begin_n[place - 1] if place else before}"
+            )
+        before = int(begin_n[-1])
+    if before != num_sequences:
+        raise ValueError(f"{index}: its documents end with sequence {before} of {num_sequences}")

@@ -1,0 +1,70 @@
+"""What token files hold, in words."""
+
+import numpy as np
+
+from expert_parallel.data.indexed import CHUNK, IndexedTokens, open_indexed, with_suffix
+from expert_parallel.data.info import TokensInfo, check_info, named_in, read_info
+from expert_parallel.data.tokenizer import file_sha256, open_tokenizer
+
+
+def describe(prefix: str, num_shown: int, verify: bool) -> str:
+    """ValueError where the files are damaged; with `verify` also where tokens are."""
+    corpus, info = open_indexed(prefix), read_info(prefix)
+    begins = np.array([corpus.document_begin(number) for number in sample(corpus.num_documents)])
+    ends = np.array([corpus.document_begin(number + 1) for number in sample(corpus.num_documents)])
+    lengths = np.sort(ends - begins)
+    shown = corpus.tokens[:num_shown].tolist()
+    of = "" if len(lengths) == corpus.num_documents else f" (of {len(lengths):,} of them, evenly spread)"
+    lines = [
+        f"documents   {corpus.num_documents:,}" + _sequences(corpus),
+        f"tokens      {corpus.num_tokens:,} as {corpus.tokens.dtype.name}, {corpus.tokens.nbytes:,} bytes",
+        f"lengths     {lengths[0]:,} to {lengths[-1]:,} tokens, median {np.median(lengths):,.0f}, "
+        f"mean {corpus.num_tokens / corpus.num_documents:,.1f}{of}",
+    ]
+    if info is not None:
+        check_info(prefix, corpus, info)
+        lines += _described(info)
+    lines += [f"begins      {' '.join(map(str, shown))}"] if shown else []
+    if info is not None and shown:
+        lines.append(f"            {open_tokenizer(*named_in(prefix, info)).decode(shown)!r}")
+    if verify:
+        lines.append(f"verified    {check_tokens(prefix, corpus, info)}")
+    return "\n".join(lines)
+
+
+def sample(number: int, most: int = 100_000) -> list[int]:
+    """At most so many of the documents: the index of a large corpus need not be read for a median."""
+    count = min(number, most)
+    return [place * number // count for place in range(count)]
+
+
+def check_tokens(prefix: str, corpus: IndexedTokens, info: TokensInfo | None) -> str:
+    """Reads everything."""
+    low, high = 0, 0
+    for first in range(0, corpus.num_tokens, CHUNK):
+        chunk = corpus.tokens[first : first + CHUNK]
+        low, high = min(low, int(chunk.min())), max(high, int(chunk.max()))
+    if info is None:
+        return f"ids from {low} to {high}; there is no {with_suffix(prefix, '.json').name} to compare with"
+    file = with_suffix(prefix, ".bin")
+    if low < 0 or high >= info.vocab_size:
+        raise ValueError(f"{file} holds ids from {low} to {high}, its vocabulary is of {info.vocab_size} tokens")
+    if (found := file_sha256(file)) != info.sha256:
+        raise ValueError(f"{file} has sha256 {found}, {with_suffix(prefix, '.json')} says {info.sha256}")
+    for document in range(corpus.num_documents):
+        if corpus.tokens[corpus.document_begin(document + 1) - 1] != info.end_id:
+            raise ValueError(f"{file}: document {document} does not end with token {info.end_id}")
+    return f"sha256, ids up to {high}, and the end of each document"
+
+
+def _sequences(corpus: IndexedTokens) -> str:
+    return "" if len(corpus.lengths) == corpus.num_documents else f" of {len(corpus.lengths):,} sequences"
+
+
+def _described(info: TokensInfo) -> list[str]:
+    return [
+        f"tokenizer   {info.tokenizer}, {info.vocab_size:,} tokens; {info.end_id} ends a document",
+        f"sha256      {info.sha256}",
+        f"from        {info.sources.files:,} files, {info.sources.bytes:,} bytes, sha256 {info.sources.sha256}"
+        + (f"; {info.empty_documents_left_out:,} empty documents left out" if info.empty_documents_left_out else ""),
+    ]

@@ -1,0 +1,101 @@
+"""The data of a run, whatever its kind: what to train on, what to evaluate on, and what it is."""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from expert_parallel.data import tokens
+from expert_parallel.data.blend import BlendSampler, blended_held_out
+from expert_parallel.data.config import DataConfig, FilesData, StdlibData, TokensData
+from expert_parallel.data.sampler import Sampler, TokenSampler, held_out_sequences
+from expert_parallel.data.text import load_corpus
+from expert_parallel.data.tokenizer import SEPARATOR, ByteTokenizer, Tokenizer, open_tokenizer
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a run asks of its data."""
+
+    sequence_length: int
+    vocab_size: int
+    held_out_sequences: int
+    num_samples: int  # of the whole run
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """config: as given, with what was found filled in: data.sha256, and the token that ends documents."""
+
+    sampler: Sampler
+    held_out: Tensor  # int64, (n, S + 1)
+    description: str
+    config: StdlibData | FilesData | TokensData
+
+
+def open_data(config: DataConfig, demand: Demand) -> Data:
+    """ValueError where the data cannot be read, do not fit, or are others than data.sha256 says."""
+    data = OPENERS[config.kind](config, demand)
+    if config.sha256 not in (None, found := data.config.sha256):
+        raise ValueError(f"data.sha256 is {config.sha256} but the data have {found}: they are others than these")
+    return data
+
+
+def _open_text(config: StdlibData | FilesData, demand: Demand) -> Data:
+    corpus = load_corpus(config)
+    separator = SEPARATOR[0] if config.documents == "separate" else None
+    sampler = TokenSampler(corpus.train, demand.sequence_length, demand.seed, separator=separator)
+    held_out = held_out_sequences(corpus.held_out, demand.sequence_length, demand.held_out_sequences)
+    return Data(sampler, held_out, corpus.description, config.model_copy(update={"sha256": corpus.sha256}))
+
+
+def _open_tokens(config: TokensData, demand: Demand) -> Data:
+    corpora = tokens.open_corpora(config, demand.vocab_size)
+    train, held = tokens.halves(corpora, config.held_out)
+    end_id = tokens.end_of(config, corpora)
+    separator = end_id if config.documents == "separate" else None
+    sampler = BlendSampler(train, demand.sequence_length, demand.seed, demand.vocab_size, separator)
+    held_out = blended_held_out(held, demand.sequence_length, demand.held_out_sequences, demand.vocab_size)
+    digests = [tokens.digest_of(corpus) for corpus in corpora]
+    sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    total, epochs = sum(corpus.weight for corpus in corpora), sampler.epochs(demand.num_samples)
+    lines = [
+        f"{corpus.tokens.path}: {corpus.tokens.num_documents:,} documents, {len(here.tokens):,} tokens for training, "
+        f"{len(there.tokens):,} held out; {corpus.weight / total:.1%} of the sequences, {epochs_here:.3g} epochs"
+        for corpus, here, there, epochs_here in zip(corpora, train, held, epochs, strict=True)
+    ]
+    description = "\n      ".join([*lines, f"sha256 {sha256[:12]}"])
+    return Data(sampler, held_out, description, config.model_copy(update={"sha256": sha256, "end_id": end_id}))
+
+
+# A further kind of data is a config class in DataConfig and a line here.
+OPENERS: dict[str, Callable[[Any, Demand], Data]] = {
+    "stdlib": _open_text,
+    "files": _open_text,
+    "tokens": _open_tokens,
+}
+
+
+TOKENIZER_FILE = "tokenizer.json"  # in a run's folder
+
+
+def load_tokenizer(config: DataConfig, folder: Path | None = None) -> Tokenizer | None:
+    """What turns text into this data's tokens; None where a corpus of Megatron's came without. folder: of a run, which
+    keeps its tokenizer, so that it generates where its corpora are not."""
+    if not isinstance(config, TokensData):
+        return ByteTokenizer()
+    if folder is not None and (folder / TOKENIZER_FILE).is_file():
+        return open_tokenizer(str(folder / TOKENIZER_FILE), config.end_id)
+    return tokens.load_tokenizer(config)
+
+
+def keep_tokenizer(config: DataConfig, folder: Path) -> None:
+    """Copies the tokenizer's file, if there is one, into the folder of a run."""
+    name = tokens.tokenizer_name(config) if isinstance(config, TokensData) else None
+    if name is not None and name[0] != "bytes":
+        shutil.copyfile(name[0], folder / TOKENIZER_FILE)

@@ -1,0 +1,292 @@
+"""Files -> token files: documents are tokenized in parallel and written in the order in which they stand in the files.
+
+The input is cut into jobs by its bytes alone, and their results are written in order: the same files give the same
+bytes, whatever the number of workers. Outputs have a partial name until all of them are whole. Knows nothing of torch.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from expert_parallel.data.indexed import smallest_dtype, with_suffix, write_index
+from expert_parallel.data.info import Sources, TokensInfo
+from expert_parallel.data.reading import (
+    jsonl_texts,
+    matched_files,
+    open_parquet,
+    parquet_texts,
+    read_bytes,
+    refuse_other_encodings,
+)
+from expert_parallel.data.tokenizer import Tokenizer, file_sha256, open_tokenizer, train_tokenizer
+
+JOB_BYTES = 1 << 20
+TRAINING_BYTES = 1 << 30  # of text that a tokenizer is trained on; of more, every n-th job
+SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet"}  # of the format `auto`; all others are text
+FIELD = "--field"
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A text file; the lines of a JSONL file that begin at bytes first .. last - 1; row group `first` of a parquet
+    file. bytes: what it takes on disk, about."""
+
+    file: Path
+    format: str
+    first: int
+    last: int
+    bytes: int
+
+
+Job = list[Piece]
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """The documents of a job, end to end, each with its end token. lengths: of each, int32."""
+
+    tokens: np.ndarray[Any, Any]
+    lengths: np.ndarray[Any, Any]
+    num_empty: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    bytes_done: int
+    bytes_in_all: int
+    num_documents: int
+    num_tokens: int
+
+
+def prepare(
+    prefix: str,
+    files: list[str],
+    *,
+    tokenizer: str = "bytes",
+    end_token: str | None = None,
+    field: str = "text",
+    format: str = "auto",
+    workers: int = 1,
+    say: Callable[[str], None],
+    report: Callable[[Progress], None],
+) -> TokensInfo:
+    """Writes PREFIX.bin, .idx, .json and, unless tokens are bytes, .tokenizer.json. tokenizer: `bytes`, the path of a
+    tokenizer.json, or `train:VOCAB_SIZE`. ValueError, with file and place, where something is wrong: then nothing is
+    left behind."""
+    found = [file for _, file in matched_files(files, "FILES")]
+    jobs = list(cut(found, format))
+    with outputs(prefix) as partial_name, executor(workers) as submit:
+        kept = None if tokenizer == "bytes" else partial_name(".tokenizer.json")
+        if kept is not None and tokenizer.startswith("train:"):
+            train_on(jobs, kept, vocabulary_wanted(tokenizer), field, say)
+            known = open_tokenizer(str(kept), end_token)
+        else:
+            known = open_tokenizer(tokenizer, end_token)
+            if kept is not None:
+                shutil.copyfile(tokenizer, kept)
+        if known.end_id is None:
+            raise ValueError(f"--tokenizer {tokenizer} has none of the usual tokens that end a document: --end-token")
+        dtype = smallest_dtype(known.vocab_size)
+        digests = in_order(submit, file_sha256, found, ahead=2 * workers)
+        sources = Sources(
+            files=len(found),
+            bytes=sum(file.stat().st_size for file in found),
+            sha256=hashlib.sha256("".join(digests).encode()).hexdigest(),
+        )
+        key = ("bytes", known.end_id, None) if kept is None else (str(kept), known.end_id, file_sha256(kept))
+        work = partial(tokenize, tokenizer=key, field=field, dtype=dtype)
+        results = in_order(submit, work, jobs, ahead=2 * workers)
+        lengths, sha256, num_empty = write_tokens(partial_name(".bin"), jobs, results, report)
+        if not len(lengths):
+            raise ValueError(f"{', '.join(map(str, found[:3]))}: {num_empty} documents, all without text")
+        info = TokensInfo(
+            tokenizer="bytes" if kept is None else with_suffix(prefix, ".tokenizer.json").name,
+            tokenizer_sha256=key[2],
+            vocab_size=known.vocab_size,
+            end_id=known.end_id,
+            num_documents=len(lengths),
+            num_tokens=int(lengths.sum(dtype=np.int64)),
+            empty_documents_left_out=num_empty,
+            sha256=sha256,
+            sources=sources,
+        )
+        partial_name(".json").write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_index(partial_name(".idx"), dtype, lengths)
+    return info
+
+
+def cut(files: Iterable[Path], format: str) -> Iterator[Job]:
+    """Pieces of about JOB_BYTES; small files share a job."""
+    job: Job = []
+    for file in files:
+        for piece in cut_file(file, SUFFIXES.get(file.suffix.lower(), "text") if format == "auto" else format):
+            if job and sum(other.bytes for other in job) + piece.bytes > JOB_BYTES:
+                yield job
+                job = []
+            job.append(piece)
+    if job:
+        yield job
+
+
+def cut_file(file: Path, format: str) -> Iterator[Piece]:
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    if size == 0:
+        raise ValueError(f"{file} is empty (0 bytes)")
+    if format == "jsonl":
+        for first in range(0, size, JOB_BYTES):
+            last = min(first + JOB_BYTES, size)
+            yield Piece(file, format, first, last, last - first)
+    elif format == "parquet":
+        metadata = open_parquet(file).metadata
+        groups = metadata.num_row_groups
+        if metadata.num_rows == 0:
+            raise ValueError(f"{file} is empty (0 rows)")
+        for group in range(groups):
+            yield Piece(file, format, group, group + 1, size // groups)
+    else:
+        yield Piece(file, format, 0, size, size)
+
+
+def texts_of(piece: Piece, field: str) -> Iterator[str]:
+    if piece.format == "parquet":
+        yield from parquet_texts(piece.file, piece.first, field, FIELD)
+    elif piece.format == "jsonl":
+        try:
+            with piece.file.open("rb") as stream:
+                texts = jsonl_texts(stream, field, str(piece.file), FIELD, piece.first, piece.last)
+                yield from (text for _, text in texts)
+        except OSError as error:
+            raise ValueError(f"{piece.file} cannot be read: {error.strerror}") from error
+    else:
+        yield refuse_other_encodings(read_bytes(piece.file, "FILES"), str(piece.file), offset=0)
+
+
+@lru_cache(maxsize=1)  # a worker gets the same with every job
+def tokenizer_of(name: str, end_id: int, sha256: str | None) -> Tokenizer:
+    """sha256: of the file, so that another one under its name is read anew."""
+    return open_tokenizer(name, end_id)
+
+
+def tokenize(job: Job, tokenizer: tuple[str, int, str | None], field: str, dtype: type[np.generic]) -> Tokenized:
+    """What a worker does. tokenizer: as tokenizer_of takes it. Documents without text are left out and counted."""
+    known, end_id = tokenizer_of(*tokenizer), tokenizer[1]
+    documents, num_empty = [], 0
+    for piece in job:
+        for text in texts_of(piece, field):
+            if not text:
+                num_empty += 1
+                continue
+            documents.append(np.array([*known.encode(text), end_id], dtype=dtype))
+            if len(documents[-1]) > np.iinfo(np.int32).max:
+                raise ValueError(f"{piece.file}: a document of {len(documents[-1])} tokens is too long for an index")
+    tokens = np.concatenate([np.empty(0, dtype), *documents])
+    return Tokenized(tokens, np.array([len(document) for document in documents], np.int32), num_empty)
+
+
+def write_tokens(
+    path: Path, jobs: list[Job], results: Iterator[Tokenized], report: Callable[[Progress], None]
+) -> tuple[np.ndarray[Any, Any], str, int]:
+    """Lengths of all documents, SHA-256 of what was written, documents left out."""
+    digest, lengths, num_tokens, num_documents, num_empty, done = hashlib.sha256(), [], 0, 0, 0, 0
+    sizes = [sum(piece.bytes for piece in job) for job in jobs]
+    with path.open("wb") as stream:
+        for size, result in zip(sizes, results, strict=True):
+            stream.write(result.tokens.data)
+            digest.update(result.tokens.data)
+            lengths.append(result.lengths)
+            done, num_empty = done + size, num_empty + result.num_empty
+            num_tokens, num_documents = num_tokens + len(result.tokens), num_documents + len(result.lengths)
+            report(Progress(done, sum(sizes), num_documents, num_tokens))
+        stream.flush()
+        os.fsync(stream.fileno())
+    return np.concatenate(lengths), digest.hexdigest(), num_empty
+
+
+def vocabulary_wanted(tokenizer: str) -> int:
+    size = tokenizer.removeprefix("train:")
+    if not size.isdecimal() or not 257 <= int(size) <= 1 << 24:
+        raise ValueError(f"--tokenizer train:{size}: the size must be a number from 257 (all bytes, and the end token)")
+    return int(size)
+
+
+def train_on(jobs: list[Job], path: Path, vocab_size: int, field: str, say: Callable[[str], None]) -> None:
+    size = sum(piece.bytes for job in jobs for piece in job)
+    every = -(-size // TRAINING_BYTES)
+    part = "all of it" if every == 1 else f"every {every}th part of it, all along"
+    say(f"training a tokenizer of {vocab_size:,} tokens on {size:,} bytes: {part}")
+    train_tokenizer(
+        (text for job in jobs[::every] for piece in job for text in texts_of(piece, field)), vocab_size, path
+    )
+
+
+@contextmanager
+def outputs(prefix: str) -> Iterator[Callable[[str], Path]]:
+    """Gives suffix -> path under a partial name. When all went well they get their own names, the index last, without
+    which there is no corpus; else they are removed."""
+    final = {suffix: with_suffix(prefix, suffix) for suffix in (".tokenizer.json", ".bin", ".json", ".idx")}
+    partials = {suffix: with_suffix(prefix, f".partial{suffix}") for suffix in final}
+    there = [str(path) for path in final.values() if path.exists()]
+    if there:
+        raise ValueError(f"{' and '.join(there)} would be overwritten: choose another OUT_PREFIX, or remove it")
+    if not final[".bin"].parent.is_dir():
+        raise ValueError(f"OUT_PREFIX: there is no folder {final['.bin'].parent}")
+    try:
+        yield partials.__getitem__
+        for suffix, path in partials.items():
+            if path.exists():
+                path.rename(final[suffix])
+    except OSError as error:
+        raise ValueError(f"{error.filename or prefix} cannot be written: {error.strerror or error}") from error
+    finally:
+        for path in partials.values():
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def executor(workers: int) -> Iterator[Callable[..., Future[Any]] | None]:
+    """Processes to work in; None for this one alone."""
+    if workers == 1:
+        yield None
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"))
+    try:
+        yield pool.submit
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_order(
+    submit: Callable[..., Future[Any]] | None, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """The results in the order of the items, of which so many are worked on at a time: memory stays bounded."""
+    if submit is None:
+        yield from map(work, items)
+        return
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(submit(work, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise ValueError("a worker was killed, perhaps for want of memory: try fewer --workers") from error

@@ -1,0 +1,151 @@
+"""Reading what people have: text, JSONL, parquet. Whatever is wrong is said with the file and the place in it. Knows
+nothing of torch."""
+
+import glob
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def matched_files(paths: list[str], setting: str) -> list[tuple[str, Path]]:
+    """(what names it, file) for every file: the patterns in the order given, the matches of each sorted.
+
+    As in a shell, a glob leaves out hidden files, and folders are passed through. A file that is matched twice is
+    refused: its text could be trained on and held out at once.
+    """
+    found: dict[str, tuple[str, Path]] = {}
+    for index, pattern in enumerate(paths):
+        name = f"{setting}[{index}]"
+        if os.path.isdir(pattern):
+            below = os.path.join(pattern, "**", "*.txt")
+            raise ValueError(f"{name}: {pattern} is a folder; for the text files in it write {below}")
+        # A file whose name holds [ or * is taken by its name.
+        matches = [pattern] if os.path.lexists(pattern) else sorted(set(glob.glob(pattern, recursive=True)))
+        files = [Path(match) for match in matches if not os.path.isdir(match)]
+        if not files:
+            raise ValueError(f"{name}: {pattern} matches 0 files (working folder {os.getcwd()})")
+        for file in files:
+            key = os.path.realpath(file)
+            if key in found:
+                raise ValueError(f"{name}: {file} is already matched by {found[key][0]} (as {found[key][1]})")
+            found[key] = (name, file)
+    return list(found.values())
+
+
+def read_bytes(file: Path, setting: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{setting}: {file} cannot be read: {error.strerror}") from error
+
+
+def refuse_other_encodings(content: bytes, where: str, offset: int) -> str:
+    """The text. `offset`: of `content` in its file."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        byte, at = content[error.start], offset + error.start
+        raise ValueError(f"{where} is not UTF-8: byte 0x{byte:02x} at offset {at} ({error.reason})") from error
+
+
+def jsonl_texts(
+    stream: BinaryIO, field: str, where: str, setting: str, first: int = 0, last: int | None = None
+) -> Iterator[tuple[int, str]]:
+    """(line number, text) of every line that begins at a byte from `first` to before `last`; line numbers count from
+    there. A line without text is refused, not skipped; so are blank lines. An empty string is a text here.
+
+    stream: the whole file, open. setting: what names the field."""
+    offset, number = _next_line(stream, first), 0
+    while (last is None or offset < last) and (line := stream.readline()):
+        number += 1
+        try:
+            yield number, _text_of_line(line, field, setting, offset)
+        except ValueError as error:
+            if first:
+                stream.seek(0)
+                number += _count_lines(stream, _next_line(stream, first))
+            raise ValueError(f"{where}, line {number}{error}") from error.__cause__
+        offset += len(line)
+
+
+def _text_of_line(line: bytes, field: str, setting: str, offset: int) -> str:
+    """Errors go on after the line's number."""
+    text = refuse_other_encodings(line, "", offset)
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers and nesting beyond what Python reads
+        raise ValueError(f" is not valid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f" is a JSON {type(record).__name__}, not an object with {setting} {field!r}")
+    if field not in record:
+        raise ValueError(f" has no field {field!r} ({setting}), only {list(record)[:10]}")
+    return refuse_other_values(record[field], field, setting)
+
+
+def refuse_other_values(value: Any, field: str, setting: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f": field {field!r} ({setting}) is of type {type(value).__name__}, not a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f": field {field!r} ({setting}) is not Unicode text: {error.reason}") from error
+    return value
+
+
+def _next_line(stream: BinaryIO, position: int) -> int:
+    """The byte at which the first line begins that begins at `position` or later; the stream stands there."""
+    if position == 0:
+        return stream.seek(0)
+    stream.seek(position - 1)
+    stream.readline()
+    return stream.tell()
+
+
+def _count_lines(stream: BinaryIO, end: int) -> int:
+    """Line ends before byte `end`."""
+    stream.seek(0)
+    count = 0
+    while end > 0 and (chunk := stream.read(min(end, 1 << 20))):
+        count, end = count + chunk.count(b"\n"), end - len(chunk)
+    return count
+
+
+def open_parquet(file: Path) -> Any:
+    """pyarrow's ParquetFile. ValueError where it is cut off or no parquet, or where pyarrow is not installed."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ValueError(f"{file}: reading parquet needs pyarrow: pip install 'expert-parallel[data]'") from error
+    try:
+        return ParquetFile(file)
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read as parquet: {_one_line(error)}") from error
+
+
+def parquet_texts(file: Path, group: int, field: str, setting: str) -> Iterator[str]:
+    """The texts of one row group. Rows are numbered from 1, over the whole file."""
+    from pyarrow import ArrowException
+
+    parquet = open_parquet(file)
+    names = parquet.schema_arrow.names
+    if field not in names:
+        raise ValueError(f"{file} has no column {field!r} ({setting}), only {names[:10]}")
+    before = sum(parquet.metadata.row_group(number).num_rows for number in range(group))
+    try:
+        column = parquet.read_row_group(group, columns=[field]).column(0)
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{file}, row group {group} (from row {before + 1}) is damaged: {_one_line(error)}") from error
+    for number, value in enumerate(column, start=before + 1):
+        try:
+            yield refuse_other_values(value.as_py(), field, setting)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}, row {number} is not UTF-8: {error.reason} at byte {error.start}") from error
+        except ValueError as error:
+            raise ValueError(f"{file}, row {number}{error}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,95 @@
+"""Sampling: from a stream of tokens to sequences.
+
+Shape letters in this room: B sequences of one rank's micro-batch, S positions of a sequence.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Tokens = Tensor | np.ndarray[Any, Any]  # 1-D integers, on the CPU or memory-mapped
+
+
+class Sampler(Protocol):
+    """An endless list of sequences, in which sample i is a function of (seed, i) and the data alone."""
+
+    @property
+    def separator(self) -> int | None:
+        """The token that ends a document, where documents are kept apart; None where they are joined."""
+
+    def sequences(self, first: int, count: int) -> Tensor:
+        """Samples first .. first + count - 1 as int64, (count, S + 1)."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSampler:
+    """Of one stream that fits into memory.
+
+    The tokens are cut into windows of S + 1 that overlap by one, so that each token but the first is a target once.
+    Every epoch goes through all windows in an order of its own.
+    """
+
+    tokens: Tokens
+    sequence_length: int
+    seed: int
+    separator: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.num_windows < 1:
+            raise ValueError(too_short("data holds", "bytes for training", len(self.tokens), self.sequence_length))
+
+    @property
+    def num_windows(self) -> int:
+        return count_windows(self.tokens, self.sequence_length)
+
+    def sequences(self, first: int, count: int) -> Tensor:
+        order = [self.window_of(sample) for sample in range(first, first + count)]
+        return windows(self.tokens, self.sequence_length, order)
+
+    def window_of(self, sample: int) -> int:
+        epoch, position = divmod(sample, self.num_windows)
+        return int(epoch_order(self.seed, epoch, self.num_windows)[position])
+
+
+@lru_cache(maxsize=2)  # a batch may lie across two epochs
+def epoch_order(seed: int, epoch: int, num_windows: int) -> Tensor:
+    """The windows in the order in which this epoch visits them."""
+    key = hashlib.sha256(f"epoch order {seed} {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)  # the seed is a signed 64-bit
+    return torch.randperm(num_windows, generator=generator)
+
+
+def held_out_sequences(tokens: Tokens, sequence_length: int, limit: int | None) -> Tensor:
+    """Windows of the held-out part from its start, as int64, (n, S + 1); at most `limit`, evenly spread over it."""
+    there = count_windows(tokens, sequence_length)
+    if there < 1:
+        raise ValueError(too_short("data.held_out leaves", "bytes for evaluation", len(tokens), sequence_length))
+    return windows(tokens, sequence_length, evenly(there, limit))
+
+
+def evenly(there: int, limit: int | None) -> list[int]:
+    """At most `limit` of so many windows."""
+    assert limit is None or limit >= 1, f"limit {limit}"
+    count = there if limit is None else min(limit, there)
+    return [number * there // count for number in range(count)]
+
+
+def count_windows(tokens: Tokens, sequence_length: int) -> int:
+    return (len(tokens) - 1) // sequence_length
+
+
+def windows(tokens: Tokens, sequence_length: int, order: Sequence[int]) -> Tensor:
+    """int64, (len(order), S + 1): window w begins at token w * S. Only what it returns is read."""
+    begins = np.array(order, dtype=np.int64)[:, None] * sequence_length
+    return torch.from_numpy(np.asarray(tokens)[begins + np.arange(sequence_length + 1)].astype(np.int64))
+
+
+def too_short(what: str, unit_and_purpose: str, found: int, sequence_length: int) -> str:
+    needed = f"a sequence needs sequence_length + 1 = {sequence_length + 1} (training.sequence_length)"
+    return f"{what} {found} {unit_and_purpose}, {needed}"

@@ -1,0 +1,113 @@
+"""Text as it lies on disk, as one stream of bytes: documents in a fixed pseudo-random order, a separator between."""
+
+import hashlib
+import io
+import math
+import os
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from expert_parallel.data.config import FilesData, StdlibData
+from expert_parallel.data.reading import jsonl_texts, matched_files, read_bytes, refuse_other_encodings
+from expert_parallel.data.tokenizer import SEPARATOR
+
+# Of the standard library's folder: what is installed, generated or a fixture rather than the library's own source.
+LEFT_OUT_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "_bundled"}
+
+
+class Document(NamedTuple):
+    name: str  # says which document of the corpus, never where it lies: the corpus is ordered by it
+    content: bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Both parts are uint8, 1-D, and views of one stream of documents with a separator between each two."""
+
+    train: Tensor
+    held_out: Tensor
+    num_documents: int
+    sha256: str  # of the documents in their order
+    description: str
+
+
+def load_corpus(config: StdlibData | FilesData) -> Corpus:
+    """Read every document, bring them in a fixed pseudo-random order, join them, hold out the end."""
+    documents = sorted(SOURCES[config.kind](config), key=lambda d: hashlib.sha256(d.name.encode()).digest())
+    assert all(d.content for d in documents), "a source yields no empty documents"
+    assert documents, "a source yields documents"
+
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(len(document.content).to_bytes(8, "little"))  # so that moving a boundary changes the digest
+        digest.update(document.content)
+
+    # A bytearray joins into a bytearray: memory that torch may share without a copy.
+    stream = torch.frombuffer(bytearray(SEPARATOR).join(d.content for d in documents), dtype=torch.uint8)
+    start = held_out_start([len(d.content) for d in documents], config.held_out)
+    description = (
+        f"{config.describe()}: {len(documents):,} documents, {start:,} bytes for training, "
+        f"{len(stream) - start:,} held out, sha256 {digest.hexdigest()[:12]}"
+    )
+    return Corpus(stream[:start], stream[start:], len(documents), digest.hexdigest(), description)
+
+
+def held_out_start(sizes: list[int], held_out: float) -> int:
+    """The byte of the joined stream at which the held-out part begins, given the documents' sizes in order.
+
+    It is the start of a document: the fewest last documents that make up the fraction are held out. Where these
+    are more than half of the stream (a lone document, or one that dwarfs the others), it is the byte instead.
+    """
+    total = sum(sizes) + len(sizes) - 1
+    wanted = math.ceil(held_out * total)
+    held = -1  # no separator follows the last document
+    for size in reversed(sizes):
+        held += size + 1
+        if held >= wanted:
+            break
+    return total - (wanted if 2 * held > total else held)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources: where documents come from. A further one is a config class in DataConfig and a line in SOURCES.
+
+
+def stdlib_documents(config: StdlibData) -> Iterator[Document]:
+    """Every .py file below the library's folder, its bytes as they are: a few are not UTF-8. Empty ones say nothing."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files: list[Path] = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in LEFT_OUT_FOLDERS]  # os.walk goes where this says
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    if not files:
+        raise ValueError(f"data.kind: stdlib found 0 .py files below {root}; give your own text with data.kind: files")
+    for file in sorted(files):
+        if content := read_bytes(file, "data.kind: stdlib"):
+            yield Document(file.relative_to(root).as_posix(), content)
+
+
+def file_documents(config: FilesData) -> Iterator[Document]:
+    """The documents of all matched files, named by the file's position in the sorted list and the line in it."""
+    for position, (setting, file) in enumerate(matched_files(config.paths, "data.paths")):
+        content = read_bytes(file, setting)
+        if not content:
+            raise ValueError(f"{setting}: {file} is empty (0 bytes)")
+        is_jsonl = file.suffix.lower() == ".jsonl" if config.format == "auto" else config.format == "jsonl"
+        if is_jsonl:
+            for number, text in jsonl_texts(io.BytesIO(content), config.field, f"{setting}: {file}", "data.field"):
+                if not text:
+                    where = f"{setting}: {file}, line {number}"
+                    raise ValueError(f"{where}: field {config.field!r} (data.field) is an empty string")
+                yield Document(f"{position}:{number}", text.encode())
+        else:
+            refuse_other_encodings(content, f"{setting}: {file}", offset=0)
+            yield Document(f"{position}", content)
+
+
+SOURCES: dict[str, Callable[[Any], Iterator[Document]]] = {"stdlib": stdlib_documents, "files": file_documents}

@@ -1,0 +1,97 @@
+"""Text <-> token ids: bytes, or a tokenizer.json of Hugging Face's `tokenizers`. Knows nothing of torch: workers that
+only tokenize start quickly."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+VOCABULARY_SIZE = 256  # of bytes
+SEPARATOR = b"\0"  # ends a document of bytes; no byte of ordinary text
+
+END_TOKEN = "<|endoftext|>"  # of tokenizers trained here
+# What ends a document in other tokenizers, looked for in this order. A chat's end of turn is none of them.
+END_TOKENS = (END_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>", "<|eos|>", "[EOS]")
+
+
+class Tokenizer(Protocol):
+    """vocab_size: one more than the largest id. end_id: ends a document; None where there is no such token."""
+
+    vocab_size: int
+    end_id: int | None
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class ByteTokenizer:
+    vocab_size: int = VOCABULARY_SIZE
+    end_id: int | None = SEPARATOR[0]
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+class FileTokenizer:
+    """A tokenizer.json. Text is only text: what looks like a special token in it becomes ordinary tokens, and nothing
+    is put before or after it. end: the token that ends documents; None for the first of END_TOKENS that it has."""
+
+    def __init__(self, path: Path, end: str | int | None = None) -> None:
+        try:
+            self._tokenizer = HuggingFaceTokenizer.from_str(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"the tokenizer {path} cannot be read: {error.strerror}") from error
+        except Exception as error:  # the library raises no narrower class
+            raise ValueError(f"{path} is not a tokenizer.json that `tokenizers` can read: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.end_id: int | None = end if isinstance(end, int) else None
+        if isinstance(end, str):
+            if end not in vocabulary:
+                raise ValueError(f"{path} has no token {end!r}, which is to end documents")
+            self.end_id = vocabulary[end]
+        elif end is None:
+            self.end_id = next((vocabulary[token] for token in END_TOKENS if token in vocabulary), None)
+
+    def encode(self, text: str) -> list[int]:
+        # A batch of one: the library's quickest way, without the characters' offsets.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def open_tokenizer(name: str, end: str | int | None = None) -> Tokenizer:
+    """name: `bytes`, or the path of a tokenizer.json. ValueError where it cannot be read."""
+    return ByteTokenizer() if name == "bytes" else FileTokenizer(Path(name), end)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
+    """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019): any text can be encoded, whatever it was trained on.
+    It may come out smaller, where the text has no more pairs to merge."""
+    tokenizer = HuggingFaceTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    path.write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,93 @@
+"""DeepSeek-V3: latent attention, sigmoid scores with a selection bias, groups of experts, shared experts."""
+
+from dataclasses import dataclass
+
+from expert_parallel.interop.links import SAME, Link, rotary_rows
+from expert_parallel.interop.rules import REQUIRED, TheirConfig, Tree, get, put
+from expert_parallel.interop.tables import DENSE, EXPERTS, dense, outside_blocks
+
+
+@dataclass(frozen=True)
+class Groups:
+    """DeepSeek's limit of groups; one group alone is no limit."""
+
+    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+        count, limit = theirs.size("n_group"), theirs.size("topk_group")
+        if count > 1:
+            put(ours, "moe.router.group_limit", {"count": count, "limit": limit, "score": "top2_sum"})
+
+    def write(self, ours: Tree, theirs: Tree) -> None:
+        groups = get(ours, "moe.router.group_limit") or {"count": 1, "limit": 1}
+        theirs |= {"n_group": groups["count"], "topk_group": groups["limit"]}
+
+
+@dataclass(frozen=True)
+class SharedExperts:
+    """DeepSeek's shared experts, as one network of their joint width."""
+
+    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+        hidden = theirs.size("n_shared_experts") * get(ours, "moe.experts.hidden")
+        put(ours, "moe.shared_experts", {"hidden": hidden, "activation": "swiglu"})
+
+    def write(self, ours: Tree, theirs: Tree) -> None:
+        shared, each = get(ours, "moe.shared_experts.hidden") or 0, get(ours, "moe.experts.hidden") or 1
+        theirs["n_shared_experts"] = shared // each
+
+
+@dataclass(frozen=True)
+class LatentHeads:
+    """DeepSeek's latent attention; each head has its keys and values."""
+
+    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+        count = theirs.size("num_attention_heads")
+        if theirs.take("num_key_value_heads", default=None) not in (None, count):
+            raise theirs.refuse("num_key_value_heads", f"it must be num_attention_heads ({count})")
+        put(ours, "attention", {"kind": "latent", "num_heads": count})
+        for key, path in LATENT_SIZES.items():
+            put(ours, path, theirs.size(key, default=None if key == "q_lora_rank" else REQUIRED))
+        rope, nope = (get(ours, f"attention.{size}") for size in ("rope_size", "nope_size"))
+        for key, value in (("head_dim", rope), ("qk_head_dim", rope + nope)):
+            if theirs.take(key, default=value) != value:
+                raise theirs.refuse(key, f"it must be {value}, which follows from the sizes of a head's parts")
+        theirs.take("rope_interleave", default=True)  # the table of tensors looks at it
+
+    def write(self, ours: Tree, theirs: Tree) -> None:
+        theirs |= {key: get(ours, path) for key, path in LATENT_SIZES.items()}
+        theirs["num_attention_heads"] = theirs["num_key_value_heads"] = get(ours, "attention.num_heads")
+
+
+LATENT_SIZES = {
+    "q_lora_rank": "attention.query_rank",
+    "kv_lora_rank": "attention.kv_rank",
+    "qk_nope_head_dim": "attention.nope_size",
+    "qk_rope_head_dim": "attention.rope_size",
+    "v_head_dim": "attention.value_size",
+}
+
+
+def deepseek_v3_links(config: Tree) -> list[Link]:
+    here, there = "blocks.{L}.attention", "model.layers.{L}.self_attn"
+    nope, rope, kv_rank = (config[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "kv_lora_rank"))
+    interleaved = config.get("rope_interleave", True)
+    query = rotary_rows(nope + rope, rope) if interleaved else SAME
+    key = rotary_rows(kv_rank + rope, rope) if interleaved else SAME
+    links = [
+        *outside_blocks(),
+        *DENSE,
+        *EXPERTS,
+        *dense("blocks.{L}.moe.shared_experts", "model.layers.{L}.mlp.shared_experts"),
+    ]
+    balance_bias = "model.layers.{L}.mlp.gate.e_score_correction_bias"
+    links.append(Link("blocks.{L}.moe.router.balance_bias_E", (balance_bias,), SAME))
+    for own, their, form in (
+        ("query", "q_proj", query),
+        ("query_down", "q_a_proj", SAME),
+        ("query_norm", "q_a_layernorm", SAME),
+        ("query_up", "q_b_proj", query),
+        ("kv_down", "kv_a_proj_with_mqa", key),
+        ("kv_norm", "kv_a_layernorm", SAME),
+        ("kv_up", "kv_b_proj", SAME),
+        ("out", "o_proj", SAME),
+    ):
+        links += [Link(f"{here}.{own}.{leaf}", (f"{there}.{their}.{leaf}",), form) for leaf in ("weight", "bias")]
+    return links

@@ -1,0 +1,130 @@
+"""A run or a checkpoint of ours -> a Hugging Face folder that transformers and servers load."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
+from expert_parallel.interop.families import FAMILIES, Family, settings
+from expert_parallel.interop.folder import COMPANIONS, CONFIG, GENERATION, FolderWriter, read_json
+from expert_parallel.interop.importing import find_origin, find_tokenizer
+from expert_parallel.interop.rules import NEUTRAL, Tree
+from expert_parallel.interop.source import model_of, pairs_of_model
+from expert_parallel.model.config import ModelConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export_run(path: Path, out: Path, *, family: str | None, dtype: str | None, shard_bytes: int) -> tuple[str, Path]:
+    """Returns the family and the folder. Tensors keep their dtype and bits where no dtype is given. ValueError where no
+    family computes what the model does, with the setting that is in the way."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}")
+    checkpoint = open_checkpoint(path)
+    model = ModelConfig.model_validate(checkpoint.config["model"])
+    origin = find_origin(path)
+    their_origin = {} if origin is None else read_json(origin / CONFIG)
+    family_name = choose_family(model, family, their_origin.get("model_type"))
+    config = their_config(family_name, model, their_origin, checkpoint.config)
+    to_dtype = None if dtype is None else DTYPES[dtype]
+    written = to_dtype or checkpoint.tensors["weights/embedding.weight"].dtype
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(written).removeprefix("torch.")
+    with FolderWriter(out, shard_bytes) as writer:
+        write_weights(writer, checkpoint, FAMILIES[family_name], config, model, to_dtype)
+        writer.write_json(CONFIG, config)
+        files = {file.name: file for file in [find_tokenizer(path)] if file is not None}
+        files |= {name: origin / name for name in COMPANIONS if origin is not None and (origin / name).is_file()}
+        for file in files.values():
+            writer.copy(file)
+        if GENERATION not in files:
+            ends = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            writer.write_json(GENERATION, ends)
+        return family_name, writer.finish()
+
+
+def write_weights(
+    writer: FolderWriter,
+    checkpoint: Checkpoint,
+    family: Family,
+    config: Tree,
+    model: ModelConfig,
+    dtype: torch.dtype | None,
+) -> None:
+    for pair in pairs_of_model(family, config, model):
+        ours = [cast(name, checkpoint.read(f"weights/{name}"), dtype) for name in pair.ours]
+        for name, tensor in zip(pair.theirs, pair.form.to_theirs(ours), strict=True):
+            writer.add(name, tensor)
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Selection biases stay as they are: bfloat16 swallows the steps that they were made of."""
+    return tensor if dtype is None or name.endswith("balance_bias_E") else tensor.to(dtype)
+
+
+def choose_family(model: ModelConfig, wanted: str | None, origin: str | None) -> str:
+    """The family whose config.json, read back, is this model. `wanted` alone if given; else that which it was imported
+    from, else the first. ValueError with the settings that the nearest family cannot have."""
+    if wanted is not None and wanted not in FAMILIES:
+        raise ValueError(f"--family is {wanted!r}, it must be one of {', '.join(FAMILIES)}")
+    names = [wanted] if wanted else sorted(FAMILIES, key=lambda name: name != origin)
+    found = {name: differences(FAMILIES[name], model) for name in names}
+    fitting = [name for name, reasons in found.items() if not reasons]
+    if fitting:
+        return fitting[0]
+    nearest = min(found, key=lambda name: len(found[name]))
+    more = f" (and {len(found[nearest]) - 1} more)" if len(found[nearest]) > 1 else ""
+    what = f"the family {wanted} does not" if wanted else f"none of the families {', '.join(FAMILIES)} does"
+    raise ValueError(f"{what} compute what this model does; nearest is {nearest}: {found[nearest][0]}{more}")
+
+
+def differences(family: Family, model: ModelConfig) -> list[str]:
+    """Where the model that the family's config.json gives differs from this one, each as a sentence."""
+    config, ours = family.write(model), leaves(settings(model), "model")
+    try:
+        read = family.read(config)
+    except ValueError as error:  # of another structure: experts or none, another kind of attention
+        return [f"it has no such model ({error})"] * 1000
+    refusal: list[str] = []
+    try:
+        back = leaves(settings(model_of(family, config)), "model")
+    except ValueError as error:  # what it can say of this model does not go together
+        refusal = [str(error)]
+        back = ours | {path: value for path, value in leaves(read, "model").items() if path in ours}
+    different = [
+        f"{path} is {ours.get(path)!r}, there it would be {back.get(path)!r}"
+        for path in dict.fromkeys([*ours, *back])
+        if ours.get(path) != back.get(path)
+    ]
+    return different or refusal
+
+
+def leaves(tree: Tree, prefix: str) -> dict[str, Any]:
+    """Values by dotted path."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}.{key}") if isinstance(value, dict) else {f"{prefix}.{key}": value}
+    return found
+
+
+def their_config(name: str, model: ModelConfig, origin: Tree, run: Tree) -> Tree:
+    """The model's config.json: that of its origin as it stands, if it still says this model; else a new one, with what
+    the origin says beside the computation."""
+    family = FAMILIES[name]
+    # What we write is not packed, and brings no code of its own.
+    origin = {key: value for key, value in origin.items() if key not in ("quantization_config", "auto_map")}
+    if origin.get("model_type") == name and settings(model_of(family, origin)) == settings(model):
+        return origin
+    kept = {
+        key: value for key, value in origin.items() if key in NEUTRAL or key in ("rope_interleave", *family.neutral)
+    }
+    beside = {
+        "max_position_embeddings": run["training"]["sequence_length"],
+        "initializer_range": model.init_std,
+        "use_cache": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    return {**beside, **kept, **family.write(model), "model_type": name}

@@ -1,0 +1,163 @@
+"""Folders of Hugging Face models: config.json, safetensors files with or without an index, and what goes with them.
+
+Read tensor by tensor, written shard by shard: no more than one shard is in memory. Nothing is unpickled.
+"""
+
+import json
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+GENERATION = "generation_config.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Copied as they are: text and vocabulary, and how to generate.
+COMPANIONS = (
+    GENERATION,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. ValueError: one sentence."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return tree
+
+
+class HuggingFaceFolder:
+    """Opened for reading; its files stay mapped into memory. ValueError where it is not whole: a file is missing or
+    damaged, or the index and the files disagree."""
+
+    def __init__(self, path: Path) -> None:
+        if not (path / CONFIG).is_file():
+            raise ValueError(f"{path} is no Hugging Face model: it has no {CONFIG}")
+        self.path, self.config = path, read_json(path / CONFIG)
+        self.files: dict[str, Any] = {}  # by tensor: the file that holds it
+        by_index = read_index(path)
+        for file in sorted(set(by_index.values())) or [SINGLE]:
+            self._open(file, {name for name, place in by_index.items() if place == file} if by_index else None)
+
+    def _open(self, file: str, wanted: set[str] | None) -> None:
+        """wanted: what the index places there."""
+        try:
+            opened = safe_open(self.path / file, "pt")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.path / file} cannot be read: {error}") from error
+        names = set(opened.keys())
+        for name in sorted(names):
+            if wanted is not None and name not in wanted:
+                raise ValueError(f"{self.path / file} holds {name}, which {INDEX} does not place there")
+            self.files[name] = opened
+        for name in sorted((wanted or names) - names):
+            raise ValueError(f"{self.path / file} lacks {name}, which {INDEX} places there")
+
+    def shape(self, name: str) -> list[int]:
+        return list(self.files[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self.files[name].get_tensor(name)
+        return tensor
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """File by tensor; empty where all are in one file. ValueError for an index that is not in order, and for a folder
+    without safetensors."""
+    if (path / INDEX).is_file():
+        places = read_json(path / INDEX).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise ValueError(f"{path / INDEX} has no weight_map")
+        for name, file in places.items():
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise ValueError(
+                    f"{path / INDEX}: {name} lies in {file!r}, which is no safetensors file of this folder"
+                )
+        return places
+    if not (path / SINGLE).is_file():
+        pickled = sorted(found.name for pattern in PICKLED for found in path.glob(pattern))
+        if pickled:
+            raise ValueError(
+                f"{path} has {pickled[0]}, which is pickled and could run code when it is read: convert it to "
+                "safetensors (in transformers: from_pretrained, then save_pretrained), then import that"
+            )
+        raise ValueError(f"{path} has no weights: neither {SINGLE} nor {INDEX}")
+    return {}
+
+
+class FolderWriter:
+    """Writes a Hugging Face folder in files of about `shard_bytes`. Use it as a context manager: the folder has its
+    name when all is in it, and leaving by an exception removes what was written. ValueError where it exists."""
+
+    def __init__(self, final: Path, shard_bytes: int) -> None:
+        if final.exists():
+            raise ValueError(f"{final} exists already")
+        self.final, self.shard_bytes = final, shard_bytes
+        self.partial = final.parent / f"partial_{final.name}_{secrets.token_hex(4)}"
+        self.partial.mkdir(parents=True)
+        self.places: dict[str, int] = {}  # by tensor: the number of its shard
+        self.num_shards = self.total_bytes = 0
+        self._shard: dict[str, Tensor] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        assert name not in self.places, f"{name} comes twice"
+        if self._shard and sum(part.nbytes for part in self._shard.values()) + tensor.nbytes > self.shard_bytes:
+            self._write_shard()
+        self.places[name] = self.num_shards
+        held = tensor.detach().cpu().contiguous()
+        if held.untyped_storage().nbytes() > held.nbytes:  # a half of another: files hold no tensors that share memory
+            held = held.clone()
+        self._shard[name] = held
+        self.total_bytes += tensor.nbytes
+
+    def write_json(self, file: str, tree: dict[str, Any]) -> None:
+        (self.partial / file).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+    def copy(self, file: Path) -> None:
+        shutil.copyfile(file, self.partial / file.name)
+
+    def finish(self) -> Path:
+        """Names the shards as all loaders expect them, writes the index, and gives the folder its name."""
+        self._write_shard()
+        count = self.num_shards
+        names = [SINGLE] if count == 1 else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+        for number, file in enumerate(names):
+            (self.partial / f"{number}.shard").rename(self.partial / file)
+        if count > 1:
+            places = {name: names[number] for name, number in self.places.items()}
+            self.write_json(INDEX, {"metadata": {"total_size": self.total_bytes}, "weight_map": places})
+        self.partial.rename(self.final)
+        return self.final
+
+    def _write_shard(self) -> None:
+        if not self._shard:
+            return
+        path = self.partial / f"{self.num_shards}.shard"
+        try:
+            save_file(self._shard, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
+        self._shard = {}
+        self.num_shards += 1
+
+    def __enter__(self) -> "FolderWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)

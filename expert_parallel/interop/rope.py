@@ -1,0 +1,99 @@
+"""Rotary positions in a config.json: transformers 5 has all in rope_parameters, the versions before in rope_theta and
+rope_scaling."""
+
+from dataclasses import dataclass
+
+from expert_parallel.interop.rules import REQUIRED, TheirConfig, Tree, get, put
+
+SCALINGS = {  # their rope_type -> (their key, ours, what its absence means)
+    "linear": (("factor", "factor", REQUIRED),),
+    "llama3": (
+        ("factor", "factor", REQUIRED),
+        ("low_freq_factor", "low_frequency_factor", REQUIRED),
+        ("high_freq_factor", "high_frequency_factor", REQUIRED),
+        ("original_max_position_embeddings", "original_length", None),
+    ),
+    "yarn": (
+        ("factor", "factor", None),
+        ("original_max_position_embeddings", "original_length", None),
+        ("beta_fast", "beta_fast", 32.0),
+        ("beta_slow", "beta_slow", 1.0),
+        ("attention_factor", "attention_factor", None),
+        ("mscale", "mscale", None),
+        ("mscale_all_dim", "mscale_all_dim", None),
+        ("truncate", "truncate", True),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Both forms are read, and both are written: then every version reads one. is_optional: nothing said means plain
+    rotary positions; in gpt-oss it means other things in other versions."""
+
+    default_theta: float = 10000.0
+    is_optional: bool = True
+
+    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+        found = self._parameters(theirs)
+        kinds = {found.pop(key) for key in ("rope_type", "type") if key in found} or {"default"}
+        kind = next(iter(kinds))
+        theta = found.pop("rope_theta", None)
+        if len(kinds) > 1 or (kind != "default" and kind not in SCALINGS):
+            names = ", ".join(("default", *SCALINGS))
+            raise ValueError(f"config.json: rope_type is {' and '.join(map(repr, sorted(kinds)))}: we have {names}")
+        put(ours, "position", {"kind": "rope", "theta": self.default_theta if theta is None else theta})
+        longest = theirs.size("max_position_embeddings", default=None)
+        if kind != "default":
+            put(ours, "position.scaling", {"kind": kind, **_scaling(kind, found, longest)})
+        if found:
+            key, value = next(iter(found.items()))
+            raise ValueError(f"config.json: {key} of the rotary positions is {value!r}: it is not known for {kind!r}")
+
+    def _parameters(self, theirs: TheirConfig) -> Tree:
+        newer, older = theirs.take("rope_parameters", default=None), theirs.take("rope_scaling", default=None)
+        for key, value in (("rope_parameters", newer), ("rope_scaling", older)):
+            if value is not None and not isinstance(value, dict):
+                raise theirs.refuse(key, "it must be a block")
+            if any(isinstance(inner, dict) for inner in (value or {}).values()):
+                raise theirs.refuse(key, "rotary positions that differ from block to block are not known here")
+        theta = theirs.take("rope_theta", default=None)
+        if not (newer or older or self.is_optional):
+            raise ValueError("config.json: rope_parameters or rope_scaling is missing")
+        parts = [part for part in (newer, older, {"rope_theta": theta} if theta is not None else None) if part]
+        found: Tree = {}
+        for part in parts:
+            for key, value in part.items():
+                if found.get(key, value) != value:
+                    raise ValueError(
+                        f"config.json: {key} of the rotary positions is {found[key]!r} in one place and {value!r} in "
+                        "another (rope_parameters, rope_scaling, rope_theta)"
+                    )
+                found[key] = value
+        if found.pop("partial_rotary_factor", 1.0) != 1.0 or theirs.take("partial_rotary_factor", default=1.0) != 1.0:
+            raise ValueError("config.json: partial_rotary_factor is not 1: rotating a part of a head is not known here")
+        return found
+
+    def write(self, ours: Tree, theirs: Tree) -> None:
+        theta, scaling = get(ours, "position.theta"), get(ours, "position.scaling")
+        older = None
+        if scaling is not None and scaling["kind"] in SCALINGS:
+            keys = {their: scaling.get(own) for their, own, _ in SCALINGS[scaling["kind"]]}
+            older = {"rope_type": scaling["kind"], **{key: value for key, value in keys.items() if value is not None}}
+        theirs["rope_parameters"] = {"rope_type": "default", **(older or {}), "rope_theta": theta}
+        theirs |= {"rope_theta": theta, "rope_scaling": older}
+
+
+def _scaling(kind: str, found: Tree, longest: int | None) -> Tree:
+    """Our settings of it; what is understood is taken out of `found`. longest: max_position_embeddings."""
+    ours = {}
+    for their, own, default in SCALINGS[kind]:
+        value = found.pop(their, default)
+        if value is REQUIRED:
+            raise ValueError(f"config.json: {their} of the rotary positions is missing, {kind!r} needs it")
+        ours[own] = value
+    if "original_length" in ours and ours["original_length"] is None:
+        ours["original_length"] = longest
+    if ours["factor"] is None and longest is not None:  # DeepSeek-V3
+        ours["factor"] = longest / ours["original_length"]
+    return {name: value for name, value in ours.items() if value is not None}

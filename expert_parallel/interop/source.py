@@ -1,0 +1,91 @@
+"""A Hugging Face folder seen as one of our models: its settings, and its tensors under our names."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from expert_parallel.checkpoint.files import expected_shapes
+from expert_parallel.interop.families import FAMILIES, Family
+from expert_parallel.interop.folder import HuggingFaceFolder
+from expert_parallel.interop.links import Pair, pairs_of
+from expert_parallel.interop.rules import Tree
+from expert_parallel.model.config import ModelConfig
+
+Shapes = dict[str, list[int]]
+
+
+class HuggingFaceModel:
+    """Opened and compared with its config.json before any weight is read. ValueError names the first key that we do not
+    compute as it says, and the first tensor that is missing, left over or of another shape."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder = HuggingFaceFolder(path)
+        config = self.folder.config
+        kind = config.get("model_type")
+        if kind not in FAMILIES:
+            raise ValueError(f"{path}: model_type is {kind!r}, it must be one of {', '.join(FAMILIES)}")
+        self.family = FAMILIES[kind]
+        self.model = model_of(self.family, config)
+        shapes = logical_shapes(self.model)
+        self.pairs = pairs_of_model(self.family, config, self.model)
+        check_shapes(self.folder, their_shapes(self.pairs, shapes))
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every logical name with its tensor, in the dtype of the file: one pair's tensors at a time."""
+        for pair in self.pairs:
+            theirs = [self.folder.read(name) for name in pair.theirs]
+            if len({tensor.dtype for tensor in theirs}) > 1:
+                both = ", ".join(f"{n} is {t.dtype}" for n, t in zip(pair.theirs, theirs, strict=True))
+                raise ValueError(f"{self.folder.path}: {both}: they are one tensor here and need one dtype")
+            yield from zip(pair.ours, pair.form.to_ours(theirs), strict=True)
+
+
+def model_of(family: Family, config: Tree) -> ModelConfig:
+    """ValueError: one sentence."""
+    tree = family.read(config)
+    try:
+        return ModelConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["model", *map(str, first["loc"])])
+        message = (
+            first["ctx"]["error"] if first["type"] == "value_error" else f"{first['msg']}, found {first['input']!r}"
+        )
+        raise ValueError(f"config.json leads to settings that cannot be had: {where}: {message}") from None
+
+
+def logical_shapes(model: ModelConfig) -> Shapes:
+    """By logical name."""
+    return {name.removeprefix("weights/"): shape for name, shape in expected_shapes(model, moments=False).items()}
+
+
+def pairs_of_model(family: Family, config: Tree, model: ModelConfig) -> list[Pair]:
+    """config: their config.json, which decides between forms."""
+    experts = 0 if model.moe is None else model.moe.num_experts
+    return pairs_of(family.links(config), logical_shapes(model), experts)
+
+
+def their_shapes(pairs: list[Pair], ours: Shapes) -> Shapes:
+    """What a folder of this model holds, from the shapes of ours: the forms are applied to tensors without data."""
+    shapes: Shapes = {}
+    for pair in pairs:
+        empty = [torch.empty(ours[name], device="meta") for name in pair.ours]
+        theirs = {name: list(made.shape) for name, made in zip(pair.theirs, pair.form.to_theirs(empty), strict=True)}
+        shapes |= theirs
+    return shapes
+
+
+def check_shapes(folder: HuggingFaceFolder, expected: Shapes) -> None:
+    counts = f"{len(folder.files)} tensors found, {len(expected)} expected"
+    for name in expected:
+        if name not in folder.files:
+            raise ValueError(f"{folder.path}: {name} is missing ({counts})")
+    for name in folder.files:
+        if name not in expected:
+            raise ValueError(f"{folder.path}: {name} is left over ({counts})")
+    for name, shape in expected.items():
+        if (found := folder.shape(name)) != shape:
+            raise ValueError(f"{folder.path}: {name} has shape {found}, expected {shape}")

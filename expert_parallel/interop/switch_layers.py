@@ -1,0 +1,95 @@
+"""MoE layers of Switch Transformers, in and out, as single layers: the model around them (T5's encoder and decoder) is
+none of ours."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from expert_parallel.interop.folder import HuggingFaceFolder
+from expert_parallel.interop.links import SAME, TRANSPOSED, Link, Pair, pairs_of
+from expert_parallel.interop.rules import TheirConfig, Tree
+from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.parameters import logical_parameters
+
+LINKS = [
+    Link("router.weight", ("router.classifier.weight",), SAME),
+    Link("router.bias", ("router.classifier.bias",), SAME),
+    Link("experts.{E}.w_in", ("experts.expert_{E}.wi.weight",), TRANSPOSED),
+    Link("experts.{E}.w_out", ("experts.expert_{E}.wo.weight",), TRANSPOSED),
+]
+ROUTER = "router.classifier.weight"
+ACTIVATIONS = ("relu", "gelu")  # of the same name in both
+
+
+def switch_config(values: Tree) -> MoEConfig:
+    """From the config.json of a Switch model: the layer as it is in evaluation, with the capacity that each sequence
+    has. ValueError for what we compute otherwise. Jitter and dropout are training's; ours have them elsewhere."""
+    theirs = TheirConfig(values)
+    activation, capacity = theirs.take("dense_act_fn", default="relu"), theirs.take("expert_capacity", default=64)
+    if activation not in ACTIVATIONS:
+        raise theirs.refuse("dense_act_fn", f"of those here only {', '.join(ACTIVATIONS)} are in Switch's layers")
+    if theirs.take("router_ignore_padding_tokens", default=False):
+        raise theirs.refuse("router_ignore_padding_tokens", "only False can be had here")
+    return MoEConfig.model_validate(
+        {
+            "d_model": theirs.take("d_model"),
+            "num_experts": theirs.take("num_experts"),
+            "router": {"k": 1, "normalise": False, "bias": theirs.take("router_bias", default=False)},
+            "experts": {"hidden": theirs.take("d_ff"), "activation": activation},
+            "capacity": {"kind": "absolute", "train": capacity, "eval": capacity, "scope": "sequence"},
+        }
+    )
+
+
+def switch_prefixes(folder: HuggingFaceFolder) -> list[str]:
+    """Of its MoE layers: `encoder.block.1.layer.1.mlp.`, ..."""
+    return sorted(name.removesuffix(ROUTER) for name in folder.files if name.endswith(ROUTER))
+
+
+def read_switch_layer(folder: HuggingFaceFolder, prefix: str) -> MoELayer:
+    names = [name.removeprefix(prefix) for name in folder.files if name.startswith(prefix)]
+    return from_switch(switch_config(folder.config), {name: folder.read(prefix + name) for name in names})
+
+
+def from_switch(config: MoEConfig, state: Mapping[str, Tensor]) -> MoELayer:
+    """A layer with the weights of a transformers SwitchTransformersSparseMLP's state, in their dtype. ValueError where
+    a tensor is missing, left over or of another shape."""
+    dtypes = {tensor.dtype for tensor in state.values()}
+    if len(dtypes) != 1:
+        raise ValueError(f"the Switch layer's tensors are of {len(dtypes)} dtypes, they must have one")
+    layer = MoELayer(config).to(dtypes.pop())
+    left = dict(state)
+    ours: dict[str, Tensor] = {}
+    for pair in _pairs(layer):
+        for name in pair.theirs:
+            if name not in left:
+                raise ValueError(f"{name} is missing from the Switch layer")
+        theirs = [left.pop(name) for name in pair.theirs]
+        ours |= dict(zip(pair.ours, pair.form.to_ours(theirs), strict=True))
+    if left:
+        raise ValueError(f"{next(iter(left))} is left over in the Switch layer")
+    for logical in logical_parameters(layer):
+        for name in logical.names:
+            if ours[name].shape != logical.shape:
+                raise ValueError(
+                    f"{name} of the Switch layer has shape {list(ours[name].shape)}, expected {list(logical.shape)}"
+                )
+        logical.fill(logical.parameter, [ours[name] for name in logical.names])
+    return layer
+
+
+def to_switch(layer: MoELayer) -> dict[str, Tensor]:
+    """The state of a transformers SwitchTransformersSparseMLP with this layer's weights."""
+    ours: dict[str, Tensor] = {}
+    for logical in logical_parameters(layer):
+        ours |= logical.whole(logical.parameter.detach())
+    state: dict[str, Tensor] = {}
+    for pair in _pairs(layer):
+        tensors = pair.form.to_theirs([ours[name] for name in pair.ours])
+        state |= {name: tensor.contiguous() for name, tensor in zip(pair.theirs, tensors, strict=True)}
+    return state
+
+
+def _pairs(layer: MoELayer) -> list[Pair]:
+    names = [name for logical in logical_parameters(layer) for name in logical.names]
+    return pairs_of(LINKS, names, layer.config.num_experts)

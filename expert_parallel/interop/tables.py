@@ -1,0 +1,96 @@
+"""Tables of tensors: which logical tensor of ours has which names on disk. What a model does not have is passed over,
+so families that differ by a bias or a norm share a table."""
+
+from expert_parallel.interop.links import (
+    GATE_UP_COLUMNS,
+    GATE_UP_ROWS,
+    MXFP4,
+    MXFP4_IN_TURN,
+    SAME,
+    STACKED,
+    STACKED_IN_TURN,
+    TRANSPOSED,
+    Link,
+)
+from expert_parallel.interop.rules import Tree
+
+
+def outside_blocks() -> list[Link]:
+    return [
+        Link("embedding.weight", ("model.embed_tokens.weight",), SAME),
+        Link("final_norm.weight", ("model.norm.weight",), SAME),
+        Link("unembedding.weight", ("lm_head.weight",), SAME),
+        Link("blocks.{L}.attention_norm.weight", ("model.layers.{L}.input_layernorm.weight",), SAME),
+        Link("blocks.{L}.ffn_norm.weight", ("model.layers.{L}.post_attention_layernorm.weight",), SAME),
+    ]
+
+
+def attention() -> list[Link]:
+    """With what some families have and others have not: biases, norms, sinks."""
+    matrices = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
+    names = {f"{own}.{leaf}": f"{their}.{leaf}" for own, their in matrices.items() for leaf in ("weight", "bias")}
+    names |= {"query_norm.weight": "q_norm.weight", "key_norm.weight": "k_norm.weight", "sinks": "sinks"}
+    here, there = "blocks.{L}.attention.", "model.layers.{L}.self_attn."
+    return [Link(here + own, (there + their,), SAME) for own, their in names.items()]
+
+
+def dense(ours: str, theirs: str) -> list[Link]:
+    """A dense SwiGLU network: {gate,up,down}_proj."""
+    links = []
+    for leaf in ("weight", "bias"):
+        links += [
+            Link(f"{ours}.w_in.{leaf}", (f"{theirs}.gate_proj.{leaf}", f"{theirs}.up_proj.{leaf}"), GATE_UP_ROWS),
+            Link(f"{ours}.w_out.{leaf}", (f"{theirs}.down_proj.{leaf}",), SAME),
+        ]
+    return links
+
+
+def experts(theirs: str, gate: str, up: str, down: str) -> list[Link]:
+    """SwiGLU experts, one by one. theirs: the block's own name."""
+    here, there = "blocks.{L}.moe.experts.{E}", f"{theirs}.experts.{{E}}"
+    return [
+        Link("blocks.{L}.moe.router.weight", (f"{theirs}.gate.weight",), SAME),
+        Link(f"{here}.w_in", (f"{there}.{gate}.weight", f"{there}.{up}.weight"), GATE_UP_COLUMNS),
+        Link(f"{here}.w_out", (f"{there}.{down}.weight",), TRANSPOSED),
+    ]
+
+
+DENSE = dense("blocks.{L}.ffn", "model.layers.{L}.mlp")
+EXPERTS = experts("model.layers.{L}.mlp", "gate_proj", "up_proj", "down_proj")
+
+
+def llama_links(config: Tree) -> list[Link]:
+    return [*outside_blocks(), *attention(), *DENSE]
+
+
+def mixtral_links(config: Tree) -> list[Link]:
+    return [*outside_blocks(), *attention(), *experts("model.layers.{L}.block_sparse_moe", "w1", "w3", "w2")]
+
+
+def qwen3_moe_links(config: Tree) -> list[Link]:
+    return [*outside_blocks(), *attention(), *DENSE, *EXPERTS]
+
+
+def gpt_oss_links(config: Tree) -> list[Link]:
+    """Experts are stacks of (in, out), gate and up in turn; or, in OpenAI's own files, of 4-bit blocks with scales."""
+    here, there = "blocks.{L}.moe.experts.{E}", "model.layers.{L}.mlp.experts"
+    links = [
+        *outside_blocks(),
+        *attention(),
+        Link("blocks.{L}.moe.router.weight", ("model.layers.{L}.mlp.router.weight",), SAME),
+        Link("blocks.{L}.moe.router.bias", ("model.layers.{L}.mlp.router.bias",), SAME),
+        Link(f"{here}.b_in", (f"{there}.gate_up_proj_bias",), STACKED_IN_TURN),
+        Link(f"{here}.b_out", (f"{there}.down_proj_bias",), STACKED),
+    ]
+    if config.get("quantization_config"):
+        packed = {name: (f"{there}.{name}_blocks", f"{there}.{name}_scales") for name in ("gate_up_proj", "down_proj")}
+        return [
+            *links,
+            Link(f"{here}.w_in", packed["gate_up_proj"], MXFP4_IN_TURN),
+            Link(f"{here}.w_out", packed["down_proj"], MXFP4),
+        ]
+    return [
+        *links,
+        Link(f"{here}.w_in", (f"{there}.gate_up_proj",), STACKED_IN_TURN),
+        Link(f"{here}.w_out", (f"{there}.down_proj",), STACKED),
+    ]

@@ -1,0 +1,72 @@
+"""The norms: of residuals, and of queries and keys. All compute in float32 or wider."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from expert_parallel.settings import Settings
+
+
+class NormConfig(Settings):
+    kind: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    eps: float = Field(default=1e-5, gt=0)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. Zhang and Sennrich 2019."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(torch.float32, x.dtype))
+        return F.rms_norm(wide, wide.shape[-1:], self.weight.to(wide.dtype), self.eps).to(x.dtype)
+
+
+class LayerNorm(RMSNorm):
+    """(x - mean) / sqrt(variance + eps) * weight + bias. Ba et al. 2016."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width, eps)
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(torch.float32, x.dtype))
+        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+        return F.layer_norm(wide, wide.shape[-1:], weight, bias, self.eps).to(x.dtype)
+
+
+NORMS: dict[str, type[RMSNorm]] = {"rms_norm": RMSNorm, "layer_norm": LayerNorm}
+
+
+class QKNormConfig(Settings):
+    """RMS norm of queries and keys, before they are turned. per_head: of each head by itself, with one weight for all
+    (Qwen3); whole: of all heads together, before they are split (OLMoE)."""
+
+    kind: Literal["per_head", "whole"]
+    eps: float = Field(default=1e-6, gt=0)
+
+
+class HeadNorm(RMSNorm):
+    """Of each head by itself. x: (..., heads * head_size). weight: (head_size)."""
+
+    def __init__(self, heads: int, head_size: int, eps: float) -> None:
+        super().__init__(head_size, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.unflatten(-1, (-1, len(self.weight)))).flatten(-2)
+
+
+class WholeNorm(RMSNorm):
+    """Of all heads together. x: (..., heads * head_size). weight: (heads * head_size)."""
+
+    def __init__(self, heads: int, head_size: int, eps: float) -> None:
+        super().__init__(heads * head_size, eps)
+
+
+QK_NORMS: dict[str, type[HeadNorm] | type[WholeNorm]] = {"per_head": HeadNorm, "whole": WholeNorm}

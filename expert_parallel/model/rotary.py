@@ -1,0 +1,168 @@
+"""Positions: rotary ones, with the ways to stretch them over longer texts, and learned ones."""
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from expert_parallel.settings import Settings
+
+
+class LinearScaling(Settings):
+    """All frequencies divided by `factor`: position interpolation (Chen et al. 2023)."""
+
+    kind: Literal["linear"]
+    factor: float = Field(ge=1)
+
+
+class Llama3Scaling(Settings):
+    """Frequencies that turn less than `low_frequency_factor` times in `original_length` tokens are divided by `factor`,
+    those that turn more than `high_frequency_factor` times stay, those between are mixed (Llama 3.1)."""
+
+    kind: Literal["llama3"]
+    factor: float = Field(ge=1)
+    low_frequency_factor: float = Field(gt=0)
+    high_frequency_factor: float = Field(gt=0)
+    original_length: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _check_band(self) -> "Llama3Scaling":
+        if self.high_frequency_factor <= self.low_frequency_factor:
+            raise ValueError(
+                f"high_frequency_factor ({self.high_frequency_factor:g}) must be larger than low_frequency_factor "
+                f"({self.low_frequency_factor:g})"
+            )
+        return self
+
+
+class YarnScaling(Settings):
+    """YaRN (Peng et al. 2023): pairs that turn more than `beta_fast` times in `original_length` tokens stay, those that
+    turn less than `beta_slow` times are divided by `factor`, a ramp over the pairs between. truncate: the ramp begins
+    and ends at whole pairs.
+
+    cos and sin are multiplied by attention_factor. If null: 0.1 ln(factor) + 1, or with mscale and mscale_all_dim the
+    quotient of 0.1 mscale ln(factor) + 1 and the same of mscale_all_dim (DeepSeek).
+    """
+
+    kind: Literal["yarn"]
+    factor: float = Field(ge=1)
+    original_length: int = Field(ge=1)
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
+    attention_factor: Annotated[float, Field(gt=0)] | None = None
+    mscale: Annotated[float, Field(ge=0)] | None = None
+    mscale_all_dim: Annotated[float, Field(ge=0)] | None = None
+    truncate: bool = True
+
+    @model_validator(mode="after")
+    def _check_ramp(self) -> "YarnScaling":
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(
+                f"beta_fast ({self.beta_fast:g}) must be larger than beta_slow ({self.beta_slow:g}): of turns in "
+                "original_length tokens"
+            )
+        return self
+
+
+Scaling = Annotated[YarnScaling | Llama3Scaling | LinearScaling, Field(discriminator="kind")]
+
+
+class RopeConfig(Settings):
+    """Rotary positions: Su et al. 2021, in the half-split form of GPT-NeoX and Llama."""
+
+    kind: Literal["rope"] = "rope"
+    theta: float = Field(default=10000.0, gt=1)
+    scaling: Scaling | None = None
+
+
+class LearnedPositionConfig(Settings):
+    """One learned vector a position, added to the embedding."""
+
+    kind: Literal["learned"]
+    max_length: int = Field(ge=1)
+
+
+PositionConfig = Annotated[RopeConfig | LearnedPositionConfig, Field(discriminator="kind")]
+
+
+def rotary_frequencies(
+    config: RopeConfig, size: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None
+) -> tuple[Tensor, float]:
+    """Angle by which each pair turns from one position to the next, (size / 2), and the factor of cos and sin. size: of
+    the heads."""
+    half = size // 2
+    frequency_h = config.theta ** (-torch.arange(half, device=device, dtype=dtype) / half)
+    if config.scaling is None:
+        return frequency_h, 1.0
+    return SCALINGS[config.scaling.kind](config.scaling, config.theta, frequency_h)
+
+
+def _linear(scaling: LinearScaling, theta: float, frequency_h: Tensor) -> tuple[Tensor, float]:
+    return frequency_h / scaling.factor, 1.0
+
+
+def _llama3(scaling: Llama3Scaling, theta: float, frequency_h: Tensor) -> tuple[Tensor, float]:
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    turns_h = scaling.original_length * frequency_h / (2 * math.pi)
+    kept_h = ((turns_h - low) / (high - low)).clamp(0, 1)
+    return frequency_h * (kept_h + (1 - kept_h) / scaling.factor), 1.0
+
+
+def _yarn(scaling: YarnScaling, theta: float, frequency_h: Tensor) -> tuple[Tensor, float]:
+    half = len(frequency_h)
+
+    def pair_that_turns(times: float) -> float:
+        """Which pair turns so often in original_length tokens; a fraction."""
+        return half * math.log(scaling.original_length / (times * 2 * math.pi)) / math.log(theta)
+
+    first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * half - 1)
+    width = last - first or 0.001
+    pair_h = torch.arange(half, device=frequency_h.device, dtype=frequency_h.dtype)
+    stretched_h = ((pair_h - first) / width).clamp(0, 1)
+    frequency_h = frequency_h * ((1 - stretched_h) + stretched_h / scaling.factor)
+    return frequency_h, _attention_factor(scaling)
+
+
+def _attention_factor(scaling: YarnScaling) -> float:
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return yarn_scale(scaling.factor, scaling.mscale) / yarn_scale(scaling.factor, scaling.mscale_all_dim)
+    return yarn_scale(scaling.factor)
+
+
+def yarn_scale(factor: float, multiplier: float = 1.0) -> float:
+    """By how much sharper attention must be over a context that is `factor` times as long: YaRN, equation 22."""
+    return 0.1 * multiplier * math.log(factor) + 1.0
+
+
+# kind -> (its settings, theta, plain frequencies (h / 2)) -> frequencies, factor of cos and sin.
+SCALINGS: dict[str, Callable[[Any, float, Tensor], tuple[Tensor, float]]] = {
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+
+
+def rotation(config: RopeConfig, size: int, position_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of each position's angles, (B or 1, 1, S, size / 2), times the attention factor. position_BS: int64.
+
+    Angles in float32, or float64 for float64: positions beyond 256 have no exact bfloat16.
+    """
+    wide = torch.promote_types(torch.float32, dtype)
+    frequency_h, factor = rotary_frequencies(config, size, wide, position_BS.device)
+    angle = position_BS.to(wide)[:, None, :, None] * frequency_h
+    return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pair (x_i, x_{i + h/2}) of each position by its angle i. x: (B, heads, S, h); cos, sin: see
+    `rotation`."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -1,0 +1,101 @@
+"""Training some experts while all else stays as it is, bit for bit.
+
+Frozen is: no gradient (nor a part in the gradient norm), no weight decay, no momentum. Frozen weights stay in the
+optimizer, so that checkpoints hold the same tensors whatever is frozen; memory is not saved.
+"""
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from expert_parallel.model.config import ModelConfig
+from expert_parallel.moe.parameters import LogicalParameter, local_tensor
+from expert_parallel.settings import Settings
+
+
+class AllTrainable(Settings):
+    """Every weight."""
+
+    kind: Literal["all"] = "all"
+
+
+class ExpertsTrainable(Settings):
+    """Some experts alone, by their global numbers, in `blocks` (default: all MoE blocks). `router: chosen` lets their
+    own rows of the router train too, and balance biases move."""
+
+    kind: Literal["experts"]
+    experts: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    blocks: list[int] | None = None
+    router: Literal["frozen", "chosen"] = "frozen"
+
+
+TrainableConfig = Annotated[AllTrainable | ExpertsTrainable, Field(discriminator="kind")]
+
+
+def refuse_trainable(config: TrainableConfig, model: ModelConfig) -> None:
+    """ValueError where it names what the model does not have."""
+    if isinstance(config, AllTrainable):
+        return
+    if model.moe is None:
+        raise ValueError("training.trainable.kind is 'experts' but the model has no experts (model.moe)")
+    if max(config.experts) >= model.moe.num_experts:
+        raise ValueError(
+            f"training.trainable.experts names expert {max(config.experts)}, model.moe.num_experts is "
+            f"{model.moe.num_experts}"
+        )
+    for block in config.blocks or []:
+        if block not in model.moe_layers:
+            raise ValueError(f"training.trainable.blocks names block {block}; the MoE blocks are {model.moe_layers}")
+
+
+def frozen_rows(config: TrainableConfig, logical: LogicalParameter) -> Tensor | None:
+    """Which rows (of dimension 0: experts of a stack, rows of a router) of this rank's part of the parameter are
+    frozen, bool; None: none of them."""
+    if isinstance(config, AllTrainable):
+        return None
+    rows = torch.ones(logical.parameter.shape[0], dtype=torch.bool)
+    for row, expert in _experts_of_rows(config, logical).items():
+        rows[row] = expert not in config.experts
+    if isinstance(logical.parameter, DTensor):
+        mesh, placements = logical.parameter.device_mesh, logical.parameter.placements
+        rows = distribute_tensor(rows.to(logical.parameter.device), mesh, placements, src_data_rank=None).to_local()
+    return rows.to(logical.parameter.device)
+
+
+def _experts_of_rows(config: ExpertsTrainable, logical: LogicalParameter) -> dict[int, int]:
+    """The expert that a row belongs to; empty where the parameter is neither chosen experts' nor a router's."""
+    path = logical.names[0].split(".")
+    is_router = "router" in path and config.router == "chosen"
+    if not (logical.is_expert or is_router) or (config.blocks is not None and int(path[1]) not in config.blocks):
+        return {}
+    if is_router:
+        return {row: row for row in range(logical.parameter.shape[0])}
+    return {row: int(name.split(".")[-2]) for row, name in enumerate(logical.names)}
+
+
+def freeze_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Of frozen rows 0, NaN or not."""
+    for parameter, rows in _frozen(optimizer):
+        if parameter.grad is not None:
+            local_tensor(parameter.grad)[rows] = 0
+
+
+def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """A hook of AdamW: what it does to a whole parameter, decay, is done here to the rows that train alone; what frozen
+    rows were moving with, from training before, is stopped."""
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            for parameter, rows in zip(group["params"], group.get("frozen_rows", ()), strict=False):
+                weight = local_tensor(parameter)
+                weight[~rows] *= 1 - group["lr"] * group["decay_of_rows"]
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    if moment in optimizer.state[parameter]:
+                        local_tensor(optimizer.state[parameter][moment])[rows] = 0
+
+
+def _frozen(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, Tensor]]:
+    groups = optimizer.param_groups
+    return [pair for group in groups for pair in zip(group["params"], group.get("frozen_rows", ()), strict=False)]

@@ -1,0 +1,170 @@
+"""Attention for reference.py, in float64, slow and obviously right: head by head, with every mask written out and every
+angle computed by itself. Without any code of model/.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Parameters = dict[str, Tensor]
+
+
+def attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, document_BS: Tensor | None = None) -> Tensor:
+    """(B, S, D) -> (B, S, D). weights: of this block's attention. document_BS: which document of its row a token is of,
+    int64; None: one a row. A token sees its own document alone, and counts positions from where that begins."""
+    if document_BS is None:
+        document_BS = torch.zeros(x_BSD.shape[:2], dtype=torch.int64)
+    return ATTENTION[model.attention.kind](model, layer, weights, x_BSD, document_BS)
+
+
+def heads_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, document_BS: Tensor) -> Tensor:
+    config, size = model.attention, model.attention.head_size
+    window = config.window if layer in model.window_blocks.blocks(model.num_layers) else None
+    sees_BSS, position_BS = sees(document_BS, window), positions(document_BS)
+    query, key, value = (linear(weights, name, x_BSD) for name in ("query", "key", "value"))
+    if config.qk_norm is not None:
+        query = _norm(config.qk_norm, size, weights["query_norm.weight"], query)
+        key = _norm(config.qk_norm, size, weights["key_norm.weight"], key)
+    heads = []
+    for head in range(config.num_heads):
+        shared = head // (config.num_heads // config.kv_heads)
+        q, k, v = (t[..., h * size : (h + 1) * size] for t, h in ((query, head), (key, shared), (value, shared)))
+        if model.position.kind == "rope":
+            q, k = rotate(q, model.position, position_BS), rotate(k, model.position, position_BS)
+        scores = (q @ k.transpose(1, 2)) / math.sqrt(size)
+        scores = torch.where(sees_BSS, scores, torch.full_like(scores, -math.inf))
+        if config.sinks:
+            sink = weights["sinks"][head] * torch.ones_like(scores[..., :1])
+            heads.append(softmax(torch.cat([sink, scores], -1))[..., 1:] @ v)
+        else:
+            heads.append(softmax(scores) @ v)
+    return linear(weights, "out", torch.cat(heads, -1))
+
+
+def latent_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, document_BS: Tensor) -> Tensor:
+    """DeepSeek-V2 (2405.04434), equations 9 to 13 and 37 to 47."""
+    config, position_BS, sees_BSS = model.attention, positions(document_BS), sees(document_BS)
+    nope, rope, value_size = config.nope_size, config.rope_size, config.value_size
+    if config.query_rank is None:
+        query = linear(weights, "query", x_BSD)
+    else:
+        latent = rms_norm(linear(weights, "query_down", x_BSD), weights["query_norm.weight"], config.norm_eps)
+        query = linear(weights, "query_up", latent)
+    down = linear(weights, "kv_down", x_BSD)
+    keys_and_values = linear(
+        weights, "kv_up", rms_norm(down[..., : config.kv_rank], weights["kv_norm.weight"], config.norm_eps)
+    )
+    shared_key = rotate(down[..., config.kv_rank :], model.position, position_BS)
+    scale, scaling = 1 / math.sqrt(nope + rope), model.position.scaling
+    if scaling is not None and scaling.kind == "yarn" and scaling.mscale_all_dim is not None:
+        scale *= (0.1 * scaling.mscale_all_dim * math.log(scaling.factor) + 1) ** 2
+    heads = []
+    for head in range(config.num_heads):
+        q = query[..., head * (nope + rope) : (head + 1) * (nope + rope)]
+        k_v = keys_and_values[..., head * (nope + value_size) : (head + 1) * (nope + value_size)]
+        turned = rotate(q[..., nope:], model.position, position_BS)
+        scores = scale * (q[..., :nope] @ k_v[..., :nope].transpose(1, 2) + turned @ shared_key.transpose(1, 2))
+        scores = torch.where(sees_BSS, scores, torch.full_like(scores, -math.inf))
+        heads.append(softmax(scores) @ k_v[..., nope:])
+    return linear(weights, "out", torch.cat(heads, -1))
+
+
+# kind -> (model, block, its weights, x (B, S, D), documents (B, S)) -> (B, S, D)
+ATTENTION: dict[str, Callable[[Any, int, Parameters, Tensor, Tensor], Tensor]] = {
+    "heads": heads_attention,
+    "latent": latent_attention,
+}
+
+
+def sees(document_BS: Tensor, window: int | None = None) -> Tensor:
+    """Whether the first token sees the second, bool (B, S, S)."""
+    num_rows, length = document_BS.shape
+    found = torch.zeros(num_rows, length, length, dtype=torch.bool)
+    for b in range(num_rows):
+        for one in range(length):
+            first = 0 if window is None else max(0, one - window + 1)
+            for other in range(first, one + 1):
+                found[b, one, other] = document_BS[b, one] == document_BS[b, other]
+    return found
+
+
+def positions(document_BS: Tensor) -> Tensor:
+    """Counted from the beginning of each document."""
+    found = torch.zeros_like(document_BS)
+    for b, row in enumerate(document_BS.tolist()):
+        for s in range(1, len(row)):
+            found[b, s] = found[b, s - 1] + 1 if row[s] == row[s - 1] else 0
+    return found
+
+
+def rotate(x_BSh: Tensor, position: Any, position_BS: Tensor) -> Tensor:
+    """Turns each pair (x_i, x_{i + h/2}) of a token by its position * the pair's frequency. position: a RopeConfig."""
+    half = x_BSh.shape[-1] // 2
+    columns: list[Tensor] = [x_BSh[..., i] for i in range(2 * half)]
+    stretch = _stretch(position.scaling)
+    for i in range(half):
+        angle_BS = position_BS.to(x_BSh.dtype) * _frequency(position, i, half)
+        one, two = columns[i], columns[i + half]
+        columns[i] = stretch * (one * torch.cos(angle_BS) - two * torch.sin(angle_BS))
+        columns[i + half] = stretch * (one * torch.sin(angle_BS) + two * torch.cos(angle_BS))
+    return torch.stack(columns, -1)
+
+
+def _frequency(position: Any, i: int, half: int) -> float:
+    """Of pair i, as the papers have it; kept: the share that is not divided by the factor."""
+    scaling, frequency = position.scaling, float(position.theta) ** (-i / half)
+    if scaling is None:
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    wavelength = 2 * math.pi / frequency
+    turns = scaling.original_length / wavelength
+    if scaling.kind == "llama3":
+        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+        kept = 0.0 if turns < low else 1.0 if turns > high else (turns - low) / (high - low)
+    else:
+        first, last = (
+            half * math.log(scaling.original_length / (2 * math.pi * beta)) / math.log(position.theta)
+            for beta in (scaling.beta_fast, scaling.beta_slow)
+        )
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(0, first), min(last, 2 * half - 1)
+        if first == last:
+            last += 0.001
+        kept = 1 - min(1.0, max(0.0, (i - first) / (last - first)))
+    return kept * frequency + (1 - kept) * frequency / scaling.factor
+
+
+def _stretch(scaling: Any) -> float:
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return float(scaling.attention_factor)
+    logarithm = 0.1 * math.log(scaling.factor)
+    if scaling.mscale and scaling.mscale_all_dim:
+        return (scaling.mscale * logarithm + 1) / (scaling.mscale_all_dim * logarithm + 1)
+    return logarithm + 1
+
+
+def _norm(config: Any, size: int, weight: Tensor, x: Tensor) -> Tensor:
+    """per_head: each head's columns by themselves, with one weight for all; whole: all columns together."""
+    if config.kind == "whole":
+        return rms_norm(x, weight, config.eps)
+    return torch.cat([rms_norm(head, weight, config.eps) for head in x.split(size, -1)], -1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / torch.sqrt((x**2).mean(-1, keepdim=True) + eps) * weight
+
+
+def softmax(x: Tensor) -> Tensor:
+    exponentials = torch.exp(x - x.detach().amax(-1, keepdim=True))
+    return exponentials / exponentials.sum(-1, keepdim=True)
+
+
+def linear(weights: Parameters, name: str, x: Tensor) -> Tensor:
+    return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)

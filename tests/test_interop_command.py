@@ -1,0 +1,136 @@
+"""`convert` as a user calls it: import, generate, go on training, export, and what it says when it cannot."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner, Result
+
+from expert_parallel.__main__ import app
+from expert_parallel.checkpoint.files import open_checkpoint
+from expert_parallel.config import load_config
+from expert_parallel.data.tokenizer import FileTokenizer, train_tokenizer
+from tests.test_interop import greedy, load_ours, make_peer
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs away "
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def done(*arguments: str | Path) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refusal(*arguments: str | Path) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """A Mixtral with a tokenizer of few words."""
+    folder = tmp_path / "theirs"
+    make_peer("mixtral").save_pretrained(folder)
+    train_tokenizer([TEXT * 20], 259, folder / "tokenizer.json")
+    return folder
+
+
+@torch.no_grad()
+def test_import_generate_export(theirs: Path, tmp_path: Path) -> None:
+    run, back = tmp_path / "run", tmp_path / "back"
+    assert done("convert", "import", theirs, run) == f"wrote {run}\n"
+    said = done("generate", run, "--prompt", TEXT, "--tokens", "5", "--temperature", "0")
+    tokenizer = FileTokenizer(run / "tokenizer.json")
+    prompt_BS = torch.tensor([tokenizer.encode(TEXT)])
+    expected = make_peer("mixtral").generate(prompt_BS, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert said.strip() == tokenizer.decode(expected[0].tolist()).strip()
+
+    assert done("convert", "export", run, back) == f"wrote {back} as mixtral\n"
+    assert (back / "tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(back).eval()
+    assert torch.equal(loaded.generate(prompt_BS, max_new_tokens=5, do_sample=False, pad_token_id=0), expected)
+
+
+def test_training_goes_on_from_an_imported_model(theirs: Path, tmp_path: Path) -> None:
+    """Its first loss is the imported model's; what it becomes is exported, and transformers says what it says."""
+    run = tmp_path / "run"
+    done("convert", "import", theirs, run)
+    config = run / "config.yaml"
+    assert "data.corpora is empty" in refusal("train", config)
+    sizes = ["training.steps=2", "training.global_batch=2", "training.sequence_length=16", "evaluation.sequences=4"]
+    text = done("train", config, "data={kind: stdlib}", *sizes)
+    assert "with its weights alone" in text
+    assert [path.name for path in sorted((run / "checkpoints").glob("step_*"))] == ["step_00000000", "step_00000002"]
+    first = open_checkpoint(run / "checkpoints/step_00000000")
+    assert first.tensors.keys() < open_checkpoint(run).tensors.keys()
+
+    back = tmp_path / "back"
+    done("convert", "export", run, back)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(back, attn_implementation="eager").eval()
+    prompt_BS = torch.tensor([list(b"def __init__(")])
+    expected = loaded.generate(prompt_BS, max_new_tokens=10, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        assert torch.equal(greedy(load_ours(run), prompt_BS, 10), expected)
+        assert not torch.equal(make_peer("mixtral")(prompt_BS).logits, loaded(prompt_BS).logits)
+
+
+def test_a_run_of_ours_is_exported(tmp_path: Path) -> None:
+    """Nothing was imported: no origin. Capacity and losses are of training, generation has no limits either."""
+    run, back = tmp_path / "run", tmp_path / "back"
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"run: {{folder: {run}}}\n"
+        "model:\n  num_layers: 2\n  d_model: 32\n  init_std: 0.2\n  attention: {num_heads: 2, head_size: 16}\n"
+        "  moe:\n    num_experts: 4\n    capacity: {kind: factor, train: 0.5, eval: 0.5}\n"
+        "    losses: [{kind: balance, coefficient: 0.01}]\n    experts: {hidden: 24}\n"
+        "training: {steps: 3, global_batch: 2, sequence_length: 16}\n"
+        "evaluation: {sequences: 4}\n"
+    )
+    done("train", config)
+    assert done("convert", "export", run, back) == f"wrote {back} as mixtral\n"
+    said = done("generate", run, "--prompt", "def main", "--tokens", "8", "--temperature", "0")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(back).eval()
+    prompt_BS = torch.tensor([list(b"def main")])
+    with torch.no_grad():
+        theirs = loaded.generate(prompt_BS, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert bytes(theirs[0].tolist()).decode(errors="replace").strip() == said.strip()
+    assert json.loads((back / "config.json").read_text())["max_position_embeddings"] == 16
+
+
+def test_upcycled_folder_trains_and_is_exported(tmp_path: Path) -> None:
+    make_peer("llama").save_pretrained(tmp_path / "theirs")
+    moe, back = tmp_path / "moe", tmp_path / "back"
+    text = done("convert", "upcycle", tmp_path / "theirs", moe, "--experts", "4", "--split", "2")
+    assert "random tokens: the logits differ by" in text
+    sizes = ["training.steps=1", "training.global_batch=2", "training.sequence_length=16", "evaluation.sequences=4"]
+    done("train", moe / "config.yaml", "data={kind: stdlib}", *sizes)
+    model = load_config(moe / "config.yaml").model
+    assert model.moe is not None
+    assert model.moe.num_experts == 8
+    assert done("convert", "export", moe, back, "--dtype", "bfloat16") == f"wrote {back} as mixtral\n"
+    assert transformers.AutoModelForCausalLM.from_pretrained(back).config.num_local_experts == 8
+
+
+def test_refusals_are_one_sentence(theirs: Path, tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing"
+    assert f"{nothing} is no Hugging Face model: it has no config.json" in refusal("convert", "import", nothing, "out")
+    assert f"there is no checkpoint {nothing}" in refusal("convert", "export", nothing, tmp_path / "out")
+    assert f"there is no checkpoint {nothing}" in refusal("convert", "upcycle", nothing, "out", "--experts", "2")
+    done("convert", "import", theirs, tmp_path / "run")
+    assert "exists already" in refusal("convert", "import", theirs, tmp_path / "run")
+    out = tmp_path / "out"
+    assert "--dtype is 'int8', it must be one of float32, bfloat16, float16" in refusal(
+        "convert", "export", tmp_path / "run", out, "--dtype", "int8"
+    )
+    assert "--family is 'gpt2'" in refusal("convert", "export", tmp_path / "run", out, "--family", "gpt2")
+    assert "has experts already" in refusal("convert", "upcycle", theirs, out, "--experts", "2")
+    assert not out.exists()
