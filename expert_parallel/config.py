@@ -81,8 +81,8 @@ class Config(Settings):
         refuse_trainable(training.trainable, model)
         if self.run.sample is not None and training.sequence_length < 2:
             raise ValueError(
-                f"run.sample is given but training.sequence_length ({training.sequence_length}) is smaller than 2: it is "
-                "how many tokens the model sees when it writes"
+                f"run.sample is given but training.sequence_length ({training.sequence_length}) is smaller than 2: it "
+                "is how many tokens the model sees when it writes"
             )
         if isinstance(self.parallel.pipeline, InterleavedConfig) and self.parallel.pp == 1:
             raise ValueError("parallel.pipeline.kind is 'interleaved' but parallel.pp is 1: there is no pipeline")

@@ -31,14 +31,15 @@ def digest(part: Tensor, start: Sequence[int], shape: Sequence[int]) -> int:
     if part.numel() == 0:
         return 0
     size = part.element_size()
-    rows_R, run_C = _keys(start, part.shape, shape, words=2 if size == 8 else 1)
+    rows_R, first, length = _runs(start, part.shape, shape, words=2 if size == 8 else 1)
     bits = part.detach().contiguous().flatten().view(torch.uint8).numpy().view(_BITS[size])
-    bits_RC = bits.reshape(len(rows_R), len(run_C))
-    height, width = max(1, CHUNK // len(run_C)), min(CHUNK, len(run_C))
+    bits_RC = bits.reshape(len(rows_R), length)
+    height, width = max(1, CHUNK // length), min(CHUNK, length)
     total = 0
-    for top in range(0, len(rows_R), height):
-        for left in range(0, len(run_C), width):
-            keys = rows_R[top : top + height, None] + run_C[left : left + width]
+    for left in range(0, length, width):
+        run_C = np.arange(first + left, first + min(left + width, length), dtype=np.uint64) * _modulo(_SPREAD)
+        for top in range(0, len(rows_R), height):
+            keys = rows_R[top : top + height, None] + run_C
             keys += bits_RC[top : top + height, left : left + width]
             total += _sum_of_hashes(keys)
     return total % MODULUS
@@ -49,9 +50,9 @@ def as_text(total: int) -> str:
     return f"{total % MODULUS:032x}"
 
 
-def _keys(start: Sequence[int], part: Sequence[int], shape: Sequence[int], words: int) -> tuple[Keys, Keys]:
-    """(index of a word) * _SPREAD, modulo 2**64, as a sum: of the runs of consecutive words that the part consists of,
-    (R,), and of the words within a run, (C,)."""
+def _runs(start: Sequence[int], part: Sequence[int], shape: Sequence[int], words: int) -> tuple[Keys, int, int]:
+    """The runs of consecutive words that the part consists of. The key of a word, its flat index * _SPREAD modulo
+    2**64, is a sum: of its run's, (R,), and of its number within the run, which goes from `first` on, `length` times."""
     dim = len(shape) - 1
     while dim > 0 and part[dim] == shape[dim]:  # whole rows: they follow one another
         dim -= 1
@@ -63,7 +64,7 @@ def _keys(start: Sequence[int], part: Sequence[int], shape: Sequence[int], words
         stride *= shape[outer + 1]
         places = np.arange(start[outer], start[outer] + part[outer], dtype=np.uint64)
         rows_R = np.add.outer(places * _modulo(stride * words * _SPREAD), rows_R).flatten()
-    return rows_R, np.arange(first, first + length, dtype=np.uint64) * _modulo(_SPREAD)
+    return rows_R, first, length
 
 
 def _sum_of_hashes(keys: Keys) -> int:
