@@ -52,7 +52,7 @@ def as_text(total: int) -> str:
 
 def _runs(start: Sequence[int], part: Sequence[int], shape: Sequence[int], words: int) -> tuple[Keys, int, int]:
     """The runs of consecutive words that the part consists of. The key of a word, its flat index * _SPREAD modulo
-    2**64, is a sum: of its run's, (R,), and of its number within the run, which goes from `first` on, `length` times."""
+    2**64, is a sum: of its run's, (R,), and of its number in the run, which goes from `first` on, `length` times."""
     dim = len(shape) - 1
     while dim > 0 and part[dim] == shape[dim]:  # whole rows: they follow one another
         dim -= 1
