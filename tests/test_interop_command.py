@@ -67,7 +67,9 @@ def test_training_goes_on_from_an_imported_model(theirs: Path, tmp_path: Path) -
     config = run / "config.yaml"
     assert "data.corpora is empty" in refusal("train", config)
     sizes = ["training.steps=2", "training.global_batch=2", "training.sequence_length=16", "evaluation.sequences=4"]
-    text = done("train", config, "data={kind: stdlib}", *sizes)
+    assert "model.norm.eps is" in refusal("train", config, "data={kind: stdlib}", *sizes, "model.norm.eps=1e-2")
+    yours = ["model.moe.losses=[{kind: balance}]", "model.moe.capacity={kind: factor}", "model.dropout=0.1", *sizes]
+    text = done("train", config, "data={kind: stdlib}", *yours)
     assert "with its weights alone" in text
     assert [path.name for path in sorted((run / "checkpoints").glob("step_*"))] == ["step_00000000", "step_00000002"]
     first = open_checkpoint(run / "checkpoints/step_00000000")

@@ -253,10 +253,12 @@ def open_folder(config: Config, rank: int) -> list[Path]:
 
 def refuse_settings(checkpoint: Checkpoint, config: Config) -> None:
     """ValueError where the run cannot go on from it: another model, other data. Weights alone that no step has changed
-    fix the model only."""
-    fixed = FIXED_SETTINGS if checkpoint.has_moments or checkpoint.step else ("model.",)
+    (an imported model's) are begun from as from another run's."""
+    if not checkpoint.has_moments and checkpoint.step == 0:
+        refuse_model(checkpoint, config)
+        return
     for path, old, new in changed_settings(checkpoint.config, config.model_dump(mode="json")):
-        if path.startswith(fixed):
+        if path.startswith(FIXED_SETTINGS):
             raise ValueError(
                 f"{checkpoint.path} is a checkpoint of another model or data order: {path} is {old!r} there and "
                 f"{new!r} here; choose another run.folder, or the same setting"
