@@ -15,7 +15,7 @@ from expert_parallel.verify.reference import Division, LayerRecord, ReferenceSte
 
 # dtype -> the largest relative difference that passes, and the share of the largest number among all gradients (or
 # updates) below which a tensor's own size no longer counts: a gradient that is zero but for rounding has no digits.
-TOLERANCES = {"float64": (1e-9, 1e-3), "float32": (1e-4, 1e-2), "bfloat16": (2e-1, 1e-1)}
+TOLERANCES = {"float64": (1e-9, 1e-3), "float32": (1e-4, 1e-2), "bfloat16": (3e-1, 1e-1)}
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # by name: what a rank holds, and what is expected there
 
