@@ -77,6 +77,8 @@ def generate(
         refusals(ValueError, OSError),
         distributed(early_runtime_config(run / "config.yaml", overrides or [])) as ranks,
     ):
+        if top_p == 0:
+            raise ValueError("--top-p is 0, it must be above 0: the share of the probability that is drawn from")
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         texts = generate_from_run(
             run,

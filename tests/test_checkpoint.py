@@ -5,6 +5,7 @@ import argparse
 import json
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +15,14 @@ from safetensors.torch import load_file
 
 from expert_parallel.checkpoint.files import list_checkpoints, open_checkpoint
 from expert_parallel.checkpoint.load import load_checkpoint
+from expert_parallel.checkpoint.manifest import sealed
 from expert_parallel.checkpoint.tensor_files import write_tensors
 from expert_parallel.config import Config
 from expert_parallel.model.generation import Sampling
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.runtime import Launch, Runtime, UserError
 from expert_parallel.training.generate import generate_from_run
-from expert_parallel.training.loop import train
+from expert_parallel.training.loop import changes_since, train
 from tests.layouts import parallel_config
 from tests.ranks import run_ranks
 
@@ -199,6 +201,33 @@ def test_generate_from_another_layout(finished: Path, tmp_path: Path) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_what_no_weight_depends_on_may_change(finished: Path, tmp_path: Path) -> None:
+    """Losses, capacity, dropout, how experts are reached and multiplied: they are training's and the layout's."""
+    tree = settings(copy_of(finished, tmp_path), ep=2, steps=6, every=2)
+    moe = tree["model"]["moe"]
+    moe |= {"losses": [], "dispatcher": {"kind": "all_gather"}, "capacity": {"kind": "factor"}}
+    moe["experts"] |= {"backend": "loop", "hidden_dropout": 0.0}
+    assert run_ranks(2, run_training, 2, tree) == ["", ""]
+
+
+def test_data_held_out_must_stay(finished: Path, tmp_path: Path) -> None:
+    """Else text that was trained on would be held out."""
+    tree = settings(copy_of(finished, tmp_path), ep=2, steps=6, every=2)
+    tree["data"]["held_out"] = 0.3
+    for error in run_ranks(2, run_training, 2, tree):
+        assert "is a checkpoint of another order of data: data.held_out is 0.05 there and 0.3 here" in error
+
+
+def test_a_setting_that_is_newer_than_a_checkpoint_had_its_default() -> None:
+    config = Config.model_validate(settings(Path("runs/none")))
+    then = config.model_dump(mode="json")
+    del then["model"]["norm_placement"], then["model"]["moe"]["capacity"]
+    assert changes_since(SimpleNamespace(config=then), config) == []  # type: ignore[arg-type]
+    then["model"]["norm_placement"] = "post"
+    changed = changes_since(SimpleNamespace(config=then), config)  # type: ignore[arg-type]
+    assert changed == [("model.norm_placement", "post", "pre")]
+
+
 def test_another_model_is_refused_by_setting(finished: Path) -> None:
     tree = settings(finished, ep=2, steps=8, every=2)
     tree["model"]["moe"]["num_experts"] = 8
@@ -267,7 +296,7 @@ def rewrite(path: Path, change: Any) -> None:
         start, shape = [0] * tensor.dim(), list(tensor.shape)
         piece = {"file": file.name, "key": name, "start": start, "shape": shape}
         tree["tensors"].setdefault(name, {"dtype": "F64", "shape": shape, "digest": "0" * 32, "pieces": [piece]})
-    (path / "manifest.json").write_text(json.dumps(tree))
+    (path / "manifest.json").write_text(json.dumps(sealed(tree)))
 
 
 DAMAGES = [damage_flip, damage_truncate, damage_remove, damage_manifest, damage_tensor_left_out, damage_tensor_added]

@@ -23,9 +23,17 @@ from expert_parallel.__main__ import app
 from expert_parallel.checkpoint import digest as digests
 from expert_parallel.checkpoint.digest import MODULUS, as_text, digest
 from expert_parallel.checkpoint.files import Checkpoint, CheckpointWriter, expected_shapes, open_checkpoint
-from expert_parallel.checkpoint.folders import list_checkpoints, new_partial, prune, publish, remove_partial
+from expert_parallel.checkpoint.folders import (
+    list_checkpoints,
+    new_partial,
+    point_to_newest,
+    prune,
+    publish,
+    remove_partial,
+    whole_checkpoints,
+)
 from expert_parallel.checkpoint.load import load_checkpoint
-from expert_parallel.checkpoint.manifest import Entry, Manifest, Piece, check_pieces
+from expert_parallel.checkpoint.manifest import Entry, Manifest, Piece, check_pieces, sealed
 from expert_parallel.checkpoint.report import problems
 from expert_parallel.checkpoint.tensor_files import write_tensors
 from expert_parallel.model.config import ModelConfig
@@ -334,16 +342,19 @@ def test_the_writer_refuses_what_comes_twice_and_what_exists(tmp_path: Path) -> 
         with pytest.raises(ValueError, match=r"weights/final_norm\.weight comes twice"):
             writer.add("weights/final_norm.weight", torch.zeros(16))
     assert open_checkpoint(tmp_path).path == path
+    with pytest.raises(AssertionError, match="step_00000001"):
+        CheckpointWriter(tmp_path / "step_1", step=1, config={"model": MODEL})
 
 
 # ------------------------------------------------------------------------------------------------------------- damage
 
 
-def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def edit(path: Path, change: Callable[[dict[str, Any]], Any], *, seal: bool = True) -> None:
+    """seal: with a SHA-256 that fits, so that all else is looked at."""
     file = path / "manifest.json"
     tree = json.loads(file.read_text())
     change(tree)
-    file.write_text(json.dumps(tree))
+    file.write_text(json.dumps(sealed(tree) if seal else tree))
 
 
 def flip(path: Path) -> None:
@@ -354,6 +365,7 @@ def flip(path: Path) -> None:
 
 W_IN, OTHER = (f"weights/blocks.1.moe.experts.{expert}.w_in" for expert in (1, 2))
 SHARD = "shard_00000.safetensors"
+SEAL = "manifest.json is damaged: the SHA-256 of its content is"
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
@@ -457,6 +469,29 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "manifest.json has format 1, this version reads format 2 alone",
     ),
     "a setting of the future": (lambda p: edit(p, lambda t: t.update(more=1)), "manifest.json is damaged at more"),
+    "another step": (lambda p: edit(p, lambda t: t.update(step=6), seal=False), SEAL),
+    "another setting": (lambda p: edit(p, lambda t: t["config"].update(seed=4), seal=False), SEAL),
+    "no SHA-256 of its own": (lambda p: edit(p, lambda t: t.pop("sha256"), seal=False), "it says None"),
+    "the step of another name": (
+        lambda p: edit(p, lambda t: t.update(step=6)),
+        "has the name of step 0, its manifest.json is of step 6: rename the folder back",
+    ),
+    "nested without end": (
+        lambda p: (p / "manifest.json").write_text("[" * 100_000 + "]" * 100_000),
+        "manifest.json cannot be read (maximum recursion depth exceeded",
+    ),
+    "nested without end, in mappings": (
+        lambda p: (p / "manifest.json").write_text('{"a": ' * 100_000 + "1" + "}" * 100_000),
+        "manifest.json cannot be read (maximum recursion depth exceeded",
+    ),
+    "a config without a model": (
+        lambda p: edit(p, lambda t: t["config"].pop("model")),
+        "does not say what model it is of: its config has no mapping `model`",
+    ),
+    "a model that is no mapping": (
+        lambda p: edit(p, lambda t: t["config"].update(model=None)),
+        "does not say what model it is of: its config has no mapping `model`",
+    ),
 }
 
 
@@ -533,22 +568,83 @@ def test_old_ones_go_and_every_nth_stays(tmp_path: Path) -> None:
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000008", "step_00000010"]
 
 
-def test_what_has_no_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+def test_other_names_are_no_checkpoints(tmp_path: Path) -> None:
     content = tensors()
     path = write(tmp_path, content, 3)
-    (tmp_path / "step_00000009").mkdir()
     (tmp_path / "step_x").mkdir()
-    (tmp_path / "step_00000007").symlink_to("nowhere")
     stale = new_partial(tmp_path / "step_00000009")
     (stale / "manifest.json").write_text((path / "manifest.json").read_text())
     assert list_checkpoints(tmp_path) == [path]
     assert open_checkpoint(tmp_path / "latest").path == path
-    partial = new_partial(tmp_path / "step_00000009")
-    (partial / "manifest.json").write_text((path / "manifest.json").read_text())
-    publish(partial, tmp_path / "step_00000009")  # over what has no manifest
-    assert open_checkpoint(tmp_path).path.name == "step_00000009"
+    publish(stale, tmp_path / "step_00000009")
+    assert list_checkpoints(tmp_path) == [path, tmp_path / "step_00000009"]
+    new_partial(tmp_path / "step_00000009")
     remove_partial(tmp_path)
     assert not list(tmp_path.glob("partial_*"))
+
+
+@pytest.mark.parametrize("lost", ["newest", "oldest", "a link to nowhere"])
+def test_a_checkpoint_without_its_manifest_is_refused(lost: str, tmp_path: Path) -> None:
+    """By all who load. Who saves leaves it alone and goes on."""
+    folder = tmp_path / "checkpoints"
+    paths = [write(folder, tensors(), step) for step in (3, 6, 9)]
+    if lost == "a link to nowhere":
+        path = folder / "step_00000007"
+        path.symlink_to("nowhere")
+    else:
+        path = paths[-1] if lost == "newest" else paths[0]
+        (path / "manifest.json").unlink()
+    message = f"{path} has no manifest.json: restore it or remove the folder"
+    places = [tmp_path, folder, *([folder / "latest"] if lost == "newest" else []), *([path] if path.is_dir() else [])]
+    for place in places:
+        with pytest.raises(ValueError, match=r"has no manifest\.json") as error:
+            open_checkpoint(place)
+        assert str(error.value) == message
+        for command in (["inspect", place], ["verify", place], ["diff", place, paths[1]]):
+            result = invoke(*command)
+            assert (result.exit_code, result.stderr) == (2, f"error: {message}\n"), command
+    with pytest.raises(ValueError, match=r"has no manifest\.json"):
+        list_checkpoints(folder)
+    assert open_checkpoint(paths[1]).step == 6, "it was named, and is whole"
+    assert whole_checkpoints(folder) == [other for other in paths if other != path]
+    prune(folder, keep=1, keep_every=None)
+    point_to_newest(folder)
+    newest = paths[1] if lost == "newest" else paths[2]
+    assert (folder / "latest").readlink() == Path(newest.name)
+    assert sorted(p.name for p in folder.iterdir()) == sorted({"latest", newest.name, path.name})
+    with pytest.raises(ValueError, match=f"{path.name} exists already"):
+        publish(new_partial(path), path)
+
+
+def test_a_folder_under_another_steps_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run would go on from it, and remove newer ones."""
+    path = write(tmp_path, tensors(), 6)
+    renamed = path.rename(tmp_path / "step_00000020")
+    message = r"step_00000020 has the name of step 20, its manifest\.json is of step 6"
+    for place in (tmp_path, renamed):
+        with pytest.raises(ValueError, match=message):
+            open_checkpoint(place)
+        assert invoke("verify", place).exit_code == 1
+        assert invoke("inspect", place).exit_code == 2
+    monkeypatch.chdir(renamed)
+    with pytest.raises(ValueError, match="has the name of step 20"):
+        open_checkpoint(Path())
+    assert open_checkpoint(renamed.rename(tmp_path / "a name of its own")).step == 6
+
+
+def test_one_that_is_being_removed_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was listed, then a run under way removed it: its manifest is gone, and so is its folder."""
+    paths = [write(tmp_path, tensors(), step) for step in (1, 2)]
+    original = Path.glob
+
+    def glob(folder: Path, pattern: str) -> list[Path]:
+        found = list(original(folder, pattern))
+        prune(tmp_path, keep=1, keep_every=None) if paths[0].exists() and len(found) > 1 else None
+        return found
+
+    monkeypatch.setattr(Path, "glob", glob)
+    assert list_checkpoints(tmp_path) == paths[1:]
+    assert not paths[0].exists()
 
 
 def test_latest_is_a_link_again_after_a_copy_that_followed_it(tmp_path: Path) -> None:
@@ -618,8 +714,13 @@ def test_verify_looks_at_the_config(tmp_path: Path) -> None:
 def test_diff(tmp_path: Path) -> None:
     content = tensors()
     first = write(tmp_path / "a", content, layout="one")
-    result = invoke("diff", first, write(tmp_path / "b", content, layout="one"))
-    assert (result.exit_code, f"all {COUNT} are equal, bit for bit" in result.stdout) == (0, True)
+    second = write(tmp_path / "b", content, layout="one")
+    flip(second / SHARD)  # not seen, and not claimed
+    result = invoke("diff", first, second)
+    assert result.exit_code == 0
+    equal = f"all {COUNT} are equal, by the digests in their manifests (`checkpoint verify` reads the files)"
+    assert f"tensors: {equal}\n" in result.stdout
+    assert "bit for bit" not in result.stdout
     content[W_IN] = content[W_IN].clone()
     content[W_IN][3, 4] += 0.5
     name = "weights/embedding.weight"

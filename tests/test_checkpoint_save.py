@@ -253,13 +253,11 @@ def save_after_others(rank: int, folder: Path) -> None:
 
 
 def test_leftovers_do_not_get_in_and_the_right_ones_stay(tmp_path: Path) -> None:
-    """Of an earlier attempt at the same step: a rank's file and marker, complete, and a folder of that name."""
+    """Of an earlier attempt at the same step: a rank's file and marker, complete."""
     run_ranks(2, save_from, {"world": 2, "ep": 2}, tmp_path / "other")
     stale = tmp_path / "partial_step_00000002_00000000"
     shutil.copytree(tmp_path / "other" / "step_00000005", stale)
     (stale / "rank_00001.json").write_text("{}")
-    (tmp_path / "step_00000002").mkdir()
-    shutil.copytree(tmp_path / "other" / "step_00000005", tmp_path / "step_00000002" / "deeper")
     shutil.rmtree(tmp_path / "other")
     run_ranks(2, save_after_others, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -276,6 +274,52 @@ def test_leftovers_do_not_get_in_and_the_right_ones_stay(tmp_path: Path) -> None
             "rank_00000.safetensors",
             "rank_00001.safetensors",
         ]
+
+
+def save_twice(rank: int, folder: Path) -> list[str]:
+    """What is said of two saves that nobody may replace, and of a third."""
+    said: list[str] = []
+    with make_saver(folder, built := build(rank, {"world": 2, "ep": 2}), said) as saver:
+        fill(*built[2:])
+        for step in (2, 4, 6):
+            saver.save(step)
+    return said
+
+
+def test_a_name_that_is_taken_is_not_overwritten(tmp_path: Path) -> None:
+    """By a folder whose manifest is lost, by another run's. It is said, on all ranks, and training goes on."""
+    for name in ("step_00000002", "step_00000004"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_00000004" / "manifest.json").write_text("{}")
+    said, other = run_ranks(2, save_twice, tmp_path)
+    taken = [
+        f"step 2 is not saved: {tmp_path}/step_00000002 exists already; the last checkpoint is step_00000004; "
+        "training goes on",
+        f"step 4 is not saved: {tmp_path}/step_00000004 exists already; the last checkpoint is step_00000004; "
+        "training goes on",
+    ]
+    assert other == taken
+    assert said == [*taken, f"saved {tmp_path}/step_00000006"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest",
+        "step_00000002",
+        "step_00000004",
+        "step_00000006",
+    ]
+    assert list((tmp_path / "step_00000002").iterdir()) == []
+
+
+def test_a_run_does_not_start_beside_a_checkpoint_without_its_manifest(tmp_path: Path) -> None:
+    """Not from the older one, in silence."""
+    assert run_ranks(2, run_training, 2, settings(tmp_path, ep=2, steps=2, every=1)) == ["", ""]
+    lost = tmp_path / "checkpoints" / "step_00000002"
+    (lost / "manifest.json").unlink()
+    errors = run_ranks(2, run_training, 2, settings(tmp_path, ep=2, steps=3, every=1))
+    assert errors == [f"{lost} has no manifest.json: restore it or remove the folder"] * 2
+    shutil.rmtree(lost)
+    (tmp_path / "checkpoints" / "step_00000001").rename(tmp_path / "checkpoints" / "step_00000020")
+    for error in run_ranks(2, run_training, 2, settings(tmp_path, ep=2, steps=3, every=1)):
+        assert "step_00000020 has the name of step 20, its manifest.json is of step 1" in error
 
 
 def save_with_a_doubled_part(rank: int, folder: Path) -> str:

@@ -93,6 +93,24 @@ def test_every_layout_writes_what_one_rank_writes_alone(layout: dict[str, Any], 
     assert on_ranks(layout, model_tree(), PROMPTS, use_cache=use_cache) == expected
 
 
+def in_float32(rank: int, layout: dict[str, Any], use_cache: bool) -> list[list[int]]:
+    mesh, model = build_on(layout, model_tree(), seed=3, dtype=torch.float32)
+    return generate(model, PROMPTS, num_tokens=NUM_TOKENS, window=WINDOW, mesh=mesh, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_float32_writes_the_same(use_cache: bool) -> None:
+    expected = [greedy_by_hand(model_tree(), prompt) for prompt in PROMPTS]
+    assert run_ranks(4, in_float32, {"world": 4, "tp": 2, "ep": 4}, use_cache) == [expected] * 4
+
+
+def test_logits_that_are_no_numbers_are_refused() -> None:
+    model = build_model(ModelConfig.model_validate(model_tree()), seed=3)
+    model.embedding.weight.data[7] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        generate(model, [[7]], num_tokens=2, window=16, sampling=Sampling(temperature=1.0))
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_fewer_sequences_than_data_ranks(use_cache: bool) -> None:
     expected = [greedy_by_hand(model_tree(), PROMPTS[0])]

@@ -1,6 +1,9 @@
 """Expert surgery: what an operated checkpoint holds, tensor by tensor, and that training goes on from it."""
 
 import argparse
+import json
+import re
+import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -42,7 +45,7 @@ def tree(folder: Path, router: dict[str, Any]) -> dict[str, Any]:
 def run(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 2 steps, with its optimizer state."""
     routers = {
-        "sigmoid with bias": {"k": 2, "score": "sigmoid", "bias": True, "balance_bias_rate": 0.01},
+        "sigmoid with bias": {"k": 2, "score": "sigmoid", "bias": True, "balance_bias_rate": 0.5},
         "noisy": {"kind": "noisy_top_k", "k": 2, "noise": "learned"},
     }
     folder = tmp_path_factory.mktemp("run") / "run"
@@ -114,8 +117,17 @@ def test_noise_moves_the_added_experts_alone(run: Path, tmp_path: Path) -> None:
     assert not torch.equal(new[router][NUM_EXPERTS], old[router][2])
 
 
+def test_a_copied_checkpoint_keeps_its_step(run: Path, tmp_path: Path) -> None:
+    """Whatever its folder is called; and what stands beside it is not taken for its run's."""
+    shutil.copytree(run / "checkpoints" / "step_00000002", tmp_path / "below" / "copied")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    out = operate(tmp_path / "below" / "copied", tmp_path / "out", remove(NUM_EXPERTS, [1]), SHARD)
+    assert [path.name for path in (out / "checkpoints").glob("step_*")] == ["step_00000002"]
+    assert not (out / "tokenizer.json").exists()
+
+
 def test_training_goes_on_with_the_new_expert_alone(run: Path, tmp_path: Path) -> None:
-    """The others stay bit for bit, and the loss goes on from where it was."""
+    """The others stay bit for bit."""
     out = tmp_path / "out"
     operate(run, out, add(NUM_EXPERTS, [2], 0.01, 0), SHARD)
     chosen = f"{{kind: experts, experts: [{NUM_EXPERTS}], router: chosen}}"
@@ -136,7 +148,15 @@ def test_the_commands(run: Path, tmp_path: Path) -> None:
         return result.stdout
 
     added = said("add", run, tmp_path / "added", "--like", "1,2")
-    assert added.startswith(f"wrote {tmp_path / 'added'}: 7 experts\nheld-out text: cross entropy ")
+    measured = re.fullmatch(
+        rf"wrote {tmp_path / 'added'}: 7 experts\n"
+        r"held-out text: cross entropy (\S+) before, (\S+) after, apart \S+ nats\n",
+        added,
+    )
+    assert measured is not None, added
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert float(measured[1]) == pytest.approx(last["eval/loss"], abs=2e-6), "with balance biases"
+    assert float(measured[2]) == pytest.approx(last["eval/loss"], abs=0.1)
     assert ": 3 experts\n" in said("remove", run, tmp_path / "removed", "--experts", "0,3")
     merged = said("merge", run, tmp_path / "merged", "--experts", "0,1", "--experts", "2,3", "--no-check")
     assert merged == f"wrote {tmp_path / 'merged'}: 3 experts\n"

@@ -56,7 +56,7 @@ def diff(
     second: Annotated[Path, typer.Argument(metavar="B", help="another")],
 ) -> None:
     """Which tensors of two checkpoints differ, and by how much at most, whatever layouts wrote them. Exit code 1 where
-    one does."""
+    one does. Compares the digests in the manifests, and reads only tensors whose digests differ."""
     from expert_parallel.checkpoint.files import open_checkpoint
     from expert_parallel.checkpoint.report import differences, headline
 
@@ -65,7 +65,8 @@ def diff(
         print(headline(one, other))
         found = [f"{difference.name}: {difference.what}" for difference in differences(one, other)]
     if not found:
-        print(f"tensors: all {len(one.tensors)} are equal, bit for bit")
+        equal = f"all {len(one.tensors)} are equal, by the digests in their manifests"
+        print(f"tensors: {equal} (`checkpoint verify` reads the files)")
         return
     print(f"tensors: {len(found)} of {len(one.tensors | other.tensors)} differ")
     _print_some(found, sys.stdout)

@@ -1,7 +1,7 @@
 """A checkpoint as others see it: opened for reading, or written by one process, tensor after tensor.
 
     step_00000100/
-        manifest.json             step, config, layout; files with their SHA-256; tensors with pieces and digests
+        manifest.json             its own SHA-256; step, config, layout; files with their SHA-256; tensors with pieces and digests
         rank_00000.safetensors    what rank 0 wrote
         ...
 
@@ -18,17 +18,18 @@ from torch import Tensor
 
 from expert_parallel.checkpoint.digest import as_text, digest
 from expert_parallel.checkpoint.folders import (
+    MANIFEST,
     find_checkpoint,
     list_checkpoints,
     new_partial,
     point_to_newest,
     publish,
+    step_folder,
     write_whole,
 )
 from expert_parallel.checkpoint.manifest import (
     DTYPE_NAMES,
     FORMAT,
-    NAME,
     WEIGHTS,
     Entry,
     FileRecord,
@@ -135,7 +136,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 class CheckpointWriter:
     """Writes a checkpoint from one process: files of about `shard_bytes`, never more than one of them in memory.
 
-    Use it as a context manager: leaving it by an exception removes what was written. ValueError where `final` exists,
+    Use it as a context manager: leaving it by an exception removes what was written. final: step_folder(parent, step).
+    ValueError where `final` exists,
     or a tensor is not one of the model that config["model"] describes, has another shape, comes twice or not at all.
     """
 
@@ -148,6 +150,7 @@ class CheckpointWriter:
         shard_bytes: int = 2 * 1024**3,
         layout: str = "one process",
     ) -> None:
+        assert final == step_folder(final.parent, step), (final, step)
         if final.exists():
             raise ValueError(f"{final} exists already")
         self.final, self.step, self.config, self.shard_bytes, self.layout = final, step, config, shard_bytes, layout
@@ -185,7 +188,7 @@ class CheckpointWriter:
         expected = {n: s for n, s in self.expected.items() if moments or n.startswith(f"{WEIGHTS}/")}
         compare_shapes(f"{self.final}", manifest.shapes, expected)
         self._write_shard()
-        write_whole(self.partial / NAME, self._manifest().to_json())
+        write_whole(self.partial / MANIFEST, self._manifest().to_json())
         publish(self.partial, self.final)
         point_to_newest(self.final.parent)
         return self.final

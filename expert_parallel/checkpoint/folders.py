@@ -1,6 +1,6 @@
 """Checkpoint folders on disk: their names, how one becomes whole at a stroke, `latest`, and which of them stay.
 
-checkpoints/step_00000100/     whole: it has a manifest
+checkpoints/step_00000100/     whole: it has a manifest from the moment that it has its name
             latest             a relative link to the newest; it never dangles
             partial_...        being written or removed: never taken for a checkpoint
 """
@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from expert_parallel.checkpoint.manifest import NAME
-
+MANIFEST = "manifest.json"
 LATEST = "latest"
 PARTIAL = "partial_"
 
@@ -23,16 +22,32 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int | None:
+    """The number in the name of a `step_` folder; None: another name."""
+    match = re.fullmatch(r"step_(\d+)", path.absolute().name)
+    return int(match.group(1)) if match else None
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole ones, oldest first."""
-    return sorted((path for path in folder.glob("step_*") if _step(path) >= 0 and (path / NAME).is_file()), key=_step)
+    """Oldest first, for whoever loads. ValueError where one has lost its manifest: to go on from an older one would be
+    to lose steps in silence."""
+    for path in folder.glob("step_*"):
+        _refuse_lost(path)
+    return whole_checkpoints(folder)
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Those with a manifest, oldest first, for whoever saves: training does not stop for what happened to an old one."""
+    numbered = [(step, path) for path in folder.glob("step_*") if (step := step_of(path)) is not None]
+    return [path for _, path in sorted(numbered) if (path / MANIFEST).is_file()]
 
 
 def find_checkpoint(path: Path) -> Path:
     """path: of a checkpoint, of a link to one, of a folder of checkpoints (then its newest) or of a run. ValueError if
-    there is none."""
-    if (path / NAME).is_file():
+    there is none, or one has lost its manifest."""
+    if (path / MANIFEST).is_file():
         return path.resolve() if path.is_symlink() else path
+    _refuse_lost(path.resolve())
     for folder in (path, path / "checkpoints"):
         if checkpoints := list_checkpoints(folder):
             return checkpoints[-1]
@@ -47,17 +62,18 @@ def new_partial(final: Path) -> Path:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Gives a folder that is complete its name, by an atomic rename."""
+    """Gives a folder that is complete its name, by an atomic rename. ValueError where the name is taken: what stands
+    there is not of this run, which would have gone on from it, or has lost its manifest since."""
     sync(partial)
-    if final.exists():  # without a manifest, or the run would have gone on from it
-        final.rename(new_partial(final) / final.name)
+    if os.path.lexists(final):
+        raise ValueError(f"{final} exists already")
     partial.rename(final)
     sync(final.parent)
 
 
 def point_to_newest(folder: Path) -> None:
     """Lets `latest` point to the newest, at a stroke. Called before others are removed."""
-    latest, newest = folder / LATEST, list_checkpoints(folder)
+    latest, newest = folder / LATEST, whole_checkpoints(folder)
     if not newest:
         return
     if latest.is_dir() and not latest.is_symlink():  # a copy of a run whose links were followed
@@ -70,8 +86,10 @@ def point_to_newest(folder: Path) -> None:
 
 def prune(folder: Path, keep: int, keep_every: int | None) -> None:
     """Removes all but the newest `keep` and those whose step is a multiple of `keep_every`."""
-    for path in list_checkpoints(folder)[:-keep]:
-        if keep_every is None or _step(path) % keep_every:
+    for path in whole_checkpoints(folder)[:-keep]:
+        step = step_of(path)
+        assert step is not None, path
+        if keep_every is None or step % keep_every:
             doomed = path.rename(new_partial(path) / path.name)  # at no moment is half of it taken for whole
             shutil.rmtree(doomed.parent)
 
@@ -114,7 +132,8 @@ def sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _step(path: Path) -> int:
-    """-1: of no checkpoint."""
-    match = re.fullmatch(r"step_(\d+)", path.name)
-    return int(match.group(1)) if match else -1
+def _refuse_lost(path: Path) -> None:
+    """Ours have a manifest before they have their name, so it was there. A run may be removing old ones right now: they
+    are gone at a stroke, hence the second look."""
+    if step_of(path) is not None and not (path / MANIFEST).is_file() and os.path.lexists(path):
+        raise ValueError(f"{path} has no {MANIFEST}: restore it or remove the folder")

@@ -1,9 +1,10 @@
 """The manifest of a checkpoint: which tensors it holds, in which pieces of which files, with which digests.
 
-JSON that comes from outside is validated before anything else is believed: types, names of files, pieces that cover
-each tensor exactly once.
+JSON that comes from outside is validated before anything else is believed: a SHA-256 of all the rest, types, names of
+files, pieces that cover each tensor exactly once.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,11 @@ import numpy as np
 import torch
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
+from expert_parallel.checkpoint.folders import MANIFEST, step_of
 from expert_parallel.settings import Settings
 
 FORMAT = 2
-NAME = "manifest.json"
+SHA256 = "sha256"  # under this key: that of all the rest
 WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
 # As safetensors calls them.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -79,8 +81,8 @@ class Manifest(Settings):
         return {name: list(entry.shape) for name, entry in self.tensors.items()}
 
     def to_json(self) -> str:
-        """With a line for each tensor and file, so that `grep` is of use."""
-        tree = self.model_dump(mode="json")
+        """With its SHA-256, and a line for each tensor and file, so that `grep` is of use."""
+        tree = sealed(self.model_dump(mode="json"))
         last = {key: tree.pop(key) for key in ("files", "tensors")}
         blocks = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in tree.items()]
         for key, entries in last.items():
@@ -89,23 +91,38 @@ class Manifest(Settings):
         return "{\n " + ",\n ".join(blocks) + "\n}\n"
 
 
+def sealed(tree: dict[str, Any]) -> dict[str, Any]:
+    """A manifest's JSON with the SHA-256 of all the rest of it, in place of one that it may have."""
+    rest = {key: value for key, value in tree.items() if key != SHA256}
+    return {SHA256: hashlib.sha256(_canonical(rest).encode()).hexdigest(), **rest}
+
+
 def read_manifest(folder: Path) -> Manifest:
     """ValueError: one sentence that names the folder and what is wrong."""
-    path = folder / NAME
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = json.loads(text, object_pairs_hook=_no_key_twice)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is not a checkpoint: {NAME} cannot be read ({error})") from error
+        tree = json.loads((folder / MANIFEST).read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
+        said = tree.pop(SHA256, None) if isinstance(tree, dict) else None
+        content = _canonical(tree)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder} is not a checkpoint: {MANIFEST} cannot be read ({error})") from error
     number = tree.get("format") if isinstance(tree, dict) else None
     if number != FORMAT:
-        raise ValueError(f"{folder}: {NAME} has format {number}, this version reads format {FORMAT} alone")
+        raise ValueError(f"{folder}: {MANIFEST} has format {number}, this version reads format {FORMAT} alone")
+    if said != (found := hashlib.sha256(content.encode()).hexdigest()):
+        raise ValueError(f"{folder}: {MANIFEST} is damaged: the SHA-256 of its content is {found}, it says {said}")
     try:
-        manifest = Manifest.model_validate_json(text)
+        manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{folder}: {NAME} is damaged at {where}: {first['msg']}") from None
+        raise ValueError(f"{folder}: {MANIFEST} is damaged at {where}: {first['msg']}") from None
+    if not isinstance(manifest.config.get("model"), dict):
+        raise ValueError(f"{folder}: {MANIFEST} does not say what model it is of: its config has no mapping `model`")
+    if step_of(folder) not in (None, manifest.step):
+        raise ValueError(
+            f"{folder} has the name of step {step_of(folder)}, its {MANIFEST} is of step {manifest.step}: rename the "
+            "folder back"
+        )
     check_pieces(f"{folder}", manifest)
     return manifest
 
@@ -165,6 +182,11 @@ def _dtype(name: Any) -> Any:
     if isinstance(name, str) and name not in DTYPES:
         raise ValueError(f"the dtype {name!r} is none of {', '.join(DTYPES)}")
     return DTYPES.get(name, name)
+
+
+def _canonical(tree: Any) -> str:
+    """The same text for the same content, however it was spaced and ordered."""
+    return json.dumps(tree, sort_keys=True, separators=(",", ":"))
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

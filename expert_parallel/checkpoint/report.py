@@ -85,8 +85,8 @@ class Difference:
 
 
 def differences(first: Checkpoint, second: Checkpoint) -> Iterator[Difference]:
-    """Tensors that one lacks, or that have another shape, dtype or value. Equal digests are equal tensors; others are
-    read."""
+    """Tensors that one lacks, or that have another shape, dtype or value. Equal digests in the manifests count as
+    equal, files unread; others are read."""
     for name in sorted(first.tensors | second.tensors, key=_weights_first):
         one, other = first.tensors.get(name), second.tensors.get(name)
         if one is None or other is None:

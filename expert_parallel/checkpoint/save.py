@@ -19,16 +19,17 @@ from torch import Tensor
 
 from expert_parallel.checkpoint.config import CheckpointConfig
 from expert_parallel.checkpoint.folders import (
-    list_checkpoints,
+    MANIFEST,
     new_partial,
     point_to_newest,
     prune,
     publish,
     remove_partial,
     step_folder,
+    whole_checkpoints,
     write_whole,
 )
-from expert_parallel.checkpoint.manifest import FORMAT, NAME, WEIGHTS, Manifest
+from expert_parallel.checkpoint.manifest import FORMAT, WEIGHTS, Manifest
 from expert_parallel.checkpoint.part import Held, add_up, marker, share_of_writing, write_part
 from expert_parallel.checkpoint.shapes import balance_biases, expected_shapes
 from expert_parallel.collectives import gather_text
@@ -87,7 +88,7 @@ class Saver:
             self.runtime.together(attempt.wait_for_commit)
         except UserError as error:
             attempt.abandon()
-            whole = list_checkpoints(self.folder)
+            whole = whole_checkpoints(self.folder)
             last = f"the last checkpoint is {whole[-1].name}" if whole else "there is no checkpoint yet"
             raise UserError(f"step {attempt.manifest.step} is not saved: {error}; {last}") from None
 
@@ -230,7 +231,7 @@ class Attempt:
             return
         markers = [marker(self.partial, rank) for rank in range(saver.runtime.world_size)]
         manifest = add_up(self.manifest, markers, saver.expected)
-        write_whole(self.partial / NAME, manifest.to_json())
+        write_whole(self.partial / MANIFEST, manifest.to_json())
         for path in markers:
             path.unlink()
         publish(self.partial, self.final)

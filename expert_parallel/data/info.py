@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from expert_parallel.data.indexed import IndexedTokens, with_suffix
 from expert_parallel.data.tokenizer import file_sha256
@@ -19,11 +19,18 @@ class Sources(Settings):
     sha256: str
 
 
+def _plain_name(name: str) -> str:
+    """A file beside PREFIX.json: what it says leads nowhere else."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise ValueError(f"{name!r} is not the plain name of a file")
+    return name
+
+
 class TokensInfo(Settings):
     """PREFIX.json. tokenizer: `bytes`, or the name of the tokenizer.json that lies beside it. sha256: of PREFIX.bin."""
 
     format: Literal["expert_parallel tokens 1"] = "expert_parallel tokens 1"
-    tokenizer: str
+    tokenizer: Annotated[str, AfterValidator(_plain_name)]
     tokenizer_sha256: str | None
     vocab_size: int = Field(ge=1)
     end_id: int = Field(ge=0)
@@ -67,6 +74,14 @@ def named_in(prefix: str, info: TokensInfo) -> tuple[str, int]:
     path = Path(prefix).parent / info.tokenizer
     if not path.is_file():
         raise ValueError(f"{path} is missing, the tokenizer of {prefix}")
-    if (found := file_sha256(path)) != info.tokenizer_sha256:
-        raise ValueError(f"{path} is not the tokenizer of {prefix}: sha256 {found}, not {info.tokenizer_sha256}")
+    check_tokenizer(path, prefix, info)
     return str(path), info.end_id
+
+
+def check_tokenizer(path: Path, prefix: str, info: TokensInfo) -> None:
+    """The file is the tokenizer that made the corpus."""
+    if (found := file_sha256(path)) != info.tokenizer_sha256:
+        raise ValueError(
+            f"{path} is not the tokenizer of {prefix}: it has sha256 {found}, "
+            f"{with_suffix(prefix, '.json')} says {info.tokenizer_sha256}"
+        )

@@ -14,7 +14,7 @@ from expert_parallel.data.blend import BlendSampler, blended_held_out
 from expert_parallel.data.config import DataConfig, FilesData, StdlibData, TokensData
 from expert_parallel.data.sampler import Sampler, TokenSampler, held_out_sequences
 from expert_parallel.data.text import load_corpus
-from expert_parallel.data.tokenizer import SEPARATOR, ByteTokenizer, Tokenizer, open_tokenizer
+from expert_parallel.data.tokenizer import SEPARATOR, ByteTokenizer, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,18 @@ def load_tokenizer(config: DataConfig, folder: Path | None = None) -> Tokenizer 
     if not isinstance(config, TokensData):
         return ByteTokenizer()
     if folder is not None and (folder / TOKENIZER_FILE).is_file():
-        return open_tokenizer(str(folder / TOKENIZER_FILE), config.end_id)
+        return tokens.load_kept_tokenizer(config, folder / TOKENIZER_FILE)
     return tokens.load_tokenizer(config)
 
 
 def keep_tokenizer(config: DataConfig, folder: Path) -> None:
-    """Copies the tokenizer's file, if there is one, into the folder of a run."""
-    name = tokens.tokenizer_name(config) if isinstance(config, TokensData) else None
-    if name is not None and name[0] != "bytes":
-        shutil.copyfile(name[0], folder / TOKENIZER_FILE)
+    """Copies the tokenizer's file into the folder of a run. Where tokens are bytes, removes one that was there: the
+    folder is a copy of another run's, or holds an imported model. Where nothing is known, leaves all as it is."""
+    name = tokens.tokenizer_name(config) if isinstance(config, TokensData) else ("bytes", None)
+    if name is None:
+        return
+    kept = folder / TOKENIZER_FILE
+    if name[0] == "bytes":
+        kept.unlink(missing_ok=True)
+    elif not (kept.exists() and kept.samefile(name[0])):
+        shutil.copyfile(name[0], kept)

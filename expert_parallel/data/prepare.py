@@ -7,7 +7,7 @@ bytes, whatever the number of workers. Outputs have a partial name until all of 
 import hashlib
 import multiprocessing
 import os
-import shutil
+import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,7 +28,7 @@ from expert_parallel.data.reading import (
     open_parquet,
     parquet_texts,
     read_bytes,
-    refuse_other_encodings,
+    text_of_file,
 )
 from expert_parallel.data.tokenizer import Tokenizer, file_sha256, open_tokenizer, train_tokenizer
 
@@ -93,25 +93,28 @@ def prepare(
     with outputs(prefix) as partial_name, executor(workers) as submit:
         kept = None if tokenizer == "bytes" else partial_name(".tokenizer.json")
         if kept is not None and tokenizer.startswith("train:"):
-            train_on(jobs, kept, vocabulary_wanted(tokenizer), field, say)
+            with writing(prefix):
+                train_on(jobs, kept, vocabulary_wanted(tokenizer), field, say)
             known = open_tokenizer(str(kept), end_token)
         else:
             known = open_tokenizer(tokenizer, end_token)
             if kept is not None:
-                shutil.copyfile(tokenizer, kept)
+                content = read_bytes(Path(tokenizer), "--tokenizer")
+                with writing(prefix):
+                    kept.write_bytes(content)
         if known.end_id is None:
             raise ValueError(f"--tokenizer {tokenizer} has none of the usual tokens that end a document: --end-token")
         dtype = smallest_dtype(known.vocab_size)
         digests = in_order(submit, file_sha256, found, ahead=2 * workers)
         sources = Sources(
             files=len(found),
-            bytes=sum(file.stat().st_size for file in found),
+            bytes=sum(map(size_of, found)),
             sha256=hashlib.sha256("".join(digests).encode()).hexdigest(),
         )
         key = ("bytes", known.end_id, None) if kept is None else (str(kept), known.end_id, file_sha256(kept))
         work = partial(tokenize, tokenizer=key, field=field, dtype=dtype)
         results = in_order(submit, work, jobs, ahead=2 * workers)
-        lengths, sha256, num_empty = write_tokens(partial_name(".bin"), jobs, results, report)
+        lengths, sha256, num_empty = write_tokens(prefix, partial_name(".bin"), jobs, results, report)
         if not len(lengths):
             raise ValueError(f"{', '.join(map(str, found[:3]))}: {num_empty} documents, all without text")
         info = TokensInfo(
@@ -125,8 +128,9 @@ def prepare(
             sha256=sha256,
             sources=sources,
         )
-        partial_name(".json").write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        write_index(partial_name(".idx"), dtype, lengths)
+        with writing(prefix):
+            partial_name(".json").write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            write_index(partial_name(".idx"), dtype, lengths)
     return info
 
 
@@ -144,10 +148,7 @@ def cut(files: Iterable[Path], format: str) -> Iterator[Job]:
 
 
 def cut_file(file: Path, format: str) -> Iterator[Piece]:
-    try:
-        size = file.stat().st_size
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    size = size_of(file)
     if size == 0:
         raise ValueError(f"{file} is empty (0 bytes)")
     if format == "jsonl":
@@ -165,18 +166,27 @@ def cut_file(file: Path, format: str) -> Iterator[Piece]:
         yield Piece(file, format, 0, size, size)
 
 
-def texts_of(piece: Piece, field: str) -> Iterator[str]:
+def size_of(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def texts_of(piece: Piece, field: str, *, zero_ends: bool) -> Iterator[str]:
+    """zero_ends: whether a zero byte ends documents, so that none may be in a text."""
     if piece.format == "parquet":
-        yield from parquet_texts(piece.file, piece.first, field, FIELD)
+        yield from parquet_texts(piece.file, piece.first, field, FIELD, zero_ends=zero_ends)
     elif piece.format == "jsonl":
         try:
             with piece.file.open("rb") as stream:
-                texts = jsonl_texts(stream, field, str(piece.file), FIELD, piece.first, piece.last)
+                where, first, last = str(piece.file), piece.first, piece.last
+                texts = jsonl_texts(stream, field, where, FIELD, zero_ends=zero_ends, first=first, last=last)
                 yield from (text for _, text in texts)
         except OSError as error:
             raise ValueError(f"{piece.file} cannot be read: {error.strerror}") from error
     else:
-        yield refuse_other_encodings(read_bytes(piece.file, "FILES"), str(piece.file), offset=0)
+        yield text_of_file(read_bytes(piece.file, "FILES"), str(piece.file), zero_ends=zero_ends)
 
 
 @lru_cache(maxsize=1)  # a worker gets the same with every job
@@ -190,7 +200,7 @@ def tokenize(job: Job, tokenizer: tuple[str, int, str | None], field: str, dtype
     known, end_id = tokenizer_of(*tokenizer), tokenizer[1]
     documents, num_empty = [], 0
     for piece in job:
-        for text in texts_of(piece, field):
+        for text in texts_of(piece, field, zero_ends=tokenizer[0] == "bytes"):
             if not text:
                 num_empty += 1
                 continue
@@ -202,12 +212,12 @@ def tokenize(job: Job, tokenizer: tuple[str, int, str | None], field: str, dtype
 
 
 def write_tokens(
-    path: Path, jobs: list[Job], results: Iterator[Tokenized], report: Callable[[Progress], None]
+    prefix: str, path: Path, jobs: list[Job], results: Iterator[Tokenized], report: Callable[[Progress], None]
 ) -> tuple[np.ndarray[Any, Any], str, int]:
     """Lengths of all documents, SHA-256 of what was written, documents left out."""
     digest, lengths, num_tokens, num_documents, num_empty, done = hashlib.sha256(), [], 0, 0, 0, 0
     sizes = [sum(piece.bytes for piece in job) for job in jobs]
-    with path.open("wb") as stream:
+    with writing(prefix), path.open("wb") as stream:
         for size, result in zip(sizes, results, strict=True):
             stream.write(result.tokens.data)
             digest.update(result.tokens.data)
@@ -232,32 +242,48 @@ def train_on(jobs: list[Job], path: Path, vocab_size: int, field: str, say: Call
     every = -(-size // TRAINING_BYTES)
     part = "all of it" if every == 1 else f"every {every}th part of it, all along"
     say(f"training a tokenizer of {vocab_size:,} tokens on {size:,} bytes: {part}")
-    train_tokenizer(
-        (text for job in jobs[::every] for piece in job for text in texts_of(piece, field)), vocab_size, path
-    )
+    pieces = (piece for job in jobs[::every] for piece in job)
+    train_tokenizer((text for piece in pieces for text in texts_of(piece, field, zero_ends=False)), vocab_size, path)
 
 
 @contextmanager
 def outputs(prefix: str) -> Iterator[Callable[[str], Path]]:
-    """Gives suffix -> path under a partial name. When all went well they get their own names, the index last, without
-    which there is no corpus; else they are removed."""
+    """Gives suffix -> path under a partial name, which no other command has. When all went well they get their own
+    names, the index last, without which there is no corpus; else they are removed."""
     final = {suffix: with_suffix(prefix, suffix) for suffix in (".tokenizer.json", ".bin", ".json", ".idx")}
-    partials = {suffix: with_suffix(prefix, f".partial{suffix}") for suffix in final}
-    there = [str(path) for path in final.values() if path.exists()]
-    if there:
-        raise ValueError(f"{' and '.join(there)} would be overwritten: choose another OUT_PREFIX, or remove it")
+    partials = {suffix: with_suffix(prefix, f".partial_{secrets.token_hex(4)}{suffix}") for suffix in final}
+    refuse_existing(final.values())
     if not final[".bin"].parent.is_dir():
         raise ValueError(f"OUT_PREFIX: there is no folder {final['.bin'].parent}")
+    named: list[Path] = []
     try:
         yield partials.__getitem__
-        for suffix, path in partials.items():
-            if path.exists():
-                path.rename(final[suffix])
-    except OSError as error:
-        raise ValueError(f"{error.filename or prefix} cannot be written: {error.strerror or error}") from error
+        refuse_existing(final.values())  # another command may have been quicker
+        with writing(prefix):
+            for suffix, path in partials.items():
+                if path.exists():
+                    named.append(path.rename(final[suffix]))
+    except BaseException:
+        for path in named:
+            path.unlink(missing_ok=True)
+        raise
     finally:
         for path in partials.values():
             path.unlink(missing_ok=True)
+
+
+def refuse_existing(paths: Iterable[Path]) -> None:
+    if there := [str(path) for path in paths if path.exists()]:
+        raise ValueError(f"{' and '.join(there)} would be overwritten: choose another OUT_PREFIX, or remove it")
+
+
+@contextmanager
+def writing(prefix: str) -> Iterator[None]:
+    """What cannot be read is a ValueError already: an OSError in here is of the output."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{prefix} cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -290,3 +316,5 @@ def in_order(
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise ValueError("a worker was killed, perhaps for want of memory: try fewer --workers") from error
+    except OSError as error:
+        raise ValueError(f"workers cannot be started: {error}: try fewer --workers") from error

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
 
 def matched_files(paths: list[str], setting: str) -> list[tuple[str, Path]]:
     """(what names it, file) for every file: the patterns in the order given, the matches of each sorted.
@@ -42,7 +44,9 @@ def read_bytes(file: Path, setting: str) -> bytes:
 
 
 def refuse_other_encodings(content: bytes, where: str, offset: int) -> str:
-    """The text. `offset`: of `content` in its file."""
+    """The text. `offset`: of `content` in its file. A byte order mark, which no one sees, would be trained on."""
+    if offset == 0 and content.startswith(BYTE_ORDER_MARK):
+        raise ValueError(f"{where} begins with a byte order mark: save the file as UTF-8 without BOM")
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -50,27 +54,42 @@ def refuse_other_encodings(content: bytes, where: str, offset: int) -> str:
         raise ValueError(f"{where} is not UTF-8: byte 0x{byte:02x} at offset {at} ({error.reason})") from error
 
 
+def text_of_file(content: bytes, where: str, *, zero_ends: bool) -> str:
+    """zero_ends: whether a zero byte ends documents, so that none may be in a text."""
+    text = refuse_other_encodings(content, where, offset=0)
+    if zero_ends and (at := content.find(0)) >= 0:
+        raise ValueError(f"{where} holds a zero byte at offset {at}: where tokens are bytes, it ends a document")
+    return text
+
+
 def jsonl_texts(
-    stream: BinaryIO, field: str, where: str, setting: str, first: int = 0, last: int | None = None
+    stream: BinaryIO,
+    field: str,
+    where: str,
+    setting: str,
+    *,
+    zero_ends: bool,
+    first: int = 0,
+    last: int | None = None,
 ) -> Iterator[tuple[int, str]]:
     """(line number, text) of every line that begins at a byte from `first` to before `last`; line numbers count from
     there. A line without text is refused, not skipped; so are blank lines. An empty string is a text here.
 
-    stream: the whole file, open. setting: what names the field."""
-    offset, number = _next_line(stream, first), 0
+    stream: the whole file, open. setting: what names the field. zero_ends: as text_of_file takes it."""
+    offset, number = _next_line(stream, first, last), 0
     while (last is None or offset < last) and (line := stream.readline()):
         number += 1
         try:
-            yield number, _text_of_line(line, field, setting, offset)
+            yield number, _text_of_line(line, field, setting, offset, zero_ends)
         except ValueError as error:
             if first:
                 stream.seek(0)
-                number += _count_lines(stream, _next_line(stream, first))
+                number += _count_lines(stream, _next_line(stream, first, last))
             raise ValueError(f"{where}, line {number}{error}") from error.__cause__
         offset += len(line)
 
 
-def _text_of_line(line: bytes, field: str, setting: str, offset: int) -> str:
+def _text_of_line(line: bytes, field: str, setting: str, offset: int, zero_ends: bool) -> str:
     """Errors go on after the line's number."""
     text = refuse_other_encodings(line, "", offset)
     try:
@@ -81,25 +100,29 @@ def _text_of_line(line: bytes, field: str, setting: str, offset: int) -> str:
         raise ValueError(f" is a JSON {type(record).__name__}, not an object with {setting} {field!r}")
     if field not in record:
         raise ValueError(f" has no field {field!r} ({setting}), only {list(record)[:10]}")
-    return refuse_other_values(record[field], field, setting)
+    return refuse_other_values(record[field], field, setting, zero_ends)
 
 
-def refuse_other_values(value: Any, field: str, setting: str) -> str:
+def refuse_other_values(value: Any, field: str, setting: str, zero_ends: bool) -> str:
     if not isinstance(value, str):
         raise ValueError(f": field {field!r} ({setting}) is of type {type(value).__name__}, not a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f": field {field!r} ({setting}) is not Unicode text: {error.reason}") from error
+    if zero_ends and (at := value.find("\0")) >= 0:
+        what = f"field {field!r} ({setting}) holds a zero byte (character {at} of the text)"
+        raise ValueError(f": {what}: where tokens are bytes, it ends a document")
     return value
 
 
-def _next_line(stream: BinaryIO, position: int) -> int:
-    """The byte at which the first line begins that begins at `position` or later; the stream stands there."""
+def _next_line(stream: BinaryIO, position: int, last: int | None) -> int:
+    """The byte at which the first line begins that begins at `position` or later; the stream stands there. Nothing is
+    read beyond `last`, which is given where no line begins before it: else all jobs in a long line would read it."""
     if position == 0:
         return stream.seek(0)
     stream.seek(position - 1)
-    stream.readline()
+    stream.readline(-1 if last is None else last - position + 1)
     return stream.tell()
 
 
@@ -125,8 +148,8 @@ def open_parquet(file: Path) -> Any:
         raise ValueError(f"{file} cannot be read as parquet: {_one_line(error)}") from error
 
 
-def parquet_texts(file: Path, group: int, field: str, setting: str) -> Iterator[str]:
-    """The texts of one row group. Rows are numbered from 1, over the whole file."""
+def parquet_texts(file: Path, group: int, field: str, setting: str, *, zero_ends: bool) -> Iterator[str]:
+    """The texts of one row group. Rows are numbered from 1, over the whole file. zero_ends: as text_of_file has it."""
     from pyarrow import ArrowException
 
     parquet = open_parquet(file)
@@ -140,7 +163,7 @@ def parquet_texts(file: Path, group: int, field: str, setting: str) -> Iterator[
         raise ValueError(f"{file}, row group {group} (from row {before + 1}) is damaged: {_one_line(error)}") from error
     for number, value in enumerate(column, start=before + 1):
         try:
-            yield refuse_other_values(value.as_py(), field, setting)
+            yield refuse_other_values(value.as_py(), field, setting, zero_ends)
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}, row {number} is not UTF-8: {error.reason} at byte {error.start}") from error
         except ValueError as error:

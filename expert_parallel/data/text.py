@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from expert_parallel.data.config import FilesData, StdlibData
-from expert_parallel.data.reading import jsonl_texts, matched_files, read_bytes, refuse_other_encodings
+from expert_parallel.data.reading import jsonl_texts, matched_files, read_bytes, text_of_file
 from expert_parallel.data.tokenizer import SEPARATOR
 
 # Of the standard library's folder: what is installed, generated or a fixture rather than the library's own source.
@@ -93,20 +93,23 @@ def stdlib_documents(config: StdlibData) -> Iterator[Document]:
 
 
 def file_documents(config: FilesData) -> Iterator[Document]:
-    """The documents of all matched files, named by the file's position in the sorted list and the line in it."""
+    """The documents of all matched files, named by the file's position in the sorted list and the line in it. Where documents
+    are kept apart, a zero byte within one is refused: it would end it."""
+    zero_ends = config.documents == "separate"
     for position, (setting, file) in enumerate(matched_files(config.paths, "data.paths")):
         content = read_bytes(file, setting)
         if not content:
             raise ValueError(f"{setting}: {file} is empty (0 bytes)")
         is_jsonl = file.suffix.lower() == ".jsonl" if config.format == "auto" else config.format == "jsonl"
         if is_jsonl:
-            for number, text in jsonl_texts(io.BytesIO(content), config.field, f"{setting}: {file}", "data.field"):
+            where = f"{setting}: {file}"
+            texts = jsonl_texts(io.BytesIO(content), config.field, where, "data.field", zero_ends=zero_ends)
+            for number, text in texts:
                 if not text:
-                    where = f"{setting}: {file}, line {number}"
-                    raise ValueError(f"{where}: field {config.field!r} (data.field) is an empty string")
+                    raise ValueError(f"{where}, line {number}: field {config.field!r} (data.field) is an empty string")
                 yield Document(f"{position}:{number}", text.encode())
         else:
-            refuse_other_encodings(content, f"{setting}: {file}", offset=0)
+            text_of_file(content, f"{setting}: {file}", zero_ends=zero_ends)
             yield Document(f"{position}", content)
 
 

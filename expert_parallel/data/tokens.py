@@ -7,8 +7,8 @@ from typing import NamedTuple
 from expert_parallel.data.blend import Part
 from expert_parallel.data.config import TokensData
 from expert_parallel.data.indexed import IndexedTokens, open_indexed, with_suffix
-from expert_parallel.data.info import TokensInfo, check_info, named_in, read_info
-from expert_parallel.data.tokenizer import Tokenizer, file_sha256, open_tokenizer
+from expert_parallel.data.info import TokensInfo, check_info, check_tokenizer, named_in, read_info
+from expert_parallel.data.tokenizer import ByteTokenizer, Tokenizer, file_sha256, open_tokenizer
 
 
 class TokenCorpus(NamedTuple):
@@ -80,10 +80,31 @@ def tokenizer_name(config: TokensData) -> tuple[str, int | None] | None:
     """`bytes` or the path of a tokenizer.json, and the token that ends documents, where that is known."""
     if config.tokenizer is not None:
         return config.tokenizer, config.end_id
-    for entry in config.corpora:
-        if (info := read_info(entry.path)) is not None:
-            return named_in(entry.path, info)
-    return None
+    described = described_corpus(config)
+    return None if described is None else named_in(*described)
+
+
+def described_corpus(config: TokensData) -> tuple[str, TokensInfo] | None:
+    """The first corpus at hand that has a PREFIX.json, and what that says."""
+    infos = ((entry.path, read_info(entry.path)) for entry in config.corpora)
+    return next(((prefix, info) for prefix, info in infos if info is not None), None)
+
+
+def load_kept_tokenizer(config: TokensData, kept: Path) -> Tokenizer:
+    """That of a run whose folder holds `kept`, also where its corpora are not. A folder may have been copied, or its
+    model imported: the file counts only where tokens are not bytes, and where PREFIX.json, if at hand, says the same.
+    """
+    try:
+        described, end_id = described_corpus(config), config.end_id
+        name = described[1].tokenizer if config.tokenizer is None and described is not None else config.tokenizer
+        if name == "bytes":
+            return ByteTokenizer()
+        if described is not None:
+            check_tokenizer(kept, *described)
+            end_id = described[1].end_id if end_id is None else end_id
+        return open_tokenizer(str(kept), end_id)
+    except ValueError as error:
+        raise ValueError(f"data: {error}") from error
 
 
 def _check_agreement(config: TokensData, corpora: list[TokenCorpus]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from expert_parallel.checkpoint.shapes import balance_biases
 from expert_parallel.data.batch import held_out_batch
 from expert_parallel.data.config import TokensData
 from expert_parallel.data.open import open_data
@@ -50,6 +51,9 @@ def build_filled(config: ModelConfig, weights: Weights) -> Transformer:
     model = build_model(config, dtype=torch.float32).eval()
     for logical in logical_parameters(model):
         logical.fill(logical.parameter, [tensors.pop(name) for name in logical.names])
+    for name, bias in balance_biases(model):
+        bias.copy_(tensors.pop(name))
+    assert not tensors, f"{next(iter(tensors))} has no place in the model"
     return model.requires_grad_(False)
 
 

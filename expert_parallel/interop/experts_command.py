@@ -85,6 +85,6 @@ def _operate(source: Path, out: Path, surgery: "Surgery", shard_gb: float, check
 
 
 def _numbers(text: str, option: str) -> list[int]:
-    if not all(part.strip().isdigit() for part in text.split(",")):
+    if not all(part.strip().isascii() and part.strip().isdigit() for part in text.split(",")):
         raise ValueError(f"{option} is {text!r}, it must be numbers of experts, as 3,5")
     return [int(part) for part in text.split(",")]

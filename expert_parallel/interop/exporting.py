@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
+from expert_parallel.config import read_config
 from expert_parallel.interop.families import FAMILIES, Family, settings
 from expert_parallel.interop.folder import COMPANIONS, CONFIG, GENERATION, FolderWriter, read_json
 from expert_parallel.interop.importing import find_origin, find_tokenizer
@@ -14,6 +15,7 @@ from expert_parallel.interop.rules import NEUTRAL, Tree
 from expert_parallel.interop.source import model_of, pairs_of_model
 from expert_parallel.model.config import ModelConfig
 
+OF_ANOTHER_STRUCTURE = 1000  # counts as so many differences
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -23,7 +25,7 @@ def export_run(path: Path, out: Path, *, family: str | None, dtype: str | None, 
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(path)
-    model = ModelConfig.model_validate(checkpoint.config["model"])
+    model = read_config(checkpoint.config, str(checkpoint.path)).model
     origin = find_origin(path)
     their_origin = {} if origin is None else read_json(origin / CONFIG)
     family_name = choose_family(model, family, their_origin.get("model_type"))
@@ -74,7 +76,8 @@ def choose_family(model: ModelConfig, wanted: str | None, origin: str | None) ->
     if fitting:
         return fitting[0]
     nearest = min(found, key=lambda name: len(found[name]))
-    more = f" (and {len(found[nearest]) - 1} more)" if len(found[nearest]) > 1 else ""
+    count = len(found[nearest])
+    more = f" (and {count - 1} more)" if 1 < count < OF_ANOTHER_STRUCTURE else ""
     what = f"the family {wanted} does not" if wanted else f"none of the families {', '.join(FAMILIES)} does"
     raise ValueError(f"{what} compute what this model does; nearest is {nearest}: {found[nearest][0]}{more}")
 
@@ -85,7 +88,7 @@ def differences(family: Family, model: ModelConfig) -> list[str]:
     try:
         read = family.read(config)
     except ValueError as error:  # of another structure: experts or none, another kind of attention
-        return [f"it has no such model ({error})"] * 1000
+        return [f"it has no such model ({error})"] * OF_ANOTHER_STRUCTURE
     refusal: list[str] = []
     try:
         back = leaves(settings(model_of(family, config)), "model")

@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. ValueError: one sentence."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} is not a JSON object")

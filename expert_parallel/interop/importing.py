@@ -49,18 +49,20 @@ def imported_config(source: HuggingFaceModel, out: Path) -> Config:
 
 def find_origin(path: Path) -> Path | None:
     """What the run of this checkpoint was imported from."""
-    return next((folder / ORIGIN for folder in run_folders(path) if (folder / ORIGIN / CONFIG).is_file()), None)
+    run = run_folder(path)
+    return run / ORIGIN if run is not None and (run / ORIGIN / CONFIG).is_file() else None
 
 
 def find_tokenizer(path: Path) -> Path | None:
     """That of the run of this checkpoint."""
-    files = (folder / TOKENIZER_FILE for folder in run_folders(path))
-    return next((file for file in files if file.is_file()), None)
+    run = run_folder(path)
+    return run / TOKENIZER_FILE if run is not None and (run / TOKENIZER_FILE).is_file() else None
 
 
-def run_folders(path: Path) -> tuple[Path, ...]:
-    """Where the run may be, whose folder, checkpoints or checkpoint `path` is."""
-    return (path, *path.resolve().parents[:2])
+def run_folder(path: Path) -> Path | None:
+    """The run whose folder, checkpoints or checkpoint `path` is; None where a checkpoint lies by itself."""
+    candidates = (path, *path.resolve().parents[:2])
+    return next((folder for folder in candidates if (folder / "config.yaml").is_file()), None)
 
 
 def write_run(

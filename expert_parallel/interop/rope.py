@@ -1,6 +1,7 @@
 """Rotary positions in a config.json: transformers 5 has all in rope_parameters, the versions before in rope_theta and
 rope_scaling."""
 
+import math
 from dataclasses import dataclass
 
 from expert_parallel.interop.rules import REQUIRED, TheirConfig, Tree, get, put
@@ -36,9 +37,11 @@ class Rope:
 
     def read(self, theirs: TheirConfig, ours: Tree) -> None:
         found = self._parameters(theirs)
-        kinds = {found.pop(key) for key in ("rope_type", "type") if key in found} or {"default"}
+        kinds = {str(found.pop(key)) for key in ("rope_type", "type") if key in found} or {"default"}
         kind = next(iter(kinds))
         theta = found.pop("rope_theta", None)
+        if theta is not None and not (isinstance(theta, int | float) and 0 < theta < math.inf):
+            raise ValueError(f"config.json: rope_theta is {theta!r}, it must be a number above 0")
         if len(kinds) > 1 or (kind != "default" and kind not in SCALINGS):
             names = ", ".join(("default", *SCALINGS))
             raise ValueError(f"config.json: rope_type is {' and '.join(map(repr, sorted(kinds)))}: we have {names}")

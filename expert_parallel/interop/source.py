@@ -25,7 +25,7 @@ class HuggingFaceModel:
         self.folder = HuggingFaceFolder(path)
         config = self.folder.config
         kind = config.get("model_type")
-        if kind not in FAMILIES:
+        if not isinstance(kind, str) or kind not in FAMILIES:
             raise ValueError(f"{path}: model_type is {kind!r}, it must be one of {', '.join(FAMILIES)}")
         self.family = FAMILIES[kind]
         self.model = model_of(self.family, config)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from expert_parallel.checkpoint.files import Checkpoint, CheckpointWriter, open_checkpoint
+from expert_parallel.checkpoint.folders import step_folder
 from expert_parallel.config import Config, dump_config, read_config
 from expert_parallel.data.open import TOKENIZER_FILE
 from expert_parallel.interop.importing import find_tokenizer
@@ -82,7 +83,7 @@ def operate(source: Path, out: Path, surgery: Surgery, shard_bytes: int) -> Path
     """A run folder `out` whose checkpoint, of the same step, is that of `source` with other experts. ValueError where
     the model cannot be had with so many; then nothing is left behind."""
     checkpoint = open_checkpoint(source)
-    config = operated_config(checkpoint, out, surgery)
+    num_experts, config = num_experts_of(checkpoint), operated_config(checkpoint, out, surgery)
     if out.exists():
         raise ValueError(f"{out} exists already")
     try:
@@ -91,14 +92,14 @@ def operate(source: Path, out: Path, surgery: Surgery, shard_bytes: int) -> Path
         tokenizer = find_tokenizer(source)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, out / TOKENIZER_FILE)
-        final = out / "checkpoints" / checkpoint.path.resolve().name
+        final = step_folder(out / "checkpoints", checkpoint.step)
         tree = config.model_dump(mode="json")
         with CheckpointWriter(
             final, step=checkpoint.step, config=tree, shard_bytes=shard_bytes, layout="one process"
         ) as writer:
             for name in writer.expected:
                 if checkpoint.has_moments or name.startswith("weights/"):
-                    writer.add(name, new_tensor(checkpoint, name, surgery))
+                    writer.add(name, new_tensor(checkpoint, name, surgery, num_experts))
             writer.finish()
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
@@ -107,11 +108,10 @@ def operate(source: Path, out: Path, surgery: Surgery, shard_bytes: int) -> Path
 
 
 def num_experts_of(checkpoint: Checkpoint) -> int:
-    moe = checkpoint.config["model"]["moe"]
+    moe = read_config(checkpoint.config, str(checkpoint.path)).model.moe
     if moe is None:
         raise ValueError(f"{checkpoint.path}: the model has no experts (model.moe)")
-    number: int = moe["num_experts"]
-    return number
+    return moe.num_experts
 
 
 def operated_config(checkpoint: Checkpoint, out: Path, surgery: Surgery) -> Config:
@@ -121,15 +121,15 @@ def operated_config(checkpoint: Checkpoint, out: Path, surgery: Surgery) -> Conf
     return read_config({**tree, "model": model, "run": {**tree["run"], "folder": str(out)}}, "with these experts")
 
 
-def new_tensor(checkpoint: Checkpoint, name: str, surgery: Surgery) -> Tensor:
-    """name: in full, of the new model."""
+def new_tensor(checkpoint: Checkpoint, name: str, surgery: Surgery, num_experts: int) -> Tensor:
+    """name: in full, of the new model. num_experts: of the old one."""
     expert = EXPERT.fullmatch(name)
     if expert is not None:
         before, number, after = expert.groups()
         parents = [checkpoint.read(f"{before}{parent}{after}") for parent in surgery.parents[int(number)]]
         return _noisy(_mean(parents), name, surgery) if surgery.is_added(int(number)) else _mean(parents)
     old = checkpoint.read(name)
-    if ROUTER.fullmatch(name) is None or old.shape[0] != num_experts_of(checkpoint):
+    if ROUTER.fullmatch(name) is None or old.shape[0] != num_experts:
         return old
     rows = [_mean([old[parent] for parent in parents]) for parents in surgery.parents]
     new = torch.stack(rows)

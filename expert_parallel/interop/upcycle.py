@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from expert_parallel.checkpoint.files import open_checkpoint
-from expert_parallel.config import Config
+from expert_parallel.config import Config, read_config
 from expert_parallel.data.open import TOKENIZER_FILE
 from expert_parallel.interop.folder import CONFIG
 from expert_parallel.interop.importing import find_origin, find_tokenizer, imported_config, write_run
@@ -145,7 +145,7 @@ def open_dense(path: Path, out: Path) -> Dense:
         return Dense(imported_config(source, out), path, origin=path, tokenizer=path / TOKENIZER_FILE)
     tree = open_checkpoint(path).config
     tree = {**tree, "run": {**tree["run"], "folder": str(out)}}
-    return Dense(Config.model_validate(tree), path, origin=find_origin(path), tokenizer=find_tokenizer(path))
+    return Dense(read_config(tree, str(path)), path, origin=find_origin(path), tokenizer=find_tokenizer(path))
 
 
 def upcycle(source: Path, out: Path, upcycling: Upcycling, shard_bytes: int) -> Path:

@@ -71,7 +71,7 @@ class ModelConfig(Settings):
     """`moe` absent: a dense model. `ffn` is the dense blocks' own; it may be absent where every block is MoE."""
 
     vocab_size: int = Field(default=256, ge=1)
-    num_layers: int = Field(ge=1)
+    num_layers: int = Field(ge=1, le=100_000)
     d_model: int = Field(ge=1)
     attention: AttentionConfig
     ffn: FFNConfig | None = None

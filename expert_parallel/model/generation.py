@@ -61,7 +61,8 @@ def generate(
     dp, dp_rank = (1, 0) if mesh is None else (mesh.degrees.dp, mesh.dp_rank)
     mine = [int(number) for number in torch.arange(len(prompts)).tensor_split(dp)[dp_rank]]
     texts = [_Text(list(prompt)) for prompt in prompts]
-    decoder = _Decoder(model, mesh, mine, window, use_cache, seed)
+    longest = min(window, max(map(len, prompts)) + num_tokens)
+    decoder = _Decoder(model, mesh, mine, longest, use_cache, seed)
     for step in range(num_tokens):
         for text in texts:
             text.make_room(window)
@@ -70,6 +71,8 @@ def generate(
         for number, logits_V in logits.items():
             choice_B[number] = draw(logits_V[:num_words], sampling, seed, (number << 32) + step)
         choice_B = all_reduce_sum(choice_B.to(decoder.device), dist.group.WORLD if mesh else None)
+        if bool((choice_B < 0).any()):
+            raise ValueError("the model's logits are not finite numbers: there is nothing to draw from")
         for text, choice in zip(texts, choice_B.tolist(), strict=True):
             text.add(choice, end_id)
         if all(text.is_finished for text in texts):
@@ -117,17 +120,18 @@ class _Decoder:
         model: Transformer | Pipeline,
         mesh: ParallelMesh | None,
         mine: list[int],
-        window: int,
+        longest: int,
         use_cache: bool,
         seed: int,
     ) -> None:
+        """longest: tokens that the model may see."""
         self.model, self.mine, self.seed = model, mine, seed
         self.place, self.tp_group = SequencePlace.of(mesh), None if mesh is None else mesh.tp_group
         self.device = next(model.parameters()).device
         moe = model.config.moe
         looks_across = moe is not None and isinstance(moe.router, ExpertChoiceConfig)
         use_cache = use_cache and self.place.cp == 1 and not looks_across
-        self.cache = KeyValueCache(len(mine), window, self.device) if use_cache else None
+        self.cache = KeyValueCache(len(mine), longest, self.device) if use_cache else None
 
     def logits(self, texts: list[_Text], step: int) -> dict[int, Tensor]:
         """Those after each sequence's last token, (V), on the CPU, by the number of the sequence; of the sequences
@@ -169,8 +173,11 @@ class _Decoder:
 
 
 def draw(logits_V: Tensor, sampling: Sampling, seed: int, index: int) -> Tensor:
-    """A token id, int64, on the CPU: a function of (seed, index). Of equals, the smaller id is the likelier."""
+    """A token id, int64, on the CPU: a function of (seed, index). Of equals, the smaller id is the likelier. -1 where
+    logits are NaN or infinite."""
     logits_V = logits_V.double().cpu()
+    if not bool(logits_V.isfinite().all()):
+        return torch.tensor(-1)
     if sampling.temperature == 0:
         return logits_V.argmax()
     sorted_V, id_V = (logits_V / sampling.temperature).sort(descending=True, stable=True)

@@ -34,15 +34,15 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     recompute: Recompute = "none",
-    seed: int = 0,
+    seed: int | None = 0,
     part: Part | None = None,
     kind: type[Transformer] = Transformer,
 ) -> Transformer:
     """A model with initial weights that depend on `seed` alone. mesh None: the whole model on this rank.
 
-    device: `meta` gives shapes alone. dtype: compute dtype; weights are kept in promote_types(float32, dtype).
-    sharding: FSDP2 over mesh.dense_mesh, and over mesh.expert_mesh for experts. part, kind: of a pipeline; default: the
-    whole.
+    seed None: weights are left as memory has them, for a checkpoint to fill. device: `meta` gives shapes alone. dtype:
+    compute dtype; weights are kept in promote_types(float32, dtype). sharding: FSDP2 over mesh.dense_mesh, and over
+    mesh.expert_mesh for experts. part, kind: of a pipeline; default: the whole.
     No rank ever holds more than its own part of the weights.
     """
     with torch.device("meta"):
@@ -56,7 +56,8 @@ def build_model(
     device = device or torch.device("cpu")
     if device.type != "meta":
         model.to_empty(device=device)
-        init_weights(model, seed)
+        if seed is not None:
+            init_weights(model, seed)
     return model
 
 

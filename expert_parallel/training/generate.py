@@ -70,11 +70,11 @@ def generate_from_run(
     mesh: ParallelMesh | None = None
     model: Transformer | Pipeline
     if runtime.world_size == 1:
-        model = build_model(config.model, dtype=DTYPES[config.training.dtype], device=runtime.device)
+        model = build_model(config.model, dtype=DTYPES[config.training.dtype], device=runtime.device, seed=None)
     else:
         degrees = runtime.together(lambda: config.parallel.degrees(runtime.world_size))
         runtime.together(lambda: refuse_degrees(config.model, degrees, config.parallel.stages_per_rank))
-        mesh, model = build_parts(config, runtime, degrees)
+        mesh, model = build_parts(config, runtime, degrees, initialise=False)
     load_checkpoint(run / "checkpoints", model, None, runtime, mesh)
     return generate_texts(
         config,

@@ -3,11 +3,13 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from expert_parallel.checkpoint.config import changed_settings
@@ -20,6 +22,7 @@ from expert_parallel.data.batch import MicroBatch, held_out_batch, micro_batch
 from expert_parallel.data.open import keep_tokenizer, open_data
 from expert_parallel.data.sampler import Sampler
 from expert_parallel.mesh import ParallelMesh
+from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.pipeline import Pipeline
 from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.model.transformer import Transformer
@@ -31,10 +34,10 @@ from expert_parallel.training.replay import MoEPlace, PlayConfig, RecordConfig, 
 from expert_parallel.training.setup import build, check_world, demand_of, describe_degrees
 from expert_parallel.training.step import StepReport, evaluate, train_step
 
-# What a checkpoint's weights and data position are counted in.
-FIXED_SETTINGS = ("model.", "seed", "training.global_batch", "training.sequence_length")
-# What a new run may set otherwise than the model whose weights it starts from: no weight means another thing by it.
-FREE_AT_START = (
+# What a run's data position is counted in.
+ORDER_OF_DATA = ("seed", "training.global_batch", "training.sequence_length", "data.held_out")
+# What may be set otherwise than where the weights were trained: no weight means another thing by it.
+FREE_OF_WEIGHTS = (
     "model.dropout",
     "model.init_std",
     "model.moe.preset",
@@ -137,7 +140,7 @@ class Run:
         return 0
 
     def _changes(self, loaded: Checkpoint, block: str = "") -> str:
-        found = changed_settings(loaded.config, self.config.model_dump(mode="json"))
+        found = changes_since(loaded, self.config)
         changes = [f"{path} {old!r} -> {new!r}" for path, old, new in found if path.startswith(block)]
         return f"; changed: {', '.join(changes)}" if changes else ""
 
@@ -221,7 +224,8 @@ def set_up(config: Config, runtime: Runtime) -> Run:
             "must lie on a file system that all of them share"
         )
 
-    mesh, model, optimizer = build(config, runtime, degrees)
+    loads = bool(checkpoints) or config.checkpoint.start_from is not None
+    mesh, model, optimizer = build(config, runtime, degrees, initialise=not loads)
     run = Run(config, runtime, mesh, model, optimizer, data.sampler, data.held_out, checkpoints)
     run.say(f"data: {data.description}")
     run.say(
@@ -247,31 +251,40 @@ def open_folder(config: Config, rank: int) -> list[Path]:
             (folder / "config.yaml").write_text(dump_config(config))
             keep_tokenizer(config.data, folder)
         except OSError as error:
-            raise ValueError(f"run.folder: cannot write to {folder}: {error.strerror}") from error
+            raise ValueError(f"run.folder: cannot write to {folder}: {error.strerror or error}") from error
     return checkpoints
 
 
 def refuse_settings(checkpoint: Checkpoint, config: Config) -> None:
-    """ValueError where the run cannot go on from it: another model, other data. Weights alone that no step has changed
-    (an imported model's) are begun from as from another run's."""
-    if not checkpoint.has_moments and checkpoint.step == 0:
-        refuse_model(checkpoint, config)
+    """ValueError where the run cannot go on from it: another model, another order of data. Weights alone that no step
+    has changed (an imported model's) are begun from as from another run's."""
+    refuse_model(checkpoint, config)
+    if checkpoint.step == 0 and not checkpoint.has_moments:
         return
-    for path, old, new in changed_settings(checkpoint.config, config.model_dump(mode="json")):
-        if path.startswith(FIXED_SETTINGS):
+    for path, old, new in changes_since(checkpoint, config):
+        if path.startswith(ORDER_OF_DATA):
             raise ValueError(
-                f"{checkpoint.path} is a checkpoint of another model or data order: {path} is {old!r} there and "
-                f"{new!r} here; choose another run.folder, or the same setting"
+                f"{checkpoint.path} is a checkpoint of another order of data: {path} is {old!r} there and {new!r} "
+                "here; choose another run.folder, or the same setting"
             )
 
 
 def refuse_model(checkpoint: Checkpoint, config: Config) -> None:
     """ValueError where its weights mean another thing in this run's model."""
-    for path, old, new in changed_settings(checkpoint.config, config.model_dump(mode="json")):
-        if path.startswith("model.") and not path.startswith(FREE_AT_START):
+    for path, old, new in changes_since(checkpoint, config):
+        if path.startswith("model.") and not path.startswith(FREE_OF_WEIGHTS):
             raise ValueError(
-                f"{checkpoint.path} is a checkpoint of another model: {path} is {old!r} there and {new!r} here"
+                f"{checkpoint.path} is a checkpoint of another model: {path} is {old!r} there and {new!r} here; choose "
+                "another run.folder, or the same setting"
             )
+
+
+def changes_since(checkpoint: Checkpoint, config: Config) -> list[tuple[str, Any, Any]]:
+    """(path, value then, value now). A model setting that did not exist then had its default."""
+    then = dict(checkpoint.config)
+    with suppress(ValidationError):  # what is not understood any more is shown as it stands
+        then["model"] = ModelConfig.model_validate(then["model"]).model_dump(mode="json")
+    return changed_settings(then, config.model_dump(mode="json"))
 
 
 def sample_text(config: Config, model: Transformer | Pipeline, mesh: ParallelMesh) -> str:

@@ -18,17 +18,18 @@ from expert_parallel.training.step import DTYPES
 
 
 def build(
-    config: Config, runtime: Runtime, degrees: ParallelDegrees
+    config: Config, runtime: Runtime, degrees: ParallelDegrees, *, initialise: bool = True
 ) -> tuple[ParallelMesh, Transformer | Pipeline, torch.optim.Optimizer]:
-    """Process groups, this rank's part of the model, with its initial weights, and the optimizer."""
-    mesh, model = build_parts(config, runtime, degrees)
+    """Process groups, this rank's part of the model, and the optimizer. initialise: or leave the weights as memory has
+    them, for a checkpoint to fill."""
+    mesh, model = build_parts(config, runtime, degrees, initialise=initialise)
     return mesh, model, build_optimizer(config.training.optimizer, model, config.training.trainable)
 
 
 def build_parts(
-    config: Config, runtime: Runtime, degrees: ParallelDegrees
+    config: Config, runtime: Runtime, degrees: ParallelDegrees, *, initialise: bool = True
 ) -> tuple[ParallelMesh, Transformer | Pipeline]:
-    """Process groups and this rank's part of the model, with its initial weights."""
+    """Process groups and this rank's part of the model."""
     moe, parallel, training = config.model.moe, config.parallel, config.training
     mesh = build_mesh(
         degrees,
@@ -48,7 +49,7 @@ def build_parts(
         dtype=DTYPES[training.dtype],
         device=runtime.device,
         recompute=training.recompute,
-        seed=config.seed,
+        seed=config.seed if initialise else None,
     )
     return mesh, model
 
