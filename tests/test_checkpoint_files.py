@@ -342,7 +342,7 @@ def test_the_writer_refuses_what_comes_twice_and_what_exists(tmp_path: Path) -> 
         with pytest.raises(ValueError, match=r"weights/final_norm\.weight comes twice"):
             writer.add("weights/final_norm.weight", torch.zeros(16))
     assert open_checkpoint(tmp_path).path == path
-    with pytest.raises(AssertionError, match="step_00000001"):
+    with pytest.raises(AssertionError, match="step_1"):
         CheckpointWriter(tmp_path / "step_1", step=1, config={"model": MODEL})
 
 
@@ -639,7 +639,8 @@ def test_one_that_is_being_removed_is_not_lost(tmp_path: Path, monkeypatch: pyte
 
     def glob(folder: Path, pattern: str) -> list[Path]:
         found = list(original(folder, pattern))
-        prune(tmp_path, keep=1, keep_every=None) if paths[0].exists() and len(found) > 1 else None
+        if paths[0].exists():
+            paths[0].rename(new_partial(paths[0]) / "old")
         return found
 
     monkeypatch.setattr(Path, "glob", glob)

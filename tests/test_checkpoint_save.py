@@ -276,8 +276,8 @@ def test_leftovers_do_not_get_in_and_the_right_ones_stay(tmp_path: Path) -> None
         ]
 
 
-def save_twice(rank: int, folder: Path) -> list[str]:
-    """What is said of two saves that nobody may replace, and of a third."""
+def save_over_others(rank: int, folder: Path) -> list[str]:
+    """Returns what is said of three saves."""
     said: list[str] = []
     with make_saver(folder, built := build(rank, {"world": 2, "ep": 2}), said) as saver:
         fill(*built[2:])
@@ -291,7 +291,7 @@ def test_a_name_that_is_taken_is_not_overwritten(tmp_path: Path) -> None:
     for name in ("step_00000002", "step_00000004"):
         (tmp_path / name).mkdir()
     (tmp_path / "step_00000004" / "manifest.json").write_text("{}")
-    said, other = run_ranks(2, save_twice, tmp_path)
+    said, other = run_ranks(2, save_over_others, tmp_path)
     taken = [
         f"step 2 is not saved: {tmp_path}/step_00000002 exists already; the last checkpoint is step_00000004; "
         "training goes on",

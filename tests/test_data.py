@@ -283,6 +283,22 @@ def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     refused(files(tmp_path / "latin.txt"), "data.paths[0]", "latin.txt", "is not UTF-8", "byte 0xe9 at offset 6")
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + b'{"text": "good"}\n')
+    refused(files(tmp_path / name), "data.paths[0]", name, "begins with a byte order mark: save", "without BOM")
+
+
+def test_a_zero_byte_is_refused_where_it_would_end_a_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\0two")
+    (tmp_path / "b.jsonl").write_text('{"text": "good"}\n{"text": "one\\u0000two"}\n')
+    text, lines = files(tmp_path / "a.txt", documents="separate"), files(tmp_path / "b.jsonl", documents="separate")
+    refused(text, "data.paths[0]", "a.txt holds a zero byte at offset 3", "ends a document")
+    refused(lines, "data.paths[0]", "b.jsonl, line 2", "field 'text' (data.field) holds a zero byte (character 3")
+    contents = [document.content for document in SOURCES["files"](files(tmp_path / "*"))]
+    assert contents == [b"one\0two", b"good", b"one\0two"], "joined: as it is"
+
+
 def test_a_corpus_too_short_for_one_sequence_is_refused(tmp_path: Path) -> None:
     write_texts(tmp_path, {"a.txt": "0123456789" * 10})
     corpus = load_corpus(files(tmp_path / "a.txt", held_out=0.1))

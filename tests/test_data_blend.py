@@ -1,6 +1,7 @@
 """Blends of token files: which sample comes from where, document boundaries, what is held out, what does not fit."""
 
 import json
+import shutil
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -17,9 +18,9 @@ from expert_parallel.data.batch import MicroBatch, held_out_batch, micro_batch, 
 from expert_parallel.data.blend import PERIOD, BlendSampler, Part, blended_held_out, shuffled, spread
 from expert_parallel.data.config import DataConfig, FilesData, TokensData
 from expert_parallel.data.indexed import write_index
-from expert_parallel.data.info import Sources, TokensInfo
+from expert_parallel.data.info import Sources, TokensInfo, read_info
 from expert_parallel.data.open import Data, Demand, keep_tokenizer, load_tokenizer, open_data
-from expert_parallel.data.tokenizer import train_tokenizer
+from expert_parallel.data.tokenizer import ByteTokenizer, FileTokenizer, file_sha256, train_tokenizer
 
 END = 0
 
@@ -348,10 +349,14 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     refused(config_of(good, tokenizer=str(tmp_path / "no.json")), "data.tokenizer", "no.json", "No such file")
     changed = write_corpus(tmp_path / "changed", numbered(40), {"num_tokens": 399})
     refused(config_of(changed), "data.corpora[0].path", "changed.json says 399 tokens", "lists 400")
+    described = (tmp_path / "good.json").read_text()
     for text, words in (
         ("{", "not valid JSON"),
         ("{}", "does not describe token files: tokenizer"),
         ("[]", "does not"),
+        (described.replace('"bytes"', '"../t.json"'), "tokenizer: Value error, '../t.json' is not the plain name"),
+        (described.replace('"bytes"', '"/t.json"'), "tokenizer: Value error, '/t.json' is not the plain name"),
+        (described.replace('"bytes"', '".."'), "tokenizer: Value error, '..' is not the plain name"),
     ):
         (tmp_path / "good.json").write_text(text)
         refused(config_of(good), "data.corpora[0].path", "good.json", words)
@@ -393,3 +398,58 @@ def test_the_tokenizer_of_a_run(tmp_path: Path) -> None:
     keep_tokenizer(FilesData(kind="files", paths=["a"]), tmp_path)
     assert not (tmp_path / "tokenizer.json").exists()
     assert json.loads((run / "tokenizer.json").read_text())["version"]
+
+
+@pytest.fixture
+def copied_run(tmp_path: Path) -> Path:
+    """A folder that another run's tokenizer lies in."""
+    run = tmp_path / "run"
+    run.mkdir()
+    train_tokenizer(["some text to learn from, some text"] * 20, 270, run / "tokenizer.json")
+    return run
+
+
+def test_a_tokenizer_left_in_a_run_of_bytes_is_not_its_own(tmp_path: Path, copied_run: Path) -> None:
+    prepared = write_corpus(tmp_path / "p", numbered(4), {})
+    megatron = write_corpus(tmp_path / "m", numbered(4))
+    files = FilesData(kind="files", paths=["a"])
+    for config in (config_of(prepared), config_of(megatron, tokenizer="bytes"), files):
+        run = tmp_path / "copy"
+        shutil.copytree(copied_run, run)
+        assert isinstance(load_tokenizer(config, run), ByteTokenizer)
+        keep_tokenizer(config, run)
+        assert not (run / "tokenizer.json").exists(), "nor is it exported"
+        run.rmdir()
+
+
+def test_the_tokenizer_of_an_imported_run(tmp_path: Path, copied_run: Path) -> None:
+    """Its folder's file is the only one, until data say another."""
+    own = str(copied_run / "tokenizer.json")
+    before = Path(own).read_bytes()
+    megatron = write_corpus(tmp_path / "m", numbered(4))
+    for config in (config_of(end_id=7), config_of(megatron, end_id=7), config_of(megatron, tokenizer=own, end_id=7)):
+        keep_tokenizer(config, copied_run)
+        assert Path(own).read_bytes() == before
+        kept = load_tokenizer(config, copied_run)
+        assert isinstance(kept, FileTokenizer)
+        assert kept.end_id == 7
+
+
+def test_the_kept_tokenizer_is_compared_with_the_corpus(tmp_path: Path, copied_run: Path) -> None:
+    train_tokenizer(["other words altogether"] * 20, 270, tmp_path / "p.tokenizer.json")
+    named = {"tokenizer": "p.tokenizer.json", "tokenizer_sha256": file_sha256(tmp_path / "p.tokenizer.json")}
+    prefix = write_corpus(tmp_path / "p", numbered(4), {**named, "end_id": 3})
+    info = read_info(prefix)
+    assert info is not None
+    with pytest.raises(ValueError, match="is not the tokenizer of") as caught:
+        load_tokenizer(config_of(prefix), copied_run)
+    for word in (f"{copied_run}/tokenizer.json", f"{prefix}.json says {info.tokenizer_sha256}"):
+        assert word in str(caught.value)
+    keep_tokenizer(config_of(prefix), copied_run)
+    (tmp_path / "p.tokenizer.json").unlink()
+    kept = load_tokenizer(config_of(prefix), copied_run)
+    assert isinstance(kept, FileTokenizer)
+    assert kept.end_id == 3
+    for path in tmp_path.glob("p.*"):
+        path.unlink()
+    assert isinstance(load_tokenizer(config_of(prefix), copied_run), FileTokenizer), "where its corpora are not"

@@ -1,5 +1,6 @@
 """`data prepare` and `data inspect`: what is written, whatever the number of workers; what is refused."""
 
+import io
 import itertools
 import json
 import re
@@ -86,6 +87,27 @@ def test_wherever_a_file_is_cut_no_line_is_lost(
     (tmp_path / "d.jsonl").write_bytes(ending.join(lines).encode())  # the last line has no end
     prepared(tmp_path / "o", tmp_path / "d.jsonl")
     assert documents(tmp_path / "o") == as_bytes([f"{number}" * (number % 7 + 1) for number in range(12)])
+
+
+@pytest.mark.usefixtures("small_jobs")
+def test_jobs_in_a_long_line_do_not_read_it_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = [0]
+
+    class Counted(io.BytesIO):
+        def readline(self, size: int | None = -1, /) -> bytes:
+            line = super().readline(size)
+            read[0] += len(line)
+            return line
+
+    content = json.dumps({"text": "x" * 9000}).encode() + b'\n{"text": "y"}\n'
+    (tmp_path / "d.jsonl").write_bytes(content)
+    pieces = list(module.cut_file(tmp_path / "d.jsonl", "jsonl"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode: Counted(content))
+        texts = [text for piece in pieces for text in module.texts_of(piece, "text", zero_ends=True)]
+    assert texts == ["x" * 9000, "y"]
+    assert len(pieces) > 90
+    assert read[0] < 3 * len(content)
 
 
 @pytest.mark.usefixtures("small_jobs")
@@ -214,6 +236,33 @@ def test_a_wrong_line_far_into_a_file(tmp_path: Path, line: bytes, words: list[s
         assert word in message, f"{word!r} is not in: {message}"
 
 
+@pytest.mark.usefixtures("small_jobs")
+def test_a_zero_byte_would_end_a_document_of_bytes(tmp_path: Path) -> None:
+    texts = ["good"] * 40 + ["one\0two"]
+    (tmp_path / "a.txt").write_bytes(b"one\0two")
+    write_jsonl(tmp_path / "b.jsonl", texts)
+    write_parquet(tmp_path / "c.parquet", texts)
+    of_field = (
+        "field 'text' (--field) holds a zero byte (character 3 of the text): where tokens are bytes, it ends a doc"
+    )
+    assert "a.txt holds a zero byte at offset 3: where tokens are bytes" in refused(tmp_path, tmp_path / "a.txt")
+    assert f"b.jsonl, line 41: {of_field}" in refused(tmp_path, tmp_path / "b.jsonl")
+    assert f"c.parquet, row 41: {of_field}" in refused(tmp_path, tmp_path / "c.parquet")
+    info = prepared(
+        tmp_path / "o", *(tmp_path / name for name in ("a.txt", "b.jsonl", "c.parquet")), tokenizer="train:300"
+    )
+    assert info.num_documents == 83
+    assert all(document.count(info.end_id) == 1 for document in documents(tmp_path / "o"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + b'{"text": "good"}\n')
+    message = refused(tmp_path, tmp_path / name)
+    assert f"{name}" in message
+    assert message.endswith(" begins with a byte order mark: save the file as UTF-8 without BOM")
+
+
 def test_a_worker_says_what_is_wrong(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "d.jsonl").write_bytes(b'{"text": "good"}\n{"text": "caf\xe9"}\n')
@@ -310,6 +359,48 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "good.txt").write_text("good")
     monkeypatch.setattr(module.os, "fsync", full)
     assert refused(tmp_path, tmp_path / "good.txt").endswith("out cannot be written: No space left on device")
+
+
+def test_an_input_that_cannot_be_read_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could be when the command began."""
+    open_file = Path.open
+
+    def deny(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path.name == "good.txt":
+            raise PermissionError(13, "Permission denied", str(path))  # a chmod would not stop root
+        return open_file(path, *arguments, **named)
+
+    (tmp_path / "good.txt").write_text("good")
+    monkeypatch.setattr(Path, "open", deny)
+    assert refused(tmp_path, tmp_path / "good.txt") == f"error: {tmp_path}/good.txt cannot be read: Permission denied"
+
+
+def test_two_commands_with_one_prefix(tmp_path: Path) -> None:
+    """The quicker one's files stay whole; the other's are removed."""
+
+    def slower() -> None:
+        with module.outputs(str(tmp_path / "o")) as first:
+            first(".bin").write_text("first")
+            with module.outputs(str(tmp_path / "o")) as second:
+                second(".bin").write_text("second")
+            assert first(".bin").read_text() == "first"
+
+    with pytest.raises(ValueError, match=r"o\.bin would be overwritten"):
+        slower()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"o.bin": "second"}
+
+
+def test_names_are_given_to_all_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def fail_for_index(path: Path, target: Path) -> Path:
+        if target.suffix == ".idx":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    (tmp_path / "good.txt").write_text("good")
+    monkeypatch.setattr(Path, "rename", fail_for_index)
+    assert refused(tmp_path, tmp_path / "good.txt").endswith("out cannot be written: Input/output error")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """A checkpoint as others see it: opened for reading, or written by one process, tensor after tensor.
 
     step_00000100/
-        manifest.json             its own SHA-256; step, config, layout; files with their SHA-256; tensors with pieces and digests
+        manifest.json             its SHA-256; step, config, layout; files with SHA-256; tensors with pieces and digests
         rank_00000.safetensors    what rank 0 wrote
         ...
 

@@ -37,7 +37,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """Those with a manifest, oldest first, for whoever saves: training does not stop for what happened to an old one."""
+    """Those with a manifest, oldest first, for whoever saves: training does not stop for the loss of an old one."""
     numbered = [(step, path) for path in folder.glob("step_*") if (step := step_of(path)) is not None]
     return [path for _, path in sorted(numbered) if (path / MANIFEST).is_file()]
 

@@ -317,4 +317,4 @@ def in_order(
     except BrokenProcessPool as error:
         raise ValueError("a worker was killed, perhaps for want of memory: try fewer --workers") from error
     except OSError as error:
-        raise ValueError(f"workers cannot be started: {error}: try fewer --workers") from error
+        raise ValueError(f"workers cannot be started ({error.strerror or error}): try fewer --workers") from error

@@ -117,8 +117,8 @@ def refuse_other_values(value: Any, field: str, setting: str, zero_ends: bool) -
 
 
 def _next_line(stream: BinaryIO, position: int, last: int | None) -> int:
-    """The byte at which the first line begins that begins at `position` or later; the stream stands there. Nothing is
-    read beyond `last`, which is given where no line begins before it: else all jobs in a long line would read it."""
+    """The byte at which the first line begins that begins at `position` or later; the stream stands there. Where
+    none begins before `last`, it is `last` or the file's end: each job in a long line need not read it to its end."""
     if position == 0:
         return stream.seek(0)
     stream.seek(position - 1)

@@ -93,8 +93,8 @@ def stdlib_documents(config: StdlibData) -> Iterator[Document]:
 
 
 def file_documents(config: FilesData) -> Iterator[Document]:
-    """The documents of all matched files, named by the file's position in the sorted list and the line in it. Where documents
-    are kept apart, a zero byte within one is refused: it would end it."""
+    """The documents of all matched files, named by the file's position in the sorted list and the line in it.
+    Where documents are kept apart, a zero byte within one is refused: it would end it."""
     zero_ends = config.documents == "separate"
     for position, (setting, file) in enumerate(matched_files(config.paths, "data.paths")):
         content = read_bytes(file, setting)
