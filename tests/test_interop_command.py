@@ -77,6 +77,7 @@ def test_training_goes_on_from_an_imported_model(theirs: Path, tmp_path: Path) -
 
     back = tmp_path / "back"
     done("convert", "export", run, back)
+    assert not list(back.glob("tokenizer*")), "it was trained on bytes: the tokenizer that it came with is not its own"
     loaded = transformers.AutoModelForCausalLM.from_pretrained(back, attn_implementation="eager").eval()
     prompt_BS = torch.tensor([list(b"def __init__(")])
     expected = loaded.generate(prompt_BS, max_new_tokens=10, do_sample=False, pad_token_id=0)

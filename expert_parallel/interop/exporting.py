@@ -8,6 +8,7 @@ from torch import Tensor
 
 from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
 from expert_parallel.config import read_config
+from expert_parallel.data.open import TOKENIZER_FILE
 from expert_parallel.interop.families import FAMILIES, Family, settings
 from expert_parallel.interop.folder import COMPANIONS, CONFIG, GENERATION, FolderWriter, read_json
 from expert_parallel.interop.importing import find_origin, find_tokenizer
@@ -36,14 +37,26 @@ def export_run(path: Path, out: Path, *, family: str | None, dtype: str | None, 
     with FolderWriter(out, shard_bytes) as writer:
         write_weights(writer, checkpoint, FAMILIES[family_name], config, model, to_dtype)
         writer.write_json(CONFIG, config)
-        files = {file.name: file for file in [find_tokenizer(path)] if file is not None}
-        files |= {name: origin / name for name in COMPANIONS if origin is not None and (origin / name).is_file()}
-        for file in files.values():
+        files = companions(find_tokenizer(path), origin)
+        for file in files:
             writer.copy(file)
-        if GENERATION not in files:
+        if GENERATION not in (file.name for file in files):
             ends = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
             writer.write_json(GENERATION, ends)
         return family_name, writer.finish()
+
+
+def companions(tokenizer: Path | None, origin: Path | None) -> list[Path]:
+    """What goes with the weights: the run's tokenizer, and what its origin had beside them, of which the tokenizer's
+    files only if the run still has that tokenizer: it may have been trained on other tokens."""
+    if origin is None:
+        return [] if tokenizer is None else [tokenizer]
+    theirs = origin / TOKENIZER_FILE
+    both = theirs.is_file(), tokenizer is not None
+    is_other = both[0] != both[1] or (tokenizer is not None and tokenizer.read_bytes() != theirs.read_bytes())
+    names = [GENERATION] if is_other else [name for name in COMPANIONS if name != TOKENIZER_FILE]
+    own = [] if tokenizer is None else [tokenizer]
+    return own + [origin / name for name in names if (origin / name).is_file()]
 
 
 def write_weights(
