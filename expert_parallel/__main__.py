@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from expert_parallel.checkpoint.command import checkpoint
-from expert_parallel.command_line import ConfigFile, Overrides, early_runtime_config, refusals
+from expert_parallel.command_line import ConfigFile, Overrides, early_config, refusals
 from expert_parallel.config import load_config
 from expert_parallel.data.command import data
 from expert_parallel.interop.command import convert
@@ -36,11 +36,15 @@ def expert_parallel(local_rank: Annotated[int | None, typer.Option("--local_rank
 
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Train, or go on from the newest checkpoint in run.folder. Alone, or on every rank under torchrun."""
+    """Train, or go on from the newest checkpoint in run.folder. Alone, or on every rank of a launcher.
+    Exit code 75 where SIGUSR1 stopped it (0 under torchrun)."""
     from expert_parallel.training.loop import train as run
+    from expert_parallel.training.stop import EXIT_CODE
 
-    with refusals(), distributed(early_runtime_config(config, overrides or [])) as runtime:
-        run(runtime.together(lambda: load_config(config, overrides or [])), runtime)
+    with refusals(), distributed(*early_config(config, overrides or [])) as runtime:
+        is_done = run(runtime.together(lambda: load_config(config, overrides or [])), runtime)
+    if not is_done and runtime.launch.launcher != "torchrun":  # which would take any code but 0 for a failure
+        raise typer.Exit(EXIT_CODE)
 
 
 @app.command()
@@ -75,7 +79,7 @@ def generate(
 
     with (
         refusals(ValueError, OSError),
-        distributed(early_runtime_config(run / "config.yaml", overrides or [])) as ranks,
+        distributed(*early_config(run / "config.yaml", overrides or [])) as ranks,
     ):
         if top_p == 0:
             raise ValueError("--top-p is 0, it must be above 0: the share of the probability that is drawn from")
@@ -109,11 +113,11 @@ def verify(
     from expert_parallel.verify.command import verify_command
     from expert_parallel.verify.ranks import RankError
 
-    runtime_config = early_runtime_config(config, overrides or [])
+    runtime_config, settings = early_config(config, overrides or [])
     if runtime_config.device == "cuda":  # a config of a cluster can be verified on a laptop
         runtime_config = runtime_config.model_copy(update={"device": "auto"})
     try:
-        with refusals(), distributed(runtime_config) as runtime:
+        with refusals(), distributed(runtime_config, settings) as runtime:
 
             def say(text: str) -> None:
                 if runtime.rank == 0:

@@ -148,6 +148,15 @@ def from_bytes(rows: Tensor, like: Tensor) -> Tensor:
     return rows.flatten().clone().view(like.dtype).view(rows.shape[0], *like.shape[1:])
 
 
+def anywhere(flag: bool) -> bool:
+    """Whether the flag is set on any rank of the world. Every rank calls it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    count = torch.tensor([int(flag)])  # on the CPU: no GPU waits for it
+    dist.all_reduce(count)
+    return bool(count)
+
+
 def gather_text(text: str, device: torch.device, limit: int = 2000) -> list[str]:
     """Every rank's text, cut to `limit` bytes, on every rank. Bytes in tensors: nothing is unpickled."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -4,12 +4,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from expert_parallel.config import load_config
-from expert_parallel.runtime import LaunchError, RuntimeConfig, UserError
+from expert_parallel.runtime import LaunchError, LostContact, RuntimeConfig, UserError
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, for example configs/quickstart.yaml")]
 Overrides = Annotated[
@@ -26,15 +26,19 @@ def refusals(*also: type[Exception]) -> Iterator[None]:
         yield
     except UserError:  # rank 0 has said it
         raise typer.Exit(2) from None
+    except LostContact:  # one of the ranks that are left has said it
+        raise typer.Exit(1) from None
     except said_here as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 
-def early_runtime_config(path: Path, overrides: list[str]) -> RuntimeConfig:
-    """The config's runtime block, or the defaults where the config is not readable: then the ranks meet, agree on
-    the error and leave together, instead of some being killed before rank 0 has spoken."""
+def early_config(path: Path, overrides: list[str]) -> tuple[RuntimeConfig, dict[str, Any]]:
+    """What `distributed` takes: the config's runtime block, and all its settings. The defaults where the config is not
+    readable: then the ranks meet, agree on the error and leave together, instead of some being killed before rank 0
+    has spoken."""
     try:
-        return load_config(path, overrides).runtime
+        config = load_config(path, overrides)
     except ValueError:
-        return RuntimeConfig()
+        return RuntimeConfig(), {}
+    return config.runtime, config.model_dump(mode="json")

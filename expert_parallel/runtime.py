@@ -1,46 +1,44 @@
-"""Launcher environment -> rank, world size, device, backend. The only file that reads the environment.
-
-torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; Open MPI's mpirun
-sets its own, and the rendezvous goes through mpi4py; with none of them this is one process alone.
+"""This process among the others: torch.distributed running, a device, and one sentence where something is wrong. The
+only file that reads the environment (launchers.py knows what it means, rendezvous.py how the ranks meet).
 """
 
 import os
-import socket
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from pydantic import Field
 
-from expert_parallel.collectives import gather_text
+from expert_parallel.collectives import anywhere, gather_text
+from expert_parallel.launchers import Launch, LaunchError, read_launch
+from expert_parallel.rendezvous import ANSWER_SECONDS, Meeting, host_lines, meet
 from expert_parallel.settings import Settings
+
+__all__ = ["CPU", "Launch", "LaunchError", "LostContact", "Runtime", "RuntimeConfig", "UserError", "distributed"]
 
 Result = TypeVar("Result")
 CPU = torch.device("cpu")  # what the ranks tell each other before and beside training goes through gloo
 
 
 class RuntimeConfig(Settings):
-    """`timeout_seconds`: how long a collective waits for a rank before it fails, in every group."""
+    """backend: what carries the tensors; auto: nccl on GPUs, gloo on CPUs. mpi: the library of mpirun, through mpi4py.
+
+    timeout_seconds: how long a collective waits for a rank before it fails, in every group. rendezvous_seconds: how
+    long the ranks wait for each other at the start. wait_for_nodes_seconds: in an elastic run, how long ranks that the
+    degrees of parallelism do not fit wait for other nodes.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    backend: Literal["auto", "gloo", "nccl", "mpi"] = "auto"
     timeout_seconds: float = Field(default=600.0, gt=0, le=1e6)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher says of this process. master: host and port of the rendezvous; None for one process alone."""
-
-    launcher: str
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    master: tuple[str, int] | None = None
+    rendezvous_seconds: float = Field(default=300.0, gt=0, le=1e6)
+    wait_for_nodes_seconds: float = Field(default=0.0, ge=0, le=1e6)
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,12 @@ class Runtime:
     device: torch.device
     backend: str
     timeout: timedelta
+    meeting: Meeting | None = None
+
+    @property
+    def hosts(self) -> str:
+        """As `n0 0-3, n1 4-7`."""
+        return host_lines(self.meeting.cards) if self.meeting is not None else ""
 
     @property
     def rank(self) -> int:
@@ -68,8 +72,8 @@ class UserError(Exception):
     """One sentence for the user: what is wrong, which setting, which numbers. Every rank raises the same one."""
 
 
-class LaunchError(ValueError):
-    """What the launcher says does not add up, so that the ranks cannot meet: each process that sees it says it."""
+class LostContact(Exception):
+    """Another rank is gone in the middle of work. One of those that notice says who."""
 
 
 def together(work: Callable[[], Result]) -> Result:
@@ -80,119 +84,107 @@ def together(work: Callable[[], Result]) -> Result:
         result = work()
     except (ValueError, OSError) as failure:
         error = str(failure) or type(failure).__name__
-    errors = [text for text in gather_text(error, CPU) if text]
-    if errors:
-        raise UserError(errors[0])
+    if anywhere(bool(error)):
+        raise UserError(next(text for text in gather_text(error, CPU) if text))
     return result  # type: ignore[return-value]
 
 
-def read_launch(environment: Mapping[str, str]) -> Launch:
-    """Raises LaunchError where the variables contradict each other or one is missing."""
-    if "RANK" in environment or "WORLD_SIZE" in environment:
-        rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
-        local = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environment), "WORLD_SIZE")
-        master = (_text(environment, "MASTER_ADDR"), _number(environment, "MASTER_PORT"))
-        if world_size < _number(environment, "OMPI_COMM_WORLD_SIZE", default="0"):
-            raise LaunchError(
-                f"mpirun started {environment['OMPI_COMM_WORLD_SIZE']} processes but WORLD_SIZE is {world_size}: "
-                "unset RANK and WORLD_SIZE"
-            )
-        local_rank, local_world_size = _number(environment, "LOCAL_RANK"), _number(environment, local)
-        return _checked(Launch("torchrun", rank, world_size, local_rank, local_world_size, master))
-    if "OMPI_COMM_WORLD_SIZE" in environment:
-        rank, world_size = _number(environment, "OMPI_COMM_WORLD_RANK"), _number(environment, "OMPI_COMM_WORLD_SIZE")
-        local_rank = _number(environment, "OMPI_COMM_WORLD_LOCAL_RANK")
-        local_world_size = _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE")
-        return _checked(Launch("mpirun", rank, world_size, local_rank, local_world_size, _meet_through_mpi(world_size)))
-    for name in ("SLURM_NTASKS", "PMI_SIZE"):
-        if _number(environment, name, default="1") > 1:
-            raise LaunchError(
-                f"{name} is {environment[name]} but RANK and WORLD_SIZE are not set: start the ranks with torchrun "
-                "(launch/train.sh), one a node"
-            )
-    return Launch("none")
-
-
-def _checked(launch: Launch) -> Launch:
-    if not 0 <= launch.rank < launch.world_size:
-        raise LaunchError(f"this process has rank {launch.rank}, which does not fit the world size {launch.world_size}")
-    if not 0 <= launch.local_rank < launch.local_world_size <= launch.world_size:
-        raise LaunchError(
-            f"this process has local rank {launch.local_rank}, which does not fit the {launch.local_world_size} "
-            f"ranks of its node and the world size {launch.world_size}"
-        )
-    return launch
-
-
-def _text(environment: Mapping[str, str], name: str) -> str:
-    if name not in environment:
-        others = [other for other in ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE") if other in environment]
-        raise LaunchError(f"the environment variable {name} is not set, though {' and '.join(others)} is")
-    return environment[name]
-
-
-def _number(environment: Mapping[str, str], name: str, default: str | None = None) -> int:
-    value = _text(environment, name) if default is None else environment.get(name, default)
-    if not value.isdecimal():
-        raise LaunchError(f"the environment variable {name} is {value!r}, expected a number")
-    return int(value)
-
-
-def _meet_through_mpi(world_size: int) -> tuple[str, int]:
-    """Rank 0 offers a host and a free port. Buffers only, no pickling."""
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library
-        raise LaunchError(f"mpirun started {world_size} ranks but mpi4py cannot be used ({error})") from error
-    if world_size != MPI.COMM_WORLD.size:
-        raise LaunchError(
-            f"mpirun started {world_size} ranks but mpi4py's COMM_WORLD has {MPI.COMM_WORLD.size}: mpi4py found "
-            f"another MPI library than the mpirun in use ({MPI.Get_library_version().split(',')[0]})"
-        )
-    offer = bytearray(256)
-    if MPI.COMM_WORLD.rank == 0:
-        with socket.socket() as free:
-            free.bind(("", 0))
-            text = f"{socket.gethostname()}:{free.getsockname()[1]}".encode()
-        offer[: len(text)] = text
-    MPI.COMM_WORLD.Bcast(offer, root=0)
-    host, port = bytes(offer).rstrip(b"\0").decode().rsplit(":", 1)
-    return host, int(port)
-
-
 @contextmanager
-def distributed(config: RuntimeConfig) -> Iterator[Runtime]:
-    """Starts torch.distributed for this launch, and ends it on leaving. A UserError, which all ranks raise, is said
-    by rank 0 alone, and no rank leaves before: a launcher would end the others."""
+def distributed(config: RuntimeConfig, settings: Mapping[str, Any] | None = None) -> Iterator[Runtime]:
+    """Starts torch.distributed for this launch, and ends it on leaving.
+
+    settings: the run's resolved config, which must be the same on all ranks. A UserError, which all ranks raise, is
+    said by rank 0 alone, and no rank leaves before: a launcher would end the others. LaunchError: the ranks do not
+    meet. LostContact: a rank is gone; said by one of the others."""
     launch = read_launch(os.environ)
-    backend = "cpu:gloo,cuda:nccl" if config.device != "cpu" and torch.cuda.is_available() else "gloo"
+    backend = choose_backend(config)
     timeout = timedelta(seconds=config.timeout_seconds)
+    rendezvous_timeout = timedelta(seconds=config.rendezvous_seconds)
     if launch.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world_size))
-    if launch.launcher == "torchrun":
-        dist.init_process_group(backend, init_method="env://", timeout=timeout)
-    else:
-        store: dist.Store = dist.HashStore()
-        if launch.master is not None:
-            host, port = launch.master
-            store = dist.TCPStore(host, port, launch.world_size, is_master=launch.rank == 0, timeout=timeout)
-        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    meeting = meet(launch, rendezvous_timeout, settings)
+    if launch.master is not None:
+        meeting.answer_calls(rendezvous_timeout)
+    patience = ANSWER_SECONDS
     try:
+        start_process_group(backend, launch, meeting, timeout)
         device = agree_on_device(config.device, launch)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        yield Runtime(launch, device, backend, timeout)
+        yield Runtime(launch, device, backend, timeout, meeting)
+        patience = config.timeout_seconds
     except UserError as error:
         if launch.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         gather_text("", CPU)
         raise
+    except RuntimeError as error:
+        if not is_of_communication(error):
+            raise
+        say_who_is_lost(launch, meeting, error)
+        raise LostContact from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        meeting.leave(patience)
+
+
+def choose_backend(config: RuntimeConfig) -> str:
+    """As torch.distributed names it, for tensors on the CPU and on GPUs."""
+    has_gpu = config.device != "cpu" and torch.cuda.is_available()
+    cpu, gpu = {
+        "auto": ("gloo", "nccl"),
+        "gloo": ("gloo", "gloo"),
+        "nccl": ("gloo", "nccl"),
+        "mpi": ("mpi4py", "mpi4py"),
+    }[config.backend]
+    if config.backend == "nccl" and not has_gpu:
+        raise LaunchError("runtime.backend is 'nccl' but there is no GPU to use: it must be auto, gloo or mpi")
+    return f"cpu:{cpu},cuda:{gpu}" if has_gpu else cpu
+
+
+def start_process_group(backend: str, launch: Launch, meeting: Meeting, timeout: timedelta) -> None:
+    store = meeting.store
+    store.set_timeout(timeout)
+    try:
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("torch", store),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+        )
+    except RuntimeError as error:
+        raise LaunchError(
+            f"rank {launch.rank} met the others ({host_lines(meeting.cards)}) but cannot exchange tensors with them "
+            f"({_first_line(error)}): see GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in launch/README.md"
+        ) from error
+
+
+def is_of_communication(error: RuntimeError) -> bool:
+    """Whether torch.distributed raised it because another rank is gone, or does not answer in time."""
+    return isinstance(error, dist.DistError) or bool(re.search(r"gloo|NCCL|ProcessGroup|mpi4py", str(error)))
+
+
+def say_who_is_lost(launch: Launch, meeting: Meeting, error: RuntimeError) -> None:
+    lost = meeting.lost_ranks()
+    if meeting.is_first_to_tell():
+        whom = ", ".join(map(str, lost)) or "none"
+        print(
+            f"error: rank {launch.rank} lost contact in the middle of work ({_first_line(error)}); ranks that do not "
+            f"answer: {whom}. Started again, a training run goes on from its last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n")[0].strip() or type(error).__name__
 
 
 def agree_on_device(kind: str, launch: Launch) -> torch.device:
-    """This rank's device; a UserError on all ranks if one has too few GPUs, or none where others have some."""
+    """This rank's device; a UserError on all ranks if one has too few GPUs, none where others have some, or the same
+    one as another rank."""
     device = together(lambda: choose_device(kind, launch))
     types = gather_text(device.type, CPU)
     if len(set(types)) > 1:
@@ -200,6 +192,11 @@ def agree_on_device(kind: str, launch: Launch) -> torch.device:
             f"runtime.device is {kind!r} and {types.count('cuda')} of {len(types)} ranks have a GPU, rank "
             f"{types.index('cpu')} has none"
         )
+    if device.type == "cuda":
+        names = gather_text(str(torch.cuda.get_device_properties(device).uuid), CPU)
+        for rank, name in enumerate(names):
+            if (first := names.index(name)) < rank:
+                raise UserError(f"ranks {first} and {rank} have the same GPU ({name}): start one rank for each GPU")
     return device
 
 
@@ -208,9 +205,12 @@ def choose_device(kind: str, launch: Launch) -> torch.device:
         return CPU
     if not torch.cuda.is_available():
         raise ValueError(f"runtime.device is {kind!r} but torch finds no GPU on the node of rank {launch.rank}")
-    if launch.local_rank >= torch.cuda.device_count():
+    num_gpus = torch.cuda.device_count()
+    if num_gpus == 1:  # or all that the launcher lets this rank see (srun --gpus-per-task=1)
+        return torch.device("cuda", 0)
+    if launch.local_rank >= num_gpus:
         raise ValueError(
-            f"runtime.device is {kind!r} and the node of rank {launch.rank} has {torch.cuda.device_count()} GPUs, "
-            f"too few for {launch.local_world_size} ranks"
+            f"runtime.device is {kind!r} and the node of rank {launch.rank} has {num_gpus} GPUs, too few for "
+            f"{launch.local_world_size} ranks"
         )
     return torch.device("cuda", launch.local_rank)

@@ -22,7 +22,8 @@ from expert_parallel.model.generation import Sampling
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.runtime import Launch, Runtime, UserError
 from expert_parallel.training.generate import generate_from_run
-from expert_parallel.training.loop import changes_since, train
+from expert_parallel.training.loop import train
+from expert_parallel.training.resume import changes_since
 from tests.layouts import parallel_config
 from tests.ranks import run_ranks
 

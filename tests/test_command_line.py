@@ -310,7 +310,6 @@ def test_a_bug_keeps_its_traceback(config_file: Path, monkeypatch: pytest.Monkey
     assert "error:" not in result.output
 
 
-@pytest.mark.system
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -328,7 +327,6 @@ def test_a_checkpoint_of_another_model_is_refused(override: str, sentence: str, 
     assert (finished_run / "config.yaml").read_text() == before
 
 
-@pytest.mark.system
 def test_generate_refuses_what_is_no_run(finished_run: Path) -> None:
     def refused(run: Path, prompt: str = "x") -> str:
         return refusal(invoke("generate", run, "--prompt", prompt))
@@ -443,7 +441,6 @@ def test_the_console_command_is_the_module() -> None:
     assert scripts == {"expert-parallel": f"{main.__module__}:{main.__name__}"}
 
 
-@pytest.mark.system
 def test_a_process_alone_refuses_in_one_sentence(config_file: Path) -> None:
     result = start("alone", "train", config_file, "parallel.ep=1", "model.moe.num_expert=8")
     assert result.returncode == 2
@@ -452,7 +449,6 @@ def test_a_process_alone_refuses_in_one_sentence(config_file: Path) -> None:
     )
 
 
-@pytest.mark.system
 @pytest.mark.parametrize(
     ("launcher", "override", "sentence"),
     [
@@ -483,7 +479,6 @@ def test_of_two_ranks_one_refuses(launcher: str, override: str, sentence: str, c
     )
 
 
-@pytest.mark.system
 def test_metrics_of_a_run() -> None:
     start_of_run, first, last = metrics_of(run_folder("torchrun"))
     assert [record["step"] for record in (start_of_run, first, last)] == [0, 1, 2]
@@ -509,7 +504,6 @@ def test_metrics_of_a_run() -> None:
     assert 4 < last["train/loss"] < 7, "about log 256 at the start"
 
 
-@pytest.mark.system
 def test_tensorboard_shows_what_the_metrics_say() -> None:
     run = run_folder("torchrun")
     events = EventAccumulator(str(run / "tensorboard")).Reload()
@@ -525,7 +519,6 @@ def test_tensorboard_shows_what_the_metrics_say() -> None:
     assert shown == pytest.approx(written, rel=1e-6)  # float32
 
 
-@pytest.mark.system
 def test_the_resolved_config_stands_beside_the_run() -> None:
     run = run_folder("torchrun")
     resolved, given = load_config(run / "config.yaml"), load_config(run.parent / "config.yaml")
@@ -535,7 +528,6 @@ def test_the_resolved_config_stands_beside_the_run() -> None:
     assert yaml.safe_load((run / "config.yaml").read_text())["training"]["micro_steps"] == 1, "with its defaults"
 
 
-@pytest.mark.system
 def test_a_run_of_two_ranks_generates_alone(finished_run: Path) -> None:
     def generated(*options: str) -> str:
         result = invoke("generate", finished_run, "--prompt", "It is ", "--tokens", "8", *options)
@@ -548,7 +540,6 @@ def test_a_run_of_two_ranks_generates_alone(finished_run: Path) -> None:
     assert generated("--seed", "2", "--temperature", "5") != text
 
 
-@pytest.mark.system
 @pytest.mark.parametrize("layout", [["parallel.ep=2"], ["parallel.tp=2", "parallel.ep=2"]], ids=str)
 def test_ranks_generate_what_one_process_does(layout: list[str], finished_run: Path) -> None:
     """A batch of two prompts, with the cache and without."""
@@ -561,7 +552,6 @@ def test_ranks_generate_what_one_process_does(layout: list[str], finished_run: P
     assert ranks.output.count(alone) == 1, "rank 0 alone speaks"
 
 
-@pytest.mark.system
 def test_a_finished_run_says_so_and_changes_nothing(finished_run: Path) -> None:
     before = metrics_of(finished_run)
     result = invoke("train", finished_run / "config.yaml", f"run.folder={finished_run}", "parallel.ep=1")
@@ -570,7 +560,6 @@ def test_a_finished_run_says_so_and_changes_nothing(finished_run: Path) -> None:
     assert metrics_of(finished_run) == before
 
 
-@pytest.mark.system
 def test_a_run_with_more_steps_resumes_in_another_layout(finished_run: Path) -> None:
     before = metrics_of(finished_run)
     arguments = [f"run.folder={finished_run}", "parallel.ep=1", "training.steps=4"]

@@ -654,7 +654,6 @@ def run_work(task: str) -> tuple[Any, list[str]]:
     return run_on_ranks(2, work, task, said.append, timedelta(seconds=60)), said
 
 
-@pytest.mark.system
 def test_ranks_of_our_own() -> None:
     assert run_work("right") == ([3, 2], ["one"])
     with pytest.raises(RankError, match=r"rank 1 failed: KeyError in test_verify\.py, line \d+: 'lost'"):
@@ -672,7 +671,6 @@ def config_file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.system
 @pytest.mark.parametrize("launcher", ["alone", "torchrun"])
 def test_the_command(config_file: Path, launcher: str) -> None:
     """Ranks of our own, or a launcher's; one rank speaks."""

@@ -3,16 +3,13 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from expert_parallel.checkpoint.config import changed_settings
 from expert_parallel.checkpoint.files import Checkpoint, list_checkpoints, open_checkpoint
 from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.save import Saver
@@ -21,8 +18,8 @@ from expert_parallel.config import Config, dump_config
 from expert_parallel.data.batch import MicroBatch, held_out_batch, micro_batch
 from expert_parallel.data.open import keep_tokenizer, open_data
 from expert_parallel.data.sampler import Sampler
+from expert_parallel.degrees import ParallelDegrees
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.pipeline import Pipeline
 from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.model.transformer import Transformer
@@ -31,37 +28,27 @@ from expert_parallel.runtime import Runtime, UserError
 from expert_parallel.training.generate import generate_texts, run_tokenizer
 from expert_parallel.training.metrics import Metrics, MetricsWriter, memory_metrics, progress_line, step_metrics
 from expert_parallel.training.replay import MoEPlace, PlayConfig, RecordConfig, load_choices, save_choices
+from expert_parallel.training.resume import changes_since, refuse_model, refuse_settings
 from expert_parallel.training.setup import build, check_world, demand_of, describe_degrees
 from expert_parallel.training.step import StepReport, evaluate, train_step
-
-# What a run's data position is counted in.
-ORDER_OF_DATA = ("seed", "training.global_batch", "training.sequence_length", "data.held_out")
-# What may be set otherwise than where the weights were trained: no weight means another thing by it.
-FREE_OF_WEIGHTS = (
-    "model.dropout",
-    "model.init_std",
-    "model.moe.preset",
-    "model.moe.router.jitter",
-    "model.moe.router.balance_bias_rate",
-    "model.moe.capacity",
-    "model.moe.losses",
-    "model.moe.dispatcher",
-    "model.moe.ledger",
-    "model.moe.experts.backend",
-    "model.moe.experts.hidden_dropout",
-    "model.moe.experts.output_dropout",
-)
+from expert_parallel.training.stop import StopSignal, stop_on_signal
 
 
-def train(config: Config, runtime: Runtime) -> None:
-    """Trains to `training.steps`, going on from the newest checkpoint of `run.folder` if there is one."""
+def train(config: Config, runtime: Runtime) -> bool:
+    """Trains to `training.steps`, going on from the newest checkpoint of `run.folder` if there is one. False if it was
+    stopped before by a signal."""
+    with stop_on_signal() as stop:
+        return train_until(stop, config, runtime)
+
+
+def train_until(stop: StopSignal, config: Config, runtime: Runtime) -> bool:
     run = set_up(config, runtime)
     training, tokens_of_step = config.training, config.training.global_batch * config.training.sequence_length
 
     first_step = run.resume()
     if first_step >= training.steps:
         run.say(f"this run is finished: {first_step} of {training.steps} steps are done; results are in {run.folder}")
-        return
+        return True
     writer = runtime.together(lambda: MetricsWriter(run.folder, first_step) if runtime.rank == 0 else None)
     if first_step == 0:
         metrics = run.evaluate(0)
@@ -78,7 +65,7 @@ def train(config: Config, runtime: Runtime) -> None:
             )
             run.save_replay(step, batches, replay)
             done = step + 1
-            is_last = done == training.steps
+            is_last, is_stopped = done == training.steps, stop.anywhere()
             metrics = step_metrics(report, "train")
             refuse_nonsense(done, report)
             clock.count_step()
@@ -91,14 +78,20 @@ def train(config: Config, runtime: Runtime) -> None:
                 # Before the checkpoint: a resumed run drops what is newer than it, never the reverse.
                 if writer is not None:
                     writer.write(done, done * tokens_of_step, metrics)
-                if done % config.checkpoint.every == 0 or is_last:
-                    saver.save(done, is_last=is_last)
+                if done % config.checkpoint.every == 0 or is_last or is_stopped:
+                    saver.save(done, is_last=is_last or is_stopped)
+            if is_stopped:
+                break
 
         if writer is not None:
             writer.close()
-        if config.run.sample is not None:
+        if config.run.sample is not None and done == training.steps:
             run.say(f"\n--- sample {'-' * 69}\n{sample_text(run.config, run.model, run.mesh)}\n{'-' * 80}")
+    if done < training.steps:
+        run.say(f"stopped on SIGUSR1 after step {done}; started again, the run goes on")
+        return False
     run.say(f"done: {training.steps} steps; metrics, checkpoints and the resolved config are in {run.folder}")
+    return True
 
 
 @dataclass(frozen=True)
@@ -209,7 +202,7 @@ class Run:
 
 def set_up(config: Config, runtime: Runtime) -> Run:
     """Everything that can be wrong is found here, before any training, and on all ranks together."""
-    degrees = runtime.together(lambda: check_world(config, runtime))
+    degrees = runtime.together(lambda: wait_for_nodes(config, runtime))
     data = runtime.together(lambda: open_data(config.data, demand_of(config)))
     if len(digests := set(gather_text(str(data.config.sha256), torch.device("cpu")))) > 1:
         raise UserError(f"data: the ranks see different data, with sha256 {' and '.join(sorted(digests))}")
@@ -228,10 +221,31 @@ def set_up(config: Config, runtime: Runtime) -> Run:
     mesh, model, optimizer = build(config, runtime, degrees, initialise=not loads)
     run = Run(config, runtime, mesh, model, optimizer, data.sampler, data.held_out, checkpoints)
     run.say(f"data: {data.description}")
+    launch = runtime.launch
     run.say(
         f"ranks: {runtime.world_size} on {runtime.device.type} ({runtime.backend}), {describe_degrees(config, degrees)}"
     )
+    if launch.master is not None:
+        library = f" ({launch.library})" if launch.library else ""
+        run.say(f"started by {launch.launcher}{library}: {runtime.hosts}")
     return run
+
+
+def wait_for_nodes(config: Config, runtime: Runtime) -> ParallelDegrees:
+    """The degrees for the ranks that run. In an elastic run they may not fit while a node is away: then the ranks wait
+    for it; torchrun starts them all anew when it joins. ValueError where none does, or none can."""
+    try:
+        return check_world(config, runtime)
+    except ValueError as error:
+        seconds = config.runtime.wait_for_nodes_seconds
+        if seconds == 0 or runtime.launch.launcher != "torchrun":
+            raise
+        if runtime.rank == 0:
+            print(f"waiting {seconds:g} s for other nodes to join: {error}", flush=True)
+        time.sleep(seconds)
+        raise ValueError(
+            f"{error}; no other node has joined in {seconds:g} s (runtime.wait_for_nodes_seconds)"
+        ) from None
 
 
 def open_folder(config: Config, rank: int) -> list[Path]:
@@ -253,38 +267,6 @@ def open_folder(config: Config, rank: int) -> list[Path]:
         except OSError as error:
             raise ValueError(f"run.folder: cannot write to {folder}: {error.strerror or error}") from error
     return checkpoints
-
-
-def refuse_settings(checkpoint: Checkpoint, config: Config) -> None:
-    """ValueError where the run cannot go on from it: another model, another order of data. Weights alone that no step
-    has changed (an imported model's) are begun from as from another run's."""
-    refuse_model(checkpoint, config)
-    if checkpoint.step == 0 and not checkpoint.has_moments:
-        return
-    for path, old, new in changes_since(checkpoint, config):
-        if path.startswith(ORDER_OF_DATA):
-            raise ValueError(
-                f"{checkpoint.path} is a checkpoint of another order of data: {path} is {old!r} there and {new!r} "
-                "here; choose another run.folder, or the same setting"
-            )
-
-
-def refuse_model(checkpoint: Checkpoint, config: Config) -> None:
-    """ValueError where its weights mean another thing in this run's model."""
-    for path, old, new in changes_since(checkpoint, config):
-        if path.startswith("model.") and not path.startswith(FREE_OF_WEIGHTS):
-            raise ValueError(
-                f"{checkpoint.path} is a checkpoint of another model: {path} is {old!r} there and {new!r} here; choose "
-                "another run.folder, or the same setting"
-            )
-
-
-def changes_since(checkpoint: Checkpoint, config: Config) -> list[tuple[str, Any, Any]]:
-    """(path, value then, value now). A model setting that did not exist then had its default."""
-    then = dict(checkpoint.config)
-    with suppress(ValidationError):  # what is not understood any more is shown as it stands
-        then["model"] = ModelConfig.model_validate(then["model"]).model_dump(mode="json")
-    return changed_settings(then, config.model_dump(mode="json"))
 
 
 def sample_text(config: Config, model: Transformer | Pipeline, mesh: ParallelMesh) -> str:

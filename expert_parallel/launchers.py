@@ -1,0 +1,216 @@
+"""What a launcher says of one process, in its environment variables, as a `Launch`. Pure: the mapping is passed in.
+
+| launcher | told by | the ranks meet at |
+|---|---|---|
+| torchrun, deepspeed, others alike | RANK, WORLD_SIZE, LOCAL_RANK | MASTER_ADDR:MASTER_PORT |
+| Open MPI's mpirun | OMPI_COMM_WORLD_SIZE | a free port of rank 0's host, told through MPI |
+| MPICH's mpiexec (hydra) | PMI_SIZE, MPI_LOCALRANKID | the same |
+| Slurm's srun, one task a rank | SLURM_STEP_ID, SLURM_STEP_NUM_TASKS | the first host, a port from the job's number |
+| none | none of these | nowhere: one process alone |
+
+The first row that fits counts: torchrun started by srun or mpirun is torchrun.
+"""
+
+import re
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+Environment = Mapping[str, str]
+SLURM_PORTS = range(20_000, 30_000)  # below what Linux gives out by itself (32768 and up)
+
+
+class LaunchError(ValueError):
+    """What the launcher says does not add up, or the ranks do not meet: each process that sees it says it."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """master: host and port at which the ranks meet; None for one process alone. serves: this process opens that port
+    (rank 0, unless torchrun's agent has). library: the MPI in use, if any."""
+
+    launcher: str
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master: tuple[str, int] | None = None
+    serves: bool = False
+    library: str = ""
+
+
+def read_launch(environment: Environment) -> Launch:
+    """Raises LaunchError where variables contradict each other or one is missing."""
+    for tells, read in LAUNCHERS:
+        if tells(environment):
+            return _checked(read(environment), environment)
+    raise AssertionError("the last one always fits")
+
+
+def _set_rank_variables(environment: Environment) -> Launch:
+    local = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environment), "WORLD_SIZE")
+    launcher = "env"
+    if "TORCHELASTIC_RUN_ID" in environment:
+        launcher = "torchrun"
+    elif "CROSS_SIZE" in environment:
+        launcher = "deepspeed"
+    rank = _number(environment, "RANK")
+    return Launch(
+        launcher,
+        rank,
+        _number(environment, "WORLD_SIZE"),
+        _number(environment, "LOCAL_RANK"),
+        _number(environment, local),
+        (_text(environment, "MASTER_ADDR"), _port(environment, "MASTER_PORT")),
+        serves=rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+    )
+
+
+def _open_mpi(environment: Environment) -> Launch:
+    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    return _mpi("openmpi", *(_number(environment, f"OMPI_COMM_WORLD_{name}") for name in names))
+
+
+def _mpich(environment: Environment) -> Launch:
+    names = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+    return _mpi("mpich", *(_number(environment, name) for name in names))
+
+
+def _mpi(launcher: str, rank: int, world_size: int, local_rank: int, local_world_size: int) -> Launch:
+    master, library = meet_through_mpi(rank, world_size)
+    return Launch(launcher, rank, world_size, local_rank, local_world_size, master, rank == 0, library)
+
+
+def _slurm(environment: Environment) -> Launch:
+    rank, node = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_NODEID")
+    tasks = tasks_of_nodes(_text(environment, "SLURM_STEP_TASKS_PER_NODE"))
+    if node >= len(tasks):
+        raise LaunchError(
+            f"SLURM_NODEID is {node} but SLURM_STEP_TASKS_PER_NODE ({environment['SLURM_STEP_TASKS_PER_NODE']}) names "
+            f"{len(tasks)} nodes"
+        )
+    host = environment.get("MASTER_ADDR") or first_host(_text(environment, "SLURM_STEP_NODELIST"))
+    job = _number(environment, "SLURM_JOB_ID") * 7 + _number(environment, "SLURM_STEP_ID")
+    port = SLURM_PORTS[job % len(SLURM_PORTS)]
+    if "MASTER_PORT" in environment:
+        port = _port(environment, "MASTER_PORT")
+    world_size, local_rank = _number(environment, "SLURM_STEP_NUM_TASKS"), _number(environment, "SLURM_LOCALID")
+    return Launch("slurm", rank, world_size, local_rank, tasks[node], (host, port), serves=rank == 0)
+
+
+def _alone(environment: Environment) -> Launch:
+    for name, cure in (
+        ("SLURM_NTASKS", "start the ranks with srun, one task each, or with torchrun, one task a node (launch/slurm)"),
+        ("PMI_SIZE", "start the ranks with MPICH's own mpiexec, which sets MPI_LOCALRANKID, or with torchrun"),
+        ("MV2_COMM_WORLD_SIZE", "start the ranks with torchrun, one process a node"),
+    ):
+        if _number(environment, name, default="1") > 1:
+            raise LaunchError(f"{name} is {environment[name]} but nothing says which rank this process is: {cure}")
+    return Launch("none")
+
+
+# The first that fits counts.
+LAUNCHERS: tuple[tuple[Callable[[Environment], bool], Callable[[Environment], Launch]], ...] = (
+    (lambda environment: "RANK" in environment or "WORLD_SIZE" in environment, _set_rank_variables),
+    (lambda environment: "OMPI_COMM_WORLD_SIZE" in environment, _open_mpi),
+    (lambda environment: "PMI_SIZE" in environment and "MPI_LOCALRANKID" in environment, _mpich),
+    (lambda environment: _is_step_of_tasks(environment), _slurm),
+    (lambda environment: True, _alone),
+)
+
+
+def _is_step_of_tasks(environment: Environment) -> bool:
+    return "SLURM_STEP_ID" in environment and _number(environment, "SLURM_STEP_NUM_TASKS", default="1") > 1
+
+
+def _checked(launch: Launch, environment: Environment) -> Launch:
+    if not 0 <= launch.rank < launch.world_size:
+        raise LaunchError(f"this process has rank {launch.rank}, which does not fit the world size {launch.world_size}")
+    if not 0 <= launch.local_rank < launch.local_world_size <= launch.world_size:
+        raise LaunchError(
+            f"this process has local rank {launch.local_rank}, which does not fit the {launch.local_world_size} "
+            f"ranks of its node and the world size {launch.world_size}"
+        )
+    if launch.launcher in ("env", "deepspeed", "torchrun"):  # RANK may be left over in a shell from something else
+        for starter, name in (("mpirun", "OMPI_COMM_WORLD_SIZE"), ("mpiexec", "PMI_SIZE")):
+            started = _number(environment, name, default="0")
+            if launch.world_size < started:
+                raise LaunchError(
+                    f"{starter} started {started} processes but WORLD_SIZE is {launch.world_size}: unset RANK and "
+                    "WORLD_SIZE"
+                )
+        if _is_step_of_tasks(environment):
+            started = _number(environment, "SLURM_STEP_NUM_TASKS")
+            if launch.world_size < started:
+                raise LaunchError(
+                    f"srun started {started} tasks but WORLD_SIZE is {launch.world_size}: unset RANK and WORLD_SIZE"
+                )
+    return launch
+
+
+def _text(environment: Environment, name: str) -> str:
+    if name not in environment:
+        told = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+        others = [other for other in told if other in environment]
+        raise LaunchError(f"the environment variable {name} is not set, though {' and '.join(others)} is")
+    return environment[name]
+
+
+def _number(environment: Environment, name: str, default: str | None = None) -> int:
+    value = _text(environment, name) if default is None else environment.get(name, default)
+    if not re.fullmatch("[0-9]+", value):
+        raise LaunchError(f"the environment variable {name} is {value!r}, expected a number")
+    return int(value)
+
+
+def _port(environment: Environment, name: str) -> int:
+    port = _number(environment, name)
+    if not 0 < port < 2**16:
+        raise LaunchError(f"the environment variable {name} is {port}, a port is a number from 1 to {2**16 - 1}")
+    return port
+
+
+def tasks_of_nodes(text: str) -> list[int]:
+    """Slurm's compact form: `2(x3),1` is [2, 2, 2, 1]."""
+    tasks: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise LaunchError(
+                f"the environment variable SLURM_STEP_TASKS_PER_NODE is {text!r}, expected like '2(x3),1'"
+            )
+        tasks += [int(match[1])] * int(match[2] or 1)
+    return tasks
+
+
+def first_host(nodes: str) -> str:
+    """Of Slurm's compact form: `node[007-010,012],big1` is node007."""
+    match = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes)
+    assert match is not None
+    return match[1] + (match[2] or "") + match[3]
+
+
+def meet_through_mpi(rank: int, world_size: int) -> tuple[tuple[str, int], str]:
+    """Rank 0's host and a free port of it, and the library's name and version. Buffers only, no pickling."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library
+        raise LaunchError(f"mpirun started {world_size} ranks but mpi4py cannot be used ({error})") from error
+    world = MPI.COMM_WORLD
+    library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip()
+    if world_size != world.size:
+        raise LaunchError(
+            f"mpirun started {world_size} ranks but mpi4py's COMM_WORLD has {world.size}: mpi4py found another MPI "
+            f"library than the mpirun in use ({library})"
+        )
+    if rank != world.rank:
+        raise LaunchError(f"mpirun says rank {rank} but mpi4py's COMM_WORLD says {world.rank} ({library})")
+    offer = bytearray(256)
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            text = f"{socket.gethostname()}:{free.getsockname()[1]}".encode()
+        offer[: len(text)] = text
+    world.Bcast(offer, root=0)
+    host, port = bytes(offer).rstrip(b"\0").decode().rsplit(":", 1)
+    return (host, int(port)), f"{library}, COMM_WORLD of {world.size}"
