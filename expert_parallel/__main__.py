@@ -156,6 +156,27 @@ def bench_ledger(
                 json_file.write_text(json.dumps(result, indent=2) + "\n")
 
 
+@bench.command("exchange")
+def bench_exchange(
+    rounds: Annotated[int, typer.Option(min=1, help="of which medians are taken")] = 15,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here, too")] = None,
+) -> None:
+    """What carries the exchange of rows, gloo beside MPI: all-to-alls of several sizes, and whole MoE layers. On every
+    rank under mpirun; under torchrun gloo alone."""
+    from expert_parallel.bench import exchange
+
+    with refusals(OSError), distributed(RuntimeConfig(device="cpu")) as runtime:
+        if runtime.world_size == 1:
+            raise UserError("one rank has nobody to exchange with: start 2 or more with mpirun, or with torchrun")
+        if json_file is not None and not json_file.parent.is_dir():
+            raise UserError(f"--json: there is no folder {json_file.parent}")
+        result = exchange.bench_exchange(runtime, rounds)
+        if runtime.rank == 0:
+            print(exchange.describe(result))
+            if json_file is not None:
+                json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
 @bench.command("checkpoint")
 def bench_checkpoint(
     megabytes: Annotated[int, typer.Option(min=1, help="of weights and optimizer state, over all ranks")] = 400,

@@ -24,6 +24,7 @@ from expert_parallel.moe.experts import choose_backend
 from expert_parallel.moe.ffn import width_in
 from expert_parallel.runtime import RuntimeConfig
 from expert_parallel.settings import Settings
+from expert_parallel.training.engines.config import refuse_engine
 from expert_parallel.training.freeze import refuse_trainable
 from expert_parallel.training.replay import PlayConfig
 from expert_parallel.training.step import DTYPES, TrainingConfig
@@ -79,6 +80,8 @@ class Config(Settings):
                 f"training.sequence_length ({training.sequence_length})"
             )
         refuse_trainable(training.trainable, model)
+        writes_sample = self.run.sample is not None
+        refuse_engine(training.engine, self.parallel, dtype=training.dtype, writes_sample=writes_sample)
         if self.run.sample is not None and training.sequence_length < 2:
             raise ValueError(
                 f"run.sample is given but training.sequence_length ({training.sequence_length}) is smaller than 2: it "

@@ -16,6 +16,8 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from expert_parallel.transports.mpi import library_line
+
 Environment = Mapping[str, str]
 SLURM_PORTS = range(20_000, 30_000)  # below what Linux gives out by itself (32768 and up)
 
@@ -197,11 +199,11 @@ def meet_through_mpi(rank: int, world_size: int) -> tuple[tuple[str, int], str]:
     except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library
         raise LaunchError(f"mpirun started {world_size} ranks but mpi4py cannot be used ({error})") from error
     world = MPI.COMM_WORLD
-    library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip()
+    library = library_line()
     if world_size != world.size:
         raise LaunchError(
-            f"mpirun started {world_size} ranks but mpi4py's COMM_WORLD has {world.size}: mpi4py found another MPI "
-            f"library than the mpirun in use ({library})"
+            f"mpirun started {world_size} ranks but mpi4py found another MPI library than that of the mpirun in use "
+            f"({library})"
         )
     if rank != world.rank:
         raise LaunchError(f"mpirun says rank {rank} but mpi4py's COMM_WORLD says {world.rank} ({library})")
@@ -213,4 +215,4 @@ def meet_through_mpi(rank: int, world_size: int) -> tuple[tuple[str, int], str]:
         offer[: len(text)] = text
     world.Bcast(offer, root=0)
     host, port = bytes(offer).rstrip(b"\0").decode().rsplit(":", 1)
-    return (host, int(port)), f"{library}, COMM_WORLD of {world.size}"
+    return (host, int(port)), library

@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ import expert_parallel
 from expert_parallel.checkpoint.config import changed_settings
 from expert_parallel.launchers import Launch, LaunchError
 
+Result = TypeVar("Result")
 POLL_SECONDS = 0.05
 ANSWER_SECONDS = 3.0  # how long a living rank may take to answer when the roll is called again
 SHOWN = 8  # ranks that a sentence names
@@ -71,22 +73,26 @@ class Meeting:
 
     def lost_ranks(self) -> list[Card]:
         """Who does not answer within ANSWER_SECONDS: their processes or hosts are gone, stopped or cut off."""
-        missing = [card for card in self.cards if card.rank != self.launch.rank]
-        try:
-            for card in missing:
+        others = [card for card in self.cards if card.rank != self.launch.rank]
+
+        def call() -> list[Card]:
+            for card in others:
                 self.store.set(f"called/{card.rank}", "")
-            deadline = time.monotonic() + ANSWER_SECONDS
+            missing, deadline = others, time.monotonic() + ANSWER_SECONDS
             while missing and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
                 missing = [card for card in missing if not self.store.check([f"here/{card.rank}"])]
             return missing
+
+        try:
+            return within(2 * ANSWER_SECONDS, call)
         except RuntimeError:
             return self.cards[:1]  # the store was on rank 0
 
     def is_first_to_tell(self) -> bool:
         """True on one of the ranks that ask: so many see it, one says it."""
         try:
-            return self.store.add("told", 1) == 1
+            return within(ANSWER_SECONDS, lambda: self.store.add("told", 1)) == 1
         except RuntimeError:
             return True
 
@@ -96,11 +102,36 @@ class Meeting:
             return
         self.is_leaving = True
         with suppress(RuntimeError):
-            self.store.set(f"called/{self.launch.rank}", "")
-            self.answering.join(ANSWER_SECONDS)
-            self.store.add("left", 1)
-            if self.launch.serves:
-                _wait_until(lambda: self.store.add("left", 0) >= len(self.cards), patience)
+            within(patience + 2 * ANSWER_SECONDS, lambda: self._say_goodbye(patience))
+
+    def _say_goodbye(self, patience: float) -> None:
+        assert self.answering is not None
+        self.store.set(f"called/{self.launch.rank}", "")
+        self.answering.join(ANSWER_SECONDS)
+        self.store.add("left", 1)
+        if self.launch.serves:
+            _wait_until(lambda: self.store.add("left", 0) >= len(self.cards), patience)
+
+
+def within(seconds: float, work: Callable[[], Result]) -> Result:
+    """RuntimeError after `seconds`. torch's store waits without end for a server that is stopped or cut off, and for a
+    stranger at its port: so in a thread, which may have to be left behind."""
+    outcome: SimpleQueue[tuple[Result | None, BaseException | None]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put((work(), None))
+        except BaseException as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = outcome.get(timeout=seconds)
+    except Empty:
+        raise RuntimeError(f"no answer in {seconds:.0f} s") from None
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
 
 
 def meet(launch: Launch, timeout: timedelta, settings: Mapping[str, Any] | None = None) -> Meeting:
@@ -158,14 +189,8 @@ def open_store(launch: Launch, timeout: timedelta, serves: bool) -> dist.TCPStor
             time.sleep(min(0.5, timeout.total_seconds() / 10))
     seconds = max(1.0, deadline - time.monotonic())
     try:
-        return dist.TCPStore(
-            host,
-            port,
-            is_master=serves,
-            timeout=timedelta(seconds=seconds),
-            wait_for_workers=False,
-            multi_tenant=serves,
-        )
+        open_here = partial(dist.TCPStore, host, port, is_master=serves, wait_for_workers=False, multi_tenant=serves)
+        return within(seconds + 1, lambda: open_here(timeout=timedelta(seconds=seconds)))
     except RuntimeError as error:
         if serves and "EADDRINUSE" in str(error):
             raise LaunchError(
@@ -184,17 +209,16 @@ def versions() -> dict[str, str]:
     return {
         "Python": ".".join(map(str, sys.version_info[:2])),
         "torch": torch.__version__,
-        "expert_parallel": f"{expert_parallel.__version__}, source {_source_digest()}",
+        "expert_parallel": f"{expert_parallel.__version__}, source {source_digest()}",
         "byte order": sys.byteorder,
     }
 
 
 @cache
-def _source_digest() -> str:
+def source_digest() -> str:
     """Of the package's own files: two checkouts may have one version."""
     root = Path(__file__).parent
     digest = hashlib.sha256()
-    return "0"  # TEMPORARY, while files change under running ranks
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]

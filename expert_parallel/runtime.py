@@ -5,9 +5,10 @@ only file that reads the environment (launchers.py knows what it means, rendezvo
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -19,11 +20,21 @@ from expert_parallel.collectives import anywhere, gather_text
 from expert_parallel.launchers import Launch, LaunchError, read_launch
 from expert_parallel.rendezvous import ANSWER_SECONDS, Meeting, host_lines, meet
 from expert_parallel.settings import Settings
+from expert_parallel.transports.mpi import BACKEND, end_job, library_line, start_mpi
 
 __all__ = ["CPU", "Launch", "LaunchError", "LostContact", "Runtime", "RuntimeConfig", "UserError", "distributed"]
 
 Result = TypeVar("Result")
 CPU = torch.device("cpu")  # what the ranks tell each other before and beside training goes through gloo
+
+
+# runtime.backend -> what torch.distributed calls the carrier of tensors on the CPU, and on GPUs.
+CARRIERS = {
+    "auto": ("gloo", "nccl"),
+    "gloo": ("gloo", "gloo"),
+    "nccl": ("gloo", "nccl"),
+    "mpi": (BACKEND, BACKEND),
+}
 
 
 class RuntimeConfig(Settings):
@@ -102,7 +113,10 @@ def distributed(config: RuntimeConfig, settings: Mapping[str, Any] | None = None
     rendezvous_timeout = timedelta(seconds=config.rendezvous_seconds)
     if launch.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world_size))
+    warn_of_restarts(launch, os.environ)
     meeting = meet(launch, rendezvous_timeout, settings)
+    if config.backend == "mpi":
+        launch = start_mpi_for(launch)
     if launch.master is not None:
         meeting.answer_calls(rendezvous_timeout)
     patience = ANSWER_SECONDS
@@ -122,11 +136,35 @@ def distributed(config: RuntimeConfig, settings: Mapping[str, Any] | None = None
         if not is_of_communication(error):
             raise
         say_who_is_lost(launch, meeting, error)
+        if config.backend == "mpi":
+            end_job(1)
         raise LostContact from error
+    except Exception:
+        if config.backend == "mpi":  # leaving would wait for the others in MPI_Finalize, and they wait for this rank
+            traceback.print_exc()
+            end_job(1)
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
         meeting.leave(patience)
+
+
+def warn_of_restarts(launch: Launch, environment: Mapping[str, str]) -> None:
+    shares_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if launch.rank == 0 and shares_store and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        print(
+            "warning: torchrun may restart the ranks, which fails in torch 2.13 (pytorch#135712): set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, as launch/train.sh does",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def tell_deepspeed(runtime: Runtime) -> None:
+    """What DeepSpeed reads from the environment and takes in no other way. Before its first import."""
+    os.environ["LOCAL_RANK"] = str(runtime.launch.local_rank)
+    os.environ["DS_ACCELERATOR"] = runtime.device.type
 
 
 def choose_backend(config: RuntimeConfig) -> str:
@@ -141,6 +179,14 @@ def choose_backend(config: RuntimeConfig) -> str:
     if config.backend == "nccl" and not has_gpu:
         raise LaunchError("runtime.backend is 'nccl' but there is no GPU to use: it must be auto, gloo or mpi")
     return f"cpu:{cpu},cuda:{gpu}" if has_gpu else cpu
+
+
+def start_mpi_for(launch: Launch) -> Launch:
+    try:
+        start_mpi(launch.rank, launch.world_size)
+    except ValueError as error:
+        raise LaunchError(str(error)) from error
+    return replace(launch, library=library_line())
 
 
 def start_process_group(backend: str, launch: Launch, meeting: Meeting, timeout: timedelta) -> None:

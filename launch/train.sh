@@ -39,8 +39,10 @@ done
 [[ -n $processes ]] || processes=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--nproc must be a whole number of at least 1, not '$processes'"
 
-# One node needs no address to meet at; who gives one means several nodes.
+# One node needs no address to meet at; who gives one means several nodes, which wait for each other as long as ranks do
+# (runtime.rendezvous_seconds), unless torchrun is told otherwise.
 case " $*" in *" --nnodes"* | *" --rdzv"* | *" --master"*) ;; *) set -- --standalone "$@" ;; esac
+case " $*" in *" --rdzv-conf"*) ;; *" --rdzv-endpoint"*) set -- --rdzv-conf join_timeout=300 "$@" ;; esac
 
 if [[ -z ${OMP_NUM_THREADS:-} ]]; then
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)

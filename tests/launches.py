@@ -60,10 +60,10 @@ def small_config(folder: Path) -> Path:
 
 
 def start(launcher: str, *arguments: str | Path) -> Finished:
-    command = [*LAUNCHERS[launcher], *([_free_port()] if launcher == "deepspeed" else [])]
+    command = [*LAUNCHERS[launcher], *([free_port()] if launcher == "deepspeed" else [])]
     command += ["expert_parallel", *map(str, arguments)]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     try:
         output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
@@ -89,14 +89,14 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory()  # removed when Python ends
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """This process's, without what a launcher of the tests themselves may have set."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
     return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
-def _free_port() -> str:
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])

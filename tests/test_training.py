@@ -509,7 +509,7 @@ def test_a_whole_model_plays_recorded_choices_back(moe: dict[str, Any], recomput
 def train_with_defect(rank: int, defect: str, layout: dict[str, Any]) -> dict[str, Any]:
     """One step with a known defect of the field patched in (traps 1, 2, 9 and 3)."""
     import expert_parallel.moe.balance as balance
-    import expert_parallel.training.step as step
+    import expert_parallel.training.engines.native as step
 
     original = step.reduce_gradients, step.global_norm, balance.all_reduce_sum
 

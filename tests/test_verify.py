@@ -156,15 +156,15 @@ def defect_of(name: str) -> Iterator[None]:
 
 def after_reduction(change: Callable[[Any, Any], None]) -> tuple[Any, str, Any]:
     """reduce_gradients with something done after it."""
-    from expert_parallel.training import step
+    from expert_parallel.training.engines import native
 
-    original = step.reduce_gradients
+    original = native.reduce_gradients
 
     def wrong(model: Any, mesh: Any, *, sharded: bool) -> None:
         original(model, mesh, sharded=sharded)
         change(model, mesh)
 
-    return step, "reduce_gradients", wrong
+    return native, "reduce_gradients", wrong
 
 
 def expert_gradients_divided() -> tuple[Any, str, Any]:
@@ -180,9 +180,10 @@ def expert_gradients_divided() -> tuple[Any, str, Any]:
 
 def without_sum(group: str, is_left_out: Callable[[Any], bool]) -> tuple[Any, str, Any]:
     """reduce_gradients that leaves some parameters out of the sum over one group."""
-    from expert_parallel.training import grads, step
+    from expert_parallel.training import grads
+    from expert_parallel.training.engines import native
 
-    original, add_up = step.reduce_gradients, grads._sum_in_buckets
+    original, add_up = native.reduce_gradients, grads._sum_in_buckets
 
     def wrong(model: Any, mesh: Any, *, sharded: bool) -> None:
         def some(logicals: Any, over: Any) -> None:
@@ -192,7 +193,7 @@ def without_sum(group: str, is_left_out: Callable[[Any], bool]) -> tuple[Any, st
         with mock.patch.object(grads, "_sum_in_buckets", some):
             original(model, mesh, sharded=sharded)
 
-    return step, "reduce_gradients", wrong
+    return native, "reduce_gradients", wrong
 
 
 def counted(change: Callable[[bool, Any, Any], bool]) -> tuple[Any, str, Any]:

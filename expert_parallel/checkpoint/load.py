@@ -12,6 +12,7 @@ from expert_parallel.checkpoint.digest import MODULUS, digest
 from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
 from expert_parallel.checkpoint.manifest import MOMENTS, WEIGHTS, compare_shapes
 from expert_parallel.checkpoint.shapes import balance_biases, expected_shapes
+from expert_parallel.checkpoint.state import HasState, TrainingState, range_pieces, state_of
 from expert_parallel.collectives import all_reduce_sum
 from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.pipeline import Pipeline
@@ -34,12 +35,15 @@ LIMB = 1 << 32
 def load_checkpoint(
     path: Path,
     model: Transformer | Pipeline,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | HasState | None = None,
     runtime: Runtime | None = None,
     mesh: ParallelMesh | None = None,
+    *,
+    weights_alone: bool = False,
 ) -> Checkpoint:
-    """Fills model and optimizer, whatever layout they are in. optimizer None, or a checkpoint without moments: the
-    weights alone. runtime and mesh None: this process alone, with the whole model.
+    """Fills model and optimizer, whatever layout they are in. optimizer None, weights_alone, or a checkpoint without
+    moments: the weights alone; but an engine that keeps weights of its own is to be given. runtime and mesh None: this
+    process alone, with the whole model.
 
     Nothing is changed unless the manifest is in order, fits the model, and all files have the bytes that were written
     (each rank looks at a share of them). Afterwards the digests of what was read are added up over the ranks, each
@@ -52,7 +56,7 @@ def load_checkpoint(
 
     def check() -> Checkpoint:
         checkpoint = open_checkpoint(path)
-        with_moments = optimizer is not None and checkpoint.has_moments
+        with_moments = takes_moments and checkpoint.has_moments
         found = {n: s for n, s in checkpoint.manifest.shapes.items() if with_moments or n.startswith(f"{WEIGHTS}/")}
         compare_shapes(f"{path}: checkpoint of another model", found, expected_shapes(model.config, with_moments))
         for file in list(checkpoint.manifest.files)[rank::world_size]:
@@ -61,45 +65,43 @@ def load_checkpoint(
 
     def fill() -> dict[str, int]:
         totals: dict[str, int] = {}
-        for name, start, target, counts in _targets(model, moments, mesh):
+        for name, start, target, counts in _targets(model, parts, state, mesh):
             values = checkpoint.read_part(name, start, target.shape)
             target.copy_(values)
             if counts:
                 totals[name] = totals.get(name, 0) + digest(values, start, checkpoint.tensors[name].shape)
         return totals
 
+    takes_moments = optimizer is not None and not weights_alone
+    state = None if optimizer is None else state_of(optimizer)
     checkpoint = together(check)
-    moments = None if optimizer is None or not checkpoint.has_moments else _empty_moments(model, optimizer, checkpoint)
+    parts: tuple[str, ...] = (WEIGHTS,)
+    if state is not None and takes_moments and checkpoint.has_moments:
+        state.make_moments(checkpoint.step)
+        parts = (WEIGHTS, *MOMENTS)
     totals = _add_over_ranks(together(fill), list(checkpoint.tensors), runtime)
-    together(lambda: _compare_digests(checkpoint, totals, with_moments=moments is not None))
+    together(lambda: _compare_digests(checkpoint, totals, with_moments=len(parts) > 1))
+    if state is not None:
+        state.finish()
     return checkpoint
 
 
-Moments = dict[str, dict[Tensor, Tensor]]
-
-
-def _empty_moments(model: Transformer | Pipeline, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> Moments:
-    """The optimizer's state after so many steps, still zero: by moment and parameter."""
-    for parameter in model.parameters():
-        state = optimizer.state[parameter]
-        state["step"] = torch.tensor(float(checkpoint.step))
-        state.update({moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS})
-    return {moment: {p: optimizer.state[p][moment] for p in model.parameters()} for moment in MOMENTS}
-
-
-def _targets(model: Transformer | Pipeline, moments: Moments | None, mesh: ParallelMesh | None) -> Iterator[Target]:
+def _targets(
+    model: Transformer | Pipeline, parts: tuple[str, ...], state: TrainingState | None, mesh: ParallelMesh | None
+) -> Iterator[Target]:
     """All that this rank holds, a rectangle of a logical tensor each. Of several ranks that hold the same, the first
-    counts it."""
+    counts it; what the state has divided is each rank's own."""
     for name, buffer in balance_biases(model):
         yield f"{WEIGHTS}/{name}", (0,) * buffer.dim(), buffer, mesh is None or mesh.stage_rank == 0
     for logical in logical_parameters(model):
-        first = first_row(logical.parameter)
-        counts = mesh is None or place_among_holders(logical, mesh)[0] == 0
-        parts = {WEIGHTS: logical.parameter.detach()}
-        parts |= {moment: of[logical.parameter] for moment, of in (moments or {}).items()}
-        for part, tensor in parts.items():
-            for name, start, view in pieces(logical, local_tensor(tensor), first):
-                yield f"{part}/{name}", start, view, counts
+        parameter, first = logical.parameter, first_row(logical.parameter)
+        is_first = mesh is None or place_among_holders(logical, mesh)[0] == 0
+        for part in parts:
+            divided = None if state is None else state.range_of(part, parameter)
+            tensor = local_tensor(parameter.detach()) if state is None else state.tensor(part, parameter)
+            found = pieces(logical, tensor, first) if divided is None else range_pieces(logical, tensor, divided)
+            for name, start, view in found:
+                yield f"{part}/{name}", start, view, divided is not None or is_first
 
 
 def _add_over_ranks(totals: dict[str, int], names: list[str], runtime: Runtime | None) -> dict[str, int]:

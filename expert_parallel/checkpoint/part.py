@@ -20,6 +20,7 @@ from expert_parallel.checkpoint.manifest import (
     compare_shapes,
 )
 from expert_parallel.checkpoint.shapes import balance_biases
+from expert_parallel.checkpoint.state import Range, TrainingState, range_pieces
 from expert_parallel.checkpoint.tensor_files import write_tensors
 from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.pipeline import Pipeline
@@ -36,19 +37,24 @@ from expert_parallel.settings import Settings
 
 @dataclass(frozen=True)
 class Held:
-    """A local tensor that this rank writes. part: `weights` or a moment. first: its first_row."""
+    """A local tensor that this rank writes. part: `weights` or a moment. first: its first_row. range: what it is of a
+    flattened one; None: not flattened."""
 
     part: str
     logical: LogicalParameter | str  # a buffer's name: whole on this rank
     first: int
+    range: Range | None = None
 
     def pieces(self, local: Tensor) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]:
         """(full name, logical shape, where the piece begins, its values)."""
         if isinstance(self.logical, str):
             yield f"{self.part}/{self.logical}", tuple(local.shape), (0,) * local.dim(), local
             return
-        shape = tuple(self.logical.shape)
-        for name, start, values in pieces(self.logical, local, self.first):
+        if self.range is None:
+            shape, found = tuple(self.logical.shape), pieces(self.logical, local, self.first)
+        else:
+            shape, found = self.range.shape[self.logical.is_expert :], range_pieces(self.logical, local, self.range)
+        for name, start, values in found:
             yield f"{self.part}/{name}", shape, start, values
 
 
@@ -59,8 +65,11 @@ class RankPart(Settings):
     tensors: dict[str, Entry]
 
 
-def share_of_writing(model: Transformer | Pipeline, mesh: ParallelMesh) -> Iterator[Held]:
-    """What this rank writes: of what several ranks hold, each writes a part, so that they have about equally much."""
+def share_of_writing(
+    model: Transformer | Pipeline, mesh: ParallelMesh, state: TrainingState | None = None
+) -> Iterator[Held]:
+    """What this rank writes: of what several ranks hold, each writes a part, so that they have about equally much; of
+    what the state has divided, its own. state None: nothing."""
     loads: dict[tuple[bool, int], list[int]] = {}
     for logical in logical_parameters(model):
         index, count = place_among_holders(logical, mesh)
@@ -68,6 +77,11 @@ def share_of_writing(model: Transformer | Pipeline, mesh: ParallelMesh) -> Itera
         load = loads.setdefault((logical.is_expert, count), [0] * count)
         first = first_row(logical.parameter)
         for part in (WEIGHTS, *MOMENTS):
+            divided = None if state is None else state.range_of(part, logical.parameter)
+            if divided is not None:
+                if divided.length > 0:
+                    yield Held(part, logical, 0, divided)
+                continue
             writer = load.index(min(load))
             load[writer] += len(logical.names) * logical.shape.numel()
             if writer == index:

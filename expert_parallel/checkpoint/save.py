@@ -32,11 +32,11 @@ from expert_parallel.checkpoint.folders import (
 from expert_parallel.checkpoint.manifest import FORMAT, WEIGHTS, Manifest
 from expert_parallel.checkpoint.part import Held, add_up, marker, share_of_writing, write_part
 from expert_parallel.checkpoint.shapes import balance_biases, expected_shapes
+from expert_parallel.checkpoint.state import HasState, state_of
 from expert_parallel.collectives import gather_text
 from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.pipeline import Pipeline
 from expert_parallel.model.transformer import Transformer
-from expert_parallel.moe.parameters import local_tensor
 from expert_parallel.runtime import Runtime, UserError
 
 GRACE_SECONDS = 60.0  # for a save under way when the run ends by an error
@@ -52,7 +52,7 @@ class Saver:
         self,
         folder: Path,
         model: Transformer | Pipeline,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | HasState,
         mesh: ParallelMesh,
         runtime: Runtime,
         settings: CheckpointConfig,
@@ -61,11 +61,11 @@ class Saver:
         layout: str,
         say: Callable[[str], None],
     ) -> None:
-        self.folder, self.model, self.optimizer = folder, model, optimizer
+        self.folder, self.model, self.state = folder, model, state_of(optimizer)
         self.runtime, self.settings, self.say = runtime, settings, say
         self.config, self.layout = config, layout
         self.expected = expected_shapes(model.config, moments=True)
-        self.mine = list(share_of_writing(model, mesh))
+        self.mine = list(share_of_writing(model, mesh, self.state))
         self.buffers = list(self._host_memory()) if settings.background else []  # every save uses them again
         self.attempt: Attempt | None = None
 
@@ -136,8 +136,10 @@ class Saver:
     def _host_memory(self) -> Iterator[Tensor]:
         """For a copy of what this rank writes. Touched here, so that no save waits for the system to find it."""
         for held in self.mine:
-            like = self._tensor(Held(WEIGHTS, held.logical, 0))  # moments have the shape and dtype of their parameter
-            yield torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda).fill_(0)
+            # Moments, which may not exist yet, have the shape and dtype of their parameter.
+            like = self._tensor(Held(WEIGHTS, held.logical, 0))
+            shape = like.shape if held.range is None else (held.range.length,)
+            yield torch.empty(shape, dtype=like.dtype, pin_memory=like.is_cuda).fill_(0)
 
     def live(self) -> list[Tensor]:
         """The tensors that this rank writes, in the order of `mine`."""
@@ -146,8 +148,7 @@ class Saver:
     def _tensor(self, held: Held) -> Tensor:
         if isinstance(held.logical, str):
             return dict(balance_biases(self.model))[held.logical]
-        parameter = held.logical.parameter
-        return local_tensor(parameter if held.part == WEIGHTS else self.optimizer.state[parameter][held.part]).detach()
+        return self.state.tensor(held.part, held.logical.parameter)
 
     def _copied(self) -> list[Tensor]:
         """Their copies in host memory."""

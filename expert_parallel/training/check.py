@@ -16,6 +16,7 @@ from expert_parallel.model.transformer import Part
 from expert_parallel.moe.capacity import DroplessConfig, capacity_of_blocks
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.placement import ExpertPlacement
+from expert_parallel.training.engines.config import DeepSpeedConfig
 from expert_parallel.training.setup import check_degrees, demand_of, describe_degrees
 from expert_parallel.training.step import DTYPES
 
@@ -52,24 +53,37 @@ def count_parameters(config: Config, part: Part | None = None) -> ParameterCount
 
 
 def state_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
-    """Weights, gradients and both Adam moments of the rank that holds most, in float32 (float64 for float64). What
-    tensor parallelism leaves whole (norms, routers, biases: little) counts as divided, too."""
-    moe, data = config.model.moe, config.parallel.data
+    """Weights, gradients and both Adam moments of the rank that holds most, in float32 (float64 for float64); what an
+    engine offloads counts, too. What tensor parallelism leaves whole (norms, routers, biases: little) counts as
+    divided."""
+    moe, data, engine = config.model.moe, config.parallel.data, config.training.engine
     largest_share = -(-moe.num_experts // degrees.ep) / moe.num_experts if moe is not None else 0.0
     shards, expert_shards = shard_counts(data, degrees) if isinstance(data, ShardedConfig) else (1, 1)
+    copies, expert_copies = 4 / shards, 4 / expert_shards
+    if isinstance(engine, DeepSpeedConfig):
+        copies, expert_copies = (zero_copies(engine, ranks) for ranks in (degrees.dp * degrees.cp, degrees.edp))
     stages = [
         count_parameters(config, part)
         for part in split_model(config.model, degrees.pp * config.parallel.stages_per_rank)
     ]
     numbers = [
         sum(
-            stage.dense / degrees.tp / shards + stage.experts * largest_share / degrees.etp / expert_shards
+            stage.dense * copies / degrees.tp + stage.experts * largest_share * expert_copies / degrees.etp
             for stage in stages[pp_rank :: degrees.pp]
         )
         for pp_rank in range(degrees.pp)
     ]
     width = torch.promote_types(torch.float32, DTYPES[config.training.dtype]).itemsize
-    return round(max(numbers) * width * 4)
+    return round(max(numbers) * width)
+
+
+def zero_copies(engine: DeepSpeedConfig, ranks: int) -> float:
+    """How many numbers a rank keeps for each weight that `ranks` ranks share: weight, gradient and two moments, and
+    from ZeRO 1 on another weight, the one that is updated. ZeRO divides the last three; from 2 on the gradient; in 3
+    all."""
+    divided = {0: 0, 1: 3, 2: 4, 3: 5}[engine.zero_stage]
+    kept = (4 if engine.zero_stage == 0 else 5) - divided
+    return kept + divided / ranks
 
 
 def activation_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from expert_parallel.model.config import ModelConfig
@@ -78,24 +78,24 @@ def _experts_of_rows(config: ExpertsTrainable, logical: LogicalParameter) -> dic
 
 def freeze_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Of frozen rows 0, NaN or not."""
-    for parameter, rows in _frozen(optimizer):
-        if parameter.grad is not None:
-            local_tensor(parameter.grad)[rows] = 0
+    for group in optimizer.param_groups:
+        for parameter, rows in group.get("frozen_rows", {}).items():
+            if parameter.grad is not None:
+                local_tensor(parameter.grad)[rows] = 0
 
 
 def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """A hook of AdamW: what it does to a whole parameter, decay, is done here to the rows that train alone; what frozen
-    rows were moving with, from training before, is stopped."""
+    rows were moving with, from training before, is stopped. An engine that has put other tensors into the groups
+    (flattened ones) has put their rows (elements) into `frozen_rows`."""
     with torch.no_grad():
         for group in optimizer.param_groups:
-            for parameter, rows in zip(group["params"], group.get("frozen_rows", ()), strict=False):
-                weight = local_tensor(parameter)
+            frozen = group.get("frozen_rows", {})
+            for parameter in group["params"]:
+                if parameter not in frozen:
+                    continue
+                rows, weight = frozen[parameter], local_tensor(parameter)
                 weight[~rows] *= 1 - group["lr"] * group["decay_of_rows"]
                 for moment in ("exp_avg", "exp_avg_sq"):
                     if moment in optimizer.state[parameter]:
                         local_tensor(optimizer.state[parameter][moment])[rows] = 0
-
-
-def _frozen(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, Tensor]]:
-    groups = optimizer.param_groups
-    return [pair for group in groups for pair in zip(group["params"], group.get("frozen_rows", ()), strict=False)]

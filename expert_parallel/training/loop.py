@@ -25,6 +25,8 @@ from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.model.transformer import Transformer
 from expert_parallel.moe.plan import RouterReplay
 from expert_parallel.runtime import Runtime, UserError
+from expert_parallel.training.engines.engine import Engine
+from expert_parallel.training.engines.native import engine_of
 from expert_parallel.training.generate import generate_texts, run_tokenizer
 from expert_parallel.training.metrics import Metrics, MetricsWriter, memory_metrics, progress_line, step_metrics
 from expert_parallel.training.replay import MoEPlace, PlayConfig, RecordConfig, load_choices, save_choices
@@ -102,7 +104,7 @@ class Run:
     runtime: Runtime
     mesh: ParallelMesh
     model: Transformer | Pipeline
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Engine
     sampler: Sampler
     held_out: Tensor  # sequences, the same on all ranks
     checkpoints: list[Path]  # that were there when the run began, oldest first
@@ -128,7 +130,9 @@ class Run:
             self.say(f"resumed from {loaded.path}{alone} after step {loaded.step}{self._changes(loaded)}")
             return loaded.step
         if (source := self.config.checkpoint.start_from) is not None:
-            loaded = load_checkpoint(Path(source), self.model, None, self.runtime, self.mesh)
+            loaded = load_checkpoint(
+                Path(source), self.model, self.optimizer, self.runtime, self.mesh, weights_alone=True
+            )
             self.say(f"started from the weights of {loaded.path}{self._changes(loaded, 'model')}")
         return 0
 
@@ -182,7 +186,8 @@ class Run:
         for batch in self.held_out.split(size):
             share = held_out_batch(batch, self.mesh.degrees.dp, self.mesh.dp_rank, self.sampler.separator)
             mine.append(share.to(self.runtime.device))
-        metrics = step_metrics(evaluate(self.model, mine, self.mesh, seed=self.config.seed), "eval")
+        engine = engine_of(self.model, self.optimizer, self.mesh)
+        metrics = step_metrics(evaluate(self.model, mine, self.mesh, seed=self.config.seed, engine=engine), "eval")
         self.say(progress_line(step, self.config.training.steps, metrics))
         return metrics
 

@@ -52,11 +52,11 @@ def build_optimizer(
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for logical in logical_parameters(model):
         decays = len(logical.shape) > 1
-        group = groups.setdefault((logical.is_expert, decays), {"params": [], "frozen_rows": []})
+        group = groups.setdefault((logical.is_expert, decays), {"params": [], "frozen_rows": {}})
         group["params"].append(logical.parameter)
         rows = frozen_rows(trainable, logical)
         if rows is not None:
-            group["frozen_rows"].append(rows)
+            group["frozen_rows"][logical.parameter] = rows
     assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
     for (_, decays), group in groups.items():
         decay = config.weight_decay if decays else 0.0

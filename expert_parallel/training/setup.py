@@ -13,17 +13,22 @@ from expert_parallel.model.pipeline import Pipeline, build_pipeline, refuse_sche
 from expert_parallel.model.sequence import length_unit
 from expert_parallel.model.transformer import Transformer
 from expert_parallel.runtime import Runtime
+from expert_parallel.training.engines.build import ENGINES
+from expert_parallel.training.engines.config import DeepSpeedConfig
+from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.step import DTYPES
 
 
 def build(
     config: Config, runtime: Runtime, degrees: ParallelDegrees, *, initialise: bool = True
-) -> tuple[ParallelMesh, Transformer | Pipeline, torch.optim.Optimizer]:
-    """Process groups, this rank's part of the model, and the optimizer. initialise: or leave the weights as memory has
-    them, for a checkpoint to fill."""
+) -> tuple[ParallelMesh, Transformer | Pipeline, torch.optim.Optimizer | Engine]:
+    """Process groups, this rank's part of the model, and the optimizer, or the engine that has one. initialise: or
+    leave the weights as memory has them, for a checkpoint to fill."""
+    training = config.training
     mesh, model = build_parts(config, runtime, degrees, initialise=initialise)
-    return mesh, model, build_optimizer(config.training.optimizer, model, config.training.trainable)
+    optimizer = build_optimizer(training.optimizer, model, training.trainable)
+    return mesh, model, ENGINES[training.engine.kind](model, optimizer, mesh, runtime, training)
 
 
 def build_parts(
@@ -55,10 +60,11 @@ def build_parts(
 
 
 def describe_degrees(config: Config, degrees: ParallelDegrees) -> str:
-    """As `dp 2, cp 1, ... | edp 4, ..., replicated`; sharded ones as shards x replicas."""
-    data = config.parallel.data
+    """As `dp 2, cp 1, ... | edp 4, ..., replicated`; sharded ones as shards x replicas; DeepSpeed with its ZeRO."""
+    data, engine = config.parallel.data, config.training.engine
+    by_engine = f", DeepSpeed ZeRO {engine.zero_stage}" if isinstance(engine, DeepSpeedConfig) else ""
     if not isinstance(data, ShardedConfig):
-        return f"{degrees}, {data.kind}"
+        return f"{degrees}, {data.kind}{by_engine}"
     shards, expert_shards = shard_counts(data, degrees)
     text = f"{degrees}, sharded {shards} x {degrees.dp * degrees.cp // shards}"
     return text + (f", experts {expert_shards} x {degrees.edp // expert_shards}" if config.model.moe else "")

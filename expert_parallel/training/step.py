@@ -21,8 +21,10 @@ from expert_parallel.moe.plan import LoadStats, RouterReplay, StepContext
 from expert_parallel.moe.routing import TopKRouter
 from expert_parallel.moe.totals import LayerTotals, pack, packed_size, report_breaches, unpack
 from expert_parallel.settings import Settings
-from expert_parallel.training.freeze import AllTrainable, TrainableConfig, freeze_gradients
-from expert_parallel.training.grads import clip_gradients, global_norm, reduce_gradients
+from expert_parallel.training.engines.config import EngineConfig, NativeConfig
+from expert_parallel.training.engines.engine import Engine
+from expert_parallel.training.engines.native import engine_of
+from expert_parallel.training.freeze import AllTrainable, TrainableConfig
 from expert_parallel.training.optim import OptimizerConfig, ScheduleConfig, learning_rate
 from expert_parallel.training.replay import RoutingConfig
 
@@ -33,9 +35,9 @@ class TrainingConfig(Settings):
     """`global_batch`: sequences of a step over all ranks, in `micro_steps` equal parts (gradient accumulation).
 
     `dtype`: what the model computes in; weights, gradients and optimizer state are kept in float32, or float64 for
-    float64. `trainable`: all weights, or chosen experts alone (freeze.py). `routing`: record every token's experts, or
-    play a record back (replay.py). `recompute`: forget activations of the MoE layers, or of whole blocks, and compute
-    them again in the backward pass.
+    float64. `engine`: who reduces gradients and updates the weights (engines/). `trainable`: all weights, or chosen
+    experts alone (freeze.py). `routing`: record every token's experts, or play a record back (replay.py). `recompute`:
+    forget activations of the MoE layers, or of whole blocks, and compute them again in the backward pass.
     """
 
     steps: int = Field(ge=1)
@@ -44,6 +46,7 @@ class TrainingConfig(Settings):
     sequence_length: int = Field(ge=1)
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     recompute: Recompute = "none"
+    engine: EngineConfig = NativeConfig()
     routing: RoutingConfig | None = None
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -120,7 +123,7 @@ class StepTotals:
 
 def train_step(
     model: Transformer | Pipeline,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Engine,
     micro_batches: Iterable[MicroBatch],
     config: TrainingConfig,
     mesh: ParallelMesh,
@@ -130,31 +133,29 @@ def train_step(
     replay: RouterReplay | None = None,
 ) -> StepReport:
     """Updates the model once. The loss is sum of cross entropy / all targets of the step, plus, for each MoE layer, the
-    mean over micro-steps of coefficient * loss. replay: choices to take, and where those made are recorded."""
+    mean over micro-steps of coefficient * loss. optimizer: a torch one for the native engine, or another engine.
+    replay: choices to take, and where those made are recorded."""
     model.train()
+    engine = engine_of(model, optimizer, mesh, config.clip_norm)
     batches = list(micro_batches)
     contexts = contexts_of(batches, mesh, seed=seed, step=step, replay=replay)
     num_targets = config.global_batch * config.sequence_length
     totals = StepTotals(model.config, step)
-    passes = run_pipeline if isinstance(model, Pipeline) else run_micro_steps
-    for cross_entropy, num_tokens, stats in passes(model, batches, contexts, num_targets, mesh):  # type: ignore[arg-type]
+    passes = (
+        run_pipeline(model, batches, contexts, num_targets, mesh)
+        if isinstance(model, Pipeline)
+        else run_micro_steps(model, engine, batches, contexts, num_targets, mesh)
+    )
+    for cross_entropy, num_tokens, stats in passes:
         totals.add(cross_entropy, num_tokens, stats)
 
-    reduce_gradients(model, mesh, sharded=is_sharded(model))
-    freeze_gradients(optimizer)
-    norm = global_norm(model, mesh)
-    if config.clip_norm is not None:
-        clip_gradients(model, norm, config.clip_norm)
     rate = learning_rate(config.optimizer, config.schedule, step, config.steps)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    norm = engine.update(rate)
 
     report = totals.reduce()
     if isinstance(config.trainable, AllTrainable) or config.trainable.router == "chosen":
         update_balance_biases(model, report)
-    return StepReport(report.loss, report.num_tokens, report.layers, float(norm), rate)
+    return StepReport(report.loss, report.num_tokens, report.layers, norm, rate)
 
 
 def contexts_of(
@@ -184,16 +185,20 @@ Pass = tuple[Tensor, int, dict[int, LoadStats]]
 
 
 def run_micro_steps(
-    model: Transformer, batches: list[MicroBatch], contexts: list[StepContext], num_targets: int, mesh: ParallelMesh
+    model: Transformer,
+    engine: Engine,
+    batches: list[MicroBatch],
+    contexts: list[StepContext],
+    num_targets: int,
+    mesh: ParallelMesh,
 ) -> Iterator[Pass]:
     """Forward and backward, one micro-step after the other."""
     for batch, context in zip(batches, contexts, strict=True):
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(context.micro_step == len(batches) - 1)
-        output: ModelOutput = model(batch.inputs_BS, context)
+        output = engine.forward(batch.inputs_BS, context)
         cross_entropy, counted, num_tokens = count_cross_entropy(model, output, batch, mesh)
         balance = sum((loss for losses in output.losses.values() for loss in losses.values()), torch.zeros(()))
-        (cross_entropy / num_targets + balance / len(batches)).backward()
+        loss = cross_entropy / num_targets + balance / len(batches)
+        engine.backward(loss, is_last=context.micro_step == len(batches) - 1)
         yield counted, num_tokens, output.stats
 
 
@@ -229,14 +234,21 @@ def count_cross_entropy(
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer | Pipeline, micro_batches: Iterable[MicroBatch], mesh: ParallelMesh, *, seed: int
+    model: Transformer | Pipeline,
+    micro_batches: Iterable[MicroBatch],
+    mesh: ParallelMesh,
+    *,
+    seed: int,
+    engine: Engine | None = None,
 ) -> StepReport:
-    """Mean cross entropy over all ranks' sequences. Every rank must bring the same number of batches, empty or not."""
+    """Mean cross entropy over all ranks' sequences. Every rank must bring the same number of batches, empty or not.
+    engine: where another than the native one keeps the weights."""
     model.eval()
+    forward = model if engine is None else engine.forward
     totals = StepTotals(model.config, 0)
     batches = list(micro_batches)
     for batch, context in zip(batches, contexts_of(batches, mesh, seed=seed), strict=True):
-        output: ModelOutput = model(batch.inputs_BS, context)
+        output: ModelOutput = forward(batch.inputs_BS, context)
         if isinstance(model, Pipeline) and not model.has_logits:
             totals.add(torch.zeros((), device=output.logits.device), 0, output.stats)
             continue
@@ -244,10 +256,6 @@ def evaluate(
         totals.add(counted, num_tokens, output.stats)
     forget_gathered_weights(model)
     return totals.reduce()
-
-
-def is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def forget_gathered_weights(model: nn.Module) -> None:

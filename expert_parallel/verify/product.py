@@ -160,6 +160,7 @@ def take_step(run: Run, mine: list[MicroBatch], replay: RouterReplay | None = No
             seen.gradients |= _on_host(logical.whole(logical.parameter.grad))
 
     hooks = [block.register_forward_hook(see_block) for block in run.model.modules() if isinstance(block, Block)]
+    assert isinstance(run.optimizer, torch.optim.Optimizer), "layouts are proved with the native engine"
     hooks.append(run.optimizer.register_step_pre_hook(see_gradients))
     training, seed = run.config.training, run.config.seed
     with listening(seen.breaches):

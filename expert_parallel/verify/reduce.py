@@ -94,6 +94,7 @@ def _switch_off(draft: Draft) -> None:
     draft.put("model.moe.experts.backend", "auto")
     draft.put("model.moe.dispatcher.exchange_dtype", "model", "it rounds")
     draft.put("model.moe.ledger", {"kind": "rows", "breach": "warn"})
+    draft.put("training.engine", {"kind": "native"}, "layouts are proved with it")
     draft.put("training.routing", None)
     draft.put("training.trainable", {"kind": "all"})
     draft.put("training.dtype", "float64")

@@ -29,6 +29,7 @@ from expert_parallel.model.pipeline import Pipeline
 from expert_parallel.model.transformer import Transformer
 from expert_parallel.moe.experts import GroupedExperts
 from expert_parallel.moe.totals import LayerTotals
+from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.step import TrainingConfig, train_step
 from expert_parallel.verify.formulas import Step, Terms, pipeline, tokens_between_ranks, weights
 from expert_parallel.verify.formulas_moe import ExpertRows, dispatch, expert_tensor, losses_and_totals, scopes
@@ -51,7 +52,7 @@ class AxisBytes:
 
 def measure_step(
     model: Transformer | Pipeline,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Engine,
     micro_batches: Sequence[MicroBatch],
     training: TrainingConfig,
     parallel: ParallelConfig,

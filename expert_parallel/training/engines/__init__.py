@@ -1,0 +1,1 @@
+"""What turns micro-steps into an update of the weights: PyTorch alone, or DeepSpeed."""

@@ -1,0 +1,51 @@
+"""The engine that `training.engine.kind` names."""
+
+from collections.abc import Callable
+
+import torch
+
+from expert_parallel.mesh import ParallelMesh
+from expert_parallel.model.pipeline import Pipeline
+from expert_parallel.model.transformer import Transformer
+from expert_parallel.runtime import Runtime, tell_deepspeed
+from expert_parallel.training.engines.engine import Engine
+from expert_parallel.training.step import TrainingConfig
+
+
+def build_native(
+    model: Transformer | Pipeline,
+    optimizer: torch.optim.Optimizer,
+    mesh: ParallelMesh,
+    runtime: Runtime,
+    config: TrainingConfig,
+) -> torch.optim.Optimizer:
+    """The optimizer stands for it."""
+    return optimizer
+
+
+def build_deepspeed(
+    model: Transformer | Pipeline,
+    optimizer: torch.optim.Optimizer,
+    mesh: ParallelMesh,
+    runtime: Runtime,
+    config: TrainingConfig,
+) -> Engine:
+    """ValueError where DeepSpeed is not there, or is another version."""
+    tell_deepspeed(runtime)
+    try:
+        from expert_parallel.training.engines.deepspeed import DeepSpeedEngine  # takes seconds, and may not be there
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"training.engine.kind is 'deepspeed' but the package {error.name} is not installed: pip install "
+            "'expert-parallel[deepspeed]'"
+        ) from None
+    assert isinstance(model, Transformer), "a pipeline is refused with the config"
+    return DeepSpeedEngine(model, optimizer, mesh, runtime, config)
+
+
+Builder = Callable[
+    [Transformer | Pipeline, torch.optim.Optimizer, ParallelMesh, Runtime, TrainingConfig],
+    torch.optim.Optimizer | Engine,
+]
+# training.engine.kind -> its builder. Every rank of the world calls it.
+ENGINES: dict[str, Builder] = {"native": build_native, "deepspeed": build_deepspeed}

@@ -1,0 +1,206 @@
+"""DeepSpeed as engine: our model, data, schedule and checkpoints; its reductions, ZeRO and optimizer step.
+
+DeepSpeed knows experts by its own MoE layer alone. Ours it would take for replicated: broadcast rank 0's over all ranks
+at the start, average them at every step, and say nothing. So they are marked here, and their groups registered. All
+that reaches into DeepSpeed stands in this file and in zero.py; both were written for version 0.19.8.
+"""
+
+import logging
+import warnings
+from argparse import Namespace
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from expert_parallel.checkpoint.state import TorchState, TrainingState
+from expert_parallel.degrees import grid
+from expert_parallel.mesh import ParallelMesh, group_maker
+from expert_parallel.model.transformer import Block, ModelOutput, Transformer
+from expert_parallel.moe.parameters import logical_parameters
+from expert_parallel.moe.plan import StepContext
+from expert_parallel.runtime import Runtime
+from expert_parallel.training.engines.config import DeepSpeedConfig
+from expert_parallel.training.engines.zero import ZeroState
+from expert_parallel.training.grads import BUCKET_BYTES, clip_gradients, global_norm
+from expert_parallel.training.step import TrainingConfig
+
+VERSION = "0.19.8"
+
+
+class PlainOutput(nn.Module):
+    """The model with an output that DeepSpeed's hooks find the tensors of: tuples and dicts, no dataclass."""
+
+    def __init__(self, model: Transformer) -> None:
+        nn.Module.__init__(self)
+        self.model = model
+
+    def forward(self, inputs_BS: Tensor, context: StepContext) -> tuple[Any, ...]:
+        output: ModelOutput = self.model(inputs_BS, context)
+        return output.logits, output.losses, output.stats, output.pooled
+
+
+class WithExperts(PlainOutput, MoE):
+    """The same, recognised as a model with experts: by being one of DeepSpeed's MoE layers, of which it has nothing
+    else. Its groups are registered when DeepSpeed asks its MoE layers for theirs."""
+
+    def __init__(self, model: Transformer, num_experts: int, name: str, ep_group: Any, edp_group: Any) -> None:
+        PlainOutput.__init__(self, model)
+        self.num_experts = num_experts
+        self.registered = (name, ep_group, edp_group)
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        name, ep_group, edp_group = self.registered
+        groups._EXPERT_PARALLEL_GROUP = {name: ep_group}
+        groups._EXPERT_DATA_PARALLEL_GROUP = {name: edp_group}
+
+
+class DeepSpeedEngine:
+    """An Engine (engine.py)."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        mesh: ParallelMesh,
+        runtime: Runtime,
+        config: TrainingConfig,
+    ) -> None:
+        """optimizer: of `build_optimizer`; it is taken over. Every rank of the world calls it."""
+        assert isinstance(config.engine, DeepSpeedConfig)
+        set_up_deepspeed(runtime)
+        self.model, self.optimizer, self.mesh = model, optimizer, mesh
+        self.stage, self.clip_norm = config.engine.zero_stage, config.clip_norm
+        # ZeRO-3 always averages over all ranks: times their number is a sum again. (By a power of two it is exact.)
+        self.loss_factor = float(runtime.world_size) if self.stage == 3 else 1.0
+        freeze_by_hooks(optimizer)
+        frozen = [group["frozen_rows"] for group in optimizer.param_groups]
+        module = mark_experts(model, optimizer, mesh, runtime)
+        if self.stage == 3:
+            prepare_for_gathering(module, model)
+        settings = deepspeed_settings(config, on_gpu=runtime.device.type == "cuda")
+        self.engine, *_ = deepspeed.initialize(
+            args=Namespace(device_rank=runtime.device.index or 0),
+            model=module,
+            optimizer=optimizer,
+            config=settings,
+            dist_init_required=False,
+        )
+        self._state: TrainingState = TorchState(optimizer)
+        if self.stage > 0:
+            self._state = zero = ZeroState(self.engine.optimizer, optimizer, self.stage)
+            for group, rows in zip(optimizer.param_groups, frozen, strict=True):
+                group["frozen_rows"] = zero.flatten_rows(rows)
+
+    @property
+    def state(self) -> TrainingState:
+        return self._state
+
+    def forward(self, inputs_BS: Tensor, context: StepContext) -> ModelOutput:
+        return ModelOutput(*self.engine(inputs_BS, context))
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        # scale_wrt_gas: DeepSpeed would divide by the number of micro-steps; the loss is divided once, already.
+        self.engine.backward(loss * self.loss_factor, scale_wrt_gas=False)
+        if not is_last:
+            self.engine.step()  # counts the micro-step, no more
+
+    def update(self, rate: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.stage > 0:
+            self.engine.step()
+            return float(self.engine.get_global_grad_norm())
+        # Without ZeRO, DeepSpeed clips by the mean over all ranks of each rank's norm, which is none of a model whose
+        # experts are divided. Gradients are whole here, so ours serves.
+        norm = global_norm(self.model, self.mesh)
+        if self.clip_norm is not None:
+            clip_gradients(self.model, norm, self.clip_norm)
+        self.engine.step()
+        return float(norm)
+
+
+def set_up_deepspeed(runtime: Runtime) -> None:
+    if deepspeed.__version__.split("+")[0] != VERSION:
+        raise ValueError(
+            f"training.engine.kind is 'deepspeed' but DeepSpeed {deepspeed.__version__} is installed: the engine needs "
+            f"{VERSION}, whose internals it reads"
+        )
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed uses them
+    if runtime.device.type == "cpu":
+        # Its all-reduce for ranks of one machine is compiled at first use, for half a minute, with a compiler that may
+        # not be there; gloo's serves. So it is told, unprobed, that this machine can build nothing.
+        deepspeed.ops.__compatible_ops__ = {}
+
+
+def mark_experts(
+    model: Transformer, optimizer: torch.optim.Optimizer, mesh: ParallelMesh, runtime: Runtime
+) -> PlainOutput:
+    """Tells DeepSpeed by which ranks the dense parameters are shared, and by which the experts.
+
+    What it goes by: `allreduce` and `group_name` of a parameter, `moe` and `name` of an optimizer's group, and its
+    registry of groups by these names. With ep 1 experts are replicated as all else is, and nothing is marked.
+    """
+    degrees, make = mesh.degrees, group_maker(runtime.device.type, runtime.timeout)
+    world = make([list(range(degrees.world_size))], alone=True)
+    groups._WORLD_GROUP = world  # its own would not have the user's timeout
+    groups._EXPERT_PARALLEL_GROUP = {}
+    groups._EXPERT_DATA_PARALLEL_GROUP = {}
+    if degrees.ep == 1:
+        return PlainOutput(model)
+    name = f"ep_size_{degrees.ep}"  # it parses this
+    experts: set[Any] = {logical.parameter for logical in logical_parameters(model) if logical.is_expert}
+    for parameter in experts:
+        parameter.allreduce, parameter.group_name = False, name
+    for group in optimizer.param_groups:
+        if group["params"][0] in experts:
+            group["moe"], group["name"] = True, name
+    ranks = grid(degrees)
+    return WithExperts(model, len(experts), name, make(ranks["ep"], alone=True), make(ranks["edp"], alone=True))
+
+
+def freeze_by_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """Of frozen rows the gradient is 0 before DeepSpeed sees it."""
+    for group in optimizer.param_groups:
+        for parameter, rows in group["frozen_rows"].items():
+            mask = rows.view(-1, *[1] * (parameter.dim() - 1))
+            parameter.register_hook(partial(torch.Tensor.masked_fill, mask=mask, value=0.0))
+
+
+def prepare_for_gathering(module: PlainOutput, model: Transformer) -> None:
+    """For ZeRO-3, which gathers weights as modules begin: whole blocks at once, since within one, dataclasses hide
+    tensors from its hooks; and the table of the logits, which its module's forward does not use, with the whole."""
+    deepspeed.utils.set_z3_leaf_modules(module, [Block])
+    table = model.embedding if model.unembedding is None else model.unembedding
+    assert table is not None
+    deepspeed.zero.register_external_parameter(module, table.weight)
+
+
+def deepspeed_settings(config: TrainingConfig, *, on_gpu: bool) -> dict[str, Any]:
+    """The model casts by itself, so that DeepSpeed sees float32 alone."""
+    assert isinstance(config.engine, DeepSpeedConfig)
+    stage, clips = config.engine.zero_stage, config.clip_norm is not None
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": BUCKET_BYTES // 4,
+        "allgather_bucket_size": BUCKET_BYTES // 4,
+        "memory_efficient_linear": False,  # would replace torch's linear for the whole process
+    }
+    if config.engine.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # counted for its own log alone, as are batches
+        "gradient_accumulation_steps": config.micro_steps,
+        # Each rank has back-propagated its share of the global loss. (ZeRO-3 refuses "sum".)
+        "gradient_allreduce_op": "mean" if stage == 3 else "sum",
+        "gradient_clipping": config.clip_norm if clips and stage > 0 else 0.0,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # its own Adam is compiled at first use
+        "steps_per_print": None,
+    }

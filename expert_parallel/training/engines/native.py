@@ -1,0 +1,67 @@
+"""The native engine: PyTorch alone, with our own reductions, norm and clipping."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from expert_parallel.checkpoint.state import TorchState, TrainingState
+from expert_parallel.mesh import ParallelMesh
+from expert_parallel.model.pipeline import Pipeline
+from expert_parallel.model.transformer import ModelOutput, Transformer
+from expert_parallel.moe.plan import StepContext
+from expert_parallel.training.engines.engine import Engine
+from expert_parallel.training.freeze import freeze_gradients
+from expert_parallel.training.grads import clip_gradients, global_norm, reduce_gradients
+
+
+class NativeEngine:
+    """clip_norm: None does not clip."""
+
+    def __init__(
+        self,
+        model: Transformer | Pipeline,
+        optimizer: torch.optim.Optimizer,
+        mesh: ParallelMesh,
+        clip_norm: float | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.mesh, self.clip_norm = model, optimizer, mesh, clip_norm
+
+    @property
+    def state(self) -> TrainingState:
+        return TorchState(self.optimizer)
+
+    def forward(self, inputs_BS: Tensor, context: StepContext) -> ModelOutput:
+        return self.model(inputs_BS, context)
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(is_last)
+        loss.backward()
+
+    def update(self, rate: float) -> float:
+        reduce_gradients(self.model, self.mesh, sharded=is_sharded(self.model))
+        freeze_gradients(self.optimizer)
+        norm = global_norm(self.model, self.mesh)
+        if self.clip_norm is not None:
+            clip_gradients(self.model, norm, self.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+
+def engine_of(
+    model: Transformer | Pipeline,
+    optimizer: torch.optim.Optimizer | Engine,
+    mesh: ParallelMesh,
+    clip_norm: float | None = None,
+) -> Engine:
+    """An engine as it is; around a torch optimizer the native one."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return NativeEngine(model, optimizer, mesh, clip_norm)
+    return optimizer
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())

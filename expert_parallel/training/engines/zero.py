@@ -1,0 +1,90 @@
+"""Where ZeRO keeps what this rank updates: ranges of flattened parameters, one after the other in flat tensors.
+
+Stages 1 and 2 flatten each group of the optimizer over its data ranks (experts: over those that hold the same ones) and
+keep moments and a copy of the weights of one part. Stage 3 cuts each parameter for itself, and its weights with it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from expert_parallel.checkpoint.manifest import MOMENTS, WEIGHTS
+from expert_parallel.checkpoint.state import Range
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of this rank's range of a parameter. flat: what the optimizer updates; offset: where the range begins there."""
+
+    flat: Tensor
+    offset: int
+    range: Range
+
+
+class ZeroState:
+    """A TrainingState. zero: DeepSpeed's optimizer, around `optimizer`."""
+
+    def __init__(self, zero: Any, optimizer: torch.optim.Optimizer, stage: int) -> None:
+        self.zero, self.optimizer, self.stage = zero, optimizer, stage
+        self.flats: list[Tensor] = (
+            zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+        )
+
+    def range_of(self, part: str, parameter: nn.Parameter) -> Range | None:
+        if part == WEIGHTS and self.stage < 3:
+            return None
+        return self.place(parameter).range
+
+    def tensor(self, part: str, parameter: nn.Parameter) -> Tensor:
+        if part == WEIGHTS and self.stage < 3:
+            return parameter.detach()
+        place = self.place(parameter)
+        flat = place.flat if part == WEIGHTS else self.optimizer.state[place.flat][part]
+        return flat.detach().narrow(0, place.offset, place.range.length)
+
+    def place(self, parameter: Any) -> Place:
+        if self.stage == 3:
+            number, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            start = size * dist.get_rank(parameter.ds_process_group)
+            length = min(size, max(0, parameter.ds_numel - start))  # the last ranks' parts may be padded
+            return Place(self.flats[number], offset, Range(start, length, tuple(parameter.ds_shape)))
+        mapping = parameter._hp_mapping
+        if mapping is None:  # all of it is on other ranks
+            return Place(self.flats[0], 0, Range(0, 0, tuple(parameter.shape)))
+        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+        flat = self.flats[mapping.param_group_index]
+        return Place(flat, there.start, Range(here.start, here.numel, tuple(parameter.shape)))
+
+    def make_moments(self, step: int) -> None:
+        for flat in self.flats:
+            state = self.optimizer.state[flat]
+            state["step"] = torch.tensor(float(step))
+            state.update({moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS})
+
+    def finish(self) -> None:
+        """The copies of the weights follow what was filled: in stage 3 those that it computes with, else those that it
+        updates."""
+        if self.stage < 3:
+            self.zero.refresh_fp32_params()
+            return
+        for number in range(len(self.flats)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(number)
+        if self.zero.persistent_parameters:
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+    def flatten_rows(self, rows_of: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """parameter -> bool, of its rows; to flat tensor -> bool, of its elements. A flat tensor that holds nothing but
+        padding has none."""
+        masks: dict[Tensor, Tensor] = {}
+        for parameter, rows in rows_of.items():
+            place = self.place(parameter)
+            if place.range.length == 0:
+                continue
+            whole = rows.view(-1, *[1] * (len(place.range.shape) - 1)).expand(place.range.shape).flatten()
+            mask = masks.setdefault(place.flat, torch.zeros_like(place.flat, dtype=torch.bool, requires_grad=False))
+            start, length = place.range.start, place.range.length
+            mask[place.offset : place.offset + length] = whole[start : start + length]
+        return masks

@@ -1,0 +1,1 @@
+"""Carriers of tensors beside torch's own: MPI."""

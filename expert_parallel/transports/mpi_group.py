@@ -1,0 +1,303 @@
+"""A process group of torch.distributed over an MPI communicator. The one file that knows how torch asks a group, and
+under which names in its versions.
+
+Collectives are done when they return, with async_op=True, too: on a CPU every core computes, so that nothing is gained
+by overlap. send and recv return at once, as pipelines need it.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+from torch import Tensor
+
+from expert_parallel.transports import messages
+from expert_parallel.transports.messages import WIDER, message, rows_message
+from expert_parallel.transports.watchdog import Watchdog
+
+# AVG is a sum and a division.
+REDUCTIONS = {
+    dist.ReduceOp.SUM: MPI.SUM,
+    dist.ReduceOp.AVG: MPI.SUM,
+    dist.ReduceOp.PRODUCT: MPI.PROD,
+    dist.ReduceOp.MIN: MPI.MIN,
+    dist.ReduceOp.MAX: MPI.MAX,
+    dist.ReduceOp.BAND: MPI.BAND,
+    dist.ReduceOp.BOR: MPI.BOR,
+    dist.ReduceOp.BXOR: MPI.BXOR,
+}
+
+
+def group_maker(watchdog: Watchdog) -> Callable[[Any, Any], "MPIGroup"]:
+    """What torch calls for the default group, and on the members of each further one."""
+
+    def make(options: Any, _: Any) -> MPIGroup:
+        world, ranks = MPI.COMM_WORLD, options.global_ranks_in_group
+        comm = world.Create_group(world.group.Incl(ranks)) if ranks else world.Dup()
+        return MPIGroup(comm, ranks or range(world.size), options.timeout, watchdog)
+
+    return make
+
+
+def takes_gpu_pointers() -> bool:
+    """Whether the MPI library says that it reads and writes GPU memory (Open MPI's and MPICH's extension)."""
+    try:
+        return bool(ctypes.CDLL(MPI.__file__).MPIX_Query_cuda_support())
+    except AttributeError:
+        return False
+
+
+class Call(dist.Work):
+    """What torch waits for. request None: done. keep: what MPI reads or writes until then. finish: run once, after."""
+
+    def __init__(
+        self,
+        request: MPI.Request | None = None,
+        keep: Tensor | None = None,
+        finish: Callable[[], object] = lambda: None,
+        watch: Callable[[], Watchdog] | None = None,
+    ) -> None:
+        super().__init__()
+        self.request, self.keep, self.finish, self.watch = request, keep, finish, watch
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        if self.request is not None and self.watch is not None:
+            with self.watch():
+                self.request.Wait()
+            self._done()
+        return True
+
+    def is_completed(self) -> bool:
+        if self.request is not None and self.request.Test():
+            self._done()
+        return self.request is None
+
+    def _done(self) -> None:
+        self.request = self.keep = None
+        self.finish()
+
+
+ProcessGroup: Any = dist.ProcessGroup  # untyped: its methods have other names in other versions
+
+
+class MPIGroup(ProcessGroup):
+    """Tensors may be strided, and on a GPU. Each method is what torch.distributed's function of that name documents."""
+
+    def __init__(self, comm: MPI.Intracomm, ranks: Sequence[int], timeout: timedelta, watchdog: Watchdog) -> None:
+        """ranks: the members' numbers in the world. timeout: how long a call may take; then the job ends."""
+        super().__init__(comm.rank, comm.size)
+        self.comm, self.seconds, self.watchdog = comm, timeout.total_seconds(), watchdog
+        self.members = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+        self.gpu_pointers = takes_gpu_pointers()
+        self.done = Call()
+        self.sending: list[Call] = []
+        self.its_name = self.its_description = ""
+
+    # -- what torch asks about the group ------------------------------------------------------------------------------
+
+    def getBackendName(self) -> str:
+        return "mpi4py"
+
+    def getGroupName(self) -> str:
+        return self.its_name
+
+    def setGroupName(self, name: str) -> None:
+        self.its_name = name
+
+    def getGroupDesc(self) -> str:
+        return self.its_description
+
+    def setGroupDesc(self, description: str) -> None:
+        self.its_description = description
+
+    group_name = property(getGroupName)
+    group_desc = property(getGroupDesc)
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        self.seconds = timeout.total_seconds()
+
+    def shutdown(self) -> None:
+        """All members call it. A program may make more groups than MPI has communicators."""
+        self.comm.Free()
+
+    # -- one tensor to all, or all to one -----------------------------------------------------------------------------
+
+    def broadcast(self, tensors: list[Tensor], options: Any) -> Call:
+        for x in tensors:
+            buffer = self._readable(x)
+            with self._watch("broadcast"):
+                self.comm.Bcast(message(buffer), options.rootRank)
+            self._finish(x, buffer)
+        return self.done
+
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], options: Any) -> Call:
+        is_root, target = self.comm.rank == options.rootRank, self._writable(outputs[0])
+        source = self._readable(torch.cat([part.reshape(-1) for part in inputs[0]])) if is_root else None
+        with self._watch("scatter"):
+            sent = None if source is None else message(source, self.comm.size)
+            self.comm.Scatter(sent, message(target), options.rootRank)
+        return self._finish(outputs[0], target)
+
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], options: Any) -> Call:
+        is_root, source = self.comm.rank == options.rootRank, self._readable(inputs[0])
+        target = source.new_empty(self.comm.size, source.numel()) if is_root else None
+        with self._watch("gather"):
+            received = None if target is None else message(target, self.comm.size)
+            self.comm.Gather(message(source), received, options.rootRank)
+        if target is not None:
+            for output, part in zip(outputs[0], target, strict=True):
+                output.copy_(part.view(output.shape))
+        return self.done
+
+    def barrier(self, options: Any = None) -> Call:
+        with self._watch("barrier"):
+            self.comm.Barrier()
+        return self.done
+
+    # -- all to all ---------------------------------------------------------------------------------------------------
+
+    def all_to_all_single(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_splits: Sequence[int],
+        input_splits: Sequence[int],
+        options: Any = None,
+    ) -> Call:
+        source, target = self._readable(input), self._writable(output)
+        with self._watch("all_to_all_single"):
+            if output_splits or input_splits:
+                self.comm.Alltoallv(rows_message(source, input_splits), rows_message(target, output_splits))
+            else:
+                self.comm.Alltoall(message(source, self.comm.size), message(target, self.comm.size))
+        return self._finish(output, target)
+
+    def all_gather_single(self, output: Tensor, input: Tensor, options: Any = None) -> Call:
+        source, target = self._readable(input), self._writable(output)
+        own = target.data_ptr() + self.comm.rank * source.nbytes
+        sent = MPI.IN_PLACE if source.data_ptr() == own else message(source)  # FSDP2 gathers into its input's memory
+        with self._watch("all_gather_single"):
+            self.comm.Allgather(sent, message(target, self.comm.size))
+        return self._finish(output, target)
+
+    def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], options: Any = None) -> Call:
+        for output, x in zip(outputs, inputs, strict=True):
+            self.all_gather_single(output, x)
+        return self.done
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], options: Any = None) -> Call:
+        for parts, x in zip(outputs, inputs, strict=True):
+            gathered = x.new_empty(self.comm.size, *x.shape)
+            self.all_gather_single(gathered, x)
+            for part, received in zip(parts, gathered, strict=True):
+                part.copy_(received.view(part.shape))
+        return self.done
+
+    # -- sums and the like --------------------------------------------------------------------------------------------
+
+    def allreduce(self, tensors: list[Tensor], options: Any) -> Call:
+        for x in tensors:
+            total = self._readable(x, WIDER.get(x.dtype))
+            with self._watch("all_reduce"):
+                for part in total.view(-1).split(messages.MAX_COUNT):
+                    self.comm.Allreduce(MPI.IN_PLACE, message(part), _reduction(options))
+            self._finish(x, self._averaged(total, options))
+        return self.done
+
+    allreduce_coalesced = allreduce
+
+    def reduce(self, tensors: list[Tensor], options: Any) -> Call:
+        for x in tensors:
+            is_root, total = self.comm.rank == options.rootRank, self._readable(x, WIDER.get(x.dtype))
+            with self._watch("reduce"):
+                for part in total.view(-1).split(messages.MAX_COUNT):
+                    sent, received = (MPI.IN_PLACE, message(part)) if is_root else (message(part), None)
+                    self.comm.Reduce(sent, received, _reduction(options), options.rootRank)
+            if is_root:
+                self._finish(x, self._averaged(total, options))
+        return self.done
+
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, options: Any) -> Call:
+        source = self._readable(input, WIDER.get(input.dtype)).view(self.comm.size, -1)
+        target = self._writable(output, WIDER.get(output.dtype))
+        with self._watch("reduce_scatter_single"):
+            columns = max(1, messages.MAX_COUNT // self.comm.size)
+            for part, total in zip(source.split(columns, dim=1), target.view(-1).split(columns), strict=True):
+                blocks = part.contiguous()
+                self.comm.Reduce_scatter_block(message(blocks, self.comm.size), message(total), _reduction(options))
+        return self._finish(output, self._averaged(target, options))
+
+    def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], options: Any) -> Call:
+        for output, x in zip(outputs, inputs, strict=True):
+            self.reduce_scatter_single(output, x, options)
+        return self.done
+
+    # -- one to one ---------------------------------------------------------------------------------------------------
+
+    def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> Call:
+        source = self._readable(tensors[0])
+        call = self._call("send", self.comm.Isend(message(source), rank, tag), source)
+        self.sending = [other for other in self.sending if not other.is_completed()] + [call]  # holds what MPI reads
+        return call
+
+    def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> Call:
+        target = self._writable(tensors[0])
+        request = self.comm.Irecv(message(target), rank, tag)
+        return self._call("recv", request, target, lambda: self._finish(tensors[0], target))
+
+    # -- names of torch before 2.13 -----------------------------------------------------------------------------------
+
+    alltoall_base = all_to_all_single
+    _allgather_base = all_gather_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    _reduce_scatter_base = reduce_scatter_single
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    def _readable(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x as MPI can read it: contiguous, in memory that MPI reaches; x itself where it is so."""
+        if x.is_cuda and not self.gpu_pointers:
+            return torch.empty(x.shape, dtype=dtype or x.dtype, pin_memory=True).copy_(x)
+        source = x.contiguous() if dtype is None else x.to(dtype).contiguous()
+        if x.is_cuda:  # MPI knows nothing of streams
+            torch.cuda.current_stream(x.device).synchronize()
+        return source
+
+    def _writable(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory for what comes to be x: x itself where MPI can write to it. For `_finish`."""
+        if x.is_cuda and not self.gpu_pointers:
+            return torch.empty(x.shape, dtype=dtype or x.dtype, pin_memory=True)
+        if x.is_cuda:
+            torch.cuda.current_stream(x.device).synchronize()
+        if x.is_contiguous() and dtype is None:
+            return x
+        return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+    def _finish(self, x: Tensor, written: Tensor) -> Call:
+        if written is not x:
+            x.detach().copy_(written)
+        return self.done
+
+    def _averaged(self, total: Tensor, options: Any) -> Tensor:
+        return total.div_(self.comm.size) if options.reduceOp.op == dist.ReduceOp.AVG else total
+
+    # -- time ---------------------------------------------------------------------------------------------------------
+
+    def _watch(self, call: str) -> Watchdog:
+        return self.watchdog.watch(f"{call} among ranks {self.members}", self.seconds)
+
+    def _call(self, name: str, request: MPI.Request, keep: Tensor, finish: Callable[[], object] = lambda: None) -> Call:
+        return Call(request, keep, finish, lambda: self._watch(name))
+
+
+def _reduction(options: Any) -> MPI.Op:
+    """NotImplementedError for what MPI has no operation for."""
+    op = REDUCTIONS.get(options.reduceOp.op)
+    if op is None:
+        raise NotImplementedError(f"{options.reduceOp.op} over MPI")
+    return op
