@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from expert_parallel.transports.mpi import library_line
+from expert_parallel.transports.mpi import library_line, load_mpi
 
 Environment = Mapping[str, str]
 SLURM_PORTS = range(20_000, 30_000)  # below what Linux gives out by itself (32768 and up)
@@ -195,9 +195,9 @@ def first_host(nodes: str) -> str:
 def meet_through_mpi(rank: int, world_size: int) -> tuple[tuple[str, int], str]:
     """Rank 0's host and a free port of it, and the library's name and version. Buffers only, no pickling."""
     try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library
-        raise LaunchError(f"mpirun started {world_size} ranks but mpi4py cannot be used ({error})") from error
+        MPI = load_mpi()
+    except ValueError as error:
+        raise LaunchError(f"mpirun started {world_size} ranks but {error}") from error
     world = MPI.COMM_WORLD
     library = library_line()
     if world_size != world.size:

@@ -5,7 +5,6 @@ only file that reads the environment (launchers.py knows what it means, rendezvo
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from expert_parallel.collectives import anywhere, gather_text
 from expert_parallel.launchers import Launch, LaunchError, read_launch
 from expert_parallel.rendezvous import ANSWER_SECONDS, Meeting, host_lines, meet
 from expert_parallel.settings import Settings
-from expert_parallel.transports.mpi import BACKEND, end_job, library_line, start_mpi
+from expert_parallel.transports.mpi import BACKEND, finish_mpi, library_line, start_mpi
 
 __all__ = ["CPU", "Launch", "LaunchError", "LostContact", "Runtime", "RuntimeConfig", "UserError", "distributed"]
 
@@ -119,35 +118,31 @@ def distributed(config: RuntimeConfig, settings: Mapping[str, Any] | None = None
         launch = start_mpi_for(launch)
     if launch.master is not None:
         meeting.answer_calls(rendezvous_timeout)
-    patience = ANSWER_SECONDS
+    is_orderly = False
     try:
         start_process_group(backend, launch, meeting, timeout)
         device = agree_on_device(config.device, launch)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         yield Runtime(launch, device, backend, timeout, meeting)
-        patience = config.timeout_seconds
+        is_orderly = True
     except UserError as error:
         if launch.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         gather_text("", CPU)
+        is_orderly = True
         raise
     except RuntimeError as error:
         if not is_of_communication(error):
             raise
         say_who_is_lost(launch, meeting, error)
-        if config.backend == "mpi":
-            end_job(1)
         raise LostContact from error
-    except Exception:
-        if config.backend == "mpi":  # leaving would wait for the others in MPI_Finalize, and they wait for this rank
-            traceback.print_exc()
-            end_job(1)
-        raise
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and (is_orderly or config.backend != "mpi"):  # MPI would wait for the others
             dist.destroy_process_group()
-        meeting.leave(patience)
+        meeting.leave(config.timeout_seconds if is_orderly else ANSWER_SECONDS)
+        if is_orderly:
+            finish_mpi()
 
 
 def warn_of_restarts(launch: Launch, environment: Mapping[str, str]) -> None:

@@ -35,6 +35,8 @@ install() {
     # would download another one.
     pip_install setuptools wheel ninja torch
     DS_BUILD_OPS=0 pip_install --no-build-isolation --editable "$ROOT$extras"
+    # A second MPI for the tests, beside Open MPI: in one folder, each would overwrite the other's mpiexec and libmpi.
+    [[ $1 == core ]] || pip_install --no-deps --prefix "$VENV/mpich" mpich
     echo "$wanted" >"$VENV/installed-$1"
 }
 

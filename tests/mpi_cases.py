@@ -52,6 +52,15 @@ def all_reduce(group: Group, dtype: torch.dtype, op: dist.ReduceOp = dist.Reduce
     return [x]
 
 
+def all_reduce_average(group: Group, dtype: torch.dtype) -> list[Tensor]:
+    """gloo only adds."""
+    if not dtype.is_floating_point:
+        return []
+    x, is_oracle = values(dtype, 3, 5), dist.get_backend(group) == "gloo"
+    dist.all_reduce(x, dist.ReduceOp.SUM if is_oracle else dist.ReduceOp.AVG, group)
+    return [x.div(group.size()) if is_oracle else x]
+
+
 def all_reduce_strided(group: Group, dtype: torch.dtype) -> list[Tensor]:
     x = strided(values(dtype, 4, 6), group)
     dist.all_reduce(x, group=group)
@@ -227,6 +236,7 @@ CASES: dict[str, Callable[[Group, torch.dtype], list[Tensor]]] = {
     "all_reduce max": lambda group, dtype: all_reduce(group, dtype, dist.ReduceOp.MAX),
     "all_reduce min": lambda group, dtype: all_reduce(group, dtype, dist.ReduceOp.MIN),
     "all_reduce product": lambda group, dtype: all_reduce(group, dtype, dist.ReduceOp.PRODUCT),
+    "all_reduce average": all_reduce_average,
     "all_reduce strided": all_reduce_strided,
     "all_reduce scalar": all_reduce_scalar,
     "reduce": reduce,

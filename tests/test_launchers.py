@@ -185,7 +185,7 @@ def test_an_mpi_other_than_the_launchers_is_refused(
 ) -> None:
     """mpi4py with another library gives N worlds of size 1 in silence."""
     fake = SimpleNamespace(COMM_WORLD=SimpleNamespace(size=1, rank=0), Get_library_version=lambda: "MPICH 5.0, built")
-    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=fake))
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=fake, rc=SimpleNamespace()))
     with pytest.raises(LaunchError, match=r"mpirun started 2 ranks but mpi4py found .* \(MPICH 5.0, COMM_WORLD of 1\)"):
         read_launch(environment)
     fake.COMM_WORLD.size = 2
