@@ -295,7 +295,9 @@ def test_a_run_that_cannot_work_is_refused_at_start(
 
 def test_a_launcher_that_started_no_ranks_is_refused(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "4")
-    assert refusal(invoke("train", config_file)).startswith("SLURM_NTASKS is 4 but RANK and WORLD_SIZE are not set")
+    assert refusal(invoke("train", config_file)).startswith(
+        "SLURM_NTASKS is 4 but nothing says which rank this process is"
+    )
 
 
 def test_a_bug_keeps_its_traceback(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 from expert_parallel.__main__ import app
 from expert_parallel.config import Config, load_config
 from expert_parallel.runtime import CPU, Launch, Runtime, UserError
+from expert_parallel.verify import command
 from expert_parallel.verify.command import plan_verification
 from expert_parallel.verify.compare import TOLERANCES, Difference, compare, group_of
 from expert_parallel.verify.explain import explain
@@ -701,3 +702,10 @@ def test_the_command_refuses(config_file: Path, arguments: list[str], said: str)
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ")
     assert said in result.stderr
+
+
+@pytest.mark.parametrize("change", ["data.documents=separate", "runtime.backend=mpi"])
+def test_bytes_that_cannot_be_counted_are_refused(change: str) -> None:
+    config = load_config(ROOT / "configs" / "quickstart.yaml", [change])
+    with pytest.raises(ValueError, match=f"^--bytes: {change.split('=')[0]} is '"):
+        command._refuse_bytes(config)

@@ -86,6 +86,8 @@ def _refuse_bytes(config: Config) -> None:
             "--bytes: data.documents is 'separate', and what losses of scope 'sequence' send depends on how many "
             "documents a row has; the formulas are for data.documents=joined"
         )
+    if config.runtime.backend == "mpi":
+        raise ValueError("--bytes: runtime.backend is 'mpi', and what is counted are calls of torch's own groups")
 
 
 def report(plan: Plan, reduced: Reduced, results: list[LayoutResult], ranks: str) -> None:
