@@ -39,10 +39,10 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train, or go on from the newest checkpoint in run.folder. Alone, or on every rank of a launcher.
     Exit code 75 where SIGUSR1 stopped it (0 under torchrun)."""
     from expert_parallel.training.loop import train as run
-    from expert_parallel.training.stop import EXIT_CODE
+    from expert_parallel.training.stop import EXIT_CODE, stop_on_signal
 
-    with refusals(), distributed(*early_config(config, overrides or [])) as runtime:
-        is_done = run(runtime.together(lambda: load_config(config, overrides or [])), runtime)
+    with stop_on_signal() as stop, refusals(), distributed(*early_config(config, overrides or [])) as runtime:
+        is_done = run(runtime.together(lambda: load_config(config, overrides or [])), runtime, stop)
     if not is_done and runtime.launch.launcher != "torchrun":  # which would take any code but 0 for a failure
         raise typer.Exit(EXIT_CODE)
 
@@ -82,7 +82,7 @@ def generate(
         distributed(*early_config(run / "config.yaml", overrides or [])) as ranks,
     ):
         if top_p == 0:
-            raise ValueError("--top-p is 0, it must be above 0: the share of the probability that is drawn from")
+            raise UserError("--top-p is 0, it must be above 0: the share of the probability that is drawn from")
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         texts = generate_from_run(
             run,

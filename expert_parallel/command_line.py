@@ -34,11 +34,15 @@ def refusals(*also: type[Exception]) -> Iterator[None]:
 
 
 def early_config(path: Path, overrides: list[str]) -> tuple[RuntimeConfig, dict[str, Any]]:
-    """What `distributed` takes: the config's runtime block, and all its settings. The defaults where the config is not
+    """What `distributed` takes: the config's runtime block, and its settings, but for where data lies, which nodes may
+    have in places of their own (what it holds is compared later). The defaults where the config is not
     readable: then the ranks meet, agree on the error and leave together, instead of some being killed before rank 0
     has spoken."""
     try:
         config = load_config(path, overrides)
     except ValueError:
         return RuntimeConfig(), {}
-    return config.runtime, config.model_dump(mode="json")
+    settings = config.model_dump(mode="json")
+    for name in ("paths", "corpora"):
+        settings["data"].pop(name, None)
+    return config.runtime, settings

@@ -29,7 +29,8 @@ class LaunchError(ValueError):
 @dataclass(frozen=True)
 class Launch:
     """master: host and port at which the ranks meet; None for one process alone. serves: this process opens that port
-    (rank 0, unless torchrun's agent has). library: the MPI in use, if any."""
+    (rank 0, unless torchrun's agent has). attempt: where torchrun's agent keeps one store for all its restarts, the
+    number of this one. library: the MPI in use, if any."""
 
     launcher: str
     rank: int = 0
@@ -38,6 +39,7 @@ class Launch:
     local_world_size: int = 1
     master: tuple[str, int] | None = None
     serves: bool = False
+    attempt: str = ""
     library: str = ""
 
 
@@ -57,6 +59,7 @@ def _set_rank_variables(environment: Environment) -> Launch:
     elif "CROSS_SIZE" in environment:
         launcher = "deepspeed"
     rank = _number(environment, "RANK")
+    is_agents_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return Launch(
         launcher,
         rank,
@@ -64,7 +67,8 @@ def _set_rank_variables(environment: Environment) -> Launch:
         _number(environment, "LOCAL_RANK"),
         _number(environment, local),
         (_text(environment, "MASTER_ADDR"), _port(environment, "MASTER_PORT")),
-        serves=rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        serves=rank == 0 and not is_agents_store,
+        attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "") if is_agents_store else "",
     )
 
 
@@ -79,7 +83,7 @@ def _mpich(environment: Environment) -> Launch:
 
 
 def _mpi(launcher: str, rank: int, world_size: int, local_rank: int, local_world_size: int) -> Launch:
-    master, library = meet_through_mpi(rank, world_size)
+    master, library = meet_through_mpi(rank, world_size, is_one_host=local_world_size == world_size)
     return Launch(launcher, rank, world_size, local_rank, local_world_size, master, rank == 0, library)
 
 
@@ -102,7 +106,7 @@ def _slurm(environment: Environment) -> Launch:
 
 def _alone(environment: Environment) -> Launch:
     for name, cure in (
-        ("SLURM_NTASKS", "start the ranks with srun, one task each, or with torchrun, one task a node (launch/slurm)"),
+        ("SLURM_NTASKS", "start the ranks with srun or torchrun (launch/slurm), or one process alone with srun -n 1"),
         ("PMI_SIZE", "start the ranks with MPICH's own mpiexec, which sets MPI_LOCALRANKID, or with torchrun"),
         ("MV2_COMM_WORLD_SIZE", "start the ranks with torchrun, one process a node"),
     ):
@@ -141,7 +145,7 @@ def _checked(launch: Launch, environment: Environment) -> Launch:
                     f"{starter} started {started} processes but WORLD_SIZE is {launch.world_size}: unset RANK and "
                     "WORLD_SIZE"
                 )
-        if _is_step_of_tasks(environment):
+        if launch.launcher != "torchrun" and _is_step_of_tasks(environment):  # a task may have a torchrun of its own
             started = _number(environment, "SLURM_STEP_NUM_TASKS")
             if launch.world_size < started:
                 raise LaunchError(
@@ -154,7 +158,8 @@ def _text(environment: Environment, name: str) -> str:
     if name not in environment:
         told = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
         others = [other for other in told if other in environment]
-        raise LaunchError(f"the environment variable {name} is not set, though {' and '.join(others)} is")
+        verb = "is" if len(others) == 1 else "are"
+        raise LaunchError(f"the environment variable {name} is not set, though {' and '.join(others)} {verb}")
     return environment[name]
 
 
@@ -192,7 +197,7 @@ def first_host(nodes: str) -> str:
     return match[1] + (match[2] or "") + match[3]
 
 
-def meet_through_mpi(rank: int, world_size: int) -> tuple[tuple[str, int], str]:
+def meet_through_mpi(rank: int, world_size: int, is_one_host: bool) -> tuple[tuple[str, int], str]:
     """Rank 0's host and a free port of it, and the library's name and version. Buffers only, no pickling."""
     try:
         MPI = load_mpi()
@@ -211,7 +216,8 @@ def meet_through_mpi(rank: int, world_size: int) -> tuple[tuple[str, int], str]:
     if rank == 0:
         with socket.socket() as free:
             free.bind(("", 0))
-            text = f"{socket.gethostname()}:{free.getsockname()[1]}".encode()
+            host = "127.0.0.1" if is_one_host else socket.gethostname()
+            text = f"{host}:{free.getsockname()[1]}".encode()
         offer[: len(text)] = text
     world.Bcast(offer, root=0)
     host, port = bytes(offer).rstrip(b"\0").decode().rsplit(":", 1)

@@ -31,6 +31,7 @@ from expert_parallel.launchers import Launch, LaunchError
 Result = TypeVar("Result")
 POLL_SECONDS = 0.05
 ANSWER_SECONDS = 3.0  # how long a living rank may take to answer when the roll is called again
+LEAVE_SECONDS = 60.0  # how long rank 0 waits for the others at the end, since the store goes with it
 SHOWN = 8  # ranks that a sentence names
 
 
@@ -57,6 +58,7 @@ class Meeting:
     cards: list[Card]
     answering: threading.Thread | None = None
     is_leaving: bool = False
+    is_store_gone: bool = False
 
     def answer_calls(self, timeout: timedelta) -> None:
         """A thread that says "here" when another rank calls the roll; until then it waits, and costs nothing."""
@@ -87,10 +89,13 @@ class Meeting:
         try:
             return within(2 * ANSWER_SECONDS, call)
         except RuntimeError:
-            return self.cards[:1]  # the store was on rank 0
+            self.is_store_gone = True
+            return self.cards[:1]  # which had it
 
     def is_first_to_tell(self) -> bool:
-        """True on one of the ranks that ask: so many see it, one says it."""
+        """True on one of the ranks that ask: so many see it, one says it. Without the store, on all."""
+        if self.is_store_gone:
+            return True
         try:
             return within(ANSWER_SECONDS, lambda: self.store.add("told", 1)) == 1
         except RuntimeError:
@@ -98,7 +103,7 @@ class Meeting:
 
     def leave(self, patience: float) -> None:
         """The store goes with the process that serves it: that one waits `patience` seconds for the others."""
-        if self.answering is None:
+        if self.answering is None or self.is_store_gone:
             return
         self.is_leaving = True
         with suppress(RuntimeError):
@@ -141,8 +146,8 @@ def meet(launch: Launch, timeout: timedelta, settings: Mapping[str, Any] | None 
     card = Card(launch.rank, socket.gethostname(), os.getpid(), versions(), dict(settings or {}))
     if launch.master is None:
         return Meeting(launch, dist.HashStore(), [card])
-    deadline = time.monotonic() + timeout.total_seconds()
     store = open_store(launch, timeout, launch.serves)
+    deadline = time.monotonic() + timeout.total_seconds()  # from now on, so that no rank gives up before rank 0
     host, port = launch.master
     try:
         arrival = store.add(f"arrivals/{launch.rank}", 1)
@@ -170,7 +175,7 @@ def meet(launch: Launch, timeout: timedelta, settings: Mapping[str, Any] | None 
         ) from error
 
 
-def open_store(launch: Launch, timeout: timedelta, serves: bool) -> dist.TCPStore:
+def open_store(launch: Launch, timeout: timedelta, serves: bool) -> dist.Store:
     """Raises LaunchError if the port cannot be opened, or nothing answers there until `timeout`."""
     assert launch.master is not None
     host, port = launch.master
@@ -190,7 +195,8 @@ def open_store(launch: Launch, timeout: timedelta, serves: bool) -> dist.TCPStor
     seconds = max(1.0, deadline - time.monotonic())
     try:
         open_here = partial(dist.TCPStore, host, port, is_master=serves, wait_for_workers=False, multi_tenant=serves)
-        return within(seconds + 1, lambda: open_here(timeout=timedelta(seconds=seconds)))
+        store = within(seconds + 1, lambda: open_here(timeout=timedelta(seconds=seconds)))
+        return dist.PrefixStore(f"attempt {launch.attempt}", store) if launch.attempt else store
     except RuntimeError as error:
         if serves and "EADDRINUSE" in str(error):
             raise LaunchError(
@@ -270,7 +276,10 @@ def _twice(first: Card, second: Card) -> str:
 
 def _card(store: dist.Store, rank: int) -> Card:
     store.wait([f"cards/{rank}/1"])
-    return Card(**json.loads(store.get(f"cards/{rank}/1")))
+    try:
+        return Card(**json.loads(store.get(f"cards/{rank}/1")))
+    except (TypeError, ValueError):
+        return Card(rank, "unknown", 0, dict.fromkeys(versions(), "that says other things of itself"), {})
 
 
 def _let_others_read(store: dist.Store, world_size: int) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from expert_parallel.collectives import anywhere, gather_text
 from expert_parallel.launchers import Launch, LaunchError, read_launch
-from expert_parallel.rendezvous import ANSWER_SECONDS, Meeting, host_lines, meet
+from expert_parallel.rendezvous import ANSWER_SECONDS, LEAVE_SECONDS, Card, Meeting, host_lines, meet
 from expert_parallel.settings import Settings
 from expert_parallel.transports.mpi import BACKEND, finish_mpi, library_line, start_mpi
 
@@ -135,12 +135,15 @@ def distributed(config: RuntimeConfig, settings: Mapping[str, Any] | None = None
     except RuntimeError as error:
         if not is_of_communication(error):
             raise
-        say_who_is_lost(launch, meeting, error)
+        if not (lost := meeting.lost_ranks()):
+            raise  # all are there: a defect, or a rank that does something else
+        if meeting.is_first_to_tell():
+            say_who_is_lost(launch, lost, error)
         raise LostContact from error
     finally:
         if dist.is_initialized() and (is_orderly or config.backend != "mpi"):  # MPI would wait for the others
             dist.destroy_process_group()
-        meeting.leave(config.timeout_seconds if is_orderly else ANSWER_SECONDS)
+        meeting.leave(LEAVE_SECONDS if is_orderly else ANSWER_SECONDS)
         if is_orderly:
             finish_mpi()
 
@@ -165,12 +168,7 @@ def tell_deepspeed(runtime: Runtime) -> None:
 def choose_backend(config: RuntimeConfig) -> str:
     """As torch.distributed names it, for tensors on the CPU and on GPUs."""
     has_gpu = config.device != "cpu" and torch.cuda.is_available()
-    cpu, gpu = {
-        "auto": ("gloo", "nccl"),
-        "gloo": ("gloo", "gloo"),
-        "nccl": ("gloo", "nccl"),
-        "mpi": ("mpi4py", "mpi4py"),
-    }[config.backend]
+    cpu, gpu = CARRIERS[config.backend]
     if config.backend == "nccl" and not has_gpu:
         raise LaunchError("runtime.backend is 'nccl' but there is no GPU to use: it must be auto, gloo or mpi")
     return f"cpu:{cpu},cuda:{gpu}" if has_gpu else cpu
@@ -196,6 +194,11 @@ def start_process_group(backend: str, launch: Launch, meeting: Meeting, timeout:
             timeout=timeout,
         )
     except RuntimeError as error:
+        if lost := meeting.lost_ranks():
+            raise LaunchError(
+                f"rank {launch.rank} met the others, but these were gone before the work began: "
+                f"{', '.join(map(str, lost))}"
+            ) from error
         raise LaunchError(
             f"rank {launch.rank} met the others ({host_lines(meeting.cards)}) but cannot exchange tensors with them "
             f"({_first_line(error)}): see GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in launch/README.md"
@@ -207,16 +210,13 @@ def is_of_communication(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or bool(re.search(r"gloo|NCCL|ProcessGroup|mpi4py", str(error)))
 
 
-def say_who_is_lost(launch: Launch, meeting: Meeting, error: RuntimeError) -> None:
-    lost = meeting.lost_ranks()
-    if meeting.is_first_to_tell():
-        whom = ", ".join(map(str, lost)) or "none"
-        print(
-            f"error: rank {launch.rank} lost contact in the middle of work ({_first_line(error)}); ranks that do not "
-            f"answer: {whom}. Started again, a training run goes on from its last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
+def say_who_is_lost(launch: Launch, lost: list[Card], error: RuntimeError) -> None:
+    print(
+        f"error: rank {launch.rank} lost contact in the middle of work ({_first_line(error)}); ranks that do not "
+        f"answer: {', '.join(map(str, lost))}. Started again, a training run goes on from its last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@
 #   torchrun options   such as --max-restarts 3, or for each node of two:
 #                      --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500
 #
-# Variables that are already set are kept: OMP_NUM_THREADS (default: cores / N), MALLOC_*_.
+# Variables that are already set are kept: OMP_NUM_THREADS (default: cores / N), MALLOC_*_, TORCH_CPP_LOG_LEVEL.
 
 set -euo pipefail
 source "$(dirname "$0")/install.sh"
@@ -50,6 +50,8 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then
 fi
 # Restarts after a lost worker fail in torch 2.13 without this (pytorch#135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
+# When a rank is gone, torch's stores print frames of C++ around the one sentence that says who.
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 # glibc gives large blocks back to the kernel and faults them in anew at each step, which on a CPU can cost as much as
 # the arithmetic: keep them.
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824}

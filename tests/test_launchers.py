@@ -43,7 +43,9 @@ MPI_VARIABLES = [(environment, name) for environment in (OPEN_MPI, MPICH) for na
 
 @pytest.fixture
 def mpi_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "meet_through_mpi", lambda rank, size: ((f"node0 of {size}", 4321), "An MPI 5.0"))
+    monkeypatch.setattr(
+        launchers, "meet_through_mpi", lambda rank, size, is_one_host: ((f"node0 of {size}", 4321), "An MPI 5.0")
+    )
 
 
 def without(environment: dict[str, str], name: str) -> dict[str, str]:

@@ -33,17 +33,13 @@ from expert_parallel.training.replay import MoEPlace, PlayConfig, RecordConfig, 
 from expert_parallel.training.resume import changes_since, refuse_model, refuse_settings
 from expert_parallel.training.setup import build, check_world, demand_of, describe_degrees
 from expert_parallel.training.step import StepReport, evaluate, train_step
-from expert_parallel.training.stop import StopSignal, stop_on_signal
+from expert_parallel.training.stop import StopSignal
 
 
-def train(config: Config, runtime: Runtime) -> bool:
+def train(config: Config, runtime: Runtime, stop: StopSignal | None = None) -> bool:
     """Trains to `training.steps`, going on from the newest checkpoint of `run.folder` if there is one. False if it was
     stopped before by a signal."""
-    with stop_on_signal() as stop:
-        return train_until(stop, config, runtime)
-
-
-def train_until(stop: StopSignal, config: Config, runtime: Runtime) -> bool:
+    stop = stop or StopSignal()
     run = set_up(config, runtime)
     training, tokens_of_step = config.training, config.training.global_batch * config.training.sequence_length
 

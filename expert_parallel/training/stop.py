@@ -17,7 +17,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
 
 @dataclass
 class StopSignal:
-    """received: by this rank."""
+    """received: by this rank. A signal that comes while the ranks still meet counts, too."""
 
     received: bool = False
 

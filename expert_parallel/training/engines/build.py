@@ -30,17 +30,23 @@ def build_deepspeed(
     runtime: Runtime,
     config: TrainingConfig,
 ) -> Engine:
-    """ValueError where DeepSpeed is not there, or is another version."""
+    """UserError where on any rank DeepSpeed is not there, or is another version."""
     tell_deepspeed(runtime)
+    engine = runtime.together(load_deepspeed)
+    assert isinstance(model, Transformer), "a pipeline is refused with the config"
+    return engine(model, optimizer, mesh, runtime, config)
+
+
+def load_deepspeed() -> Callable[..., Engine]:
     try:
-        from expert_parallel.training.engines.deepspeed import DeepSpeedEngine  # takes seconds, and may not be there
+        from expert_parallel.training.engines import deepspeed  # takes seconds, and may not be there
     except ModuleNotFoundError as error:
         raise ValueError(
             f"training.engine.kind is 'deepspeed' but the package {error.name} is not installed: pip install "
             "'expert-parallel[deepspeed]'"
         ) from None
-    assert isinstance(model, Transformer), "a pipeline is refused with the config"
-    return DeepSpeedEngine(model, optimizer, mesh, runtime, config)
+    deepspeed.refuse_version()
+    return deepspeed.DeepSpeedEngine
 
 
 Builder = Callable[

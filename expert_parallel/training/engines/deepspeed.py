@@ -124,12 +124,15 @@ class DeepSpeedEngine:
         return float(norm)
 
 
-def set_up_deepspeed(runtime: Runtime) -> None:
+def refuse_version() -> None:
     if deepspeed.__version__.split("+")[0] != VERSION:
         raise ValueError(
             f"training.engine.kind is 'deepspeed' but DeepSpeed {deepspeed.__version__} is installed: the engine needs "
             f"{VERSION}, whose internals it reads"
         )
+
+
+def set_up_deepspeed(runtime: Runtime) -> None:
     deepspeed.utils.logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed uses them
     if runtime.device.type == "cpu":
