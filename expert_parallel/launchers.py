@@ -84,7 +84,7 @@ def _mpich(environment: Environment) -> Launch:
 
 def _mpi(launcher: str, rank: int, world_size: int, local_rank: int, local_world_size: int) -> Launch:
     master, library = meet_through_mpi(rank, world_size, is_one_host=local_world_size == world_size)
-    return Launch(launcher, rank, world_size, local_rank, local_world_size, master, rank == 0, library)
+    return Launch(launcher, rank, world_size, local_rank, local_world_size, master, serves=rank == 0, library=library)
 
 
 def _slurm(environment: Environment) -> Launch:

@@ -5,7 +5,8 @@
 # usage: bash launch/test.sh [--all | --system] [pytest arguments]
 #   --all       also the tests marked `full`, which exercise the whole product and take long
 #   --system    those marked `system` instead: clusters of Slurm, containers, nodes. They need root and Debian packages
-#               (.ci/run installs them); where one is missing, they say so and are skipped
+#               (.ci/run installs them); where one is missing, they say so and are skipped. With --within SECONDS those
+#               that have not begun by then are skipped, too
 
 set -euo pipefail
 source "$(dirname "$0")/install.sh"

@@ -3,7 +3,8 @@
     results = run_ranks(2, body, argument, ...)     # body(rank, argument, ...) on each rank; results by rank
 
 `body` is a function of a test module (found by name in the ranks). Each rank runs one thread. A rank that fails, or
-hangs beyond the timeout, fails the test with its traceback, and its pool is started anew for the next.
+hangs beyond the timeout, fails the test with its traceback, and its pool is started anew for the next. So it is when
+its ranks have made many process groups: each has a gloo thread that polls, and hundreds of them take the whole machine.
 """
 
 import atexit
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 240  # shared machines can be slow
+MAX_GROUPS = 24
 
 # The server imports what takes long once; ranks are forked from it, clean of whatever the test process has done.
 _server = multiprocessing.get_context("forkserver")
@@ -26,11 +28,15 @@ _server.set_forkserver_preload(["expert_parallel.training.loop", "pytest", "hypo
 
 
 def run_ranks(world_size: int, body: Callable[..., Any], *arguments: Any) -> list[Any]:
+    pool = _pool(world_size)
     try:
-        return _pool(world_size).run(body, arguments)
+        return pool.run(body, arguments)
     except BaseException:
-        close_pools()
+        pool.num_groups = MAX_GROUPS + 1
         raise
+    finally:
+        if pool.num_groups > MAX_GROUPS:
+            close_pools()
 
 
 @cache
@@ -54,6 +60,7 @@ class RankPool:
         store = str(Path(self.folder.name) / "store")
         self.connections: list[Connection] = []
         self.processes = []
+        self.num_groups = 1
         for rank in range(world_size):
             ours, theirs = _server.Pipe()
             process = _server.Process(target=_serve, args=(rank, world_size, store, theirs), daemon=True)
@@ -73,7 +80,7 @@ class RankPool:
             assert ready, f"ranks {sorted(waiting)} gave no answer in {TIMEOUT_SECONDS + 10} s"
             for rank, connection in list(waiting.items()):
                 if connection in ready:
-                    ok, results[rank] = pickle.loads(connection.recv_bytes())
+                    ok, results[rank], self.num_groups = pickle.loads(connection.recv_bytes())
                     assert ok, f"rank {rank} failed:\n{results[rank]}"
                     del waiting[rank]
         return [results[rank] for rank in range(len(results))]
@@ -99,4 +106,5 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
             answer = (True, body(rank, *arguments))
         except BaseException:
             answer = (False, traceback.format_exc())
-        connection.send_bytes(pickle.dumps(answer))
+        num_groups = len(dist.distributed_c10d._world.pg_map)
+        connection.send_bytes(pickle.dumps((*answer, num_groups)))
