@@ -97,7 +97,7 @@ def open_mpi(run: Run, num_ranks: int) -> None:
 
 def mpich(run: Run, num_ranks: int) -> None:
     if run.mpich is None or not (run.mpich / "bin" / "mpiexec").exists():
-        raise NotRun("MPICH: pip install --target FOLDER mpich, then --mpich FOLDER")
+        raise NotRun("MPICH: pip install --prefix FOLDER mpich, then --mpich FOLDER")
     variables = {"MPI4PY_MPIABI": "mpich", "LD_LIBRARY_PATH": str(run.mpich / "lib")}
     run.start_all([str(run.mpich / "bin" / "mpiexec"), "-n", str(num_ranks), "python", "-m", *run.train], **variables)
 
