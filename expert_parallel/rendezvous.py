@@ -171,7 +171,7 @@ def meet(launch: Launch, timeout: timedelta, settings: Mapping[str, Any] | None 
         return Meeting(launch, store, [Card(**json.loads(raw)) for raw in store.multi_get(keys)])
     except RuntimeError as error:  # of the store: a timeout, a closed connection
         raise LaunchError(
-            f"rank {launch.rank} met rank 0 at {host}:{port} but then heard no more of it ({_first_line(error)})"
+            f"rank {launch.rank} met rank 0 at {host}:{port} but then heard no more of it ({first_line(error)})"
         ) from error
 
 
@@ -206,7 +206,7 @@ def open_store(launch: Launch, timeout: timedelta, serves: bool) -> dist.Store:
         what = "cannot open" if serves else "cannot reach rank 0 at"
         raise LaunchError(
             f"rank {launch.rank} on host {socket.gethostname()} {what} {host}:{port} within "
-            f"{timeout.total_seconds():g} s (runtime.rendezvous_seconds): {_first_line(error)}"
+            f"{timeout.total_seconds():g} s (runtime.rendezvous_seconds): {first_line(error)}"
         ) from error
 
 
@@ -294,7 +294,7 @@ def _wait_until(is_true: Callable[[], bool], seconds: float) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).split("\n")[0].strip() or type(error).__name__
 
 

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from expert_parallel.collectives import anywhere, gather_text
 from expert_parallel.launchers import Launch, LaunchError, read_launch
-from expert_parallel.rendezvous import ANSWER_SECONDS, LEAVE_SECONDS, Card, Meeting, host_lines, meet
+from expert_parallel.rendezvous import ANSWER_SECONDS, LEAVE_SECONDS, Card, Meeting, first_line, host_lines, meet
 from expert_parallel.settings import Settings
 from expert_parallel.transports.mpi import BACKEND, finish_mpi, library_line, start_mpi
 
@@ -201,7 +201,7 @@ def start_process_group(backend: str, launch: Launch, meeting: Meeting, timeout:
             ) from error
         raise LaunchError(
             f"rank {launch.rank} met the others ({host_lines(meeting.cards)}) but cannot exchange tensors with them "
-            f"({_first_line(error)}): see GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in launch/README.md"
+            f"({first_line(error)}): see GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in launch/README.md"
         ) from error
 
 
@@ -212,15 +212,11 @@ def is_of_communication(error: RuntimeError) -> bool:
 
 def say_who_is_lost(launch: Launch, lost: list[Card], error: RuntimeError) -> None:
     print(
-        f"error: rank {launch.rank} lost contact in the middle of work ({_first_line(error)}); ranks that do not "
+        f"error: rank {launch.rank} lost contact in the middle of work ({first_line(error)}); ranks that do not "
         f"answer: {', '.join(map(str, lost))}. Started again, a training run goes on from its last checkpoint",
         file=sys.stderr,
         flush=True,
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).split("\n")[0].strip() or type(error).__name__
 
 
 def agree_on_device(kind: str, launch: Launch) -> torch.device:
