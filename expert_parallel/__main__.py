@@ -1,26 +1,25 @@
 """The command line: `expert-parallel`, the same as `python -m expert_parallel`."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from expert_parallel.bench.command import bench
 from expert_parallel.checkpoint.command import checkpoint
 from expert_parallel.command_line import ConfigFile, Overrides, early_config, refusals
 from expert_parallel.config import load_config
 from expert_parallel.data.command import data
 from expert_parallel.interop.command import convert
 from expert_parallel.interop.experts_command import experts
-from expert_parallel.runtime import RuntimeConfig, UserError, distributed
+from expert_parallel.runtime import UserError, distributed
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(no_args_is_help=True, help="Measure: ratios of things timed side by side in one run.")
 app.add_typer(bench, name="bench")
 app.add_typer(checkpoint, name="checkpoint")
 checkpoint.add_typer(experts, name="experts")
@@ -130,73 +129,6 @@ def verify(
         raise typer.Exit(1) from None
     if not passes:
         raise typer.Exit(1)
-
-
-@bench.command("ledger")
-def bench_ledger(
-    shape: Annotated[str, typer.Option(help="base or fine")] = "base",
-    rounds: Annotated[int, typer.Option(min=1, help="of which medians are taken")] = 15,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here, too")] = None,
-) -> None:
-    """What the ledger costs, on one MoE layer. Alone, or on every rank under torchrun."""
-    from expert_parallel.bench import ledger
-
-    with refusals(OSError), distributed(RuntimeConfig()) as runtime:
-        if shape not in ledger.SHAPES:
-            raise UserError(f"--shape is {shape!r}, it must be one of {', '.join(ledger.SHAPES)}")
-        if runtime.world_size > ledger.SHAPES[shape].num_experts:
-            experts = ledger.SHAPES[shape].num_experts
-            raise UserError(f"{runtime.world_size} ranks are more than the {experts} experts of --shape {shape}")
-        if json_file is not None and not json_file.parent.is_dir():
-            raise UserError(f"--json: there is no folder {json_file.parent}")
-        result = ledger.bench_ledger(runtime, shape, rounds)
-        if runtime.rank == 0:
-            print(ledger.describe(result))
-            if json_file is not None:
-                json_file.write_text(json.dumps(result, indent=2) + "\n")
-
-
-@bench.command("exchange")
-def bench_exchange(
-    rounds: Annotated[int, typer.Option(min=1, help="of which medians are taken")] = 15,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here, too")] = None,
-) -> None:
-    """What carries the exchange of rows, gloo beside MPI: all-to-alls of several sizes, and whole MoE layers. On every
-    rank under mpirun; under torchrun gloo alone."""
-    from expert_parallel.bench import exchange
-
-    with refusals(OSError), distributed(RuntimeConfig(device="cpu")) as runtime:
-        if runtime.world_size == 1:
-            raise UserError("one rank has nobody to exchange with: start 2 or more with mpirun, or with torchrun")
-        if json_file is not None and not json_file.parent.is_dir():
-            raise UserError(f"--json: there is no folder {json_file.parent}")
-        result = exchange.bench_exchange(runtime, rounds)
-        if runtime.rank == 0:
-            print(exchange.describe(result))
-            if json_file is not None:
-                json_file.write_text(json.dumps(result, indent=2) + "\n")
-
-
-@bench.command("checkpoint")
-def bench_checkpoint(
-    megabytes: Annotated[int, typer.Option(min=1, help="of weights and optimizer state, over all ranks")] = 400,
-    rounds: Annotated[int, typer.Option(min=1, help="of which medians are taken")] = 5,
-    folder: Annotated[Path, typer.Option(help="on the disk to measure; what is written is removed")] = Path(),
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here, too")] = None,
-) -> None:
-    """How long training waits for a checkpoint, saved in the background or not. Alone, or on every rank under
-    torchrun."""
-    from expert_parallel.bench import checkpoint as bench
-
-    with refusals(OSError), distributed(RuntimeConfig()) as runtime:
-        for path in (folder, json_file.parent if json_file is not None else folder):
-            if not path.is_dir():
-                raise UserError(f"there is no folder {path}")
-        result = bench.bench_checkpoint(runtime, megabytes, rounds, folder)
-        if runtime.rank == 0:
-            print(bench.describe(result))
-            if json_file is not None:
-                json_file.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def main() -> None:

@@ -5,8 +5,9 @@ Every function takes its process group. None means one rank alone: nothing is co
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,6 +19,9 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 Link = Literal["own", "node", "network"]
+# What a collective that was started returns: called once, it waits for the result. Every rank of the group starts the
+# same ones in the same order; MPI's are done when they have been started.
+Wait = Callable[[], Tensor]
 
 
 @dataclass
@@ -81,42 +85,64 @@ def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return total
 
 
-def exchange_counts(counts_PC: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def start_counts(counts_PC: Tensor, group: dist.ProcessGroup | None) -> Wait:
     """Row p of the result is what rank p holds for this rank. counts_PC: (P, C), integers, any device. No gradient."""
     if group_size(group) == 1:
-        return counts_PC
-    received_PC = torch.empty_like(counts_PC)
-    dist.all_to_all_single(received_PC, counts_PC.contiguous(), group=group)
-    return received_PC
+        return lambda: counts_PC
+    counts_PC, received_PC = counts_PC.contiguous(), torch.empty_like(counts_PC, memory_format=torch.contiguous_format)
+    work = dist.all_to_all_single(received_PC, counts_PC, group=group, async_op=True)
+    return partial(_wait, work, received_PC, counts_PC)
+
+
+def start_all_to_all_rows(
+    x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: dist.ProcessGroup | None
+) -> Wait:
+    """Sends the first send_counts[0] rows of x to rank 0, the next send_counts[1] to rank 1, and so on.
+
+    x: (sum(send_counts), ...), any dtype. What is waited for: (sum(receive_counts), ...), ordered by source rank. A
+    rank without rows takes part. No gradient: see moe/ledger.py.
+    """
+    assert x.shape[0] == sum(send_counts), (x.shape, send_counts)
+    if group_size(group) == 1:
+        return lambda: x
+    x, received = x.contiguous(), x.new_empty((sum(receive_counts), *x.shape[1:]))
+    work = dist.all_to_all_single(received, x, list(receive_counts), list(send_counts), group=group, async_op=True)
+    return partial(_wait, work, received, x)
 
 
 def all_to_all_rows(
     x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: dist.ProcessGroup | None
 ) -> Tensor:
-    """Sends the first send_counts[0] rows of x to rank 0, the next send_counts[1] to rank 1, and so on.
-
-    x: (sum(send_counts), ...), any dtype. Returns (sum(receive_counts), ...) ordered by source rank. A rank without
-    rows takes part. No gradient: see moe/ledger.py.
-    """
-    assert x.shape[0] == sum(send_counts), (x.shape, send_counts)
-    if group_size(group) == 1:
-        return x
-    received = x.new_empty((sum(receive_counts), *x.shape[1:]))
-    dist.all_to_all_single(received, x.contiguous(), list(receive_counts), list(send_counts), group=group)
-    return received
+    """start_all_to_all_rows, waited for."""
+    return start_all_to_all_rows(x, send_counts, receive_counts, group)()
 
 
-def all_gather_rows(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+def start_all_gather_rows(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None) -> Wait:
     """All ranks' rows in rank order, on every rank. counts: every rank's number of rows; sent padded to the largest.
     x: (counts[this rank], ...), any dtype. No gradient."""
     if group_size(group) == 1:
-        return x
+        return lambda: x
     mine = x.new_zeros((max(counts), *x.shape[1:]))
     mine[: x.shape[0]] = x
     gathered = mine.new_empty((len(counts) * max(counts), *x.shape[1:]))
-    all_gather_single(gathered, mine, group=group)
-    blocks = gathered.view(len(counts), max(counts), *x.shape[1:])
-    return torch.cat([block[:count] for block, count in zip(blocks.unbind(0), counts, strict=True)])
+    work = all_gather_single(gathered, mine, group=group, async_op=True)
+
+    def wait() -> Tensor:
+        blocks = _wait(work, gathered, mine).view(len(counts), max(counts), *x.shape[1:])
+        return torch.cat([block[:count] for block, count in zip(blocks.unbind(0), counts, strict=True)])
+
+    return wait
+
+
+def all_gather_rows(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    """start_all_gather_rows, waited for."""
+    return start_all_gather_rows(x, counts, group)()
+
+
+def _wait(work: dist.Work, received: Tensor, sent: Tensor) -> Tensor:
+    """sent: kept until here, since it is being read."""
+    work.wait()
+    return received
 
 
 def gather_columns(columns: Sequence[Tensor], group: dist.ProcessGroup | None) -> tuple[list[Tensor], list[int], int]:

@@ -20,7 +20,7 @@ from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.generation import Sampling
 from expert_parallel.model.rotary import LearnedPositionConfig
 from expert_parallel.moe.capacity import LimitSettings
-from expert_parallel.moe.experts import choose_backend
+from expert_parallel.moe.experts import takes_grouped_mm
 from expert_parallel.moe.ffn import width_in
 from expert_parallel.runtime import RuntimeConfig
 from expert_parallel.settings import Settings
@@ -132,7 +132,7 @@ class Config(Settings):
         experts, device = self.model.moe.experts, torch.device(device_type)
         hidden = experts.hidden // self.parallel.etp
         sizes = (self.model.d_model, width_in(experts.activation, hidden), hidden)
-        if experts.backend == "grouped_mm" and choose_backend(DTYPES[self.training.dtype], device, sizes) == "loop":
+        if experts.backend == "grouped_mm" and not takes_grouped_mm(DTYPES[self.training.dtype], device, sizes):
             raise ValueError(
                 f"model.moe.experts.backend 'grouped_mm' cannot multiply these: training.dtype is "
                 f"{self.training.dtype} (it takes float32 and bfloat16, on CUDA bfloat16 alone), model.d_model is "

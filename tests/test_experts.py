@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from expert_parallel.moe.experts import BACKENDS, ExpertsConfig, GroupedExperts, choose_backend
+from expert_parallel.moe.experts import ExpertsConfig, GroupedExperts, choose_backend
 from expert_parallel.moe.ffn import FFN, FFNConfig
 from expert_parallel.moe.parameters import init_parameters, logical_parameters
+from expert_parallel.moe.plan import DispatchedTokens
+from expert_parallel.moe.products import PRODUCTS
 
 D_MODEL, HIDDEN = 8, 16  # rows of 16 bytes and more in float32 and in bfloat16: what grouped_mm asks for
 COUNTS = {
@@ -39,6 +41,10 @@ def make_rows(counts: list[int], dtype: torch.dtype = torch.float64) -> tuple[Te
     x_RD = torch.randn(sum(counts), D_MODEL, generator=generator, dtype=torch.float64).to(dtype)
     weights_R = torch.rand(sum(counts), generator=generator, dtype=torch.float64)
     return x_RD, torch.tensor(counts), weights_R.to(torch.promote_types(torch.float32, dtype))
+
+
+def run(experts: GroupedExperts, x_RD: Tensor, counts_e: Tensor, weights_R: Tensor, seed: int = 0) -> Tensor:
+    return experts(DispatchedTokens.of_rows(x_RD, counts_e, weights_R), dropout_seed=seed)
 
 
 # Written from the papers: Nair and Hinton 2010; Hendrycks and Gimpel 2016 (with erf); Shazeer 2020.
@@ -72,7 +78,7 @@ def test_every_activation_is_its_formula(activation: str, bias: bool) -> None:
     inputs = (x_RD.requires_grad_(), weights_R.requires_grad_())
     experts = make_experts(activation=activation, bias=bias)
     parameters = list(experts.parameters())
-    y_RD = experts(x_RD, counts_e, weights_R)
+    y_RD = run(experts, x_RD, counts_e, weights_R)
     expected_RD = one_at_a_time(experts, x_RD, counts, weights_R)
     torch.testing.assert_close(y_RD, expected_RD, rtol=1e-12, atol=1e-12)
     upstream = torch.linspace(-1, 1, y_RD.numel(), dtype=torch.float64).view(y_RD.shape)
@@ -91,7 +97,9 @@ def test_one_expert_is_the_dense_network(activation: str, bias: bool) -> None:
     if experts.b_in is not None and experts.b_out is not None:
         dense.w_in.bias.data, dense.w_out.bias.data = experts.b_in.data[0], experts.b_out.data[0]
     x_RD, counts_e, weights_R = make_rows([5])
-    torch.testing.assert_close(experts(x_RD, counts_e, torch.ones_like(weights_R)), dense(x_RD), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        run(experts, x_RD, counts_e, torch.ones_like(weights_R)), dense(x_RD), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
@@ -103,7 +111,7 @@ def test_grouped_mm_equals_the_loop(counts: list[int], dtype: torch.dtype) -> No
         experts = make_experts(dtype=dtype, bias=True, backend=backend).to(compute_dtype)
         x_RD, counts_e, weights_R = make_rows(counts, dtype)
         x_RD = x_RD.to(compute_dtype).requires_grad_()
-        y_RD = experts(x_RD, counts_e, weights_R.to(torch.promote_types(torch.float32, compute_dtype)))
+        y_RD = run(experts, x_RD, counts_e, weights_R.to(torch.promote_types(torch.float32, compute_dtype)))
         assert y_RD.shape == x_RD.shape
         assert y_RD.dtype == compute_dtype
         y_RD.float().square().sum().backward()
@@ -121,19 +129,19 @@ def test_grouped_mm_equals_the_loop(counts: list[int], dtype: torch.dtype) -> No
             assert bool((error <= TOLERANCE[dtype] * scale).all()), (backend, name, float(error.max()), scale)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PRODUCTS)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 def test_an_expert_without_tokens_has_a_zero_gradient(backend: str, counts: list[int]) -> None:
     """Trap 6: never None, or weight decay would skip it; and never what an unwritten buffer holds (trap 20)."""
     experts = make_experts(dtype=torch.float32, bias=True, backend=backend)
-    experts(*make_rows(counts, torch.float32)).sum().backward()
+    run(experts, *make_rows(counts, torch.float32)).sum().backward()
     for name, parameter in experts.named_parameters():
         assert parameter.grad is not None, name
         for expert, count in enumerate(counts):
             assert bool((parameter.grad[expert] == 0).all()) is (count == 0), (name, expert)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PRODUCTS)
 def test_rows_of_one_expert_do_not_depend_on_the_others(backend: str) -> None:
     """Each row carries its expert's number through an expert that scales by its own: a shifted offset is seen."""
     experts = make_experts(num_experts=4, dtype=torch.float32, activation="relu", backend=backend)
@@ -141,7 +149,7 @@ def test_rows_of_one_expert_do_not_depend_on_the_others(backend: str) -> None:
         experts.w_in.data[expert] = torch.eye(D_MODEL, HIDDEN)
         experts.w_out.data[expert] = torch.eye(HIDDEN, D_MODEL) * 10**expert
     counts = [2, 0, 3, 1]
-    y_RD = experts(torch.ones(6, D_MODEL), torch.tensor(counts), torch.ones(6))
+    y_RD = run(experts, torch.ones(6, D_MODEL), torch.tensor(counts), torch.ones(6))
     assert y_RD[:, 0].tolist() == [1.0, 1.0, 100.0, 100.0, 100.0, 1000.0]
 
 
@@ -149,8 +157,8 @@ def test_weights_are_applied_in_their_own_dtype_and_rounded_once() -> None:
     """A bfloat16 output times a float32 weight: not first rounded to a bfloat16 weight."""
     experts = make_experts(num_experts=1, dtype=torch.bfloat16, activation="relu")
     x_RD, counts_e, weights_R = make_rows([200], torch.bfloat16)
-    plain = experts(x_RD, counts_e, torch.ones(200))
-    weighted = experts(x_RD, counts_e, weights_R)
+    plain = run(experts, x_RD, counts_e, torch.ones(200))
+    weighted = run(experts, x_RD, counts_e, weights_R)
     assert torch.equal(weighted, (plain.float() * weights_R[:, None]).bfloat16())
     assert not torch.equal(weighted, plain * weights_R.bfloat16()[:, None])
 
@@ -158,7 +166,7 @@ def test_weights_are_applied_in_their_own_dtype_and_rounded_once() -> None:
 def test_float32_weights_serve_a_bfloat16_input() -> None:
     experts = make_experts(dtype=torch.float32)
     x_RD, counts_e, weights_R = make_rows([2, 3, 0, 1], torch.bfloat16)
-    y_RD = experts(x_RD, counts_e, weights_R)
+    y_RD = run(experts, x_RD, counts_e, weights_R)
     assert y_RD.dtype == torch.bfloat16
     y_RD.float().sum().backward()
     assert experts.w_in.grad is not None
@@ -183,7 +191,7 @@ def test_float32_weights_serve_a_bfloat16_input() -> None:
     ],
 )
 def test_choose_backend(dtype: torch.dtype, device: str, sizes: tuple[int, ...], backend: str) -> None:
-    assert choose_backend(dtype, torch.device(device), sizes) == backend
+    assert choose_backend(ExpertsConfig(hidden=HIDDEN), dtype, torch.device(device), sizes) == backend
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -198,7 +206,7 @@ def test_torch_takes_the_smallest_sizes_that_the_rule_allows(dtype: torch.dtype)
 def test_auto_computes_what_grouped_mm_cannot(hidden: int, dtype: torch.dtype) -> None:
     auto, loop = (make_experts(dtype=dtype, hidden=hidden, backend=backend) for backend in ("auto", "loop"))
     rows = make_rows([2, 0, 1, 3], dtype)
-    assert torch.equal(auto(*rows), loop(*rows))
+    assert torch.equal(run(auto, *rows), run(loop, *rows))
 
 
 @pytest.mark.parametrize(("hidden", "dtype"), [(HIDDEN, torch.float64), (6, torch.float32), (4, torch.bfloat16)])
@@ -206,7 +214,7 @@ def test_grouped_mm_by_name_fails_where_it_cannot_work(hidden: int, dtype: torch
     """Never a wrong number. The run's config refuses it at start, by name; a layer alone has torch's own words."""
     grouped = make_experts(dtype=dtype, hidden=hidden, backend="grouped_mm")
     with pytest.raises((ValueError, RuntimeError)):
-        grouped(*make_rows([2, 0, 1, 3], dtype))
+        run(grouped, *make_rows([2, 0, 1, 3], dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,7 +226,7 @@ def test_hidden_dropout_is_after_the_activation_and_output_dropout_at_the_end() 
     for name in ("hidden_dropout", "output_dropout"):
         experts = make_experts(num_experts=1, activation="relu", **{"hidden": D_MODEL, name: 0.5})
         experts.w_in.data[0] = experts.w_out.data[0] = torch.eye(D_MODEL, dtype=torch.float64)
-        y_RD = experts(torch.ones(300, D_MODEL, dtype=torch.float64), torch.tensor([300]), torch.ones(300), 7)
+        y_RD = run(experts, torch.ones(300, D_MODEL, dtype=torch.float64), torch.tensor([300]), torch.ones(300), 7)
         assert set(y_RD.flatten().tolist()) == {0.0, 2.0}
         assert abs(float(y_RD.detach().mean()) - 1.0) < 0.1
 
@@ -226,16 +234,16 @@ def test_hidden_dropout_is_after_the_activation_and_output_dropout_at_the_end() 
 def test_the_two_dropouts_have_masks_of_their_own() -> None:
     both = make_experts(num_experts=1, activation="relu", hidden=D_MODEL, hidden_dropout=0.5, output_dropout=0.5)
     both.w_in.data[0] = both.w_out.data[0] = torch.eye(D_MODEL, dtype=torch.float64)
-    y_RD = both(torch.ones(300, D_MODEL, dtype=torch.float64), torch.tensor([300]), torch.ones(300), 7)
+    y_RD = run(both, torch.ones(300, D_MODEL, dtype=torch.float64), torch.tensor([300]), torch.ones(300), 7)
     assert abs(float((y_RD != 0).double().mean()) - 0.25) < 0.05  # 0.5 if the masks were one
 
 
 def test_dropout_is_a_function_of_its_seed_and_off_in_evaluation() -> None:
     rows = make_rows([2, 3, 0, 1])
     experts, plain = make_experts(hidden_dropout=0.3, output_dropout=0.3), make_experts()
-    assert torch.equal(experts(*rows, 5), experts(*rows, 5))
-    assert not torch.equal(experts(*rows, 5), experts(*rows, 6))
-    assert torch.equal(experts.eval()(*rows, 5), plain(*rows))
+    assert torch.equal(run(experts, *rows, 5), run(experts, *rows, 5))
+    assert not torch.equal(run(experts, *rows, 5), run(experts, *rows, 6))
+    assert torch.equal(run(experts.eval(), *rows, 5), run(plain, *rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expert_parallel.moe import hop
+from expert_parallel.moe import travel
 from expert_parallel.moe.layer import MoEConfig, MoELayer
 from expert_parallel.moe.ledger import Ledger, LedgerBreach, LedgerConfig
 from expert_parallel.moe.plan import StepContext
@@ -53,13 +53,10 @@ def run_with_fault(
     x_TD = torch.randn(12, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     checked = Ledger._checked
 
-    def faulty(self: Ledger, x: Any, tags: Any, carry: Any, send: Any, receive: Any, peers: Any, name: str) -> Tensor:
-        def tampering(*arguments: Any) -> Tensor:
-            rows = carry(*arguments)
-            hit = fault is not None and rank == VICTIM and name == PREFIX[dispatcher] + purpose
-            return FAULTS[fault](rows) if hit and fault is not None else rows
-
-        return checked(self, x, tags, tampering, send, receive, peers, name)
+    def faulty(self: Ledger, arrived: Tensor, like: Tensor, tags: bool, receive: Any, peers: Any, name: str) -> Tensor:
+        hit = fault is not None and rank == VICTIM and name == PREFIX[dispatcher] + purpose
+        rows = FAULTS[fault](arrived) if hit and fault is not None else arrived
+        return checked(self, rows, like, tags, receive, peers, name)
 
     with mock.patch.object(Ledger, "_checked", faulty), warnings.catch_warnings(record=True) as during:
         warnings.simplefilter("always")
@@ -133,13 +130,16 @@ def run_with_lost_choice(rank: int, doubled: bool) -> tuple[str, list[int]]:
     """One rank's dispatcher forgets a choice, or sends one twice, before anything is counted."""
     config = MoEConfig.model_validate({"d_model": 8, "num_experts": 8, "router": {"k": 3}, "experts": {"hidden": 4}})
     layer = MoELayer(config, dist.group.WORLD)
-    choices_of = hop.choices_of
+    choices_of = travel.choices_of
 
-    def forgetful(plan: Any) -> Any:
-        choices = choices_of(plan)
-        last = len(choices.row_N) - 1
-        kept = [*range(last), last, last] if doubled else list(range(last))
-        return hop.RowChoices(choices.row_N[kept], choices.expert_N[kept], choices.weight_N[kept])
+    def forgetful(*plan: Tensor) -> travel.RowChoices:
+        choices = choices_of(*plan)
+        if not doubled:
+            choices.expert_N[-1] = travel.NOWHERE
+            return choices
+        kept = [*range(len(choices.row_N)), -1]
+        parts = (choices.row_N[kept], choices.expert_N[kept], choices.weight_N[kept])
+        return travel.RowChoices(*parts, choices.num_rows)
 
     with mock.patch("expert_parallel.moe.dispatch.choices_of", forgetful if rank == 0 else choices_of):
         x_TD = torch.randn(12, 8, generator=torch.Generator().manual_seed(rank))
@@ -171,13 +171,13 @@ def test_a_choice_that_the_dispatcher_forgets_or_doubles_is_found(doubled: bool)
 def run_error(rank: int) -> str:
     """A breach in the last exchange, so that no other rank waits for this one."""
     ledger = Ledger(LedgerConfig(kind="rows"), layer=LAYER, step=STEP)
-    from expert_parallel.collectives import Peers, all_to_all_rows
+    from expert_parallel.collectives import Peers, Wait, start_all_to_all_rows
 
-    def swap(x: Tensor, send: Any, receive: Any, group: Any) -> Tensor:
-        rows = all_to_all_rows(x, send, receive, group)
-        return rows.flip(0) if rank == VICTIM else rows
+    def swap(x: Tensor, send: Any, receive: Any, group: Any) -> Wait:
+        wait = start_all_to_all_rows(x, send, receive, group)
+        return lambda: wait().flip(0) if rank == VICTIM else wait()
 
-    with mock.patch("expert_parallel.collectives.all_to_all_rows", swap):
+    with mock.patch("expert_parallel.collectives.start_all_to_all_rows", swap):
         try:
             ledger.exchange(torch.ones(4, 2), [2, 2], [2, 2], Peers.of(dist.group.WORLD), "combine")
         except LedgerBreach as breach:

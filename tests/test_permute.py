@@ -1,21 +1,23 @@
 """Index maths of dispatch and combine: hand-written numbers, naive loops, and rows that name their source."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expert_parallel.moe.hop import RowChoices, Travel, look_up, plan_travel
 from expert_parallel.moe.permute import (
     NO_ROW,
     gather_rows,
-    padded_tables,
+    padded_places,
     places_in_queues,
     sort_by_expert,
     sources_table,
     sum_rows,
 )
+from expert_parallel.moe.travel import NOWHERE, RowChoices, choices_of, columns, order_choices, plan_travel, row_table
 
 NAIVE = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -28,72 +30,80 @@ def ids(*rows: list[int]) -> Tensor:
 # plan_travel: choices by row -> rows by destination, on which choices of one row share a place or not
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What travels, cut to what is real. rows: of each row of x, without NO_ROW; rows_L: the table itself."""
+
+    token_U: list[int]
+    rows: list[list[int]]
+    flat_N: list[int]
+    num_choices_U: list[int]
+    rows_P: list[int]
+    choices_P: list[int]
+    rows_L: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
+
+
 def travel(
     expert_ids_TK: Tensor, kept_TK: Tensor | None, rank_of_expert_E: Tensor, num_ranks: int, merge: bool
-) -> tuple[RowChoices, Travel]:
-    """The kept choices of T tokens by hand, each weighed by its flat index, and how they travel."""
+) -> Planned:
+    """How the kept choices of T tokens travel, each weighed by its flat index."""
     num_tokens, num_choices = expert_ids_TK.shape
     kept_TK = torch.ones_like(expert_ids_TK, dtype=torch.bool) if kept_TK is None else kept_TK
-    flat = [t * num_choices + k for t in range(num_tokens) for k in range(num_choices) if kept_TK[t, k]]
-    flat_N = torch.tensor(flat, dtype=torch.int64)
-    choices = RowChoices(flat_N // num_choices, expert_ids_TK.flatten()[flat_N], flat_N.double())
-    return choices, plan_travel(choices, rank_of_expert_E, num_tokens, num_ranks, num_choices, merge)
+    weights_TK = torch.arange(num_tokens * num_choices).view(num_tokens, num_choices)
+    choices = choices_of(expert_ids_TK, kept_TK, weights_TK)
+    rank_of_expert_E1 = torch.cat([rank_of_expert_E, torch.tensor([num_ranks])])
+    order = order_choices(choices, rank_of_expert_E1, num_ranks, merge)
+    plan = plan_travel(choices, order, num_choices, merge)
+    num_rows, num_sent = int(order.rows_P.sum()), int(order.choices_P.sum())
+    assert plan.rows_L.shape[0] == num_tokens
+    assert plan.rows_L.shape[1] <= max(num_choices, 1)
+    assert torch.equal(order.choice_N[plan.place_N], torch.arange(num_tokens * num_choices))
+    assert bool((choices.expert_N[order.choice_N[num_sent:]] == NOWHERE).all())
+    row_N = order.first_N[:num_sent].cumsum(0) - 1
+    return Planned(
+        plan.token_U[:num_rows].tolist(),
+        [[row for row in rows if row != NO_ROW] for rows in plan.rows_L.tolist()],
+        choices.weight_N[order.choice_N[:num_sent]].tolist(),
+        torch.bincount(row_N, minlength=num_rows).tolist(),
+        order.rows_P.tolist(),
+        order.choices_P.tolist(),
+        plan.rows_L,
+    )
 
 
 def test_merged_choices_of_one_token_at_one_rank_share_a_row() -> None:
     """The two tokens of the docstring: experts 0-3 on rank 0, 4-7 on rank 1. Rows: (r0: t0), (r0: t1), (r1: t0)."""
-    _, plan = travel(ids([5, 1], [0, 1]), None, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), num_ranks=2, merge=True)
-    assert plan.token_U.tolist() == [0, 1, 0]
-    assert plan.rows_L.tolist() == [[0, 2], [1, NO_ROW]]
-    assert plan.choice_N.tolist() == [1, 2, 3, 0]
-    assert plan.num_choices_U.tolist() == [1, 2, 1]
-    assert plan.rows_P.tolist() == [2, 1]
-    assert plan.choices_P.tolist() == [3, 1]
+    plan = travel(ids([5, 1], [0, 1]), None, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), num_ranks=2, merge=True)
+    assert plan == Planned([0, 1, 0], [[0, 2], [1]], [1, 2, 3, 0], [1, 2, 1], [2, 1], [3, 1])
 
 
 def test_unmerged_choices_have_a_row_each_and_come_back_in_the_order_of_choice() -> None:
     """The same two tokens. Rows: (r0: t0 e1), (r0: t1 e0), (r0: t1 e1), (r1: t0 e5); token 0 adds e5 up first."""
-    _, plan = travel(ids([5, 1], [0, 1]), None, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), num_ranks=2, merge=False)
-    assert plan.token_U.tolist() == [0, 1, 1, 0]
-    assert plan.rows_L.tolist() == [[3, 0], [1, 2]]
-    assert plan.choice_N.tolist() == [1, 2, 3, 0]
-    assert plan.num_choices_U.tolist() == [1, 1, 1, 1]
-    assert plan.rows_P.tolist() == plan.choices_P.tolist() == [3, 1]
+    plan = travel(ids([5, 1], [0, 1]), None, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), num_ranks=2, merge=False)
+    assert plan == Planned([0, 1, 1, 0], [[3, 0], [1, 2]], [1, 2, 3, 0], [1, 1, 1, 1], [3, 1], [3, 1])
 
 
 @pytest.mark.parametrize("merge", [True, False])
 def test_dropped_choices_do_not_travel(merge: bool) -> None:
     """Experts 0, 1 on rank 1; 2, 3 on rank 0. Kept: token 0's expert 0, token 2's expert 0; token 1 goes nowhere."""
     kept_TK = torch.tensor([[True, False], [False, False], [False, True]])
-    choices, plan = travel(ids([0, 3], [3, 2], [1, 0]), kept_TK, torch.tensor([1, 1, 0, 0]), num_ranks=2, merge=merge)
-    assert choices.weight_N[plan.choice_N].tolist() == [0.0, 5.0]
-    assert plan.token_U.tolist() == [0, 2]
-    assert plan.rows_L.tolist() == [[0, NO_ROW], [NO_ROW, NO_ROW], [1, NO_ROW]]
-    assert plan.rows_P.tolist() == plan.choices_P.tolist() == [0, 2]
+    plan = travel(ids([0, 3], [3, 2], [1, 0]), kept_TK, torch.tensor([1, 1, 0, 0]), num_ranks=2, merge=merge)
+    assert plan == Planned([0, 2], [[0], [], [1]], [0, 5], [1, 1], [0, 2], [0, 2])
 
 
 def test_travel_of_an_uneven_placement() -> None:
     """Experts 0..4 lie on ranks 2, 0, 2, 1, 0: one token's e0, e1, e2 are two rows, (r0: e1) and (r2: e0 e2)."""
-    _, plan = travel(ids([0, 1, 2]), None, torch.tensor([2, 0, 2, 1, 0]), num_ranks=3, merge=True)
-    assert plan.token_U.tolist() == [0, 0]
-    assert plan.rows_L.tolist() == [[0, 1, NO_ROW]]
-    assert plan.choice_N.tolist() == [1, 0, 2]
-    assert plan.num_choices_U.tolist() == [1, 2]
-    assert plan.rows_P.tolist() == [1, 0, 1]
-    assert plan.choices_P.tolist() == [1, 0, 2]
+    plan = travel(ids([0, 1, 2]), None, torch.tensor([2, 0, 2, 1, 0]), num_ranks=3, merge=True)
+    assert plan == Planned([0, 0], [[0, 1]], [1, 0, 2], [1, 2], [1, 0, 1], [1, 0, 2])
 
 
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("num_tokens", [0, 1, 3])
 def test_travel_of_nothing(num_tokens: int, merge: bool) -> None:
-    """No tokens, or every choice dropped: empty int64 tensors, and no row for any rank."""
+    """No tokens, or every choice dropped: no row for any rank."""
     expert_ids_TK = torch.zeros(num_tokens, 2, dtype=torch.int64)
-    _, plan = travel(expert_ids_TK, torch.zeros(num_tokens, 2, dtype=torch.bool), torch.tensor([0, 1]), 2, merge)
-    for tensor in (plan.token_U, plan.choice_N, plan.num_choices_U):
-        assert tensor.shape == (0,)
-        assert tensor.dtype == torch.int64
-    assert plan.rows_L.tolist() == [[NO_ROW, NO_ROW]] * num_tokens
-    assert plan.rows_P.tolist() == plan.choices_P.tolist() == [0, 0]
+    plan = travel(expert_ids_TK, torch.zeros(num_tokens, 2, dtype=torch.bool), torch.tensor([0, 1]), 2, merge)
+    assert plan == Planned([], [[]] * num_tokens, [], [], [0, 0], [0, 0])
 
 
 @st.composite
@@ -128,23 +138,25 @@ def test_plan_travel_equals_loops(routing: tuple[Tensor, Tensor, Tensor], merge:
                 rows.append((rank, t))
                 num_choices_of_row.append(len(shared))
 
-    choices, plan = travel(expert_ids_TK, kept_TK, rank_of_expert_E, num_ranks=4, merge=merge)
-    ranks = [rank for rank, count in enumerate(plan.rows_P.tolist()) for _ in range(count)]
-    assert list(zip(ranks, plan.token_U.tolist(), strict=True)) == rows
-    assert choices.weight_N[plan.choice_N].tolist() == flat
-    assert plan.num_choices_U.tolist() == num_choices_of_row
+    plan = travel(expert_ids_TK, kept_TK, rank_of_expert_E, num_ranks=4, merge=merge)
+    ranks = [rank for rank, count in enumerate(plan.rows_P) for _ in range(count)]
+    assert list(zip(ranks, plan.token_U, strict=True)) == rows
+    assert plan.flat_N == flat
+    assert plan.num_choices_U == num_choices_of_row
     wanted_P = [sum(n for (r, _), n in zip(rows, num_choices_of_row, strict=True) if r == rank) for rank in range(4)]
-    assert plan.choices_P.tolist() == wanted_P
-    for t, found in enumerate(plan.rows_L.tolist()):
+    assert plan.choices_P == wanted_P
+    for t, found in enumerate(plan.rows):
         wanted = [row_of_choice[t, k] for k in range(num_choices) if kept_TK[t, k]]
-        wanted = sorted(set(wanted)) if merge else wanted
-        assert found == wanted + [NO_ROW] * (len(found) - len(wanted))
+        assert found == (sorted(set(wanted)) if merge else wanted)
 
 
-def test_look_up_leaves_the_absent_alone() -> None:
-    table = ids([1, NO_ROW], [NO_ROW, 0])
-    assert look_up(torch.tensor([7, 9]), table).tolist() == [[9, NO_ROW], [NO_ROW, 7]]
-    assert look_up(torch.zeros(0, dtype=torch.int64), ids([NO_ROW])).tolist() == [[NO_ROW]]
+def test_a_table_of_rows_with_unequal_numbers_of_choices() -> None:
+    """Row 1 has none."""
+    row_N = torch.tensor([0, 0, 2, 3, 3, 3])
+    choices = RowChoices(row_N, torch.zeros(6, dtype=torch.int64), torch.zeros(6), num_rows=4)
+    assert columns(choices).tolist() == [0, 1, 0, 0, 1, 2]
+    table = row_table(choices, torch.arange(10, 16), width=3)
+    assert table.tolist() == [[10, 11, NO_ROW], [NO_ROW] * 3, [12, NO_ROW, NO_ROW], [13, 14, 15]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,38 +251,31 @@ def test_a_long_queue_keeps_its_order() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# padded_tables: a block of equal length for each expert
+# padded_places: a block of equal length for each expert
 
 
-def test_padded_tables_by_hand() -> None:
-    """Experts with 2, 0 and 1 rows, blocks of 3: the places of rows 0, 1, 2 are 0, 1 and 6."""
-    row_P, place_R = padded_tables(torch.tensor([2, 0, 1]), padded_rows=3, num_rows=3)
-    assert place_R.tolist() == [0, 1, 6]
-    assert row_P.flatten().tolist() == [0, 1, NO_ROW, NO_ROW, NO_ROW, NO_ROW, 2, NO_ROW, NO_ROW]
+def test_padded_places_by_hand() -> None:
+    """Items of experts 2, 0, none, 0 in blocks of 3: places 6, 0, none, 1."""
+    place_N, item_P = padded_places(torch.tensor([2, 0, 3, 0]), num_slots=3, block_rows=3)
+    assert place_N.tolist() == [6, 0, NO_ROW, 1]
+    assert item_P.tolist() == [1, 3, NO_ROW, NO_ROW, NO_ROW, NO_ROW, 0, NO_ROW, NO_ROW]
 
 
 @NAIVE
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=5), st.integers(0, 3))
-def test_padded_tables_equal_loops_and_are_inverse(counts: list[int], spare: int) -> None:
-    padded_rows, num_rows = max(counts) + spare, sum(counts)
-    row_P, place_R = padded_tables(torch.tensor(counts), padded_rows, num_rows)
-    assert row_P.shape == (len(counts) * padded_rows, 1)
-    blocks = [[NO_ROW] * padded_rows for _ in counts]
-    row = 0
-    for expert, count in enumerate(counts):
-        for place in range(count):
-            blocks[expert][place] = row
-            row += 1
-    assert row_P.flatten().tolist() == [row for block in blocks for row in block]
-    x_RD = torch.arange(1.0, num_rows + 1)[:, None]
-    padded = gather_rows(x_RD, row_P, place_R)
-    assert float(padded.sum()) == float(x_RD.sum())  # the rest is zeros
-    assert torch.equal(gather_rows(padded, place_R, row_P), x_RD)
+@given(st.data(), st.integers(1, 5), st.integers(0, 3))
+def test_padded_places_equal_loops(data: st.DataObject, num_slots: int, spare: int) -> None:
+    slots = data.draw(st.lists(st.integers(0, num_slots), max_size=9))
+    block_rows = max([slots.count(slot) for slot in range(num_slots)]) + spare
+    place_N, item_P = padded_places(torch.tensor(slots, dtype=torch.int64), num_slots, block_rows)
+    blocks = [[n for n, s in enumerate(slots) if s == slot] for slot in range(num_slots)]
+    expected = [n for block in blocks for n in block + [NO_ROW] * (block_rows - len(block))]
+    assert item_P.tolist() == expected
+    assert place_N.tolist() == [expected.index(n) if n in expected else NO_ROW for n in range(len(slots))]
 
 
 def test_padding_that_is_too_small_is_refused() -> None:
     with pytest.raises(AssertionError):
-        padded_tables(torch.tensor([1, 3]), padded_rows=2, num_rows=4)
+        padded_places(torch.tensor([1, 1, 1, 0]), num_slots=2, block_rows=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,10 +386,11 @@ def test_every_token_is_carried_and_none_twice(routing: tuple[Tensor, Tensor, Te
     """Rows that carry their token's number go out to the ranks and come back: each as often as it was sent."""
     expert_ids_TK, kept_TK, rank_of_expert_E = routing
     token_names_TD = torch.arange(len(expert_ids_TK), dtype=torch.float64)[:, None] + 1000.0
-    _, plan = travel(expert_ids_TK, kept_TK, rank_of_expert_E, num_ranks=4, merge=merge)
-    x_UD = gather_rows(token_names_TD, plan.token_U, plan.rows_L)
-    assert x_UD.flatten().tolist() == [1000.0 + t for t in plan.token_U.tolist()]
-    y_TD = gather_rows(x_UD, plan.rows_L, plan.token_U)
+    plan = travel(expert_ids_TK, kept_TK, rank_of_expert_E, num_ranks=4, merge=merge)
+    token_U = torch.tensor(plan.token_U, dtype=torch.int64)
+    x_UD = gather_rows(token_names_TD, token_U, plan.rows_L)
+    assert x_UD.flatten().tolist() == [1000.0 + t for t in plan.token_U]
+    y_TD = gather_rows(x_UD, plan.rows_L, token_U)
     for t in range(len(expert_ids_TK)):
         ranks = [int(rank_of_expert_E[e]) for e, kept in zip(expert_ids_TK[t], kept_TK[t], strict=True) if kept]
         assert float(y_TD[t]) == len(set(ranks) if merge else ranks) * (1000.0 + t)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expert_parallel.moe.layer import MoEConfig, token_batch
 from expert_parallel.moe.plan import Reason, RoutingPlan, StepContext, TokenBatch
-from expert_parallel.moe.routing import TopKRouter, TopKRouterConfig
+from expert_parallel.moe.routing import TopKRouter, TopKRouterConfig, best
 
 LESSON_LOGITS = [2.1, 0.5, 1.8, 0.2, 0.9, 1.5, 0.3, 0.4]
 
@@ -303,3 +303,27 @@ def test_the_plan_of_a_step_repeats_bit_for_bit() -> None:
     first, second = (jittered(x_TD, index_T, StepContext(seed=3, step=5)) for _ in range(2))
     assert torch.equal(first.expert_ids_TK, second.expert_ids_TK)
     assert torch.equal(first.weights_TK, second.weights_TK)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The k best, and who stands first among equals
+
+
+@settings(deadline=None)
+@given(st.data(), st.sampled_from([torch.float32, torch.float64]))
+def test_best_is_a_stable_sort(data: st.DataObject, dtype: torch.dtype) -> None:
+    """Ties, both zeros, infinities and the smallest numbers: as Python's own sort, which is stable."""
+    numbers = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, 1e-45, -1e-45, 3e38, -3e38, torch.inf, -torch.inf])
+    num_tokens, num_experts = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 9))
+    row = st.lists(numbers, min_size=num_experts, max_size=num_experts)
+    ranking = data.draw(st.lists(row, min_size=num_tokens, max_size=num_tokens))
+    k = data.draw(st.integers(1, num_experts))
+    ids_TK = best(torch.tensor(ranking, dtype=dtype).view(num_tokens, num_experts), k)
+    assert ids_TK.tolist() == [sorted(range(num_experts), key=lambda e: -values[e])[:k] for values in ranking]
+
+
+def test_best_takes_a_diverged_router_without_an_error() -> None:
+    """The loss says NaN then, as it should; ids stay in range and differ."""
+    ids_TK = best(torch.tensor([[torch.nan, 1.0, -torch.nan, 0.0]]), 3)
+    assert sorted({*ids_TK[0].tolist()}) == sorted(ids_TK[0].tolist())
+    assert set(ids_TK[0].tolist()) <= {0, 1, 2, 3}

@@ -24,6 +24,7 @@ LEVELS = {
     "moe": 2,
     "model": 3,
     "planning": 3,
+    "allocator": 4,
     "launchers": 4,
     "rendezvous": 4,
     "runtime": 4,

@@ -123,6 +123,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         moe(dispatcher={"kind": "all_gather", "exchange_dtype": "bfloat16"}, router={"k": 3}),
         "ep",
     ),
+    "overlap": (
+        {"world": 4, "ep": 4, "recompute": "block"},
+        moe(dispatcher={"kind": "all_to_all", "overlap": 3}),
+        "ep",
+    ),
+    "overlap, etp": ({"world": 4, "etp": 2, "ep": 2}, moe(dispatcher={"kind": "all_to_all", "overlap": 2}), "etp ep"),
+    "overlap, all-gather": (
+        {"world": 4, "ep": 4, "recompute": "moe"},
+        moe(dispatcher={"kind": "all_gather", "overlap": 3}),
+        "ep",
+    ),
     "hash": ({"world": 4, "ep": 2, "recompute": "block"}, moe(router={"kind": "hash", "k": 2}, losses=[]), "ep"),
     "scope global": (
         {"world": 4, "ep": 2, "recompute": "block"},
@@ -145,6 +156,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "hierarchical": (
         {"world": 4, "ep": 4, "ranks_per_node": 2, "recompute": "block"},
         moe(dispatcher={"kind": "hierarchical"}),
+        "nodes node ep",
+    ),
+    "overlap, hierarchical": (
+        {"world": 4, "ep": 4, "ranks_per_node": 2, "recompute": "block"},
+        moe(dispatcher={"kind": "hierarchical", "overlap": 2}),
         "nodes node ep",
     ),
 }

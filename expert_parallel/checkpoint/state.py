@@ -61,7 +61,7 @@ class TorchState:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 state = self.optimizer.state[parameter]
-                state["step"] = torch.tensor(float(step))
+                state["step"] = torch.tensor(float(step), device=parameter.device)  # where a fused update counts
                 state.update({moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS})
 
     def finish(self) -> None:

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from expert_parallel.collectives import all_reduce_sum, group_rank, group_size
+from expert_parallel.moe.permute import count_keys
 from expert_parallel.moe.plan import RoutingPlan, TokenBatch
 from expert_parallel.settings import Settings
 
@@ -73,7 +74,7 @@ def count_documents(plan: RoutingPlan, batch: TokenBatch) -> Tensor:
     def count(num_choices: int | None) -> Tensor:
         key_TK = document_T[:, None] * num_experts + plan.expert_ids_TK
         key_TK = key_TK.masked_fill(~plan.routed_TK, num_rows * num_experts)[:, :num_choices]
-        counts = torch.bincount(key_TK.flatten(), minlength=num_rows * num_experts + 1)
+        counts = count_keys(key_TK.flatten(), num_rows * num_experts + 1)
         return counts[: num_rows * num_experts].view(num_rows, num_experts)
 
     real_T = torch.ones_like(document_T) if batch.real_T is None else batch.real_T.long()

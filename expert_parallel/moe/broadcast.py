@@ -1,113 +1,118 @@
 """The hop of the all-gather dispatcher: every rank gets every row and takes those that chose its experts."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from expert_parallel.collectives import all_gather_rows
-from expert_parallel.moe.hop import Hop, HopState, PassKey, RowChoices, refuse_disagreement
-from expert_parallel.moe.ledger import Ledger
-from expert_parallel.moe.permute import NO_ROW, sum_rows
+from expert_parallel.collectives import Wait, all_gather_rows
+from expert_parallel.moe.hop import Hop, Leg, PassKey, by_chunk, by_peer, departing, refuse_disagreement
+from expert_parallel.moe.ledger import Ledger, Trip
+from expert_parallel.moe.permute import sum_rows
+from expert_parallel.moe.travel import NOWHERE, RowChoices, columns, plan_travel
+
+
+@dataclass(frozen=True)
+class BroadcastLeg(Leg):
+    """lengths: rows of each rank. row_V: which of all ranks' rows are taken."""
+
+    lengths: list[int]
+    row_V: Tensor
 
 
 class BroadcastHop(Hop):
-    """Rows and choices are gathered, with no counts beforehand but each rank's number of tokens. What an all-to-all
+    """Rows and choices are gathered, with no counts beforehand but each rank's numbers of tokens. What an all-to-all
     would have brought is then taken from them, so that the way back, and the backward pass, are the all-to-all's."""
 
-    def send(
-        self, x_LD: Tensor, choices: RowChoices, key: PassKey, ledger: Ledger
-    ) -> tuple[Tensor, RowChoices, HopState]:
-        travel, peers = self._plan(x_LD, choices, key), self.peers
-        words = torch.tensor([[len(x_LD), *key.words]], dtype=torch.int32, device=x_LD.device)
-        table_P3 = all_gather_rows(words, [1] * peers.size, peers.group).tolist()
-        for link in peers.links:
-            ledger.log.bytes_sent["counts", link] += words.numel() * words.element_size()
-        refuse_disagreement([row[1:] for row in table_P3], key, peers)
-        lengths = [row[0] for row in table_P3]
+    def plan(
+        self, chunks: Sequence[RowChoices], key: PassKey, ledger: Ledger
+    ) -> tuple[list[Leg], Callable[[], list[RowChoices]]]:
+        lengths_CP = self._exchange_lengths(chunks, key, ledger)
+        everyones = self._gather_choices(chunks, lengths_CP, key, ledger)
+        legs: list[Leg] = []
+        found, leaving, taken, sent_CP, received_CP = [], [], [], [], []
+        for choices, order, lengths, (expert_GK, weight_GK) in zip(
+            chunks, self._order(chunks), lengths_CP, everyones, strict=True
+        ):
+            travel = plan_travel(choices, order, key.num_choices, self.merge)
+            (send, send_choices), num_ranks = torch.stack([order.rows_P, order.choices_P]).tolist(), self.peers.size
+            here_GK = self.rank_of_expert_E1[expert_GK.long()] == self.peers.me
+            row_V = here_GK.any(1).nonzero().squeeze(1)
+            row_N, column_N = here_GK[row_V].nonzero().unbind(1)
+            source_G = torch.arange(num_ranks, device=row_V.device).repeat_interleave(
+                torch.tensor(lengths, device=row_V.device)
+            )
+            receive = torch.bincount(source_G[row_V], minlength=num_ranks).tolist()
+            received_CP.append(torch.bincount(source_G[row_V][row_N], minlength=num_ranks).tolist())
+            legs.append(BroadcastLeg(travel.token_U[: sum(send)], travel.rows_L, send, receive, lengths, row_V))
+            sent_CP.append(send_choices)
+            leaving.append(departing(choices, order, travel, sum(send_choices))[1])
+            taken.append(weight_GK[row_V[row_N], column_N])
+            found.append((row_N, expert_GK[row_V[row_N], column_N].long(), len(row_V)))
+        weights = self._take_weights(leaving, taken, sent_CP, received_CP, ledger)
+        arrived = [
+            RowChoices(row_N, expert_N, weight_N, num_rows)
+            for (row_N, expert_N, num_rows), weight_N in zip(found, weights, strict=True)
+        ]
+        return legs, lambda: arrived
 
-        # Everybody's choices, as a table with a column for each: the expert, or NO_ROW.
-        place_N = torch.arange(len(choices.row_N), device=x_LD.device)
-        first_L = torch.searchsorted(choices.row_N, torch.arange(len(x_LD), device=x_LD.device))
-        column_N = place_N - first_L[choices.row_N]
-        expert_LK = choices.row_N.new_full((len(x_LD), key.num_choices), NO_ROW, dtype=torch.int32)
-        expert_LK[choices.row_N, column_N] = choices.expert_N.to(torch.int32)
-        weight_LK = choices.weight_N.new_zeros(len(x_LD), key.num_choices)
-        weight_LK[choices.row_N, column_N] = choices.weight_N.detach()
-        expert_GK, weight_GK = (self._gather(values, lengths, ledger) for values in (expert_LK, weight_LK))
+    def start(self, x_LD: Tensor, leg: Leg, ledger: Ledger) -> Trip:
+        assert isinstance(leg, BroadcastLeg)
+        purpose = f"{self.name}dispatch"
+        ledger.count_rows(purpose, leg.send, leg.receive, self.peers)
 
-        # Of these the ones for this rank, in the order in which an all-to-all would have brought them.
-        rank_GK = torch.where(expert_GK == NO_ROW, NO_ROW, self.rank_of_expert_E[expert_GK.clamp(min=0).long()])
-        here_GK = rank_GK == peers.me
-        row_V = here_GK.any(1).nonzero().squeeze(1)
-        row_N, column_N = here_GK[row_V].nonzero().unbind(1)
-        source_G = torch.arange(peers.size, device=x_LD.device).repeat_interleave(
-            torch.tensor(lengths, device=x_LD.device)
-        )
-        receive = torch.bincount(source_G[row_V], minlength=peers.size).tolist()
-        receive_choices = torch.bincount(source_G[row_V][row_N], minlength=peers.size).tolist()
-        send, send_choices = travel.rows_P.tolist(), travel.choices_P.tolist()
+        def there(x_LD: Tensor) -> Wait:
+            wait = ledger.begin_broadcast(x_LD, leg.lengths, self.peers, purpose)
+            return lambda: wait()[leg.row_V]
 
-        ledger.count_rows(f"{self.name}dispatch", send, receive, peers)
-        x_VD = _TakeRows.apply(self._narrow(x_LD), row_V, travel.rows_L, ledger, lengths, send, receive, self)
-        weight_N = _TakeChoices.apply(
-            choices.weight_N[travel.choice_N],
-            weight_GK[row_V[row_N], column_N],
-            ledger,
-            send_choices,
-            receive_choices,
-            self,
-        )
-        arrived = RowChoices(row_N, expert_GK[row_V[row_N], column_N].long(), weight_N)
-        return x_VD.to(x_LD.dtype), arrived, HopState(travel, send, receive)
+        def back(grad_VD: Tensor) -> Wait:
+            wait = ledger.begin(grad_VD, leg.receive, leg.send, self.peers, f"{purpose} backward")
+            return lambda: sum_rows(wait(), leg.rows_L)
 
-    def _gather(self, values: Tensor, lengths: list[int], ledger: Ledger) -> Tensor:
-        for link in self.peers.links:
-            ledger.log.bytes_sent["metadata", link] += values.numel() * values.element_size()
-        return all_gather_rows(values, lengths, self.peers.group)
+        return Trip(there, back).start(self._narrow(x_LD))
 
+    def _exchange_lengths(self, chunks: Sequence[RowChoices], key: PassKey, ledger: Ledger) -> list[list[int]]:
+        """Of each chunk, the number of rows of each rank."""
+        lengths = [choices.num_rows for choices in chunks]
+        words = torch.tensor([[*lengths, *key.words]], dtype=torch.int32, device=chunks[0].row_N.device)
+        ledger.count_bytes(words, [1] * self.peers.size, self.peers, "counts")
+        table_PW = all_gather_rows(words, [1] * self.peers.size, self.peers.group).tolist()
+        refuse_disagreement([row[-2:] for row in table_PW], key, self.peers)
+        return [list(lengths_P) for lengths_P in zip(*(row[:-2] for row in table_PW), strict=True)]
 
-class _TakeRows(torch.autograd.Function):
-    """Forward: all ranks' rows are gathered, those of row_V taken. Backward: their gradients return by all-to-all."""
+    def _gather_choices(
+        self, chunks: Sequence[RowChoices], lengths_CP: Sequence[Sequence[int]], key: PassKey, ledger: Ledger
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Everybody's choices of each chunk, as tables with a column for each: its expert, or NOWHERE, and weight."""
+        K, dtype, tables = key.num_choices, chunks[0].weight_N.dtype, []
+        for choices in chunks:
+            column_N = columns(choices)
+            expert_LK = choices.row_N.new_full((choices.num_rows, K), NOWHERE, dtype=torch.int32)
+            expert_LK[choices.row_N, column_N] = choices.expert_N.to(torch.int32)
+            weight_LK = choices.weight_N.new_zeros(choices.num_rows, K)
+            weight_LK[choices.row_N, column_N] = choices.weight_N.detach()
+            tables.append(torch.cat([expert_LK, weight_LK.view(torch.int32)], 1))
+        table, lengths_P = torch.cat(tables), [sum(lengths) for lengths in zip(*lengths_CP, strict=True)]
+        ledger.count_bytes(table, [len(table)] * self.peers.size, self.peers, "metadata")
+        everyones = by_chunk(all_gather_rows(table, lengths_P, self.peers.group), lengths_CP)
+        copied = torch.contiguous_format  # a part of a table may lie unaligned in it
+        return [(table_G[:, :K], table_G[:, K:].clone(memory_format=copied).view(dtype)) for table_G in everyones]
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_LD: Tensor,
-        row_V: Tensor,
-        rows_L: Tensor,
+    def _take_weights(
+        self,
+        leaving: Sequence[Tensor],
+        taken: Sequence[Tensor],
+        sent_CP: Sequence[Sequence[int]],
+        received_CP: Sequence[Sequence[int]],
         ledger: Ledger,
-        lengths: Any,
-        send: Any,
-        receive: Any,
-        hop: Hop,
-    ) -> Tensor:
-        ctx.save_for_backward(rows_L)
-        ctx.arguments = (ledger, send, receive, hop)
-        return ledger.broadcast(x_LD, lengths, hop.peers, f"{hop.name}dispatch")[row_V]
+    ) -> list[Tensor]:
+        """Forward: the gathered weights. Backward: their gradients return to the choices, by all-to-all."""
+        send, receive = ([sum(column) for column in zip(*table, strict=True)] for table in (sent_CP, received_CP))
+        taken_N = by_peer(taken, received_CP)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_VD: Tensor) -> tuple[Tensor | None, ...]:
-        (rows_L,) = ctx.saved_tensors
-        ledger, send, receive, hop = ctx.arguments
-        grad_UD = ledger.carry(grad_VD, receive, send, hop.peers, f"{hop.name}dispatch backward", True)
-        return sum_rows(grad_UD, rows_L), *[None] * 7
+        def back(grad_N: Tensor) -> Wait:
+            return ledger.begin(grad_N, receive, send, self.peers, "metadata backward", payload=False)
 
-
-class _TakeChoices(torch.autograd.Function):
-    """Forward: the gathered weights. Backward: their gradients return to the choices, by all-to-all."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight_N: Tensor, taken_N: Tensor, ledger: Ledger, send: Any, receive: Any, hop: Hop
-    ) -> Tensor:
-        ctx.arguments = (ledger, send, receive, hop)
-        return taken_N
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        ledger, send, receive, hop = ctx.arguments
-        return ledger.carry(grad_N, receive, send, hop.peers, "metadata backward", False), *[None] * 5
+        trip = Trip(lambda _: lambda: taken_N, back).start(by_peer(leaving, sent_CP))
+        return by_chunk(trip.finish(), received_CP)

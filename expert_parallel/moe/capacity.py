@@ -5,7 +5,7 @@ dropped passes by the residual alone.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Annotated, Literal
@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from expert_parallel.moe import random
-from expert_parallel.moe.permute import places_in_queues
+from expert_parallel.moe.permute import count_keys, places_in_queues
 from expert_parallel.moe.plan import Reason, RoutingPlan, TokenBatch
 from expert_parallel.moe.random import Stream
 from expert_parallel.moe.reroute import reroute
@@ -92,32 +92,27 @@ def expert_capacity(factor: float, minimum: int, num_tokens: int, num_choices: i
 
 
 def capacity_of_blocks(
-    config: FactorConfig | AbsoluteConfig, size_b: Tensor, num_choices: int, num_experts: int, training: bool
-) -> Tensor:
-    """Choices that one expert takes of each block of size_b tokens, int64 (blocks)."""
+    config: FactorConfig | AbsoluteConfig, sizes: Sequence[int], num_choices: int, num_experts: int, training: bool
+) -> list[int]:
+    """Choices that one expert takes of each block of so many tokens."""
     if isinstance(config, AbsoluteConfig):
-        return torch.full_like(size_b, config.train if training else config.eval)
+        return [config.train if training else config.eval] * len(sizes)
     factor = config.train if training else config.eval
-    return capacities(factor, config.minimum, size_b, num_choices, num_experts)
-
-
-def capacities(factor: float, minimum: int, size_b: Tensor, num_choices: int, num_experts: int) -> Tensor:
-    """expert_capacity of each of many numbers of tokens, int64. On the host, whose integers do not overflow."""
-    return size_b.new_tensor([expert_capacity(factor, minimum, n, num_choices, num_experts) for n in size_b.tolist()])
+    return [expert_capacity(factor, config.minimum, size, num_choices, num_experts) for size in sizes]
 
 
 def keep_all(
     config: DroplessConfig, plan: RoutingPlan, batch: TokenBatch, training: bool
-) -> tuple[RoutingPlan, Tensor | None]:
+) -> tuple[RoutingPlan, int | None]:
     """The plan as it is; there is no most that an expert takes."""
     return plan, None
 
 
 def limit(
     config: FactorConfig | AbsoluteConfig, plan: RoutingPlan, batch: TokenBatch, training: bool
-) -> tuple[RoutingPlan, Tensor | None]:
+) -> tuple[RoutingPlan, int | None]:
     """The plan with what overflows marked DROPPED_CAPACITY, or REROUTED and renamed; its weights are left as they were.
-    And the most choices that one expert takes of all the scope's tokens here: int64, no dimensions, for `pad`."""
+    And the most choices that one expert takes of all the scope's tokens here, for `pad`."""
     columns = [plan.expert_ids_TK.to(torch.int32), plan.reason_TK]
     looks_at_scores = config.priority in ("probability", "batch_priority")
     columns += [plan.scores_TE.gather(1, plan.expert_ids_TK)] if looks_at_scores else []
@@ -125,7 +120,7 @@ def limit(
     view, (ids_GK, reason_GK, *more) = look_across(config.scope, batch, *columns)
     ids_GK, ranking_GE = ids_GK.long(), more[-1] if config.overflow == "reroute" else None
     scores_GK = more[0] if looks_at_scores else None
-    capacity_b = capacity_of_blocks(config, view.size_b, ids_GK.shape[1], plan.num_experts, training)
+    capacities = capacity_of_blocks(config, view.sizes, ids_GK.shape[1], plan.num_experts, training)
 
     routed_GK = reason_GK != Reason.NOT_ROUTED
     order_N = queue_order(config, view, scores_GK, routed_GK, batch, training)
@@ -133,17 +128,29 @@ def limit(
     num_queues = view.num_blocks * plan.num_experts
     queue_GK = queue_GK.masked_fill(~routed_GK, num_queues)  # a queue apart, without a capacity
     place_GK = places_in_queues(queue_GK.flatten(), num_queues + 1, order_N).view_as(queue_GK)
-    capacity_Q = torch.cat([capacity_b.repeat_interleave(plan.num_experts), capacity_b.new_zeros(1)])
+    capacity_Q = queue_capacities(capacities, plan.num_experts, ids_GK.device)
     overflows_GK = routed_GK & (place_GK >= capacity_Q[queue_GK])
     reason_GK = reason_GK.masked_fill(overflows_GK, Reason.DROPPED_CAPACITY)
 
     if ranking_GE is not None:
-        taken_Q = torch.bincount(queue_GK[~overflows_GK], minlength=num_queues + 1)
+        taken_Q = count_keys(queue_GK.masked_fill(overflows_GK, num_queues).flatten(), num_queues + 1)
         room_Q = (capacity_Q - taken_Q)[:num_queues]
         ids_GK, rerouted_GK = reroute(ids_GK, routed_GK, overflows_GK, ranking_GE, view.block_G, room_Q, order_N)
         reason_GK = reason_GK.masked_fill(rerouted_GK, Reason.REROUTED)
     limited = replace(plan, expert_ids_TK=ids_GK[view.mine_T], reason_TK=reason_GK[view.mine_T])
-    return limited, capacity_b.sum()
+    return limited, sum(capacities)
+
+
+def queue_capacities(capacities: list[int], num_experts: int, device: torch.device) -> Tensor:
+    """Of each queue, int64 (blocks * E + 1), 0 for the last. Equal ones are filled in on the device: nothing is copied
+    to it."""
+    if len(set(capacities)) == 1:
+        capacity_Q = torch.full((len(capacities) * num_experts + 1,), capacities[0], device=device)
+    else:
+        capacity_b = torch.tensor([*capacities, 0], dtype=torch.int64, device=device)
+        capacity_Q = capacity_b.repeat_interleave(num_experts)[: len(capacities) * num_experts + 1]
+    capacity_Q[-1:].zero_()
+    return capacity_Q
 
 
 def _ranking(plan: RoutingPlan) -> Tensor:
@@ -171,7 +178,7 @@ def queue_order(
     return order_N
 
 
-POLICIES: dict[str, Callable[..., tuple[RoutingPlan, Tensor | None]]] = {
+POLICIES: dict[str, Callable[..., tuple[RoutingPlan, int | None]]] = {
     "dropless": keep_all,
     "factor": limit,
     "absolute": limit,

@@ -1,12 +1,13 @@
 """Dispatchers: carry each token to the experts of its plan, and bring the outputs back, added up.
 
-A dispatcher is a list of hops (hop.py), and then the sorting of what has arrived by local expert. It owns no parameters
-and keeps nothing between calls: what `combine` needs is returned by `dispatch`. `DISPATCHERS` maps each `kind:` to the
+A dispatcher is a list of hops (hop.py), through which the rows go in chunks (passage.py), and the sorting of what has
+arrived by local expert. It owns no parameters and keeps nothing between calls. `DISPATCHERS` maps each `kind:` to the
 function that lists its hops.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor
 from expert_parallel.collectives import Peers, group_rank, group_size
 from expert_parallel.mesh import Nodes
 from expert_parallel.moe.broadcast import BroadcastHop
-from expert_parallel.moe.hop import Hop, HopState, PassKey, RowChoices, agree, choices_of, look_up
+from expert_parallel.moe.hop import Hop, PassKey, agree
 from expert_parallel.moe.ledger import Ledger
-from expert_parallel.moe.permute import gather_rows, sort_by_expert, sources_table
+from expert_parallel.moe.passage import Passage, chunk_sizes, finish, split
+from expert_parallel.moe.permute import NO_ROW, count_keys, gather_rows, inverse, padded_places, stable_argsort
 from expert_parallel.moe.plan import DispatchedTokens, RoutingPlan, StepContext
+from expert_parallel.moe.travel import RowChoices, choices_of, row_table, without_nowhere
 from expert_parallel.placement import ExpertPlacement
 from expert_parallel.settings import Settings
 
@@ -32,10 +35,14 @@ class LocalConfig(Settings):
 
 
 class ExchangeSettings(Settings):
-    """exchange_dtype: rows travel as the model has them, or as `bfloat16` (half the bytes of float32 experts,
-    rounded)."""
+    """exchange_dtype: rows travel as the model has them, or as `bfloat16` (half the bytes of float32 experts, rounded).
+
+    overlap: a pass's tokens travel in this many chunks, each while the experts compute another, forward and backward.
+    1: all at once. More pays where the exchange is slow beside the experts.
+    """
 
     exchange_dtype: Literal["model", "bfloat16"] = "model"
+    overlap: int = Field(default=1, ge=1)
 
 
 class AllToAllConfig(ExchangeSettings):
@@ -116,14 +123,8 @@ DISPATCHERS: dict[str, Callable[..., list[Hop]]] = {
 }
 
 
-@dataclass(frozen=True)
-class CombineState:
-    """What `combine` needs. row_R: the arrived row behind each computed one; computed_VK: the computed rows of each
-    arrived one, in choice order."""
-
-    hops: list[HopState]
-    row_R: Tensor
-    computed_VK: Tensor
+# What this rank's experts make of the rows of a chunk: (tokens, number of the chunk) -> y_VD.
+Compute = Callable[[DispatchedTokens, int], Tensor]
 
 
 class Dispatcher:
@@ -139,44 +140,99 @@ class Dispatcher:
     ) -> None:
         assert placement.num_ranks == group_size(group), (placement, group_size(group))
         self.peers = Peers.of(group)
-        self.hops = DISPATCHERS[config.kind](config, placement, group, nodes)
+        hops = DISPATCHERS[config.kind](config, placement, group, nodes)
+        self.hops = [hop for hop in hops if hop.peers.size > 1]
+        self.num_chunks = config.overlap if self.hops else 1
         self.num_local_experts = len(placement.experts_on(group_rank(group)))
-        self.slot_of_expert_E = torch.tensor(placement.slot_of_expert, device="cpu")
+        # With a slot behind the local ones, for NOWHERE.
+        self.slot_of_expert_E1 = torch.tensor([*placement.slot_of_expert, self.num_local_experts], device="cpu")
 
-    def dispatch(
-        self, x_TD: Tensor, plan: RoutingPlan, ledger: Ledger, context: StepContext
-    ) -> tuple[DispatchedTokens, CombineState]:
-        """Rows for this rank's experts."""
-        num_choices = plan.expert_ids_TK.shape[1]
-        needs_grad = x_TD.requires_grad and torch.is_grad_enabled()
-        key = PassKey(x_TD.shape[1], x_TD.dtype, num_choices, needs_grad, context)
+    def carry(
+        self,
+        x_TD: Tensor,
+        plan: RoutingPlan,
+        ledger: Ledger,
+        context: StepContext,
+        compute: Compute,
+        beside: Callable[[], Tensor] | None = None,
+        padded_rows: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(y_TD, served_e): dispatch, compute and combine; and how many choices each local expert served.
+
+        y_TD, in the order of x_TD: the sum of each token's weighted outputs, in a fixed order: choice order within
+        a rank (the experts have added those up), then rank order (hierarchical: the ranks of a node, then nodes); with
+        `one_row_per: choice`, choice order. beside: what is computed while the first rows travel; it is added.
+        padded_rows: what each expert computes, padded with zeros; None: what has come to it.
+        """
+        num_choices, sizes = plan.expert_ids_TK.shape[1], chunk_sizes(len(x_TD), self.num_chunks)
+        parts = (plan.expert_ids_TK, plan.kept_TK, plan.weights_TK)
+        chunks = [choices_of(*part) for part in zip(*(split(x, sizes) for x in parts), strict=True)]
+        passages = [Passage(x_LD, self.hops, ledger) for x_LD in split(x_TD, sizes)]
+        if self.hops:
+            needs_grad = x_TD.requires_grad and torch.is_grad_enabled()
+            key = PassKey(x_TD.shape[1], x_TD.dtype, num_choices, needs_grad, context)
+            chunks, y_beside = self._plan(passages, chunks, key, ledger, beside)
+        else:
+            self._count_stay(chunks, ledger)
+            y_beside = beside and beside()
+        sorting = [self._sort(choices, num_choices, padded_rows) for choices in chunks]
+        for number, passage in enumerate(passages):
+            passage.serve = partial(_serve, compute, sorting[number][0], number)
+        y_TD, served_e = finish(passages), torch.stack([served_e for _, served_e in sorting]).sum(0)
+        return y_TD if y_beside is None else y_TD + y_beside, served_e
+
+    def _plan(
+        self,
+        passages: Sequence[Passage],
+        chunks: list[RowChoices],
+        key: PassKey,
+        ledger: Ledger,
+        beside: Callable[[], Tensor] | None,
+    ) -> tuple[list[RowChoices], Tensor | None]:
+        """The choices of each chunk that this rank's experts serve, and what `beside` has computed. All legs of the
+        passages are then known, and the first has begun."""
         if len(self.hops) > 1:  # a hop asks its own peers alone: others would wait for a rank that has raised
-            agree(key, self.peers, x_TD.device)
-        x_VD, choices, states = x_TD, choices_of(plan), []
+            agree(key, self.peers, passages[0].x_LD.device)
+        y_beside = None
         for hop in self.hops:
-            x_VD, choices, state = hop.send(x_VD, choices, key, ledger)
-            states.append(state)
-        return self._sort(x_VD, choices, num_choices, states)
+            legs, learn = hop.plan(chunks, key, ledger)
+            for passage, leg in zip(passages, legs, strict=True):
+                passage.legs.append(leg)
+            if hop is self.hops[0]:  # its rows need not wait for the rest
+                next(passages[0].steps)
+                y_beside = beside and beside()
+            chunks = learn()
+        return chunks, y_beside
 
-    def combine(self, y_RD: Tensor, state: CombineState, ledger: Ledger) -> Tensor:
-        """y_TD, in the order of x_TD: the sum of each token's weighted outputs, in a fixed order: choice order within
-        a rank, then rank order (hierarchical: the ranks of a node, then nodes); with `one_row_per: choice`, choice
-        order."""
-        y_VD = gather_rows(y_RD, state.computed_VK, state.row_R)
-        for hop, hop_state in zip(reversed(self.hops), reversed(state.hops), strict=True):
-            y_VD = hop.back(y_VD, hop_state, ledger)
-        return y_VD
+    def _count_stay(self, chunks: Sequence[RowChoices], ledger: Ledger) -> None:
+        """All experts are here: all rows are this rank's own."""
+        for purpose in ("dispatch", "combine"):
+            num_rows = [sum(choices.num_rows for choices in chunks)]
+            ledger.count_rows(purpose, num_rows, num_rows, self.peers)
 
-    def _sort(
-        self, x_VD: Tensor, choices: RowChoices, num_choices: int, states: list[HopState]
-    ) -> tuple[DispatchedTokens, CombineState]:
-        """Spreads each arrived row over its choices, grouped by local expert."""
-        self.slot_of_expert_E = self.slot_of_expert_E.to(x_VD.device)
-        order_R, counts_e = sort_by_expert(self.slot_of_expert_E[choices.expert_N], self.num_local_experts)
-        place_N = torch.empty_like(order_R)
-        place_N[order_R] = torch.arange(len(order_R), device=order_R.device)
-        width = min(num_choices, self.num_local_experts)
-        computed_VK = look_up(place_N, sources_table(choices.row_N, len(x_VD), width))
-        row_R = choices.row_N[order_R]
-        tokens = DispatchedTokens(gather_rows(x_VD, row_R, computed_VK), counts_e, choices.weight_N[order_R])
-        return tokens, CombineState(states, row_R, computed_VK)
+    def _sort(self, choices: RowChoices, num_choices: int, padded_rows: int | None) -> tuple[DispatchedTokens, Tensor]:
+        """Which arrived row each local expert computes for which choice; without the rows, which have yet to come. And
+        how many choices each serves. Where there are drops but no padding, the host waits for their number."""
+        self.slot_of_expert_E1 = self.slot_of_expert_E1.to(choices.expert_N.device)
+        num_local = self.num_local_experts
+        if padded_rows is None:
+            choices = without_nowhere(choices)
+        slot_N = self.slot_of_expert_E1[choices.expert_N]
+        counts_e = served_e = count_keys(slot_N, num_local + 1)[:num_local]
+        if padded_rows is None:
+            choice_R = stable_argsort(slot_N, num_local)
+            place_N = inverse(choice_R)
+            row_R = choices.row_N.index_select(0, choice_R)
+            weights_R = gather_rows(choices.weight_N, choice_R, place_N)
+        else:
+            counts_e = slot_N.new_full((num_local,), padded_rows)
+            place_N, choice_R = padded_places(slot_N, num_local, padded_rows)
+            row_N1 = torch.cat([choices.row_N, choices.row_N.new_full((1,), NO_ROW)])
+            row_R = row_N1[choice_R]  # NO_ROW takes the last
+            weights_R = gather_rows(choices.weight_N, choice_R[:, None], place_N[:, None])
+        computed_VK = row_table(choices, place_N, min(num_choices, num_local))
+        return DispatchedTokens(weights_R[:0, None], row_R, computed_VK, counts_e, weights_R), served_e
+
+
+def _serve(compute: Compute, tokens: DispatchedTokens, number: int, x_VD: Tensor) -> Tensor:
+    return compute(replace(tokens, x_VD=x_VD), number)

@@ -1,20 +1,23 @@
 """The experts of one rank: feed-forward networks with stacked weights, run on rows that are grouped by expert.
 
-`BACKENDS` maps each `backend:` to its grouped matrix product. A backend sees rows and counts, never tokens or ranks.
+Plain experts are one operation with a backward pass of its own (fused.py); those with biases, dropouts or columns
+divided over ranks are left to autograd. Either way products.py multiplies. Neither sees tokens or ranks.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from expert_parallel.collectives import group_size
 from expert_parallel.moe.expert_tensor import add_up_at_ranks, gather_from_ranks
 from expert_parallel.moe.ffn import ACTIVATIONS, GATED, Activation, width_in
+from expert_parallel.moe.fused import fused_experts
+from expert_parallel.moe.permute import gather_rows
+from expert_parallel.moe.plan import DispatchedTokens
+from expert_parallel.moe.products import PRODUCTS, Products
 from expert_parallel.moe.random import dropout, mix
 from expert_parallel.moe.slices import divide
 from expert_parallel.settings import Settings
@@ -23,7 +26,8 @@ from expert_parallel.settings import Settings
 class ExpertsConfig(Settings):
     """Expert_i(x) = activation(x W_in + b_in) W_out + b_out, each with its own weights.
 
-    `backend: auto` takes grouped_mm where torch has it for the dtype and sizes, else the loop.
+    `backend`: what multiplies (products.py). `auto` takes grouped_mm where torch has it for the dtype and sizes, else
+    the loop.
     """
 
     hidden: int = Field(ge=1)
@@ -33,32 +37,23 @@ class ExpertsConfig(Settings):
     output_dropout: float = Field(default=0.0, ge=0, lt=1, description="after the second matrix")
     backend: Literal["auto", "loop", "grouped_mm"] = "auto"
 
-
-def loop_matmul(x_RK: Tensor, weight_eKN: Tensor, counts_e: Tensor) -> Tensor:
-    """One product an expert. Any dtype. unbind, since indexing would allocate a full gradient for each expert."""
-    blocks = x_RK.split(counts_e.tolist())
-    return torch.cat([x @ weight for x, weight in zip(blocks, weight_eKN.unbind(0), strict=True)])
-
-
-def grouped_mm_matmul(x_RK: Tensor, weight_eKN: Tensor, counts_e: Tensor) -> Tensor:
-    """torch's grouped product. float32 and bfloat16; on CUDA bfloat16 alone."""
-    if x_RK.shape[0] == 0:  # not every device's kernel takes an empty product
-        return loop_matmul(x_RK, weight_eKN, counts_e)
-    return F.grouped_mm(x_RK, weight_eKN, offs=counts_e.cumsum(0).to(torch.int32))
+    @property
+    def is_plain(self) -> bool:
+        """Two products and an activation, nothing else: what fused.py computes."""
+        return not (self.bias or self.hidden_dropout or self.output_dropout)
 
 
-# kind -> (rows, weights, counts) -> rows: result[r] = x[r] @ weight[expert of row r].
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "loop": loop_matmul,
-    "grouped_mm": grouped_mm_matmul,
-}
-
-
-def choose_backend(dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> str:
-    """The backend of `auto`: grouped_mm takes no float64, on CUDA no float32, and rows of 16-byte multiples only."""
+def takes_grouped_mm(dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> bool:
+    """grouped_mm takes no float64, on CUDA no float32, and rows of 16-byte multiples only."""
     fits = all(size * dtype.itemsize % 16 == 0 for size in sizes)
-    dtypes = (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16)
-    return "grouped_mm" if fits and dtype in dtypes else "loop"
+    return fits and dtype in ((torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16))
+
+
+def choose_backend(config: ExpertsConfig, dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> str:
+    """The backend that runs: the one that is set; for `auto` grouped_mm where it can."""
+    if config.backend != "auto":
+        return config.backend
+    return "grouped_mm" if takes_grouped_mm(dtype, device, sizes) else "loop"
 
 
 class GroupedExperts(nn.Module):
@@ -98,29 +93,39 @@ class GroupedExperts(nn.Module):
                 divide(self, "b_in", -1, etp_group, gate_and_up)
             self.to_empty(device=device)
 
-    def forward(self, x_RD: Tensor, counts_e: Tensor, weights_R: Tensor, dropout_seed: int = 0) -> Tensor:
-        """Takes the fields of DispatchedTokens. Returns (R, D) in x's dtype: weight_r * Expert_r(x_r).
+    def forward(self, tokens: DispatchedTokens, dropout_seed: int = 0) -> Tensor:
+        """y_VD, in x's dtype: of each arrived row, the sum over its choices of weight * Expert(x).
 
         With an etp_group every rank of it calls this, each with rows of its own. The products see the rows of all; bias
         b_out, dropout of outputs and weights are applied once, by the rank whose rows they are.
         """
-        config = self.config
-        best = choose_backend(x_RD.dtype, x_RD.device, self.sizes)
-        if config.backend == "grouped_mm" and best != "grouped_mm":
+        config, x_VD = self.config, tokens.x_VD
+        best = choose_backend(config, x_VD.dtype, x_VD.device, self.sizes)
+        if best == "grouped_mm" and not takes_grouped_mm(x_VD.dtype, x_VD.device, self.sizes):
             raise ValueError(
-                f"model.moe.experts.backend 'grouped_mm' cannot run {x_RD.dtype} of sizes {self.sizes} on "
-                f"{x_RD.device.type}: no float64, on CUDA bfloat16 alone, rows of 16-byte multiples"
+                f"model.moe.experts.backend 'grouped_mm' cannot run {x_VD.dtype} of sizes {self.sizes} on "
+                f"{x_VD.device.type}: no float64, on CUDA bfloat16 alone, rows of 16-byte multiples"
             )
-        matmul = BACKENDS[best if config.backend == "auto" else config.backend]
+        if config.is_plain and group_size(self.etp_group) == 1:
+            return fused_experts(tokens, self.w_in, self.w_out, config.activation, PRODUCTS[best])
+        row_R1 = tokens.row_R[:, None]  # of one column, since some may be NO_ROW
+        x_RD = gather_rows(x_VD, row_R1, tokens.computed_VK)
+        y_RD = self._by_autograd(x_RD, tokens.counts_e, tokens.weights_R, PRODUCTS[best], dropout_seed)
+        return gather_rows(y_RD, tokens.computed_VK, row_R1)
+
+    def _by_autograd(self, x_RD: Tensor, counts_e: Tensor, weights_R: Tensor, products: Products, seed: int) -> Tensor:
+        """weight_r * Expert_r(x_r) in x's dtype, one step after the other."""
+        config = self.config
         x_GD, everyones_e, gathered = gather_from_ranks(x_RD, counts_e, self.etp_group)
-        hidden = matmul(x_GD, self.w_in.to(x_RD.dtype), everyones_e)
+        groups = products.groups(everyones_e)
+        hidden = products.rows(x_GD, self.w_in.to(x_RD.dtype), groups)
         hidden = ACTIVATIONS[config.activation](_add_bias(hidden, self.b_in, everyones_e))
         if self.training:
-            hidden = dropout(hidden, config.hidden_dropout, mix(dropout_seed, 0))
-        y_GD = matmul(hidden, self.w_out.to(x_RD.dtype), everyones_e)
+            hidden = dropout(hidden, config.hidden_dropout, mix(seed, 0))
+        y_GD = products.rows(hidden, self.w_out.to(x_RD.dtype), groups)
         y_RD = _add_bias(add_up_at_ranks(y_GD, gathered), self.b_out, counts_e)
         if self.training:
-            y_RD = dropout(y_RD, config.output_dropout, mix(dropout_seed, 1))
+            y_RD = dropout(y_RD, config.output_dropout, mix(seed, 1))
         return (y_RD * weights_R[:, None]).to(x_RD.dtype)
 
 

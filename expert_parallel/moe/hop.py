@@ -2,86 +2,23 @@
 experts.
 
 A row that several choices need at one destination travels once; on the way back their weighted outputs are one row.
-Beside the rows travel, as metadata: each row's number of choices (4 bytes), each choice's expert (4) and weight (4; 8
-in float64), and 16 bytes a rank pair: numbers of rows and choices, and what the pass is, which all ranks must agree
-on.
+The tokens of a pass may travel in chunks, one after the other. What the ranks must know beforehand goes for all chunks
+at once, in two messages: for each rank pair 8 bytes a chunk (numbers of rows and of choices) and 8 that say what the
+pass is, which all ranks must agree on; then, for each choice, its expert (4 bytes, with a bit that says where a row
+begins) and its weight (4; 8 in float64).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from expert_parallel.collectives import Peers, all_gather_rows, exchange_counts
-from expert_parallel.moe.ledger import Ledger
-from expert_parallel.moe.permute import NO_ROW, gather_rows, sources_table
-from expert_parallel.moe.plan import RoutingPlan, StepContext
-
-
-@dataclass(frozen=True)
-class RowChoices:
-    """The kept choices of L rows: sorted by row, within a row in the order of choice. row_N, expert_N: int64."""
-
-    row_N: Tensor
-    expert_N: Tensor
-    weight_N: Tensor
-
-
-def choices_of(plan: RoutingPlan) -> RowChoices:
-    """A row is a token."""
-    choice_N = plan.kept_TK.flatten().nonzero().squeeze(1)
-    return RowChoices(
-        choice_N // plan.expert_ids_TK.shape[1],
-        plan.expert_ids_TK.flatten()[choice_N],
-        plan.weights_TK.flatten()[choice_N],
-    )
-
-
-@dataclass(frozen=True)
-class Travel:
-    """Which rows travel. token_U: the row of x behind each, sorted by destination. rows_L: (L, width), the travelling
-    rows of each row of x in the order in which they are added up on return, NO_ROW behind them. choice_N: the choices
-    in the order of travel. num_choices_U: of each row. rows_P, choices_P: to each destination. All int64."""
-
-    token_U: Tensor
-    rows_L: Tensor
-    choice_N: Tensor
-    num_choices_U: Tensor
-    rows_P: Tensor
-    choices_P: Tensor
-
-
-def plan_travel(
-    choices: RowChoices, rank_of_expert_E: Tensor, num_rows: int, num_ranks: int, width: int, merge: bool
-) -> Travel:
-    """merge: choices of one row at one destination share a travelling row, else each has its own.
-    width: choices of a row, at most.
-
-    row-major (t0: e5 e1)(t1: e0 e1)  ->  rank-major (r0: t0 e1)(r0: t1 e0 e1)(r1: t0 e5)
-    """
-    rank_N = rank_of_expert_E[choices.expert_N]
-    if merge:
-        pair_N, choice_N = (rank_N * num_rows + choices.row_N).sort(stable=True)  # (rank, row) as one number
-        pair_U, num_choices_U = torch.unique_consecutive(pair_N, return_counts=True)
-        token_U, rank_U = pair_U % max(num_rows, 1), pair_U // max(num_rows, 1)
-        rows_L = sources_table(token_U, num_rows, min(width, num_ranks))
-    else:
-        rank_U, choice_N = rank_N.sort(stable=True)
-        token_U, num_choices_U = choices.row_N[choice_N], torch.ones_like(choice_N)
-        place_N = torch.empty_like(choice_N)
-        place_N[choice_N] = torch.arange(len(choice_N), device=choice_N.device)
-        rows_L = look_up(place_N, sources_table(choices.row_N, num_rows, width))
-    rows_P = torch.bincount(rank_U, minlength=num_ranks)
-    choices_P = torch.bincount(rank_N, minlength=num_ranks)
-    return Travel(token_U, rows_L, choice_N, num_choices_U, rows_P, choices_P)
-
-
-def look_up(values: Tensor, table: Tensor) -> Tensor:
-    """values[table], with NO_ROW left as it is."""
-    if len(values) == 0:
-        return table
-    return torch.where(table == NO_ROW, NO_ROW, values[table.clamp(min=0)])
+from expert_parallel.collectives import Peers, Wait, all_gather_rows, start_counts
+from expert_parallel.moe.ledger import Ledger, Trip
+from expert_parallel.moe.permute import NO_ROW, gather_rows
+from expert_parallel.moe.plan import StepContext
+from expert_parallel.moe.travel import Order, RowChoices, Travel, order_choices, plan_travel
 
 
 @dataclass(frozen=True)
@@ -136,8 +73,11 @@ def refuse_disagreement(words_P2: Sequence[Sequence[int]], key: PassKey, peers: 
 
 
 @dataclass(frozen=True)
-class HopState:
-    travel: Travel
+class Leg:
+    """How the rows of one chunk travel in one hop. send, receive: how many of them, by peer."""
+
+    token_U: Tensor
+    rows_L: Tensor
     send: list[int]
     receive: list[int]
 
@@ -150,48 +90,123 @@ class Hop:
         self, name: str, peers: Peers, rank_of_expert: Sequence[int], merge: bool, exchange_dtype: torch.dtype | None
     ) -> None:
         self.name, self.peers, self.merge, self.exchange_dtype = name, peers, merge, exchange_dtype
-        self.rank_of_expert_E = torch.tensor(rank_of_expert, device="cpu")  # even where a model is built on meta
+        ranks = [*rank_of_expert, peers.size]
+        self.rank_of_expert_E1 = torch.tensor(ranks, device="cpu")  # even where a model is built on meta
 
-    def send(
-        self, x_LD: Tensor, choices: RowChoices, key: PassKey, ledger: Ledger
-    ) -> tuple[Tensor, RowChoices, HopState]:
-        """The rows that arrive here, by source rank, and their choices."""
-        travel = self._plan(x_LD, choices, key)
-        send, send_choices, receive, receive_choices = self._exchange_counts(travel, key, ledger)
-        x_UD = self._narrow(gather_rows(x_LD, travel.token_U, travel.rows_L))
-        x_VD = ledger.exchange(x_UD, send, receive, self.peers, f"{self.name}dispatch").to(x_LD.dtype)
+    def plan(
+        self, chunks: Sequence[RowChoices], key: PassKey, ledger: Ledger
+    ) -> tuple[list[Leg], Callable[[], list[RowChoices]]]:
+        """How the rows of each chunk travel; and what to call for the choices that arrive, which are under way."""
+        orders = self._order(chunks)
+        wait = start_counts(sent_PW := self._count(orders, key, ledger), self.peers.group)
+        travels = [
+            plan_travel(choices, order, key.num_choices, self.merge)
+            for choices, order in zip(chunks, orders, strict=True)
+        ]
+        sent_WP, received_WP = torch.stack([sent_PW, wait()]).mT.tolist()  # the host waits here, and nowhere else
+        refuse_disagreement(list(zip(*received_WP[-2:], strict=True)), key, self.peers)
+        C = len(chunks)
+        legs = [
+            Leg(travel.token_U[: sum(send)], travel.rows_L, send, receive)
+            for travel, send, receive in zip(travels, sent_WP[:C], received_WP[:C], strict=True)
+        ]
+        parcels = [
+            departing(choices, order, travel, sum(send))
+            for choices, order, travel, send in zip(chunks, orders, travels, sent_WP[C : 2 * C], strict=True)
+        ]
+        num_rows = [sum(leg.receive) for leg in legs]
+        return legs, self._send_choices(parcels, sent_WP[C : 2 * C], received_WP[C : 2 * C], num_rows, ledger)
 
-        def metadata(values: Tensor, send: list[int], receive: list[int]) -> Tensor:
-            return ledger.exchange(values, send, receive, self.peers, "metadata", payload=False)
+    def start(self, x_LD: Tensor, leg: Leg, ledger: Ledger) -> Trip:
+        """The rows leave for those that need them."""
+        x_UD = self._narrow(gather_rows(x_LD, leg.token_U, leg.rows_L))
+        return ledger.trip(leg.send, leg.receive, self.peers, f"{self.name}dispatch").start(x_UD)
 
-        num_choices_V = metadata(travel.num_choices_U.to(torch.int32), send, receive)
-        expert_N = metadata(choices.expert_N[travel.choice_N].to(torch.int32), send_choices, receive_choices).long()
-        weight_N = metadata(choices.weight_N[travel.choice_N], send_choices, receive_choices)
-        row_V = torch.arange(len(x_VD), device=x_VD.device)
-        row_N = row_V.repeat_interleave(num_choices_V, output_size=sum(receive_choices))
-        return x_VD, RowChoices(row_N, expert_N, weight_N), HopState(travel, send, receive)
+    def start_back(self, y_VD: Tensor, leg: Leg, ledger: Ledger) -> Trip:
+        """What the arrived rows became leaves for where they came from; see `added_up`."""
+        return ledger.trip(leg.receive, leg.send, self.peers, f"{self.name}combine").start(self._narrow(y_VD))
 
-    def back(self, y_VD: Tensor, state: HopState, ledger: Ledger) -> Tensor:
-        """What the arrived rows became, back at the rows that they came from, added up in a fixed order."""
-        y_UD = ledger.exchange(self._narrow(y_VD), state.receive, state.send, self.peers, f"{self.name}combine")
-        return gather_rows(y_UD.to(y_VD.dtype), state.travel.rows_L, state.travel.token_U)
+    def added_up(self, y_UD: Tensor, leg: Leg) -> Tensor:
+        """What has come back, at the rows that it belongs to, added up in a fixed order."""
+        return gather_rows(y_UD, leg.rows_L, leg.token_U)
 
-    def _plan(self, x_LD: Tensor, choices: RowChoices, key: PassKey) -> Travel:
-        self.rank_of_expert_E = self.rank_of_expert_E.to(x_LD.device)
-        return plan_travel(choices, self.rank_of_expert_E, len(x_LD), self.peers.size, key.num_choices, self.merge)
+    def _order(self, chunks: Sequence[RowChoices]) -> list[Order]:
+        self.rank_of_expert_E1 = self.rank_of_expert_E1.to(chunks[0].expert_N.device)
+        return [order_choices(choices, self.rank_of_expert_E1, self.peers.size, self.merge) for choices in chunks]
 
-    def _exchange_counts(
-        self, travel: Travel, key: PassKey, ledger: Ledger
-    ) -> tuple[list[int], list[int], list[int], list[int]]:
-        """(rows to send, choices to send, rows to receive, choices to receive), for each peer."""
-        words_P2 = travel.rows_P.new_tensor([key.words]).expand(self.peers.size, 2)
-        sent_P4 = torch.cat([torch.stack([travel.rows_P, travel.choices_P], 1), words_P2], 1).to(torch.int32)
-        received_P4 = exchange_counts(sent_P4, self.peers.group)
-        for link in self.peers.links:
-            ledger.log.bytes_sent["counts", link] += sent_P4[0].numel() * sent_P4.element_size()
-        (send, send_choices, _, _), (receive, receive_choices, *words) = torch.stack([sent_P4, received_P4]).mT.tolist()
-        refuse_disagreement(list(zip(*words, strict=True)), key, self.peers)
-        return send, send_choices, receive, receive_choices
+    def _count(self, orders: Sequence[Order], key: PassKey, ledger: Ledger) -> Tensor:
+        """(P, 2 C + 2), int32: for each peer the rows of each chunk, the choices of each, and the key's words."""
+        counts = [order.rows_P for order in orders] + [order.choices_P for order in orders]
+        words_2P = counts[0].new_tensor(key.words)[:, None].expand(2, self.peers.size)
+        sent_PW = torch.cat([torch.stack(counts), words_2P]).mT.to(torch.int32)
+        ledger.count_bytes(sent_PW, [1] * self.peers.size, self.peers, "counts")
+        return sent_PW
+
+    def _send_choices(
+        self,
+        parcels: Sequence[tuple[Tensor, Tensor]],
+        send_CP: Sequence[Sequence[int]],
+        receive_CP: Sequence[Sequence[int]],
+        num_rows: Sequence[int],
+        ledger: Ledger,
+    ) -> Callable[[], list[RowChoices]]:
+        """All chunks' in one message. parcels: of each chunk, tags and weights of its choices, by destination.
+        num_rows: that will arrive, of each chunk."""
+        tag_N, weight_N = (by_peer(list(parts), send_CP) for parts in zip(*parcels, strict=True))
+        send, receive = ([sum(column) for column in zip(*table, strict=True)] for table in (send_CP, receive_CP))
+        tags: list[Tensor] = []
+
+        def there(weight_N: Tensor) -> Wait:
+            bits = weight_N.view(torch.int32).view(len(weight_N), weight_N.itemsize // 4)
+            record = torch.cat([tag_N[:, None], bits], 1)
+            wait = ledger.begin(record, send, receive, self.peers, "metadata", payload=False)
+
+            def arrive() -> Tensor:
+                arrived = wait()
+                tags.append(arrived[:, 0])
+                bits = arrived[:, 1:].clone(memory_format=torch.contiguous_format)  # at the start of its memory
+                return bits.view(weight_N.dtype).flatten()
+
+            return arrive
+
+        def back(grad_N: Tensor) -> Wait:
+            return ledger.begin(grad_N, receive, send, self.peers, "metadata backward", payload=False)
+
+        trip = Trip(there, back).start(weight_N)
+
+        def learn() -> list[RowChoices]:
+            weights, tags_C = by_chunk(trip.finish(), receive_CP), by_chunk(tags.pop(), receive_CP)
+            return [
+                RowChoices((tag_N & 1).cumsum(0) - 1, (tag_N >> 1).long(), weight_N, rows)
+                for tag_N, weight_N, rows in zip(tags_C, weights, num_rows, strict=True)
+            ]
+
+        return learn
 
     def _narrow(self, x: Tensor) -> Tensor:
         return x if self.exchange_dtype is None else x.to(self.exchange_dtype)
+
+
+def departing(choices: RowChoices, order: Order, travel: Travel, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` choices that travel, in the order of travel: their tags (the expert, and in the lowest bit whether a
+    row begins), and weights, which have a gradient."""
+    choice_N = order.choice_N[:count]
+    inverse_N1 = torch.where(travel.place_N < count, travel.place_N, NO_ROW)[:, None]
+    tag_N = choices.expert_N[choice_N] << 1 | order.first_N[:count]
+    return tag_N.to(torch.int32), gather_rows(choices.weight_N, choice_N, inverse_N1)
+
+
+def by_peer(parts: Sequence[Tensor], counts_CP: Sequence[Sequence[int]]) -> Tensor:
+    """Chunks, each by peer, as one message: by peer, for each its part of every chunk."""
+    if len(parts) == 1:
+        return parts[0]
+    blocks_CP = [part.split(list(counts)) for part, counts in zip(parts, counts_CP, strict=True)]
+    return torch.cat([block for blocks_C in zip(*blocks_CP, strict=True) for block in blocks_C])
+
+
+def by_chunk(message: Tensor, counts_CP: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The inverse of by_peer."""
+    if len(counts_CP) == 1:
+        return [message]
+    blocks = message.split([count for counts_C in zip(*counts_CP, strict=True) for count in counts_C])
+    return [torch.cat(blocks[chunk :: len(counts_CP)]) for chunk in range(len(counts_CP))]

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -19,7 +20,6 @@ from expert_parallel.moe.experts import ExpertsConfig, GroupedExperts
 from expert_parallel.moe.ffn import FFN, FFNConfig
 from expert_parallel.moe.ledger import Ledger, LedgerConfig
 from expert_parallel.moe.parameters import init_parameters
-from expert_parallel.moe.permute import gather_rows, padded_tables
 from expert_parallel.moe.plan import (
     Choices,
     DispatchedTokens,
@@ -67,6 +67,12 @@ class MoEConfig(Settings):
         router = router_settings(self.router)
         router.refuse(self.num_experts)
         refuse_combinations(router, self.capacity, self.losses, self.num_experts)
+        overlap, pads = getattr(self.dispatcher, "overlap", 1), getattr(self.capacity, "pad", False)
+        if overlap > 1 and pads:
+            raise ValueError(
+                f"dispatcher.overlap is {overlap} and capacity.pad is true: each chunk would be padded to the whole "
+                "capacity; set one of them back (overlap to 1, or pad to false)"
+            )
         return self
 
 
@@ -126,6 +132,7 @@ class MoELayer(nn.Module):
         self.experts = GroupedExperts(
             config.experts, config.d_model, placement.experts_on(group_rank(group)), etp_group
         )
+        self.expert_ids_e = torch.tensor(self.experts.expert_ids, device="cpu")
         self.shared_experts = FFN(config.shared_experts, config.d_model) if config.shared_experts else None
         if not self.experts.w_in.is_meta:
             init_parameters(self, seed, std=lambda name: 0.02)
@@ -158,16 +165,18 @@ class MoELayer(nn.Module):
 
         routed, plan, padded_rows = self._route(x_TD, batch)
         losses, pooled = router_losses(self.config.losses, routed, batch)
-        tokens, state = self.dispatcher.dispatch(x_TD, plan, ledger, context)
-        y_RD = self._compute(tokens, padded_rows, dropout_seed(context))
-        y_TD = self.dispatcher.combine(y_RD, state, ledger)
-        if self.shared_experts is not None:
-            y_TD = y_TD + self.shared_experts(x_TD)
+
+        def compute(tokens: DispatchedTokens, chunk: int) -> Tensor:
+            y_VD: Tensor = self.experts(tokens, dropout_seed=dropout_seed(context) + chunk)
+            return y_VD
+
+        shared = None if self.shared_experts is None else partial(self.shared_experts, x_TD)
+        y_TD, served_e = self.dispatcher.carry(x_TD, plan, ledger, context, compute, shared, padded_rows)
 
         weighted = {loss_name(c): c.coefficient * losses[loss_name(c)] for c in self.config.losses}
         stats = LoadStats(
             **count_choices(routed, plan, batch.real_T),
-            computed_E=self._by_global_expert(tokens.counts_e),
+            computed_E=self._by_global_expert(served_e),
             rows=RowCounts.of(ledger.log),
             log=ledger.log,
             gathered_bytes=batch.gathered_bytes[0],
@@ -215,11 +224,10 @@ class MoELayer(nn.Module):
         if not capacity.pad:
             return plan, None
         assert most is not None
-        if capacity.scope == "global":
-            return plan, int(most)
-        if capacity.scope == "sequence" and not self.counts_sequences:
-            most = torch.zeros_like(most)
-        return plan, int(all_reduce_sum(most, self.group))
+        if capacity.scope == "global" or group_size(self.group) == 1:
+            return plan, most
+        counts = capacity.scope != "sequence" or self.counts_sequences
+        return plan, int(all_reduce_sum(batch.index_T.new_tensor(most if counts else 0), self.group))
 
     def _weigh_again(self, plan: RoutingPlan, is_replayed: bool) -> RoutingPlan:
         """Weights for what is left, where the capacity policy, or that of the run that was recorded, may change
@@ -232,20 +240,9 @@ class MoELayer(nn.Module):
         counted_TK = plan.kept_TK if renormalise else None
         return replace(plan, weights_TK=self.router.weights(plan, plan.expert_ids_TK, counted_TK))
 
-    def _compute(self, tokens: DispatchedTokens, padded_rows: int | None, seed: int) -> Tensor:
-        """The experts on their rows, in blocks of `padded_rows` if given."""
-        if padded_rows is None:
-            return self.experts(tokens.x_RD, tokens.counts_e, tokens.weights_R, dropout_seed=seed)
-        row_P, place_R = padded_tables(tokens.counts_e, padded_rows, len(tokens.x_RD))
-        x_PD = gather_rows(tokens.x_RD, row_P, place_R)
-        weights_P = gather_rows(tokens.weights_R, row_P, place_R)
-        y_PD = self.experts(x_PD, torch.full_like(tokens.counts_e, padded_rows), weights_P, dropout_seed=seed)
-        return gather_rows(y_PD, place_R, row_P)
-
     def _by_global_expert(self, counts_e: Tensor) -> Tensor:
-        counts_E = counts_e.new_zeros(self.config.num_experts)
-        counts_E[torch.tensor(self.experts.expert_ids, device=counts_e.device)] = counts_e
-        return counts_E
+        self.expert_ids_e = self.expert_ids_e.to(counts_e.device)
+        return counts_e.new_zeros(self.config.num_experts).scatter_(0, self.expert_ids_e, counts_e)
 
 
 def token_batch(

@@ -9,17 +9,18 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expert_parallel import collectives
-from expert_parallel.collectives import CommLog, Peers, as_bytes, from_bytes
+from expert_parallel.collectives import CommLog, Peers, Wait, as_bytes, from_bytes
 from expert_parallel.settings import Settings
 
-Carry = Callable[[Tensor, Sequence[int], Sequence[int], Any], Tensor]
+Start = Callable[[Tensor, Sequence[int], Sequence[int], Any], Wait]
 _TAG_BYTES = 16
 
 
@@ -44,52 +45,66 @@ class Ledger:
     step: int = 0
     log: CommLog = field(default_factory=CommLog)
 
-    def exchange(
-        self, x: Tensor, send: Sequence[int], receive: Sequence[int], peers: Peers, purpose: str, payload: bool = True
-    ) -> Tensor:
-        """all_to_all_rows with a gradient, which is the same exchange the other way round. x: (sum(send), ...).
-        payload: rows that the ledger accounts for; else metadata, of which bytes alone are counted."""
-        return _Exchange.apply(x, self, list(send), list(receive), peers, purpose, payload)
+    def exchange(self, x: Tensor, send: Sequence[int], receive: Sequence[int], peers: Peers, purpose: str) -> Tensor:
+        """all_to_all_rows with a gradient, which is the same exchange the other way round. x: (sum(send), ...)."""
+        return self.trip(send, receive, peers, purpose).start(x).finish()
 
-    def carry(
-        self, x: Tensor, send: Sequence[int], receive: Sequence[int], peers: Peers, purpose: str, payload: bool
-    ) -> Tensor:
-        """One exchange without a gradient."""
+    def trip(
+        self, send: Sequence[int], receive: Sequence[int], peers: Peers, purpose: str, payload: bool = True
+    ) -> "Trip":
+        """An exchange that is started and finished apart, in the backward pass too. payload: rows that the ledger
+        accounts for; else metadata, of which bytes alone are counted."""
+        return Trip(
+            partial(self.begin, send=send, receive=receive, peers=peers, purpose=purpose, payload=payload),
+            partial(
+                self.begin, send=receive, receive=send, peers=peers, purpose=f"{purpose} backward", payload=payload
+            ),
+        )
+
+    def begin(
+        self, x: Tensor, send: Sequence[int], receive: Sequence[int], peers: Peers, purpose: str, payload: bool = True
+    ) -> Wait:
+        """Starts one exchange, without a gradient. Waiting for it checks what has arrived."""
         if not payload:
-            self._count_bytes(x, send, peers, purpose)
-            return collectives.all_to_all_rows(x, send, receive, peers.group)
+            self.count_bytes(x, send, peers, purpose)
+            return collectives.start_all_to_all_rows(x, send, receive, peers.group)
         self.count_rows(purpose, send, receive, peers)
         tags = _tags(send, peers, x.device) if self.config.kind == "rows" else None
-        return self._checked(x, tags, collectives.all_to_all_rows, send, receive, peers, purpose)
+        return self._begin(x, tags, collectives.start_all_to_all_rows, send, receive, peers, purpose)
 
-    def broadcast(self, x: Tensor, counts: Sequence[int], peers: Peers, purpose: str) -> Tensor:
+    def begin_broadcast(self, x: Tensor, counts: Sequence[int], peers: Peers, purpose: str) -> Wait:
         """Every rank's rows on every rank, without a gradient. counts: each rank's number of rows. The caller counts
         the rows that are taken from them; the bytes are those of all."""
         mine = [counts[peers.me]] * peers.size
 
-        def carry(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Any) -> Tensor:
-            return collectives.all_gather_rows(x, receive, group)
+        def start(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Any) -> Wait:
+            return collectives.start_all_gather_rows(x, receive, group)
 
         tags = _tags(mine[:1], Peers(None, peers.ranks, peers.links), x.device) if self.config.kind == "rows" else None
-        return self._checked(x, tags, carry, mine, counts, peers, purpose)
+        return self._begin(x, tags, start, mine, counts, peers, purpose)
 
-    def _checked(
+    def _begin(
         self,
         x: Tensor,
         tags: Tensor | None,
-        carry: Carry,
+        start: Start,
         send: Sequence[int],
         receive: Sequence[int],
         peers: Peers,
         purpose: str,
-    ) -> Tensor:
+    ) -> Wait:
         rows = x if tags is None else torch.cat([as_bytes(x), as_bytes(tags), as_bytes(_bit_sums(x))], dim=1)
-        arrived = carry(rows, send, receive, peers.group)
-        self._count_bytes(rows, send, peers, purpose)
-        if tags is not None:
-            arrived = self._check_tags(arrived, x, receive, peers, purpose)
+        self.count_bytes(rows, send, peers, purpose)
+        wait, like = start(rows, send, receive, peers.group), x[:0]
+        return lambda: self._checked(wait(), like, tags is not None, receive, peers, purpose)
+
+    def _checked(
+        self, arrived: Tensor, like: Tensor, has_tags: bool, receive: Sequence[int], peers: Peers, purpose: str
+    ) -> Tensor:
+        if has_tags:
+            arrived = self._check_tags(arrived, like, receive, peers, purpose)
         if len(arrived) != sum(receive):
-            if tags is None:  # with tags it has been said, by name
+            if not has_tags:  # with tags it has been said, by name
                 me = peers.ranks[peers.me]
                 self.report(f"{purpose}: rank {me} was to receive {sum(receive)} rows and received {len(arrived)}")
             self.log.rows_received[purpose, "own"] += len(arrived) - sum(receive)  # so that no total adds up
@@ -136,31 +151,59 @@ class Ledger:
             raise LedgerBreach(text)
         warnings.warn(text, RuntimeWarning, stacklevel=2)
 
-    def _count_bytes(self, rows: Tensor, send: Sequence[int], peers: Peers, purpose: str) -> None:
+    def count_bytes(self, rows: Tensor, send: Sequence[int], peers: Peers, purpose: str) -> None:
         row_bytes = math.prod(rows.shape[1:]) * rows.element_size()
         for peer, link in enumerate(peers.links):
             self.log.bytes_sent[purpose, link] += send[peer] * row_bytes
 
 
-class _Exchange(torch.autograd.Function):
+class Trip:
+    """One exchange there and, in the backward pass, back. `there`, `back`: start it, and return how to wait for it.
+
+    `start` and `finish` are two operations of autograd, the later one's backward starts the exchange back and the
+    earlier one's waits for it. So whatever is computed between them lies beneath the exchange in both passes, as
+    autograd runs what is ready in the reverse order of its making.
+    """
+
+    def __init__(self, there: Callable[[Tensor], Wait], back: Callable[[Tensor], Wait]) -> None:
+        self.there, self.back = there, back
+        self.under_way: list[Wait] = []  # of one, between start and finish of either pass
+
+    def start(self, x: Tensor) -> Self:
+        self.token = _Start.apply(x, self)
+        return self
+
+    def finish(self) -> Tensor:
+        """What has arrived, in x's dtype."""
+        token = self.token
+        del self.token  # the graph holds this trip: it would hold itself
+        return _Finish.apply(token, self)
+
+
+class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        ledger: Ledger,
-        send: list[int],
-        receive: list[int],
-        peers: Peers,
-        purpose: str,
-        payload: bool,
-    ) -> Tensor:
-        ctx.ledger, ctx.arguments = ledger, (receive, send, peers, f"{purpose} backward", payload)
-        return ledger.carry(x, send, receive, peers, purpose, payload)
+    def forward(ctx: Any, x: Tensor, trip: Trip) -> Tensor:
+        ctx.trip = trip
+        trip.under_way.append(trip.there(x))
+        return x.new_empty(0)  # what ties `finish` to x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.ledger.carry(grad, *ctx.arguments), None, None, None, None, None, None
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.trip.under_way.pop()(), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, trip: Trip) -> Tensor:
+        ctx.trip = trip
+        return trip.under_way.pop()()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.trip.under_way.append(ctx.trip.back(grad))
+        return grad.new_empty(0), None
 
 
 def _tags(send: Sequence[int], peers: Peers, device: torch.device) -> Tensor:

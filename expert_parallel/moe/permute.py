@@ -7,10 +7,32 @@ there are no scatter-adds and no atomics: every sum has a fixed order and a reru
 
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NO_ROW = -1
+
+
+def count_keys(keys_N: Tensor, num_keys: int) -> Tensor:
+    """How often each key of 0 to num_keys - 1 occurs, int64. On a GPU bincount would make the host wait."""
+    if keys_N.device.type == "cpu":
+        return torch.bincount(keys_N, minlength=num_keys)
+    return keys_N.new_zeros(num_keys).scatter_add_(0, keys_N, torch.ones_like(keys_N))
+
+
+def stable_argsort(keys_N: Tensor, num_keys: int) -> Tensor:
+    """The order that sorts keys of 0 to num_keys - 1, equal ones as they stood; int64. On the CPU, numpy's radix sort
+    of 16-bit numbers: ten times as fast as torch's sort (README.md, log)."""
+    if keys_N.device.type == "cpu" and num_keys <= 2**15:
+        return torch.from_numpy(np.argsort(keys_N.to(torch.int16).numpy(), kind="stable"))
+    return keys_N.argsort(stable=True)
+
+
+def inverse(order_N: Tensor) -> Tensor:
+    """The place of each item of a permutation, int64."""
+    return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
 
 
 def sort_by_expert(slot_R: Tensor, num_local_experts: int) -> tuple[Tensor, Tensor]:
@@ -18,8 +40,8 @@ def sort_by_expert(slot_R: Tensor, num_local_experts: int) -> tuple[Tensor, Tens
 
     Stable: within an expert the order of arrival stays. counts_e: int64, on slot_R's device.
     """
-    order_R = slot_R.argsort(stable=True)
-    return order_R, torch.bincount(slot_R, minlength=num_local_experts)
+    order_R = stable_argsort(slot_R, num_local_experts)
+    return order_R, count_keys(slot_R, num_local_experts)
 
 
 def sources_table(source_M: Tensor, num_sources: int, width: int) -> Tensor:
@@ -28,26 +50,36 @@ def sources_table(source_M: Tensor, num_sources: int, width: int) -> Tensor:
     source_M: int64 (M). Returns int64 (num_sources, width), filled up with NO_ROW. No source may be used more
     than `width` times.
     """
-    order_M = source_M.argsort(stable=True)
-    counts = torch.bincount(source_M, minlength=num_sources)
+    order_M = stable_argsort(source_M, num_sources)
+    return rows_of_sources(source_M[order_M], order_M, num_sources, width)
+
+
+def rows_of_sources(source_M: Tensor, value_M: Tensor, num_sources: int, width: int) -> Tensor:
+    """Row s lists the values of source s, in their order; NO_ROW behind them. source_M: int64, ascending. Returns int64
+    (num_sources, width)."""
+    counts = count_keys(source_M, num_sources)
     start = counts.cumsum(0) - counts
-    sorted_source_M = source_M[order_M]
-    place_M = torch.arange(len(source_M), device=source_M.device) - start[sorted_source_M]
-    table = source_M.new_full((num_sources, width), NO_ROW)
-    table[sorted_source_M, place_M] = order_M
-    return table
+    place_M = torch.arange(len(source_M), device=source_M.device) - start.index_select(0, source_M)
+    table = value_M.new_full((num_sources * width,), NO_ROW)
+    return table.scatter_(0, source_M * width + place_M, value_M).view(num_sources, width)
 
 
-def padded_tables(counts_e: Tensor, padded_rows: int, num_rows: int) -> tuple[Tensor, Tensor]:
-    """(row_P, place_R): each expert's rows, in a block of `padded_rows`. row_P: (e * padded_rows, 1), the row at each
-    place, NO_ROW behind an expert's last one. place_R: the place of each row. counts_e: none is above padded_rows."""
-    num_local = len(counts_e)
-    expert_R = torch.arange(num_local, device=counts_e.device).repeat_interleave(counts_e, output_size=num_rows)
-    start_e = counts_e.cumsum(0) - counts_e
-    within_R = torch.arange(num_rows, device=counts_e.device) - start_e[expert_R]
-    assert num_rows == 0 or int(within_R.max()) < padded_rows, (counts_e, padded_rows)
-    place_R = expert_R * padded_rows + within_R
-    return sources_table(place_R, num_local * padded_rows, 1), place_R
+def padded_places(slot_N: Tensor, num_slots: int, block_rows: int) -> tuple[Tensor, Tensor]:
+    """(place_N, item_P): items grouped by slot, each slot in a block of `block_rows` places, in their order.
+
+    slot_N: int64; num_slots for an item that has none. place_N: of each item, NO_ROW of one without a slot. item_P: the
+    item at each place, (num_slots * block_rows), NO_ROW behind a slot's last. No slot may have more than `block_rows`.
+    Shapes do not depend on what is in slot_N: no GPU need be waited for.
+    """
+    order_N, counts = stable_argsort(slot_N, num_slots + 1), count_keys(slot_N, num_slots + 1)
+    assert not slot_N.is_cpu or bool((counts[:num_slots] <= block_rows).all()), (counts, block_rows)
+    sorted_N, start, nowhere = slot_N.index_select(0, order_N), counts.cumsum(0) - counts, num_slots * block_rows
+    within_N = torch.arange(len(slot_N), device=slot_N.device) - start.index_select(0, sorted_N)
+    place_N = torch.where(sorted_N < num_slots, sorted_N * block_rows + within_N, nowhere)
+    place_N = torch.empty_like(place_N).scatter_(0, order_N, place_N)
+    item_P = place_N.new_full((nowhere + 1,), NO_ROW)
+    item_P.scatter_(0, place_N, torch.arange(len(place_N), device=place_N.device))
+    return place_N.masked_fill(place_N == nowhere, NO_ROW), item_P[:nowhere]
 
 
 def places_in_queues(queue_N: Tensor, num_queues: int, order_N: Tensor) -> Tensor:
@@ -55,8 +87,8 @@ def places_in_queues(queue_N: Tensor, num_queues: int, order_N: Tensor) -> Tenso
 
     Counted with stable sorts: a top-k over a 0/1 mask would keep arbitrary items.
     """
-    order_N = order_N[queue_N[order_N].argsort(stable=True)]
-    counts_Q = torch.bincount(queue_N, minlength=num_queues)
+    order_N = order_N[stable_argsort(queue_N[order_N], num_queues)]
+    counts_Q = count_keys(queue_N, num_queues)
     start_Q = counts_Q.cumsum(0) - counts_Q
     place_N = torch.empty_like(order_N)
     place_N[order_N] = torch.arange(len(order_N), device=order_N.device) - start_Q[queue_N[order_N]]
@@ -88,17 +120,27 @@ class _GatherRows(torch.autograd.Function):
 def sum_rows(x: Tensor, table: Tensor) -> Tensor:
     """gather_rows without a gradient."""
     if table.dim() == 1:
-        return x[table]
+        return x.index_select(0, table)
     num_rows, width = table.shape
     if x.shape[0] == 0 or width == 0:
         return x.new_zeros((num_rows, *x.shape[1:]))
+    if x.device.type == "cpu" and x.dim() == 2 and width > 1 and x.is_floating_point():
+        return _sum_bags(x, table)
     total = None
     for column in table.unbind(1):
         absent = (column == NO_ROW).view(-1, *[1] * (x.dim() - 1))
-        rows = x[column.clamp(min=0)].masked_fill_(absent, 0)
+        rows = x.index_select(0, column.clamp(min=0)).masked_fill_(absent, 0)
         if width == 1:
             return rows
         rows = rows.to(torch.promote_types(torch.float32, x.dtype))
         total = rows if total is None else total.add_(rows)
     assert total is not None
     return total.to(x.dtype)
+
+
+def _sum_bags(x: Tensor, table: Tensor) -> Tensor:
+    """On the CPU one pass over memory instead of one for each column: an embedding whose bags are the table's rows. It
+    adds 16-bit numbers in float32, too, and rounds once."""
+    present = table != NO_ROW
+    counts = present.sum(1)
+    return F.embedding_bag(table[present], x, counts.cumsum(0) - counts, mode="sum")

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from expert_parallel.collectives import CommLog, Link
+from expert_parallel.moe.permute import count_keys
 
 
 class Reason(IntEnum):
@@ -150,15 +151,25 @@ class RoutingPlan:
 
 @dataclass(frozen=True)
 class DispatchedTokens:
-    """All that an expert backend may see.
+    """All that an expert backend may see: rows that arrived, and the choices among this rank's experts that they serve.
 
-    x_RD: rows sorted by local expert. counts_e: int64, rows of each local expert, sum = R.
-    weights_R: router dtype; the experts multiply their outputs by it.
+    x_VD: the rows. row_R: int64, the arrived row behind each computed one, grouped by local expert; NO_ROW where
+    experts are padded to capacity. computed_VK: its inverse: the computed rows of each arrived one, in choice order,
+    NO_ROW behind them. counts_e: int64, computed rows of each local expert, sum = R. weights_R: router dtype; what
+    each expert's output is multiplied by.
     """
 
-    x_RD: Tensor
+    x_VD: Tensor
+    row_R: Tensor
+    computed_VK: Tensor
     counts_e: Tensor
     weights_R: Tensor
+
+    @staticmethod
+    def of_rows(x_RD: Tensor, counts_e: Tensor, weights_R: Tensor) -> "DispatchedTokens":
+        """Each row serves one choice, and they are grouped by expert already."""
+        row_R = torch.arange(len(x_RD), device=x_RD.device)
+        return DispatchedTokens(x_RD, row_R, row_R[:, None], counts_e, weights_R)
 
 
 @dataclass(frozen=True)
@@ -232,7 +243,7 @@ def count_choices(routed: RoutingPlan, plan: RoutingPlan, real_T: Tensor | None)
     """The first fields of LoadStats: each choice counted once, as it was routed, and under what became of it."""
     num_experts = plan.num_experts
     key_TK = plan.reason_TK.long() * num_experts + plan.expert_ids_TK
-    counts = torch.bincount(key_TK.flatten(), minlength=len(Reason) * num_experts).view(len(Reason), num_experts)
+    counts = count_keys(key_TK.flatten(), len(Reason) * num_experts).view(len(Reason), num_experts)
     probabilities_TE = plan.probabilities_TE.detach()
     logs_TE = probabilities_TE.clamp(min=torch.finfo(probabilities_TE.dtype).tiny).log()  # 0 log 0 is 0
     real_T = torch.ones_like(plan.reason_TK[:, 0], dtype=torch.bool) if real_T is None else real_T
@@ -251,4 +262,4 @@ def count_choices(routed: RoutingPlan, plan: RoutingPlan, real_T: Tensor | None)
 def count_routed(plan: RoutingPlan) -> Tensor:
     """Choices per expert that a router made, int64 (E)."""
     ids_TK = plan.expert_ids_TK.masked_fill(~plan.routed_TK, plan.num_experts)
-    return torch.bincount(ids_TK.flatten(), minlength=plan.num_experts + 1)[: plan.num_experts]
+    return count_keys(ids_TK.flatten(), plan.num_experts + 1)[: plan.num_experts]

@@ -88,8 +88,15 @@ def score_logits(logits_TE: Tensor, score: Score) -> Scores:
 
 
 def best(ranking_TE: Tensor, k: int) -> Tensor:
-    """The k largest, descending, the smaller number first on ties: a stable sort, since topk leaves that open."""
-    return ranking_TE.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    """The k largest, descending, the smaller number first on ties, which topk leaves open. float32 numbers become whole
+    ones of the same order, in whose lower half the expert's number makes each different: no sort of all experts."""
+    num_experts = ranking_TE.shape[1]
+    if ranking_TE.dtype != torch.float32 or ranking_TE.shape[0] == 0:
+        return ranking_TE.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    bits_TE = (ranking_TE + 0.0).view(torch.int32)  # + 0.0: the negative zero is a zero
+    order_TE = (bits_TE ^ (bits_TE >> 31 & 0x7FFFFFFF)).long() << 32
+    last_first_E = torch.arange(num_experts - 1, -1, -1, device=ranking_TE.device)
+    return num_experts - 1 - (order_TE.bitwise_or_(last_first_E).topk(k, dim=1).values & 0xFFFFFFFF)
 
 
 class Router(nn.Module):

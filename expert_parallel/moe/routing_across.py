@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from expert_parallel.moe.capacity import capacities
+from expert_parallel.moe.capacity import expert_capacity
 from expert_parallel.moe.permute import places_in_queues
 from expert_parallel.moe.plan import Reason, RoutingPlan, TokenBatch
 from expert_parallel.moe.routing import LinearRouter, LinearSettings, RouterSettings, Score, Scores, best, score_logits
@@ -59,7 +59,8 @@ class ExpertChoiceRouter(LinearRouter):
     def choose(self, scores: Scores, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         view, (scores_GE,) = look_across(self.config.scope, batch, scores.scores_TE)
         factor = self.config.train if self.training else self.config.eval
-        capacity_b = capacities(factor, 0, view.size_b, 1, self.num_experts)
+        capacities = [expert_capacity(factor, 0, size, 1, self.num_experts) for size in view.sizes]
+        capacity_b = torch.tensor(capacities, dtype=torch.int64, device=scores_GE.device)
         taken_GE = _best_tokens(scores_GE, view, capacity_b)
         reason_TK = torch.where(taken_GE, Reason.KEPT, Reason.NOT_ROUTED).to(torch.uint8)[view.mine_T]
         ids_E = torch.arange(self.num_experts, device=reason_TK.device)
@@ -120,7 +121,7 @@ def sinkhorn(logits_GE: Tensor, view: View, tolerance: float, max_iterations: in
         return logits_GE
     cost_GE = (logits_GE - logits_GE.amax(-1, keepdim=True)).exp() * view.real_G[:, None]
     cost_bSE = cost_GE.view(view.num_blocks, -1, logits_GE.shape[1])
-    num_tokens_b, num_experts = view.size_b.clamp(min=1).view(-1, 1, 1), logits_GE.shape[1]
+    num_tokens_b, num_experts = logits_GE.new_tensor(view.sizes).clamp(min=1).view(-1, 1, 1), logits_GE.shape[1]
     tiny = torch.finfo(cost_bSE.dtype).tiny
     row_bS1, column_b1E = torch.ones_like(cost_bSE[:, :, :1]), torch.ones_like(cost_bSE[:, :1])
     done_b = torch.zeros_like(num_tokens_b, dtype=torch.bool)

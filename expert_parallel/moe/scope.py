@@ -22,13 +22,13 @@ Scope = Literal["rank", "sequence", "global"]
 class View:
     """G tokens in order, in blocks of equal length (masked ones included) that are decided on their own.
 
-    index_G, real_G: as in TokenBatch. size_b: int64, each block's real tokens. mine_T: where this rank's tokens stand.
+    index_G, real_G: as in TokenBatch. sizes: each block's real tokens. mine_T: where this rank's tokens stand.
     """
 
     num_blocks: int
     index_G: Tensor
     real_G: Tensor
-    size_b: Tensor
+    sizes: list[int]
     mine_T: Tensor
 
     @property
@@ -49,9 +49,13 @@ def look_across(scope: Scope, batch: TokenBatch, *columns: Tensor) -> tuple[View
     if scope == "global" or (scope == "sequence" and is_divided):
         return _look_across_ranks(scope, batch, real_T, columns)
     num_blocks = batch.num_sequences if scope == "sequence" else 1
-    size_b = real_T.view(num_blocks, -1).sum(1) if num_blocks else real_T.new_zeros(0, dtype=torch.int64)
+    sizes = [len(real_T) // max(num_blocks, 1)] * num_blocks if batch.real_T is None else _sizes(real_T, num_blocks)
     mine_T = torch.arange(len(real_T), device=real_T.device)
-    return View(num_blocks, batch.index_T, real_T, size_b, mine_T), [column.detach() for column in columns]
+    return View(num_blocks, batch.index_T, real_T, sizes, mine_T), [column.detach() for column in columns]
+
+
+def _sizes(real_G: Tensor, num_blocks: int) -> list[int]:
+    return real_G.view(num_blocks, -1).sum(1).tolist() if num_blocks else []
 
 
 def _look_across_ranks(
@@ -75,8 +79,7 @@ def _look_across_ranks(
     rank = group_rank(group)
     start = sum(lengths[:rank])
     real_G = real_G[order_G]
-    size_b = real_G.view(num_blocks, -1).sum(1) if num_blocks else real_G.new_zeros(0, dtype=torch.int64)
-    view = View(num_blocks, index_G, real_G, size_b, place_G[start : start + lengths[rank]])
+    view = View(num_blocks, index_G, real_G, _sizes(real_G, num_blocks), place_G[start : start + lengths[rank]])
     return view, [column[order_G] for column in gathered]
 
 

@@ -182,13 +182,13 @@ def describe_capacity(config: Config, degrees: ParallelDegrees) -> str:
         "global": training.global_batch // training.micro_steps,
     }[capacity.scope]
     share = degrees.cp * degrees.tp if capacity.scope == "rank" else 1
-    size_b = torch.tensor([sequences * training.sequence_length // share])
+    size = sequences * training.sequence_length // share
     choices = moe.router.num_choices(moe.num_experts)
     train, evaluation = (
-        int(capacity_of_blocks(capacity, size_b, choices, moe.num_experts, training=is_training))
+        capacity_of_blocks(capacity, [size], choices, moe.num_experts, training=is_training)[0]
         for is_training in (True, False)
     )
     return (
-        f"{train:,} choices an expert takes of the {int(size_b):,} tokens of a scope ({capacity.scope}) in training, "
+        f"{train:,} choices an expert takes of the {size:,} tokens of a scope ({capacity.scope}) in training, "
         f"{evaluation:,} in evaluation"
     )

@@ -62,7 +62,11 @@ def build_optimizer(
         decay = config.weight_decay if decays else 0.0
         group["weight_decay"], group["decay_of_rows"] = (0.0, decay) if group["frozen_rows"] else (decay, 0.0)
     optimizer = torch.optim.AdamW(
-        list(groups.values()), lr=config.learning_rate, betas=(config.betas[0], config.betas[1]), eps=config.eps
+        list(groups.values()),
+        lr=config.learning_rate,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        fused=True,
     )
     optimizer.register_step_pre_hook(before_step)
     return optimizer

@@ -153,7 +153,7 @@ class MPIGroup(ProcessGroup):
                 output.copy_(part.view(output.shape))
         return self.done
 
-    def barrier(self, options: Any = None) -> Call:
+    def barrier(self, opts: Any = None) -> Call:  # torch gives it by this name
         with self._watch("barrier"):
             self.comm.Barrier()
         return self.done

@@ -74,6 +74,11 @@ class Step:
         return router_settings(self.moe.router)
 
     @property
+    def chunks(self) -> int:
+        """In which the tokens of a pass travel."""
+        return getattr(self.moe.dispatcher, "overlap", 1) if self.degrees.ep > 1 else 1
+
+    @property
     def recomputes_moe(self) -> bool:
         return self.training.recompute != "none"
 
@@ -104,12 +109,12 @@ def tokens_between_ranks(step: Step) -> Terms:
     dense = model.num_layers - len(model.moe_layers)
     shared = len(model.moe_layers) if model.moe is not None and model.moe.shared_experts is not None else 0
     # Recomputing stops where all that is kept is back: before the scattering that ends a block, if nothing behind it
-    # keeps a value.
+    # keeps a value. Shared experts do not end it: they compute while tokens travel to the others.
     block, moe = training.recompute == "block", training.recompute == "moe"
     again = 2 if model.norm_placement == "post" or model.dropout > 0 else 1
     exchanges = 4  # embedding: scattered; logits: gathered
     exchanges += (2 + block) * model.num_layers  # behind attention
-    exchanges += (4 + again * block) * dense + (4 + again * block + moe) * shared
+    exchanges += (4 + again * block) * dense + (4 + 2 * block + 2 * moe) * shared
     numbers = exchanges * model.d_model + (2 + block) * model.num_layers * _gathered_columns(model)
 
     keys_and_values = (degrees.cp - 1) * step.tokens * _key_columns(step) * step.compute_width

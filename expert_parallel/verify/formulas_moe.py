@@ -2,6 +2,7 @@
 rows. See formulas.py. What routing decides is taken from the step itself."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from expert_parallel.collectives import group_size
 from expert_parallel.degrees import grid
 from expert_parallel.moe.capacity import DroplessConfig, LimitSettings
+from expert_parallel.moe.passage import chunk_sizes
 from expert_parallel.moe.routing import HashConfig
 from expert_parallel.moe.routing_across import ExpertChoiceConfig, SinkhornConfig
 from expert_parallel.moe.totals import LayerTotals, packed_size
@@ -71,18 +73,18 @@ def scopes(step: Step) -> Terms:
     return terms
 
 
-def to_all_others(step: Step, axis: str, width: int, header: int) -> int:
+def to_all_others(step: Step, axis: str, width: int, header: int, tokens: Sequence[int] | None = None) -> int:
     """Bytes of one pass of one layer in which every rank of a group sends all others a header and its tokens, padded to
-    those of the fullest rank."""
-    groups = grid(step.degrees)[axis]
-    sent = [(header + max(step.tokens_of_ranks[rank] for rank in ranks) * width) * len(ranks) for ranks in groups]
+    those of the fullest rank. tokens: by rank; None: all that it has."""
+    groups, tokens = grid(step.degrees)[axis], tokens or step.tokens_of_ranks
+    sent = [(header + max(tokens[rank] for rank in ranks) * width) * len(ranks) for ranks in groups]
     return sum(sent) * (len(groups[0]) - 1) // step.degrees.pp
 
 
 def dispatch(step: Step, totals: LayerTotals) -> Terms:
     """Rows of one MoE layer: out and back, forward and backward; out and back once more where it is recomputed. Beside
-    them metadata: 16 bytes a pair of ranks, 4 a row, and for each choice that crosses its expert and weight. How many
-    choices share a row the ledger does not say: its bytes do."""
+    them metadata: 8 bytes a pair of ranks and 8 more a chunk, and for each choice that crosses its expert and weight.
+    How many choices share a row the ledger does not say: its bytes do."""
     if step.degrees.ep == 1:
         return Counter()
     if step.moe.dispatcher.kind == "all_gather":
@@ -99,25 +101,27 @@ def dispatch(step: Step, totals: LayerTotals) -> Terms:
         terms["ep", "agreement"] = step.moe_passes * step.stage_ranks * (step.degrees.ep - 1) * 8
     for axis, P, links in hops:
         moved = sum(totals.rows_moved[link] for link in links) // 4  # each way
-        counts = step.training.micro_steps * 16 * step.stage_ranks * (P - 1)
+        counts = step.training.micro_steps * (8 + 8 * step.chunks) * step.stage_ranks * (P - 1)
         metadata = sum(totals.bytes_sent[link] for link in links) - 4 * moved * row
-        choices = (metadata - counts - 4 * moved) // (choice + gradient_width(step))
+        choices = (metadata - counts) // (choice + gradient_width(step))
         if getattr(step.moe.dispatcher, "one_row_per", "rank") == "choice":
             choices = moved
         terms[axis, "rows"] = 4 * moved * row
-        terms[axis, "metadata"] = counts + 4 * moved + choices * (choice + gradient_width(step))
+        terms[axis, "metadata"] = counts + choices * (choice + gradient_width(step))
         if step.recomputes_moe:
-            terms[axis, "recomputed"] = 2 * moved * row + counts + 4 * moved + choices * choice
+            terms[axis, "recomputed"] = 2 * moved * row + counts + choices * choice
     return terms
 
 
 def broadcast(step: Step, totals: LayerTotals) -> Terms:
-    """Out go all tokens with all their choices, padded to those of the fullest rank (the ledger has them without);
-    back, and backward, what an all-to-all moves."""
-    row, M, P = row_width(step), step.training.micro_steps, step.degrees.ep
-    token = row + step.router.num_choices(step.moe.num_experts) * (4 + step.kept_width)
-    out = M * to_all_others(step, "ep", token, header=12)
-    unpadded = (P - 1) * (M * step.stage_ranks * 12 + step.tokens * token)
+    """Out go all tokens with all their choices, padded to those of the fullest rank, each chunk for itself
+    (the ledger has them without); back, and backward, what an all-to-all moves."""
+    row, M, P, header = row_width(step), step.training.micro_steps, step.degrees.ep, 8 + 4 * step.chunks
+    choices = step.router.num_choices(step.moe.num_experts) * (4 + step.kept_width)
+    chunks_of_ranks = zip(*(chunk_sizes(tokens, step.chunks) for tokens in step.tokens_of_ranks), strict=True)
+    rows = sum(to_all_others(step, "ep", row, header=0, tokens=tokens) for tokens in chunks_of_ranks)
+    out = M * (to_all_others(step, "ep", choices, header) + rows)
+    unpadded = (P - 1) * (M * step.stage_ranks * header + step.tokens * (row + choices))
     moved = sum(totals.rows_moved.values()) // 4
     return Counter(
         {
@@ -150,7 +154,7 @@ def expert_tensor(step: Step, rows: ExpertRows) -> Terms:
     once = others * step.model.d_model * step.compute_width
     gathered, returned = once * step.degrees.etp * rows.fullest, once * rows.total
     times = 2 if step.recomputes_moe else 1  # the rows are those of all forward passes
-    counts = 8 * step.moe.num_experts * edp * step.degrees.etp * others
+    counts = 8 * step.moe.num_experts * edp * step.degrees.etp * others * step.chunks
     return Counter(
         {
             ("etp", "rows"): gathered + returned + (gathered + returned) // times,

@@ -194,5 +194,4 @@ def backend(config: Config, runtime: Runtime) -> str:
         return "none"
     hidden = moe.experts.hidden // config.parallel.etp
     sizes = (config.model.d_model, width_in(moe.experts.activation, hidden), hidden)
-    best = choose_backend(DTYPES[config.training.dtype], runtime.device, sizes)
-    return best if moe.experts.backend == "auto" else moe.experts.backend
+    return choose_backend(moe.experts, DTYPES[config.training.dtype], runtime.device, sizes)

@@ -251,7 +251,7 @@ def _watch_experts(model: Transformer | Pipeline) -> tuple[dict[int, list[int]],
 
 
 def _note_rows(noted: list[int], experts: GroupedExperts, inputs: tuple[Any, ...]) -> None:
-    noted.append(len(inputs[0]))
+    noted.append(len(inputs[0].row_R))
 
 
 def _expert_rows(rows_of_passes: dict[int, list[int]], mesh: ParallelMesh, device: torch.device) -> ExpertRows:

@@ -1,0 +1,63 @@
+"""The floor of a layer: the products of its experts alone, on rows that lie ready, into memory that is there.
+
+No layer that computes in the same precision with torch's own products is faster, but for what it saves by larger ones.
+"""
+
+import torch
+from torch import Tensor
+
+from expert_parallel.bench.peers.contender import Case
+from expert_parallel.bench.shapes import matrices
+from expert_parallel.collectives import group_rank
+from expert_parallel.placement import ExpertPlacement
+
+
+class Floor:
+    """Forward and backward under balanced routing: T * K / E rows an expert (the first have one more where that does
+    not divide), three products for each of its matrices. With ranks: this rank's experts."""
+
+    def __init__(self, case: Case) -> None:
+        shape = case.shape
+        experts = ExpertPlacement.contiguous(shape.num_experts, case.ranks).experts_on(group_rank(case.group))
+        small, larger = divmod(shape.tokens * shape.k, shape.num_experts)
+        self.rows_e = [small + (expert < larger) for expert in experts]
+        rows, d_model, hidden = sum(self.rows_e), shape.d_model, shape.hidden
+        self.products: list[tuple[Tensor, Tensor, Tensor]] = []  # (a, b, where a @ b goes)
+
+        def new(*size: int) -> Tensor:
+            return torch.randn(*size, dtype=case.dtype, device=case.device)
+
+        inputs = [
+            (new(len(self.rows_e), d_model, hidden), new(rows, hidden)) for _ in range(matrices(case.activation) - 1)
+        ]
+        x_RD, dx_RD, y_RD, dy_RD, dh_RF = (
+            new(rows, d_model),
+            new(rows, d_model),
+            new(rows, d_model),
+            new(rows, d_model),
+            new(rows, hidden),
+        )
+        w_out_eFD = new(len(self.rows_e), hidden, d_model)
+        gradients = [torch.empty_like(w_eDF) for w_eDF, _ in inputs]
+        dw_out_eFD = torch.empty_like(w_out_eFD)
+        start = 0
+        for e, count in enumerate(self.rows_e):
+            own = slice(start, start + count)
+            start += count
+            for w_eDF, h_RF in inputs:
+                self.products.append((x_RD[own], w_eDF[e], h_RF[own]))
+            h_RF = inputs[0][1]
+            self.products.append((h_RF[own], w_out_eFD[e], y_RD[own]))
+            self.products.append((dy_RD[own], w_out_eFD[e].T, dh_RF[own]))
+            self.products.append((h_RF[own].T, dy_RD[own], dw_out_eFD[e]))
+            for (w_eDF, _), dw_eDF in zip(inputs, gradients, strict=True):
+                self.products.append((dh_RF[own], w_eDF[e].T, dx_RD[own]))
+                self.products.append((x_RD[own].T, dh_RF[own], dw_eDF[e]))
+
+    def run(self) -> None:
+        for a, b, out in self.products:
+            torch.mm(a, b, out=out)
+
+    @property
+    def flops(self) -> int:
+        return sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b, _ in self.products)

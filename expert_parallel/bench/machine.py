@@ -1,0 +1,222 @@
+"""What a machine can do at most: rates of products, of copies, and what an exchange between ranks costs. Planning reads
+the file.
+
+    expert-parallel bench machine --ranks 2 --json machine.json
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from expert_parallel.bench.facts import Facts, state_facts
+from expert_parallel.bench.timing import Work, measure
+from expert_parallel.collectives import all_to_all_rows
+from expert_parallel.runtime import Runtime
+from expert_parallel.settings import Settings
+from expert_parallel.training.step import DTYPES
+from expert_parallel.transports.mpi import BACKEND, start_mpi
+
+# (M, K, N) of M x K times K x N: squares, then one expert's rows of the shapes base and fine-grained (CPU), mixtral and
+# qwen3-30b-a3b (GPU).
+CPU_PRODUCTS = [
+    (256,) * 3,
+    (512,) * 3,
+    (1024,) * 3,
+    (1024, 256, 1024),
+    (1024, 1024, 256),
+    (128, 256, 128),
+    (128, 128, 256),
+]
+GPU_PRODUCTS = [
+    *((size,) * 3 for size in (1024, 2048, 4096, 8192)),
+    (4096, 4096, 14336),
+    (4096, 14336, 4096),
+    (2048, 2048, 768),
+    (2048, 768, 2048),
+]
+CPU_COPY, GPU_COPY = 64 << 20, 1 << 30  # bytes, beyond the caches
+EXCHANGES = [1 << exponent for exponent in (10, 12, 14, 16, 18, 20, 22, 24)]  # bytes that a rank sends to others
+MPI_LAUNCHERS = ("openmpi", "mpich")
+Say = Callable[[str], None]
+
+
+class MachineTask(Settings):
+    rounds: int = 7
+    threads: int = 1
+
+
+class Record(BaseModel):
+    """A block of the file; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Product(Record):
+    """One matrix product (M, K) x (K, N), while all ranks compute: of the slowest."""
+
+    m: int = Field(ge=1)
+    k: int = Field(ge=1)
+    n: int = Field(ge=1)
+    flops_per_second: float = Field(gt=0)
+
+
+class Exchange(Record):
+    """An all-to-all among `ranks`: seconds = alpha + beta * bytes that a rank sends to others. measured: those pairs
+    (bytes, seconds)."""
+
+    transport: str
+    ranks: int = Field(ge=2)
+    alpha_seconds: float = Field(ge=0)
+    beta_seconds_per_byte: float = Field(ge=0)
+    measured: list[tuple[int, float]]
+
+
+class MachineFile(Record):
+    """products: by dtype. copy_bytes_per_second: read and written, together. exchanges: by transport; none where one
+    rank was alone."""
+
+    kind: Literal["machine"] = "machine"
+    version: Literal[1] = 1
+    facts: Facts
+    rounds: int
+    products: dict[str, list[Product]]
+    copy_bytes_per_second: float = Field(gt=0)
+    exchanges: list[Exchange]
+
+
+def read_machine(path: Path) -> MachineFile:
+    """ValueError: one sentence with the path, where it is none of `bench machine`."""
+    try:
+        return MachineFile.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"the machine file {path} cannot be read: {error.strerror}") from error
+    except (ValidationError, UnicodeDecodeError) as error:
+        text = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            text = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"].lower()]))
+        raise ValueError(f"{path} is no file of `bench machine`: {text}") from None
+
+
+def machine_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
+    return bench_machine(MachineTask.model_validate(tree), runtime, say).model_dump(mode="json")
+
+
+def bench_machine(task: MachineTask, runtime: Runtime, say: Say = lambda text: None) -> MachineFile:
+    facts = state_facts(runtime, task.threads)
+    device, group = runtime.device, dist.group.WORLD if runtime.world_size > 1 else None
+    products = {}
+    for name in ("float32", "bfloat16"):
+        say(f"products in {name}")
+        products[name] = measure_products(DTYPES[name], device, task.rounds, group)
+    say("copies")
+    size = GPU_COPY if device.type == "cuda" else CPU_COPY
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    copies = measure({"copy": Work(partial(target.copy_, source))}, device, task.rounds, group)
+    exchanges = []
+    for transport, carrier in carriers(runtime).items():
+        say(f"exchanges over {transport}")
+        exchanges.append(measure_exchanges(transport, carrier, runtime, task.rounds))
+    return MachineFile(
+        facts=facts,
+        rounds=task.rounds,
+        products=products,
+        copy_bytes_per_second=2 * size / copies["copy"].median * 1000,
+        exchanges=exchanges,
+    )
+
+
+def measure_products(
+    dtype: torch.dtype, device: torch.device, rounds: int, group: dist.ProcessGroup | None
+) -> list[Product]:
+    """Small products many times in a row, so that a clock's reading is not what is measured."""
+    on_gpu = device.type == "cuda"
+    sizes = GPU_PRODUCTS if on_gpu else CPU_PRODUCTS
+    enough = 1e12 if on_gpu else 1e9
+    works, repeats = {}, []
+    for m, k, n in sizes:
+        a, b, out = (torch.randn(*size, device=device).to(dtype) for size in ((m, k), (k, n), (m, n)))
+        repeats.append(min(1000, max(1, round(enough / (2 * m * k * n)))))
+        works[f"{m} {k} {n}"] = Work(partial(_repeat, repeats[-1], a, b, out))
+    times = measure(works, device, rounds, group)
+    return [
+        Product(m=m, k=k, n=n, flops_per_second=repeat * 2 * m * k * n / time.median * 1000)
+        for (m, k, n), repeat, time in zip(sizes, repeats, times.values(), strict=True)
+    ]
+
+
+def _repeat(number: int, a: Tensor, b: Tensor, out: Tensor) -> None:
+    for _ in range(number):
+        torch.mm(a, b, out=out)
+
+
+def carriers(runtime: Runtime) -> dict[str, dist.ProcessGroup]:
+    """The transports that can be had here: gloo anywhere, MPI where mpirun has started the ranks, NCCL between GPUs."""
+    if runtime.world_size == 1:
+        return {}
+    found = {"gloo": dist.new_group(backend="gloo", timeout=runtime.timeout)}
+    if runtime.launch.launcher in MPI_LAUNCHERS:
+        start_mpi(runtime.rank, runtime.world_size)
+        found["mpi"] = dist.new_group(backend=BACKEND, timeout=runtime.timeout)
+    if runtime.device.type == "cuda":
+        found["nccl"] = dist.new_group(backend="nccl", timeout=runtime.timeout)
+    return found
+
+
+def measure_exchanges(transport: str, group: dist.ProcessGroup, runtime: Runtime, rounds: int) -> Exchange:
+    ranks = runtime.world_size
+    device = runtime.device if transport == "nccl" else torch.device("cpu")
+    works, calls = {}, []
+    for size in EXCHANGES:
+        rows = -(-size // (ranks - 1))  # bytes to each other rank; as many to itself
+        x, counts = torch.zeros(rows * ranks, dtype=torch.uint8, device=device), [rows] * ranks
+        calls.append(max(1, min(20, (1 << 20) // size)))
+        works[str(size)] = Work(partial(_exchange, calls[-1], x, counts, group))
+    times = measure(works, device, rounds, group)
+    seconds = [time.median / 1000 / number for time, number in zip(times.values(), calls, strict=True)]
+    measured = list(zip(EXCHANGES, seconds, strict=True))
+    alpha, beta = fit(measured)
+    return Exchange(
+        transport=transport, ranks=ranks, alpha_seconds=alpha, beta_seconds_per_byte=beta, measured=measured
+    )
+
+
+def _exchange(number: int, x: Tensor, counts: list[int], group: dist.ProcessGroup) -> None:
+    for _ in range(number):
+        all_to_all_rows(x, counts, counts, group)
+
+
+def fit(measured: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """alpha and beta of seconds = alpha + beta * bytes, neither below 0, by least squares of relative errors: so that
+    the short ones count as much as the long ones."""
+    sizes = torch.tensor([float(size) for size, _ in measured], dtype=torch.float64)
+    seconds = torch.tensor([time for _, time in measured], dtype=torch.float64)
+    columns = torch.stack([1 / seconds, sizes / seconds], 1)
+    scale = columns.norm(dim=0)
+    solution = torch.linalg.lstsq(columns / scale, torch.ones(len(measured), 1, dtype=torch.float64)).solution
+    alpha, beta = (solution[:, 0] / scale).tolist()
+    return max(alpha, 0.0), max(beta, 0.0)
+
+
+def describe_machine(result: MachineFile) -> str:
+    lines = [str(result.facts), f"medians of {result.rounds} rounds, of the slowest rank, while all work"]
+    for dtype, products in result.products.items():
+        lines += [
+            f"{dtype:10}{f'{p.m} x {p.k} x {p.n}':>22}{p.flops_per_second / 1e9:12,.1f} GFLOP/s" for p in products
+        ]
+    lines.append(f"copy, read and written {result.copy_bytes_per_second / 1e9:18.1f} GB/s a rank")
+    for exchange in result.exchanges:
+        rate = 1 / exchange.beta_seconds_per_byte / 1e9 if exchange.beta_seconds_per_byte else float("inf")
+        lines.append(
+            f"all-to-all, {exchange.transport}, {exchange.ranks} ranks: {1e6 * exchange.alpha_seconds:.0f} us + "
+            f"{1e9 * exchange.beta_seconds_per_byte:.3f} ns a byte ({rate:.2f} GB/s sent by a rank)"
+        )
+    if not result.exchanges:
+        lines.append("all-to-all: not measured: one rank has nobody to exchange with (--ranks 2, or a launcher)")
+    return "\n".join(lines)

@@ -1,0 +1,300 @@
+"""What the exchange costs over the link that there is: how much of it lies beneath the experts when tokens travel in
+chunks, and what crosses between nodes with the hierarchical dispatcher beside the flat one. On every rank of a
+launcher:
+
+    torchrun --nnodes 2 --nproc-per-node 1 ... -m expert_parallel bench overlap
+    torchrun --nnodes 2 --nproc-per-node 2 ... -m expert_parallel bench nodes --ranks-per-node 2
+
+A slow link for trying it: `tc qdisc add dev eth0 root tbf rate 400mbit burst 256kb latency 400ms` on each node.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from expert_parallel.bench.facts import Facts, state_facts
+from expert_parallel.bench.shapes import Shape
+from expert_parallel.bench.timing import Times, Work, measure
+from expert_parallel.collectives import all_reduce_sum
+from expert_parallel.mesh import Nodes, ParallelDegrees, build_nodes, group_maker
+from expert_parallel.moe.layer import MoEConfig, MoELayer, token_batch
+from expert_parallel.moe.ledger import Ledger
+from expert_parallel.moe.plan import DispatchedTokens, StepContext
+from expert_parallel.runtime import Runtime, UserError
+from expert_parallel.settings import Settings
+
+Say = Callable[[str], None]
+FLAT = {"choice": {"kind": "all_to_all", "one_row_per": "choice"}, "rank": {"kind": "all_to_all"}}
+HIERARCHICAL = {"kind": "hierarchical"}
+
+
+class OverlapTask(Settings):
+    shape: Shape
+    dispatcher: Literal["all_to_all", "hierarchical"] = "all_to_all"
+    overlap: int = Field(default=4, ge=2)
+    rounds: int = 7
+    threads: int = 1
+
+
+class OverlapResult(BaseModel):
+    """Forward and backward of one layer. exchange: rows out and back, with experts that do nothing. experts: theirs
+    alone. difference: the largest of an output or gradient in chunks, relative to the largest at once."""
+
+    kind: Literal["overlap"] = "overlap"
+    facts: Facts
+    shape: Shape
+    dispatcher: str
+    overlap: int
+    rounds: int
+    exchange: Times
+    experts: Times
+    at_once: Times
+    in_chunks: Times
+    difference: float
+
+    @property
+    def hidden(self) -> float:
+        """Of the smaller of exchange and experts, the share that no longer takes time."""
+        return (self.at_once.median - self.in_chunks.median) / min(self.exchange.median, self.experts.median)
+
+
+class NodesTask(Settings):
+    shape: Shape
+    ranks_per_node: int = Field(ge=1)
+    rounds: int = 7
+    threads: int = 1
+
+
+class NodesRow(BaseModel):
+    """bytes: of rows between nodes, forward and backward; rows_out: those with tokens alone. Of all ranks together."""
+
+    times: Times
+    bytes: int
+    rows_out: int
+
+
+class NodesResult(BaseModel):
+    kind: Literal["nodes"] = "nodes"
+    facts: Facts
+    shape: Shape
+    ranks_per_node: int
+    rounds: int
+    rows: dict[str, NodesRow]
+
+    def ratio(self, flat: str) -> float:
+        """Of the bytes between nodes, hierarchical over one row a `choice`, or a `rank`."""
+        return self.rows["hierarchical"].bytes / self.rows[f"one row a {flat}"].bytes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Overlap
+
+
+def overlap_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
+    """On every rank, two or more."""
+    task = OverlapTask.model_validate(tree, strict=False)
+    refuse(task.shape, runtime)
+    return bench_overlap(task, runtime).model_dump(mode="json")
+
+
+def bench_overlap(task: OverlapTask, runtime: Runtime) -> OverlapResult:
+    facts, group = state_facts(runtime, task.threads), dist.group.WORLD
+    nodes = make_nodes(runtime, runtime.launch.local_world_size) if task.dispatcher == "hierarchical" else None
+    layers = [
+        make_layer(task.shape, {"kind": task.dispatcher, "overlap": chunks}, runtime, nodes)
+        for chunks in (1, task.overlap)
+    ]
+    x_TD = draw_tokens(task.shape, runtime)
+    found = [outputs(layer, x_TD) for layer in layers]
+    differences = [float((a - b).abs().max() / a.abs().max()) for a, b in zip(*found, strict=True) if a.numel()]
+    works = {
+        "exchange": carry_work(layers[0], x_TD),
+        "experts": experts_work(layers[0], x_TD),
+        "at once": layer_work(layers[0], x_TD),
+        "in chunks": layer_work(layers[1], x_TD),
+    }
+    times = measure(works, runtime.device, task.rounds, group)
+    return OverlapResult(
+        facts=facts,
+        shape=task.shape,
+        dispatcher=task.dispatcher,
+        overlap=task.overlap,
+        rounds=task.rounds,
+        exchange=times["exchange"],
+        experts=times["experts"],
+        at_once=times["at once"],
+        in_chunks=times["in chunks"],
+        difference=max(differences, default=0.0),
+    )
+
+
+def describe_overlap(result: OverlapResult) -> str:
+    return "\n".join(
+        [
+            f"{result.shape}; {result.dispatcher}, forward and backward",
+            f"{result.facts}; medians of {result.rounds} interleaved rounds, [smallest - largest], of the slowest rank",
+            f"exchange alone, ms           {result.exchange!s:>32}",
+            f"experts alone, ms            {result.experts!s:>32}",
+            f"layer, all at once, ms       {result.at_once!s:>32}",
+            f"layer, overlap {result.overlap:3}, ms       {result.in_chunks!s:>32}",
+            f"hidden                       {result.hidden:32.0%}  of the smaller of exchange and experts",
+            f"outputs and gradients differ by {result.difference:.0e} at most, relative to the largest",
+        ]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nodes
+
+
+def nodes_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
+    """On every rank, of two nodes or more."""
+    task = NodesTask.model_validate(tree, strict=False)
+    refuse(task.shape, runtime)
+    if runtime.world_size % task.ranks_per_node or runtime.world_size == task.ranks_per_node:
+        raise UserError(
+            f"--ranks-per-node is {task.ranks_per_node}: {runtime.world_size} ranks are not two whole nodes or more"
+        )
+    return bench_nodes(task, runtime).model_dump(mode="json")
+
+
+def bench_nodes(task: NodesTask, runtime: Runtime) -> NodesResult:
+    facts, nodes = state_facts(runtime, task.threads), make_nodes(runtime, task.ranks_per_node)
+    kinds = {"hierarchical": HIERARCHICAL} | {f"one row a {name}": settings for name, settings in FLAT.items()}
+    layers = {name: make_layer(task.shape, settings, runtime, nodes) for name, settings in kinds.items()}
+    x_TD = draw_tokens(task.shape, runtime)
+    times = measure(
+        {name: layer_work(layer, x_TD) for name, layer in layers.items()}, runtime.device, task.rounds, dist.group.WORLD
+    )
+    rows = {name: NodesRow(times=times[name], **between_nodes(layer, x_TD)) for name, layer in layers.items()}
+    return NodesResult(facts=facts, shape=task.shape, ranks_per_node=task.ranks_per_node, rounds=task.rounds, rows=rows)
+
+
+def between_nodes(layer: MoELayer, x_TD: Tensor) -> dict[str, int]:
+    """Of all ranks together: bytes of rows that crossed between nodes in a pass, and how many rows with tokens."""
+    output = layer(x_TD)
+    output.y.backward(torch.ones_like(output.y))
+    layer.zero_grad()
+    log, beside = output.stats.log, ("metadata", "metadata backward", "counts")
+    sent = sum(n for (purpose, link), n in log.bytes_sent.items() if link == "network" and purpose not in beside)
+    rows = sum(n for (purpose, link), n in log.rows_sent.items() if link == "network" and purpose.endswith("dispatch"))
+    total = all_reduce_sum(torch.tensor([sent, rows], device=x_TD.device), layer.group).tolist()
+    return {"bytes": total[0], "rows_out": total[1]}
+
+
+def describe_nodes(result: NodesResult) -> str:
+    lines = [
+        f"{result.shape}; {result.ranks_per_node} ranks a node; forward and backward of a layer",
+        f"{result.facts}; medians of {result.rounds} interleaved rounds, [smallest - largest], of the slowest rank",
+        f"{'':20}{'ms':>34}{'MB between nodes':>20}{'rows out':>12}",
+    ]
+    lines += [
+        f"{name:20}{row.times!s:>34}{row.bytes / 1e6:20.2f}{row.rows_out:12,}" for name, row in result.rows.items()
+    ]
+    hierarchical = result.rows["hierarchical"].times.median
+    for flat in FLAT:
+        time = hierarchical / result.rows[f"one row a {flat}"].times.median
+        lines.append(f"hierarchical / one row a {flat:8} bytes {result.ratio(flat):.3f}, time {time:.2f}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers and what is timed of them
+
+
+def refuse(shape: Shape, runtime: Runtime) -> None:
+    """UserError on all ranks."""
+    if not 1 < runtime.world_size <= shape.num_experts:
+        raise UserError(
+            f"the ranks are {runtime.world_size}: two or more have something to exchange (--ranks 2, or a launcher), "
+            f"and each needs one or more of the {shape.num_experts} experts"
+        )
+
+
+def make_nodes(runtime: Runtime, ranks_per_node: int) -> Nodes:
+    degrees = ParallelDegrees(runtime.world_size, ep=runtime.world_size)
+    return build_nodes(degrees, ranks_per_node, group_maker(runtime.device.type, runtime.timeout))
+
+
+def make_layer(shape: Shape, dispatcher: dict[str, Any], runtime: Runtime, nodes: Nodes | None = None) -> MoELayer:
+    """Over all ranks; the same weights whatever the dispatcher."""
+    config = {
+        "d_model": shape.d_model,
+        "num_experts": shape.num_experts,
+        "router": {"k": shape.k, "normalise": shape.k > 1},
+        "experts": {"hidden": shape.hidden, "activation": shape.activation},
+        "dispatcher": dispatcher,
+    }
+    group = dist.group.WORLD if runtime.world_size > 1 else None
+    with torch.device(runtime.device):
+        return MoELayer(MoEConfig.model_validate(config), group, nodes=nodes)
+
+
+def draw_tokens(shape: Shape, runtime: Runtime) -> Tensor:
+    """This rank's share of the tokens."""
+    generator = torch.Generator().manual_seed(runtime.rank)
+    x_TD = torch.randn(shape.tokens // runtime.world_size, shape.d_model, generator=generator)
+    return x_TD.to(runtime.device).requires_grad_()
+
+
+def step(layer: MoELayer, x_TD: Tensor) -> Tensor:
+    y_TD = layer(x_TD).y
+    y_TD.backward(torch.ones_like(y_TD))
+    return y_TD.detach()
+
+
+def clear(layer: MoELayer, x_TD: Tensor) -> None:
+    layer.zero_grad()
+    x_TD.grad = None
+
+
+def outputs(layer: MoELayer, x_TD: Tensor) -> list[Tensor]:
+    """y, the gradient of the tokens, and those of all weights of this rank."""
+    y_TD, dx_TD = step(layer, x_TD), x_TD.grad
+    assert dx_TD is not None
+    found = [y_TD, dx_TD, *(p.grad for p in layer.parameters() if p.grad is not None)]
+    clear(layer, x_TD)
+    return found
+
+
+def layer_work(layer: MoELayer, x_TD: Tensor) -> Work:
+    return Work(partial(step, layer, x_TD), partial(clear, layer, x_TD))
+
+
+def carry_work(layer: MoELayer, x_TD: Tensor) -> Work:
+    """The rows to their experts, which give them back as they are, and back again; in both passes. Without routing."""
+    with torch.no_grad():
+        plan = layer.router(x_TD, token_batch(x_TD[None], StepContext(), layer.data_group))
+
+    def run() -> None:
+        y_TD, _ = layer.dispatcher.carry(x_TD, plan, Ledger(), StepContext(), lambda tokens, chunk: tokens.x_VD * 1)
+        y_TD.backward(torch.ones_like(y_TD))
+
+    return Work(run, partial(clear, layer, x_TD))
+
+
+def experts_work(layer: MoELayer, x_TD: Tensor) -> Work:
+    """This rank's experts on the rows that arrive, all at once."""
+    seen: list[DispatchedTokens] = []
+
+    def see(module: Any, arguments: tuple[DispatchedTokens, ...]) -> None:
+        seen.append(arguments[0])
+
+    hook = layer.experts.register_forward_pre_hook(see)
+    with torch.no_grad():
+        layer(x_TD)
+    hook.remove()
+    (tokens,) = seen
+    tokens.x_VD.requires_grad_()
+    tokens.weights_R.requires_grad_()
+
+    def run() -> None:
+        y_VD = layer.experts(tokens)
+        y_VD.backward(torch.ones_like(y_VD))
+
+    return Work(run, partial(clear, layer, tokens.x_VD))

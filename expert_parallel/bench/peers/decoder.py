@@ -1,0 +1,135 @@
+"""A plain decoder in which each peer's MoE layers are trained: what one writes around them in PyTorch.
+
+Pre-norm, rotary positions, SDPA attention, one table for embedding and logits, as ours.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from expert_parallel.bench.peers.contender import Case, Contender
+from expert_parallel.bench.shapes import TrainShape
+
+
+class Trainee:
+    """A model that is trained. step: one training step on (inputs_BS, targets_BS); returns this rank's sum of the
+    cross entropy. parameters: of this rank; replicated: those of them that all ranks hold, whose gradients are summed.
+    surroundings: in which forward and backward run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        logits: Callable[[Tensor], Tensor],
+        replicated: Sequence[nn.Parameter],
+        case: Case,
+        computes: str,
+        version: str,
+        surroundings: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.model, self.logits, self.replicated, self.surroundings = model, logits, replicated, surroundings
+        self.case, self.computes, self.version = case, computes, version
+        self.parameters = list(model.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
+
+    def step(self, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
+        with self.surroundings():
+            logits = self.logits(inputs_BS).flatten(0, 1).float()
+            loss = F.cross_entropy(logits, targets_BS.flatten(), reduction="sum")
+            (loss / self.case.shape.tokens).backward()
+        self._sum_gradients()
+        # Of this rank's gradients: the norm over all ranks, which ours takes, would cost it one number more to send.
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def _sum_gradients(self) -> None:
+        """Over the ranks, in one piece."""
+        if self.case.group is None:
+            return
+        gradients = [parameter.grad for parameter in self.replicated if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=self.case.group)
+        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+
+class Attention(nn.Module):
+    def __init__(self, d_model: int, num_heads: int, head_size: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_size = num_heads, head_size
+        self.qkv = nn.Linear(d_model, 3 * num_heads * head_size, bias=False)
+        self.out = nn.Linear(num_heads * head_size, d_model, bias=False)
+
+    def forward(self, x_BSD: Tensor, cos_Sh: Tensor, sin_Sh: Tensor) -> Tensor:
+        batch, length, _ = x_BSD.shape
+        qkv = self.qkv(x_BSD).view(batch, length, 3, self.num_heads, self.head_size).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        y = F.scaled_dot_product_attention(_rotate(q, cos_Sh, sin_Sh), _rotate(k, cos_Sh, sin_Sh), v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def _rotate(x: Tensor, cos_Sh: Tensor, sin_Sh: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos_Sh + torch.cat([-second, first], -1) * sin_Sh
+
+
+class Block(nn.Module):
+    """moe: a contender's layer, whose forward takes (T, D)."""
+
+    def __init__(self, shape: TrainShape, moe: Contender) -> None:
+        super().__init__()
+        d_model = shape.layer.d_model
+        self.attention_norm, self.moe_norm = nn.RMSNorm(d_model), nn.RMSNorm(d_model)
+        self.attention = Attention(d_model, shape.num_heads, shape.head_size)
+        self.moe_module, self.moe = moe.module, moe.forward  # the module for its parameters
+
+    def forward(self, x_BSD: Tensor, cos_Sh: Tensor, sin_Sh: Tensor) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_Sh, sin_Sh)
+        return x_BSD + self.moe(self.moe_norm(x_BSD).flatten(0, 1)).view_as(x_BSD)
+
+
+class Decoder(nn.Module):
+    def __init__(self, shape: TrainShape, layers: Sequence[Contender]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(shape.vocab_size, shape.layer.d_model)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.blocks = nn.ModuleList([Block(shape, moe) for moe in layers])
+        self.norm = nn.RMSNorm(shape.layer.d_model)
+        angles_h = 10000.0 ** (-torch.arange(0, shape.head_size, 2) / shape.head_size)
+        angles_Sh = torch.outer(torch.arange(shape.sequence_length), angles_h).repeat(1, 2)
+        self.register_buffer("cos_Sh", angles_Sh.cos())
+        self.register_buffer("sin_Sh", angles_Sh.sin())
+
+    def forward(self, inputs_BS: Tensor) -> Tensor:
+        x_BSD = self.embedding(inputs_BS)
+        for block in self.blocks:
+            x_BSD = block(x_BSD, self.cos_Sh, self.sin_Sh)
+        return self.norm(x_BSD) @ self.embedding.weight.T
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Initial weights that all ranks draw alike."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def build_decoder(shape: TrainShape, build: Callable[[Case], Contender], case: Case) -> Trainee:
+    """With MoE layers of one peer, all built alike. In bfloat16 weights and moments are, too."""
+    layers = [build(case) for _ in range(shape.num_layers)]
+    with seeded(), torch.device(case.device):
+        model = Decoder(shape, layers)
+    model.to(case.dtype)
+    experts = {id(p) for moe in layers for p in moe.parameters()} - {id(p) for moe in layers for p in moe.replicated()}
+    replicated = [parameter for parameter in model.parameters() if id(parameter) not in experts]
+    first = layers[0]
+    return Trainee(
+        model, model, replicated, case, f"plain decoder, {first.computes}", first.version, first.surroundings
+    )

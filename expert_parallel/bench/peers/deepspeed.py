@@ -1,0 +1,124 @@
+"""DeepSpeed's MoE layer, with expert parallelism over the ranks; and the same with Tutel's kernels."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expert_parallel.bench.peers.contender import Case, Contender, NotMeasured, installed
+from expert_parallel.moe.ffn import ACTIVATIONS, width_in
+from expert_parallel.runtime import Runtime, tell_deepspeed
+
+PACKAGE = "deepspeed"
+CAPACITY_FACTOR = 1.0
+MIN_CAPACITY = 4
+
+
+class Expert(nn.Module):
+    """DeepSpeed copies it for each expert."""
+
+    def __init__(self, d_model: int, hidden: int, activation: str) -> None:
+        super().__init__()
+        self.activate = ACTIVATIONS[activation]
+        self.w_in = nn.Parameter(torch.empty(d_model, width_in(activation, hidden)))
+        self.w_out = nn.Parameter(torch.empty(hidden, d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activate(x @ self.w_in) @ self.w_out
+
+
+class DeepSpeedLayer(Contender):
+    def __init__(self, module: nn.Module, case: Case, computes: str, version: str) -> None:
+        super().__init__(module, computes, version)
+        self.case, self.counts_E = case, torch.zeros(case.shape.num_experts)
+
+    @property
+    def capacity(self) -> int:
+        """As its `_capacity` has it: rows of an expert from each rank."""
+        shape, tokens = self.case.shape, len(self.case.x_TD)
+        return max(MIN_CAPACITY, -(-tokens * shape.k // shape.num_experts))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y_TD, _, self.counts_E = self.module(x_TD)
+        return y_TD
+
+    def forward_all(self, x_TD: Tensor) -> Tensor:
+        """With what its drop_tokens=False sets."""
+        gate = self.module.deepspeed_moe.gate
+        gate.drop_tokens = False
+        try:
+            return self.forward(x_TD)
+        finally:
+            gate.drop_tokens = True
+
+    def dropped_share(self) -> float:
+        """Its counts are those before it drops."""
+        dropped = (self.counts_E - self.capacity).clamp(min=0).sum()
+        return float(dropped / self.counts_E.sum())
+
+    def bytes_sent(self) -> int:
+        """Its padded buffers, there and back, forward and backward."""
+        shape, ranks = self.case.shape, self.case.ranks
+        rows = shape.num_experts * self.capacity * (ranks - 1) // ranks
+        return 4 * rows * shape.d_model * self.case.dtype.itemsize
+
+
+def start_deepspeed(runtime: Runtime) -> None:
+    """Its communication, over the process groups that are there. NotMeasured where it is not installed."""
+    installed(PACKAGE)
+    tell_deepspeed(runtime)
+    import deepspeed
+
+    from expert_parallel.training.engines.deepspeed import set_up_deepspeed
+
+    set_up_deepspeed(runtime)
+    if not deepspeed.comm.is_initialized():
+        backend = "nccl" if runtime.device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, dist_init_required=False, verbose=False)
+
+
+def build_moe(case: Case, use_tutel: bool) -> nn.Module:
+    """Its layer, with weights as they come. Its groups come of ranks alone: another layer's are the same."""
+    from deepspeed.moe.layer import MoE
+
+    shape = case.shape
+    with torch.device(case.device):
+        layer = MoE(
+            shape.d_model,
+            Expert(shape.d_model, shape.hidden, case.activation),
+            shape.num_experts,
+            ep_size=case.ranks,
+            k=shape.k,
+            capacity_factor=CAPACITY_FACTOR,
+            min_capacity=MIN_CAPACITY,
+            top2_2nd_expert_sampling=False,  # which would choose another second expert than ours
+            use_rts=False,
+            use_tutel=use_tutel,
+        )
+    if case.ranks > 1:
+        layer.set_deepspeed_parallelism()
+    return layer
+
+
+def build(case: Case, use_tutel: bool = False) -> Contender:
+    version = installed(PACKAGE)
+    if use_tutel:
+        version = f"{version}, Tutel {installed('tutel', extra='')}"
+        if case.device.type == "cpu" and case.dtype not in (torch.float32, torch.float64):
+            raise NotMeasured("Tutel's CPU kernels take float32 and float64 alone")
+    case.even_experts()
+    start_deepspeed(case.runtime)
+    layer: Any = build_moe(case, use_tutel).to(case.dtype)
+    inner = layer.deepspeed_moe
+    with torch.no_grad():
+        inner.gate.wg.weight.copy_(case.weights.router_ED)
+        for slot, expert in enumerate(inner.experts.deepspeed_experts):
+            expert.w_in.copy_(case.weights.w_in_eDF[slot])
+            expert.w_out.copy_(case.weights.w_out_eFD[slot])
+    computes = f"capacity {CAPACITY_FACTOR:g}, {case.activation}"
+    return DeepSpeedLayer(layer, case, computes, version)
+
+
+build_deepspeed = partial(build, use_tutel=False)
+build_deepspeed_tutel = partial(build, use_tutel=True)

@@ -1,0 +1,98 @@
+"""torchtitan's MoE layer, with its all-to-all dispatcher where there are ranks."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from expert_parallel.bench.peers.contender import Case, Contender, NotMeasured, installed
+
+PACKAGE = "torchtitan"
+
+
+class TitanLayer(Contender):
+    def __init__(self, module: nn.Module, case: Case, computes: str, version: str) -> None:
+        super().__init__(module, computes, version)
+        self.case = case
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.module(x_TD[None])[0]  # it takes (B, L, D)
+
+    @contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """Its router asks for autocast to float32, of which torch warns on a CPU."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "In CPU autocast")
+            yield
+
+    def bytes_sent(self) -> int:
+        """A row for each choice on another rank, there and back, forward and backward."""
+        return self.case.bytes_of_choices()
+
+
+def in_own_dtype(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Its experts cast to bfloat16 whatever they are given. For float32, these casts do nothing."""
+
+    @wraps(forward)
+    def run(*arguments: Any) -> Tensor:
+        with mock.patch.object(torch.Tensor, "bfloat16", lambda x: x):
+            return forward(*arguments)
+
+    return run
+
+
+def build(case: Case) -> Contender:
+    version = installed(PACKAGE)
+    if case.activation != "swiglu":
+        raise NotMeasured("its experts are SwiGLU")
+    if case.device.type == "cuda" and case.dtype != torch.bfloat16:
+        raise NotMeasured("on GPUs its grouped products take bfloat16 alone")
+    num_local = case.even_experts()
+    layer: Any = build_moe(case, num_local)
+    weights, experts = case.weights, layer.routed_experts.inner_experts
+    w_gate_eDF, w_up_eDF = weights.w_in_eDF.chunk(2, -1)
+    with torch.no_grad():
+        layer.router.gate.weight.copy_(weights.router_ED)
+        for own, given in (("w1_EFD", w_gate_eDF), ("w3_EFD", w_up_eDF), ("w2_EDF", weights.w_out_eFD)):
+            getattr(experts, own).copy_(given.transpose(1, 2))
+    experts.forward = in_own_dtype(experts.forward)
+    return TitanLayer(layer, case, "dropless, swiglu", version)
+
+
+def build_moe(case: Case, num_local: int) -> nn.Module:
+    """Built with this rank's experts, as its own parallelize() would leave them to a rank."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torchtitan.distributed.utils import set_spmd_backend
+    from torchtitan.models.common.linear import Linear
+    from torchtitan.models.common.moe import GroupedExperts, MoE, RoutedExperts, TokenChoiceTopKRouter
+    from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
+
+    shape = case.shape
+    set_spmd_backend("partial_dtensor")  # its default takes the mesh of a whole model
+    config = MoE.Config(
+        num_experts=shape.num_experts,
+        routed_experts=RoutedExperts.Config(
+            inner_experts=GroupedExperts.Config(dim=shape.d_model, hidden_dim=shape.hidden, num_experts=num_local),
+            token_dispatcher=AllToAllTokenDispatcher.Config(num_experts=shape.num_experts, top_k=shape.k),
+        ),
+        router=TokenChoiceTopKRouter.Config(
+            num_experts=shape.num_experts,
+            gate=Linear.Config(in_features=shape.d_model, out_features=shape.num_experts),
+            top_k=shape.k,
+            score_func="softmax",
+            route_norm=shape.k > 1,
+        ),
+        load_balance_coeff=None,
+    )
+    with torch.device(case.device):
+        layer = config.build().to(case.dtype)
+    layer.tokens_per_expert_E = layer.tokens_per_expert_E.float()
+    if case.group is not None:
+        mesh = DeviceMesh.from_group(case.group, case.device.type)
+        layer.routed_experts.token_dispatcher.wire_meshes(ep_mesh=mesh)
+    return layer

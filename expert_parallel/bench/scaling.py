@@ -1,0 +1,219 @@
+"""How cost grows: a layer over 1, 2, 4, 8 ranks, with as many tokens a rank (weak) or in all (strong); and routing,
+dispatch and combine of a token among more and more experts.
+
+All ranks are started at once and each figure is of a group of them while the others wait, so that rounds interleave.
+
+    expert-parallel bench scaling --ranks 8
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from expert_parallel.bench.facts import Facts, state_facts
+from expert_parallel.bench.overlap import carry_work, layer_work
+from expert_parallel.bench.shapes import Shape
+from expert_parallel.bench.timing import Times, Work, measure
+from expert_parallel.moe.layer import MoEConfig, MoELayer, token_batch
+from expert_parallel.moe.plan import StepContext
+from expert_parallel.runtime import Runtime
+from expert_parallel.settings import Settings
+
+Say = Callable[[str], None]
+
+
+class ScalingTask(Settings):
+    """shape: tokens are those of one rank in weak scaling, of all in strong. ranks: of which groups. experts: to choose
+    among, by `expert_ranks` ranks."""
+
+    shape: Shape
+    ranks: tuple[int, ...] = (1, 2, 4, 8)
+    experts: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512)
+    expert_ranks: int = 2
+    rounds: int = 5
+    threads: int = 1
+
+
+class ScalingRow(BaseModel):
+    """tokens: of all ranks together. work: time x busy cores, for each token, over the first row's."""
+
+    ranks: int
+    tokens: int
+    times: Times
+    work: float
+
+
+class ExpertsRow(BaseModel):
+    """Forward and backward. routing: without the product of tokens and router weights, which is `product`. dispatch:
+    with combine, and experts that do nothing. growth: routing, product and dispatch over the first row's."""
+
+    num_experts: int
+    product: Times
+    routing: Times
+    dispatch: Times
+    growth: float
+    growth_without_product: float
+
+
+class ScalingResult(BaseModel):
+    kind: str = "scaling"
+    facts: Facts
+    cores: int = Field(ge=1)
+    shape: Shape
+    rounds: int
+    expert_ranks: int
+    weak: list[ScalingRow]
+    strong: list[ScalingRow]
+    experts: list[ExpertsRow]
+
+
+def scaling_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
+    """On every rank, as many as the largest group."""
+    task = ScalingTask.model_validate(tree, strict=False)
+    facts = state_facts(runtime, task.threads)
+    counts = sorted({*task.ranks, task.expert_ranks})
+    made = {count: dist.new_group(list(range(count)), timeout=runtime.timeout) for count in counts}
+    groups = {count: group if runtime.rank < count else None for count, group in made.items()}
+    cores = os.cpu_count() or 1
+    say(f"layers over {', '.join(map(str, task.ranks))} ranks")
+    weak, strong = (measure_ranks(task, groups, runtime, cores, is_weak) for is_weak in (True, False))
+    say(f"among {', '.join(map(str, task.experts))} experts")
+    experts = measure_experts(task, groups[task.expert_ranks], runtime)
+    return ScalingResult(
+        facts=facts,
+        cores=cores,
+        shape=task.shape,
+        rounds=task.rounds,
+        expert_ranks=task.expert_ranks,
+        weak=weak,
+        strong=strong,
+        experts=experts,
+    ).model_dump(mode="json")
+
+
+def measure_ranks(
+    task: ScalingTask, groups: dict[int, dist.ProcessGroup | None], runtime: Runtime, cores: int, is_weak: bool
+) -> list[ScalingRow]:
+    tokens = {count: task.shape.tokens * (count if is_weak else 1) for count in task.ranks}
+    works = {}
+    for count in task.ranks:
+        idle = Work(lambda: None)
+        works[str(count)] = idle
+        if runtime.rank < count:
+            layer = build_layer(task.shape, task.shape.num_experts, groups[count] if count > 1 else None)
+            works[str(count)] = layer_work(layer, draw(tokens[count] // count, task.shape.d_model, runtime.rank))
+    times = measure(works, runtime.device, task.rounds, dist.group.WORLD)
+
+    def work_of_token(count: int) -> float:
+        return times[str(count)].median * min(count, cores) / tokens[count]
+
+    first = work_of_token(task.ranks[0])
+    return [
+        ScalingRow(ranks=n, tokens=tokens[n], times=times[str(n)], work=work_of_token(n) / first) for n in task.ranks
+    ]
+
+
+def measure_experts(task: ScalingTask, group: dist.ProcessGroup | None, runtime: Runtime) -> list[ExpertsRow]:
+    """The tokens of the shape over the ranks of the group; this rank may be none of them. Experts compute nothing, and
+    are as small as can be."""
+    works: dict[str, Work] = {}
+    for num_experts in task.experts:
+        names = [f"{part} {num_experts}" for part in ("product", "routing", "dispatch")]
+        works |= dict.fromkeys(names, Work(lambda: None))
+        if runtime.rank < task.expert_ranks:
+            layer = build_layer(
+                task.shape.model_copy(update={"hidden": 1}), num_experts, group if task.expert_ranks > 1 else None
+            )
+            x_TD = draw(task.shape.tokens // task.expert_ranks, task.shape.d_model, runtime.rank)
+            parts = (product_work(layer, x_TD), routing_work(layer, x_TD), carry_work(layer, x_TD))
+            works |= dict(zip(names, parts, strict=True))
+    times = measure(works, runtime.device, task.rounds, dist.group.WORLD)
+    rows = []
+    for num_experts in task.experts:
+        product, routing, dispatch = (times[f"{part} {num_experts}"] for part in ("product", "routing", "dispatch"))
+        rows.append((num_experts, product, routing, dispatch))
+
+    def whole(row: tuple[int, Times, Times, Times]) -> float:
+        return row[2].median + row[3].median
+
+    def without(row: tuple[int, Times, Times, Times]) -> float:
+        return whole(row) - row[1].median
+
+    return [
+        ExpertsRow(
+            num_experts=row[0],
+            product=row[1],
+            routing=row[2],
+            dispatch=row[3],
+            growth=whole(row) / whole(rows[0]),
+            growth_without_product=without(row) / without(rows[0]),
+        )
+        for row in rows
+    ]
+
+
+def describe_scaling(result: ScalingResult) -> str:
+    head = f"{result.facts}; {result.cores} cores; medians of {result.rounds} interleaved rounds, of the slowest rank"
+    lines = [str(result.shape), head]
+    for name, rows in (("weak: tokens a rank", result.weak), ("strong: tokens in all", result.strong)):
+        lines.append(f"{name:24}{'tokens':>10}{'ms, forward + backward':>34}{'core time a token':>20}")
+        lines += [f"{f'{r.ranks} ranks':24}{r.tokens:10,}{r.times!s:>34}{r.work:20.2f}" for r in rows]
+    lines += [
+        f"{result.shape.tokens} tokens, top-{result.shape.k}, {result.expert_ranks} ranks, forward and backward, ms",
+        f"{'experts':>8}{'router product':>26}{'routing with it':>26}{'dispatch, combine':>26}"
+        f"{'/ first':>9}{'without product':>17}",
+    ]
+    for row in result.experts:
+        shown = "".join(f"{part!s:>26}" for part in (row.product, row.routing, row.dispatch))
+        lines.append(f"{row.num_experts:8}{shown}{row.growth:9.2f}{row.growth_without_product:17.2f}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is timed
+
+
+def build_layer(shape: Shape, num_experts: int, group: dist.ProcessGroup | None) -> MoELayer:
+    config = {
+        "d_model": shape.d_model,
+        "num_experts": num_experts,
+        "router": {"k": shape.k, "normalise": shape.k > 1},
+        "experts": {"hidden": shape.hidden, "activation": shape.activation},
+    }
+    return MoELayer(MoEConfig.model_validate(config), group)
+
+
+def draw(num_tokens: int, d_model: int, seed: int) -> Tensor:
+    return torch.randn(num_tokens, d_model, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def routing_work(layer: MoELayer, x_TD: Tensor) -> Work:
+    def run() -> None:
+        plan = layer.router(x_TD, token_batch(x_TD[None], StepContext(), layer.data_group))
+        plan.weights_TK.backward(torch.ones_like(plan.weights_TK))
+
+    return Work(run, partial(_clear, layer, x_TD))
+
+
+def product_work(layer: MoELayer, x_TD: Tensor) -> Work:
+    """Of tokens and router weights, and the two of its backward pass."""
+    weight_ED, x_TD = layer.get_parameter("router.weight").detach(), x_TD.detach()
+    logits_TE, dx_TD, dweight_ED = x_TD @ weight_ED.T, torch.empty_like(x_TD), torch.empty_like(weight_ED)
+
+    def run() -> None:
+        torch.mm(x_TD, weight_ED.T, out=logits_TE)
+        torch.mm(logits_TE, weight_ED, out=dx_TD)
+        torch.mm(logits_TE.T, x_TD, out=dweight_ED)
+
+    return Work(run)
+
+
+def _clear(layer: MoELayer, x_TD: Tensor) -> None:
+    layer.zero_grad()
+    x_TD.grad = None

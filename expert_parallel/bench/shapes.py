@@ -1,0 +1,176 @@
+"""The shapes that are measured, by name, and the changes a user makes to them."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError, model_validator
+
+from expert_parallel.moe.ffn import GATED
+from expert_parallel.settings import Settings
+
+S = TypeVar("S", bound=Settings)
+
+
+class Shape(Settings):
+    """One MoE layer. tokens: of all ranks together. peers: who is measured beside ours; None: all that there are."""
+
+    tokens: int = Field(ge=1)
+    d_model: int = Field(ge=1)
+    hidden: int = Field(ge=1)
+    num_experts: int = Field(ge=1)
+    k: int = Field(ge=1)
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    peers: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _choose(self) -> "Shape":
+        if self.k > self.num_experts:
+            raise ValueError(f"k ({self.k}) is larger than num_experts ({self.num_experts})")
+        return self
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens} tokens, d {self.d_model}, hidden {self.hidden}, {self.num_experts} experts, top-{self.k}, "
+            f"{self.activation}"
+        )
+
+
+def matrices(activation: str) -> int:
+    """Of an expert, D x F each."""
+    return 3 if activation in GATED else 2
+
+
+def layer_flops(shape: Shape, activation: str) -> int:
+    """Of the experts alone, forward and backward, over all ranks: each of T * K rows passes each matrix three times
+    (output, gradient of the input, gradient of the weight), at 2 D F operations."""
+    return 3 * 2 * shape.tokens * shape.k * matrices(activation) * shape.d_model * shape.hidden
+
+
+SHAPES = {
+    "base": Shape(tokens=4096, d_model=256, hidden=1024, num_experts=8, k=2),
+    "fine-grained": Shape(tokens=1024, d_model=256, hidden=128, num_experts=64, k=8),
+    # The base layer beside a dense one with as many parameters: what sparsity gains.
+    "dense-8192": Shape(tokens=4096, d_model=256, hidden=1024, num_experts=8, k=2, peers=("dense",)),
+    "mixtral": Shape(tokens=16384, d_model=4096, hidden=14336, num_experts=8, k=2, activation="swiglu"),
+    "qwen3-30b-a3b": Shape(tokens=32768, d_model=2048, hidden=768, num_experts=128, k=8, activation="swiglu"),
+    # What one of 8 ranks computes: 32 of the 256 experts, with as many rows each (1024) as 8 x 4096 tokens give them.
+    "deepseek-v3-slice": Shape(tokens=4096, d_model=7168, hidden=2048, num_experts=32, k=8, activation="swiglu"),
+}
+
+
+def choose_shape(name: str, changes: Sequence[str] = (), scale: float = 1.0) -> Shape:
+    """The shape of this name with `tokens=..`, `d_model=..`, ... changed, or one that these give whole (`given`).
+    scale: multiplies the tokens. ValueError for what there is not."""
+    if name != "given" and name not in SHAPES:
+        raise ValueError(f"--shape is {name!r}, it must be one of {', '.join(SHAPES)}, given")
+    if name == "given":
+        named = {change.partition("=")[0] for change in changes}
+        missing = [field for field, info in Shape.model_fields.items() if info.is_required() and field not in named]
+        if missing:
+            raise ValueError(f"--shape given: {', '.join(missing)} must be given, as in tokens=1024")
+    shape = _change(SHAPES.get(name, SHAPES["base"]), changes)
+    return shape.model_copy(update={"tokens": max(1, round(shape.tokens * scale))})
+
+
+class TrainShape(Settings):
+    """A decoder whose blocks are all MoE. layer: one of its MoE layers, with the tokens of a step over all ranks."""
+
+    layer: Shape
+    num_layers: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    head_size: int = Field(ge=2, multiple_of=2)
+    vocab_size: int = Field(ge=2)
+    sequence_length: int = Field(ge=2)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_layers} layers, {self.num_heads} heads of {self.head_size}, vocabulary {self.vocab_size}, "
+            f"sequences of {self.sequence_length}; each layer {self.layer}"
+        )
+
+    @property
+    def sequences(self) -> int:
+        return self.layer.tokens // self.sequence_length
+
+
+def parameter_counts(shape: TrainShape, activation: str) -> tuple[int, int]:
+    """(in all, those that a token passes). Embedding and logits share one table, which counts once in each; norms do
+    not count."""
+    layer = shape.layer
+    attention = 4 * layer.d_model * shape.num_heads * shape.head_size
+    expert = matrices(activation) * layer.d_model * layer.hidden
+    rest = shape.num_layers * (attention + layer.num_experts * layer.d_model) + shape.vocab_size * layer.d_model
+    return rest + shape.num_layers * layer.num_experts * expert, rest + shape.num_layers * layer.k * expert
+
+
+def step_flops(shape: TrainShape, activation: str) -> int:
+    """Of a training step, over all ranks: 6 for each parameter that a token passes, and its attention to the half of
+    the sequence that it sees on average, 6 * sequence * heads * head size a layer (Chowdhery et al. 2022, who count all
+    of the sequence). What is computed again for less memory does not count."""
+    _, active = parameter_counts(shape, activation)
+    attention = 6 * shape.num_layers * shape.sequence_length * shape.num_heads * shape.head_size
+    return shape.layer.tokens * (6 * active + attention)
+
+
+TRAIN_SHAPES = {
+    "base": TrainShape(
+        layer=SHAPES["base"].model_copy(update={"tokens": 2048}),
+        num_layers=4,
+        num_heads=8,
+        head_size=32,
+        vocab_size=256,
+        sequence_length=256,
+    ),
+    # 3.1 billion parameters, of which a token passes 0.76: for one GPU of 80 GB and more.
+    "3b": TrainShape(
+        layer=Shape(tokens=16384, d_model=2048, hidden=768, num_experts=32, k=4, activation="swiglu"),
+        num_layers=18,
+        num_heads=16,
+        head_size=128,
+        vocab_size=32000,
+        sequence_length=2048,
+    ),
+}
+
+
+def choose_train_shape(name: str, changes: Sequence[str] = (), scale: float = 1.0) -> TrainShape:
+    """The shape of this name with sizes of the decoder or of its layers changed. ValueError for what there is not."""
+    if name not in TRAIN_SHAPES:
+        raise ValueError(f"--shape is {name!r}, it must be one of {', '.join(TRAIN_SHAPES)}")
+    shape = TRAIN_SHAPES[name]
+    own = [change for change in changes if change.partition("=")[0] in TrainShape.model_fields.keys() - {"layer"}]
+    layer = _change(shape.layer, [change for change in changes if change not in own])
+    changed = _change(shape.model_copy(update={"layer": layer}), own)
+    scaled = changed.layer.model_copy(update={"tokens": max(1, round(changed.layer.tokens * scale))})
+    if scaled.tokens % changed.sequence_length:
+        raise ValueError(
+            f"--shape {name}: tokens ({scaled.tokens}) is not a multiple of sequence_length "
+            f"({changed.sequence_length}): a step has whole sequences"
+        )
+    return changed.model_copy(update={"layer": scaled})
+
+
+def _change(shape: S, changes: Sequence[str]) -> S:
+    """With NAME=VALUE each. ValueError for other names, and for values that are none."""
+    tree = shape.model_dump()
+    names = [name for name in tree if name not in ("peers", "layer")]
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or key not in names:
+            raise ValueError(
+                f"{change!r} is no change of a shape: it must be NAME=VALUE with one of {', '.join(names)}"
+            )
+        if key != "activation" and not value.isdecimal():
+            raise ValueError(f"{change!r}: {key} must be a whole number")
+        tree[key] = value if key == "activation" else int(value)
+    return _validate(type(shape), tree)
+
+
+def _validate(kind: type[S], tree: dict[str, Any]) -> S:
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        text = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"the shape cannot be: {f'{where}: ' if where else ''}{text[0].lower()}{text[1:]}") from None

@@ -1,0 +1,149 @@
+"""Time and memory of works that are measured side by side: rounds interleaved over all of them, since machines are
+shared and their speed drifts."""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from expert_parallel.collectives import group_size
+
+WARM_UP = 2  # rounds
+
+
+@dataclass(frozen=True)
+class Work:
+    """run: what is timed. clear: forgets what it leaves behind (gradients), outside the timing."""
+
+    run: Callable[[], object]
+    clear: Callable[[], None] = lambda: None
+
+
+class Times(BaseModel):
+    """Milliseconds over the rounds; of each round, the slowest rank's."""
+
+    median: float
+    smallest: float
+    largest: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.smallest:.2f} - {self.largest:.2f}]"
+
+
+def measure(
+    works: dict[str, Work], device: torch.device, rounds: int, group: dist.ProcessGroup | None = None
+) -> dict[str, Times]:
+    """Each in turn, round for round, after WARM_UP rounds; from where all ranks have met until this one is done.
+    group: all ranks of the world, each of which calls it with the same names and gets the same times; None: one."""
+    seconds, meeting = torch.zeros(rounds, len(works), dtype=torch.float64), torch.zeros(1)
+    for number in range(-WARM_UP, rounds):
+        for column, work in enumerate(works.values()):
+            synchronise(device)
+            if group is not None:
+                dist.all_reduce(meeting)  # nobody leaves it before all are there, over any carrier for the CPU
+            start = time.perf_counter()
+            work.run()
+            synchronise(device)
+            end = time.perf_counter()
+            if number >= 0:
+                seconds[number, column] = end - start
+            work.clear()
+    if group is not None:
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # over the world's carrier for the CPU
+    columns = (1000 * seconds).T.tolist()
+    return {
+        name: Times(median=statistics.median(column), smallest=min(column), largest=max(column))
+        for name, column in zip(works, columns, strict=True)
+    }
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Peak(BaseModel):
+    """Bytes above what stood before the step. activations: the same without the gradients of weights."""
+
+    total: int
+    activations: int
+
+
+def peak_memory(run: Callable[[], object], gradients: Callable[[], Iterable[Tensor]], device: torch.device) -> Peak:
+    """Of one step. gradients: those of the weights that the step leaves, none of which stood before.
+
+    From the allocations that torch's profiler records, on the CPU and on GPUs: what libraries allocate by themselves
+    (scratch of oneDNN, workspaces of cuBLAS after the first use) is not in it."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    with tempfile.TemporaryDirectory() as folder:
+        with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            run()
+            synchronise(device)
+        left = {gradient.untyped_storage().data_ptr(): gradient.untyped_storage().nbytes() for gradient in gradients()}
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    kind = 1 if on_gpu else 0
+    changes = sorted(
+        (event["ts"], number, event["args"]["Addr"], event["args"]["Bytes"])
+        for number, event in enumerate(events)
+        if event.get("name") == "[memory]" and event["args"]["Device Type"] == kind
+    )
+    kept = {  # the last allocation at a gradient's address is the gradient's own
+        max(number for _, number, address, size in changes if address == pointer and size > 0): size
+        for pointer, size in left.items()
+        if any(address == pointer and size > 0 for _, _, address, size in changes)
+    }
+    total = weights = highest = highest_activations = 0
+    standing: dict[int, int] = {}
+    for _, number, address, size in changes:
+        if size > 0:
+            standing[address] = size
+        elif address not in standing:
+            continue  # stood before
+        else:
+            size = -standing.pop(address)
+        total += size
+        weights += kept.get(number, 0)
+        highest, highest_activations = max(highest, total), max(highest_activations, total - weights)
+    if on_gpu:  # as everyone reports it, rounded up to blocks
+        highest = torch.cuda.max_memory_allocated(device) - before
+    return Peak(total=highest, activations=highest_activations)
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The profiler's library says at each start and stop that it does, in C++, at no level that could be set."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def slowest(values: list[float], group: dist.ProcessGroup | None) -> list[float]:
+    """Of each value, the largest over the ranks."""
+    if group_size(group) == 1:
+        return values
+    together = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(together, dist.ReduceOp.MAX)
+    return together.tolist()

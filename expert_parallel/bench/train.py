@@ -1,0 +1,206 @@
+"""A training step of a decoder, beside the peers, in one interleaved run: forward, loss, backward, sum of gradients,
+clipping, AdamW. Nobody has an auxiliary loss.
+
+    expert-parallel bench train --shape base --ranks 2
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel
+from torch import Tensor
+
+import expert_parallel
+from expert_parallel.bench.facts import Facts, state_facts
+from expert_parallel.bench.peers.contender import Case, NotMeasured, attempt, build_case, first_that_fits
+from expert_parallel.bench.peers.peers import TRAINEES
+from expert_parallel.bench.shapes import TrainShape, parameter_counts, step_flops
+from expert_parallel.bench.timing import Times, Work, measure, peak_memory, slowest
+from expert_parallel.collectives import all_reduce_sum
+from expert_parallel.config import Config
+from expert_parallel.data.batch import MicroBatch, shard_bounds
+from expert_parallel.runtime import Runtime
+from expert_parallel.settings import Settings
+from expert_parallel.training.setup import build, check_degrees
+from expert_parallel.training.step import DTYPES, train_step
+
+OURS = "ours"
+Say = Callable[[str], None]
+Step = Callable[[Tensor, Tensor], Tensor]  # inputs_BS, targets_BS -> cross entropy, this rank's sum
+
+
+class TrainTask(Settings):
+    """As LayerTask."""
+
+    shape: TrainShape
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    rounds: int = 5
+    threads: int = 1
+    peers: tuple[str, ...] | None = None
+
+
+class TrainRow(BaseModel):
+    """As a layer's Row. mfu: model FLOPs of a rank over the rate of one large product. loss: of the last step, nats a
+    token."""
+
+    name: str
+    activation: str = ""
+    version: str = ""
+    computes: str = ""
+    why: str = ""
+    times: Times | None = None
+    over_ours: float | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    peak: int | None = None
+    loss: float | None = None
+
+
+class TrainResult(BaseModel):
+    """parameters: in all, and those that a token passes, with the shape's activation."""
+
+    kind: Literal["train"] = "train"
+    shape: TrainShape
+    dtype: str
+    rounds: int
+    facts: Facts
+    parameters: tuple[int, int]
+    product_size: int
+    product: Times
+    product_rate: float
+    rows: list[TrainRow]
+
+
+def train_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
+    """On every rank, whoever has started it."""
+    return bench_train(TrainTask.model_validate(tree, strict=False), runtime, say).model_dump(mode="json")
+
+
+def bench_train(task: TrainTask, runtime: Runtime, say: Say = lambda text: None) -> TrainResult:
+    facts, shape, device = state_facts(runtime, task.threads), task.shape, runtime.device
+    group = dist.group.WORLD if runtime.world_size > 1 else None
+    cases: dict[str, Case] = {
+        activation: build_case(shape.layer, activation, DTYPES[task.dtype], runtime, group)
+        for activation in dict.fromkeys([shape.layer.activation, "swiglu"])
+    }
+    inputs_BS, targets_BS = random_batch(shape, runtime)
+    steps, rows = build_steps(task, cases, runtime, inputs_BS, targets_BS)
+
+    size = 8192 if device.type == "cuda" else 1024
+    a, b, out = (torch.ones(size, size, dtype=DTYPES[task.dtype], device=device) for _ in range(3))
+    works = {"product": Work(partial(torch.mm, a, b, out=out))}
+    works |= {name: Work(partial(step, inputs_BS, targets_BS)) for name, step in steps.items()}
+    say(f"timing {task.rounds} rounds of {len(works)}")
+    times = measure(works, device, task.rounds, group)
+    rate = 2 * size**3 / times["product"].median * 1000
+    for row in rows:
+        if row.name in steps:
+            ours = times[OURS if row.activation == shape.layer.activation else f"{OURS}, {row.activation}"]
+            row.times = times[row.name]
+            row.over_ours = row.times.median / ours.median
+            row.tokens_per_second = shape.layer.tokens / row.times.median * 1000
+            flops = step_flops(shape, row.activation) / runtime.world_size
+            row.mfu = flops / row.times.median * 1000 / rate
+            peak = peak_memory(partial(steps[row.name], inputs_BS, targets_BS), list, device)
+            row.peak = round(slowest([peak.total], group)[0])
+            total = all_reduce_sum(steps[row.name](inputs_BS, targets_BS).double().cpu(), group)
+            row.loss = float(total) / shape.layer.tokens
+    return TrainResult(
+        shape=shape,
+        dtype=task.dtype,
+        rounds=task.rounds,
+        facts=facts,
+        parameters=parameter_counts(shape, shape.layer.activation),
+        product_size=size,
+        product=times["product"],
+        product_rate=rate,
+        rows=rows,
+    )
+
+
+def build_steps(
+    task: TrainTask, cases: dict[str, Case], runtime: Runtime, inputs_BS: Tensor, targets_BS: Tensor
+) -> tuple[dict[str, Step], list[TrainRow]]:
+    """Ours first, in the activation of each that is measured; a row for everyone."""
+    shape, main = task.shape, task.shape.layer.activation
+    steps: dict[str, Step] = {}
+    rows: list[TrainRow] = []
+
+    def trial(name: str, case: Case) -> tuple[Step, str, str]:
+        trainee = TRAINEES[name](shape, case)
+        trainee.step(inputs_BS, targets_BS)
+        return trainee.step, trainee.computes, trainee.version
+
+    def add_ours(name: str, activation: str) -> TrainRow:
+        steps[name] = our_step(task, activation, runtime)
+        computes = f"dropless, {activation}"
+        return TrainRow(name=name, activation=activation, computes=computes, version=expert_parallel.__version__)
+
+    rows.append(add_ours(OURS, main))
+    for name in task.peers or TRAINEES:
+        try:
+            found, case = first_that_fits(
+                lambda case, name=name: attempt(partial(trial, name, case)),  # type: ignore[misc]
+                list(cases.values()),
+            )
+        except NotMeasured as reason:
+            rows.append(TrainRow(name=name, why=str(reason)))
+            continue
+        steps[name], computes, version = found
+        rows.append(TrainRow(name=name, activation=case.activation, computes=computes, version=version))
+    others = {row.activation for row in rows if row.activation} - {main}
+    rows[1:1] = [add_ours(f"{OURS}, {other}", other) for other in sorted(others)]
+    return steps, rows
+
+
+def our_step(task: TrainTask, activation: str, runtime: Runtime) -> Step:
+    """The product's own training step, as a run makes it. In bfloat16 it keeps weights and moments in float32."""
+    config = our_config(task, activation, runtime.world_size)
+    degrees = check_degrees(config, runtime.world_size)
+    mesh, model, optimizer = build(config, runtime, degrees)
+    first, count = shard_bounds(task.shape.sequences, degrees.dp, mesh.dp_rank)
+    index_B = torch.arange(first, first + count, device=runtime.device)
+
+    def step(inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
+        batch = MicroBatch(inputs_BS, targets_BS, index_B)
+        report = train_step(model, optimizer, [batch], config.training, mesh, step=0, seed=0)
+        return torch.tensor(report.loss * report.num_tokens / runtime.world_size)
+
+    return step
+
+
+def our_config(task: TrainTask, activation: str, ranks: int) -> Config:
+    shape, layer = task.shape, task.shape.layer
+    model = {
+        "vocab_size": shape.vocab_size,
+        "num_layers": shape.num_layers,
+        "d_model": layer.d_model,
+        "attention": {"num_heads": shape.num_heads, "head_size": shape.head_size},
+        "moe": {
+            "num_experts": layer.num_experts,
+            "router": {"k": layer.k, "normalise": layer.k > 1},
+            "experts": {"hidden": layer.hidden, "activation": activation},
+        },
+    }
+    training = {
+        "steps": 1,
+        "global_batch": shape.sequences,
+        "sequence_length": shape.sequence_length,
+        "dtype": task.dtype,
+        "schedule": {"warmup_steps": 0},
+    }
+    data = {"kind": "tokens"}  # none: the batches are given
+    tree = {"run": {"folder": "none"}, "model": model, "training": training, "parallel": {"ep": ranks}, "data": data}
+    return Config.model_validate(tree)
+
+
+def random_batch(shape: TrainShape, runtime: Runtime) -> tuple[Tensor, Tensor]:
+    """This rank's inputs and targets, the same at every step and for everyone."""
+    generator = torch.Generator().manual_seed(0)
+    sequences = torch.randint(shape.vocab_size, (shape.sequences, shape.sequence_length + 1), generator=generator)
+    first, count = shard_bounds(shape.sequences, runtime.world_size, runtime.rank)
+    own = sequences[first : first + count].to(runtime.device)
+    return own[:, :-1].contiguous(), own[:, 1:].contiguous()

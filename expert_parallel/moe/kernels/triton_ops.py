@@ -1,0 +1,121 @@
+"""The functions of torch_ops.py, each one launch of a kernel in triton_kernels.py.
+
+What a launch needs are shapes of tensors, never values in them: nothing waits for the GPU, and a CUDA graph can hold
+all of it. Empty results launch nothing.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from expert_parallel.moe.ffn import GATED, width_in
+from expert_parallel.moe.kernels import torch_ops
+from expert_parallel.moe.kernels import triton_kernels as kernels
+from expert_parallel.moe.kernels.torch_ops import FLOAT8_MAX, SMALLEST_SCALE, wide_dtype
+
+
+def gather(x_LD: Tensor, row_R: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """See torch_ops."""
+    out_RD = x_LD.new_empty(len(row_R), x_LD.shape[1], dtype=out_dtype)
+    if out_RD.numel():
+        grid, tile = _cut(out_RD)
+        kernels.gather[grid](x_LD.contiguous(), row_R.contiguous(), out_RD, *out_RD.shape, *tile)
+    return out_RD
+
+
+weigh_ = torch_ops.weigh_  # one pass as it is
+
+
+def gather_quantised(x_LD: Tensor, row_R: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    """See torch_ops."""
+    if not _has_float8(x_LD):
+        return torch_ops.gather_quantised(x_LD, row_R, block)
+    num_rows, num_columns = len(row_R), x_LD.shape[1]
+    num_blocks = triton.cdiv(num_columns, block)
+    q_RD = x_LD.new_empty(num_rows, num_columns, dtype=torch.uint8)
+    scale_Rb = x_LD.new_empty(num_rows, num_blocks, dtype=torch.float32)
+    if q_RD.numel():
+        columns = triton.next_power_of_2(block)
+        tile = (max(1, TILE // columns), columns)
+        grid = (triton.cdiv(num_rows, tile[0]), num_blocks)
+        inputs = (x_LD.contiguous(), row_R.contiguous())
+        kernels.gather_quantised[grid](
+            *inputs, q_RD, scale_Rb, *q_RD.shape, num_blocks, block, FLOAT8_MAX, SMALLEST_SCALE, *tile
+        )
+    return q_RD, scale_Rb
+
+
+def dequantise(q_RD: Tensor, scale_Rb: Tensor, dtype: torch.dtype, block: int = 128) -> Tensor:
+    """See torch_ops."""
+    if not _has_float8(q_RD):
+        return torch_ops.dequantise(q_RD, scale_Rb, dtype, block)
+    x_RD = q_RD.new_empty(q_RD.shape, dtype=dtype)
+    if x_RD.numel():
+        grid, tile = _cut(x_RD)
+        kernels.dequantise[grid](
+            q_RD.contiguous(), scale_Rb.contiguous(), x_RD, *x_RD.shape, scale_Rb.shape[1], block, *tile
+        )
+    return x_RD
+
+
+def activate(h_RF2: Tensor, activation: str, weights_R: Tensor | None = None) -> Tensor:
+    """See torch_ops."""
+    num_rows, hidden = h_RF2.shape[0], h_RF2.shape[1] // width_in(activation, 1)
+    a_RF = h_RF2.new_empty(num_rows, hidden)
+    if a_RF.numel():
+        grid, tile = _cut(a_RF)
+        weights = h_RF2 if weights_R is None else weights_R  # a pointer must be there, though nothing is read
+        tensors = (h_RF2.contiguous(), weights.contiguous(), a_RF)
+        kind = (activation, activation in GATED, weights_R is not None, _wide(h_RF2))
+        kernels.activate[grid](*tensors, *a_RF.shape, h_RF2.shape[1], *kind, *tile)
+    return a_RF
+
+
+def activate_backward(h_RF2: Tensor, g_RF: Tensor, weights_R: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """See torch_ops."""
+    a_RF = h_RF2.new_empty(g_RF.shape)
+    dh_RF2 = h_RF2.new_empty(h_RF2.shape)
+    if a_RF.numel() == 0:
+        return a_RF, dh_RF2, h_RF2.new_zeros(len(g_RF), dtype=wide_dtype(h_RF2.dtype))
+    dot_R = h_RF2.new_empty(len(g_RF), dtype=wide_dtype(h_RF2.dtype))
+    grid, tile = _cut(a_RF, TILE // 2)  # twice the values live as in a forward pass
+    kind = (activation, activation in GATED, _wide(h_RF2))
+    tensors = (h_RF2.contiguous(), g_RF.contiguous(), weights_R.contiguous(), a_RF, dh_RF2, dot_R)
+    kernels.activate_backward[grid[:1]](*tensors, *a_RF.shape, h_RF2.shape[1], *kind, *tile)
+    return a_RF, dh_RF2, dot_R
+
+
+def combine(y_RD: Tensor, rows_VK: Tensor, weights_R: Tensor | None = None) -> Tensor:
+    """See torch_ops."""
+    y_VD = y_RD.new_empty(len(rows_VK), y_RD.shape[1])
+    if y_VD.numel():
+        grid, tile = _cut(y_VD)
+        weights = rows_VK if weights_R is None else weights_R  # a pointer must be there, though nothing is read
+        inputs = (y_RD.contiguous(), rows_VK.contiguous(), weights.contiguous())
+        kind = (rows_VK.shape[1], weights_R is not None, _wide(y_RD))
+        kernels.combine[grid](*inputs, y_VD, *y_VD.shape, *kind, *tile)
+    return y_VD
+
+
+TILE = 4096  # values of a program
+
+
+def _cut(out: Tensor, values: int = TILE) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(grid, tile): programs and values of each, both (by rows, by columns). Columns first: they lie side by side.
+
+    The tile depends on the columns alone, since each new tile is compiled and the number of rows changes every step.
+    """
+    num_rows, num_columns = out.shape
+    columns = min(1024, max(16, triton.next_power_of_2(num_columns)))
+    rows = values // columns
+    return (triton.cdiv(num_rows, rows), triton.cdiv(num_columns, columns)), (rows, columns)
+
+
+def _wide(x: Tensor) -> tl.dtype:
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def _has_float8(x: Tensor) -> bool:
+    """Triton converts to float8_e4m3fn from compute capability 8.9 on (Ada, Hopper)."""
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9)

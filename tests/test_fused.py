@@ -1,0 +1,236 @@
+"""The experts as one operation with a backward pass of its own, against one row at a time."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from expert_parallel.moe import products
+from expert_parallel.moe.experts import ExpertsConfig, GroupedExperts
+from expert_parallel.moe.ffn import ACTIVATIONS
+from expert_parallel.moe.fused import fused_experts
+from expert_parallel.moe.permute import NO_ROW, gather_rows, inverse, rows_of_sources
+from expert_parallel.moe.plan import DispatchedTokens
+from expert_parallel.moe.products import PRODUCTS
+
+D_MODEL, HIDDEN, NUM_EXPERTS = 16, 24, 4
+
+
+def make_tokens(choices: list[list[int]], dtype: torch.dtype = torch.float64) -> DispatchedTokens:
+    """Row v is needed by the experts choices[v], in that order. Sorted here with Python's own sort."""
+    flat = [(expert, row) for row, experts in enumerate(choices) for expert in experts]
+    order = sorted(range(len(flat)), key=lambda n: flat[n][0])
+    place = {n: r for r, n in enumerate(order)}
+    width = max(map(len, choices), default=0)
+    table, number = [], 0
+    for experts in choices:
+        places = [place[number + j] for j in range(len(experts))]
+        table.append(places + [NO_ROW] * (width - len(places)))
+        number += len(experts)
+    generator = torch.Generator().manual_seed(len(flat))
+    return DispatchedTokens(
+        x_VD=torch.randn(len(choices), D_MODEL, generator=generator, dtype=torch.float64).to(dtype),
+        row_R=torch.tensor([flat[n][1] for n in order], dtype=torch.int64),
+        computed_VK=torch.tensor(table, dtype=torch.int64).view(len(choices), width),
+        counts_e=torch.tensor([sum(flat[n][0] == e for n in order) for e in range(NUM_EXPERTS)]),
+        weights_R=torch.rand(len(flat), generator=generator, dtype=torch.float64).to(
+            torch.promote_types(torch.float32, dtype)
+        ),
+    )
+
+
+def make_experts(
+    activation: str, dtype: torch.dtype = torch.float64, backend: str = "loop", hidden: int = HIDDEN
+) -> GroupedExperts:
+    config = ExpertsConfig(hidden=hidden, activation=activation, backend=backend)  # type: ignore[arg-type]
+    experts = GroupedExperts(config, D_MODEL, tuple(range(NUM_EXPERTS)))
+    for number, parameter in enumerate(experts.parameters()):
+        generator = torch.Generator().manual_seed(number)
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype) / 2
+    return experts
+
+
+def plainly(experts: GroupedExperts, tokens: DispatchedTokens) -> Tensor:
+    """One row at a time: nothing here is grouped, fused or weighted in another place than the formula's."""
+    experts_R = [e for e, count in enumerate(tokens.counts_e.tolist()) for _ in range(count)]
+    outputs = [
+        weight * (ACTIVATIONS[experts.config.activation](tokens.x_VD[row] @ experts.w_in[e]) @ experts.w_out[e])
+        for row, e, weight in zip(tokens.row_R.tolist(), experts_R, tokens.weights_R, strict=True)
+    ]
+    rows = [
+        sum((outputs[r] for r in places if r != NO_ROW), 0 * tokens.x_VD[v])
+        for v, places in enumerate(tokens.computed_VK.tolist())
+    ]
+    return torch.stack(rows) if rows else tokens.x_VD
+
+
+def with_gradients(y_VD: Tensor, tokens: DispatchedTokens, experts: GroupedExperts) -> list[Tensor]:
+    upstream = torch.linspace(-1, 1, y_VD.numel(), dtype=torch.float64).view(y_VD.shape).to(y_VD.dtype)
+    inputs = [tokens.x_VD, tokens.weights_R, *experts.parameters()]
+    return [y_VD.detach(), *torch.autograd.grad(y_VD, inputs, upstream)]
+
+
+def learning(tokens: DispatchedTokens) -> DispatchedTokens:
+    tokens.x_VD.requires_grad_()
+    tokens.weights_R.requires_grad_()
+    return tokens
+
+
+CHOICES = {
+    "several a row": [[0, 2], [1, 0], [3, 1], [2, 3], [0, 3]],
+    "some rows fewer": [[2], [0, 1, 3], [], [1, 2]],
+    "an expert without rows": [[0, 1], [1, 0], [3, 0]],
+    "one expert": [[2], [2], [2]],
+    "all experts": [[3, 1, 0, 2]],
+    "no choices": [[], []],
+    "no rows": [],
+}
+
+
+@pytest.mark.parametrize("hidden", [HIDDEN, 4], ids=["wide", "narrow"])
+@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_fused_equals_one_row_at_a_time(activation: str, choices: list[list[int]], hidden: int) -> None:
+    """Outputs, and the gradients of rows, weights and both matrices, in float64. On the CPU, wide experts keep what
+    narrow ones compute again."""
+    tokens, experts = learning(make_tokens(choices)), make_experts(activation, hidden=hidden)
+    actual = with_gradients(experts(tokens), tokens, experts)
+    if not any(choices):
+        assert all(not bool(value.any()) for value in actual), "nothing is computed, and every gradient is a zero"
+        return
+    torch.testing.assert_close(
+        actual, with_gradients(plainly(experts, tokens), tokens, experts), rtol=1e-12, atol=1e-12
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_any_choices(data: st.DataObject) -> None:
+    choice = st.lists(st.integers(0, NUM_EXPERTS - 1), max_size=NUM_EXPERTS, unique=True)
+    tokens = learning(make_tokens(data.draw(st.lists(choice, min_size=1, max_size=9).filter(any))))
+    activation, hidden = data.draw(st.sampled_from(sorted(ACTIVATIONS))), data.draw(st.integers(1, 2 * D_MODEL))
+    experts = make_experts(activation, hidden=hidden)
+    actual = with_gradients(experts(tokens), tokens, experts)
+    torch.testing.assert_close(
+        actual, with_gradients(plainly(experts, tokens), tokens, experts), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("hidden", [HIDDEN, 8])
+@pytest.mark.parametrize("backend", PRODUCTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_in_short_numbers(dtype: torch.dtype, backend: str, hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64 of the same rounded numbers, on processors that multiply bfloat16 and on those that do not."""
+    for multiplies in (True, False):
+        monkeypatch.setattr(products, "multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
+        results = []
+        for compute in (dtype, torch.float64):
+            tokens = make_tokens(CHOICES["several a row"], dtype)
+            experts = make_experts("swiglu", dtype, backend, hidden)
+            tokens = learning(
+                DispatchedTokens(
+                    tokens.x_VD.to(compute),
+                    tokens.row_R,
+                    tokens.computed_VK,
+                    tokens.counts_e,
+                    tokens.weights_R.to(torch.promote_types(torch.float32, compute)),
+                )
+            )
+            exact = compute == torch.float64
+            y_VD = plainly(experts.double(), tokens) if exact else experts(tokens)
+            assert y_VD.dtype == compute
+            results.append([value.double() for value in with_gradients(y_VD, tokens, experts)])
+        tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+        for actual, wanted in zip(*results, strict=True):
+            assert float((actual - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
+
+
+def test_a_weight_of_zero_has_its_gradient() -> None:
+    """It comes from the products, not by dividing the output by the weight."""
+    tokens, experts = make_tokens([[0, 1]]), make_experts("gelu")
+    tokens.weights_R[0] = 0.0
+    learning(tokens)
+    actual = with_gradients(experts(tokens), tokens, experts)[2]
+    torch.testing.assert_close(actual, with_gradients(plainly(experts, tokens), tokens, experts)[2])
+    assert float(actual[0].abs()) > 0.01
+
+
+def test_narrow_experts_keep_rows_and_the_first_product_alone() -> None:
+    """What the backward pass finds, by shape: no gathered rows (R, D), no activations, no outputs."""
+    hidden = D_MODEL // 2
+    tokens, experts = learning(make_tokens(CHOICES["several a row"])), make_experts("swiglu", hidden=hidden)
+    kept: list[tuple[int, ...]] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append((*x.shape, x.is_floating_point()))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        experts(tokens)
+    rows, choices = tokens.x_VD.shape[0], len(tokens.row_R)
+    matrices = [shape[:2] for shape in kept if len(shape) == 3 and shape[-1]]
+    assert sorted(matrices) == sorted([(rows, D_MODEL), (choices, 2 * hidden)])
+
+
+def test_a_second_backward_pass_finds_what_the_first_found() -> None:
+    """No buffer that is kept is written to."""
+    for activation, hidden in product(ACTIVATIONS, (HIDDEN, 4)):
+        tokens = learning(make_tokens(CHOICES["several a row"]))
+        experts = make_experts(activation, hidden=hidden)
+        y_VD = experts(tokens)
+        inputs: list[Any] = [tokens.x_VD, tokens.weights_R, *experts.parameters()]
+        first, second = (torch.autograd.grad(y_VD.sum(), inputs, retain_graph=True) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), activation
+
+
+@pytest.mark.parametrize("frozen", ["w_in", "w_out", "x", "weights"])
+def test_what_needs_no_gradient_gets_none(frozen: str) -> None:
+    tokens, experts = learning(make_tokens(CHOICES["several a row"])), make_experts("gelu")
+    leaves = {"x": tokens.x_VD, "weights": tokens.weights_R, "w_in": experts.w_in, "w_out": experts.w_out}
+    leaves[frozen].requires_grad_(False)
+    experts(tokens).sum().backward()
+    assert [name for name, leaf in leaves.items() if leaf.grad is None] == [frozen]
+
+
+def test_wider_matrices_are_rounded_to_the_rows_dtype() -> None:
+    """float32 master weights serve bfloat16 rows, and get float32 gradients."""
+    tokens, experts = learning(make_tokens([[0, 1], [2, 3]], torch.bfloat16)), make_experts("gelu", torch.float32)
+    y_VD = fused_experts(tokens, experts.w_in, experts.w_out, "gelu", PRODUCTS["loop"])
+    y_VD.sum().backward()
+    assert y_VD.dtype == torch.bfloat16
+    assert experts.w_in.grad is not None
+    assert experts.w_in.grad.dtype == torch.float32
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 99), max_size=3), max_size=6), st.integers(3, 5))
+def test_rows_of_sources_lists_what_each_source_has(lists: list[list[int]], width: int) -> None:
+    source = torch.tensor([s for s, values in enumerate(lists) for _ in values], dtype=torch.int64)
+    value = torch.tensor([v for values in lists for v in values], dtype=torch.int64)
+    table = rows_of_sources(source, value, len(lists), width)
+    assert table.tolist() == [values + [NO_ROW] * (width - len(values)) for values in lists]
+
+
+@given(st.permutations(range(7)))
+def test_inverse(order: list[int]) -> None:
+    assert [order[place] for place in inverse(torch.tensor(order)).tolist()] == list(range(7))
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_bags_equal_columns(data: st.DataObject) -> None:
+    """The sum over a table's columns by an embedding's bags is that by columns: 3 columns take the one, vectors the
+    other."""
+    num_rows, num_results = data.draw(st.integers(1, 5)), data.draw(st.integers(0, 6))
+    row = st.lists(st.integers(NO_ROW, num_rows - 1), min_size=3, max_size=3)
+    table = torch.tensor(data.draw(st.lists(row, min_size=num_results, max_size=num_results)), dtype=torch.int64).view(
+        num_results, 3
+    )
+    x = torch.arange(1.0, num_rows + 1, dtype=torch.float64)[:, None].repeat(1, 2)
+    unused = torch.zeros(num_rows, 1, dtype=torch.int64)
+    by_bags, by_columns = gather_rows(x, table, unused), gather_rows(x[:, 0], table, unused)
+    assert by_bags[:, 0].tolist() == by_columns.tolist()
