@@ -234,3 +234,60 @@ def test_bags_equal_columns(data: st.DataObject) -> None:
     unused = torch.zeros(num_rows, 1, dtype=torch.int64)
     by_bags, by_columns = gather_rows(x, table, unused), gather_rows(x[:, 0], table, unused)
     assert by_bags[:, 0].tolist() == by_columns.tolist()
+
+
+@pytest.mark.parametrize("hidden", [HIDDEN, 4], ids=["wide", "narrow"])
+@pytest.mark.parametrize("needed", ["x", "w_in", "w_out", "weights"])
+def test_gradients_that_nobody_needs_are_not_computed(needed: str, hidden: int) -> None:
+    """Products of the backward pass, by which of four leaves wants a gradient."""
+    tokens, experts = make_tokens(CHOICES["several a row"]), make_experts("gelu", hidden=hidden)
+    leaves = {"x": tokens.x_VD, "weights": tokens.weights_R, "w_in": experts.w_in, "w_out": experts.w_out}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name == needed)
+    y_VD = experts(tokens)
+    loop, calls = PRODUCTS["loop"], list[str]()
+
+    def counted(name: str) -> Any:
+        def call(*args: Any) -> Tensor:
+            calls.append(name)
+            result: Tensor = getattr(loop, name)(*args)
+            return result
+
+        return call
+
+    assert y_VD.grad_fn is not None
+    y_VD.grad_fn.products = products.Products(loop.groups, counted("rows"), counted("sums"))
+    (found,) = torch.autograd.grad(y_VD.sum(), leaves[needed])
+    (expected,) = torch.autograd.grad(plainly(experts, tokens).sum(), leaves[needed])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    keeps = hidden >= D_MODEL
+    wanted = {"x": (2, 0), "w_in": (1, 1), "w_out": (0 if keeps else 1, 1), "weights": (0 if keeps else 1, 0)}[needed]
+    assert (calls.count("rows"), calls.count("sums")) == wanted
+
+
+@pytest.mark.parametrize("backend", PRODUCTS)
+def test_autocast_has_no_say(backend: str) -> None:
+    tokens, experts = (
+        make_tokens(CHOICES["several a row"], torch.float32),
+        make_experts("swiglu", torch.float32, backend),
+    )
+    learning(tokens)
+    expected = with_gradients(experts(tokens), tokens, experts)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = with_gradients(experts(tokens), tokens, experts)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_no_copy_of_the_matrices_is_kept_in_the_rows_dtype() -> None:
+    """Of float32 matrices that serve bfloat16 rows: what is kept is the matrices themselves."""
+    tokens, experts = learning(make_tokens([[0, 1], [2, 3]], torch.bfloat16)), make_experts("gelu", torch.float32)
+    kept: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        experts(tokens)
+    matrices = [x for x in kept if x.dim() == 3]
+    assert [x.data_ptr() for x in matrices] == [experts.w_in.data_ptr(), experts.w_out.data_ptr()]

@@ -1,6 +1,8 @@
 """Tokens that travel in chunks: the same outputs and gradients as all at once, whatever the ranks have; and exchanges
 that lie beneath the experts, in both passes."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -10,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from expert_parallel.collectives import Peers
 from expert_parallel.moe.layer import MoEConfig, MoELayer
 from expert_parallel.moe.ledger import Ledger
 from expert_parallel.moe.passage import chunk_sizes
@@ -187,3 +190,35 @@ def run_alone(rank: int) -> bool:
 
 def test_one_rank_computes_all_at_once() -> None:
     assert run_ranks(1, run_alone) == [True]
+
+
+def what_is_left_of_a_pass(rank: int, kind: str, overlap: int, with_backward: bool) -> int:
+    """How many of three inputs are still held by something, when all that came of them is gone."""
+    layer, held = make_layer(KINDS[kind], overlap), []
+    for _ in range(3):
+        x_TD = torch.randn(12, D_MODEL, dtype=torch.float64, requires_grad=True)
+        inside = x_TD * 1.0
+        held.append(weakref.ref(inside))
+        y_TD = layer(inside).y
+        if with_backward:
+            y_TD.sum().backward()
+        del x_TD, inside, y_TD
+    gc.collect()
+    return sum(reference() is not None for reference in held)
+
+
+@pytest.mark.parametrize("with_backward", [True, False])
+@pytest.mark.parametrize("overlap", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_leaves_nothing_behind(kind: str, overlap: int, with_backward: bool) -> None:
+    """A tensor that holds the node that made it, by way of what the node holds, is never let go."""
+    assert run_ranks(4, what_is_left_of_a_pass, kind, overlap, with_backward) == [0] * 4
+
+
+def test_an_exchange_of_one_rank_leaves_its_input_alone() -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    y = Ledger().exchange(x, [2], [2], Peers.of(None), "dispatch")
+    (2 * y).sum().backward()
+    assert x.is_leaf
+    assert x.grad is not None
+    assert x.grad.tolist() == [[2.0] * 3] * 2

@@ -72,6 +72,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "pp, pooled losses": ({"world": 4, "pp": 2, "tp": 2, "micro_steps": 2}, moe(losses=POOLED), "pp"),
     "interleaved": ({"world": 4, "pp": 2, "micro_steps": 4, "pipeline": "interleaved"}, {"num_layers": 4}, "pp tied"),
     "ep x dp": ({"world": 4, "ep": 2}, {}, "ep edp dense stage"),
+    "ep in chunks, sharded": (
+        {"world": 4, "ep": 2, "data": "sharded"},
+        moe(dispatcher={"kind": "all_to_all", "overlap": 3}),
+        "ep edp",
+    ),
     "ep, micro-steps": ({"world": 4, "ep": 4, "micro_steps": 2, "recompute": "block"}, {}, "ep dense"),
     "tp x pp x ep": ({"world": 8, "tp": 2, "pp": 2, "ep": 2, "micro_steps": 2}, {}, "tp pp ep edp dense tied"),
     "dense model": (

@@ -49,11 +49,11 @@ def bench_layer(
     from expert_parallel.bench.peers.peers import PEERS
     from expert_parallel.bench.table import describe_layer
 
-    def plan() -> dict[str, Any]:
+    def plan(world: int) -> dict[str, Any]:
         names = _peer_names(peers, PEERS)
         chosen = choose_shape(shape, changes or [], scale)
-        if chosen.num_experts < (wanted := ranks or 1):
-            raise ValueError(f"--ranks is {wanted} but --shape {shape} has {chosen.num_experts} experts")
+        if chosen.num_experts < world:
+            raise ValueError(f"{world} ranks are more than the {chosen.num_experts} experts of --shape {shape}")
         task = LayerTask(shape=chosen, dtype=dtype, rounds=rounds, threads=threads, peers=names)
         return task.model_dump(mode="json")
 
@@ -82,10 +82,10 @@ def bench_train(
     from expert_parallel.bench.table import describe_train
     from expert_parallel.bench.train import TrainResult, TrainTask, train_task
 
-    def plan() -> dict[str, Any]:
+    def plan(world: int) -> dict[str, Any]:
         chosen = choose_train_shape(shape, changes or [], scale)
-        if (most := min(chosen.layer.num_experts, chosen.sequences)) < (wanted := ranks or 1):
-            raise ValueError(f"--ranks is {wanted} but --shape {shape} has experts and sequences for {most}")
+        if (most := min(chosen.layer.num_experts, chosen.sequences)) < world:
+            raise ValueError(f"{world} ranks are more than --shape {shape} has experts and sequences for: {most}")
         names = _peer_names(peers, TRAINEES)
         task = TrainTask(shape=chosen, dtype=dtype, rounds=rounds, threads=threads, peers=names)
         return task.model_dump(mode="json")
@@ -108,7 +108,7 @@ def bench_machine(
     Planning reads the file of --json."""
     from expert_parallel.bench.machine import MachineFile, MachineTask, describe_machine, machine_task
 
-    def plan() -> dict[str, Any]:
+    def plan(world: int) -> dict[str, Any]:
         return MachineTask(rounds=rounds, threads=threads).model_dump(mode="json")
 
     result = _run(machine_task, plan, ranks, RuntimeConfig(device=device, backend=transport), json_file)
@@ -198,7 +198,7 @@ def bench_overlap(
     """How much of the exchange between the ranks lies beneath the experts, over the link that there is."""
     from expert_parallel.bench.overlap import OverlapResult, OverlapTask, describe_overlap, overlap_task
 
-    def plan() -> dict[str, Any]:
+    def plan(world: int) -> dict[str, Any]:
         chosen = choose_shape(shape, changes or [])
         task = OverlapTask(shape=chosen, dispatcher=dispatcher, overlap=overlap, rounds=rounds, threads=threads)
         return task.model_dump(mode="json")
@@ -222,7 +222,7 @@ def bench_nodes(
     """The hierarchical dispatcher beside the flat one: time, and bytes between nodes."""
     from expert_parallel.bench.overlap import NodesResult, NodesTask, describe_nodes, nodes_task
 
-    def plan() -> dict[str, Any]:
+    def plan(world: int) -> dict[str, Any]:
         chosen = choose_shape(shape, changes or [])
         task = NodesTask(shape=chosen, ranks_per_node=ranks_per_node, rounds=rounds, threads=threads)
         return task.model_dump(mode="json")
@@ -244,7 +244,7 @@ def bench_scaling(
     """How cost grows with ranks, from 1 on doubled, and with the number of experts. Starts its ranks itself."""
     from expert_parallel.bench.scaling import ScalingResult, ScalingTask, describe_scaling, scaling_task
 
-    def plan() -> dict[str, Any]:
+    def plan(world: int) -> dict[str, Any]:
         chosen, counts = choose_shape(shape, changes or []), [1]
         while counts[-1] * 2 <= ranks:
             counts.append(counts[-1] * 2)
@@ -261,7 +261,7 @@ def bench_scaling(
 
 
 def _run(
-    work: Work, plan: Callable[[], Any], ranks: int | None, config: RuntimeConfig, json_file: Path | None
+    work: Work, plan: Callable[[int], Any], ranks: int | None, config: RuntimeConfig, json_file: Path | None
 ) -> Any | None:
     """What `work` finds on `plan()`: on rank 0, and None on the others. Written to json_file as well."""
     try:
@@ -285,7 +285,7 @@ def _run(
 
 
 def _check(
-    plan: Callable[[], Any], runtime: Runtime, ranks: int | None, config: RuntimeConfig, json_file: Path | None
+    plan: Callable[[int], Any], runtime: Runtime, ranks: int | None, config: RuntimeConfig, json_file: Path | None
 ) -> Any:
     """The plan. ValueError for ranks, a transport or a file that cannot be had."""
     if runtime.launch.launcher != "none" and ranks not in (None, runtime.world_size):
@@ -297,7 +297,9 @@ def _check(
             raise ValueError(f"--transport {config.backend}: ranks of our own use gloo, start them with a launcher")
     if json_file is not None and not json_file.parent.is_dir():
         raise ValueError(f"--json: there is no folder {json_file.parent}")
-    return plan()
+    if json_file is not None and json_file.is_dir():
+        raise ValueError(f"--json: {json_file} is a folder")
+    return plan(max(ranks or 1, runtime.world_size))
 
 
 def _peer_names(peers: str | None, known: Mapping[str, object]) -> tuple[str, ...] | None:

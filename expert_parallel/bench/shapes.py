@@ -1,5 +1,6 @@
 """The shapes that are measured, by name, and the changes a user makes to them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
@@ -63,6 +64,8 @@ def choose_shape(name: str, changes: Sequence[str] = (), scale: float = 1.0) -> 
     scale: multiplies the tokens. ValueError for what there is not."""
     if name != "given" and name not in SHAPES:
         raise ValueError(f"--shape is {name!r}, it must be one of {', '.join(SHAPES)}, given")
+    if not math.isfinite(scale):
+        raise ValueError(f"--scale is {scale}, it must be a number")
     if name == "given":
         named = {change.partition("=")[0] for change in changes}
         missing = [field for field, info in Shape.model_fields.items() if info.is_required() and field not in named]

@@ -212,10 +212,11 @@ class Dispatcher:
 
     def _sort(self, choices: RowChoices, num_choices: int, padded_rows: int | None) -> tuple[DispatchedTokens, Tensor]:
         """Which arrived row each local expert computes for which choice; without the rows, which have yet to come. And
-        how many choices each serves. Where there are drops but no padding, the host waits for their number."""
+        how many choices each serves. Where all experts are here and none is padded, the host waits for the number of
+        choices that were not dropped."""
         self.slot_of_expert_E1 = self.slot_of_expert_E1.to(choices.expert_N.device)
         num_local = self.num_local_experts
-        if padded_rows is None:
+        if padded_rows is None and not self.hops:  # what has come by a hop goes somewhere
             choices = without_nowhere(choices)
         slot_N = self.slot_of_expert_E1[choices.expert_N]
         counts_e = served_e = count_keys(slot_N, num_local + 1)[:num_local]

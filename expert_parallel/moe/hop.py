@@ -103,7 +103,7 @@ class Hop:
             plan_travel(choices, order, key.num_choices, self.merge)
             for choices, order in zip(chunks, orders, strict=True)
         ]
-        sent_WP, received_WP = torch.stack([sent_PW, wait()]).mT.tolist()  # the host waits here, and nowhere else
+        sent_WP, received_WP = torch.stack([sent_PW, wait()]).mT.tolist()  # here the host waits
         refuse_disagreement(list(zip(*received_WP[-2:], strict=True)), key, self.peers)
         C = len(chunks)
         legs = [

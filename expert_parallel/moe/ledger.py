@@ -197,7 +197,7 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, trip: Trip) -> Tensor:
         ctx.trip = trip
-        return trip.under_way.pop()()
+        return trip.under_way.pop()().detach()  # or what `there` holds would get this node, and hold itself
 
     @staticmethod
     @once_differentiable

@@ -94,6 +94,7 @@ def best(ranking_TE: Tensor, k: int) -> Tensor:
     if ranking_TE.dtype != torch.float32 or ranking_TE.shape[0] == 0:
         return ranking_TE.sort(dim=1, descending=True, stable=True).indices[:, :k]
     bits_TE = (ranking_TE + 0.0).view(torch.int32)  # + 0.0: the negative zero is a zero
+    bits_TE = bits_TE.masked_fill(ranking_TE.isnan(), 0x7FC00000)  # first, whatever its sign: as in a sort
     order_TE = (bits_TE ^ (bits_TE >> 31 & 0x7FFFFFFF)).long() << 32
     last_first_E = torch.arange(num_experts - 1, -1, -1, device=ranking_TE.device)
     return num_experts - 1 - (order_TE.bitwise_or_(last_first_E).topk(k, dim=1).values & 0xFFFFFFFF)

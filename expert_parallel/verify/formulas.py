@@ -275,10 +275,12 @@ def _sharded(step: Step, data: ShardedConfig, held: Held, axis: str, shards: int
 
 def gathers(step: Step, data: ShardedConfig, name: str) -> int:
     """How often a weight is gathered in a step: for every forward pass, and again for the backward pass where it was
-    given up in between. A pipeline keeps it from a backward pass to whatever comes next."""
+    given up in between. A pipeline keeps it from a backward pass to whatever comes next. Experts that compute tokens in
+    chunks are gathered for each chunk."""
     is_outside_blocks = name in (*VOCABULARY, "position.weight")
     given_up = data.reshard_after_forward and not is_outside_blocks
     M = step.training.micro_steps
     if step.degrees.pp > 1:
         return 1 + M if given_up else 1
-    return 2 * M if given_up else M
+    chunks = getattr(step.moe.dispatcher, "overlap", 1) if ".experts." in name and step.degrees.ep > 1 else 1
+    return 2 * M * chunks if given_up else M

@@ -34,7 +34,7 @@ class Trainee:
         self.model, self.logits, self.replicated, self.surroundings = model, logits, replicated, surroundings
         self.case, self.computes, self.version = case, computes, version
         self.parameters = list(model.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step(self, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
         with self.surroundings():

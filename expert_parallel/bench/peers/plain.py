@@ -37,7 +37,7 @@ class MaskLoop(PlainLayer):
         for expert, (w_in, w_out) in enumerate(zip(self.w_in, self.w_out, strict=True)):
             token, choice = torch.where(ids_TK == expert)
             rows_RD = self.activate(x_TD[token] @ w_in) @ w_out
-            y_TD = y_TD.index_add(0, token, (rows_RD * weights_TK[token, choice, None]).to(x_TD.dtype))
+            y_TD.index_add_(0, token, (rows_RD * weights_TK[token, choice, None]).to(x_TD.dtype))
         return y_TD
 
 

@@ -4,6 +4,8 @@ What a launch needs are shapes of tensors, never values in them: nothing waits f
 all of it. Empty results launch nothing.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +22,8 @@ def gather(x_LD: Tensor, row_R: Tensor, out_dtype: torch.dtype | None = None) ->
     out_RD = x_LD.new_empty(len(row_R), x_LD.shape[1], dtype=out_dtype)
     if out_RD.numel():
         grid, tile = _cut(out_RD)
-        kernels.gather[grid](x_LD.contiguous(), row_R.contiguous(), out_RD, *out_RD.shape, *tile)
+        with _on(x_LD):
+            kernels.gather[grid](x_LD.contiguous(), row_R.contiguous(), out_RD, *out_RD.shape, *tile)
     return out_RD
 
 
@@ -40,9 +43,10 @@ def gather_quantised(x_LD: Tensor, row_R: Tensor, block: int = 128) -> tuple[Ten
         tile = (max(1, TILE // columns), columns)
         grid = (triton.cdiv(num_rows, tile[0]), num_blocks)
         inputs = (x_LD.contiguous(), row_R.contiguous())
-        kernels.gather_quantised[grid](
-            *inputs, q_RD, scale_Rb, *q_RD.shape, num_blocks, block, FLOAT8_MAX, SMALLEST_SCALE, *tile
-        )
+        with _on(x_LD):
+            kernels.gather_quantised[grid](
+                *inputs, q_RD, scale_Rb, *q_RD.shape, num_blocks, block, FLOAT8_MAX, SMALLEST_SCALE, *tile
+            )
     return q_RD, scale_Rb
 
 
@@ -53,9 +57,10 @@ def dequantise(q_RD: Tensor, scale_Rb: Tensor, dtype: torch.dtype, block: int = 
     x_RD = q_RD.new_empty(q_RD.shape, dtype=dtype)
     if x_RD.numel():
         grid, tile = _cut(x_RD)
-        kernels.dequantise[grid](
-            q_RD.contiguous(), scale_Rb.contiguous(), x_RD, *x_RD.shape, scale_Rb.shape[1], block, *tile
-        )
+        with _on(q_RD):
+            kernels.dequantise[grid](
+                q_RD.contiguous(), scale_Rb.contiguous(), x_RD, *x_RD.shape, scale_Rb.shape[1], block, *tile
+            )
     return x_RD
 
 
@@ -68,7 +73,8 @@ def activate(h_RF2: Tensor, activation: str, weights_R: Tensor | None = None) ->
         weights = h_RF2 if weights_R is None else weights_R  # a pointer must be there, though nothing is read
         tensors = (h_RF2.contiguous(), weights.contiguous(), a_RF)
         kind = (activation, activation in GATED, weights_R is not None, _wide(h_RF2))
-        kernels.activate[grid](*tensors, *a_RF.shape, h_RF2.shape[1], *kind, *tile)
+        with _on(h_RF2):
+            kernels.activate[grid](*tensors, *a_RF.shape, h_RF2.shape[1], *kind, *tile)
     return a_RF
 
 
@@ -82,7 +88,8 @@ def activate_backward(h_RF2: Tensor, g_RF: Tensor, weights_R: Tensor, activation
     grid, tile = _cut(a_RF, TILE // 2)  # twice the values live as in a forward pass
     kind = (activation, activation in GATED, _wide(h_RF2))
     tensors = (h_RF2.contiguous(), g_RF.contiguous(), weights_R.contiguous(), a_RF, dh_RF2, dot_R)
-    kernels.activate_backward[grid[:1]](*tensors, *a_RF.shape, h_RF2.shape[1], *kind, *tile)
+    with _on(h_RF2):
+        kernels.activate_backward[grid[:1]](*tensors, *a_RF.shape, h_RF2.shape[1], *kind, *tile)
     return a_RF, dh_RF2, dot_R
 
 
@@ -94,7 +101,8 @@ def combine(y_RD: Tensor, rows_VK: Tensor, weights_R: Tensor | None = None) -> T
         weights = rows_VK if weights_R is None else weights_R  # a pointer must be there, though nothing is read
         inputs = (y_RD.contiguous(), rows_VK.contiguous(), weights.contiguous())
         kind = (rows_VK.shape[1], weights_R is not None, _wide(y_RD))
-        kernels.combine[grid](*inputs, y_VD, *y_VD.shape, *kind, *tile)
+        with _on(y_RD):
+            kernels.combine[grid](*inputs, y_VD, *y_VD.shape, *kind, *tile)
     return y_VD
 
 
@@ -110,6 +118,11 @@ def _cut(out: Tensor, values: int = TILE) -> tuple[tuple[int, int], tuple[int, i
     columns = min(1024, max(16, triton.next_power_of_2(num_columns)))
     rows = values // columns
     return (triton.cdiv(num_rows, rows), triton.cdiv(num_columns, columns)), (rows, columns)
+
+
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
 
 
 def _wide(x: Tensor) -> tl.dtype:

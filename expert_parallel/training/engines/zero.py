@@ -61,7 +61,7 @@ class ZeroState:
     def make_moments(self, step: int) -> None:
         for flat in self.flats:
             state = self.optimizer.state[flat]
-            state["step"] = torch.tensor(float(step))
+            state["step"] = torch.tensor(float(step), device=flat.device)  # where a fused update counts
             state.update({moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS})
 
     def finish(self) -> None:
