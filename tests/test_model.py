@@ -448,7 +448,8 @@ def test_every_dropout_has_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
 
     for module in (transformer, experts):
         monkeypatch.setattr(module, "dropout", record)
-    model = make_model(dropout=0.5)
+    with_dropout = {**MOE["experts"], "hidden_dropout": 0.5, "output_dropout": 0.5}
+    model = make_model(dropout=0.5, moe={**MOE, "experts": with_dropout})
     for changed in ({}, {"seed": 9}, {"step": 9}, {"micro_step": 9}, {"coordinate": 9}):
         model(draw_tokens(), replace(CONTEXT, **changed))
     assert len(seeds) == 5 * (1 + 2 * 2 + 2 * 2)
