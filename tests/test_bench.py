@@ -447,15 +447,17 @@ def test_training_on_two_ranks_is_training_on_one() -> None:
 REFUSED = {
     "an unknown shape": (["layer", "--shape", "huge"], "--shape is 'huge', it must be one of "),
     "an unknown peer": (["layer", "--peers", "mask loop,megablocks"], "--peers: 'megablocks' is none of mask loop, "),
-    "more ranks than experts": (["layer", "--ranks", "9"], "--ranks is 9 but --shape base has 8 experts"),
+    "more ranks than experts": (["layer", "--ranks", "9"], "9 ranks are more than the 8 experts of --shape base"),
     "no folder": (["layer", "--json", "/no/such/folder/x.json"], "--json: there is no folder /no/such/folder"),
     "MPI without mpirun": (
         ["layer", "--ranks", "2", "--transport", "mpi"],
         "--transport mpi: ranks of our own use gloo, start them with a launcher",
     ),
+    "a scale that is none": (["layer", "--scale", "inf"], "--scale is inf, it must be a number"),
+    "a folder for a file": (["layer", "--json", "/"], "--json: / is a folder"),
     "more ranks than sequences": (
         ["train", "--ranks", "8", "tokens=512"],
-        "--ranks is 8 but --shape base has experts and sequences for 2",
+        "8 ranks are more than --shape base has experts and sequences for: 2",
     ),
     "a decoder that is none": (["train", "--shape", "qwen"], "--shape is 'qwen', it must be one of base, 3b"),
 }
