@@ -13,7 +13,7 @@ from expert_parallel.moe import products
 from expert_parallel.moe.experts import ExpertsConfig, GroupedExperts
 from expert_parallel.moe.ffn import ACTIVATIONS
 from expert_parallel.moe.fused import fused_experts
-from expert_parallel.moe.permute import NO_ROW, gather_rows, inverse, rows_of_sources
+from expert_parallel.moe.permute import NO_ROW, gather_rows, inverse
 from expert_parallel.moe.plan import DispatchedTokens
 from expert_parallel.moe.products import PRODUCTS
 
@@ -204,15 +204,6 @@ def test_wider_matrices_are_rounded_to_the_rows_dtype() -> None:
     assert y_VD.dtype == torch.bfloat16
     assert experts.w_in.grad is not None
     assert experts.w_in.grad.dtype == torch.float32
-
-
-@settings(deadline=None)
-@given(st.lists(st.lists(st.integers(0, 99), max_size=3), max_size=6), st.integers(3, 5))
-def test_rows_of_sources_lists_what_each_source_has(lists: list[list[int]], width: int) -> None:
-    source = torch.tensor([s for s, values in enumerate(lists) for _ in values], dtype=torch.int64)
-    value = torch.tensor([v for values in lists for v in values], dtype=torch.int64)
-    table = rows_of_sources(source, value, len(lists), width)
-    assert table.tolist() == [values + [NO_ROW] * (width - len(values)) for values in lists]
 
 
 @given(st.permutations(range(7)))

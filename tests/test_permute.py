@@ -14,12 +14,20 @@ from expert_parallel.moe.permute import (
     padded_places,
     places_in_queues,
     sort_by_expert,
-    sources_table,
     sum_rows,
 )
 from expert_parallel.moe.travel import NOWHERE, RowChoices, choices_of, columns, order_choices, plan_travel, row_table
 
 NAIVE = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def sources_table(source_M: Tensor, num_sources: int, width: int) -> Tensor:
+    """The inverse of `result[m] = x[source_M[m]]`: row s lists, ascending, every m whose source is s."""
+    table = torch.full((num_sources, width), NO_ROW)
+    for source in range(num_sources):
+        found = [m for m, s in enumerate(source_M.tolist()) if s == source]
+        table[source, : len(found)] = torch.tensor(found, dtype=torch.int64)
+    return table
 
 
 def ids(*rows: list[int]) -> Tensor:

@@ -44,26 +44,6 @@ def sort_by_expert(slot_R: Tensor, num_local_experts: int) -> tuple[Tensor, Tens
     return order_R, count_keys(slot_R, num_local_experts)
 
 
-def sources_table(source_M: Tensor, num_sources: int, width: int) -> Tensor:
-    """The inverse of `result[m] = x[source_M[m]]`: row s lists, ascending, every m whose source is s.
-
-    source_M: int64 (M). Returns int64 (num_sources, width), filled up with NO_ROW. No source may be used more
-    than `width` times.
-    """
-    order_M = stable_argsort(source_M, num_sources)
-    return rows_of_sources(source_M[order_M], order_M, num_sources, width)
-
-
-def rows_of_sources(source_M: Tensor, value_M: Tensor, num_sources: int, width: int) -> Tensor:
-    """Row s lists the values of source s, in their order; NO_ROW behind them. source_M: int64, ascending. Returns int64
-    (num_sources, width)."""
-    counts = count_keys(source_M, num_sources)
-    start = counts.cumsum(0) - counts
-    place_M = torch.arange(len(source_M), device=source_M.device) - start.index_select(0, source_M)
-    table = value_M.new_full((num_sources * width,), NO_ROW)
-    return table.scatter_(0, source_M * width + place_M, value_M).view(num_sources, width)
-
-
 def padded_places(slot_N: Tensor, num_slots: int, block_rows: int) -> tuple[Tensor, Tensor]:
     """(place_N, item_P): items grouped by slot, each slot in a block of `block_rows` places, in their order.
 
