@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import torch
 import yaml
@@ -28,6 +28,8 @@ from expert_parallel.training.engines.config import refuse_engine
 from expert_parallel.training.freeze import refuse_trainable
 from expert_parallel.training.replay import PlayConfig
 from expert_parallel.training.step import DTYPES, TrainingConfig
+
+S = TypeVar("S", bound=Settings)
 
 
 class EvaluationConfig(Settings):
@@ -168,6 +170,11 @@ for _yaml in (_Loader, _Dumper):
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Reads, overrides (`dotted.key=value`, the value as YAML), validates. ValueError: one sentence with the path."""
+    return read_settings(Config, load_tree(path, overrides), str(path))
+
+
+def load_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a YAML file and overrides say, as it stands. ValueError where it is no mapping."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -178,13 +185,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"the config file {path} must hold a mapping of settings, found {_shown(tree)}")
     for override in overrides:
         _override(tree, override)
-    return read_config(tree, str(path))
+    return tree
 
 
 def read_config(tree: dict[str, Any], where: str) -> Config:
+    return read_settings(Config, tree, where)
+
+
+def read_settings(kind: type[S], tree: dict[str, Any], where: str) -> S:
     """Validates. ValueError: one sentence that begins with `where` and names the path."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         raise ValueError(f"{where}: {_first_sentence(error, tree)}") from None
 

@@ -63,13 +63,14 @@ def apply_preset(tree: Any) -> Any:
         return tree  # no preset, or none that its field accepts
     if tree["preset"] not in PRESETS:
         raise ValueError(f"preset is {tree['preset']!r}, it must be one of {', '.join(map(repr, PRESETS))}")
-    return _merge(PRESETS[tree["preset"]], tree)
+    return merge(PRESETS[tree["preset"]], tree)
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """The blocks of both; where both say something, `above` does. A block of another `kind` replaces the one below."""
     merged = {**below, **above}
     for key in below.keys() & above.keys():
         old, new = below[key], above[key]
         if isinstance(old, dict) and isinstance(new, dict) and new.get("kind", old.get("kind")) == old.get("kind"):
-            merged[key] = _merge(old, new)
+            merged[key] = merge(old, new)
     return merged

@@ -4,7 +4,7 @@ import math
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from torch import nn
 
 from expert_parallel.moe.parameters import logical_parameters
@@ -24,22 +24,61 @@ class OptimizerConfig(Settings):
     weight_decay: float = Field(default=0.1, ge=0)
 
 
-class ScheduleConfig(Settings):
-    """Linear warm-up from 0 over `warmup_steps`, then a half cosine down to `final_fraction` of the peak."""
+class WarmUp(Settings):
+    """Linear, from 0 over `warmup_steps`; what comes then is the schedule's `kind`."""
+
+    warmup_steps: int = Field(default=100, ge=0)
+
+
+class CosineConfig(WarmUp):
+    """A half cosine down to `final_fraction` of the peak at the last step (Loshchilov and Hutter 2016)."""
 
     kind: Literal["cosine"] = "cosine"
-    warmup_steps: int = Field(default=100, ge=0)
     final_fraction: float = Field(default=0.1, ge=0, le=1)
+
+    def fraction(self, step: int, total_steps: int) -> float:
+        progress = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.final_fraction + (1 - self.final_fraction) * cosine
+
+
+class InverseSqrtConfig(WarmUp):
+    """sqrt(warmup_steps / step): T5, Switch, GLaM. The run's length has no say, so a short run is the beginning of a
+    long one."""
+
+    kind: Literal["inverse_sqrt"]
+    warmup_steps: int = Field(default=100, ge=1)
+
+    def fraction(self, step: int, total_steps: int) -> float:
+        return math.sqrt(self.warmup_steps / (step + 1))
+
+
+class ConstantConfig(WarmUp):
+    """The peak, to the end."""
+
+    kind: Literal["constant"]
+
+    def fraction(self, step: int, total_steps: int) -> float:
+        return 1.0
+
+
+def _kind(value: Any) -> str:
+    return value.get("kind", "cosine") if isinstance(value, dict) else getattr(value, "kind", "")
+
+
+ScheduleConfig = Annotated[
+    Annotated[CosineConfig, Tag("cosine")]
+    | Annotated[InverseSqrtConfig, Tag("inverse_sqrt")]
+    | Annotated[ConstantConfig, Tag("constant")],
+    Discriminator(_kind),
+]
 
 
 def learning_rate(optimizer: OptimizerConfig, schedule: ScheduleConfig, step: int, total_steps: int) -> float:
     """The rate of step 0, 1, ...; a pure function, so that a resumed run needs no state."""
-    peak = optimizer.learning_rate
     if step < schedule.warmup_steps:
-        return peak * (step + 1) / schedule.warmup_steps
-    progress = (step - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * cosine)
+        return optimizer.learning_rate * (step + 1) / schedule.warmup_steps
+    return optimizer.learning_rate * schedule.fraction(step, total_steps)
 
 
 def build_optimizer(

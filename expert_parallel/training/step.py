@@ -25,7 +25,7 @@ from expert_parallel.training.engines.config import EngineConfig, NativeConfig
 from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.engines.native import engine_of
 from expert_parallel.training.freeze import AllTrainable, TrainableConfig
-from expert_parallel.training.optim import OptimizerConfig, ScheduleConfig, learning_rate
+from expert_parallel.training.optim import CosineConfig, OptimizerConfig, ScheduleConfig, learning_rate
 from expert_parallel.training.replay import RoutingConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -50,7 +50,7 @@ class TrainingConfig(Settings):
     routing: RoutingConfig | None = None
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleConfig = CosineConfig()
     trainable: TrainableConfig = AllTrainable()
 
     @model_validator(mode="after")

@@ -100,7 +100,7 @@ def _switch_off(draft: Draft) -> None:
     draft.put("training.dtype", "float64")
     draft.put("training.optimizer.learning_rate", LEARNING_RATE)
     draft.put("training.optimizer.eps", EPS, "so that tiny gradients do not decide the first step of Adam")
-    draft.put("training.schedule.warmup_steps", 0)
+    draft.put("training.schedule.warmup_steps", 1)  # 1: the first step has the full rate
     draft.put("runtime.device", "auto")
 
 

@@ -1,0 +1,1 @@
+"""A study: dense models and mixtures of experts, trained alike and compared by what each loss costs."""

@@ -1,0 +1,137 @@
+"""What a study trains: its settings, and the runs that they come to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from expert_parallel.config import Config, load_tree, read_config, read_settings
+from expert_parallel.moe.presets import merge
+from expert_parallel.settings import Settings
+from expert_parallel.training.optim import CosineConfig
+
+Rate = Annotated[float, Field(gt=0)]
+
+
+class VariantConfig(Settings):
+    """model: over `base.model`. claim: what its paper says of it, in words for the table."""
+
+    model: dict[str, Any] = Field(default_factory=dict)
+    claim: str = ""
+
+
+class StudyConfig(Settings):
+    """A YAML file of a study.
+
+    base: the settings of a run, all but its folder, seed and learning rate. reference: the variant whose loss the others
+    are to reach. Each learning rate is tried by every variant for `trial_steps` with the first seed; the best, by
+    held-out loss, is trained on to `base.training.steps` with all `seeds`. jobs: runs at a time, each one process.
+    """
+
+    folder: str = Field(min_length=1)
+    base: dict[str, Any]
+    reference: str
+    variants: dict[str, VariantConfig] = Field(min_length=2)
+    learning_rates: list[Rate] = Field(min_length=1)
+    trial_steps: int = Field(ge=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    jobs: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "StudyConfig":
+        if self.reference not in self.variants:
+            raise ValueError(f"reference is {self.reference!r}, it must be one of {', '.join(self.variants)}")
+        for name, values in (("seeds", self.seeds), ("learning_rates", self.learning_rates)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} names one twice: {values}")
+        for name in self.variants:
+            if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
+                raise ValueError(f"variants: {name!r} names a folder: letters, digits, '-', '_' and '.' alone")
+        return self
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a study. A trial and the run that goes on from it share a folder."""
+
+    variant: str
+    rate: float
+    seed: int
+    steps: int
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.folder)
+
+    def __str__(self) -> str:
+        return f"{self.variant}, learning rate {self.rate:g}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """settings, and the variants that are to be trained, the reference among them."""
+
+    settings: StudyConfig
+    names: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.settings.folder)
+
+    @property
+    def steps(self) -> int:
+        return int(self.settings.base["training"]["steps"])
+
+    def run(self, variant: str, rate: float, seed: int, steps: int) -> Run:
+        """ValueError where the variant's settings cannot work."""
+        settings = self.settings
+        folder = self.folder / variant / f"lr_{rate:g}" / f"seed_{seed}"
+        own = {
+            "run": {"folder": str(folder)},
+            "seed": seed,
+            "training": {"steps": steps, "optimizer": {"learning_rate": rate}},
+        }
+        tree = merge(merge(settings.base, {"model": settings.variants[variant].model}), own)
+        return Run(variant, rate, seed, steps, read_config(tree, f"variants.{variant}"))
+
+    def trials(self, variant: str) -> list[Run]:
+        first = self.settings.seeds[0]
+        return [self.run(variant, rate, first, self.settings.trial_steps) for rate in self.settings.learning_rates]
+
+    def finals(self, variant: str, rate: float) -> list[Run]:
+        return [self.run(variant, rate, seed, self.steps) for seed in self.settings.seeds]
+
+
+def read_study(path: Path, overrides: list[str], only: list[str] | None) -> Study:
+    """only: names of variants; None: all. ValueError for a study in which something cannot work."""
+    settings = read_settings(StudyConfig, load_tree(path, overrides), str(path))
+    for name in only or ():
+        if name not in settings.variants:
+            raise ValueError(f"--only: there is no variant {name!r}, there are {', '.join(settings.variants)}")
+    names = [name for name in settings.variants if only is None or name in only or name == settings.reference]
+    if "steps" not in settings.base.get("training", {}):
+        raise ValueError(f"{path}: base.training.steps is missing")
+    if "folder" in settings.base.get("run", {}):
+        raise ValueError(f"{path}: base.run.folder is given, but runs lie below the study's own folder")
+    study = Study(settings, names)
+    for name in names:
+        for run in study.trials(name):
+            _check(run, study)
+    return study
+
+
+def _check(run: Run, study: Study) -> None:
+    training, every = run.config.training, run.config.evaluation.every
+    if isinstance(training.schedule, CosineConfig):
+        raise ValueError(
+            "base.training.schedule.kind is 'cosine', which depends on the number of steps: a trial would be another run "
+            "than the beginning of the one that goes on; 'inverse_sqrt' and 'constant' do not"
+        )
+    for setting, steps in (("trial_steps", study.settings.trial_steps), ("base.training.steps", study.steps)):
+        if steps % every:
+            raise ValueError(f"{setting} ({steps}) must be a multiple of base.evaluation.every ({every})")
+    if study.settings.trial_steps > study.steps:
+        raise ValueError(f"trial_steps ({study.settings.trial_steps}) is more than base.training.steps ({study.steps})")
