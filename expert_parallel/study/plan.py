@@ -24,8 +24,8 @@ class VariantConfig(Settings):
 class StudyConfig(Settings):
     """A YAML file of a study.
 
-    base: the settings of a run, all but its folder, seed and learning rate. reference: the variant whose loss the others
-    are to reach. Each learning rate is tried by every variant for `trial_steps` with the first seed; the best, by
+    base: the settings of a run, all but its folder, seed and learning rate. reference: the variant whose loss the
+    others are to reach. Each learning rate is tried by every variant for `trial_steps` with the first seed; the best, by
     held-out loss, is trained on to `base.training.steps` with all `seeds`. jobs: runs at a time, each one process.
     """
 
@@ -127,8 +127,8 @@ def _check(run: Run, study: Study) -> None:
     training, every = run.config.training, run.config.evaluation.every
     if isinstance(training.schedule, CosineConfig):
         raise ValueError(
-            "base.training.schedule.kind is 'cosine', which depends on the number of steps: a trial would be another run "
-            "than the beginning of the one that goes on; 'inverse_sqrt' and 'constant' do not"
+            "base.training.schedule.kind is 'cosine', which depends on the number of steps: a trial would not be "
+            "the beginning of the run that goes on from it; 'inverse_sqrt' and 'constant' do not"
         )
     for setting, steps in (("trial_steps", study.settings.trial_steps), ("base.training.steps", study.steps)):
         if steps % every:
