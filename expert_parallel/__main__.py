@@ -14,6 +14,7 @@ from expert_parallel.data.command import data
 from expert_parallel.interop.command import convert
 from expert_parallel.interop.experts_command import experts
 from expert_parallel.runtime import UserError, distributed
+from expert_parallel.study.command import study
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +26,7 @@ app.add_typer(checkpoint, name="checkpoint")
 checkpoint.add_typer(experts, name="experts")
 app.add_typer(convert, name="convert")
 app.add_typer(data, name="data")
+app.command("study")(study)
 
 
 @app.callback()
@@ -95,6 +97,29 @@ def generate(
         )
         if ranks.rank == 0:
             print(f"\n{'-' * 80}\n".join(texts))
+
+
+@app.command("experts")
+def experts_page(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run: its config, metrics, checkpoints")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="the page to write; default: experts.html in RUN")] = None,
+    json: Annotated[Path | None, typer.Option(help="the page's numbers, too")] = None,
+    text: Annotated[Path | None, typer.Option(help="a text to show; default: held-out text of the run's data")] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="at most so many; default: as in evaluation")] = None,
+) -> None:
+    """One HTML page on what the experts of a run learned: their load over training, who takes which token of a text,
+    what each of them likes. On this process alone, whatever layout trained it."""
+    from expert_parallel.report.experts import as_json, gather
+    from expert_parallel.report.page import render
+
+    with refusals(ValueError, OSError), distributed(*early_config(run / "config.yaml", overrides or [])) as ranks:
+        report = gather(run, overrides or [], ranks, text, sequences)
+        page = out or run / "experts.html"
+        page.write_text(render(report), encoding="utf-8")
+        if json is not None:
+            json.write_text(as_json(report), encoding="utf-8")
+        print(f"wrote {page}" + (f" and {json}" if json is not None else ""))
 
 
 @app.command()

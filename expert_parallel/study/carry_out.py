@@ -5,7 +5,6 @@ goes on from its newest checkpoint.
 """
 
 import fcntl
-import json
 import signal
 import subprocess
 import sys
@@ -14,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from pydantic import BaseModel, TypeAdapter
 
 from expert_parallel.checkpoint.config import changed_settings
 from expert_parallel.checkpoint.files import list_checkpoints
@@ -217,17 +218,31 @@ def only_one(folder: Path) -> Iterator[int]:
         yield file.fileno()
 
 
+class Sitting(BaseModel):
+    """began: seconds since 1970."""
+
+    began: float
+    seconds: float
+    commit: str
+
+
+Sittings = TypeAdapter(list[Sitting])
+
+
+def read_sittings(folder: Path) -> list[Sitting]:
+    path = folder / "sittings.json"
+    return Sittings.validate_json(path.read_bytes()) if path.exists() else []
+
+
 @contextmanager
 def sitting(folder: Path) -> Iterator[Callable[[], None]]:
     """Notes how long this sitting takes and of which commit it is, in a file that keeps those of before; call what it
     yields now and then, for a sitting that is cut off."""
-    path = folder / "sittings.json"
-    before = json.loads(path.read_text()) if path.exists() else []
-    begin, commit = time.time(), find_commit()
+    before, begin, commit = read_sittings(folder), time.time(), find_commit()
 
     def note() -> None:
-        now = {"began": begin, "seconds": time.time() - begin, "commit": commit}
-        path.write_text(json.dumps([*before, now]) + "\n")
+        now = Sitting(began=begin, seconds=time.time() - begin, commit=commit)
+        (folder / "sittings.json").write_bytes(Sittings.dump_json([*before, now], indent=1) + b"\n")
 
     try:
         yield note

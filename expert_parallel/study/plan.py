@@ -25,8 +25,8 @@ class StudyConfig(Settings):
     """A YAML file of a study.
 
     base: the settings of a run, all but its folder, seed and learning rate. reference: the variant whose loss the
-    others are to reach. Each learning rate is tried by every variant for `trial_steps` with the first seed; the best, by
-    held-out loss, is trained on to `base.training.steps` with all `seeds`. jobs: runs at a time, each one process.
+    others are to reach. Every variant tries each learning rate for `trial_steps` with the first seed; the best, by
+    held-out loss, goes on to `base.training.steps` with all `seeds`. jobs: runs at a time, each one process.
     """
 
     folder: str = Field(min_length=1)
