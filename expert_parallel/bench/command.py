@@ -1,32 +1,29 @@
 """The commands `expert-parallel bench ...`."""
 
 import json
-import sys
-from collections.abc import Callable, Mapping
-from datetime import timedelta
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from expert_parallel.bench.launching import (
+    Changes,
+    Device,
+    Dtype,
+    JsonFile,
+    Peers,
+    Ranks,
+    Rounds,
+    Threads,
+    Transport,
+    run_bench,
+)
 from expert_parallel.bench.shapes import SHAPES, TRAIN_SHAPES, choose_shape, choose_train_shape
 from expert_parallel.command_line import refusals
-from expert_parallel.runtime import Runtime, RuntimeConfig, UserError, distributed
-from expert_parallel.verify.ranks import RankError, Work, run_on_ranks
+from expert_parallel.runtime import RuntimeConfig, UserError, distributed
 
 bench = typer.Typer(no_args_is_help=True, help="Measure: ratios of things timed side by side in one run.")
-
-Changes = Annotated[
-    list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="changes of the shape, such as tokens=1024")
-]
-Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="of weights and tokens")]
-Rounds = Annotated[int, typer.Option(min=1, help="of which medians are taken")]
-Ranks = Annotated[int | None, typer.Option(min=1, help="processes to start on this machine's CPU, without a launcher")]
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option()]
-Transport = Annotated[Literal["auto", "gloo", "mpi", "nccl"], typer.Option(help="mpi: under mpirun, nccl: on GPUs")]
-Threads = Annotated[int, typer.Option(min=1, help="of each rank, on the CPU")]
-Peers = Annotated[str | None, typer.Option(help="names with commas between; default: all that there are")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="write the figures here, too")]
 
 
 @bench.command("layer")
@@ -57,7 +54,7 @@ def bench_layer(
         task = LayerTask(shape=chosen, dtype=dtype, rounds=rounds, threads=threads, peers=names)
         return task.model_dump(mode="json")
 
-    result = _run(layer_task, plan, ranks, RuntimeConfig(device=device, backend=transport), json_file)
+    result = run_bench(layer_task, plan, ranks, RuntimeConfig(device=device, backend=transport), json_file)
     if result is not None:
         print(describe_layer(LayerResult.model_validate(result, strict=False)))
 
@@ -90,9 +87,45 @@ def bench_train(
         task = TrainTask(shape=chosen, dtype=dtype, rounds=rounds, threads=threads, peers=names)
         return task.model_dump(mode="json")
 
-    result = _run(train_task, plan, ranks, RuntimeConfig(device=device, backend=transport), json_file)
+    result = run_bench(train_task, plan, ranks, RuntimeConfig(device=device, backend=transport), json_file)
     if result is not None:
         print(describe_train(TrainResult.model_validate(result, strict=False)))
+
+
+@bench.command("equal-capacity")
+def bench_equal_capacity(
+    changes: Changes = None,
+    hidden: Annotated[
+        list[int] | None, typer.Option(min=1, help="of the dense layer; several can be given; default: 1024 to 16384")
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32 (default), bfloat16; several can be given")] = None,
+    rounds: Rounds = 7,
+    device: Device = "auto",
+    threads: Threads = 1,
+    json_file: JsonFile = None,
+) -> None:
+    """A dense layer beside experts that divide its hidden columns: the same parameters, k / num_experts of the work.
+    How much faster they are, and where the rest of the time goes. On one rank."""
+    from expert_parallel.bench.equal_capacity import (
+        HIDDEN,
+        EqualCapacityResult,
+        EqualCapacityTask,
+        choose_dtypes,
+        choose_shapes,
+        describe_equal_capacity,
+        equal_capacity_task,
+    )
+
+    def plan(world: int) -> dict[str, Any]:
+        if world > 1:
+            raise ValueError(f"bench equal-capacity measures on 1 rank, the launcher has started {world}")
+        shapes, dtypes = choose_shapes(hidden or HIDDEN, changes or []), choose_dtypes(dtype or ["float32"])
+        task = EqualCapacityTask(shapes=shapes, dtypes=dtypes, rounds=rounds, threads=threads)
+        return task.model_dump(mode="json")
+
+    result = run_bench(equal_capacity_task, plan, None, RuntimeConfig(device=device), json_file)
+    if result is not None:
+        print(describe_equal_capacity(EqualCapacityResult.model_validate(result, strict=False)))
 
 
 @bench.command("machine")
@@ -111,7 +144,7 @@ def bench_machine(
     def plan(world: int) -> dict[str, Any]:
         return MachineTask(rounds=rounds, threads=threads).model_dump(mode="json")
 
-    result = _run(machine_task, plan, ranks, RuntimeConfig(device=device, backend=transport), json_file)
+    result = run_bench(machine_task, plan, ranks, RuntimeConfig(device=device, backend=transport), json_file)
     if result is not None:
         print(describe_machine(MachineFile.model_validate(result)))
 
@@ -203,7 +236,7 @@ def bench_overlap(
         task = OverlapTask(shape=chosen, dispatcher=dispatcher, overlap=overlap, rounds=rounds, threads=threads)
         return task.model_dump(mode="json")
 
-    result = _run(overlap_task, plan, ranks, RuntimeConfig(device=device), json_file)
+    result = run_bench(overlap_task, plan, ranks, RuntimeConfig(device=device), json_file)
     if result is not None:
         print(describe_overlap(OverlapResult.model_validate(result, strict=False)))
 
@@ -227,7 +260,7 @@ def bench_nodes(
         task = NodesTask(shape=chosen, ranks_per_node=ranks_per_node, rounds=rounds, threads=threads)
         return task.model_dump(mode="json")
 
-    result = _run(nodes_task, plan, ranks, RuntimeConfig(device=device), json_file)
+    result = run_bench(nodes_task, plan, ranks, RuntimeConfig(device=device), json_file)
     if result is not None:
         print(describe_nodes(NodesResult.model_validate(result, strict=False)))
 
@@ -251,55 +284,9 @@ def bench_scaling(
         task = ScalingTask(shape=chosen, ranks=tuple(counts), rounds=rounds, threads=threads)
         return task.model_dump(mode="json")
 
-    result = _run(scaling_task, plan, ranks, RuntimeConfig(device="cpu"), json_file)
+    result = run_bench(scaling_task, plan, ranks, RuntimeConfig(device="cpu"), json_file)
     if result is not None:
         print(describe_scaling(ScalingResult.model_validate(result, strict=False)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranks of our own, or a launcher's
-
-
-def _run(
-    work: Work, plan: Callable[[int], Any], ranks: int | None, config: RuntimeConfig, json_file: Path | None
-) -> Any | None:
-    """What `work` finds on `plan()`: on rank 0, and None on the others. Written to json_file as well."""
-    try:
-        with refusals(OSError), distributed(config) as runtime:
-            task = runtime.together(lambda: _check(plan, runtime, ranks, config, json_file))
-            if runtime.world_size == 1 and (ranks or 1) > 1:
-                result = run_on_ranks(ranks or 1, work, task, _say, timedelta(seconds=config.timeout_seconds))
-            else:
-                result = work(task, runtime, _say if runtime.rank == 0 else lambda text: None)
-            is_first = runtime.rank == 0
-    except RankError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    if "disagreement" in result:
-        if is_first:
-            print(f"error: {result['disagreement']}", file=sys.stderr)
-        raise typer.Exit(1)
-    if is_first and json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
-    return result if is_first else None
-
-
-def _check(
-    plan: Callable[[int], Any], runtime: Runtime, ranks: int | None, config: RuntimeConfig, json_file: Path | None
-) -> Any:
-    """The plan. ValueError for ranks, a transport or a file that cannot be had."""
-    if runtime.launch.launcher != "none" and ranks not in (None, runtime.world_size):
-        raise ValueError(f"--ranks is {ranks} but the launcher has started {runtime.world_size}: leave it out")
-    if runtime.launch.launcher == "none" and (ranks or 1) > 1:
-        if runtime.device.type == "cuda" and config.device == "cuda":
-            raise ValueError(f"--ranks {ranks} starts ranks on the CPU: for GPUs start them with torchrun")
-        if config.backend in ("mpi", "nccl"):
-            raise ValueError(f"--transport {config.backend}: ranks of our own use gloo, start them with a launcher")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ValueError(f"--json: there is no folder {json_file.parent}")
-    if json_file is not None and json_file.is_dir():
-        raise ValueError(f"--json: {json_file} is a folder")
-    return plan(max(ranks or 1, runtime.world_size))
 
 
 def _peer_names(peers: str | None, known: Mapping[str, object]) -> tuple[str, ...] | None:
@@ -308,7 +295,3 @@ def _peer_names(peers: str | None, known: Mapping[str, object]) -> tuple[str, ..
         if name not in known:
             raise ValueError(f"--peers: {name!r} is none of {', '.join(known)}")
     return names
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -216,9 +216,10 @@ def claim_line(variant: VariantResult) -> str:
     flops = [one.flops for one in variant.reached if one.flops is not None]
     if not steps:
         return f"{variant.claim}; here: not reached"
+    some = f" ({len(steps)} of {len(variant.reached)} seeds reached it)"
     return (
-        f"{variant.claim}; here {statistics.fmean(steps):.2f}x fewer steps, "
-        f"{1 / statistics.fmean(flops):.2f} of the FLOPs"
+        f"{variant.claim}; here {statistics.fmean(steps):.2f}x fewer steps, {1 / statistics.fmean(flops):.2f} of the "
+        f"FLOPs{some if len(steps) < len(variant.reached) else ''}"
     )
 
 

@@ -1,0 +1,278 @@
+"""Equal capacity, fewer operations: a dense feed-forward network beside experts that divide its hidden columns among
+them, of which a token passes k. Whole layers, and by themselves the parts that their time goes to.
+
+    expert-parallel bench equal-capacity --hidden 2048 --hidden 8192
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from expert_parallel.bench.equal_capacity_parts import Laps, arrived, dense_parts, dense_work, moe_parts
+from expert_parallel.bench.facts import Facts, state_facts
+from expert_parallel.bench.layer import TOLERANCES, Disagreement
+from expert_parallel.bench.overlap import draw_tokens, layer_work, make_layer
+from expert_parallel.bench.shapes import Shape, choose_shape, layer_flops
+from expert_parallel.bench.timing import WARM_UP, Times, measure
+from expert_parallel.moe.experts import GroupedExperts
+from expert_parallel.moe.ffn import FFN, FFNConfig
+from expert_parallel.moe.layer import MoELayer
+from expert_parallel.moe.plan import DispatchedTokens
+from expert_parallel.moe.products import multiplies_bfloat16
+from expert_parallel.runtime import Runtime
+from expert_parallel.settings import Settings
+from expert_parallel.training.step import DTYPES
+
+Dtype = Literal["float32", "bfloat16"]
+Say = Callable[[str], None]
+HIDDEN = (1024, 2048, 4096, 8192, 16384)
+SLOW_BFLOAT16 = (
+    "this CPU has no instructions for products of bfloat16: torch multiplies the dense layer's many times slower than "
+    "float32's, and the experts' are made in float32 instead; the ratio says nothing of sparsity"
+)
+PARTS = ("products", "activation", "router", "sorting", "gathers")  # the dense layer has the first two
+
+
+class EqualCapacityTask(Settings):
+    """shapes: MoE layers; each stands beside a dense one of num_experts times its hidden size."""
+
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[Dtype, ...] = ("float32",)
+    rounds: int = 7
+    threads: int = 1
+
+
+class Side(BaseModel):
+    """One of the two layers, forward and backward. operations: of all its products, the router's too. rate: FLOP/s of
+    `products`, the FFN's alone. parts: each timed by itself. unexplained: milliseconds that the median of the whole has
+    more than those of its parts, or fewer."""
+
+    parameters: int
+    operations: int
+    times: Times
+    rate: float
+    parts: dict[str, Times]
+    unexplained: float
+
+    def medians(self) -> dict[str, float]:
+        """Of all parts and of what they leave unexplained; they add up to the whole's."""
+        return {name: times.median for name, times in self.parts.items()} | {"unexplained": self.unexplained}
+
+
+class EqualCapacityRow(BaseModel):
+    """hidden: of the dense layer. operations: the dense layer's over the MoE's. faster: the MoE, median over the rounds
+    of the ratio in a round, and its range. fullest: rows of the fullest expert over the mean. difference: of the dense
+    layer's output from that of all experts with weight 1, relative. note: why the figures say nothing, if so."""
+
+    dtype: Dtype
+    shape: Shape
+    hidden: int
+    dense: Side
+    moe: Side
+    operations: float
+    faster: float
+    faster_range: tuple[float, float]
+    fullest: float
+    difference: float
+    note: str = ""
+
+    def short(self) -> dict[str, float]:
+        """Milliseconds by which each part of the MoE exceeds the dense layer's divided by `operations`. Their sum is
+        what the MoE falls short by."""
+        dense = self.dense.medians()
+        return {name: own - dense.get(name, 0.0) / self.operations for name, own in self.moe.medians().items()}
+
+
+class EqualCapacityResult(BaseModel):
+    kind: Literal["equal-capacity"] = "equal-capacity"
+    facts: Facts
+    rounds: int
+    rows: list[EqualCapacityRow]
+
+
+def choose_shapes(hidden: Sequence[int], changes: Sequence[str]) -> tuple[Shape, ...]:
+    """The base layer with `tokens=..`, `d_model=..`, ... changed, whose experts divide each hidden size. ValueError
+    where they cannot."""
+    if any(change.partition("=")[0] == "hidden" for change in changes):
+        raise ValueError("hidden=.. is the size of an expert: give the dense layer's, with --hidden")
+    base = choose_shape("base", changes)
+    for size in hidden:
+        if size % base.num_experts:
+            raise ValueError(
+                f"--hidden ({size}) is not a multiple of num_experts ({base.num_experts}): the experts divide the "
+                "dense layer's hidden columns evenly"
+            )
+    return tuple(base.model_copy(update={"hidden": size // base.num_experts}) for size in dict.fromkeys(hidden))
+
+
+def choose_dtypes(names: Sequence[str]) -> tuple[Dtype, ...]:
+    """ValueError for one that is not measured."""
+    known: dict[str, Dtype] = {dtype: dtype for dtype in get_args(Dtype)}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--dtype is {name!r}, it must be one of {', '.join(known)}")
+    return tuple(known[name] for name in dict.fromkeys(names))
+
+
+def equal_capacity_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
+    """On one rank."""
+    task = EqualCapacityTask.model_validate(tree, strict=False)
+    facts, rows = state_facts(runtime, task.threads), []
+    try:
+        for dtype in task.dtypes:
+            for shape in task.shapes:
+                say(f"{dtype}, hidden {shape.num_experts * shape.hidden}: {task.rounds} rounds")
+                rows.append(bench_equal_capacity(shape, dtype, task.rounds, runtime))
+    except Disagreement as error:
+        return {"disagreement": str(error)}
+    return EqualCapacityResult(facts=facts, rounds=task.rounds, rows=rows).model_dump(mode="json")
+
+
+def bench_equal_capacity(shape: Shape, dtype: Dtype, rounds: int, runtime: Runtime) -> EqualCapacityRow:
+    layer = make_layer(shape, {"kind": "all_to_all"}, runtime).to(DTYPES[dtype])
+    x_TD = draw_tokens(shape, runtime).detach().to(DTYPES[dtype]).requires_grad_()
+    dense = dense_of(layer.experts)
+    difference = compare(dense, layer, x_TD, TOLERANCES[dtype])
+    tokens = arrived(layer, x_TD)
+
+    slow, fast = Laps(dense_work(dense, x_TD), runtime.device), Laps(layer_work(layer, x_TD), runtime.device)
+    works = {"dense": slow.work, "moe": fast.work}
+    works |= {f"dense {part}": work for part, work in dense_parts(dense, x_TD).items()}
+    works |= {f"moe {part}": work for part, work in moe_parts(layer, tokens, x_TD).items()}
+    times = measure(works, runtime.device, rounds)
+    ratios = [d / m for d, m in zip(slow.seconds[WARM_UP:], fast.seconds[WARM_UP:], strict=True)]
+
+    router_flops = 3 * 2 * shape.tokens * shape.d_model * shape.num_experts
+    dense_side = side("dense", dense, dense_flops(shape), 0, times)
+    moe_side = side("moe", layer, layer_flops(shape, shape.activation), router_flops, times)
+    is_slow = dtype == "bfloat16" and runtime.device.type == "cpu" and not multiplies_bfloat16()
+    return EqualCapacityRow(
+        dtype=dtype,
+        shape=shape,
+        hidden=shape.num_experts * shape.hidden,
+        dense=dense_side,
+        moe=moe_side,
+        operations=dense_side.operations / moe_side.operations,
+        faster=statistics.median(ratios),
+        faster_range=(min(ratios), max(ratios)),
+        fullest=float(tokens.counts_e.max() / tokens.counts_e.double().mean()),
+        difference=difference,
+        note=SLOW_BFLOAT16 if is_slow else "",
+    )
+
+
+def side(name: str, module: nn.Module, products: int, router: int, times: dict[str, Times]) -> Side:
+    """products, router: their operations."""
+    parts = {part: times[f"{name} {part}"] for part in PARTS if f"{name} {part}" in times}
+    return Side(
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        operations=products + router,
+        times=times[name],
+        rate=products / parts["products"].median * 1000,
+        parts=parts,
+        unexplained=times[name].median - sum(part.median for part in parts.values()),
+    )
+
+
+def dense_flops(shape: Shape) -> int:
+    """Of the dense layer: one expert with all hidden columns, that each token passes."""
+    whole = shape.model_copy(update={"hidden": shape.num_experts * shape.hidden, "num_experts": 1, "k": 1})
+    return layer_flops(whole, shape.activation)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Do they have the same parameters?
+
+
+def dense_of(experts: GroupedExperts) -> FFN:
+    """The network whose hidden columns are those of all experts, side by side. (..., D) -> (..., D)."""
+    config, (num_experts, hidden, d_model) = experts.config, experts.w_out.shape
+    dense = FFN(FFNConfig(hidden=num_experts * hidden, activation=config.activation), d_model).to(experts.w_in)
+    with torch.no_grad():
+        w_in_eDgF = experts.w_in.unflatten(2, (-1, hidden))  # g: gate and up, or one
+        dense.w_in.weight.copy_(w_in_eDgF.permute(2, 0, 3, 1).reshape(-1, d_model))
+        dense.w_out.weight.copy_(experts.w_out.flatten(0, 1).T)
+    return dense
+
+
+def compare(dense: FFN, layer: MoELayer, x_TD: Tensor, tolerance: float) -> float:
+    """How far the dense layer's output is from that of all experts, each with weight 1, relative to its norm. A dense
+    layer is the sum of its slices, so they are equal but for rounding. Disagreement where they are not, or where the
+    MoE's own output is not finite."""
+    tokens, experts = len(x_TD), layer.config.num_experts
+    choice_TE = torch.arange(tokens * experts, device=x_TD.device).view(experts, tokens).T.contiguous()
+    everyone = DispatchedTokens(
+        x_VD=x_TD,
+        row_R=torch.arange(tokens, device=x_TD.device).repeat(experts),
+        computed_VK=choice_TE,
+        counts_e=torch.full((experts,), tokens, device=x_TD.device),
+        weights_R=torch.ones(
+            tokens * experts, dtype=torch.promote_types(torch.float32, x_TD.dtype), device=x_TD.device
+        ),
+    )
+    with torch.no_grad():
+        y_TD, slices_TD, moe_TD = dense(x_TD), layer.experts(everyone), layer(x_TD).y
+    difference = float((y_TD.double() - slices_TD.double()).norm() / y_TD.double().norm())
+    if not difference <= tolerance:
+        raise Disagreement(
+            f"the dense layer and all experts with weight 1 differ by {difference:.1e}, at most {tolerance:g} is "
+            "rounding: nothing was timed"
+        )
+    if not bool(moe_TD.isfinite().all()):
+        raise Disagreement("the MoE layer's output is not finite: nothing was timed")
+    return difference
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed
+
+
+def describe_equal_capacity(result: EqualCapacityResult) -> str:
+    shape = result.rows[0].shape
+    experts = shape.num_experts
+    lines = [
+        f"{shape.tokens} tokens, d {shape.d_model}, {experts} experts, top-{shape.k}, {shape.activation}, no biases; "
+        "forward and backward",
+        str(result.facts),
+        f"medians of {result.rounds} interleaved rounds, [smallest - largest]; a dense layer of `hidden` beside "
+        f"{experts} experts of hidden / {experts} with the same weights",
+        f"{'':9}{'hidden':>7}{'parameters: dense':>19}{'MoE':>12}{'operations':>12}{'dense, ms':>28}{'MoE, ms':>28}"
+        f"{'MoE faster':>22}{'products, GFLOP/s: dense':>26}{'MoE':>7}{'fullest':>9}{'same to':>9}",
+    ]
+    for row in result.rows:
+        faster = f"{row.faster:.2f} [{row.faster_range[0]:.2f} - {row.faster_range[1]:.2f}]"
+        lines.append(
+            f"{row.dtype:9}{row.hidden:7}{row.dense.parameters:19,}{row.moe.parameters:12,}{row.operations:12.3f}"
+            f"{row.dense.times!s:>28}{row.moe.times!s:>28}{faster:>22}{row.dense.rate / 1e9:26.1f}"
+            f"{row.moe.rate / 1e9:7.1f}{row.fullest:9.2f}{row.difference:9.0e}"
+        )
+    lines += [
+        "where the time goes: ms and share of the layer, each part by itself in the same rounds, which is not how it "
+        "runs within the layer: unexplained, the rest, may be negative",
+        "short: the MoE's less the dense layer's / operations, and its share of the MoE; its sum is what the MoE falls "
+        "short by",
+        f"{'':9}{'hidden':>7}  {'':7}{'whole':>9}" + "".join(f"{name:>17}" for name in (*PARTS, "unexplained")),
+    ]
+    for row in result.rows:
+        lines += [f"{row.dtype:9}{row.hidden:7}  {line}" for line in part_lines(row)]
+    lines += [f"{dtype}: {note}" for dtype, note in {row.dtype: row.note for row in result.rows}.items() if note]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def part_lines(row: EqualCapacityRow) -> list[str]:
+    whole = row.moe.times.median
+    short = row.short()
+    lines = [("dense", row.dense.medians(), row.dense.times.median), ("MoE", row.moe.medians(), whole)]
+    lines.append(("short", short, whole))
+    return [
+        f"{name:7}{sum(parts.values()):9.2f}"
+        + "".join(
+            f"{f'{parts[part]:.2f} ({parts[part] / of:.0%})' if part in parts else '-':>17}"
+            for part in (*PARTS, "unexplained")
+        )
+        for name, parts, of in lines
+    ]

@@ -1,0 +1,152 @@
+"""The two layers of `bench equal-capacity`, and the parts that their time goes to, each as a work of its own."""
+
+import time
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from expert_parallel.bench.scaling import routing_work
+from expert_parallel.bench.timing import Work, synchronise
+from expert_parallel.moe.experts import GroupedExperts, choose_backend
+from expert_parallel.moe.ffn import ACTIVATIONS, FFN
+from expert_parallel.moe.fused import keeps_outputs
+from expert_parallel.moe.kernels import ops_for
+from expert_parallel.moe.layer import MoELayer, token_batch
+from expert_parallel.moe.ledger import Ledger
+from expert_parallel.moe.plan import DispatchedTokens, StepContext, count_choices
+from expert_parallel.moe.products import PRODUCTS
+
+
+class Laps:
+    """A work that notes how long each of its runs took: `measure` tells no more than their median and range."""
+
+    def __init__(self, work: Work, device: torch.device) -> None:
+        self.whole, self.device = work, device
+        self.seconds: list[float] = []
+        self.work = Work(self.run, work.clear)
+
+    def run(self) -> None:
+        start = time.perf_counter()
+        self.whole.run()
+        synchronise(self.device)
+        self.seconds.append(time.perf_counter() - start)
+
+
+def dense_work(dense: FFN, x_TD: Tensor) -> Work:
+    def run() -> None:
+        y_TD = dense(x_TD)
+        y_TD.backward(torch.ones_like(y_TD))
+
+    return Work(run, partial(forget, x_TD, *dense.parameters()))
+
+
+def dense_parts(dense: FFN, x_TD: Tensor) -> dict[str, Work]:
+    """What autograd makes of FFN.forward: six products, and the activation there and back."""
+    x_TD, w_in, w_out = x_TD.detach(), dense.w_in.weight.detach(), dense.w_out.weight.detach()
+    activation = ACTIVATIONS[dense.activation]
+    h_TF = (x_TD @ w_in.T).requires_grad_()
+    a_TF = activation(h_TF).detach()
+    dy_TD, da_TF, dh_TF = torch.ones_like(x_TD), torch.randn_like(a_TF), torch.randn_like(h_TF)
+
+    def multiply() -> None:
+        torch.mm(x_TD, w_in.T)
+        torch.mm(a_TF, w_out.T)
+        torch.mm(dy_TD, w_out)
+        torch.mm(dy_TD.T, a_TF)
+        torch.mm(dh_TF, w_in)
+        torch.mm(dh_TF.T, x_TD)
+
+    def activate() -> None:
+        activation(h_TF).backward(da_TF)
+
+    return {"products": Work(multiply), "activation": Work(activate, partial(forget, h_TF))}
+
+
+def moe_parts(layer: MoELayer, tokens: DispatchedTokens, x_TD: Tensor) -> dict[str, Work]:
+    """tokens: what the experts are given."""
+    return {
+        **expert_parts(layer.experts, tokens),
+        "router": routing_work(layer, x_TD),
+        "sorting": sorting_work(layer, x_TD),
+    }
+
+
+def expert_parts(experts: GroupedExperts, tokens: DispatchedTokens) -> dict[str, Work]:
+    """The calls of fused.py, forward and backward, sorted by what they do. Where activations are made again their
+    weights are multiplied in with them, and else with the rows."""
+    x_VD, row_R, computed_VK, weights_R = tokens.x_VD, tokens.row_R, tokens.computed_VK, tokens.weights_R
+    w_in, w_out, activation = experts.w_in.detach(), experts.w_out.detach(), experts.config.activation
+    products = PRODUCTS[choose_backend(experts.config, x_VD.dtype, x_VD.device, experts.sizes)]
+    ops, keeps = ops_for(x_VD), keeps_outputs(x_VD, w_out)
+    groups = products.groups(tokens.counts_e)
+    x_RD = ops.gather(x_VD, row_R)
+    h_RF = products.rows(x_RD, w_in, groups)
+    a_RF = ops.activate(h_RF, activation)
+    y_RD = products.rows(a_RF, w_out, groups)
+    dy_VD, dy_RD, dx_RD = torch.ones_like(x_VD), torch.ones_like(x_RD), torch.randn_like(x_RD)
+    da_RF, dh_RF = torch.randn_like(a_RF), torch.randn_like(h_RF)
+    overwritten_RF = da_RF.clone()
+
+    def multiply() -> None:
+        groups = products.groups(tokens.counts_e)
+        products.rows(x_RD, w_in, groups)
+        products.rows(a_RF, w_out, groups)
+        products.rows(dy_RD, w_out.mT, groups)
+        products.sums(a_RF, dy_RD, groups)
+        products.sums(x_RD, dh_RF, groups)
+        products.rows(dh_RF, w_in.mT, groups)
+
+    def activate() -> None:
+        if keeps:
+            ops.activate(h_RF, activation)
+            ops.slope(h_RF, overwritten_RF, activation)
+        else:
+            ops.activate(h_RF, activation, weights_R)
+            ops.activate_backward(h_RF, overwritten_RF, weights_R, activation)
+
+    def move() -> None:
+        ops.gather(x_VD, row_R)
+        ops.combine(y_RD, computed_VK, *([weights_R] if keeps else []))
+        gathered_RD = ops.gather(dy_VD, row_R)
+        if keeps:
+            ops.dots(gathered_RD, y_RD, weights_R.dtype)
+            ops.weigh_(gathered_RD, weights_R)
+        ops.gather(x_VD, row_R)
+        ops.combine(dx_RD, computed_VK)
+
+    def renew() -> None:  # else it would shrink from round to round, down to numbers that are slow
+        overwritten_RF.copy_(da_RF)
+
+    return {"products": Work(multiply), "activation": Work(activate, renew), "gathers": Work(move)}
+
+
+def sorting_work(layer: MoELayer, x_TD: Tensor) -> Work:
+    """Which row goes where, the choices' weights there and back, and what is counted of the choices: what dispatcher
+    and layer do on one rank."""
+    with torch.no_grad():
+        plan = layer.router(x_TD, token_batch(x_TD[None], StepContext(), None))
+    x_TD = x_TD.detach()
+    plan.weights_TK.requires_grad_()
+
+    def run() -> None:
+        weights_R, _ = layer.dispatcher.carry(x_TD, plan, Ledger(), StepContext(), lambda rows, chunk: rows.weights_R)
+        weights_R.backward(torch.ones_like(weights_R))
+        count_choices(plan, plan, None)
+
+    return Work(run, partial(forget, plan.weights_TK))
+
+
+def arrived(layer: MoELayer, x_TD: Tensor) -> DispatchedTokens:
+    """What the experts are given, without a graph."""
+    seen: list[DispatchedTokens] = []
+    hook = layer.experts.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    with torch.no_grad():
+        layer(x_TD.detach())
+    hook.remove()
+    return seen[0]
+
+
+def forget(*leaves: Tensor) -> None:
+    for leaf in leaves:
+        leaf.grad = None

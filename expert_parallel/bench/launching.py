@@ -1,0 +1,73 @@
+"""What the commands `expert-parallel bench ...` share: their options, and where they run: on ranks that they start
+themselves, or on those of a launcher."""
+
+import json
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from expert_parallel.command_line import refusals
+from expert_parallel.runtime import Runtime, RuntimeConfig, distributed
+from expert_parallel.verify.ranks import RankError, Work, run_on_ranks
+
+Changes = Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="changes of the shape, such as tokens=1024")
+]
+Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="of weights and tokens")]
+Rounds = Annotated[int, typer.Option(min=1, help="of which medians are taken")]
+Ranks = Annotated[int | None, typer.Option(min=1, help="processes to start on this machine's CPU, without a launcher")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option()]
+Transport = Annotated[Literal["auto", "gloo", "mpi", "nccl"], typer.Option(help="mpi: under mpirun, nccl: on GPUs")]
+Threads = Annotated[int, typer.Option(min=1, help="of each rank, on the CPU")]
+Peers = Annotated[str | None, typer.Option(help="names with commas between; default: all that there are")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="write the figures here, too")]
+
+
+def run_bench(
+    work: Work, plan: Callable[[int], Any], ranks: int | None, config: RuntimeConfig, json_file: Path | None
+) -> Any | None:
+    """What `work` finds on `plan()`: on rank 0, and None on the others. Written to json_file as well."""
+    try:
+        with refusals(OSError), distributed(config) as runtime:
+            task = runtime.together(lambda: _check(plan, runtime, ranks, config, json_file))
+            if runtime.world_size == 1 and (ranks or 1) > 1:
+                result = run_on_ranks(ranks or 1, work, task, _say, timedelta(seconds=config.timeout_seconds))
+            else:
+                result = work(task, runtime, _say if runtime.rank == 0 else lambda text: None)
+            is_first = runtime.rank == 0
+    except RankError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if "disagreement" in result:
+        if is_first:
+            print(f"error: {result['disagreement']}", file=sys.stderr)
+        raise typer.Exit(1)
+    if is_first and json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+    return result if is_first else None
+
+
+def _check(
+    plan: Callable[[int], Any], runtime: Runtime, ranks: int | None, config: RuntimeConfig, json_file: Path | None
+) -> Any:
+    """The plan. ValueError for ranks, a transport or a file that cannot be had."""
+    if runtime.launch.launcher != "none" and ranks not in (None, runtime.world_size):
+        raise ValueError(f"--ranks is {ranks} but the launcher has started {runtime.world_size}: leave it out")
+    if runtime.launch.launcher == "none" and (ranks or 1) > 1:
+        if runtime.device.type == "cuda" and config.device == "cuda":
+            raise ValueError(f"--ranks {ranks} starts ranks on the CPU: for GPUs start them with torchrun")
+        if config.backend in ("mpi", "nccl"):
+            raise ValueError(f"--transport {config.backend}: ranks of our own use gloo, start them with a launcher")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ValueError(f"--json: there is no folder {json_file.parent}")
+    if json_file is not None and json_file.is_dir():
+        raise ValueError(f"--json: {json_file} is a folder")
+    return plan(max(ranks or 1, runtime.world_size))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
