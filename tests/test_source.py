@@ -42,6 +42,7 @@ LEVELS = {
     "bench": 8,
     "study": 8,
     "interop": 8,
+    "report": 8,
     "command_line": 8,
     "data.command": 8,
     "__main__": 9,

@@ -1,0 +1,1 @@
+"""Pages about a run, for people: what its experts learned."""

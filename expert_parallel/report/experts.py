@@ -1,0 +1,183 @@
+"""What the experts of a run learned, gathered on one process: from its config, metrics.jsonl, newest checkpoint and
+held-out text (or another one) to a page and a JSON file."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expert_parallel.checkpoint.load import load_checkpoint
+from expert_parallel.config import Config, load_config
+from expert_parallel.data.open import open_data
+from expert_parallel.data.tokenizer import Tokenizer
+from expert_parallel.model.parallelize import build_model
+from expert_parallel.moe.plan import Reason
+from expert_parallel.report.habits import Habits, habits_of
+from expert_parallel.report.loads import Loads, read_loads
+from expert_parallel.report.sample import Sample, cut, route
+from expert_parallel.report.words import CLASSES, Piece, classes, name_of, pieces
+from expert_parallel.runtime import Runtime, UserError
+from expert_parallel.training.check import ParameterCounts, count_parameters
+from expert_parallel.training.generate import run_tokenizer
+from expert_parallel.training.setup import demand_of
+from expert_parallel.training.step import DTYPES
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """step: of the checkpoint. source: where the sample's text is from. pieces: of each of its sequences. habits: by
+    MoE block. names: of the tokens that habits speak of."""
+
+    name: str
+    config: Config
+    step: int
+    parameters: ParameterCounts
+    loads: Loads
+    source: str
+    sample: Sample
+    pieces: list[list[Piece]]
+    habits: dict[int, Habits]
+    names: dict[int, str]
+
+    @property
+    def num_experts(self) -> int:
+        assert self.config.model.moe is not None
+        return self.config.model.moe.num_experts
+
+    @property
+    def blocks(self) -> list[int]:
+        return self.config.model.moe_layers
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """windows: int64, (S + 1) each, S at most training.sequence_length. separator: as Sampler's."""
+
+    windows: list[Tensor]
+    separator: int | None
+    source: str
+
+
+def gather(run: Path, overrides: Sequence[str], runtime: Runtime, text: Path | None, sequences: int | None) -> Report:
+    """ValueError for a run that there is nothing to say of: a dense one, one without a step or a checkpoint, one whose
+    data are gone. UserError where the checkpoint is at fault, or there are several ranks."""
+    if runtime.world_size > 1:
+        raise UserError(f"experts works on one process, {runtime.world_size} were started")
+    config = _run_config(run, overrides)
+    moe, blocks = config.model.moe, config.model.moe_layers
+    if moe is None:
+        raise ValueError(f"{run} is a run of a dense model (model.moe is not set): it has no experts")
+    loads = read_loads(run / "metrics.jsonl", blocks, moe.num_experts)
+    tokenizer = run_tokenizer(config)
+    source = _held_out(config, sequences) if text is None else _text(config, tokenizer, text, sequences)
+
+    model = build_model(config.model, dtype=DTYPES[config.training.dtype], device=runtime.device, seed=None)
+    checkpoint = load_checkpoint(run / "checkpoints", model, None, runtime)
+    batch_size = config.training.global_batch // config.training.micro_steps
+    sample = route(model, source.windows, batch_size=batch_size, separator=source.separator, seed=config.seed)
+
+    found = [pieces(tokenizer, sequence.tolist()) for sequence in sample.sequences]
+    tokens_T = torch.cat(sample.sequences)
+    class_T = torch.tensor([number for sequence in found for number in classes(sequence)])
+    sizes = (moe.num_experts, len(CLASSES))
+    habits = {
+        block: habits_of(tokens_T, class_T, routing.ids_TK, routing.computed_TK, routing.first_T, sizes)
+        for block, routing in sample.routing.items()
+    }
+    named = {liked.token for of_block in habits.values() for of_expert in of_block.liked for liked in of_expert}
+    return Report(
+        name=run.resolve().name,
+        config=config,
+        step=checkpoint.step,
+        parameters=count_parameters(config),
+        loads=loads,
+        source=source.source,
+        sample=sample,
+        pieces=found,
+        habits=habits,
+        names={token: name_of(tokenizer, token) for token in sorted(named)},
+    )
+
+
+def _run_config(run: Path, overrides: Sequence[str]) -> Config:
+    """With the folder that was given: a run may have been moved."""
+    if not run.is_dir():
+        raise ValueError(f"there is no run folder {run}")
+    config = load_config(run / "config.yaml", overrides)
+    return config.model_copy(update={"run": config.run.model_copy(update={"folder": str(run)})})
+
+
+def _held_out(config: Config, sequences: int | None) -> Text:
+    """Those of evaluation, or so many."""
+    demand = demand_of(config)
+    data = open_data(config.data, replace(demand, held_out_sequences=sequences or demand.held_out_sequences))
+    described = "; ".join(line.strip() for line in data.description.splitlines())
+    return Text(list(data.held_out), data.sampler.separator, f"the held-out part of {described}")
+
+
+def _text(config: Config, tokenizer: Tokenizer, path: Path, sequences: int | None) -> Text:
+    try:
+        tokens = torch.tensor(tokenizer.encode(path.read_text(encoding="utf-8")), dtype=torch.int64)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text: {path} is not UTF-8: {error.reason} at byte {error.start}") from error
+    if len(tokens) < 2:
+        raise ValueError(f"--text: {path} has {len(tokens)} tokens, 2 are needed: one to show, and the one after it")
+    if int(tokens.max()) >= config.model.vocab_size:
+        raise ValueError(f"--text: {path} has token {int(tokens.max())}, model.vocab_size is {config.model.vocab_size}")
+    return Text(cut(tokens, config.training.sequence_length)[:sequences], None, str(path))
+
+
+def as_json(report: Report) -> str:
+    """The numbers of the page. Blocks are keys; experts and tokens are places in lists."""
+    loads, sample = report.loads, report.sample
+    tree: dict[str, Any] = {
+        "run": report.name,
+        "step": report.step,
+        "num_experts": report.num_experts,
+        "loads": {
+            "first_steps": loads.first_steps,
+            "last_steps": loads.last_steps,
+            "blocks": {
+                block: {
+                    "share": loads.share[block].tolist(),
+                    "dropped_share": loads.dropped_share[block].tolist(),
+                    "load_cv": loads.load_cv[block].tolist(),
+                }
+                for block in report.blocks
+            },
+        },
+        "sample": {
+            "source": report.source,
+            "loss": sample.loss,
+            "sequences": [sequence.tolist() for sequence in sample.sequences],
+            "fates": {int(reason): reason.name.lower() for reason in Reason},
+            "blocks": {
+                block: {
+                    "experts": routing.ids_TK.tolist(),
+                    "weights": [[round(weight, 6) for weight in row] for row in routing.weights_TK.tolist()],
+                    "fate": routing.reason_TK.tolist(),
+                    "first": routing.first_T.tolist(),
+                }
+                for block, routing in sample.routing.items()
+            },
+        },
+        "habits": {
+            "classes": CLASSES,
+            "names": report.names,
+            "blocks": {block: asdict(habits) for block, habits in report.habits.items()},
+        },
+    }
+    return json.dumps(_without_nan(tree))
+
+
+def _without_nan(tree: Any) -> Any:
+    """JSON has no NaN: null."""
+    if isinstance(tree, dict):
+        return {key: _without_nan(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_without_nan(value) for value in tree]
+    return None if isinstance(tree, float) and tree != tree else tree

@@ -1,0 +1,85 @@
+"""How a run's tokens were spread over its experts, step after step: metrics.jsonl, averaged into a few columns."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+COLUMNS = 100  # at most
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Loads:
+    """Each column is the mean of its steps. first_steps, last_steps: of each column. share: by MoE block,
+    (columns, experts), the share of the block's computed choices that an expert had; NaN where a column has no step.
+    dropped_share, load_cv: by MoE block, (columns). held_out_loss: the last one that was logged, and its step."""
+
+    first_steps: list[int]
+    last_steps: list[int]
+    share: dict[int, NDArray[np.float64]]
+    dropped_share: dict[int, NDArray[np.float64]]
+    load_cv: dict[int, NDArray[np.float64]]
+    held_out_loss: tuple[int, float] | None
+
+
+def read_loads(path: Path, blocks: list[int], num_experts: int) -> Loads:
+    """path: of metrics.jsonl, which is read twice, line by line. ValueError where it is not there, is damaged, or holds
+    no step of training with the loads of these blocks and experts."""
+    names = [
+        f"moe/layer_{block}/{name}"
+        for block in blocks
+        for name in (*(f"load/{expert}" for expert in range(num_experts)), "dropped_share", "load_cv")
+    ]
+    if not path.is_file():
+        raise ValueError(f"there is no {path}: a run writes it when it trains, and the loads of its experts are in it")
+    held_out_loss, steps = None, []
+    for record in _records(path):
+        if "eval/loss" in record:
+            held_out_loss = (record["step"], record["eval/loss"])
+        if "train/loss" in record:
+            steps.append(record["step"])
+            if missing := [name for name in names if name not in record]:
+                raise ValueError(
+                    f"{path}: step {record['step']} has no {missing[0]}; the run's config.yaml has {len(blocks)} MoE "
+                    f"blocks of {num_experts} experts"
+                )
+    if not steps:
+        raise ValueError(f"{path} holds no step of training yet: there are no loads to show")
+
+    first, count = steps[0], steps[-1] - steps[0] + 1
+    columns = min(COLUMNS, count)
+    sums, counts = np.zeros((columns, len(names))), np.zeros((columns, 1))
+    for record in _records(path):
+        if "train/loss" in record:
+            column = (record["step"] - first) * columns // count
+            sums[column] += [record[name] for name in names]
+            counts[column] += 1
+    means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+    by_block = dict(zip(blocks, np.split(means, len(blocks), axis=1), strict=True))
+    begins = [first - (-column * count // columns) for column in range(columns + 1)]  # rounded up
+    return Loads(
+        first_steps=begins[:-1],
+        last_steps=[begin - 1 for begin in begins[1:]],
+        share={block: values[:, :num_experts] for block, values in by_block.items()},
+        dropped_share={block: values[:, num_experts] for block, values in by_block.items()},
+        load_cv={block: values[:, num_experts + 1] for block, values in by_block.items()},
+        held_out_loss=held_out_loss,
+    )
+
+
+def _records(path: Path) -> Iterator[Record]:
+    """Whole lines only: a run that was killed, or is training now, may have left half of one."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                return
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
