@@ -2,6 +2,7 @@
 it, with copies and with split copies, from checkpoints of ours and from Hugging Face folders."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from expert_parallel.__main__ import app
 from expert_parallel.checkpoint.files import open_checkpoint
 from expert_parallel.config import Config, load_config
-from expert_parallel.interop.compare import compare
+from expert_parallel.interop.compare import compare, held_out_loss
 from expert_parallel.interop.importing import write_run
 from expert_parallel.interop.upcycle import Upcycling, upcycle
 from expert_parallel.model.parallelize import build_model
@@ -184,3 +185,22 @@ def test_command_compares_logits_where_there_is_no_data(tmp_path: Path) -> None:
     line = compare(tmp_path / "theirs", tmp_path / "moe")
     assert line.startswith("random tokens: the logits differ by ")
     assert float(line.split()[6]) < 1e-5
+
+
+def test_held_out_loss_of_packed_documents_with_a_loss_by_sequence(tmp_path: Path) -> None:
+    """A loss of scope `sequence` counts each document of a row: they are announced to the layer."""
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_text("a few words\n" * (1 + number % 3))
+    moe = {"num_experts": 4, "experts": {"hidden": 8}}
+    tree = {
+        "run": {"folder": str(tmp_path / "run")},
+        "training": {"steps": 1, "global_batch": 1, "sequence_length": 64},
+        "data": {"kind": "files", "paths": str(tmp_path / "*.txt"), "documents": "separate", "held_out": 0.4},
+    }
+    found = []
+    for losses in ([{"kind": "balance", "scope": "sequence"}], []):
+        model = {**DENSE, "ffn": None, "moe": {**moe, "losses": losses}}
+        config = Config.model_validate({**tree, "model": model})
+        built = build_model(config.model, seed=0).eval().requires_grad_(False)
+        found.append(held_out_loss(built, SimpleNamespace(config=config)))  # type: ignore[arg-type]
+    assert found[0] == found[1]

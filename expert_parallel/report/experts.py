@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expert_parallel.checkpoint.load import load_checkpoint
-from expert_parallel.config import Config, load_config
+from expert_parallel.config import Config
 from expert_parallel.data.open import open_data
 from expert_parallel.data.tokenizer import Tokenizer
 from expert_parallel.model.parallelize import build_model
@@ -22,7 +22,7 @@ from expert_parallel.report.sample import Sample, cut, route
 from expert_parallel.report.words import CLASSES, Piece, classes, name_of, pieces
 from expert_parallel.runtime import Runtime, UserError
 from expert_parallel.training.check import ParameterCounts, count_parameters
-from expert_parallel.training.generate import run_tokenizer
+from expert_parallel.training.generate import run_config, run_tokenizer
 from expert_parallel.training.setup import demand_of
 from expert_parallel.training.step import DTYPES
 
@@ -67,7 +67,7 @@ def gather(run: Path, overrides: Sequence[str], runtime: Runtime, text: Path | N
     data are gone. UserError where the checkpoint is at fault, or there are several ranks."""
     if runtime.world_size > 1:
         raise UserError(f"experts works on one process, {runtime.world_size} were started")
-    config = _run_config(run, overrides)
+    config = run_config(run, overrides)
     moe, blocks = config.model.moe, config.model.moe_layers
     if moe is None:
         raise ValueError(f"{run} is a run of a dense model (model.moe is not set): it has no experts")
@@ -101,14 +101,6 @@ def gather(run: Path, overrides: Sequence[str], runtime: Runtime, text: Path | N
         habits=habits,
         names={token: name_of(tokenizer, token) for token in sorted(named)},
     )
-
-
-def _run_config(run: Path, overrides: Sequence[str]) -> Config:
-    """With the folder that was given: a run may have been moved."""
-    if not run.is_dir():
-        raise ValueError(f"there is no run folder {run}")
-    config = load_config(run / "config.yaml", overrides)
-    return config.model_copy(update={"run": config.run.model_copy(update={"folder": str(run)})})
 
 
 def _held_out(config: Config, sequences: int | None) -> Text:

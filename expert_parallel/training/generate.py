@@ -66,7 +66,8 @@ def generate_from_run(
 ) -> list[str]:
     """Texts from the newest checkpoint of the run in the folder `run`, the same on all ranks. One process has the whole
     model, whatever layout trained it; several have the run's layout, or what the overrides say."""
-    config = runtime.together(lambda: _run_config(run, overrides))
+    config = runtime.together(lambda: run_config(run, overrides))
+    runtime.together(lambda: run_tokenizer(config))
     mesh: ParallelMesh | None = None
     model: Transformer | Pipeline
     if runtime.world_size == 1:
@@ -88,10 +89,9 @@ def generate_from_run(
     )
 
 
-def _run_config(run: Path, overrides: Sequence[str]) -> Config:
+def run_config(run: Path, overrides: Sequence[str]) -> Config:
     """With the folder that was given: a run may have been moved."""
     if not run.is_dir():
         raise ValueError(f"there is no run folder {run}")
     config = load_config(run / "config.yaml", overrides)
-    run_tokenizer(config := config.model_copy(update={"run": config.run.model_copy(update={"folder": str(run)})}))
-    return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"folder": str(run)})})
