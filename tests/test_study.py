@@ -1,6 +1,7 @@
 """The study: what it plans, trains, resumes and refuses; what it counts, by hand; one whole study at a tiny size."""
 
 import fcntl
+import io
 import json
 import signal
 import subprocess
@@ -11,17 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from expert_parallel.bench.timing import Times
 from expert_parallel.config import load_tree
 from expert_parallel.data.batch import micro_batch
 from expert_parallel.data.open import open_data
-from expert_parallel.study.carry_out import best_rate, carry_out, left_to_do
+from expert_parallel.study.carry_out import Progress, best_rate, carry_out, finished, left_to_do, steps_wanted
+from expert_parallel.study.command import train_all
 from expert_parallel.study.curves import Curve, read_curve, steps_done
 from expert_parallel.study.flops import training_flops_per_token
 from expert_parallel.study.plan import Study, read_study
 from expert_parallel.study.plot import plot
 from expert_parallel.study.results import StudyResult, VariantResult, describe, reached
+from expert_parallel.study.step_times import StepTimes
 from expert_parallel.training.setup import demand_of
 
 CONFIG = Path(__file__).parent.parent / "configs" / "study.yaml"
@@ -126,9 +130,13 @@ def test_all_variants_of_a_seed_see_the_same_data(tmp_path: Path, corpus: str) -
         (["base.training.schedule={kind: cosine}"], "base.training.schedule.kind is 'cosine'"),
         (["trial_steps=3"], r"trial_steps \(3\) must be a multiple of base.evaluation.every \(2\)"),
         (["trial_steps=8"], r"trial_steps \(8\) is more than base.training.steps \(6\)"),
-        (["base.training={global_batch: 2}"], "base.training.steps is missing"),
-        (["base.run={folder: here}"], "base.run.folder is given"),
-        (["variants.switch.model.moe.num_experts=0"], "variants.switch: model.moe.num_experts: .*found 0"),
+        (["base.training={global_batch: 2}"], "base, with variants.dense: training.steps is missing"),
+        (["base.training=null"], "base, with variants.dense: training"),
+        (["base.run={folder: here}"], "base.run.folder is given, but runs lie below"),
+        (["base.seed=5"], "base.seed is given, but the study has `seeds`"),
+        (["base.training.optimizer.learning_rate=0.1"], "base.training.optimizer.learning_rate is given, but"),
+        (["base.checkpoint.start_from=runs/x"], "base.checkpoint.start_from is given, but"),
+        (["variants.switch.model.moe.num_experts=0"], "base, with variants.switch: model.moe.num_experts: .*found 0"),
         (["variants.dense.modle={}"], "unknown setting variants.dense.modle"),
         (["variants={dense: {}, ../x: {}}"], "'../x' names a folder"),
     ],
@@ -148,8 +156,8 @@ def test_an_unknown_variant_is_refused(tmp_path: Path) -> None:
 
 
 def write_run(folder: Path, losses: dict[int, float]) -> None:
-    """As a run that has been trained and saved."""
-    (folder / "checkpoints" / f"step_{max(losses):08d}").mkdir(parents=True)
+    """As a run that has been trained and saved. losses: at least those of each second step."""
+    (folder / "checkpoints" / f"step_{max(losses):08d}").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints" / f"step_{max(losses):08d}" / "manifest.json").touch()
     lines = [json.dumps({"step": step, "eval/loss": loss}) for step, loss in losses.items()]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -158,15 +166,16 @@ def write_run(folder: Path, losses: dict[int, float]) -> None:
 def test_long_runs_come_after_all_trials_of_a_variant_with_its_best_rate(tmp_path: Path) -> None:
     study = tiny(tmp_path)
     low, high = study.trials("dense")
-    assert [str(run) for run in left_to_do(study, set())] == [
+    assert [str(run) for run in left_to_do(study)] == [
         "dense, learning rate 0.001, seed 0",
         "dense, learning rate 0.003, seed 0",
         "switch, learning rate 0.001, seed 0",
         "switch, learning rate 0.003, seed 0",
     ]
+    assert sum(steps_wanted(study).values()) == 2 * (6 + 6 + 2)
     write_run(low.folder, {0: 5.0, 2: 3.0})
     write_run(high.folder, {0: 5.0, 2: 2.0})
-    left = left_to_do(study, set())
+    left = left_to_do(study)
     assert [(run.variant, run.rate, run.seed, run.steps) for run in left] == [
         ("switch", 0.001, 0, 2),
         ("switch", 0.003, 0, 2),
@@ -174,22 +183,80 @@ def test_long_runs_come_after_all_trials_of_a_variant_with_its_best_rate(tmp_pat
         ("dense", 0.003, 1, 6),
     ]
     assert left[2].folder == high.folder  # the trial goes on
+    assert finished(study) == []
+    for run in study.finals("dense", 0.003):
+        write_run(run.folder, {0: 5.0, 2: 2.0, 4: 1.5, 6: 1.0})
+    assert finished(study) == ["dense"]
+    assert not [run for run in left_to_do(study) if run.variant == "dense"]
 
 
-def test_a_rate_that_failed_is_out_and_a_variant_without_any_is_refused(tmp_path: Path) -> None:
+def test_a_run_without_one_of_its_evaluations_is_not_done(tmp_path: Path) -> None:
+    study = tiny(tmp_path)
+    for run in study.trials("dense"):
+        write_run(run.folder, {2: 2.0})
+    assert [run.variant for run in left_to_do(study)] == ["dense", "dense", "switch", "switch"]
+
+
+def test_a_rate_that_diverged_is_out_and_a_variant_without_any_is_refused(tmp_path: Path) -> None:
     study = tiny(tmp_path)
     low, high = study.trials("dense")
     write_run(low.folder, {0: 5.0, 2: 3.0})
-    high.folder.mkdir(parents=True)
-    (high.folder / "log.txt").write_text("error: step 1: the loss is nan\n")
-    assert best_rate(study, "dense", {high.folder}) == 0.001
-    with pytest.raises(ValueError, match="all learning rates of dense have failed"):
-        best_rate(study, "dense", {low.folder, high.folder})
+    diverge(high.folder)
+    assert best_rate(study, "dense") == 0.001
+    assert [run.seed for run in left_to_do(study) if run.variant == "dense"] == [0, 1]
+    diverge(study.finals("dense", 0.001)[1].folder)
+    with pytest.raises(ValueError, match="seed 1 has diverged after a trial that had not"):
+        left_to_do(study)
     for run in study.trials("switch"):
-        write_run(run.folder, {0: 5.0, 2: 3.0})
-    long_run = study.finals("dense", 0.001)[1]
-    with pytest.raises(ValueError, match="seed 1 has failed: it said nothing"):
-        left_to_do(study, {high.folder, long_run.folder})
+        diverge(run.folder)
+    with pytest.raises(ValueError, match="all learning rates of switch have diverged, the first so: error: step 1"):
+        best_rate(study, "switch")
+
+
+def diverge(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "log.txt").write_text("step 0\nerror: step 1: the loss is nan and the gradient norm nan; the run stops\n")
+
+
+def test_what_diverges_says_so_in_the_words_that_are_looked_for(tmp_path: Path, corpus: str) -> None:
+    """The sentence of the training loop, from a rate that no model survives; the study ends with it."""
+    study = tiny(tmp_path, corpus, "learning_rates=[1e30]", "base.training.clip_norm=null", "jobs=2")
+    said: list[str] = []
+    with pytest.raises(ValueError, match="all learning rates of dense have diverged"):
+        carry_out(study, said.append, lambda text: None)
+    assert said[0].startswith("diverged: ")
+
+
+def test_a_text_that_changed_between_runs_is_refused(tmp_path: Path) -> None:
+    study = tiny(tmp_path)
+    for run, digest in zip(study.finals("dense", 0.001), ("aa", "bb"), strict=True):
+        run.folder.mkdir(parents=True)
+        tree = run.config.model_dump(mode="json")
+        (run.folder / "config.yaml").write_text(json.dumps(tree | {"data": tree["data"] | {"sha256": digest}}))
+    with pytest.raises(ValueError, match="the text has changed between runs of this study"):
+        carry_out(study, print, print)
+
+
+def test_progress_tells_the_time_left(tmp_path: Path) -> None:
+    write_run(tmp_path / "one", {0: 5.0, 30: 4.0})
+    progress = Progress(time.monotonic() - 60, {tmp_path / "one": 40, tmp_path / "two": 50}, first=0)
+    assert progress.text() == "30 of 90 steps, 33%; about 2 min left"
+    progress.first = 30
+    assert progress.text().endswith("time left not known yet")
+
+
+def test_a_terminal_shows_brackets_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed runs say has paths in brackets, which a terminal's library would take for its own marks."""
+    words = "RuntimeError: [/pytorch/gloo/pair.cc:534] [bold] reset"
+
+    def carry(study: Study, say: Any, show: Any) -> None:
+        say(words)
+        show(lambda: words)
+
+    monkeypatch.setattr("expert_parallel.study.command.carry_out", carry)
+    file = io.StringIO()
+    train_all(tiny(tmp_path), Console(file=file, force_terminal=True, markup=False, highlight=False, width=100))
+    assert file.getvalue().count(words) == 2
 
 
 def test_the_folder_of_another_study_is_refused(tmp_path: Path) -> None:
@@ -214,6 +281,10 @@ def test_two_studies_do_not_work_in_one_folder(tmp_path: Path) -> None:
 # Results
 
 
+def always(milliseconds: float) -> Times:
+    return Times(median=milliseconds, smallest=milliseconds, largest=milliseconds)
+
+
 def variant(name: str, milliseconds: float, flops: int, *losses: list[float], **more: Any) -> VariantResult:
     return VariantResult(
         name=name,
@@ -224,7 +295,7 @@ def variant(name: str, milliseconds: float, flops: int, *losses: list[float], **
         trials=[(0.001, 3.0), (0.003, 2.5), (0.01, None)],
         rate=0.003,
         curves=[Curve([0, 10, 20, 30, 40], one) for one in losses],
-        step_time=Times(median=milliseconds, smallest=milliseconds, largest=milliseconds),
+        step_time=StepTimes(own=always(milliseconds), reference=always(100.0)),
         reached=[],
     )
 
@@ -273,7 +344,7 @@ def test_the_table_says_what_was_not_reached_and_not_measured() -> None:
     )
     assert "| wide | not measured |" in text
     assert "paper: 7x; here 2.00x fewer steps, 0.55 of the FLOPs (1 of 2 seeds reached it)" in text
-    assert "0.01: failed" in text
+    assert "0.01: diverged" in text
     assert StudyResult.model_validate_json(made_up().model_dump_json()) == made_up()
 
 
@@ -318,7 +389,7 @@ def test_a_study_that_is_stopped_goes_on_and_ends(tmp_path: Path, corpus: str) -
     assert all(curve.steps == [0, 2, 4, 6] for one in result.variants for curve in one.curves)
     assert result.variant("switch").reached
     assert "stopped once" in (folder / "table.md").read_text()
-    assert "about" in second.stdout
+    assert "time left" in second.stdout
     assert (folder / "loss.png").exists()
     assert len(json.loads((folder / "sittings.json").read_text())) == 2
     losses = [json.loads(line)["step"] for line in next(folder.glob("dense/*/seed_0/metrics.jsonl")).open()]

@@ -3,7 +3,8 @@
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -11,14 +12,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
+from expert_parallel.checkpoint.folders import write_whole
 from expert_parallel.command_line import Overrides, refusals
-from expert_parallel.study.carry_out import carry_out
+from expert_parallel.study.carry_out import best_rate, carry_out, finished
+from expert_parallel.study.folder import known_data
 from expert_parallel.study.plan import Study, read_study
 from expert_parallel.study.results import StudyResult, describe, gather
 from expert_parallel.study.step_times import step_times
 
-SECONDS_BETWEEN_LINES = 60  # where no terminal shows one that is renewed
+SECONDS_BETWEEN_TEXTS, SECONDS_BETWEEN_LINES = 5, 60  # on a terminal, where the text is renewed, and elsewhere
 
 
 def study(
@@ -31,17 +35,20 @@ def study(
     """Train a dense model and mixtures of experts with as many operations a token, and tell what each needs to reach
     the dense one's loss. Runs unattended; started again, it goes on where it was. Writes results.json, table.md and
     loss.png."""
-    console = Console(highlight=False, soft_wrap=True)
-    with refusals(ValueError, OSError, ImportError), interrupted_by_term():
+    console = Console(highlight=False, markup=False, soft_wrap=True)  # what runs say has brackets of its own
+    with refusals(ValueError, OSError, ImportError), interrupted():
         draw = find_plot()  # at once: a study of hours must not end for want of matplotlib
         loaded = read_study(config, overrides or [], None if only is None else [n.strip() for n in only.split(",")])
         console.print(outline(loaded))
-        rates = train_all(loaded, console)
-    console.print("timing a step of each variant, in turn")
-    result = gather(loaded, rates, *step_times(loaded, rates))
-    (loaded.folder / "results.json").write_text(result.model_dump_json(indent=1) + "\n")
-    (loaded.folder / "table.md").write_text(describe(result) + "\n")
-    draw(result, loaded.folder / "loss.png")
+        train_all(loaded, console)
+        everything = replace(loaded, names=finished(loaded))  # also what was trained before, with another --only
+        rates = {name: best_rate(everything, name) for name in everything.names}
+        known_data(everything)
+        console.print("timing a step of each variant beside the reference's")
+        result = gather(everything, rates, *step_times(everything, rates))
+        write_whole(loaded.folder / "results.json", result.model_dump_json(indent=1) + "\n")
+        write_whole(loaded.folder / "table.md", describe(result) + "\n")
+        draw(result, loaded.folder / "loss.png")
     print(f"\n{describe(result)}\n\nwritten: table.md, results.json and loss.png in {loaded.folder}")
 
 
@@ -66,30 +73,35 @@ def outline(study: Study) -> str:
     )
 
 
-def train_all(study: Study, console: Console) -> dict[str, float]:
+def train_all(study: Study, console: Console) -> None:
     """With a text that is renewed on a terminal, or a line a minute elsewhere."""
-    if console.is_terminal:
-        with Live(console=console, auto_refresh=False) as live:
-            return carry_out(study, live.console.print, lambda text: live.update(text, refresh=True))
+    every = SECONDS_BETWEEN_TEXTS if console.is_terminal else SECONDS_BETWEEN_LINES
     last = [-float("inf")]
+    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
 
-    def show(text: str) -> None:
-        if time.monotonic() - last[0] >= SECONDS_BETWEEN_LINES:
-            print(text, flush=True)
+        def show(text: Callable[[], str]) -> None:
+            if time.monotonic() - last[0] < every:
+                return
             last[0] = time.monotonic()
+            if live is not None:
+                live.update(Text(text()), refresh=True)
+            else:
+                print(text(), flush=True)
 
-    return carry_out(study, lambda text: print(text, flush=True), show)
+        carry_out(study, console.print if live is not None else lambda text: print(text, flush=True), show)
 
 
 @contextmanager
-def interrupted_by_term() -> Iterator[None]:
-    """SIGTERM is an interrupt: the runs save what they have."""
+def interrupted() -> Iterator[None]:
+    """SIGTERM, and a terminal that is closed, are interrupts: the runs save what they have."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}  # under nohup a hang-up stays unheard
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,11 +1,12 @@
 """What a run's metrics.jsonl says: how far it is, its held-out losses, and when they reached another's."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-END_BYTES = 1 << 20  # more than two lines of a run with thousands of experts
+END_BYTES = 1 << 23  # more than two lines of thousands of experts in each of many blocks
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Curve:
 
 def read_curve(folder: Path) -> Curve:
     """Of a run's folder; empty before its first evaluation. Half a line at the end, of a run that goes on or was
-    killed, does not count."""
+    killed, does not count. ValueError where a loss is no number."""
     steps, losses = [], []
     path = folder / "metrics.jsonl"
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
@@ -53,6 +54,8 @@ def read_curve(folder: Path) -> Curve:
             record = json.loads(line)
             steps.append(record["step"])
             losses.append(record["eval/loss"])
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"{path}: the held-out loss of step {steps[-1]} is {losses[-1]}")
     return Curve(steps, losses)
 
 

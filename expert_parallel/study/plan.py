@@ -52,6 +52,15 @@ class StudyConfig(Settings):
         return self
 
 
+# Settings of a run that a study sets itself.
+OF_THE_STUDY = {
+    "run.folder": "runs lie below the study's own folder",
+    "seed": "the study has `seeds`",
+    "training.optimizer.learning_rate": "the study has `learning_rates`",
+    "checkpoint.start_from": "all variants begin anew",
+}
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run of a study. A trial and the run that goes on from it share a folder."""
@@ -72,30 +81,25 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """settings, and the variants that are to be trained, the reference among them."""
+    """settings, and the variants that are to be trained, the reference among them. steps: of a long run."""
 
     settings: StudyConfig
     names: list[str]
+    steps: int
 
     @property
     def folder(self) -> Path:
         return Path(self.settings.folder)
 
-    @property
-    def steps(self) -> int:
-        return int(self.settings.base["training"]["steps"])
-
     def run(self, variant: str, rate: float, seed: int, steps: int) -> Run:
         """ValueError where the variant's settings cannot work."""
-        settings = self.settings
         folder = self.folder / variant / f"lr_{rate:g}" / f"seed_{seed}"
         own = {
             "run": {"folder": str(folder)},
             "seed": seed,
             "training": {"steps": steps, "optimizer": {"learning_rate": rate}},
         }
-        tree = merge(merge(settings.base, {"model": settings.variants[variant].model}), own)
-        return Run(variant, rate, seed, steps, read_config(tree, f"variants.{variant}"))
+        return Run(variant, rate, seed, steps, _config_of(self.settings, variant, own))
 
     def trials(self, variant: str) -> list[Run]:
         first = self.settings.seeds[0]
@@ -103,6 +107,20 @@ class Study:
 
     def finals(self, variant: str, rate: float) -> list[Run]:
         return [self.run(variant, rate, seed, self.steps) for seed in self.settings.seeds]
+
+    def all_runs(self) -> list[Run]:
+        """That could be trained, of all variants of the settings."""
+        return [
+            run
+            for name in self.settings.variants
+            for rate in self.settings.learning_rates
+            for run in self.finals(name, rate)
+        ]
+
+
+def _config_of(settings: StudyConfig, variant: str, own: dict[str, Any]) -> Config:
+    tree = merge(merge(settings.base, {"model": settings.variants[variant].model}), own)
+    return read_config(tree, f"base, with variants.{variant}")
 
 
 def read_study(path: Path, overrides: list[str], only: list[str] | None) -> Study:
@@ -112,19 +130,22 @@ def read_study(path: Path, overrides: list[str], only: list[str] | None) -> Stud
         if name not in settings.variants:
             raise ValueError(f"--only: there is no variant {name!r}, there are {', '.join(settings.variants)}")
     names = [name for name in settings.variants if only is None or name in only or name == settings.reference]
-    if "steps" not in settings.base.get("training", {}):
-        raise ValueError(f"{path}: base.training.steps is missing")
-    if "folder" in settings.base.get("run", {}):
-        raise ValueError(f"{path}: base.run.folder is given, but runs lie below the study's own folder")
-    study = Study(settings, names)
-    for name in names:
-        for run in study.trials(name):
-            _check(run, study)
+    for setting, whose in OF_THE_STUDY.items():
+        if _has(settings.base, setting.split(".")):
+            raise ValueError(f"{path}: base.{setting} is given, but {whose}")
+    configs = [_config_of(settings, name, {"run": {"folder": settings.folder}}) for name in settings.variants]
+    study = Study(settings, names, configs[0].training.steps)
+    for config in configs:
+        _check(config, study)
     return study
 
 
-def _check(run: Run, study: Study) -> None:
-    training, every = run.config.training, run.config.evaluation.every
+def _has(tree: Any, names: list[str]) -> bool:
+    return not names or (isinstance(tree, dict) and names[0] in tree and _has(tree[names[0]], names[1:]))
+
+
+def _check(config: Config, study: Study) -> None:
+    training, every = config.training, config.evaluation.every
     if isinstance(training.schedule, CosineConfig):
         raise ValueError(
             "base.training.schedule.kind is 'cosine', which depends on the number of steps: a trial would not be "

@@ -19,7 +19,7 @@ def plot(result: StudyResult, path: Path) -> None:
     tokens = result.tokens_of_step
     panels = (
         ("steps", lambda variant: 1.0),
-        ("minutes of training, alone on the machine", lambda variant: variant.step_time.median / 60_000),
+        ("minutes of training, alone on the machine", lambda variant: variant.step_time.own.median / 60_000),
         ("operations (PFLOP)", lambda variant: variant.flops * tokens / 1e15),
     )
     colours = dict(zip((v.name for v in result.variants if v is not reference), COLOURS * 9, strict=False))

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel
 
-from expert_parallel.bench.timing import Times
-from expert_parallel.study.carry_out import curve_of, read_sittings
-from expert_parallel.study.curves import Curve, read_curve
+from expert_parallel.study.curves import Curve
 from expert_parallel.study.flops import training_flops_per_token
+from expert_parallel.study.folder import curve_of, is_done, read_sittings
 from expert_parallel.study.plan import Study
+from expert_parallel.study.step_times import StepTimes
 from expert_parallel.training.check import count_parameters
 
 
@@ -28,7 +28,7 @@ class Reached(BaseModel):
 
 
 class VariantResult(BaseModel):
-    """trials: (learning rate, held-out loss after the trial; None where it failed). curves: by seed, in the study's
+    """trials: (learning rate, held-out loss after the trial; None where it diverged). curves: by seed, in the study's
     order. flops: a token, forward and backward."""
 
     name: str
@@ -39,7 +39,7 @@ class VariantResult(BaseModel):
     trials: list[tuple[float, float | None]]
     rate: float
     curves: list[Curve]
-    step_time: Times
+    step_time: StepTimes
     reached: list[Reached]
 
     @property
@@ -70,8 +70,8 @@ class StudyResult(BaseModel):
         return next(variant for variant in self.variants if variant.name == name)
 
 
-def gather(study: Study, rates: dict[str, float], step_times: dict[str, Times], device: str) -> StudyResult:
-    """rates: the learning rate of each variant; step_times: milliseconds of each."""
+def gather(study: Study, rates: dict[str, float], step_times: dict[str, StepTimes], device: str) -> StudyResult:
+    """rates: the learning rate of each variant; step_times: of each; both hold the study's variants."""
     settings, sittings = study.settings, read_sittings(study.folder)
     reference = study.finals(settings.reference, rates[settings.reference])
     training, evaluation = reference[0].config.training, reference[0].config.evaluation
@@ -79,7 +79,6 @@ def gather(study: Study, rates: dict[str, float], step_times: dict[str, Times], 
     for name in study.names:
         trials, runs = study.trials(name), study.finals(name, rates[name])
         counts = count_parameters(runs[0].config)
-        tried = {run.rate: read_curve(run.folder).until(run.steps) for run in trials}
         variants.append(
             VariantResult(
                 name=name,
@@ -87,10 +86,7 @@ def gather(study: Study, rates: dict[str, float], step_times: dict[str, Times], 
                 total_parameters=counts.total,
                 active_parameters=counts.active,
                 flops=training_flops_per_token(runs[0].config),
-                trials=[
-                    (rate, curve.final if curve.last_step == settings.trial_steps else None)
-                    for rate, curve in tried.items()
-                ],
+                trials=[(run.rate, curve_of(run).final if is_done(run) else None) for run in trials],
                 rate=rates[name],
                 curves=[curve_of(run) for run in runs],
                 step_time=step_times[name],
@@ -123,14 +119,14 @@ def gather(study: Study, rates: dict[str, float], step_times: dict[str, Times], 
 def reached(result: StudyResult, variant: VariantResult, number: int, seed: int) -> Reached:
     reference = result.variant(result.reference)
     step = variant.curves[number].reaches(reference.curves[number].final)
-    if not step:
-        return Reached(seed=seed, step=step)
-    steps = result.steps / step
+    if step is None:
+        return Reached(seed=seed, step=None)
+    steps = result.steps / max(step, 1.0)  # a reference that is worse than no training is none
     return Reached(
         seed=seed,
         step=step,
         steps=steps,
-        time=steps * reference.step_time.median / variant.step_time.median,
+        time=steps * variant.step_time.reference.median / variant.step_time.own.median,
         flops=steps * reference.flops / variant.flops,
     )
 
@@ -178,9 +174,14 @@ def describe(result: StudyResult) -> str:
         "",
         *(f"- {variant.name}: {claim_line(variant)}" for variant in result.variants if variant.claim),
         f"- learning rates tried with one seed, loss after the trial: {trials_line(result)}",
-        "- a step, in turn in one process, [smallest - largest] ms: "
-        + ", ".join(f"{variant.name} {variant.step_time}" for variant in result.variants),
-        f"- corpus: {result.corpus}; the loss is that of {result.held_out_tokens:,} held-out tokens, the same for all",
+        "- a step in ms, in turn with the reference's in one process, [smallest - largest]: "
+        + "; ".join(
+            f"{variant.name} {variant.step_time.own} beside {variant.step_time.reference}"
+            for variant in result.variants
+            if variant.name != result.reference
+        ),
+        f"- corpus: {result.corpus}; the loss is that of the same {result.held_out_tokens:,} held-out tokens (at most) "
+        "for all",
         f"- {result.hardware}, {result.jobs} runs at a time of {result.threads} thread(s), torch {result.torch}, "
         f"{result.hours:.1f} hours in all, {result.date}, commit {', '.join(result.commits)}",
     ]
@@ -226,6 +227,6 @@ def claim_line(variant: VariantResult) -> str:
 def trials_line(result: StudyResult) -> str:
     return "; ".join(
         f"{variant.name} "
-        + ", ".join(f"{rate:g}: {'failed' if loss is None else f'{loss:.4f}'}" for rate, loss in variant.trials)
+        + ", ".join(f"{rate:g}: {'diverged' if loss is None else f'{loss:.4f}'}" for rate, loss in variant.trials)
         for variant in result.variants
     )

@@ -5,10 +5,11 @@ import io
 from contextlib import redirect_stdout
 
 import torch
+from pydantic import BaseModel
 
 from expert_parallel.allocator import keep_freed_memory
 from expert_parallel.bench.timing import Times, Work, measure
-from expert_parallel.runtime import Runtime, RuntimeConfig, distributed
+from expert_parallel.runtime import Runtime, distributed
 from expert_parallel.study.plan import Run, Study
 from expert_parallel.training.loop import set_up
 from expert_parallel.training.step import train_step
@@ -16,15 +17,28 @@ from expert_parallel.training.step import train_step
 ROUNDS = 9
 
 
-def step_times(study: Study, rates: dict[str, float], rounds: int = ROUNDS) -> tuple[dict[str, Times], str]:
-    """(milliseconds of a training step by variant, the device's name). The runs must be done; their checkpoints are
-    read, and left alone."""
+class StepTimes(BaseModel):
+    """Milliseconds of a training step; the reference's, from the same rounds, beside it."""
+
+    own: Times
+    reference: Times
+
+
+def step_times(study: Study, rates: dict[str, float], rounds: int = ROUNDS) -> tuple[dict[str, StepTimes], str]:
+    """(times by variant, the device's name). Each variant beside the reference: two models are in memory at a time.
+    The runs must be done; their checkpoints are read, and left alone."""
     torch.set_num_threads(study.settings.threads)
     keep_freed_memory()
-    with distributed(RuntimeConfig()) as runtime:
-        works = {name: _one_step(study.finals(name, rate)[0], runtime) for name, rate in rates.items()}
-        times = measure(works, runtime.device, rounds)
-        return times, torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "cpu"
+    name = study.settings.reference
+    reference = study.finals(name, rates[name])[0]
+    with distributed(reference.config.runtime) as runtime:
+        times = {}
+        for variant, rate in rates.items():
+            runs = {"reference": reference, "own": study.finals(variant, rate)[0]}
+            works = {which: _one_step(run, runtime) for which, run in runs.items()}
+            times[variant] = StepTimes(**measure(works, runtime.device, rounds))
+        device = runtime.device
+        return times, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _one_step(run: Run, runtime: Runtime) -> Work:

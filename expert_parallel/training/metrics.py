@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from expert_parallel.checkpoint.folders import write_whole
 from expert_parallel.moe.totals import LayerTotals
 from expert_parallel.training.step import StepReport
 
@@ -77,7 +78,7 @@ class MetricsWriter:
     def __init__(self, folder: Path, first_step: int) -> None:
         path = folder / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step]
-        path.write_text("".join(kept))
+        write_whole(path, "".join(kept))  # at no moment empty: a kill, or a full disk, loses nothing
         self.file: TextIO = path.open("a")
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 

@@ -1,0 +1,142 @@
+"""A study's folder: what of its runs is done, one study at a time in it, and how long all sittings took."""
+
+import fcntl
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from expert_parallel.checkpoint.config import changed_settings
+from expert_parallel.checkpoint.files import list_checkpoints
+from expert_parallel.checkpoint.folders import write_whole
+from expert_parallel.config import Config, load_config
+from expert_parallel.study.curves import Curve, read_curve
+from expert_parallel.study.plan import Run, Study
+
+# What a run's own config may say otherwise than the study's: no loss depends on it.
+FREE = ("training.steps", "data.sha256", "data.end_id", "run.log_every", "checkpoint.")
+
+
+def is_done(run: Run) -> bool:
+    """Whether every evaluation up to its steps is there, and it was saved then or later."""
+    checkpoints = list_checkpoints(run.folder / "checkpoints")
+    if not checkpoints or int(checkpoints[-1].name.rpartition("_")[2]) < run.steps:
+        return False
+    return set(range(0, run.steps + 1, run.config.evaluation.every)) <= set(read_curve(run.folder).steps)
+
+
+def has_diverged(run: Run) -> bool:
+    """Whether its last words are that a loss is no number (training/loop.py). The same settings would again."""
+    return re.match(r"error: step \d+: the loss is ", last_words(run.folder)) is not None
+
+
+def curve_of(run: Run) -> Curve:
+    return read_curve(run.folder).until(run.steps)
+
+
+def loss_of(run: Run) -> float:
+    """After its steps."""
+    return read_curve(run.folder).at(run.steps)
+
+
+def last_words(folder: Path) -> str:
+    path = folder / "log.txt"
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()] if path.exists() else []
+    return f"{lines[-1].strip() if lines else 'it said nothing'} ({path})"
+
+
+def refuse_others(study: Study) -> None:
+    """ValueError where a run's folder holds one with other settings, or of another text: its losses would be of another
+    study."""
+    for run in study.all_runs():
+        then = kept_config(run)
+        if then is None:
+            continue
+        changes = changed_settings(then.model_dump(mode="json"), run.config.model_dump(mode="json"))
+        if others := [change for change in changes if not change[0].startswith(FREE)]:
+            setting, old, new = others[0]
+            raise ValueError(
+                f"{run.folder} holds a run of another study: {setting} is {old!r} there and {new!r} here; choose "
+                "another folder, or remove that run"
+            )
+    known_data(study)
+
+
+def known_data(study: Study) -> str | None:
+    """The digest of the text that the runs were trained on; None before the first. ValueError where they differ."""
+    found = {config.data.sha256: run.folder for run in study.all_runs() if (config := kept_config(run)) is not None}
+    found.pop(None, None)
+    if len(found) > 1:
+        (one, here), (other, there) = list(found.items())[:2]
+        raise ValueError(
+            f"the text has changed between runs of this study: data.sha256 is {one} in {here} and {other} in {there}"
+        )
+    return next(iter(found), None)
+
+
+def kept_config(run: Run) -> Config | None:
+    path = run.folder / "config.yaml"
+    return load_config(path) if path.exists() else None
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[int]:
+    """The lock of a folder, which the runs inherit: it is held as long as one of them lives, whatever becomes of us."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another study, or a run that one has left behind, works in {folder}") from None
+        yield file.fileno()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sittings
+
+
+class Sitting(BaseModel):
+    """began: seconds since 1970."""
+
+    began: float
+    seconds: float
+    commit: str
+
+
+Sittings = TypeAdapter(list[Sitting])
+
+
+def read_sittings(folder: Path) -> list[Sitting]:
+    path = folder / "sittings.json"
+    try:
+        return Sittings.validate_json(path.read_bytes()) if path.exists() else []
+    except ValidationError as error:
+        raise ValueError(f"{path} is damaged ({error.error_count()} errors); remove it: it only counts hours") from None
+
+
+@contextmanager
+def sitting(folder: Path) -> Iterator[Callable[[], None]]:
+    """Notes how long this sitting takes and of which commit it is, in a file that keeps those of before; call what it
+    yields now and then, for a sitting that is cut off."""
+    before, begin, commit = read_sittings(folder), time.time(), find_commit()
+
+    def note() -> None:
+        now = Sitting(began=begin, seconds=time.time() - begin, commit=commit)
+        write_whole(folder / "sittings.json", Sittings.dump_json([*before, now], indent=1).decode() + "\n")
+
+    try:
+        yield note
+    finally:
+        note()
+
+
+def find_commit() -> str:
+    """Of this package's sources; 'unknown' where they are no git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
