@@ -222,14 +222,16 @@ def test_what_diverges_says_so_in_the_words_that_are_looked_for(tmp_path: Path, 
     """The sentence of the training loop, from a rate that no model survives; the study ends with it."""
     study = tiny(tmp_path, corpus, "learning_rates=[1e30]", "base.training.clip_norm=null", "jobs=2")
     said: list[str] = []
-    with pytest.raises(ValueError, match="all learning rates of dense have diverged"):
+    with pytest.raises(
+        ValueError, match=r"all learning rates of (dense|switch) have diverged, the first so: error: step \d: the loss"
+    ):
         carry_out(study, said.append, lambda text: None)
-    assert said[0].startswith("diverged: ")
+    assert any(text.startswith("diverged: ") for text in said)
 
 
 def test_a_text_that_changed_between_runs_is_refused(tmp_path: Path) -> None:
     study = tiny(tmp_path)
-    for run, digest in zip(study.finals("dense", 0.001), ("aa", "bb"), strict=True):
+    for run, digest in zip(study.finals("dense", 0.001), ("aa" * 32, "bb" * 32), strict=True):
         run.folder.mkdir(parents=True)
         tree = run.config.model_dump(mode="json")
         (run.folder / "config.yaml").write_text(json.dumps(tree | {"data": tree["data"] | {"sha256": digest}}))
@@ -256,7 +258,7 @@ def test_a_terminal_shows_brackets_as_they_are(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("expert_parallel.study.command.carry_out", carry)
     file = io.StringIO()
     train_all(tiny(tmp_path), Console(file=file, force_terminal=True, markup=False, highlight=False, width=100))
-    assert file.getvalue().count(words) == 2
+    assert file.getvalue().count(words) >= 2
 
 
 def test_the_folder_of_another_study_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The curves of a study as a picture: held-out loss over steps, over time, over operations."""
 
+import statistics
 from pathlib import Path
 
 from expert_parallel.study.results import StudyResult, VariantResult
@@ -17,13 +18,15 @@ def plot(result: StudyResult, path: Path) -> None:
     axes = figure.subplots(1, 3, sharey=True)
     reference = result.variant(result.reference)
     tokens = result.tokens_of_step
+    # Each variant was timed beside the reference; the machine's speed may have drifted from one to the next.
+    usual = statistics.median(variant.step_time.reference.median for variant in result.variants) / 60_000
     panels = (
         ("steps", lambda variant: 1.0),
-        ("minutes of training, alone on the machine", lambda variant: variant.step_time.own.median / 60_000),
+        ("minutes of training, alone on the machine", lambda variant: usual / variant.step_time.speed),
         ("operations (PFLOP)", lambda variant: variant.flops * tokens / 1e15),
     )
     colours = dict(zip((v.name for v in result.variants if v is not reference), COLOURS * 9, strict=False))
-    first = result.steps // 20  # the beginning would squeeze what is to be seen
+    first = result.steps // 5  # the beginning would squeeze what is to be seen
     for axis, (label, unit) in zip(axes, panels, strict=True):
         for variant in result.variants:
             colour, scale = colours.get(variant.name, "black"), unit(variant)

@@ -126,7 +126,7 @@ def reached(result: StudyResult, variant: VariantResult, number: int, seed: int)
         seed=seed,
         step=step,
         steps=steps,
-        time=steps * variant.step_time.reference.median / variant.step_time.own.median,
+        time=steps * variant.step_time.speed,
         flops=steps * reference.flops / variant.flops,
     )
 

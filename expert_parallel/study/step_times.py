@@ -23,6 +23,11 @@ class StepTimes(BaseModel):
     own: Times
     reference: Times
 
+    @property
+    def speed(self) -> float:
+        """Steps that this one takes in the time of one of the reference."""
+        return self.reference.median / self.own.median
+
 
 def step_times(study: Study, rates: dict[str, float], rounds: int = ROUNDS) -> tuple[dict[str, StepTimes], str]:
     """(times by variant, the device's name). Each variant beside the reference: two models are in memory at a time.
