@@ -24,6 +24,12 @@ LAUNCHERS = {
     "deepspeed": ["deepspeed", "--num_accelerators", "2", "--module", "--master_port"],  # and a free port
 }
 
+
+def run_configs() -> list[Path]:
+    """What configs/ has for `train`, `check` and `verify`: all but that of a study."""
+    return [path for path in sorted((ROOT / "configs").glob("**/*.yaml")) if path.name != "study.yaml"]
+
+
 # Small, but with all that a run has: two MoE layers, drops, a balance loss; float64, so that launchers can be compared.
 SMALL = """
 run: {{folder: {folder}/run, log_every: 1}}

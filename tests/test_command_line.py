@@ -26,9 +26,9 @@ from expert_parallel.model.parallelize import build_model
 from expert_parallel.training.check import count_parameters, state_bytes_of_rank
 from expert_parallel.training.setup import check_degrees
 from expert_parallel.training.step import DTYPES
-from tests.launches import ROOT, run_folder, small_config, start
+from tests.launches import ROOT, run_configs, run_folder, small_config, start
 
-SHIPPED = sorted((ROOT / "configs").glob("**/*.yaml"))
+SHIPPED = run_configs()
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from expert_parallel.config import Config, dump_config, load_config, setting_pat
 from expert_parallel.moe.capacity import DroplessConfig, FactorConfig
 from expert_parallel.moe.routers import RegisteredRouterConfig
 from expert_parallel.settings import Settings
-from tests.launches import ROOT, small_config
+from tests.launches import run_configs, small_config
 
 GOLDEN = Path(__file__).with_name("settings.txt")
-SHIPPED = sorted((ROOT / "configs").glob("**/*.yaml"))
+SHIPPED = run_configs()
 
 
 @pytest.fixture

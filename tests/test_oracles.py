@@ -12,119 +12,44 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DeepseekV3Config, MixtralConfig, OlmoeConfig, Qwen3MoeConfig, SwitchTransformersConfig
+from transformers import DeepseekV3Config, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM, MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
-from transformers.models.switch_transformers import modeling_switch_transformers as switch
 
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import ModelConfig
 from expert_parallel.moe import random
 from expert_parallel.moe.balance import BalanceLossConfig, router_losses
 from expert_parallel.moe.capacity import FactorConfig, expert_capacity, limit
-from expert_parallel.moe.layer import MoEConfig, MoELayer, token_batch
-from expert_parallel.moe.plan import RoutingPlan, StepContext, TokenBatch
+from expert_parallel.moe.layer import MoELayer
+from expert_parallel.moe.plan import RoutingPlan, StepContext
 from expert_parallel.moe.random import Stream
 from expert_parallel.moe.routing import LinearRouter, TopKRouter, TopKRouterConfig
 from expert_parallel.moe.routing_noisy import GShardConfig, GShardRouter, NoisyTopKConfig, NoisyTopKRouter
+from tests.oracles import (
+    D_MODEL,
+    HIDDEN,
+    batch_of,
+    close,
+    compare_blocks,
+    compare_switch_layers,
+    compare_with_loops,
+    dense,
+    draw,
+    gradients,
+    make_layer,
+    randomise,
+    to_ours,
+)
 from tests.peers import peers_in_float64
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
 from deepspeed.moe import sharded_moe as deepspeed
 
-D_MODEL, HIDDEN = 8, 6
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def close(actual: Any, expected: Any, what: str = "") -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-11, msg=lambda text: f"{what}: {text}")
-
-
-def batch_of(x_TD: Tensor) -> TokenBatch:
-    """One sequence, without a context."""
-    return token_batch(x_TD[None], StepContext(), None)
-
-
-def randomise(module: nn.Module) -> None:
-    """Every parameter: vectors (norms, biases) around 1, matrices around 0."""
-    for seed, parameter in enumerate(module.parameters()):
-        parameter.data = draw(*parameter.shape, seed=seed + 100) * 0.4 + float(parameter.dim() == 1)
-
-
-def make_layer(num_experts: int, *, training: bool = True, **options: Any) -> MoELayer:
-    config = MoEConfig.model_validate({"d_model": D_MODEL, "num_experts": num_experts, **options})
-    return MoELayer(config).double().train(training)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # transformers: blocks with a softmax or sigmoid router and SwiGLU experts
-
-NAMES = {  # part of their name -> part of ours; matrices of experts are stored transposed
-    "model.embed_tokens": "embedding",
-    "model.layers": "blocks",
-    "self_attn.q_proj": "attention.query",
-    "self_attn.k_proj": "attention.key",
-    "self_attn.v_proj": "attention.value",
-    "self_attn.o_proj": "attention.out",
-    "post_attention_layernorm": "ffn_norm",
-    "input_layernorm": "attention_norm",
-    "mlp.": "moe.",
-    "gate.e_score_correction_bias": "router.balance_bias_E",
-    "gate.weight": "router.weight",
-    "experts.gate_up_proj": "experts.w_in",
-    "experts.down_proj": "experts.w_out",
-    "shared_experts.down_proj": "shared_experts.w_out",
-    "model.norm": "final_norm",
-    "lm_head": "unembedding",
-}
-
-
-def to_ours(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their state, or their gradients, under our names and in our form."""
-    ours = {}
-    for name, tensor in theirs.items():
-        if "shared_experts.up_proj" in name:
-            continue
-        if "shared_experts.gate_proj" in name:  # two matrices there, one [gate | up] here
-            tensor = torch.cat([tensor, theirs[name.replace("gate_proj", "up_proj")]])
-            name = name.replace("gate_proj", "w_in")
-        for their_part, own_part in NAMES.items():
-            name = name.replace(their_part, own_part)
-        ours[name] = tensor.mT if tensor.dim() == 3 else tensor
-    return ours
-
-
-def gradients(module: nn.Module) -> dict[str, Tensor]:
-    found = {}
-    for name, parameter in module.named_parameters():
-        assert parameter.grad is not None, name
-        found[name] = parameter.grad
-    return found
-
-
-def compare_blocks(theirs: nn.Module, ours: MoELayer) -> None:
-    """Output, input gradient and every parameter's gradient, for 3 sequences of 7 tokens."""
-    randomise(theirs)
-    ours.load_state_dict(to_ours(theirs.state_dict()))
-    x, their_x = draw(3, 7, D_MODEL).requires_grad_(), draw(3, 7, D_MODEL).requires_grad_()
-    with peers_in_float64():
-        expected = theirs(their_x)
-    actual = ours(x)
-    close(actual.y, expected)
-    assert int(actual.stats.kept_E.sum()) == 3 * 7 * ours.config.router.k
-    upstream = draw(3, 7, D_MODEL, seed=1)
-    expected.backward(upstream)
-    actual.y.backward(upstream)
-    close(x.grad, their_x.grad, "input")
-    wanted = to_ours(gradients(theirs))
-    assert wanted.keys() == gradients(ours).keys()
-    for name, gradient in gradients(ours).items():
-        close(gradient, wanted[name], name)
 
 
 def swiglu_layer(**router: Any) -> MoELayer:
@@ -266,8 +191,7 @@ def test_mixtral_model() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# transformers: Switch. Its capacity is an absolute number for each sequence; its bound counts places from 1. One way of
-# its own: in float32 its jitter is written into the tokens, so that the experts see it too.
+# transformers: Switch
 
 
 @pytest.mark.parametrize(
@@ -285,17 +209,6 @@ def test_switch_layer(num_sequences: int, capacity: int, limits: dict[str, Any])
     num_tokens, num_experts = 24, 4
     if limits["kind"] == "factor":
         assert expert_capacity(limits["train"], 0, num_tokens, 1, num_experts) == capacity
-    with peers_in_float64():
-        config = SwitchTransformersConfig(
-            d_model=D_MODEL,
-            d_ff=HIDDEN,
-            num_experts=num_experts,
-            expert_capacity=capacity,
-            router_jitter_noise=0.0,
-            dropout_rate=0.0,
-        )
-        theirs = switch.SwitchTransformersSparseMLP(config).double()
-    randomise(theirs)
     ours = make_layer(
         num_experts,
         router={"k": 1, "normalise": False},
@@ -303,55 +216,12 @@ def test_switch_layer(num_sequences: int, capacity: int, limits: dict[str, Any])
         losses=[{"kind": "balance", "scope": "sequence"}, {"kind": "z_loss"}],
         experts={"hidden": HIDDEN, "activation": "relu"},
     )
-    their_experts = [theirs.experts[f"expert_{i}"] for i in range(num_experts)]
-    ours.router.weight.data = theirs.router.classifier.weight.data
-    ours.experts.w_in.data = torch.stack([expert.wi.weight.data.T for expert in their_experts])
-    ours.experts.w_out.data = torch.stack([expert.wo.weight.data.T for expert in their_experts])
-
-    x, their_x = (draw(num_sequences, num_tokens, D_MODEL).requires_grad_() for _ in range(2))
-    x_TD, batch = x.flatten(0, 1), token_batch(x, StepContext(), None)
-    with peers_in_float64():
-        kept_BTE, probability_BT1, logits_BTE = theirs.router(their_x)
-        expected = theirs(their_x)
-        choice_BT = logits_BTE.argmax(-1)
-        balance = switch.load_balancing_loss_func(logits_BTE.softmax(-1), choice_BT)
-        z = switch.router_z_loss_func(logits_BTE)
-    plan = ours.router(x_TD, batch)
-    close(plan.logits_TE, logits_BTE.flatten(0, 1), "logits")
-    close(plan.weights_TK, probability_BT1.flatten(0, 1), "probabilities")
-    assert torch.equal(plan.expert_ids_TK[:, 0], choice_BT.flatten())
-    plan, _ = limit(ours.config.capacity, plan, batch, training=True)
-    assert torch.equal(dense(plan)[1], kept_BTE.flatten(0, 1).bool())
-    dropped = int((~plan.kept_TK).sum())
+    dropped = compare_switch_layers(ours, capacity, num_sequences, num_tokens)
     assert (dropped > 0) is (capacity < 24)
-
-    actual = ours(x)
-    close(actual.y, expected, "output")
-    close(actual.stats.losses["balance_sequence"], balance.detach(), "balance loss")
-    close(actual.stats.losses["z_loss"], z.detach(), "z loss")
-    assert bool((actual.y.flatten(0, 1)[~plan.kept_TK[:, 0]] == 0).all())  # the residual alone carries a dropped token
-
-    upstream = draw(num_sequences, num_tokens, D_MODEL, seed=1)
-    ((expected * upstream).sum() + 0.01 * balance + 0.001 * z).backward()
-    ((actual.y * upstream).sum() + actual.losses["balance_sequence"] + actual.losses["z_loss"]).backward()
-    close(x.grad, their_x.grad, "input")
-    close(ours.router.weight.grad, theirs.router.classifier.weight.grad, "router")
-    for i, expert in enumerate(their_experts):
-        for own, their in ((ours.experts.w_in, expert.wi), (ours.experts.w_out, expert.wo)):
-            assert own.grad is not None
-            wanted = torch.zeros_like(their.weight) if their.weight.grad is None else their.weight.grad
-            close(own.grad[i], wanted.T, f"expert {i}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # DeepSpeed 0.19.8: its gates return (loss, weights_TEC, kept_TEC, choices_E), with C the place in the expert's buffer
-
-
-def dense(plan: RoutingPlan) -> tuple[Tensor, Tensor]:
-    """(weights_TE of kept choices, kept_TE)."""
-    nothing_TE = torch.zeros_like(plan.scores_TE)
-    kept_TE = nothing_TE.bool().scatter(1, plan.expert_ids_TK, plan.kept_TK)
-    return nothing_TE.scatter(1, plan.expert_ids_TK, plan.weights_TK * plan.kept_TK), kept_TE
 
 
 def own_gate(logits_TE: Tensor, k: int, factor: float, normalise: bool = True, **capacity: Any) -> RoutingPlan:
@@ -586,32 +456,9 @@ def test_the_moe_of_the_lessons() -> None:
         close(gradient, joined("grad")[name], name)
 
 
-def uomni_layer(x_TD: Tensor, router_ED: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor) -> Tensor:
-    """Softmax over all experts, then top-2, renormalised; a loop over slots and experts with masks; no biases."""
-    probabilities = (x_TD @ router_ED.T).softmax(-1)
-    weights, chosen = probabilities.topk(2)
-    weights = weights / weights.sum(-1, keepdim=True)
-    y_TD = torch.zeros_like(x_TD)
-    for slot in range(2):
-        for expert in range(len(w_in_EDF)):
-            mask = chosen[:, slot] == expert
-            output = F.gelu(x_TD[mask] @ w_in_EDF[expert]) @ w_out_EFD[expert]
-            y_TD = y_TD.index_put((mask,), y_TD[mask] + weights[mask, slot, None] * output)
-    return y_TD
-
-
 def test_the_uomni_layer() -> None:
     """At its own size: d = 256, 8 experts of hidden size 4d / 8."""
     d = 256
     ours = make_layer(8, d_model=d, router={"k": 2}, experts={"hidden": 4 * d // 8, "activation": "gelu"})
-    for parameter in ours.parameters():
-        parameter.data *= 3
-    parameters = [ours.router.weight, ours.experts.w_in, ours.experts.w_out]
     assert sum(p.numel() for p in ours.experts.parameters()) == 2 * d * 4 * d  # as many as the dense layer's
-    x, upstream = draw(40, d).requires_grad_(), draw(40, d, seed=1)
-    expected, actual = uomni_layer(x, *parameters), ours(x).y
-    close(actual, expected)
-    wanted = torch.autograd.grad(expected, [x, *parameters], upstream)
-    found = torch.autograd.grad(actual, [x, *parameters], upstream)
-    for name, own, their in zip(["input", "router", "w_in", "w_out"], found, wanted, strict=True):
-        close(own, their, name)
+    compare_with_loops(ours)

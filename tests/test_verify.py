@@ -36,7 +36,7 @@ from expert_parallel.verify.ranks import RankError, run_on_ranks
 from expert_parallel.verify.reduce import reduce_config
 from expert_parallel.verify.run import LayoutResult, verify
 from expert_parallel.verify.table import show
-from tests.launches import ROOT, start
+from tests.launches import ROOT, run_configs, start
 from tests.ranks import run_ranks
 
 TREE: dict[str, Any] = {
@@ -479,7 +479,7 @@ def test_every_pair_that_can_be_is_covered(ranks: int) -> None:
     assert {name for name, _ in chosen[0].settings} == set(SETTINGS) - {"shards"}
 
 
-SHIPPED = sorted((ROOT / "configs").glob("**/*.yaml"))
+SHIPPED = run_configs()
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)

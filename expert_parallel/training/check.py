@@ -22,6 +22,8 @@ from expert_parallel.training.step import DTYPES
 
 GIB = 1024**3
 GRID_RANKS = 64  # of larger worlds the grid is not printed
+NO_DATA = "none yet: data.corpora is empty"
+MOST_BLOCKS = 8  # of more the numbers are not all printed
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,10 @@ def state_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
     """Weights, gradients and both Adam moments of the rank that holds most, in float32 (float64 for float64); what an
     engine offloads counts, too. What tensor parallelism leaves whole (norms, routers, biases: little) counts as
     divided."""
-    moe, data, engine = config.model.moe, config.parallel.data, config.training.engine
-    largest_share = -(-moe.num_experts // degrees.ep) / moe.num_experts if moe is not None else 0.0
+    data, engine = config.parallel.data, config.training.engine
     shards, expert_shards = shard_counts(data, degrees) if isinstance(data, ShardedConfig) else (1, 1)
-    copies, expert_copies = 4 / shards, 4 / expert_shards
+    largest_share = _largest_share(config, degrees, expert_shards)
+    copies, expert_copies = 4 / shards, 4.0
     if isinstance(engine, DeepSpeedConfig):
         copies, expert_copies = (zero_copies(engine, ranks) for ranks in (degrees.dp * degrees.cp, degrees.edp))
     stages = [
@@ -77,6 +79,14 @@ def state_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
     return round(max(numbers) * width)
 
 
+def _largest_share(config: Config, degrees: ParallelDegrees, expert_shards: int) -> float:
+    """Of the experts, on the rank with most. FSDP2 hands out whole ones: of 2 experts on 4 ranks two have one each."""
+    moe = config.model.moe
+    if moe is None:
+        return 0.0
+    return math.ceil(math.ceil(moe.num_experts / degrees.ep) / expert_shards) / moe.num_experts
+
+
 def zero_copies(engine: DeepSpeedConfig, ranks: int) -> float:
     """How many numbers a rank keeps for each weight that `ranks` ranks share: weight, gradient and two moments, and
     from ZeRO 1 on another weight, the one that is updated. ZeRO divides the last three; from 2 on the gradient; in 3
@@ -86,32 +96,66 @@ def zero_copies(engine: DeepSpeedConfig, ranks: int) -> float:
     return kept + divided / ranks
 
 
-def activation_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
-    """An estimate for one micro-step: what each block keeps for its backward pass, with balanced experts, plus logits.
+def gathered_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
+    """An estimate of what FSDP2 holds whole for a while of the weights that it divides: those of one block, and the
+    tables, with their gradients, as they are computed and as they are added up; without `reshard_after_forward` the
+    weights of the other blocks, too. 0 where nothing is sharded."""
+    model, data = config.model, config.parallel.data
+    if not isinstance(data, ShardedConfig):
+        return 0
+    share = _largest_share(config, degrees, 1)
+    moe_layers, numbers = set(model.moe_layers), {}
+    for is_moe, block in {block in moe_layers: block for block in range(model.num_layers)}.items():  # one of each kind
+        count = count_parameters(config, Part(range(block, block + 1), 1, 3))
+        numbers[is_moe] = count.dense / degrees.tp + count.experts * share / degrees.etp
+    num_tables = 1 if model.tied_embeddings or degrees.pp > 1 else 2
+    whole = max(numbers.values()) + num_tables * model.vocab_size * model.d_model / degrees.tp
+    computed = DTYPES[config.training.dtype]
+    size = whole * (2 * computed.itemsize + torch.promote_types(torch.float32, computed).itemsize)
+    if not data.reshard_after_forward:
+        stages = split_model(model, degrees.pp * config.parallel.stages_per_rank)
+        of_ranks = [
+            [block for stage in stages[rank :: degrees.pp] for block in stage.blocks] for rank in range(degrees.pp)
+        ]
+        most = max(sum(numbers[block in moe_layers] for block in blocks) for blocks in of_ranks)
+        size += (most - max(numbers.values())) * computed.itemsize
+    return round(size)
 
-    Attention keeps inputs, q, k, v and its output; a feed-forward its input and hidden values (twice for gated ones).
-    With `recompute: block` a block keeps its input alone.
-    """
+
+def activation_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
+    """An estimate for one micro-step: what each block keeps for its backward pass, with balanced experts, what the
+    largest of them recomputes, and logits."""
     model, training = config.model, config.training
     tokens = training.global_batch // training.micro_steps * training.sequence_length / degrees.dp / degrees.cp
-    width = DTYPES[training.dtype].itemsize
-    heads = model.attention.values_kept
-    values = 0.0
-    tp, stages = degrees.tp, split_model(model, degrees.pp * config.parallel.stages_per_rank)
-    for block in chain.from_iterable(stage.blocks for stage in stages[:: degrees.pp]):
-        if training.recompute == "block":
-            values += model.d_model / tp
-            continue
-        values += 3 * model.d_model / tp + model.d_model + heads / tp
-        moe, ffn = model.moe, model.ffn
-        if moe is None or block not in model.moe_layers:
-            assert ffn is not None
-            values += 3 * ffn.hidden / tp
-        elif training.recompute != "moe":
-            chosen = moe.router.experts_per_token(moe.num_experts)
-            values += chosen * (2 * model.d_model + 3 * moe.experts.hidden) / tp
+    stages = split_model(model, degrees.pp * config.parallel.stages_per_rank)
+    blocks = list(chain.from_iterable(stage.blocks for stage in stages[:: degrees.pp]))
+    kept, again = zip(*(block_bytes_of_token(config, degrees, block) for block in blocks), strict=True)
     in_flight = min(degrees.pp, training.micro_steps)  # micro-steps that the first stage keeps
-    return round(tokens * (in_flight * values * width + model.vocab_size / tp * (width + 4)))
+    logits = model.vocab_size / degrees.tp * (DTYPES[training.dtype].itemsize + 4)
+    return round(tokens * (in_flight * sum(kept) + max(again) + logits))
+
+
+def block_bytes_of_token(config: Config, degrees: ParallelDegrees, block: int) -> tuple[float, float]:
+    """What a block keeps of each token, and what it computes again for the backward pass.
+
+    Attention keeps inputs, q, k, v and its output; a feed-forward its input and hidden values (twice for gated ones);
+    experts the rows of all ranks that share them; a router four numbers an expert, in float32."""
+    model, tp, moe = config.model, degrees.tp, config.model.moe
+    width = DTYPES[config.training.dtype].itemsize
+    attention = (3 * model.d_model / tp + model.d_model + model.attention.values_kept / tp) * width
+    if moe is None or block not in model.moe_layers:
+        assert model.ffn is not None
+        feed_forward, is_moe = 3 * model.ffn.hidden / tp * width, False
+    else:
+        chosen = moe.router.experts_per_token(moe.num_experts)
+        values = chosen * ((1 + degrees.etp) * model.d_model + 3 * moe.experts.hidden)
+        values += 3 * moe.shared_experts.hidden if moe.shared_experts is not None else 0
+        feed_forward, is_moe = (values * width + 4 * 4 * moe.num_experts) / tp, True
+    if config.training.recompute == "block":
+        return model.d_model / tp * width, attention + feed_forward
+    if config.training.recompute == "moe" and is_moe:
+        return attention, feed_forward
+    return attention + feed_forward, 0.0
 
 
 def smallest_world(config: Config) -> int:
@@ -131,26 +175,44 @@ def describe(config: Config, world_size: int | None) -> str:
         "",
         f"ranks                {degrees.world_size}: {describe_degrees(config, degrees)}",
         f"parameters           {counts.total:,} in all, {counts.active:,} active for a token "
-        f"({counts.dense:,} dense, {counts.experts:,} in experts)",
+        f"({counts.dense:,} dense, {counts.experts:,} in experts): "
+        f"{_short(counts.total)} in all, {_short(counts.active)} active",
         f"tokens               {tokens:,} a step, {tokens * training.steps:,} in {training.steps:,} steps",
     ]
     if isinstance(config.data, TokensData):  # other kinds would be read whole
-        lines.append(f"data                 {open_data(config.data, demand_of(config)).description}")
+        described = open_data(config.data, demand_of(config)).description if config.data.corpora else NO_DATA
+        lines.append(f"data                 {described}")
     if moe is not None:
         lines.append(
-            f"MoE blocks           {', '.join(map(str, config.model.moe_layers))}: {moe.num_experts} experts, "
+            f"MoE blocks           {_listed(config.model.moe_layers)}: {moe.num_experts:,} experts, "
             f"{-(-moe.num_experts // degrees.ep)} on the fullest rank, router "
             f"{moe.router.kind}, {moe.router.experts_per_token(moe.num_experts):g} a token"
         )
         lines.append(f"capacity             {describe_capacity(config, degrees)}")
-    state, activations = state_bytes_of_rank(config, degrees), activation_bytes_of_rank(config, degrees)
-    lines.append(
-        f"memory of a rank     {state / GIB:.2f} GiB weights, gradients and optimizer; "
-        f"about {activations / GIB:.2f} GiB activations (estimate)"
-    )
+    lines.append(f"memory of a rank     {describe_memory(config, degrees)}")
     if 1 < degrees.world_size <= GRID_RANKS:
         lines += ["", describe_grid(degrees, lambda place: describe_holding(config, degrees, place))]
     return "\n".join(lines)
+
+
+def describe_memory(config: Config, degrees: ParallelDegrees) -> str:
+    state, gathered = state_bytes_of_rank(config, degrees), gathered_bytes_of_rank(config, degrees)
+    activations = activation_bytes_of_rank(config, degrees)
+    text = f"{state / GIB:.2f} GiB weights, gradients and optimizer; about {activations / GIB:.2f} GiB activations"
+    text += f" and {gathered / GIB:.2f} GiB of a sharded block while it computes" if gathered else ""
+    return f"{text} (estimate); {(state + activations + gathered) / GIB:.1f} GiB together"
+
+
+def _short(number: int) -> str:
+    """As 46.70 B, 3.15 M: in billions or millions."""
+    unit, name = (1e9, "B") if number >= 1e9 else (1e6, "M")
+    return f"{number / unit:,.2f} {name}"
+
+
+def _listed(blocks: list[int]) -> str:
+    if len(blocks) <= MOST_BLOCKS:
+        return ", ".join(map(str, blocks))
+    return f"{blocks[0]}, {blocks[1]}, ..., {blocks[-1]} ({len(blocks)} of them)"
 
 
 def describe_holding(config: Config, degrees: ParallelDegrees, place: dict[str, int]) -> str:
