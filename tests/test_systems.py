@@ -97,7 +97,7 @@ def test_exact_counts() -> None:
 
 
 def test_weights_that_stay_gathered_count() -> None:
-    """Switch-C without `reshard_after_forward`: 29 more blocks of attention, router, norms and 4 experts, in bfloat16."""
+    """Switch-C without `reshard_after_forward`: attention, router, norms and 4 experts of 29 more blocks, bfloat16."""
     kept, given_up = (
         load_config(ROOT / "configs" / "switch-2048.yaml", [f"parallel.data.reshard_after_forward={value}"])
         for value in ("false", "true")
