@@ -197,7 +197,7 @@ def read_settings(kind: type[S], tree: dict[str, Any], where: str) -> S:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(f"{where}: {_first_sentence(error, tree)}") from None
+        raise ValueError(f"{where}: {_first_sentence(error, tree, setting_paths(kind))}") from None
 
 
 def dump_config(config: Config) -> str:
@@ -240,7 +240,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise ValueError(f"the override {override!r} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _first_sentence(error: ValidationError, tree: Any) -> str:
+def _first_sentence(error: ValidationError, tree: Any, paths: list[str]) -> str:
     """The first thing that is wrong: `path: what, found value`, and how many more there are. A misspelt setting
     goes first: others may be missing because of it."""
     details = sorted(error.errors(), key=lambda detail: detail["type"] not in ("extra_forbidden", "invalid_key"))
@@ -248,9 +248,9 @@ def _first_sentence(error: ValidationError, tree: Any) -> str:
     path = _user_path(first["loc"], tree, is_missing=first["type"] == "missing")
     match first["type"]:
         case "extra_forbidden":
-            text = f"unknown setting {path}{_did_you_mean(path)}"
+            text = f"unknown setting {path}{_did_you_mean(path, paths)}"
         case "value_error":
-            text = _with_full_paths(str(context["error"]), path)
+            text = _with_full_paths(str(context["error"]), path, paths)
         case "missing":
             text = f"{path} is missing"
         case "union_tag_not_found":
@@ -278,12 +278,11 @@ def _user_path(location: tuple[int | str, ...], tree: Any, is_missing: bool) -> 
     return path.removeprefix(".")
 
 
-def _with_full_paths(text: str, block: str) -> str:
+def _with_full_paths(text: str, block: str, paths: list[str]) -> str:
     """A block's own check names settings as the block does (`router.k`): with the block's path before each of them.
 
     A single word is a setting only where a value or a statement follows: `hidden (3)`, but not `the router learns`.
     """
-    paths = set(setting_paths())
 
     def full(word: re.Match[str]) -> str:
         names_setting = re.search("[._]", word[0]) or text[word.end() :].startswith((" (", " is ", " = ", ": "))
@@ -294,12 +293,12 @@ def _with_full_paths(text: str, block: str) -> str:
     return result if result != text or not block else f"{block}: {text}"
 
 
-def _did_you_mean(path: str) -> str:
+def _did_you_mean(path: str, paths: list[str]) -> str:
     """The setting of this name in another block, or the one of its block that is spelt most alike."""
     block, _, name = re.sub(r"\[\d+\]", "[]", path).rpartition(".")
-    if ".".join(filter(None, (block, name))) in setting_paths():
+    if ".".join(filter(None, (block, name))) in paths:
         return f" (another kind of {block} has it)"
-    settings = [other.rpartition(".") for other in setting_paths()]
+    settings = [other.rpartition(".") for other in paths]
     found = [".".join(filter(None, (b, n))) for b, _, n in settings if n == name]
     if not found:
         close = difflib.get_close_matches(name, [n for b, _, n in settings if b == block], n=1)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from typer.testing import Result
+
 ROOT = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 240
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMI_", "PMIX_", "SLURM_", "TORCHELASTIC_")
@@ -28,6 +30,14 @@ LAUNCHERS = {
 def run_configs() -> list[Path]:
     """What configs/ has for `train`, `check` and `verify`: all but that of a study."""
     return [path for path in sorted((ROOT / "configs").glob("**/*.yaml")) if path.name != "study.yaml"]
+
+
+def assert_refused(result: Result, what: str) -> None:
+    """A command said one sentence that begins so, and nothing else."""
+    assert result.exit_code == 2
+    assert not result.stdout
+    assert result.stderr.startswith(f"error: {what}"), result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 # Small, but with all that a run has: two MoE layers, drops, a balance loss; float64, so that launchers can be compared.

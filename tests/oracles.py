@@ -12,6 +12,8 @@ from transformers import SwitchTransformersConfig, T5Config
 from transformers.models.switch_transformers import modeling_switch_transformers as switch
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
+from expert_parallel.model.config import ModelConfig
+from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe import random
 from expert_parallel.moe.capacity import limit
 from expert_parallel.moe.layer import MoEConfig, MoELayer, token_batch
@@ -235,3 +237,28 @@ def compare_with_loops(ours: MoELayer) -> None:
     found = torch.autograd.grad(actual, [x, *parameters], upstream)
     for name, own, their in zip(["input", "router", "w_in", "w_out"], found, wanted, strict=True):
         close(own, their, name)
+
+
+def compare_mixtral_models(theirs: nn.Module, config: ModelConfig, weight_factor: float = 1.0) -> None:
+    """Logits, the loss with all balance losses, every gradient; of random weights, matrices times `weight_factor`."""
+    randomise(theirs)
+    for parameter in theirs.parameters():
+        parameter.data *= weight_factor if parameter.dim() > 1 else 1.0
+    ours = build_model(config, dtype=torch.float64)
+    ours.load_state_dict(to_ours(theirs.state_dict()))
+    tokens_BS = torch.randint(0, config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(0))
+    with peers_in_float64():
+        expected = theirs(tokens_BS, labels=tokens_BS)
+    output = ours(tokens_BS, StepContext())
+    loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten())
+    for losses in output.losses.values():
+        loss = loss + sum(losses.values())
+    close(output.logits, expected.logits, "logits")
+    close(loss, expected.loss, "loss")
+    expected.loss.backward()
+    loss.backward()
+    wanted = to_ours(gradients(theirs))
+    assert wanted.keys() == gradients(ours).keys()
+    for name, gradient in gradients(ours).items():
+        close(gradient, wanted[name], name)
+        assert bool(gradient.abs().max() > 1e-6), name  # compared numbers that are not all 0

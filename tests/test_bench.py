@@ -47,7 +47,7 @@ from expert_parallel.bench.timing import Work, measure, peak_memory
 from expert_parallel.bench.train import TrainTask, bench_train, our_config, random_batch
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.runtime import Launch, Runtime
-from tests.launches import ROOT
+from tests.launches import ROOT, assert_refused
 from tests.ranks import run_ranks
 
 SMALL = Shape(tokens=24, d_model=16, hidden=8, num_experts=4, k=2)
@@ -466,11 +466,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_measured_is_refused(case: str) -> None:
     arguments, what = REFUSED[case]
-    result = invoke(*arguments)
-    assert result.exit_code == 2
-    assert not result.stdout
-    assert result.stderr.startswith(f"error: {what}"), result.stderr
-    assert result.stderr.count("\n") == 1
+    assert_refused(invoke(*arguments), what)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

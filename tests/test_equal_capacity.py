@@ -36,7 +36,7 @@ from expert_parallel.moe.kernels import cpu_ops
 from expert_parallel.moe.layer import MoEConfig, MoELayer
 from expert_parallel.moe.products import PRODUCTS, Products
 from expert_parallel.runtime import Launch, Runtime
-from tests.launches import ROOT
+from tests.launches import ROOT, assert_refused
 
 ONE = Runtime(Launch("test"), torch.device("cpu"), "gloo", timedelta(seconds=60))
 SMALL = Shape(tokens=24, d_model=16, hidden=8, num_experts=4, k=2)
@@ -318,11 +318,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_measured_is_refused(case: str) -> None:
     arguments, what = REFUSED[case]
-    result = invoke(*arguments)
-    assert result.exit_code == 2
-    assert not result.stdout
-    assert result.stderr.startswith(f"error: {what}"), result.stderr
-    assert result.stderr.count("\n") == 1
+    assert_refused(invoke(*arguments), what)
 
 
 def test_the_readme_names_every_field() -> None:

@@ -18,13 +18,12 @@ from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM, Mix
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import ModelConfig
 from expert_parallel.moe import random
 from expert_parallel.moe.balance import BalanceLossConfig, router_losses
 from expert_parallel.moe.capacity import FactorConfig, expert_capacity, limit
 from expert_parallel.moe.layer import MoELayer
-from expert_parallel.moe.plan import RoutingPlan, StepContext
+from expert_parallel.moe.plan import RoutingPlan
 from expert_parallel.moe.random import Stream
 from expert_parallel.moe.routing import LinearRouter, TopKRouter, TopKRouterConfig
 from expert_parallel.moe.routing_noisy import GShardConfig, GShardRouter, NoisyTopKConfig, NoisyTopKRouter
@@ -34,6 +33,7 @@ from tests.oracles import (
     batch_of,
     close,
     compare_blocks,
+    compare_mixtral_models,
     compare_switch_layers,
     compare_with_loops,
     dense,
@@ -41,7 +41,6 @@ from tests.oracles import (
     gradients,
     make_layer,
     randomise,
-    to_ours,
 )
 from tests.peers import peers_in_float64
 
@@ -170,24 +169,7 @@ def test_mixtral_model() -> None:
         "position": {"kind": "rope", "theta": 1e6},
         "tied_embeddings": False,
     }
-    ours = build_model(ModelConfig.model_validate(own_config), dtype=torch.float64)
-    randomise(theirs)
-    ours.load_state_dict(to_ours(theirs.state_dict()))
-
-    tokens_BS = torch.randint(0, 19, (3, 9), generator=torch.Generator().manual_seed(0))
-    with peers_in_float64():
-        expected = theirs(tokens_BS, labels=tokens_BS)
-    logits = ours(tokens_BS, StepContext()).logits
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten())
-    close(logits, expected.logits, "logits")
-    close(loss, expected.loss, "loss")
-    expected.loss.backward()
-    loss.backward()
-    wanted = to_ours(gradients(theirs))
-    assert wanted.keys() == gradients(ours).keys()
-    for name, gradient in gradients(ours).items():
-        close(gradient, wanted[name], name)
-        assert bool(gradient.abs().max() > 1e-6), name  # compared numbers that are not all 0
+    compare_mixtral_models(theirs, ModelConfig.model_validate(own_config))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

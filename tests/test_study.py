@@ -133,6 +133,7 @@ def test_all_variants_of_a_seed_see_the_same_data(tmp_path: Path, corpus: str) -
         (["base.training={global_batch: 2}"], "base, with variants.dense: training.steps is missing"),
         (["base.training=null"], "base, with variants.dense: training"),
         (["base.run={folder: here}"], "base.run.folder is given, but runs lie below"),
+        (["run={folder: here}"], r"study.yaml: unknown setting run$"),
         (["base.seed=5"], "base.seed is given, but the study has `seeds`"),
         (["base.training.optimizer.learning_rate=0.1"], "base.training.optimizer.learning_rate is given, but"),
         (["base.checkpoint.start_from=runs/x"], "base.checkpoint.start_from is given, but"),

@@ -19,7 +19,6 @@ from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.save import Saver
 from expert_parallel.config import Config, load_config
 from expert_parallel.data.batch import MicroBatch, shard_bounds
-from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe import random
 from expert_parallel.moe.layer import MoEConfig, MoELayer, token_batch
 from expert_parallel.moe.parameters import logical_parameters
@@ -205,7 +204,7 @@ def test_mixtral_model_is_transformers_mixtral() -> None:
     """The whole twin, at its own size: logits, the loss with its balance loss, every gradient."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from tests.oracles import close, gradients, randomise, to_ours
+    from tests.oracles import compare_mixtral_models
     from tests.peers import peers_in_float64
 
     model = config_of("mixtral-8x7b-small").model
@@ -231,27 +230,7 @@ def test_mixtral_model_is_transformers_mixtral() -> None:
             experts_implementation="eager",
         )
         theirs = MixtralForCausalLM(config).double()
-    randomise(theirs)
-    for parameter in theirs.parameters():
-        parameter.data *= 0.2 if parameter.dim() > 1 else 1.0
-    ours = build_model(model, dtype=torch.float64)
-    ours.load_state_dict(to_ours(theirs.state_dict()))
-    tokens_BS = torch.randint(0, 256, (3, 9), generator=torch.Generator().manual_seed(0))
-    with peers_in_float64():
-        expected = theirs(tokens_BS, labels=tokens_BS)
-    output = ours(tokens_BS, StepContext())
-    loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten())
-    for losses in output.losses.values():
-        loss = loss + sum(losses.values())
-    close(output.logits, expected.logits, "logits")
-    close(loss, expected.loss, "loss")
-    expected.loss.backward()
-    loss.backward()
-    wanted = to_ours(gradients(theirs))
-    assert wanted.keys() == gradients(ours).keys()
-    for name, gradient in gradients(ours).items():
-        close(gradient, wanted[name], name)
-        assert bool(gradient.abs().max() > 1e-6), name
+    compare_mixtral_models(theirs, model, weight_factor=0.2)
 
 
 def test_1t_20b_layer_is_transformers_deepseek_v3() -> None:
