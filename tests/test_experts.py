@@ -5,14 +5,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from expert_parallel.moe import experts as experts_module
 from expert_parallel.moe.experts import ExpertsConfig, GroupedExperts, choose_backend
 from expert_parallel.moe.ffn import FFN, FFNConfig
 from expert_parallel.moe.parameters import init_parameters, logical_parameters
 from expert_parallel.moe.plan import DispatchedTokens
-from expert_parallel.moe.products import PRODUCTS
+from expert_parallel.moe.products import CALL_FLOPS, PRODUCTS, even_out, runs_of
 
 D_MODEL, HIDDEN = 8, 16  # rows of 16 bytes and more in float32 and in bfloat16: what grouped_mm asks for
 COUNTS = {
@@ -104,10 +107,10 @@ def test_one_expert_is_the_dense_network(activation: str, bias: bool) -> None:
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_mm_equals_the_loop(counts: list[int], dtype: torch.dtype) -> None:
-    """And both equal float64, so that two wrongs make no right. Trap 20: zero-size groups have broken such products."""
+def test_all_products_equal_the_loop_in_float64(counts: list[int], dtype: torch.dtype) -> None:
+    """The loop in float32 and bfloat16, too. Trap 20: zero-size groups have broken such products."""
     results = {}
-    for backend, compute_dtype in [("loop", torch.float64), ("loop", dtype), ("grouped_mm", dtype)]:
+    for backend, compute_dtype in [("loop", torch.float64), *((backend, dtype) for backend in PRODUCTS)]:
         experts = make_experts(dtype=dtype, bias=True, backend=backend).to(compute_dtype)
         x_RD, counts_e, weights_R = make_rows(counts, dtype)
         x_RD = x_RD.to(compute_dtype).requires_grad_()
@@ -119,7 +122,7 @@ def test_grouped_mm_equals_the_loop(counts: list[int], dtype: torch.dtype) -> No
         gradients = {name: parameter.grad for name, parameter in experts.named_parameters()}
         results[backend, compute_dtype] = {"y": y_RD.detach(), "x": x_RD.grad, **gradients}
     exact = results["loop", torch.float64]
-    for backend in ("loop", "grouped_mm"):
+    for backend in PRODUCTS:
         for name, value in results[backend, dtype].items():
             wanted = exact[name]
             assert value is not None
@@ -181,17 +184,52 @@ def test_float32_weights_serve_a_bfloat16_input() -> None:
     ("dtype", "device", "sizes", "backend"),
     [
         (torch.float32, "cpu", (8, 32, 16), "grouped_mm"),
-        (torch.bfloat16, "cpu", (8, 32, 16), "grouped_mm"),
+        (torch.bfloat16, "cpu", (8, 32, 16), "bmm"),
         (torch.float64, "cpu", (8, 32, 16), "loop"),
         (torch.float16, "cpu", (8, 32, 16), "loop"),
         (torch.float32, "cpu", (8, 32, 6), "loop"),  # 24 bytes
-        (torch.bfloat16, "cpu", (4, 32, 16), "loop"),  # 8 bytes
+        (torch.bfloat16, "cpu", (4, 32, 16), "bmm"),  # 8 bytes
         (torch.bfloat16, "cuda", (8, 32, 16), "grouped_mm"),
         (torch.float32, "cuda", (8, 32, 16), "loop"),
     ],
 )
-def test_choose_backend(dtype: torch.dtype, device: str, sizes: tuple[int, ...], backend: str) -> None:
+def test_choose_backend(
+    dtype: torch.dtype, device: str, sizes: tuple[int, ...], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts_module, "multiplies_bfloat16", lambda: True)
     assert choose_backend(ExpertsConfig(hidden=HIDDEN), dtype, torch.device(device), sizes) == backend
+
+
+@pytest.mark.parametrize(("sizes", "backend"), [((8, 32, 16), "grouped_mm"), ((4, 32, 16), "loop")])
+def test_where_bfloat16_is_multiplied_in_float32(
+    sizes: tuple[int, ...], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts_module, "multiplies_bfloat16", lambda: False)
+    assert choose_backend(ExpertsConfig(hidden=HIDDEN), torch.bfloat16, torch.device("cpu"), sizes) == backend
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs of experts with equally many rows
+
+
+def test_neighbours_run_where_the_zeros_cost_less_than_a_product() -> None:
+    """A product costs as much as 10 rows here. 5 joins 8 for 3 zeros, 9 costs 1 + 1 more; 30 would cost 63, and is
+    alone; 27 joins it for 3; 0 would cost 30."""
+    counts_e, size = torch.tensor([8, 5, 9, 30, 27, 0, 0]), int(CALL_FLOPS / 2 / 10)
+    assert even_out(counts_e, size).tolist() == [9, 9, 9, 30, 30, 0, 0]
+    assert runs_of(even_out(counts_e, size)) == [(3, 9), (2, 30), (2, 0)]
+    assert even_out(counts_e, 10**9).tolist() == counts_e.tolist()
+    assert runs_of(counts_e) == [(1, 8), (1, 5), (1, 9), (1, 30), (1, 27), (2, 0)]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(0, 60))
+def test_zeros_are_never_dearer_than_the_products_that_they_save(counts: list[int], affordable: int) -> None:
+    evened = even_out(torch.tensor(counts, dtype=torch.int64), int(CALL_FLOPS / 2 / max(affordable, 0.01))).tolist()
+    assert len(evened) == len(counts)
+    assert all(more >= count for more, count in zip(evened, counts, strict=True))
+    runs, saved = runs_of(torch.tensor(evened, dtype=torch.int64)), sum(evened) - sum(counts)
+    assert saved <= affordable * (len(counts) - len(runs)) + len(counts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

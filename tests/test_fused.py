@@ -120,6 +120,23 @@ def test_any_choices(data: st.DataObject) -> None:
     )
 
 
+@pytest.mark.parametrize("hidden", [HIDDEN, 4], ids=["wide", "narrow"])
+@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_rows_of_zeros_change_nothing(activation: str, choices: list[list[int]], hidden: int) -> None:
+    """Experts that are evened out, in float64, where the first arrived row is not finite and nobody's choice."""
+    tokens = make_tokens([[], *choices])
+    tokens.x_VD[0] = torch.nan
+    learning(tokens)
+    results = []
+    for backend in ("bmm", "loop"):
+        experts = make_experts(activation, backend=backend, hidden=hidden)
+        laid_out = experts.laid_out(tokens, PRODUCTS[backend])
+        assert len(laid_out.row_R) == NUM_EXPERTS * int(tokens.counts_e.max()) or backend == "loop"
+        results.append(with_gradients(experts(tokens), tokens, experts))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("hidden", [HIDDEN, 8])
 @pytest.mark.parametrize("backend", PRODUCTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,5 +1,6 @@
 """The router: the numbers of the lessons by hand, ties, dtypes, balance bias, jitter, and what is refused."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from expert_parallel.moe.layer import MoEConfig, token_batch
 from expert_parallel.moe.plan import Reason, RoutingPlan, StepContext, TokenBatch
-from expert_parallel.moe.routing import TopKRouter, TopKRouterConfig, best
+from expert_parallel.moe.routing import TopKRouter, TopKRouterConfig, best, best_by_keys, best_one_by_one
 
 LESSON_LOGITS = [2.1, 0.5, 1.8, 0.2, 0.9, 1.5, 0.3, 0.4]
 
@@ -309,22 +310,40 @@ def test_the_plan_of_a_step_repeats_bit_for_bit() -> None:
 # The k best, and who stands first among equals
 
 
+# On the CPU, and on other devices.
+BEST = pytest.mark.parametrize("function", [best_one_by_one, best_by_keys])
+
+
+@BEST
 @settings(deadline=None)
-@given(st.data(), st.sampled_from([torch.float32, torch.float64]))
-def test_best_is_a_stable_sort(data: st.DataObject, dtype: torch.dtype) -> None:
+@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_best_is_a_stable_sort(function: Callable[..., torch.Tensor], data: st.DataObject, dtype: torch.dtype) -> None:
     """Ties, both zeros, infinities and the smallest numbers: as Python's own sort, which is stable."""
     numbers = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, 1e-45, -1e-45, 3e38, -3e38, torch.inf, -torch.inf])
     num_tokens, num_experts = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 9))
     row = st.lists(numbers, min_size=num_experts, max_size=num_experts)
     ranking = data.draw(st.lists(row, min_size=num_tokens, max_size=num_tokens))
     k = data.draw(st.integers(1, num_experts))
-    ids_TK = best(torch.tensor(ranking, dtype=dtype).view(num_tokens, num_experts), k)
+    ranking_TE = torch.tensor(ranking, dtype=dtype).view(num_tokens, num_experts)
+    before_TE = ranking_TE.clone()
+    ids_TK = function(ranking_TE, k)
     assert ids_TK.tolist() == [sorted(range(num_experts), key=lambda e: -values[e])[:k] for values in ranking]
+    assert ids_TK.dtype == torch.int64
+    assert torch.equal(ranking_TE, before_TE)
 
 
-def test_best_takes_a_diverged_router_without_an_error() -> None:
+@BEST
+def test_best_takes_a_diverged_router_without_an_error(function: Callable[..., torch.Tensor]) -> None:
     """NaN comes first, whatever its sign, in each dtype alike; the loss says NaN then, as it should."""
     negative = torch.tensor([-0x400000], dtype=torch.int32).view(torch.float32)  # what inf - inf is on x86
     row_E = torch.cat([torch.tensor([1.0]), negative, torch.tensor([torch.nan, 0.0])])
     for dtype in (torch.float32, torch.float64):
-        assert best(row_E[None].to(dtype), 3).tolist() == [[1, 2, 0]]
+        assert function(row_E[None].to(dtype), 3).tolist() == [[1, 2, 0]]
+        everything = torch.full((2, 3), torch.nan, dtype=dtype), torch.full((2, 3), -torch.inf, dtype=dtype)
+        assert all(function(row_TE, 3).tolist() == 2 * [[0, 1, 2]] for row_TE in everything)
+
+
+def test_best_takes_the_way_of_the_device() -> None:
+    ranking_TE = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(best(ranking_TE, 4), best_by_keys(ranking_TE, 4))
+    assert best(ranking_TE.to("meta"), 4).shape == (5, 4)  # where numpy cannot go

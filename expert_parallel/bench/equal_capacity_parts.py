@@ -75,9 +75,10 @@ def moe_parts(layer: MoELayer, tokens: DispatchedTokens, x_TD: Tensor) -> dict[s
 def expert_parts(experts: GroupedExperts, tokens: DispatchedTokens) -> dict[str, Work]:
     """The calls of fused.py, forward and backward, sorted by what they do. Where activations are made again their
     weights are multiplied in with them, and else with the rows."""
+    products = PRODUCTS[choose_backend(experts.config, tokens.x_VD.dtype, tokens.x_VD.device, experts.sizes)]
+    tokens = experts.laid_out(tokens, products)
     x_VD, row_R, computed_VK, weights_R = tokens.x_VD, tokens.row_R, tokens.computed_VK, tokens.weights_R
     w_in, w_out, activation = experts.w_in.detach(), experts.w_out.detach(), experts.config.activation
-    products = PRODUCTS[choose_backend(experts.config, x_VD.dtype, x_VD.device, experts.sizes)]
     ops, keeps = ops_for(x_VD), keeps_outputs(x_VD, w_out)
     groups = products.groups(tokens.counts_e)
     x_RD = ops.gather(x_VD, row_R)

@@ -15,9 +15,9 @@ from expert_parallel.collectives import group_size
 from expert_parallel.moe.expert_tensor import add_up_at_ranks, gather_from_ranks
 from expert_parallel.moe.ffn import ACTIVATIONS, GATED, Activation, width_in
 from expert_parallel.moe.fused import fused_experts
-from expert_parallel.moe.permute import gather_rows
+from expert_parallel.moe.permute import NO_ROW, gather_rows
 from expert_parallel.moe.plan import DispatchedTokens
-from expert_parallel.moe.products import PRODUCTS, Products
+from expert_parallel.moe.products import PRODUCTS, Products, multiplies_bfloat16
 from expert_parallel.moe.random import dropout, mix
 from expert_parallel.moe.slices import divide
 from expert_parallel.settings import Settings
@@ -26,8 +26,8 @@ from expert_parallel.settings import Settings
 class ExpertsConfig(Settings):
     """Expert_i(x) = activation(x W_in + b_in) W_out + b_out, each with its own weights.
 
-    `backend`: what multiplies (products.py). `auto` takes grouped_mm where torch has it for the dtype and sizes, else
-    the loop.
+    `backend`: what multiplies (products.py). `auto` takes bmm for bfloat16 on CPUs that multiply it, else grouped_mm
+    where torch has it for the dtype and sizes, else the loop.
     """
 
     hidden: int = Field(ge=1)
@@ -35,7 +35,7 @@ class ExpertsConfig(Settings):
     bias: bool = False
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1, description="after the activation (Switch expert dropout)")
     output_dropout: float = Field(default=0.0, ge=0, lt=1, description="after the second matrix")
-    backend: Literal["auto", "loop", "grouped_mm"] = "auto"
+    backend: Literal["auto", "loop", "grouped_mm", "bmm"] = "auto"
 
     @property
     def is_plain(self) -> bool:
@@ -50,9 +50,12 @@ def takes_grouped_mm(dtype: torch.dtype, device: torch.device, sizes: tuple[int,
 
 
 def choose_backend(config: ExpertsConfig, dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> str:
-    """The backend that runs: the one that is set; for `auto` grouped_mm where it can."""
+    """The backend that runs: the one that is set; for `auto` bmm where a CPU multiplies bfloat16, else grouped_mm where
+    it can (README.md, log)."""
     if config.backend != "auto":
         return config.backend
+    if device.type == "cpu" and dtype == torch.bfloat16 and multiplies_bfloat16():
+        return "bmm"
     return "grouped_mm" if takes_grouped_mm(dtype, device, sizes) else "loop"
 
 
@@ -107,11 +110,19 @@ class GroupedExperts(nn.Module):
                 f"{x_VD.device.type}: no float64, on CUDA bfloat16 alone, rows of 16-byte multiples"
             )
         if config.is_plain and group_size(self.etp_group) == 1:
+            tokens = self.laid_out(tokens, PRODUCTS[best])
             return fused_experts(tokens, self.w_in, self.w_out, config.activation, PRODUCTS[best])
         row_R1 = tokens.row_R[:, None]  # of one column, since some may be NO_ROW
         x_RD = gather_rows(x_VD, row_R1, tokens.computed_VK)
         y_RD = self._by_autograd(x_RD, tokens.counts_e, tokens.weights_R, PRODUCTS[best], dropout_seed)
         return gather_rows(y_RD, tokens.computed_VK, row_R1)
+
+    def laid_out(self, tokens: DispatchedTokens, products: Products) -> DispatchedTokens:
+        """With rows of zeros where the products are faster with them."""
+        if products.even_out is None:
+            return tokens
+        d_model, _, hidden = self.sizes
+        return padded(tokens, products.even_out(tokens.counts_e, d_model * hidden))
 
     def _by_autograd(self, x_RD: Tensor, counts_e: Tensor, weights_R: Tensor, products: Products, seed: int) -> Tensor:
         """weight_r * Expert_r(x_r) in x's dtype, one step after the other."""
@@ -127,6 +138,21 @@ class GroupedExperts(nn.Module):
         if self.training:
             y_RD = dropout(y_RD, config.output_dropout, mix(seed, 1))
         return (y_RD * weights_R[:, None]).to(x_RD.dtype)
+
+
+def padded(tokens: DispatchedTokens, counts_e: Tensor) -> DispatchedTokens:
+    """The same with counts_e computed rows of each expert, as many as it has or more: its own, then zeros."""
+    added_e = counts_e - tokens.counts_e
+    num_rows, total = len(tokens.row_R), int(counts_e.sum())
+    if total == num_rows:
+        return tokens
+    own_R = torch.arange(num_rows, device=counts_e.device)
+    place_R = own_R + (added_e.cumsum(0) - added_e).repeat_interleave(tokens.counts_e, output_size=num_rows)
+    own_P = place_R.new_full((total,), NO_ROW).scatter_(0, place_R, own_R)
+    row_P = place_R.new_full((total,), NO_ROW).scatter_(0, place_R, tokens.row_R)
+    computed_VK = torch.cat([place_R, place_R.new_tensor([NO_ROW])])[tokens.computed_VK]  # NO_ROW takes the last
+    weights_P = gather_rows(tokens.weights_R, own_P[:, None], place_R[:, None])
+    return DispatchedTokens(tokens.x_VD, row_P, computed_VK, counts_e, weights_P)
 
 
 def _add_bias(rows: Tensor, bias_e: Tensor | None, counts_e: Tensor) -> Tensor:

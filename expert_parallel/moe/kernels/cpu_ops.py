@@ -15,13 +15,20 @@ BLOCK_ELEMENTS = 2**18  # a block of the three or four matrices that one step to
 
 
 def gather(x_LD: Tensor, row_R: Tensor) -> Tensor:
-    if not bool((row_R == NO_ROW).any()):
+    absent_N = (row_R == NO_ROW).nonzero().squeeze(1)
+    if len(absent_N) == 0:
         return x_LD.index_select(0, row_R)
-    return torch_ops.gather(x_LD, row_R)
+    if len(x_LD) == 0:
+        return x_LD.new_zeros(len(row_R), x_LD.shape[1])
+    return x_LD.index_select(0, row_R.clamp(min=0)).index_fill_(0, absent_N, 0)
 
 
 def weigh_(x_RD: Tensor, weights_R: Tensor) -> Tensor:
-    return x_RD.mul_(weights_R[:, None])
+    if x_RD.dtype == weights_R.dtype:
+        return x_RD.mul_(weights_R[:, None])
+    for x, weights_R1 in _blocks(x_RD, weights_R[:, None]):  # mul_ would make all of x wide at once
+        x.copy_(x.to(weights_R.dtype).mul_(weights_R1))
+    return x_RD
 
 
 def dots(x_RD: Tensor, y_RD: Tensor, dtype: torch.dtype) -> Tensor:
