@@ -1,5 +1,6 @@
-"""A layer whose experts are padded to capacity asks its device for no number: shapes and launches are the same in every
-step, as a CUDA graph wants them. torch's fake tensors stand for a device, and refuse every operation that would ask."""
+"""With all experts on one rank, a layer that drops nothing, or whose experts are padded to capacity, asks its device
+for no number: shapes and launches are the same in every step, as a CUDA graph wants them. torch's fake tensors stand
+for a device, and refuse every operation that would ask."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.plan import RouterReplay, StepContext
 
 PADDED = {"kind": "factor", "train": 1.0, "minimum": 0, "pad": True}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -21,6 +23,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "shared experts": {"shared_experts": {"hidden": 16}},
     "sigmoid with a bias": {"router": {"k": 2, "score": "sigmoid", "balance_bias_rate": 0.01}},
     "biases": {"experts": {"hidden": 16, "activation": "gelu", "bias": True}},
+    "dropless": {"capacity": {"kind": "dropless"}},
+    "dropless with noise": {"capacity": {"kind": "dropless"}, "router": {"kind": "noisy_top_k", "k": 2}},
+    "dropless in a group": {
+        "capacity": {"kind": "dropless"},
+        "router": {"k": 2, "group_limit": {"count": 2, "limit": 1, "score": "max"}},
+    },
 }
 
 
@@ -49,12 +57,36 @@ def run_layer(**settings: Any) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_padded_layer_asks_for_no_number(settings: dict[str, Any]) -> None:
+def test_the_layer_asks_for_no_number(settings: dict[str, Any]) -> None:
     assert run_layer(**settings) == (2, 12, 16)
 
 
-@pytest.mark.parametrize("capacity", [{"kind": "factor", "train": 1.0}, {**PADDED, "overflow": "reroute"}])
-def test_what_it_would_notice(capacity: dict[str, Any]) -> None:
-    """Drops without padding have as many rows as are left; rerouting goes on until all have found a place."""
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"capacity": {"kind": "factor", "train": 1.0}},
+        {"capacity": {**PADDED, "overflow": "reroute"}},
+        {"capacity": {"kind": "dropless", "receive_bound": 1.5}},
+        {"capacity": {"kind": "dropless"}, "router": {"kind": "gshard", "second": "proportional"}},
+    ],
+)
+def test_what_it_would_notice(settings: dict[str, Any]) -> None:
+    """Drops without padding have as many rows as are left, and so has a second expert that may be left out; rerouting
+    goes on until all have found a place."""
     with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
-        run_layer(capacity=capacity)
+        run_layer(**settings)
+
+
+def test_padding_is_left_out_of_a_dropless_layer() -> None:
+    """Of which the layer's settings know nothing: the tokens' mask says it, in a second pass too."""
+    experts = {"hidden": 8, "activation": "gelu", "backend": "loop"}
+    config = {"d_model": 8, "num_experts": 4, "router": {"k": 2}, "experts": experts}
+    layer = MoELayer(MoEConfig.model_validate(config))
+    x_BSD, mask_BS, replay = torch.randn(1, 6, 8), torch.tensor([[True] * 4 + [False] * 2]), RouterReplay()
+    whole = layer(x_BSD, StepContext(replay=replay))
+    assert int(whole.stats.computed_E.sum()) == 12
+    for context in (StepContext(mask_BS=mask_BS), StepContext(mask_BS=mask_BS, replay=replay)):
+        masked = layer(x_BSD, context)
+        assert int(masked.stats.computed_E.sum()) == 8
+        assert torch.equal(masked.y[0, 4:], torch.zeros(2, 8))
+        torch.testing.assert_close(masked.y[0, :4], whole.y[0, :4])

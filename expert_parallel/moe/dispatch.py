@@ -175,6 +175,8 @@ class Dispatcher:
         else:
             self._count_stay(chunks, ledger)
             y_beside = beside and beside()
+        if padded_rows is None and not self.hops and not plan.all_kept:  # what has come by a hop goes somewhere
+            chunks = [without_nowhere(choices) for choices in chunks]
         sorting = [self._sort(choices, num_choices, padded_rows) for choices in chunks]
         for number, passage in enumerate(passages):
             passage.serve = partial(_serve, compute, sorting[number][0], number)
@@ -212,12 +214,9 @@ class Dispatcher:
 
     def _sort(self, choices: RowChoices, num_choices: int, padded_rows: int | None) -> tuple[DispatchedTokens, Tensor]:
         """Which arrived row each local expert computes for which choice; without the rows, which have yet to come. And
-        how many choices each serves. Where all experts are here and none is padded, the host waits for the number of
-        choices that were not dropped."""
+        how many choices each serves."""
         self.slot_of_expert_E1 = self.slot_of_expert_E1.to(choices.expert_N.device)
         num_local = self.num_local_experts
-        if padded_rows is None and not self.hops:  # what has come by a hop goes somewhere
-            choices = without_nowhere(choices)
         slot_N = self.slot_of_expert_E1[choices.expert_N]
         counts_e = served_e = count_keys(slot_N, num_local + 1)[:num_local]
         if padded_rows is None:

@@ -126,6 +126,7 @@ class RoutingPlan:
     expert's output, same dtype. expert_ids_TK: int64. reason_TK: uint8, values of `Reason`. log_scores_TE: what
     weights are computed from again, after drops (see Scores). ranking_TE: what a next best expert
     is found by, largest first (detached; -inf: not to be chosen); None: this router has none, so nothing is rerouted.
+    all_kept: every choice reaches an expert, which is known without a look at them.
     """
 
     logits_TE: Tensor
@@ -137,6 +138,7 @@ class RoutingPlan:
     num_experts: int
     log_scores_TE: Tensor | None = None
     ranking_TE: Tensor | None = None
+    all_kept: bool = False
 
     @property
     def kept_TK(self) -> Tensor:

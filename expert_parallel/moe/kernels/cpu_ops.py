@@ -24,11 +24,7 @@ def gather(x_LD: Tensor, row_R: Tensor) -> Tensor:
 
 
 def weigh_(x_RD: Tensor, weights_R: Tensor) -> Tensor:
-    if x_RD.dtype == weights_R.dtype:
-        return x_RD.mul_(weights_R[:, None])
-    for x, weights_R1 in _blocks(x_RD, weights_R[:, None]):  # mul_ would make all of x wide at once
-        x.copy_(x.to(weights_R.dtype).mul_(weights_R1))
-    return x_RD
+    return _weighed(x_RD, weights_R, x_RD)
 
 
 def dots(x_RD: Tensor, y_RD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -40,7 +36,7 @@ def combine(y_RD: Tensor, rows_VK: Tensor, weights_R: Tensor | None = None) -> T
     """Weighted rows are rounded to y_RD's dtype before they are added: what is added up is then the same, bit for bit,
     whichever rank adds it."""
     if weights_R is not None:
-        y_RD = torch.mul(y_RD, weights_R[:, None], out=torch.empty_like(y_RD))
+        y_RD = _weighed(y_RD, weights_R, torch.empty_like(y_RD))
     return sum_rows(y_RD, rows_VK)
 
 
@@ -77,6 +73,15 @@ def slope(h_RF2: Tensor, g_RF: Tensor, activation: str) -> Tensor:
         forward.out(gate, out=dup).mul_(g)
         backward.grad_input(g.mul_(up), gate, grad_input=dgate)
     return dh_RF2
+
+
+def _weighed(x_RD: Tensor, weights_R: Tensor, out_RD: Tensor) -> Tensor:
+    """Each row times its weight, rounded once to x's dtype, in out_RD."""
+    if x_RD.dtype == weights_R.dtype:
+        return torch.mul(x_RD, weights_R[:, None], out=out_RD)
+    for x, weights_R1, out in _blocks(x_RD, weights_R[:, None], out_RD):  # mul would make all of x wide at once
+        out.copy_(x.to(weights_R.dtype).mul_(weights_R1))
+    return out_RD
 
 
 def _blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:

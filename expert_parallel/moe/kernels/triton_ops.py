@@ -79,15 +79,15 @@ def activate(h_RF2: Tensor, activation: str, weights_R: Tensor | None = None) ->
 
 
 def activate_backward(h_RF2: Tensor, g_RF: Tensor, weights_R: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """See torch_ops."""
-    a_RF = h_RF2.new_empty(g_RF.shape)
+    """See torch_ops. g_RF is overwritten, with a_RF."""
+    a_RF = g_RF.contiguous()  # each value of g is read before one of a takes its place
     dh_RF2 = h_RF2.new_empty(h_RF2.shape)
     if a_RF.numel() == 0:
         return a_RF, dh_RF2, h_RF2.new_zeros(len(g_RF), dtype=wide_dtype(h_RF2.dtype))
     dot_R = h_RF2.new_empty(len(g_RF), dtype=wide_dtype(h_RF2.dtype))
     grid, tile = _cut(a_RF, TILE // 2)  # twice the values live as in a forward pass
     kind = (activation, activation in GATED, _wide(h_RF2))
-    tensors = (h_RF2.contiguous(), g_RF.contiguous(), weights_R.contiguous(), a_RF, dh_RF2, dot_R)
+    tensors = (h_RF2.contiguous(), a_RF, weights_R.contiguous(), a_RF, dh_RF2, dot_R)
     with _on(h_RF2):
         kernels.activate_backward[grid[:1]](*tensors, *a_RF.shape, h_RF2.shape[1], *kind, *tile)
     return a_RF, dh_RF2, dot_R
