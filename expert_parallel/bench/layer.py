@@ -209,13 +209,13 @@ def compare(contenders: dict[str, tuple[Contender, Case]], cases: dict[str, Case
     expected: dict[str, list[Tensor]] = {}
     agreements = {activation: Agreement(activation=activation, names=[], largest=0.0) for activation in cases}
     for name, (contender, case) in contenders.items():
-        if name.startswith(OURS):
+        if is_measure(name, case):
             expected[case.activation] = outputs(contender, case)
     for name, (contender, case) in contenders.items():
         agreement = agreements[case.activation]
         if not contender.is_compared:
             continue
-        if not name.startswith(OURS):
+        if not is_measure(name, case):
             pairs = zip(outputs(contender, case), expected[case.activation], strict=True)
             distance, whole = torch.tensor([[_square(one - other), _square(other)] for one, other in pairs]).unbind(1)
             sums = all_reduce_sum(torch.stack([distance, whole]).double(), case.group and dist.group.WORLD)
@@ -228,6 +228,11 @@ def compare(contenders: dict[str, tuple[Contender, Case]], cases: dict[str, Case
             agreement.largest = max(agreement.largest, relative)
         agreement.names.append(name)
     return [agreement for agreement in agreements.values() if len(agreement.names) > 1]
+
+
+def is_measure(name: str, case: Case) -> bool:
+    """Whether the others of its activation are compared with it."""
+    return name in (OURS, f"{OURS}, {case.activation}")
 
 
 def outputs(contender: Contender, case: Case) -> list[Tensor]:

@@ -51,7 +51,8 @@ def describe_train(result: TrainResult) -> str:
         str(result.facts),
         f"AdamW; medians of {result.rounds} interleaved rounds, [smallest - largest], of the slowest rank",
         f"one product of {result.product_size}^3: {result.product_rate / 1e9:,.0f} GFLOP/s a rank, which MFU is of",
-        f"{'':26}{'computes':48}{'ms':>30}{'/ ours':>8}{'tokens/s':>11}{'MFU':>7}{'peak MB':>10}{'loss':>8}",
+        f"{'':26}{'computes':48}{'ms':>30}{'/ ours':>8}{'tokens/s':>11}{'MFU':>7}{'peak MB':>10}{'dropped':>9}"
+        f"{'loss':>8}",
     ]
     for row in result.rows:
         if row.times is None:
@@ -59,6 +60,6 @@ def describe_train(result: TrainResult) -> str:
             continue
         lines.append(
             f"{row.name:26}{row.computes:48}{row.times!s:>30}{row.over_ours:8.2f}{row.tokens_per_second:11,.0f}"
-            f"{row.mfu:7.1%}{(row.peak or 0) / MB:10.1f}{row.loss:8.3f}"
+            f"{row.mfu:7.1%}{(row.peak or 0) / MB:10.1f}{row.dropped_share:9.1%}{row.loss:8.3f}"
         )
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from torch import Tensor
 import expert_parallel
 from expert_parallel.bench.facts import Facts, state_facts
 from expert_parallel.bench.peers.contender import Case, NotMeasured, attempt, build_case, first_that_fits
+from expert_parallel.bench.peers.decoder import Trainee
 from expert_parallel.bench.peers.peers import TRAINEES
 from expert_parallel.bench.shapes import TrainShape, parameter_counts, step_flops
 from expert_parallel.bench.timing import Times, Work, measure, peak_memory, slowest
@@ -30,6 +31,7 @@ from expert_parallel.training.step import DTYPES, train_step
 OURS = "ours"
 Say = Callable[[str], None]
 Step = Callable[[Tensor, Tensor], Tensor]  # inputs_BS, targets_BS -> cross entropy, this rank's sum
+Share = Callable[[], float]  # of this rank's choices, what the last step has dropped
 
 
 class TrainTask(Settings):
@@ -44,7 +46,7 @@ class TrainTask(Settings):
 
 class TrainRow(BaseModel):
     """As a layer's Row. mfu: model FLOPs of a rank over the rate of one large product. loss: of the last step, nats a
-    token."""
+    token. dropped_share: of that step's choices, over layers and ranks."""
 
     name: str
     activation: str = ""
@@ -57,6 +59,7 @@ class TrainRow(BaseModel):
     mfu: float | None = None
     peak: int | None = None
     loss: float | None = None
+    dropped_share: float | None = None
 
 
 class TrainResult(BaseModel):
@@ -87,7 +90,7 @@ def bench_train(task: TrainTask, runtime: Runtime, say: Say = lambda text: None)
         for activation in dict.fromkeys([shape.layer.activation, "swiglu"])
     }
     inputs_BS, targets_BS = random_batch(shape, runtime)
-    steps, rows = build_steps(task, cases, runtime, inputs_BS, targets_BS)
+    steps, shares, rows = build_steps(task, cases, runtime, inputs_BS, targets_BS)
 
     size = 8192 if device.type == "cuda" else 1024
     a, b, out = (torch.ones(size, size, dtype=DTYPES[task.dtype], device=device) for _ in range(3))
@@ -108,6 +111,8 @@ def bench_train(task: TrainTask, runtime: Runtime, say: Say = lambda text: None)
             row.peak = round(slowest([peak.total], group)[0])
             total = all_reduce_sum(steps[row.name](inputs_BS, targets_BS).double().cpu(), group)
             row.loss = float(total) / shape.layer.tokens
+            dropped = torch.tensor(shares[row.name](), dtype=torch.float64)
+            row.dropped_share = float(all_reduce_sum(dropped, group)) / runtime.world_size
     return TrainResult(
         shape=shape,
         dtype=task.dtype,
@@ -123,19 +128,20 @@ def bench_train(task: TrainTask, runtime: Runtime, say: Say = lambda text: None)
 
 def build_steps(
     task: TrainTask, cases: dict[str, Case], runtime: Runtime, inputs_BS: Tensor, targets_BS: Tensor
-) -> tuple[dict[str, Step], list[TrainRow]]:
+) -> tuple[dict[str, Step], dict[str, Share], list[TrainRow]]:
     """Ours first, in the activation of each that is measured; a row for everyone."""
     shape, main = task.shape, task.shape.layer.activation
     steps: dict[str, Step] = {}
+    shares: dict[str, Share] = {}
     rows: list[TrainRow] = []
 
-    def trial(name: str, case: Case) -> tuple[Step, str, str]:
+    def trial(name: str, case: Case) -> Trainee:
         trainee = TRAINEES[name](shape, case)
         trainee.step(inputs_BS, targets_BS)
-        return trainee.step, trainee.computes, trainee.version
+        return trainee
 
     def add_ours(name: str, activation: str) -> TrainRow:
-        steps[name] = our_step(task, activation, runtime)
+        steps[name], shares[name] = our_step(task, activation, runtime), lambda: 0.0
         computes = f"dropless, {activation}"
         return TrainRow(name=name, activation=activation, computes=computes, version=expert_parallel.__version__)
 
@@ -149,11 +155,12 @@ def build_steps(
         except NotMeasured as reason:
             rows.append(TrainRow(name=name, why=str(reason)))
             continue
-        steps[name], computes, version = found
-        rows.append(TrainRow(name=name, activation=case.activation, computes=computes, version=version))
+        steps[name], shares[name] = found.step, found.dropped_share
+        row = TrainRow(name=name, activation=case.activation, computes=found.computes, version=found.version)
+        rows.append(row)
     others = {row.activation for row in rows if row.activation} - {main}
     rows[1:1] = [add_ours(f"{OURS}, {other}", other) for other in sorted(others)]
-    return steps, rows
+    return steps, shares, rows
 
 
 def our_step(task: TrainTask, activation: str, runtime: Runtime) -> Step:

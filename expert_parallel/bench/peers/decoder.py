@@ -18,7 +18,7 @@ from expert_parallel.bench.shapes import TrainShape
 class Trainee:
     """A model that is trained. step: one training step on (inputs_BS, targets_BS); returns this rank's sum of the
     cross entropy. parameters: of this rank; replicated: those of them that all ranks hold, whose gradients are summed.
-    surroundings: in which forward and backward run.
+    surroundings: in which forward and backward run. layers: its MoE layers, where they are known.
     """
 
     def __init__(
@@ -30,9 +30,10 @@ class Trainee:
         computes: str,
         version: str,
         surroundings: Callable[[], AbstractContextManager[None]] = nullcontext,
+        layers: Sequence[Contender] = (),
     ) -> None:
         self.model, self.logits, self.replicated, self.surroundings = model, logits, replicated, surroundings
-        self.case, self.computes, self.version = case, computes, version
+        self.case, self.computes, self.version, self.layers = case, computes, version, layers
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
@@ -47,6 +48,10 @@ class Trainee:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    def dropped_share(self) -> float:
+        """Of this rank's choices in the last step, over its layers."""
+        return sum(layer.dropped_share() for layer in self.layers) / max(1, len(self.layers))
 
     def _sum_gradients(self) -> None:
         """Over the ranks, in one piece."""
@@ -129,7 +134,5 @@ def build_decoder(shape: TrainShape, build: Callable[[Case], Contender], case: C
     model.to(case.dtype)
     experts = {id(p) for moe in layers for p in moe.parameters()} - {id(p) for moe in layers for p in moe.replicated()}
     replicated = [parameter for parameter in model.parameters() if id(parameter) not in experts]
-    first = layers[0]
-    return Trainee(
-        model, model, replicated, case, f"plain decoder, {first.computes}", first.version, first.surroundings
-    )
+    first, computes = layers[0], f"plain decoder, {layers[0].computes}"
+    return Trainee(model, model, replicated, case, computes, first.version, first.surroundings, layers)

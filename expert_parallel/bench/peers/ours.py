@@ -1,4 +1,4 @@
-"""Ours: MoELayer, as a model has it."""
+"""Ours: MoELayer, as a model has it; and with a capacity, beside the peers that have one."""
 
 from typing import Any
 
@@ -8,7 +8,9 @@ from torch import Tensor
 import expert_parallel
 from expert_parallel.bench.peers.contender import Case, Contender
 from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.plan import LoadStats
+from expert_parallel.moe.plan import LoadStats, StepContext
+
+CAPACITY_FACTOR = 1.0
 
 
 class Ours(Contender):
@@ -19,9 +21,19 @@ class Ours(Contender):
         self.stats: LoadStats | None = None
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        output = self.module(x_TD)
+        return self._forward(x_TD, StepContext())
+
+    def forward_all(self, x_TD: Tensor) -> Tensor:
+        return self._forward(x_TD, StepContext(dropless=True))
+
+    def _forward(self, x_TD: Tensor, context: StepContext) -> Tensor:
+        output = self.module(x_TD, context)
         self.stats = output.stats
         return output.y
+
+    def dropped_share(self) -> float:
+        assert self.stats is not None
+        return float(self.stats.dropped_capacity_E.sum() / self.stats.routed_E.sum())
 
     def bytes_sent(self) -> int | None:
         assert self.stats is not None
@@ -29,11 +41,22 @@ class Ours(Contender):
 
 
 def build_ours(case: Case) -> Contender:
+    return _build(case, {"kind": "dropless"}, f"dropless, {case.activation}")
+
+
+def build_with_capacity(case: Case) -> Contender:
+    """Who is dropped: as in GShard, by position, second choices after first ones."""
+    capacity = {"kind": "factor", "train": CAPACITY_FACTOR}
+    return _build(case, capacity, f"capacity {CAPACITY_FACTOR:g}, {case.activation}")
+
+
+def _build(case: Case, capacity: dict[str, Any], computes: str) -> Contender:
     shape = case.shape
     config: dict[str, Any] = {
         "d_model": shape.d_model,
         "num_experts": shape.num_experts,
         "router": {"k": shape.k, "normalise": shape.k > 1},
+        "capacity": capacity,
         "experts": {"hidden": shape.hidden, "activation": case.activation},
     }
     layer: Any
@@ -43,4 +66,4 @@ def build_ours(case: Case) -> Contender:
         layer.router.weight.copy_(case.weights.router_ED)
         layer.experts.w_in.copy_(case.weights.w_in_eDF)
         layer.experts.w_out.copy_(case.weights.w_out_eFD)
-    return Ours(layer, f"dropless, {case.activation}")
+    return Ours(layer, computes)

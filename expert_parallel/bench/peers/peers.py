@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from expert_parallel.bench.peers import deepspeed, megatron, plain, torchtitan, transformers, tutel
+from expert_parallel.bench.peers import deepspeed, megatron, ours, plain, torchtitan, transformers, tutel
 from expert_parallel.bench.peers.contender import Case, Contender
 from expert_parallel.bench.peers.decoder import Trainee, build_decoder
 from expert_parallel.bench.shapes import TrainShape
@@ -16,6 +16,7 @@ def _in_decoder(build: Adapter, shape: TrainShape, case: Case) -> Trainee:
 
 
 PEERS: dict[str, Adapter] = {
+    "ours with capacity": ours.build_with_capacity,
     "mask loop": plain.build_mask_loop,
     "one-hot einsum": plain.build_einsum,
     "deepspeed": deepspeed.build_deepspeed,
