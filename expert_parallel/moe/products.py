@@ -82,7 +82,7 @@ def bmm_sums(x_RK: Tensor, g_RN: Tensor, runs: list[Run]) -> Tensor:
 def _stacked(x_RK: Tensor, runs: list[Run]) -> list[Tensor]:
     """Of each run (experts, rows, K)."""
     blocks = x_RK.split([run.experts * run.rows for run in runs])
-    return [block.view(run.experts, run.rows, block.shape[1]) for block, run in zip(blocks, runs, strict=True)]
+    return [block.reshape(run.experts, run.rows, block.shape[1]) for block, run in zip(blocks, runs, strict=True)]
 
 
 def runs_of(counts_e: Tensor) -> list[Run]:
@@ -92,14 +92,15 @@ def runs_of(counts_e: Tensor) -> list[Run]:
 
 def even_out(counts_e: Tensor, product_size: int) -> Tensor:
     """counts_e, some raised to their neighbours', so that there are few runs: an expert joins the one before it if the
-    rows of zeros that this takes cost less than a product more would. product_size: K * N. On a GPU the host waits."""
+    rows of zeros that this takes cost less than a product more would. Experts without rows get none: their weights need
+    not be read. product_size: K * N. On a GPU the host waits."""
     affordable = CALL_FLOPS / (2 * product_size)
     runs = [Run(0, 0)]
     for count in counts_e.tolist():
         experts, rows = runs[-1]
         higher = max(rows, count)
         zeros = (higher - rows) * experts + higher - count
-        if zeros <= affordable:
+        if zeros <= affordable and (rows == 0) == (count == 0):
             runs[-1] = Run(experts + 1, higher)
         else:
             runs.append(Run(1, count))
