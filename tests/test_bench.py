@@ -446,7 +446,10 @@ def test_training_on_two_ranks_is_training_on_one() -> None:
 
 REFUSED = {
     "an unknown shape": (["layer", "--shape", "huge"], "--shape is 'huge', it must be one of "),
-    "an unknown peer": (["layer", "--peers", "mask loop,megablocks"], "--peers: 'megablocks' is none of mask loop, "),
+    "an unknown peer": (
+        ["layer", "--peers", "mask loop,megablocks"],
+        "--peers: 'megablocks' is none of ours with capacity, ",
+    ),
     "more ranks than experts": (["layer", "--ranks", "9"], "9 ranks are more than the 8 experts of --shape base"),
     "no folder": (["layer", "--json", "/no/such/folder/x.json"], "--json: there is no folder /no/such/folder"),
     "MPI without mpirun": (

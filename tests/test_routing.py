@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+from expert_parallel.moe import routing as routing_module
 from expert_parallel.moe.layer import MoEConfig, token_batch
 from expert_parallel.moe.plan import Reason, RoutingPlan, StepContext, TokenBatch
 from expert_parallel.moe.routing import TopKRouter, TopKRouterConfig, best, best_by_keys, best_one_by_one
@@ -329,6 +330,7 @@ def test_best_is_a_stable_sort(function: Callable[..., torch.Tensor], data: st.D
     ids_TK = function(ranking_TE, k)
     assert ids_TK.tolist() == [sorted(range(num_experts), key=lambda e: -values[e])[:k] for values in ranking]
     assert ids_TK.dtype == torch.int64
+    assert num_tokens == 0 or ids_TK.stride(1) == 1, "or its bytes could not be sent"
     assert torch.equal(ranking_TE, before_TE)
 
 
@@ -343,7 +345,34 @@ def test_best_takes_a_diverged_router_without_an_error(function: Callable[..., t
         assert all(function(row_TE, 3).tolist() == 2 * [[0, 1, 2]] for row_TE in everything)
 
 
-def test_best_takes_the_way_of_the_device() -> None:
-    ranking_TE = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(best(ranking_TE, 4), best_by_keys(ranking_TE, 4))
-    assert best(ranking_TE.to("meta"), 4).shape == (5, 4)  # where numpy cannot go
+@BEST
+def test_best_of_a_ranking_that_lies_otherwise_in_memory(function: Callable[..., torch.Tensor]) -> None:
+    ranking_TE = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
+    expected = ranking_TE.sort(dim=1, descending=True).indices[:, :3]
+    for strided_TE in (
+        ranking_TE.T.contiguous().T,
+        ranking_TE.repeat(2, 2)[::2, ::2][:0],
+        ranking_TE.repeat(1, 2)[:, :6],
+    ):
+        assert torch.equal(function(strided_TE, 3), expected[: len(strided_TE)])
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "k", "taken"),
+    [
+        ("cpu", torch.float32, 4, "best_one_by_one"),
+        ("cpu", torch.float64, 10, "best_one_by_one"),
+        ("cpu", torch.float64, 11, "best_by_keys"),  # of 40
+        ("cpu", torch.bfloat16, 4, "best_by_keys"),  # which numpy does not know
+        ("meta", torch.float32, 4, "best_by_keys"),
+    ],
+)
+def test_which_way_best_takes(
+    device: str, dtype: torch.dtype, k: int, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name, function in (("best_one_by_one", best_one_by_one), ("best_by_keys", best_by_keys)):
+        noted = lambda x_TE, k, name=name, function=function: (calls.append(name), function(x_TE, k))[1]  # noqa: E731
+        monkeypatch.setattr(routing_module, name, noted)
+    assert best(torch.zeros(5, 40, dtype=dtype, device=device), k).shape == (5, k)
+    assert calls == [taken]

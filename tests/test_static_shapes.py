@@ -3,15 +3,20 @@ for no number: shapes and launches are the same in every step, as a CUDA graph w
 for a device, and refuse every operation that would ask."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.plan import RouterReplay, StepContext
+from expert_parallel.moe.layer import MoEConfig, MoELayer, token_batch
+from expert_parallel.moe.plan import Reason, RouterReplay, RoutingPlan, StepContext, TokenBatch
+from expert_parallel.moe.products import PRODUCTS
+from expert_parallel.moe.routers import ROUTERS
+from expert_parallel.moe.routing import LinearRouter, LinearSettings, Scores, score_logits
 
 PADDED = {"kind": "factor", "train": 1.0, "minimum": 0, "pad": True}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -32,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_layer(**settings: Any) -> tuple[int, ...]:
+def run_layer(context: StepContext | None = None, **settings: Any) -> tuple[int, ...]:
     """One step on a device that is none: CPU tensors would take the CPU's own way."""
     config = {
         "d_model": 16,
@@ -49,7 +54,7 @@ def run_layer(**settings: Any) -> tuple[int, ...]:
     with FakeTensorMode(allow_non_fake_inputs=True), no_autocast:
         layer = layer.to("meta")
         x_BSD = torch.randn(2, 12, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
-        output = layer(x_BSD)
+        output = layer(x_BSD, context)
         (output.y.float().sum() + sum(output.losses.values())).backward()
         assert x_BSD.grad is not None
         assert all(parameter.grad is not None for parameter in layer.parameters())
@@ -59,6 +64,10 @@ def run_layer(**settings: Any) -> tuple[int, ...]:
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_the_layer_asks_for_no_number(settings: dict[str, Any]) -> None:
     assert run_layer(**settings) == (2, 12, 16)
+
+
+def test_a_pass_without_limits_asks_for_none_either() -> None:
+    assert run_layer(StepContext(dropless=True), capacity={"kind": "factor", "train": 1.0}) == (2, 12, 16)
 
 
 @pytest.mark.parametrize(
@@ -90,3 +99,42 @@ def test_padding_is_left_out_of_a_dropless_layer() -> None:
         assert int(masked.stats.computed_E.sum()) == 8
         assert torch.equal(masked.y[0, 4:], torch.zeros(2, 8))
         torch.testing.assert_close(masked.y[0, :4], whole.y[0, :4])
+
+
+class Sparing(LinearRouter):
+    """Leaves second choices out, behind the back of `choose`."""
+
+    Config = LinearSettings
+
+    def score(self, x_TD: Tensor, batch: TokenBatch) -> Scores:
+        return score_logits(self.logits(x_TD), "softmax")
+
+    def forward(self, x_TD: Tensor, batch: TokenBatch, recorded: tuple[Tensor, Tensor] | None = None) -> RoutingPlan:
+        plan = super().forward(x_TD, batch, recorded)
+        reason_TK = plan.reason_TK.clone()
+        reason_TK[:, 1] = Reason.NOT_ROUTED
+        return replace(plan, reason_TK=reason_TK)
+
+
+@pytest.mark.parametrize("backend", PRODUCTS)
+def test_a_router_that_leaves_choices_out_in_its_own_way(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who replaces a plan's reasons takes back that it is whole."""
+    monkeypatch.setitem(ROUTERS, "sparing", Sparing)
+    experts = {"hidden": 8, "activation": "gelu", "backend": backend}
+    config = {"d_model": 8, "num_experts": 4, "router": {"kind": "sparing", "k": 2}, "experts": experts}
+    layer, x_BSD = MoELayer(MoEConfig.model_validate(config)), torch.randn(1, 6, 8)
+    assert int(layer(x_BSD).stats.computed_E.sum()) == 6
+    plain = MoELayer(MoEConfig.model_validate({**config, "router": {"k": 2}, "capacity": {"kind": "dropless"}}))
+    plain.load_state_dict(layer.state_dict())
+    first = plain(x_BSD).y - _second_choices(plain, x_BSD)
+    torch.testing.assert_close(layer(x_BSD).y, first, rtol=1e-4, atol=1e-6)
+
+
+def _second_choices(layer: MoELayer, x_BSD: Tensor) -> Tensor:
+    """What they add to each token's output, one by one."""
+    plan = layer.router(x_BSD[0], token_batch(x_BSD, StepContext(), None))
+    rows = [
+        weight * torch.nn.functional.gelu(x_D @ layer.experts.w_in[e]) @ layer.experts.w_out[e]
+        for x_D, e, weight in zip(x_BSD[0], plan.expert_ids_TK[:, 1].tolist(), plan.weights_TK[:, 1], strict=True)
+    ]
+    return torch.stack(rows)[None]

@@ -60,6 +60,8 @@ def describe_train(result: TrainResult) -> str:
             continue
         lines.append(
             f"{row.name:26}{row.computes:48}{row.times!s:>30}{row.over_ours:8.2f}{row.tokens_per_second:11,.0f}"
-            f"{row.mfu:7.1%}{(row.peak or 0) / MB:10.1f}{row.dropped_share:9.1%}{row.loss:8.3f}"
+            f"{row.mfu:7.1%}{(row.peak or 0) / MB:10.1f}"
+            + (f"{row.dropped_share:9.1%}" if row.dropped_share is not None else f"{'-':>9}")
+            + f"{row.loss:8.3f}"
         )
     return "\n".join(lines)

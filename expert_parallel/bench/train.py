@@ -31,7 +31,7 @@ from expert_parallel.training.step import DTYPES, train_step
 OURS = "ours"
 Say = Callable[[str], None]
 Step = Callable[[Tensor, Tensor], Tensor]  # inputs_BS, targets_BS -> cross entropy, this rank's sum
-Share = Callable[[], float]  # of this rank's choices, what the last step has dropped
+Share = Callable[[], float | None]  # of this rank's choices, what the last step has dropped
 
 
 class TrainTask(Settings):
@@ -111,8 +111,10 @@ def bench_train(task: TrainTask, runtime: Runtime, say: Say = lambda text: None)
             row.peak = round(slowest([peak.total], group)[0])
             total = all_reduce_sum(steps[row.name](inputs_BS, targets_BS).double().cpu(), group)
             row.loss = float(total) / shape.layer.tokens
-            dropped = torch.tensor(shares[row.name](), dtype=torch.float64)
-            row.dropped_share = float(all_reduce_sum(dropped, group)) / runtime.world_size
+            share = shares[row.name]()
+            if share is not None:  # on all ranks alike
+                dropped = torch.tensor(share, dtype=torch.float64)
+                row.dropped_share = float(all_reduce_sum(dropped, group)) / runtime.world_size
     return TrainResult(
         shape=shape,
         dtype=task.dtype,

@@ -49,7 +49,7 @@ class AllToAllConfig(ExchangeSettings):
     """Variable-size all-to-all over the expert-parallel group.
 
     `one_row_per: rank`: a token goes to a rank once, whatever its top-k. `choice`: once for each choice: more bytes,
-    and outputs bit-equal for every ep over the same tokens (on the CPU, one thread).
+    and outputs bit-equal for every ep over the same tokens (on the CPU, one thread; see moe/README.md).
     """
 
     kind: Literal["all_to_all"] = "all_to_all"
@@ -175,7 +175,7 @@ class Dispatcher:
         else:
             self._count_stay(chunks, ledger)
             y_beside = beside and beside()
-        if padded_rows is None and not self.hops and not plan.all_kept:  # what has come by a hop goes somewhere
+        if padded_rows is None and not self.hops and not plan.is_whole:  # what has come by a hop goes somewhere
             chunks = [without_nowhere(choices) for choices in chunks]
         sorting = [self._sort(choices, num_choices, padded_rows) for choices in chunks]
         for number, passage in enumerate(passages):

@@ -37,7 +37,7 @@ from expert_parallel.moe.random import Stream
 from expert_parallel.moe.receive_bound import limit_received
 from expert_parallel.moe.refuse import refuse_combinations
 from expert_parallel.moe.routers import RouterConfig, build_router, router_settings
-from expert_parallel.moe.routing import Router, TopKRouterConfig
+from expert_parallel.moe.routing import TopKRouterConfig
 from expert_parallel.placement import ExpertPlacement
 from expert_parallel.settings import Settings
 
@@ -194,7 +194,6 @@ class MoELayer(nn.Module):
             refuse_other_tokens(recorded, batch, self.router.num_choices)
         choice = None if recorded is None else (recorded.routed_ids_TK, recorded.routed_reason_TK)
         routed = self.router(x_TD, batch, choice)
-        all_kept = recorded is None and self._keeps_all(batch)
         if recorded is None:
             with torch.no_grad():
                 limited, padded_rows = self._limit(routed, batch)
@@ -208,8 +207,10 @@ class MoELayer(nn.Module):
             )
             if replay is not None:
                 replay.recorded[key] = recorded
-        reason_TK = recorded.reason_TK.masked_fill(~routed.routed_TK, Reason.NOT_ROUTED)  # padding may be other now
-        plan = replace(routed, expert_ids_TK=recorded.ids_TK, reason_TK=reason_TK, all_kept=all_kept)
+        reason_TK = recorded.reason_TK
+        if reason_TK is not routed.all_kept_TK:  # padding may be other now than when it was recorded
+            reason_TK = reason_TK.masked_fill(~routed.routed_TK, Reason.NOT_ROUTED)
+        plan = replace(routed, expert_ids_TK=recorded.ids_TK, reason_TK=reason_TK)
         return routed, self._weigh_again(plan, is_replayed=replay is not None), recorded.padded_rows
 
     def _limit(self, routed: RoutingPlan, batch: TokenBatch) -> tuple[RoutingPlan, int | None]:
@@ -229,13 +230,6 @@ class MoELayer(nn.Module):
             return plan, most
         counts = capacity.scope != "sequence" or self.counts_sequences
         return plan, int(all_reduce_sum(batch.index_T.new_tensor(most if counts else 0), self.group))
-
-    def _keeps_all(self, batch: TokenBatch) -> bool:
-        """Whether nothing can leave a choice out: no limit, no padding, and a router whose choices all count."""
-        capacity = self.config.capacity
-        has_limit = not isinstance(capacity, DroplessConfig) or capacity.receive_bound is not None
-        is_limited = has_limit and not batch.context.dropless
-        return not is_limited and batch.real_T is None and type(self.router).choose is Router.choose
 
     def _weigh_again(self, plan: RoutingPlan, is_replayed: bool) -> RoutingPlan:
         """Weights for what is left, where the capacity policy, or that of the run that was recorded, may change

@@ -126,7 +126,7 @@ class RoutingPlan:
     expert's output, same dtype. expert_ids_TK: int64. reason_TK: uint8, values of `Reason`. log_scores_TE: what
     weights are computed from again, after drops (see Scores). ranking_TE: what a next best expert
     is found by, largest first (detached; -inf: not to be chosen); None: this router has none, so nothing is rerouted.
-    all_kept: every choice reaches an expert, which is known without a look at them.
+    all_kept_TK: reason_TK itself, where its router has kept all choices: see is_whole.
     """
 
     logits_TE: Tensor
@@ -138,7 +138,13 @@ class RoutingPlan:
     num_experts: int
     log_scores_TE: Tensor | None = None
     ranking_TE: Tensor | None = None
-    all_kept: bool = False
+    all_kept_TK: Tensor | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Every choice reaches an expert, and no look at the device's numbers is needed to know it. Whoever puts other
+        reasons into the plan takes that back with the same move."""
+        return self.all_kept_TK is self.reason_TK
 
     @property
     def kept_TK(self) -> Tensor:
@@ -156,9 +162,9 @@ class DispatchedTokens:
     """All that an expert backend may see: rows that arrived, and the choices among this rank's experts that they serve.
 
     x_VD: the rows. row_R: int64, the arrived row behind each computed one, grouped by local expert; NO_ROW where
-    experts are padded to capacity. computed_VK: its inverse: the computed rows of each arrived one, in choice order,
-    NO_ROW behind them. counts_e: int64, computed rows of each local expert, sum = R. weights_R: router dtype; what
-    each expert's output is multiplied by.
+    experts are padded, to capacity or to their neighbours' loads. computed_VK: its inverse: the computed rows of each
+    arrived one, in choice order, NO_ROW behind them. counts_e: int64, computed rows of each local expert, sum = R.
+    weights_R: router dtype; what each expert's output is multiplied by.
     """
 
     x_VD: Tensor

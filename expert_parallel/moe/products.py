@@ -17,7 +17,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Products:
     """groups: from counts_e what the other two want to know of the groups. rows is differentiable. even_out: from
-    counts_e and K * N the counts that are fastest, in spite of the zeros that fill them up; None: those that are
+    counts_e and K * N counts that are faster, as a rule, in spite of the zeros that fill them up; None: those that are
     there."""
 
     groups: Callable[[Tensor], Any]
@@ -55,15 +55,17 @@ class Run(NamedTuple):
     rows: int
 
 
-# An expert joins a run where its zeros take fewer operations: with AVX512-BF16 (README.md, log).
+# What a product costs beside its own operations, in operations: bfloat16 with AVX512-BF16 (README.md, log).
 CALL_FLOPS = 2.5e6
 
 
 def bmm_rows(x_RK: Tensor, weight_eKN: Tensor, runs: list[Run]) -> Tensor:
-    """Neighbours with equally many rows are one batched product. Any dtype."""
+    """Neighbours with equally many rows are one batched product. Any dtype. Autocast has no say in it, as it would have
+    none where a result's place is given."""
     weights = weight_eKN.split([run.experts for run in runs])
     if torch.is_grad_enabled():
-        blocks = [torch.bmm(x, weight) for x, weight in zip(_stacked(x_RK, runs), weights, strict=True)]
+        with torch.autocast(x_RK.device.type, enabled=False):
+            blocks = [torch.bmm(x, weight) for x, weight in zip(_stacked(x_RK, runs), weights, strict=True)]
         return torch.cat([block.flatten(0, 1) for block in blocks])
     result_RN = x_RK.new_empty(len(x_RK), weight_eKN.shape[2])
     for x, weight, result in zip(_stacked(x_RK, runs), weights, _stacked(result_RN, runs), strict=True):
@@ -91,19 +93,22 @@ def runs_of(counts_e: Tensor) -> list[Run]:
 
 
 def even_out(counts_e: Tensor, product_size: int) -> Tensor:
-    """counts_e, some raised to their neighbours', so that there are few runs: an expert joins the one before it if the
-    rows of zeros that this takes cost less than a product more would. Experts without rows get none: their weights need
-    not be read. product_size: K * N. On a GPU the host waits."""
+    """counts_e, some raised to their neighbours', so that there are few runs. An expert joins the run before it if the
+    rows of zeros that this takes cost less than a product more would, and leave the run with half as many rows again
+    at most. Experts without rows get none: their weights need not be read. product_size: K * N. On a GPU the host
+    waits."""
     affordable = CALL_FLOPS / (2 * product_size)
-    runs = [Run(0, 0)]
+    runs, own = [Run(0, 0)], 0  # own: rows of the last run that are not zeros
     for count in counts_e.tolist():
         experts, rows = runs[-1]
         higher = max(rows, count)
-        zeros = (higher - rows) * experts + higher - count
-        if zeros <= affordable and (rows == 0) == (count == 0):
-            runs[-1] = Run(experts + 1, higher)
+        total = higher * (experts + 1)
+        is_cheap = total - rows * experts - count <= affordable and 2 * total <= 3 * (own + count)
+        if is_cheap and (rows == 0) == (count == 0):
+            runs[-1], own = Run(experts + 1, higher), own + count
         else:
             runs.append(Run(1, count))
+            own = count
     return counts_e.new_tensor([run.rows for run in runs for _ in range(run.experts)])
 
 

@@ -90,19 +90,22 @@ def score_logits(logits_TE: Tensor, score: Score) -> Scores:
 
 def best(ranking_TE: Tensor, k: int) -> Tensor:
     """The k largest, descending, the smaller number first on ties, which topk leaves open; NaN is larger than all."""
-    return best_one_by_one(ranking_TE, k) if ranking_TE.is_cpu else best_by_keys(ranking_TE, k)
+    num_experts = ranking_TE.shape[1]
+    assert k <= num_experts, (k, num_experts)
+    has_numpy = ranking_TE.is_cpu and ranking_TE.dtype in (torch.float32, torch.float64)
+    return best_one_by_one(ranking_TE, k) if has_numpy and 4 * k <= num_experts else best_by_keys(ranking_TE, k)
 
 
 def best_one_by_one(ranking_TE: Tensor, k: int) -> Tensor:
-    """`best` on the CPU: k times the first largest that is left, by numpy, instead of a sort (README.md, log)."""
+    """`best` for few of many on the CPU: k times the first largest that is left, by numpy (README.md, log)."""
     num_tokens, num_experts = ranking_TE.shape
     lowest = torch.finfo(ranking_TE.dtype).min  # so that nothing is as small as what has been taken
-    left_TE = ranking_TE.detach().clamp(min=lowest).numpy()
-    places_KT, start_T = np.empty((k, num_tokens), np.int64), np.arange(num_tokens) * num_experts
-    for place_T in places_KT:
-        left_TE.argmax(1, out=place_T)
+    left_TE = ranking_TE.detach().clamp(min=lowest).contiguous().numpy()
+    places_TK, start_T = np.empty((num_tokens, k), np.int64), np.arange(num_tokens) * num_experts
+    for number in range(k):
+        place_T = places_TK[:, number] = left_TE.argmax(1)
         left_TE.ravel()[start_T + place_T] = -np.inf
-    return torch.from_numpy(places_KT).T.contiguous()
+    return torch.from_numpy(places_TK)
 
 
 def best_by_keys(ranking_TE: Tensor, k: int) -> Tensor:
@@ -160,6 +163,7 @@ class Router(nn.Module):
 
     def _route(self, x_TD: Tensor, batch: TokenBatch, recorded: tuple[Tensor, Tensor] | None) -> RoutingPlan:
         scores = self.score(x_TD, batch)
+        keeps_all = recorded is None and getattr(self.choose, "__func__", None) is Router.choose
         if recorded is None:
             with torch.no_grad():
                 recorded = self.choose(scores, batch)
@@ -176,6 +180,7 @@ class Router(nn.Module):
             num_experts=self.num_experts,
             log_scores_TE=scores.log_scores_TE,
             ranking_TE=scores.ranking_TE,
+            all_kept_TK=reason_TK if keeps_all and batch.real_T is None else None,
         )
 
 

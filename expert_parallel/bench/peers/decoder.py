@@ -49,9 +49,11 @@ class Trainee:
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def dropped_share(self) -> float:
-        """Of this rank's choices in the last step, over its layers."""
-        return sum(layer.dropped_share() for layer in self.layers) / max(1, len(self.layers))
+    def dropped_share(self) -> float | None:
+        """Of this rank's choices in the last step, over its layers; None where these are not known."""
+        if not self.layers:
+            return None
+        return sum(layer.dropped_share() for layer in self.layers) / len(self.layers)
 
     def _sum_gradients(self) -> None:
         """Over the ranks, in one piece."""

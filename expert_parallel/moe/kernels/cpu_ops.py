@@ -79,8 +79,9 @@ def _weighed(x_RD: Tensor, weights_R: Tensor, out_RD: Tensor) -> Tensor:
     """Each row times its weight, rounded once to x's dtype, in out_RD."""
     if x_RD.dtype == weights_R.dtype:
         return torch.mul(x_RD, weights_R[:, None], out=out_RD)
+    wide = torch.promote_types(x_RD.dtype, weights_R.dtype)
     for x, weights_R1, out in _blocks(x_RD, weights_R[:, None], out_RD):  # mul would make all of x wide at once
-        out.copy_(x.to(weights_R.dtype).mul_(weights_R1))
+        out.copy_(x.to(wide, copy=True).mul_(weights_R1))
     return out_RD
 
 
