@@ -15,9 +15,10 @@ from tests.processes import Processes
 
 pytestmark = pytest.mark.system
 PORT = 29500  # the nodes' ports are their own
+RATE, BURST = 200e6 / 8, 256 * 1024  # bytes a second, and bytes that pass at once after a pause
 
 
-def limit_rate(cluster: Cluster, rate: str) -> None:
+def limit_rate(cluster: Cluster) -> None:
     """Of what each node sends."""
     for node in range(cluster.count):
         limit = [
@@ -29,9 +30,9 @@ def limit_rate(cluster: Cluster, rate: str) -> None:
             "root",
             "tbf",
             "rate",
-            rate,
+            f"{8 * RATE:.0f}bit",
             "burst",
-            "256kb",
+            f"{BURST}b",
             "latency",
             "400ms",
         ]
@@ -42,7 +43,7 @@ def limit_rate(cluster: Cluster, rate: str) -> None:
 def cluster() -> Iterator[Cluster]:
     need_programs({"tc": "iproute2"})
     with nodes(2) as two:
-        limit_rate(two, "200mbit")
+        limit_rate(two)
         yield two
 
 
@@ -66,12 +67,12 @@ def bench(cluster: Cluster, folder: Path, command: list[str], ranks_per_node: in
 
 @pytest.mark.parametrize("dispatcher", ["all_to_all", "hierarchical"])
 def test_chunks_change_nothing_on_a_slow_link(cluster: Cluster, tmp_path: Path, dispatcher: str) -> None:
-    command = ["overlap", "--shape", "base", "tokens=256", "hidden=256", "--rounds", "1", "--dispatcher", dispatcher]
+    command = ["overlap", "--shape", "base", "tokens=2048", "hidden=256", "--rounds", "1", "--dispatcher", dispatcher]
     found = bench(cluster, tmp_path, command, ranks_per_node=1)
     assert found["difference"] < 1e-5
     assert found["overlap"] == 4
-    row_bytes = 128 * 256 * 4 / 2  # of at least half of a rank's 128 tokens, each way, four times
-    assert found["exchange"]["smallest"] > 4 * 1000 * row_bytes / (200e6 / 8), "the link is not slow"
+    row_bytes = 1024 * 256 * 4 / 2  # of at least half of a rank's 1024 tokens, each way, four times
+    assert found["exchange"]["smallest"] > 4 * 1000 * (row_bytes - BURST) / RATE, "the link is not slow"
 
 
 def test_bytes_between_nodes(cluster: Cluster, tmp_path: Path) -> None:
