@@ -38,10 +38,14 @@ def layer_line(row: Row) -> str:
         f"{row.name:26}{row.computes:36}{row.times!s:>28}{row.over_floor:9.2f}{row.over_ours:8.2f}"
         + (f"{row.of_product:12.0%}" if row.of_product is not None else f"{'-':>12}")
         + f"{row.peak.total / MB:9.1f}{row.peak.activations / MB:11.1f}"
-        + (f"{row.dropped_share:9.1%}" if row.dropped_share is not None else f"{'-':>9}")
+        + share_cell(row.dropped_share)
         + (f"{row.bytes_sent / MB:9.2f}" if row.bytes_sent is not None else f"{'-':>9}")
         + (f"{row.over_minimum:9.2f}" if row.over_minimum is not None else f"{'-':>9}")
     )
+
+
+def share_cell(share: float | None) -> str:
+    return f"{'-':>9}" if share is None else f"{share:9.1%}"
 
 
 def describe_train(result: TrainResult) -> str:
@@ -60,8 +64,6 @@ def describe_train(result: TrainResult) -> str:
             continue
         lines.append(
             f"{row.name:26}{row.computes:48}{row.times!s:>30}{row.over_ours:8.2f}{row.tokens_per_second:11,.0f}"
-            f"{row.mfu:7.1%}{(row.peak or 0) / MB:10.1f}"
-            + (f"{row.dropped_share:9.1%}" if row.dropped_share is not None else f"{'-':>9}")
-            + f"{row.loss:8.3f}"
+            f"{row.mfu:7.1%}{(row.peak or 0) / MB:10.1f}" + share_cell(row.dropped_share) + f"{row.loss:8.3f}"
         )
     return "\n".join(lines)
