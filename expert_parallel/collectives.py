@@ -7,8 +7,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,20 +25,64 @@ Link = Literal["own", "node", "network"]
 Wait = Callable[[], Tensor]
 
 
+class Phase(StrEnum):
+    """What an exchange of an MoE layer carries: numbers of rows; the choices that rows serve; rows to the experts;
+    their outputs back."""
+
+    COUNTS = "counts"
+    METADATA = "metadata"
+    DISPATCH = "dispatch"
+    COMBINE = "combine"
+
+
+Hop = Literal["", "between nodes", "within the node"]
+
+
+class ExchangeKey(NamedTuple):
+    """Names one exchange of a pass. hop: which of several that rows take one after the other; "" where there is one."""
+
+    phase: Phase
+    hop: Hop = ""
+    is_backward: bool = False
+
+    @property
+    def of_backward(self) -> "ExchangeKey":
+        """Returns the key of the gradients' exchange."""
+        return self._replace(is_backward=True)
+
+    def __str__(self) -> str:
+        return f"{self.hop}{': ' if self.hop else ''}{self.phase}{' backward' if self.is_backward else ''}"
+
+
 @dataclass
 class CommLog:
-    """What this rank exchanged in one pass, by (purpose, link class): rows and bytes. `own` never left the rank.
+    """What this rank exchanged in one pass, by (ExchangeKey, link class): rows and bytes. `own` never left the rank.
 
-    The backward pass adds its own entries as it runs, under `... backward`. The caller makes it, passes it down and
-    reads it.
+    The backward pass adds its own entries as it runs. The caller makes it, passes it down and reads it.
     """
 
-    rows_sent: Counter[tuple[str, Link]] = field(default_factory=Counter)
-    rows_received: Counter[tuple[str, Link]] = field(default_factory=Counter)
-    bytes_sent: Counter[tuple[str, Link]] = field(default_factory=Counter)
+    rows_sent: Counter[tuple[ExchangeKey, Link]] = field(default_factory=Counter)
+    rows_received: Counter[tuple[ExchangeKey, Link]] = field(default_factory=Counter)
+    bytes_sent: Counter[tuple[ExchangeKey, Link]] = field(default_factory=Counter)
 
-    def bytes_to_others(self, purpose: str) -> int:
-        return self.bytes_sent[purpose, "node"] + self.bytes_sent[purpose, "network"]
+    def bytes_to_others(self, phase: Phase, *, is_backward: bool = False) -> int:
+        """Returns the bytes that left this rank, over all hops."""
+        return total_of(self.bytes_sent, ("node", "network"), phase, is_backward)
+
+
+def total_of(
+    counter: Counter[tuple[ExchangeKey, Link]],
+    links: Sequence[Link],
+    phase: Phase | None = None,
+    is_backward: bool | None = None,
+) -> int:
+    """Returns the sum of a log's counter over these links and over all hops; of every phase, and of both passes, where
+    none is named."""
+    return sum(
+        number
+        for (key, link), number in counter.items()
+        if link in links and phase in (None, key.phase) and is_backward in (None, key.is_backward)
+    )
 
 
 @dataclass(frozen=True)
@@ -58,6 +103,9 @@ class Peers:
         links: list[Link] = ["node" if rank // node_size == me // node_size else "network" for rank in ranks]
         links[ranks.index(me)] = "own"
         return Peers(group, ranks, tuple(links))
+
+    def __deepcopy__(self, memo: object) -> "Peers":
+        return self  # immutable, and a process group cannot be copied
 
     @property
     def size(self) -> int:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from expert_parallel.collectives import Peers, all_gather_single, reduce_scatter_single
+from expert_parallel.collectives import ExchangeKey, Peers, Phase, all_gather_single, reduce_scatter_single
+from expert_parallel.moe.exchange import AsyncAllToAll, SplitSizes
 from expert_parallel.moe.layer import MoEConfig, MoELayer
 from expert_parallel.moe.ledger import Ledger
 
@@ -205,7 +206,8 @@ def exchange_with_gradient(group: Group, dtype: torch.dtype) -> list[Tensor]:
     me, ranks = group.rank(), range(group.size())
     send, receive = [me * rank for rank in ranks], [rank * me for rank in ranks]
     x = values(dtype, sum(send), 3).requires_grad_()
-    y = Ledger().exchange(x, send, receive, Peers.of(group), "dispatch")
+    sizes, key = SplitSizes(send, receive), ExchangeKey(Phase.DISPATCH)
+    y = AsyncAllToAll(Ledger(), sizes, Peers.of(group), key).start(x).finish()
     y.backward(values(dtype, *y.shape, seed=1))
     assert x.grad is not None
     return [y.detach(), x.grad]

@@ -711,7 +711,7 @@ def test_beyond_the_bound_first_choices_go_first(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(receive_bound, "group_rank", lambda group: 1)
     monkeypatch.setattr(receive_bound, "all_gather_rows", lambda x, counts, group: torch.cat([others[None], x]))
     plan = make_plan([[0, 1], [2, 0], [1, 2], [3, 1], [2, 3]], [[0.6, 0.4]] * 5, num_choices=2, num_experts=4)
-    limited = limit_received(1.0, plan, torch.tensor([0, 0, 1, 1]), group=None)
+    limited = limit_received(1.0, plan, torch.tensor([0, 0, 1, 1])[plan.expert_ids_TK], group=None)
     beyond = limited.reason_TK == Reason.DROPPED_RECEIVE_BOUND
     assert beyond.nonzero().tolist() == [[1, 1], [3, 1]]
     assert int(limited.kept_TK.sum()) == 8
@@ -719,4 +719,4 @@ def test_beyond_the_bound_first_choices_go_first(monkeypatch: pytest.MonkeyPatch
 
 def test_one_rank_alone_is_never_bound() -> None:
     plan = make_plan([[0]] * 9, [[0.9]] * 9)
-    assert limit_received(1.0, plan, torch.zeros(2, dtype=torch.int64), group=None).kept_TK.all()
+    assert limit_received(1.0, plan, torch.zeros_like(plan.expert_ids_TK), group=None).kept_TK.all()

@@ -393,25 +393,31 @@ def test_layer_equals_reference_in_every_combination(ep: int) -> None:
 def run_with_defect(rank: int, defect: str, case: dict[str, Any]) -> dict[str, Any]:
     import expert_parallel.moe.capacity as capacity
 
-    begin, order = Ledger.begin, capacity.queue_order
+    rows, metadata, order = Ledger.all_to_all, Ledger.all_to_all_metadata, capacity.queue_order
 
     def token_major(config: Any, *arguments: Any) -> Tensor:
         return order(config.model_copy(update={"first_choices_first": False}), *arguments)
 
-    def faulty(
-        self: Ledger, x: Tensor, send: Any, receive: Any, peers: Any, purpose: str, payload: bool = True
-    ) -> Callable[[], Tensor]:
-        wait = begin(self, x, send, receive, peers, purpose, payload)
-        if defect == "gradient divided by ep" and purpose == "combine backward":
+    def faulty(*arguments: Any) -> Callable[[], Tensor]:
+        wait, name = rows(*arguments), str(arguments[-1])
+        if defect == "gradient divided by ep" and name == "combine backward":
             return lambda: wait() / case["ep"]
-        if defect == "rows swapped" and purpose == "dispatch" and rank == 1:
+        if defect == "rows swapped" and name == "dispatch" and rank == 1:
             return lambda: wait().flip(0)
-        if defect == "gradients of weights lost" and purpose == "metadata backward":
+        return wait
+
+    def faulty_metadata(*arguments: Any) -> Callable[[], Tensor]:
+        wait, name = metadata(*arguments), str(arguments[-1])
+        if defect == "gradients of weights lost" and name == "metadata backward":
             return lambda: wait() * 0
         return wait
 
     queue = token_major if defect == "drops in token order" else order
-    with mock.patch.object(Ledger, "begin", faulty), mock.patch.object(capacity, "queue_order", queue):
+    with (
+        mock.patch.object(Ledger, "all_to_all", faulty),
+        mock.patch.object(Ledger, "all_to_all_metadata", faulty_metadata),
+        mock.patch.object(capacity, "queue_order", queue),
+    ):
         return run_layer(rank, case)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from expert_parallel.collectives import ExchangeKey, Link, Phase, total_of
 from expert_parallel.moe.dispatch import Dispatcher
 from expert_parallel.moe.hop import PassKey
 from expert_parallel.moe.layer import MoEConfig, MoELayer
@@ -21,6 +22,7 @@ from tests.test_dispatch import DISPATCHERS, nodes_of
 
 NUM_EXPERTS, D_MODEL, TOP_K = 16, 8, 4
 ACROSS = [name for name in DISPATCHERS if name != "local"]
+OTHERS: tuple[Link, ...] = ("node", "network")
 RANKS_PER_NODE = {2: 1, 4: 2, 8: 4}
 
 
@@ -51,15 +53,17 @@ def carry(
     and the slot of its expert; rows of each expert)."""
     arrived: list[tuple[Tensor, int]] = []
 
-    def compute(tokens: DispatchedTokens, chunk: int) -> Tensor:
+    def compute(tokens: DispatchedTokens) -> Tensor:
         x_RD = gather_rows(tokens.x_VD, tokens.row_R, tokens.computed_VK)
         slot_R = torch.arange(len(tokens.counts_e)).repeat_interleave(tokens.counts_e)
         arrived.extend(zip(x_RD.detach(), slot_R.tolist(), strict=True))
         y_RD = (x_RD * tokens.weights_R[:, None]).to(x_RD.dtype)
         return gather_rows(y_RD, tokens.computed_VK, tokens.row_R)
 
-    y_TD, counts_e = dispatcher.carry(x_TD, plan, ledger, StepContext(), compute)
-    return y_TD, arrived, counts_e
+    in_flight = dispatcher.send(x_TD, plan, ledger, StepContext())
+    for chunk in in_flight.arriving():
+        chunk.send_back(compute(chunk.tokens))
+    return in_flight.returned(), arrived, in_flight.computed_E[list(dispatcher.expert_ids)]
 
 
 def run_dispatch(rank: int, name: str, world_size: int) -> dict[str, Any]:
@@ -114,15 +118,23 @@ def test_a_token_crosses_to_a_rank_at_most_once(world_size: int) -> None:
         received = sum(destination == rank for other in pairs for _, destination in other)
         log = result["log"]
         assert choices > sent > 0
-        assert log.bytes_to_others("dispatch") == log.bytes_to_others("combine backward") == sent * D_MODEL * 4
-        assert log.bytes_to_others("combine") == log.bytes_to_others("dispatch backward") == received * D_MODEL * 4
-        assert log.bytes_to_others("metadata") == choices * 8
+        assert (
+            log.bytes_to_others(Phase.DISPATCH)
+            == log.bytes_to_others(Phase.COMBINE, is_backward=True)
+            == sent * D_MODEL * 4
+        )
+        assert (
+            log.bytes_to_others(Phase.COMBINE)
+            == log.bytes_to_others(Phase.DISPATCH, is_backward=True)
+            == received * D_MODEL * 4
+        )
+        assert log.bytes_to_others(Phase.METADATA) == choices * 8
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_one_row_a_choice_moves_a_row_for_each(world_size: int) -> None:
     for rank, result in enumerate(run_ranks(world_size, run_dispatch, "all_to_all, row a choice", world_size)):
-        assert result["log"].bytes_to_others("dispatch") == len(to_others(result, rank)) * D_MODEL * 4
+        assert result["log"].bytes_to_others(Phase.DISPATCH) == len(to_others(result, rank)) * D_MODEL * 4
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
@@ -130,14 +142,15 @@ def test_hierarchical_crosses_to_a_node_at_most_once(world_size: int) -> None:
     """Between nodes: the unique (token, other node) pairs, all of them over the network. Within the node: what is there
     goes once to each rank that needs it."""
     node_size = RANKS_PER_NODE[world_size]
+    between, within = ExchangeKey(Phase.DISPATCH, "between nodes"), ExchangeKey(Phase.DISPATCH, "within the node")
     results = run_ranks(world_size, run_dispatch, "hierarchical", world_size)
     for rank, result in enumerate(results):
         nodes = {(token, owner // node_size) for token, owner in to_others(result, rank)}
         log, row_bytes = result["log"], D_MODEL * 4
         expected = len({(token, node) for token, node in nodes if node != rank // node_size}) * row_bytes
-        assert log.bytes_sent["between nodes: dispatch", "network"] == expected > 0
-        assert log.bytes_sent["between nodes: dispatch", "node"] == 0
-        assert log.bytes_sent["within the node: dispatch", "network"] == 0
+        assert log.bytes_sent[between, "network"] == expected > 0
+        assert log.bytes_sent[between, "node"] == 0
+        assert log.bytes_sent[within, "network"] == 0
         rail = [r for r in range(world_size) if r % node_size == rank % node_size]
         arrived = {
             (source, token, owner)
@@ -145,7 +158,7 @@ def test_hierarchical_crosses_to_a_node_at_most_once(world_size: int) -> None:
             for token, owner in [(t, results[source]["owner"][e]) for _, t, e in results[source]["chosen"]]
             if owner // node_size == rank // node_size and owner != rank
         }
-        assert log.bytes_sent["within the node: dispatch", "node"] == len(arrived) * row_bytes
+        assert log.bytes_sent[within, "node"] == len(arrived) * row_bytes
 
 
 @pytest.mark.parametrize("world_size", [4, 8])
@@ -155,8 +168,8 @@ def test_all_gather_sends_every_token_and_returns_what_was_chosen(world_size: in
         returned = {
             (source, t) for source, other in enumerate(results) for t, d in to_others(other, source) if d == rank
         }
-        assert result["log"].bytes_to_others("dispatch") == (12 + rank) * (world_size - 1) * D_MODEL * 4
-        assert result["log"].bytes_to_others("combine") == len(returned) * D_MODEL * 4
+        assert result["log"].bytes_to_others(Phase.DISPATCH) == (12 + rank) * (world_size - 1) * D_MODEL * 4
+        assert result["log"].bytes_to_others(Phase.COMBINE) == len(returned) * D_MODEL * 4
 
 
 def run_wide(rank: int, name: str) -> dict[str, Any]:
@@ -172,12 +185,10 @@ def test_metadata_is_under_two_percent_of_wide_rows(name: str) -> None:
     here."""
     for result in run_ranks(4, run_wide, name):
         log = result["log"]
-        beside = sum(log.bytes_to_others(purpose) for purpose in ("metadata", "metadata backward", "counts"))
-        payload = (
-            sum(log.bytes_sent.values()) - sum(n for (_, link), n in log.bytes_sent.items() if link == "own") - beside
-        )
+        beside = sum(total_of(log.bytes_sent, OTHERS, phase) for phase in (Phase.METADATA, Phase.COUNTS))
+        payload = sum(total_of(log.bytes_sent, OTHERS, phase) for phase in (Phase.DISPATCH, Phase.COMBINE))
         assert 0 < beside < 0.02 * payload
-        assert log.bytes_to_others("counts") <= 4 * NUM_EXPERTS * 3
+        assert log.bytes_to_others(Phase.COUNTS) <= 4 * NUM_EXPERTS * 3
 
 
 # ------------------------------------------------------------------------------------------------------ dtype of travel
@@ -200,11 +211,10 @@ def test_rows_travel_as_bfloat16_between_float32_experts(name: str) -> None:
         assert result["dtypes"] == (torch.float32, torch.float32)
         assert torch.equal(result["x"], result["x"].bfloat16().float())
         torch.testing.assert_close(result["back"], result["expected"], rtol=2**-7, atol=1e-6)
-        rows = result["log"].rows_sent
-        for purpose in {purpose for purpose, _ in rows if "gather" not in name}:
-            sent = rows[purpose, "node"] + rows[purpose, "network"]
-            if not name.startswith("all_gather") or "combine" in purpose:
-                assert result["log"].bytes_to_others(purpose) == sent * D_MODEL * 2, (rank, purpose)
+        log = result["log"]
+        for phase in (Phase.COMBINE,) if name.startswith("all_gather") else (Phase.DISPATCH, Phase.COMBINE):
+            sent = total_of(log.rows_sent, OTHERS, phase)
+            assert log.bytes_to_others(phase) == sent * D_MODEL * 2 > 0, (rank, phase)
 
 
 # -------------------------------------------------------------------------------------------- the same bits for every
@@ -263,7 +273,7 @@ def run_disagreement(rank: int, name: str, what: str) -> str:
     dispatcher, _ = make_dispatcher(name, rank, 4)
     try:
         x_TD = torch.zeros(6, width, dtype=dtype, requires_grad=what == "gradient" and rank == 1)
-        dispatcher.carry(x_TD, make_plan(rank, 6), Ledger(), context, lambda tokens, chunk: tokens.x_VD)
+        dispatcher.send(x_TD, make_plan(rank, 6), Ledger(), context)
     except ValueError as error:
         return str(error)
     return "nothing"
@@ -309,8 +319,7 @@ def rows_between_nodes(rank: int, name: str) -> int:
     )
     layer = MoELayer(config, dist.group.WORLD, nodes=nodes_of(4, 2))
     x_TD = torch.randn(200, 8, generator=torch.Generator().manual_seed(rank))
-    sent = layer(x_TD).stats.log.bytes_sent
-    return sum(n for (purpose, link), n in sent.items() if link == "network" and purpose.endswith("dispatch"))
+    return total_of(layer(x_TD).stats.log.bytes_sent, ("network",), Phase.DISPATCH)
 
 
 def test_hierarchical_sends_a_quarter_of_a_row_a_choice_between_nodes() -> None:

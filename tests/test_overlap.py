@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expert_parallel.collectives import Peers
+from expert_parallel.collectives import ExchangeKey, Peers, Phase
+from expert_parallel.moe.chunk import chunk_sizes
+from expert_parallel.moe.exchange import AsyncAllToAll, SplitSizes
 from expert_parallel.moe.layer import MoEConfig, MoELayer
 from expert_parallel.moe.ledger import Ledger
-from expert_parallel.moe.passage import chunk_sizes
 from expert_parallel.moe.plan import DispatchedTokens, StepContext
 from tests.ranks import run_ranks
 from tests.test_dispatch import nodes_of
@@ -87,18 +88,15 @@ def test_chunks_change_no_output_and_no_gradient(kind: str, tokens: str, overlap
 def order_of_events(rank: int, kind: str, overlap: int) -> tuple[list[str], list[str]]:
     """Of the forward and of the backward pass: + an exchange of rows starts, - it is waited for, and what computes."""
     layer, events = make_layer(KINDS[kind], overlap), list[str]()
-    begin, compute, shared = Ledger.begin, layer.experts.forward, layer.shared_experts
+    begin, compute, shared = Ledger.all_to_all, layer.experts.forward, layer.shared_experts
     assert shared is not None
 
-    def watched_begin(self: Ledger, *arguments: Any, **named: Any) -> Callable[[], Tensor]:
-        purpose = named.get("purpose", arguments[4] if len(arguments) > 4 else "")
-        wait = begin(self, *arguments, **named)
-        if purpose.startswith("metadata"):
-            return wait
-        events.append(f"+{purpose}")
+    def watched_begin(self: Ledger, *arguments: Any) -> Callable[[], Tensor]:
+        key, wait = arguments[-1], begin(self, *arguments)
+        events.append(f"+{key}")
 
         def watched_wait() -> Tensor:
-            events.append(f"-{purpose}")
+            events.append(f"-{key}")
             return wait()
 
         return watched_wait
@@ -113,7 +111,7 @@ def order_of_events(rank: int, kind: str, overlap: int) -> tuple[list[str], list
     shared.register_forward_hook(lambda *_: events.append("shared experts"))
     shared.w_out.register_full_backward_hook(lambda *_: events.append("shared experts"))
     with (
-        mock.patch.object(Ledger, "begin", watched_begin),
+        mock.patch.object(Ledger, "all_to_all", watched_begin),
         mock.patch.object(layer.experts, "forward", watched_compute),
     ):
         y_TD = layer(x_TD).y
@@ -217,7 +215,7 @@ def test_a_pass_leaves_nothing_behind(kind: str, overlap: int, with_backward: bo
 
 def test_an_exchange_of_one_rank_leaves_its_input_alone() -> None:
     x = torch.ones(2, 3, requires_grad=True)
-    y = Ledger().exchange(x, [2], [2], Peers.of(None), "dispatch")
+    y = AsyncAllToAll(Ledger(), SplitSizes([2], [2]), Peers.of(None), ExchangeKey(Phase.DISPATCH)).start(x).finish()
     (2 * y).sum().backward()
     assert x.is_leaf
     assert x.grad is not None

@@ -60,7 +60,7 @@ def travel(
     weights_TK = torch.arange(num_tokens * num_choices).view(num_tokens, num_choices)
     choices = choices_of(expert_ids_TK, kept_TK, weights_TK)
     rank_of_expert_E1 = torch.cat([rank_of_expert_E, torch.tensor([num_ranks])])
-    order = order_choices(choices, rank_of_expert_E1, num_ranks, merge)
+    order = order_choices(choices, rank_of_expert_E1[choices.expert_N], num_ranks, merge)
     plan = plan_travel(choices, order, num_choices, merge)
     num_rows, num_sent = int(order.rows_P.sum()), int(order.choices_P.sum())
     assert plan.rows_L.shape[0] == num_tokens

@@ -726,13 +726,13 @@ def test_a_replay_gives_a_layer_its_choices_again(case: str, monkeypatch: pytest
     layer = MoELayer(layer_config(router=CASES[case])).double()
     layer.router = build(**CASES[case])
     plans: list[RoutingPlan] = []
-    carry = layer.dispatcher.carry
+    send = layer.dispatcher.send
 
     def seen(x_TD: Tensor, plan: RoutingPlan, *rest: Any) -> Any:
         plans.append(plan)
-        return carry(x_TD, plan, *rest)
+        return send(x_TD, plan, *rest)
 
-    monkeypatch.setattr(layer.dispatcher, "carry", seen)
+    monkeypatch.setattr(layer.dispatcher, "send", seen)
     context = context_of([0, 1, 2, 3], replay=RouterReplay())
     layer(X_BSD, context)
     for parameter in layer.router.parameters():

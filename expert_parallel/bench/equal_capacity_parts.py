@@ -131,7 +131,9 @@ def sorting_work(layer: MoELayer, x_TD: Tensor) -> Work:
     plan.weights_TK.requires_grad_()
 
     def run() -> None:
-        weights_R, _ = layer.dispatcher.carry(x_TD, plan, Ledger(), StepContext(), lambda rows, chunk: rows.weights_R)
+        in_flight = layer.dispatcher.send(x_TD, plan, Ledger(), StepContext())
+        (chunk,) = in_flight.arriving()
+        weights_R = chunk.tokens.weights_R
         weights_R.backward(torch.ones_like(weights_R))
         count_choices(plan, plan, None)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from expert_parallel.bench.facts import Facts, state_facts
 from expert_parallel.bench.shapes import Shape
 from expert_parallel.bench.timing import Times, Work, measure
-from expert_parallel.collectives import all_reduce_sum
+from expert_parallel.collectives import Phase, all_reduce_sum, total_of
 from expert_parallel.mesh import Nodes, ParallelDegrees, build_nodes, group_maker
 from expert_parallel.moe.layer import MoEConfig, MoELayer, token_batch
 from expert_parallel.moe.ledger import Ledger
@@ -180,9 +180,9 @@ def between_nodes(layer: MoELayer, x_TD: Tensor) -> dict[str, int]:
     output = layer(x_TD)
     output.y.backward(torch.ones_like(output.y))
     layer.zero_grad()
-    log, beside = output.stats.log, ("metadata", "metadata backward", "counts")
-    sent = sum(n for (purpose, link), n in log.bytes_sent.items() if link == "network" and purpose not in beside)
-    rows = sum(n for (purpose, link), n in log.rows_sent.items() if link == "network" and purpose.endswith("dispatch"))
+    log = output.stats.log
+    sent = sum(total_of(log.bytes_sent, ("network",), phase) for phase in (Phase.DISPATCH, Phase.COMBINE))
+    rows = total_of(log.rows_sent, ("network",), Phase.DISPATCH, is_backward=False)
     total = all_reduce_sum(torch.tensor([sent, rows], device=x_TD.device), layer.group).tolist()
     return {"bytes": total[0], "rows_out": total[1]}
 
@@ -272,7 +272,10 @@ def carry_work(layer: MoELayer, x_TD: Tensor) -> Work:
         plan = layer.router(x_TD, token_batch(x_TD[None], StepContext(), layer.data_group))
 
     def run() -> None:
-        y_TD, _ = layer.dispatcher.carry(x_TD, plan, Ledger(), StepContext(), lambda tokens, chunk: tokens.x_VD * 1)
+        in_flight = layer.dispatcher.send(x_TD, plan, Ledger(), StepContext())
+        for chunk in in_flight.arriving():
+            chunk.send_back(chunk.tokens.x_VD * 1)
+        y_TD = in_flight.returned()
         y_TD.backward(torch.ones_like(y_TD))
 
     return Work(run, partial(clear, layer, x_TD))

@@ -1,13 +1,11 @@
-"""Dispatchers: carry each token to the experts of its plan, and bring the outputs back, added up.
+"""Dispatchers: take each token to the experts of its plan, and bring the outputs back, added up.
 
-A dispatcher is a list of hops (hop.py), through which the rows go in chunks (passage.py), and the sorting of what has
-arrived by local expert. It owns no parameters and keeps nothing between calls. `DISPATCHERS` maps each `kind:` to the
-function that lists its hops.
+A dispatcher is a list of exchanges (hop.py), through which rows go in chunks (chunk.py), and the sorting of what has
+arrived by local expert. It owns no parameters and keeps nothing between passes. `DISPATCHERS` maps each `kind:` to the
+function that lists its exchanges.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import torch
@@ -15,15 +13,15 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
-from expert_parallel.collectives import Peers, group_rank, group_size
+from expert_parallel.collectives import ExchangeKey, Peers, Phase, group_rank, group_size
 from expert_parallel.mesh import Nodes
-from expert_parallel.moe.broadcast import BroadcastHop
-from expert_parallel.moe.hop import Hop, PassKey, agree
+from expert_parallel.moe.broadcast import AllGatherExchange
+from expert_parallel.moe.chunk import Chunk, chunk_sizes, join, split
+from expert_parallel.moe.hop import AllToAllExchange, Metadata, PassKey, agree
 from expert_parallel.moe.ledger import Ledger
-from expert_parallel.moe.passage import Passage, chunk_sizes, finish, split
 from expert_parallel.moe.permute import NO_ROW, count_keys, gather_rows, inverse, padded_places, stable_argsort
 from expert_parallel.moe.plan import DispatchedTokens, RoutingPlan, StepContext
-from expert_parallel.moe.travel import RowChoices, choices_of, row_table, without_nowhere
+from expert_parallel.moe.travel import IndexTable, RowChoices, choices_of, row_table, without_nowhere
 from expert_parallel.placement import ExpertPlacement
 from expert_parallel.settings import Settings
 
@@ -76,7 +74,10 @@ DispatcherConfig = Annotated[
 ]
 
 
-def local_hops(config: LocalConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None) -> list[Hop]:
+Exchanges = list[AllToAllExchange]
+
+
+def local_exchanges(config: LocalConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None) -> Exchanges:
     if placement.num_ranks > 1:
         raise ValueError(
             f"model.moe.dispatcher.kind 'local' cannot reach the experts of other ranks: parallel.ep is "
@@ -85,19 +86,23 @@ def local_hops(config: LocalConfig, placement: ExpertPlacement, group: Any, node
     return []
 
 
-def all_to_all_hops(config: AllToAllConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None) -> list[Hop]:
+def all_to_all_exchanges(
+    config: AllToAllConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None
+) -> Exchanges:
     peers = Peers.of(group, nodes.ranks_per_node if nodes else None)
-    return [Hop("", peers, placement.rank_of_expert, config.one_row_per == "rank", _dtype(config))]
+    return [AllToAllExchange(peers, placement.rank_of_expert, config.one_row_per == "rank", _dtype(config))]
 
 
-def all_gather_hops(config: AllGatherConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None) -> list[Hop]:
+def all_gather_exchanges(
+    config: AllGatherConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None
+) -> Exchanges:
     peers = Peers.of(group, nodes.ranks_per_node if nodes else None)
-    return [BroadcastHop("", peers, placement.rank_of_expert, True, _dtype(config))]
+    return [AllGatherExchange(peers, placement.rank_of_expert, True, _dtype(config))]
 
 
-def hierarchical_hops(
+def hierarchical_exchanges(
     config: HierarchicalConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None
-) -> list[Hop]:
+) -> Exchanges:
     if placement.num_ranks == 1:  # a model alone takes the config of any layout
         nodes = Nodes(1, None, None)
     if nodes is None:
@@ -105,9 +110,11 @@ def hierarchical_hops(
     between, within = Peers.of(nodes.rail_group, nodes.ranks_per_node), Peers.of(nodes.node_group, nodes.ranks_per_node)
     assert between.size * within.size == placement.num_ranks, (between, within, placement)
     merge, dtype = config.one_row_per == "rank", _dtype(config)
+    node_of_expert = [rank // within.size for rank in placement.rank_of_expert]
+    place_of_expert = [rank % within.size for rank in placement.rank_of_expert]
     return [
-        Hop("between nodes: ", between, [rank // within.size for rank in placement.rank_of_expert], merge, dtype),
-        Hop("within the node: ", within, [rank % within.size for rank in placement.rank_of_expert], merge, dtype),
+        AllToAllExchange(between, node_of_expert, merge, dtype, "between nodes"),
+        AllToAllExchange(within, place_of_expert, merge, dtype, "within the node"),
     ]
 
 
@@ -115,21 +122,19 @@ def _dtype(config: ExchangeSettings) -> torch.dtype | None:
     return None if config.exchange_dtype == "model" else torch.bfloat16
 
 
-DISPATCHERS: dict[str, Callable[..., list[Hop]]] = {
-    "local": local_hops,
-    "all_to_all": all_to_all_hops,
-    "all_gather": all_gather_hops,
-    "hierarchical": hierarchical_hops,
+DISPATCHERS: dict[str, Callable[..., Exchanges]] = {
+    "local": local_exchanges,
+    "all_to_all": all_to_all_exchanges,
+    "all_gather": all_gather_exchanges,
+    "hierarchical": hierarchical_exchanges,
 }
 
 
-# What this rank's experts make of the rows of a chunk: (tokens, number of the chunk) -> y_VD.
-Compute = Callable[[DispatchedTokens, int], Tensor]
-
-
 class Dispatcher:
-    """group: the ranks over which `placement` spreads the experts; None: all are here. nodes: how they lie on
-    machines."""
+    """Takes tokens to their experts and their outputs back, by `exchanges` one after the other.
+
+    group: the ranks over which `placement` spreads the experts; None: all are here. nodes: how they lie on machines.
+    """
 
     def __init__(
         self,
@@ -140,84 +145,55 @@ class Dispatcher:
     ) -> None:
         assert placement.num_ranks == group_size(group), (placement, group_size(group))
         self.peers = Peers.of(group)
-        hops = DISPATCHERS[config.kind](config, placement, group, nodes)
-        self.hops = [hop for hop in hops if hop.peers.size > 1]
-        self.num_chunks = config.overlap if self.hops else 1
-        self.num_local_experts = len(placement.experts_on(group_rank(group)))
-        # With a slot behind the local ones, for NOWHERE.
-        self.slot_of_expert_E1 = torch.tensor([*placement.slot_of_expert, self.num_local_experts], device="cpu")
+        exchanges = DISPATCHERS[config.kind](config, placement, group, nodes)
+        self.exchanges = [exchange for exchange in exchanges if exchange.peers.size > 1]
+        self.num_chunks = config.overlap if self.exchanges else 1
+        self.expert_ids = placement.experts_on(group_rank(group))
+        self.num_experts = placement.num_experts
+        self.slot_of_expert_E1 = IndexTable([*placement.slot_of_expert, len(self.expert_ids)])  # the last for NOWHERE
+        self.expert_of_slot_e = IndexTable(self.expert_ids)
 
-    def carry(
-        self,
-        x_TD: Tensor,
-        plan: RoutingPlan,
-        ledger: Ledger,
-        context: StepContext,
-        compute: Compute,
-        beside: Callable[[], Tensor] | None = None,
-        padded_rows: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(y_TD, served_e): dispatch, compute and combine; and how many choices each local expert served.
+    @property
+    def index_tables(self) -> list[IndexTable]:
+        """Those that live on the device of the layer's weights."""
+        exchanges = (exchange.rank_of_expert_E1 for exchange in self.exchanges)
+        return [self.slot_of_expert_E1, self.expert_of_slot_e, *exchanges]
 
-        y_TD, in the order of x_TD: the sum of each token's weighted outputs, in a fixed order: choice order within
-        a rank (the experts have added those up), then rank order (hierarchical: the ranks of a node, then nodes); with
-        `one_row_per: choice`, choice order. beside: what is computed while the first rows travel; it is added.
-        padded_rows: what each expert computes, padded with zeros; None: what has come to it.
+    def send(self, x_TD: Tensor, plan: RoutingPlan, ledger: Ledger, context: StepContext) -> "RowsInFlight":
+        """Agrees with the other ranks on what travels, and sends the first rows.
+
+        The caller serves each chunk of rows that `arriving` yields, then asks for what has `returned`. ValueError, on
+        all ranks together, where they are not in the same pass.
         """
         num_choices, sizes = plan.expert_ids_TK.shape[1], chunk_sizes(len(x_TD), self.num_chunks)
-        parts = (plan.expert_ids_TK, plan.kept_TK, plan.weights_TK)
-        chunks = [choices_of(*part) for part in zip(*(split(x, sizes) for x in parts), strict=True)]
-        passages = [Passage(x_LD, self.hops, ledger) for x_LD in split(x_TD, sizes)]
-        if self.hops:
-            needs_grad = x_TD.requires_grad and torch.is_grad_enabled()
-            key = PassKey(x_TD.shape[1], x_TD.dtype, num_choices, needs_grad, context)
-            chunks, y_beside = self._plan(passages, chunks, key, ledger, beside)
+        parts = (split(x, sizes) for x in (plan.expert_ids_TK, plan.kept_TK, plan.weights_TK))
+        choices = [choices_of(*chunk) for chunk in zip(*parts, strict=True)]
+        chunks = [Chunk(number, x_LD, self.exchanges, ledger) for number, x_LD in enumerate(split(x_TD, sizes))]
+        needs_grad = x_TD.requires_grad and torch.is_grad_enabled()
+        key = PassKey(x_TD.shape[1], x_TD.dtype, num_choices, needs_grad, context)
+        in_flight = RowsInFlight(self, chunks, plan.padded_rows, key, ledger)
+        if self.exchanges:
+            if len(self.exchanges) > 1:  # each asks its own ranks alone: others would wait for one that has raised
+                agree(key, self.peers, x_TD.device)
+            in_flight.plan_exchange(self.exchanges[0], choices)
         else:
-            self._count_stay(chunks, ledger)
-            y_beside = beside and beside()
-        if padded_rows is None and not self.hops and not plan.is_whole:  # what has come by a hop goes somewhere
-            chunks = [without_nowhere(choices) for choices in chunks]
-        sorting = [self._sort(choices, num_choices, padded_rows) for choices in chunks]
-        for number, passage in enumerate(passages):
-            passage.serve = partial(_serve, compute, sorting[number][0], number)
-        y_TD, served_e = finish(passages), torch.stack([served_e for _, served_e in sorting]).sum(0)
-        return y_TD if y_beside is None else y_TD + y_beside, served_e
+            self._count_own_rows(len(x_TD), ledger)
+            if plan.padded_rows is None and not plan.is_whole:
+                choices = [without_nowhere(chunk) for chunk in choices]
+            in_flight.metadata = LocalChoices(choices)
+        chunks[0].advance()  # the first rows need not wait for the rest of the plan
+        return in_flight
 
-    def _plan(
-        self,
-        passages: Sequence[Passage],
-        chunks: list[RowChoices],
-        key: PassKey,
-        ledger: Ledger,
-        beside: Callable[[], Tensor] | None,
-    ) -> tuple[list[RowChoices], Tensor | None]:
-        """The choices of each chunk that this rank's experts serve, and what `beside` has computed. All legs of the
-        passages are then known, and the first has begun."""
-        if len(self.hops) > 1:  # a hop asks its own peers alone: others would wait for a rank that has raised
-            agree(key, self.peers, passages[0].x_LD.device)
-        y_beside = None
-        for hop in self.hops:
-            legs, learn = hop.plan(chunks, key, ledger)
-            for passage, leg in zip(passages, legs, strict=True):
-                passage.legs.append(leg)
-            if hop is self.hops[0]:  # its rows need not wait for the rest
-                next(passages[0].steps)
-                y_beside = beside and beside()
-            chunks = learn()
-        return chunks, y_beside
+    def _count_own_rows(self, num_rows: int, ledger: Ledger) -> None:
+        """Counts every row as this rank's own: all experts are here."""
+        for phase in (Phase.DISPATCH, Phase.COMBINE):
+            ledger.count_rows([num_rows], [num_rows], self.peers, ExchangeKey(phase))
 
-    def _count_stay(self, chunks: Sequence[RowChoices], ledger: Ledger) -> None:
-        """All experts are here: all rows are this rank's own."""
-        for purpose in ("dispatch", "combine"):
-            num_rows = [sum(choices.num_rows for choices in chunks)]
-            ledger.count_rows(purpose, num_rows, num_rows, self.peers)
-
-    def _sort(self, choices: RowChoices, num_choices: int, padded_rows: int | None) -> tuple[DispatchedTokens, Tensor]:
-        """Which arrived row each local expert computes for which choice; without the rows, which have yet to come. And
-        how many choices each serves."""
-        self.slot_of_expert_E1 = self.slot_of_expert_E1.to(choices.expert_N.device)
-        num_local = self.num_local_experts
-        slot_N = self.slot_of_expert_E1[choices.expert_N]
+    def assign(self, choices: RowChoices, num_choices: int, padded_rows: int | None) -> tuple[DispatchedTokens, Tensor]:
+        """Returns which arriving row each local expert computes for which choice, without the rows, which have yet to
+        come; and how many choices each serves, int64 (e)."""
+        num_local = len(self.expert_ids)
+        slot_N = self.slot_of_expert_E1(choices.expert_N)
         counts_e = served_e = count_keys(slot_N, num_local + 1)[:num_local]
         if padded_rows is None:
             choice_R = stable_argsort(slot_N, num_local)
@@ -233,6 +209,81 @@ class Dispatcher:
         computed_VK = row_table(choices, place_N, min(num_choices, num_local))
         return DispatchedTokens(weights_R[:0, None], row_R, computed_VK, counts_e, weights_R), served_e
 
+    def by_global_expert(self, counts_e: Tensor) -> Tensor:
+        """Returns counts of this rank's experts among those of all; 0 for the others."""
+        return counts_e.new_zeros(self.num_experts).scatter_(0, self.expert_of_slot_e.on(counts_e.device), counts_e)
 
-def _serve(compute: Compute, tokens: DispatchedTokens, number: int, x_VD: Tensor) -> Tensor:
-    return compute(replace(tokens, x_VD=x_VD), number)
+
+class LocalChoices:
+    """Metadata of rows that do not travel: the choices as they are."""
+
+    def __init__(self, choices: list[RowChoices]) -> None:
+        self.choices = choices
+
+    def arrived(self) -> list[RowChoices]:
+        return self.choices
+
+
+class RowsInFlight:
+    """The rows of one pass, in chunks of tokens: the exchange of one chunk overlaps the experts' work on another.
+
+    With two chunks and one exchange, where D sends rows to the experts, C is the experts, M sends outputs back, and
+    small letters wait for them:
+
+        forward     D1 d1 D2 C1 M1 d2 C2 M2 m1 m2     D2 overlaps C1, M1 overlaps C2
+        backward    m2 m1 M2 C2 d2 M1 C1 D2 d1 D1     m2, m1, d2, d1 start the gradients' exchanges; M2 ... D1 wait
+
+    Autograd runs what is ready in the reverse order of its making, so that m1 overlaps C2, and d2 overlaps C1.
+    """
+
+    metadata: Metadata
+
+    def __init__(
+        self, dispatcher: Dispatcher, chunks: list[Chunk], padded_rows: int | None, key: PassKey, ledger: Ledger
+    ) -> None:
+        self.dispatcher, self.chunks, self.padded_rows = dispatcher, chunks, padded_rows
+        self.key, self.ledger = key, ledger
+
+    def plan_exchange(self, exchange: AllToAllExchange, choices: list[RowChoices]) -> None:
+        """Tells every chunk how its rows travel. The choices that they serve are then under way."""
+        routes, self.metadata = exchange.plan(choices, self.key, self.ledger)
+        for chunk, route in zip(self.chunks, routes, strict=True):
+            chunk.routes.append(route)
+
+    def arriving(self) -> Iterator[Chunk]:
+        """Yields each chunk when its rows have arrived, for the experts, while rows of other chunks travel.
+
+        Each time, every chunk under way moves one exchange on, the oldest first, and another one leaves. Outputs come
+        back when they have had the experts' work on the next chunk to travel.
+        """
+        self._assign_to_experts()
+        num_sent = 1
+        for number, chunk in enumerate(self.chunks):
+            while not chunk.has_arrived:
+                num_sent += 1
+                for moving in self.chunks[number:num_sent]:
+                    moving.advance()
+            for returning in self.chunks[: max(number - 1, 0)]:
+                returning.come_back()
+            yield chunk
+
+    def returned(self) -> Tensor:
+        """Returns y_TD, in the order of the tokens sent: the sum of each token's weighted outputs.
+
+        Its order is fixed: choice order within a rank (the experts have added those up), then rank order (hierarchical:
+        the ranks of a node, then nodes); with `one_row_per: choice`, choice order.
+        """
+        while not all(chunk.is_home for chunk in self.chunks):
+            for chunk in self.chunks:
+                chunk.come_back()
+        return join([chunk.rows for chunk in self.chunks])
+
+    def _assign_to_experts(self) -> None:
+        """Plans the later exchanges, and assigns the rows that will arrive to this rank's experts."""
+        for exchange in self.dispatcher.exchanges[1:]:
+            self.plan_exchange(exchange, self.metadata.arrived())
+        served = []
+        for chunk, choices in zip(self.chunks, self.metadata.arrived(), strict=True):
+            chunk.assigned, served_e = self.dispatcher.assign(choices, self.key.num_choices, self.padded_rows)
+            served.append(served_e)
+        self.computed_E = self.dispatcher.by_global_expert(torch.stack(served).sum(0))

@@ -1,4 +1,4 @@
-"""One hop of a dispatch: rows, each with the choices that it serves, go to the ranks of a group that lead to their
+"""One exchange of a dispatch: rows, each with the choices that it serves, go to the ranks of a group that lead to their
 experts.
 
 A row that several choices need at one destination travels once; on the way back their weighted outputs are one row.
@@ -8,17 +8,19 @@ pass is, which all ranks must agree on; then, for each choice, its expert (4 byt
 begins) and its weight (4; 8 in float64).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from expert_parallel.collectives import Peers, Wait, all_gather_rows, start_counts
-from expert_parallel.moe.ledger import Ledger, Trip
+from expert_parallel.collectives import ExchangeKey, Hop, Peers, Phase, Wait, all_gather_rows, start_counts
+from expert_parallel.moe.exchange import AsyncAllToAll, AsyncCollective, SplitSizes
+from expert_parallel.moe.ledger import Ledger
 from expert_parallel.moe.permute import NO_ROW, gather_rows
 from expert_parallel.moe.plan import StepContext
-from expert_parallel.moe.travel import Order, RowChoices, Travel, order_choices, plan_travel
+from expert_parallel.moe.travel import IndexTable, Order, RowChoices, Travel, order_choices, plan_travel
 
 
 @dataclass(frozen=True)
@@ -73,118 +75,150 @@ def refuse_disagreement(words_P2: Sequence[Sequence[int]], key: PassKey, peers: 
 
 
 @dataclass(frozen=True)
-class Leg:
-    """How the rows of one chunk travel in one hop. send, receive: how many of them, by peer."""
+class ChunkRoute:
+    """How the rows of one chunk cross one exchange.
+
+    token_U: int64, the row of x behind each row that travels, by destination. rows_L: int64 (L, width), the travelling
+    rows of each row of x, in the order in which they are added up on return. sizes: numbers of rows that travel.
+    """
 
     token_U: Tensor
     rows_L: Tensor
-    send: list[int]
-    receive: list[int]
+    sizes: SplitSizes
 
 
-class Hop:
-    """rank_of_expert: which of the peers leads to each expert. exchange_dtype: what rows travel in; None: as they
-    are."""
+class Metadata(Protocol):
+    """The choices that arriving rows serve, under way: they arrive after the rows have left."""
+
+    def arrived(self) -> list[RowChoices]:
+        """Waits for the choices of each chunk. Called once."""
+        ...
+
+
+class AllToAllExchange:
+    """Takes rows to the ranks of a group that lead to their experts, and back: a variable-size all-to-all.
+
+    hop: its name where rows take several exchanges one after the other. rank_of_expert: which rank of the group leads
+    to each expert. merge: choices of one row at one destination share a travelling row. exchange_dtype: what rows
+    travel in; None: as they are.
+    """
 
     def __init__(
-        self, name: str, peers: Peers, rank_of_expert: Sequence[int], merge: bool, exchange_dtype: torch.dtype | None
+        self,
+        peers: Peers,
+        rank_of_expert: Sequence[int],
+        merge: bool,
+        exchange_dtype: torch.dtype | None,
+        hop: Hop = "",
     ) -> None:
-        self.name, self.peers, self.merge, self.exchange_dtype = name, peers, merge, exchange_dtype
-        ranks = [*rank_of_expert, peers.size]
-        self.rank_of_expert_E1 = torch.tensor(ranks, device="cpu")  # even where a model is built on meta
+        self.peers, self.merge, self.exchange_dtype, self.hop = peers, merge, exchange_dtype, hop
+        self.rank_of_expert_E1 = IndexTable([*rank_of_expert, peers.size])  # the last one is read for NOWHERE
 
-    def plan(
-        self, chunks: Sequence[RowChoices], key: PassKey, ledger: Ledger
-    ) -> tuple[list[Leg], Callable[[], list[RowChoices]]]:
-        """How the rows of each chunk travel; and what to call for the choices that arrive, which are under way."""
+    def plan(self, chunks: Sequence[RowChoices], key: PassKey, ledger: Ledger) -> tuple[list[ChunkRoute], Metadata]:
+        """Exchanges the numbers of rows and choices. Returns how the rows of each chunk travel, and the choices that
+        arriving rows serve, which are then under way. The host waits once, for the numbers.
+
+        ValueError, on every rank of the group, where ranks are not in the same pass.
+        """
         orders = self._order(chunks)
-        wait = start_counts(sent_PW := self._count(orders, key, ledger), self.peers.group)
+        sent_PW = self._outgoing_counts(orders, key, ledger)
+        wait = start_counts(sent_PW, self.peers.group)
         travels = [
             plan_travel(choices, order, key.num_choices, self.merge)
             for choices, order in zip(chunks, orders, strict=True)
         ]
-        sent_WP, received_WP = torch.stack([sent_PW, wait()]).mT.tolist()  # here the host waits
+        sent_WP, received_WP = torch.stack([sent_PW, wait()]).mT.tolist()  # the host waits here
         refuse_disagreement(list(zip(*received_WP[-2:], strict=True)), key, self.peers)
         C = len(chunks)
-        legs = [
-            Leg(travel.token_U[: sum(send)], travel.rows_L, send, receive)
-            for travel, send, receive in zip(travels, sent_WP[:C], received_WP[:C], strict=True)
+        row_sizes = [SplitSizes(*sizes) for sizes in zip(sent_WP[:C], received_WP[:C], strict=True)]
+        choice_sizes = [SplitSizes(*sizes) for sizes in zip(sent_WP[C : 2 * C], received_WP[C : 2 * C], strict=True)]
+        routes = [
+            ChunkRoute(travel.token_U[: sum(sizes.send)], travel.rows_L, sizes)
+            for travel, sizes in zip(travels, row_sizes, strict=True)
         ]
-        parcels = [
-            departing(choices, order, travel, sum(send))
-            for choices, order, travel, send in zip(chunks, orders, travels, sent_WP[C : 2 * C], strict=True)
+        outgoing = [
+            departing(choices, order, travel, sum(sizes.send))
+            for choices, order, travel, sizes in zip(chunks, orders, travels, choice_sizes, strict=True)
         ]
-        num_rows = [sum(leg.receive) for leg in legs]
-        return legs, self._send_choices(parcels, sent_WP[C : 2 * C], received_WP[C : 2 * C], num_rows, ledger)
+        tags, weights = ([pair[part] for pair in outgoing] for part in (0, 1))
+        num_rows = [sum(sizes.receive) for sizes in row_sizes]
+        return routes, AsyncChoices(tags, choice_sizes, num_rows, self, ledger).start(by_peer(weights, choice_sizes))
 
-    def start(self, x_LD: Tensor, leg: Leg, ledger: Ledger) -> Trip:
-        """The rows leave for those that need them."""
-        x_UD = self._narrow(gather_rows(x_LD, leg.token_U, leg.rows_L))
-        return ledger.trip(leg.send, leg.receive, self.peers, f"{self.name}dispatch").start(x_UD)
+    def start(self, x_LD: Tensor, route: ChunkRoute, ledger: Ledger) -> AsyncCollective:
+        """Sends rows to those that need them."""
+        x_UD = self._narrow(gather_rows(x_LD, route.token_U, route.rows_L))
+        return AsyncAllToAll(ledger, route.sizes, self.peers, self.key(Phase.DISPATCH)).start(x_UD)
 
-    def start_back(self, y_VD: Tensor, leg: Leg, ledger: Ledger) -> Trip:
-        """What the arrived rows became leaves for where they came from; see `added_up`."""
-        return ledger.trip(leg.receive, leg.send, self.peers, f"{self.name}combine").start(self._narrow(y_VD))
+    def start_back(self, y_VD: Tensor, route: ChunkRoute, ledger: Ledger) -> AsyncCollective:
+        """Sends what the arrived rows became to where they came from; see `add_up`."""
+        sizes, key = route.sizes.reversed, self.key(Phase.COMBINE)
+        return AsyncAllToAll(ledger, sizes, self.peers, key).start(self._narrow(y_VD))
 
-    def added_up(self, y_UD: Tensor, leg: Leg) -> Tensor:
-        """What has come back, at the rows that it belongs to, added up in a fixed order."""
-        return gather_rows(y_UD, leg.rows_L, leg.token_U)
+    def add_up(self, y_UD: Tensor, route: ChunkRoute) -> Tensor:
+        """Returns y_LD: for each row, the sum in a fixed order of what has come back for it."""
+        return gather_rows(y_UD, route.rows_L, route.token_U)
+
+    def key(self, phase: Phase) -> ExchangeKey:
+        return ExchangeKey(phase, self.hop)
 
     def _order(self, chunks: Sequence[RowChoices]) -> list[Order]:
-        self.rank_of_expert_E1 = self.rank_of_expert_E1.to(chunks[0].expert_N.device)
-        return [order_choices(choices, self.rank_of_expert_E1, self.peers.size, self.merge) for choices in chunks]
+        return [
+            order_choices(choices, self.rank_of_expert_E1(choices.expert_N), self.peers.size, self.merge)
+            for choices in chunks
+        ]
 
-    def _count(self, orders: Sequence[Order], key: PassKey, ledger: Ledger) -> Tensor:
+    def _outgoing_counts(self, orders: Sequence[Order], key: PassKey, ledger: Ledger) -> Tensor:
         """(P, 2 C + 2), int32: for each peer the rows of each chunk, the choices of each, and the key's words."""
         counts = [order.rows_P for order in orders] + [order.choices_P for order in orders]
         words_2P = counts[0].new_tensor(key.words)[:, None].expand(2, self.peers.size)
         sent_PW = torch.cat([torch.stack(counts), words_2P]).mT.to(torch.int32)
-        ledger.count_bytes(sent_PW, [1] * self.peers.size, self.peers, "counts")
+        ledger.count_bytes(sent_PW, [1] * self.peers.size, self.peers, self.key(Phase.COUNTS))
         return sent_PW
-
-    def _send_choices(
-        self,
-        parcels: Sequence[tuple[Tensor, Tensor]],
-        send_CP: Sequence[Sequence[int]],
-        receive_CP: Sequence[Sequence[int]],
-        num_rows: Sequence[int],
-        ledger: Ledger,
-    ) -> Callable[[], list[RowChoices]]:
-        """All chunks' in one message. parcels: of each chunk, tags and weights of its choices, by destination.
-        num_rows: that will arrive, of each chunk."""
-        tag_N, weight_N = (by_peer(list(parts), send_CP) for parts in zip(*parcels, strict=True))
-        send, receive = ([sum(column) for column in zip(*table, strict=True)] for table in (send_CP, receive_CP))
-        tags: list[Tensor] = []
-
-        def there(weight_N: Tensor) -> Wait:
-            bits = weight_N.view(torch.int32).view(len(weight_N), weight_N.itemsize // 4)
-            record = torch.cat([tag_N[:, None], bits], 1)
-            wait = ledger.begin(record, send, receive, self.peers, "metadata", payload=False)
-
-            def arrive() -> Tensor:
-                arrived = wait()
-                tags.append(arrived[:, 0])
-                bits = arrived[:, 1:].clone(memory_format=torch.contiguous_format)  # at the start of its memory
-                return bits.view(weight_N.dtype).flatten()
-
-            return arrive
-
-        def back(grad_N: Tensor) -> Wait:
-            return ledger.begin(grad_N, receive, send, self.peers, "metadata backward", payload=False)
-
-        trip = Trip(there, back).start(weight_N)
-
-        def learn() -> list[RowChoices]:
-            weights, tags_C = by_chunk(trip.finish(), receive_CP), by_chunk(tags.pop(), receive_CP)
-            return [
-                RowChoices((tag_N & 1).cumsum(0) - 1, (tag_N >> 1).long(), weight_N, rows)
-                for tag_N, weight_N, rows in zip(tags_C, weights, num_rows, strict=True)
-            ]
-
-        return learn
 
     def _narrow(self, x: Tensor) -> Tensor:
         return x if self.exchange_dtype is None else x.to(self.exchange_dtype)
+
+
+class AsyncChoices(AsyncCollective):
+    """The all-to-all of the choices that travelling rows serve: their experts and their weights, which have a gradient,
+    of all chunks in one message.
+
+    tags: of each chunk, the int32 tags of its choices by destination (see `departing`). sizes: numbers of choices.
+    num_rows: how many rows of each chunk will arrive.
+    """
+
+    def __init__(
+        self,
+        tags: list[Tensor],
+        sizes: list[SplitSizes],
+        num_rows: list[int],
+        exchange: AllToAllExchange,
+        ledger: Ledger,
+    ) -> None:
+        self.tag_N, self.chunk_sizes, self.num_rows = by_peer(tags, sizes), sizes, num_rows
+        self.sizes, self.peers, self.ledger = total_sizes(sizes), exchange.peers, ledger
+        self.key = exchange.key(Phase.METADATA)
+
+    def begin(self, weight_N: Tensor) -> Wait:
+        bits = weight_N.view(torch.int32).view(len(weight_N), weight_N.itemsize // 4)
+        record = torch.cat([self.tag_N[:, None], bits], 1)
+        self.dtype = weight_N.dtype
+        return self.ledger.all_to_all_metadata(record, *self.sizes, self.peers, self.key)
+
+    def unpack(self, record: Tensor) -> tuple[Tensor, Tensor]:
+        bits = record[:, 1:].clone(memory_format=torch.contiguous_format)  # at the start of its memory
+        return bits.view(self.dtype).flatten(), record[:, 0]
+
+    def begin_backward(self, grad_N: Tensor) -> Wait:
+        return self.ledger.all_to_all_metadata(grad_N, *self.sizes.reversed, self.peers, self.key.of_backward)
+
+    def arrived(self) -> list[RowChoices]:
+        weight_N, tag_N = self.finish()
+        weights, tags = by_chunk(weight_N, self.chunk_sizes), by_chunk(tag_N, self.chunk_sizes)
+        return [
+            RowChoices((tag_N & 1).cumsum(0) - 1, (tag_N >> 1).long(), weight_N, rows)
+            for tag_N, weight_N, rows in zip(tags, weights, self.num_rows, strict=True)
+        ]
 
 
 def departing(choices: RowChoices, order: Order, travel: Travel, count: int) -> tuple[Tensor, Tensor]:
@@ -196,17 +230,25 @@ def departing(choices: RowChoices, order: Order, travel: Travel, count: int) -> 
     return tag_N.to(torch.int32), gather_rows(choices.weight_N, choice_N, inverse_N1)
 
 
-def by_peer(parts: Sequence[Tensor], counts_CP: Sequence[Sequence[int]]) -> Tensor:
-    """Chunks, each by peer, as one message: by peer, for each its part of every chunk."""
+def by_peer(parts: Sequence[Tensor], sizes: Sequence[SplitSizes]) -> Tensor:
+    """Joins what leaves of each chunk, ordered by destination, into one message by destination, then by chunk."""
     if len(parts) == 1:
         return parts[0]
-    blocks_CP = [part.split(list(counts)) for part, counts in zip(parts, counts_CP, strict=True)]
+    blocks_CP = [part.split(chunk.send) for part, chunk in zip(parts, sizes, strict=True)]
     return torch.cat([block for blocks_C in zip(*blocks_CP, strict=True) for block in blocks_C])
 
 
-def by_chunk(message: Tensor, counts_CP: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The inverse of by_peer."""
-    if len(counts_CP) == 1:
+def by_chunk(message: Tensor, sizes: Sequence[SplitSizes]) -> list[Tensor]:
+    """Divides a message that has arrived, by source, then by chunk, into what arrives of each chunk by source."""
+    if len(sizes) == 1:
         return [message]
-    blocks = message.split([count for counts_C in zip(*counts_CP, strict=True) for count in counts_C])
-    return [torch.cat(blocks[chunk :: len(counts_CP)]) for chunk in range(len(counts_CP))]
+    blocks = message.split(
+        [count for counts_C in zip(*(chunk.receive for chunk in sizes), strict=True) for count in counts_C]
+    )
+    return [torch.cat(blocks[chunk :: len(sizes)]) for chunk in range(len(sizes))]
+
+
+def total_sizes(sizes: Sequence[SplitSizes]) -> SplitSizes:
+    """Returns the sizes of all chunks together."""
+    send, receive = zip(*sizes, strict=True)
+    return SplitSizes(*([sum(counts) for counts in zip(*table, strict=True)] for table in (send, receive)))

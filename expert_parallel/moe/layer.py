@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -22,10 +21,8 @@ from expert_parallel.moe.ledger import Ledger, LedgerConfig
 from expert_parallel.moe.parameters import init_parameters
 from expert_parallel.moe.plan import (
     Choices,
-    DispatchedTokens,
     LoadStats,
     MoEOutput,
-    Reason,
     RoutingPlan,
     RowCounts,
     StepContext,
@@ -38,6 +35,7 @@ from expert_parallel.moe.receive_bound import limit_received
 from expert_parallel.moe.refuse import refuse_combinations
 from expert_parallel.moe.routers import RouterConfig, build_router, router_settings
 from expert_parallel.moe.routing import TopKRouterConfig
+from expert_parallel.moe.travel import IndexTable
 from expert_parallel.placement import ExpertPlacement
 from expert_parallel.settings import Settings
 
@@ -89,9 +87,11 @@ class MoELayer(nn.Module):
     seed: initial weights are a function of it and of each weight's name; give each layer of a model one of its own.
 
     Weights are float32 (or what `.double()`, `.bfloat16()` make of them); the layer computes in its input's dtype,
-    the router in promote_types(float32, that). Gradients of router and shared experts are this rank's part: SUM
-    them over the data ranks. Gradients of experts already hold every token of the group, and what is divided over
-    etp_group those of its ranks' tokens too; b_out, which is not, is this rank's part there.
+    the router in promote_types(float32, that).
+
+    After the backward pass the gradients of router and shared experts are this rank's part: SUM them over the data
+    ranks. Those of experts are summed over `group` already, in the backward pass of the dispatch, and where weights are
+    divided over etp_group, over that too; b_out is whole on each of its ranks: sum its gradient over etp_group.
     """
 
     def __init__(
@@ -132,7 +132,8 @@ class MoELayer(nn.Module):
         self.experts = GroupedExperts(
             config.experts, config.d_model, placement.experts_on(group_rank(group)), etp_group
         )
-        self.expert_ids_e = torch.tensor(self.experts.expert_ids, device="cpu")
+        self.rank_of_expert_E = IndexTable(placement.rank_of_expert)
+        self.index_tables = nn.ModuleList(self.dispatcher.index_tables)
         self.shared_experts = FFN(config.shared_experts, config.d_model) if config.shared_experts else None
         if not self.experts.w_in.is_meta:
             init_parameters(self, seed, std=lambda name: 0.02)
@@ -140,43 +141,43 @@ class MoELayer(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "MoELayer":
         """Weights are copied, process groups are shared: they cannot be."""
         groups = (self.group, self.data_group, self.sequence_group, self.etp_group)
-        memo |= {id(shared): shared for shared in (*groups, self.dispatcher)}
+        memo |= {id(group): group for group in groups}
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         copied.__dict__ = copy.deepcopy(self.__dict__, memo)
         return copied
 
     def forward(self, x: Tensor, context: StepContext | None = None) -> MoEOutput:
-        """x: (B, S, D), or (T, D) as one sequence. Every rank of the group calls it; B and S may differ, even be 0.
+        """Routes, limits, dispatches, computes and combines.
+
+        x: (B, S, D), or (T, D) as one sequence. Every rank of the group calls it; B and S may differ, even be 0.
 
         ValueError for input of another shape, and on all ranks together where they are not in the same pass. One that a
         single rank raises (its own input is wrong) leaves the others waiting: let it end the process.
         """
-        if not x.is_floating_point() or x.dim() not in (2, 3) or x.shape[-1] != self.config.d_model:
-            raise ValueError(
-                f"the layer takes floating-point input of shape (B, S, {self.config.d_model}) or (T, "
-                f"{self.config.d_model}), d_model last; it was given {x.dtype} of shape {tuple(x.shape)}"
-            )
         context = context or StepContext()
-        x_BSD = x if x.dim() == 3 else x[None]
+        x_BSD = self._checked(x)
         x_TD = x_BSD.flatten(0, 1)
         batch = token_batch(x_BSD, context, self.data_group, self.sequence_group)
         ledger = Ledger(self.config.ledger, context.layer, context.step)
 
-        routed, plan, padded_rows = self._route(x_TD, batch)
+        recorded = find_recorded(batch, self.router.num_choices)
+        routed = self.router(x_TD, batch, recorded and recorded.routed)
+        plan = self._limit(routed, batch, recorded)
         losses, pooled = router_losses(self.config.losses, routed, batch)
 
-        def compute(tokens: DispatchedTokens, chunk: int) -> Tensor:
-            y_VD: Tensor = self.experts(tokens, dropout_seed=dropout_seed(context) + chunk)
-            return y_VD
-
-        shared = None if self.shared_experts is None else partial(self.shared_experts, x_TD)
-        y_TD, served_e = self.dispatcher.carry(x_TD, plan, ledger, context, compute, shared, padded_rows)
+        in_flight = self.dispatcher.send(x_TD, plan, ledger, context)
+        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)  # while the first rows travel
+        for chunk in in_flight.arriving():
+            chunk.send_back(self.experts(chunk.tokens, dropout_seed=dropout_seed(context) + chunk.number))
+        y_TD = in_flight.returned()
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
 
         weighted = {loss_name(c): c.coefficient * losses[loss_name(c)] for c in self.config.losses}
         stats = LoadStats(
             **count_choices(routed, plan, batch.real_T),
-            computed_E=self._by_global_expert(served_e),
+            computed_E=in_flight.computed_E,
             rows=RowCounts.of(ledger.log),
             log=ledger.log,
             gathered_bytes=batch.gathered_bytes[0],
@@ -184,67 +185,59 @@ class MoELayer(nn.Module):
         )
         return MoEOutput(y_TD.view(x.shape), weighted, stats, pooled)
 
-    def _route(self, x_TD: Tensor, batch: TokenBatch) -> tuple[RoutingPlan, RoutingPlan, int | None]:
-        """The plan as the router chose, the plan as capacity left it, and the rows that each expert is padded to. What
-        the context's replay has recorded of this pass is taken from there."""
-        replay, context = batch.context.replay, batch.context
-        key = (context.step, context.micro_step, context.layer)
-        recorded = replay.recorded.get(key) if replay is not None else None
-        if recorded is not None:
-            refuse_other_tokens(recorded, batch, self.router.num_choices)
-        choice = None if recorded is None else (recorded.routed_ids_TK, recorded.routed_reason_TK)
-        routed = self.router(x_TD, batch, choice)
+    def _checked(self, x: Tensor) -> Tensor:
+        """Returns the input as (B, S, D). ValueError where it is of another shape."""
+        if not x.is_floating_point() or x.dim() not in (2, 3) or x.shape[-1] != self.config.d_model:
+            raise ValueError(
+                f"the layer takes floating-point input of shape (B, S, {self.config.d_model}) or (T, "
+                f"{self.config.d_model}), d_model last; it was given {x.dtype} of shape {tuple(x.shape)}"
+            )
+        return x if x.dim() == 3 else x[None]
+
+    def _limit(self, routed: RoutingPlan, batch: TokenBatch, recorded: Choices | None) -> RoutingPlan:
+        """Returns the plan as capacity leaves it, or as it was recorded; weights are computed again where they may have
+        changed. What is not recorded yet and is to be replayed is recorded."""
+        replay = batch.context.replay
         if recorded is None:
             with torch.no_grad():
-                limited, padded_rows = self._limit(routed, batch)
-            recorded = Choices(
-                batch.index_T,
-                routed.expert_ids_TK,
-                routed.reason_TK,
-                limited.expert_ids_TK,
-                limited.reason_TK,
-                padded_rows,
+                limited = self._apply_capacity(routed, batch)
+            plan = replace(
+                routed,
+                expert_ids_TK=limited.expert_ids_TK,
+                reason_TK=limited.reason_TK,
+                padded_rows=limited.padded_rows,
             )
             if replay is not None:
-                replay.recorded[key] = recorded
-        reason_TK = recorded.reason_TK
-        if reason_TK is not routed.all_kept_TK:  # padding may be other now than when it was recorded
-            reason_TK = reason_TK.masked_fill(~routed.routed_TK, Reason.NOT_ROUTED)
-        plan = replace(routed, expert_ids_TK=recorded.ids_TK, reason_TK=reason_TK)
-        return routed, self._weigh_again(plan, is_replayed=replay is not None), recorded.padded_rows
-
-    def _limit(self, routed: RoutingPlan, batch: TokenBatch) -> tuple[RoutingPlan, int | None]:
-        capacity = self.config.capacity
-        if batch.context.dropless:
-            return routed, None
-        plan, most = POLICIES[capacity.kind](capacity, routed, batch, self.training)
-        if isinstance(capacity, DroplessConfig):
-            if capacity.receive_bound is not None:
-                rank_of_expert_E = torch.tensor(self.placement.rank_of_expert, device=plan.expert_ids_TK.device)
-                plan = limit_received(capacity.receive_bound, plan, rank_of_expert_E, self.group)
-            return plan, None
-        if not capacity.pad:
-            return plan, None
-        assert most is not None
-        if capacity.scope == "global" or group_size(self.group) == 1:
-            return plan, most
-        counts = capacity.scope != "sequence" or self.counts_sequences
-        return plan, int(all_reduce_sum(batch.index_T.new_tensor(most if counts else 0), self.group))
-
-    def _weigh_again(self, plan: RoutingPlan, is_replayed: bool) -> RoutingPlan:
-        """Weights for what is left, where the capacity policy, or that of the run that was recorded, may change
-        them."""
+                replay.record(batch.context, Choices.of(batch.index_T, routed, plan))
+        else:
+            plan = recorded.put_into(routed)
         capacity = self.config.capacity
         renormalise = isinstance(capacity, LimitSettings) and capacity.renormalise
         reroutes = isinstance(capacity, LimitSettings) and capacity.overflow == "reroute"
-        if not (renormalise or reroutes or is_replayed):
+        if not (renormalise or reroutes or replay is not None):
             return plan
         counted_TK = plan.kept_TK if renormalise else None
         return replace(plan, weights_TK=self.router.weights(plan, plan.expert_ids_TK, counted_TK))
 
-    def _by_global_expert(self, counts_e: Tensor) -> Tensor:
-        self.expert_ids_e = self.expert_ids_e.to(counts_e.device)
-        return counts_e.new_zeros(self.config.num_experts).scatter_(0, self.expert_ids_e, counts_e)
+    def _apply_capacity(self, routed: RoutingPlan, batch: TokenBatch) -> RoutingPlan:
+        """Returns the plan with what has no room dropped or rerouted. Without gradients."""
+        capacity = self.config.capacity
+        if batch.context.dropless:
+            return routed
+        plan, most = POLICIES[capacity.kind](capacity, routed, batch, self.training)
+        if isinstance(capacity, DroplessConfig):
+            if capacity.receive_bound is None:
+                return plan
+            rank_TK = self.rank_of_expert_E(plan.expert_ids_TK)
+            return limit_received(capacity.receive_bound, plan, rank_TK, self.group)
+        if not capacity.pad:
+            return plan
+        assert most is not None
+        if capacity.scope == "global" or group_size(self.group) == 1:
+            return replace(plan, padded_rows=most)
+        counts = capacity.scope != "sequence" or self.counts_sequences
+        total = all_reduce_sum(batch.index_T.new_tensor(most if counts else 0), self.group)
+        return replace(plan, padded_rows=int(total))
 
 
 def token_batch(
@@ -294,8 +287,13 @@ def token_batch(
     )
 
 
-def refuse_other_tokens(recorded: Choices, batch: TokenBatch, num_choices: int) -> None:
-    """ValueError where recorded choices are not those of these tokens, or of a router like this one."""
+def find_recorded(batch: TokenBatch, num_choices: int) -> Choices | None:
+    """Returns the choices that the context's replay has recorded of this pass; None where there are none. ValueError
+    where they are not those of these tokens, or of a router like this one."""
+    replay = batch.context.replay
+    recorded = None if replay is None else replay.find(batch.context)
+    if recorded is None:
+        return None
     if recorded.ids_TK.shape[1] != num_choices:
         raise ValueError(
             f"StepContext.replay holds {recorded.ids_TK.shape[1]} choices a token, the router makes {num_choices} "
@@ -306,6 +304,7 @@ def refuse_other_tokens(recorded: Choices, batch: TokenBatch, num_choices: int) 
             f"StepContext.replay was recorded of other tokens: {len(recorded.index_T)} of them, here are "
             f"{len(batch.index_T)}; or their sequences have other indices, or they stand elsewhere in them"
         )
+    return recorded
 
 
 def global_index(sequence_index_B: Tensor, length: int, positions_S: Tensor | None = None) -> Tensor:

@@ -7,20 +7,18 @@ those for this destination) and the sum of the row's bits; the receiver checks b
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from expert_parallel import collectives
-from expert_parallel.collectives import CommLog, Peers, Wait, as_bytes, from_bytes
+from expert_parallel.collectives import CommLog, ExchangeKey, Peers, Wait, as_bytes, from_bytes
 from expert_parallel.settings import Settings
 
-Start = Callable[[Tensor, Sequence[int], Sequence[int], Any], Wait]
 _TAG_BYTES = 16
 
 
@@ -38,80 +36,71 @@ class LedgerBreach(RuntimeError):
 
 @dataclass(frozen=True)
 class Ledger:
-    """layer, step: what messages name. log: rows and bytes, by purpose and link class; backward passes add to it."""
+    """layer, step: what messages name. log: rows and bytes, by exchange and link class; backward passes add to it."""
 
     config: LedgerConfig = field(default_factory=LedgerConfig)
     layer: int = 0
     step: int = 0
     log: CommLog = field(default_factory=CommLog)
 
-    def exchange(self, x: Tensor, send: Sequence[int], receive: Sequence[int], peers: Peers, purpose: str) -> Tensor:
-        """all_to_all_rows with a gradient, which is the same exchange the other way round. x: (sum(send), ...)."""
-        return self.trip(send, receive, peers, purpose).start(x).finish()
-
-    def trip(
-        self, send: Sequence[int], receive: Sequence[int], peers: Peers, purpose: str, payload: bool = True
-    ) -> "Trip":
-        """An exchange that is started and finished apart, in the backward pass too. payload: rows that the ledger
-        accounts for; else metadata, of which bytes alone are counted."""
-        return Trip(
-            partial(self.begin, send=send, receive=receive, peers=peers, purpose=purpose, payload=payload),
-            partial(
-                self.begin, send=receive, receive=send, peers=peers, purpose=f"{purpose} backward", payload=payload
-            ),
-        )
-
-    def begin(
-        self, x: Tensor, send: Sequence[int], receive: Sequence[int], peers: Peers, purpose: str, payload: bool = True
+    def all_to_all(
+        self, x: Tensor, send: Sequence[int], receive: Sequence[int], peers: Peers, key: ExchangeKey
     ) -> Wait:
-        """Starts one exchange, without a gradient. Waiting for it checks what has arrived."""
-        if not payload:
-            self.count_bytes(x, send, peers, purpose)
-            return collectives.start_all_to_all_rows(x, send, receive, peers.group)
-        self.count_rows(purpose, send, receive, peers)
+        """Starts an all-to-all of rows, without a gradient. Waiting for it checks what has arrived.
+
+        x: (sum(send), ...), by destination. What arrives: (sum(receive), ...), by source.
+        """
+        self.count_rows(send, receive, peers, key)
         tags = _tags(send, peers, x.device) if self.config.kind == "rows" else None
-        return self._begin(x, tags, collectives.start_all_to_all_rows, send, receive, peers, purpose)
+        rows = self._tagged(x, tags, send, peers, key)
+        wait = collectives.start_all_to_all_rows(rows, send, receive, peers.group)
+        return partial(self._wait_and_check, wait, x[:0], tags is not None, receive, peers, key)
 
-    def begin_broadcast(self, x: Tensor, counts: Sequence[int], peers: Peers, purpose: str) -> Wait:
-        """Every rank's rows on every rank, without a gradient. counts: each rank's number of rows. The caller counts
-        the rows that are taken from them; the bytes are those of all."""
-        mine = [counts[peers.me]] * peers.size
+    def all_gather(self, x: Tensor, counts: Sequence[int], peers: Peers, key: ExchangeKey) -> Wait:
+        """Starts an all-gather of every rank's rows, without a gradient. Waiting for it checks what has arrived.
 
-        def start(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Any) -> Wait:
-            return collectives.start_all_gather_rows(x, receive, group)
+        counts: each rank's number of rows. Their bytes are counted here; which of the rows are taken, and so the rows,
+        the caller counts.
+        """
+        send = [counts[peers.me]] * peers.size
+        tags = _tags(send[:1], peers, x.device) if self.config.kind == "rows" else None
+        rows = self._tagged(x, tags, send, peers, key)
+        wait = collectives.start_all_gather_rows(rows, counts, peers.group)
+        return partial(self._wait_and_check, wait, x[:0], tags is not None, counts, peers, key)
 
-        tags = _tags(mine[:1], Peers(None, peers.ranks, peers.links), x.device) if self.config.kind == "rows" else None
-        return self._begin(x, tags, start, mine, counts, peers, purpose)
-
-    def _begin(
-        self,
-        x: Tensor,
-        tags: Tensor | None,
-        start: Start,
-        send: Sequence[int],
-        receive: Sequence[int],
-        peers: Peers,
-        purpose: str,
+    def all_to_all_metadata(
+        self, x: Tensor, send: Sequence[int], receive: Sequence[int], peers: Peers, key: ExchangeKey
     ) -> Wait:
+        """Starts an all-to-all of what describes rows, without a gradient. Only its bytes are counted."""
+        self.count_bytes(x, send, peers, key)
+        return collectives.start_all_to_all_rows(x, send, receive, peers.group)
+
+    def _tagged(self, x: Tensor, tags: Tensor | None, send: Sequence[int], peers: Peers, key: ExchangeKey) -> Tensor:
+        """Returns the rows as they are sent, their bytes counted: with tags, as bytes with tag and content sum behind
+        each."""
         rows = x if tags is None else torch.cat([as_bytes(x), as_bytes(tags), as_bytes(_bit_sums(x))], dim=1)
-        self.count_bytes(rows, send, peers, purpose)
-        wait, like = start(rows, send, receive, peers.group), x[:0]
-        return lambda: self._checked(wait(), like, tags is not None, receive, peers, purpose)
+        self.count_bytes(rows, send, peers, key)
+        return rows
+
+    def _wait_and_check(
+        self, wait: Wait, like: Tensor, has_tags: bool, receive: Sequence[int], peers: Peers, key: ExchangeKey
+    ) -> Tensor:
+        return self._checked(wait(), like, has_tags, receive, peers, key)
 
     def _checked(
-        self, arrived: Tensor, like: Tensor, has_tags: bool, receive: Sequence[int], peers: Peers, purpose: str
+        self, arrived: Tensor, like: Tensor, has_tags: bool, receive: Sequence[int], peers: Peers, key: ExchangeKey
     ) -> Tensor:
         if has_tags:
-            arrived = self._check_tags(arrived, like, receive, peers, purpose)
+            arrived = self._check_tags(arrived, like, receive, peers, key)
         if len(arrived) != sum(receive):
             if not has_tags:  # with tags it has been said, by name
                 me = peers.ranks[peers.me]
-                self.report(f"{purpose}: rank {me} was to receive {sum(receive)} rows and received {len(arrived)}")
-            self.log.rows_received[purpose, "own"] += len(arrived) - sum(receive)  # so that no total adds up
+                self.report(f"{key}: rank {me} was to receive {sum(receive)} rows and received {len(arrived)}")
+            self.log.rows_received[key, "own"] += len(arrived) - sum(receive)  # so that no total adds up
             arrived = torch.cat([arrived, arrived.new_zeros(sum(receive), *arrived.shape[1:])])[: sum(receive)]
         return arrived
 
-    def _check_tags(self, arrived: Tensor, x: Tensor, receive: Sequence[int], peers: Peers, purpose: str) -> Tensor:
+    def _check_tags(self, arrived: Tensor, x: Tensor, receive: Sequence[int], peers: Peers, key: ExchangeKey) -> Tensor:
         """The rows without their tags. Looks at each row's tag and sum, on the host, and reports the first wrong
         one."""
         content, tags, sums = arrived.split([arrived.shape[1] - _TAG_BYTES, 8, 8], dim=1)
@@ -136,13 +125,14 @@ class Ledger:
             found |= {(tag, "is out of order") for tag in expected_V[wrong_V].tolist()}
         found |= {(tag, "was altered") for tag in tag_V[altered_V].tolist()}
         said = [f"rank {tag >> 32} -> rank {me}, row {tag & 0xFFFFFFFF} {what}" for tag, what in sorted(found)]
-        self.report(f"{purpose}: {'; '.join(said[:4])}{f'; and {len(said) - 4} more' if len(said) > 4 else ''}")
+        self.report(f"{key}: {'; '.join(said[:4])}{f'; and {len(said) - 4} more' if len(said) > 4 else ''}")
         return rows
 
-    def count_rows(self, purpose: str, send: Sequence[int], receive: Sequence[int], peers: Peers) -> None:
+    def count_rows(self, send: Sequence[int], receive: Sequence[int], peers: Peers, key: ExchangeKey) -> None:
+        """Adds to the log how many rows go to each rank, and come from it."""
         for peer, link in enumerate(peers.links):
-            self.log.rows_sent[purpose, link] += send[peer]
-            self.log.rows_received[purpose, link] += receive[peer]
+            self.log.rows_sent[key, link] += send[peer]
+            self.log.rows_received[key, link] += receive[peer]
 
     def report(self, what: str) -> None:
         """Raises LedgerBreach, or warns, as set."""
@@ -151,59 +141,11 @@ class Ledger:
             raise LedgerBreach(text)
         warnings.warn(text, RuntimeWarning, stacklevel=2)
 
-    def count_bytes(self, rows: Tensor, send: Sequence[int], peers: Peers, purpose: str) -> None:
+    def count_bytes(self, rows: Tensor, send: Sequence[int], peers: Peers, key: ExchangeKey) -> None:
+        """Adds to the log the bytes of send[p] of these rows for each rank p."""
         row_bytes = math.prod(rows.shape[1:]) * rows.element_size()
         for peer, link in enumerate(peers.links):
-            self.log.bytes_sent[purpose, link] += send[peer] * row_bytes
-
-
-class Trip:
-    """One exchange there and, in the backward pass, back. `there`, `back`: start it, and return how to wait for it.
-
-    `start` and `finish` are two operations of autograd, the later one's backward starts the exchange back and the
-    earlier one's waits for it. So whatever is computed between them lies beneath the exchange in both passes, as
-    autograd runs what is ready in the reverse order of its making.
-    """
-
-    def __init__(self, there: Callable[[Tensor], Wait], back: Callable[[Tensor], Wait]) -> None:
-        self.there, self.back = there, back
-        self.under_way: list[Wait] = []  # of one, between start and finish of either pass
-
-    def start(self, x: Tensor) -> Self:
-        self.token = _Start.apply(x, self)
-        return self
-
-    def finish(self) -> Tensor:
-        """What has arrived, in x's dtype."""
-        token = self.token
-        del self.token  # the graph holds this trip: it would hold itself
-        return _Finish.apply(token, self)
-
-
-class _Start(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, trip: Trip) -> Tensor:
-        ctx.trip = trip
-        trip.under_way.append(trip.there(x))
-        return x.new_empty(0)  # what ties `finish` to x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.trip.under_way.pop()(), None
-
-
-class _Finish(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, trip: Trip) -> Tensor:
-        ctx.trip = trip
-        return trip.under_way.pop()().detach()  # or what `there` holds would get this node, and hold itself
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.trip.under_way.append(ctx.trip.back(grad))
-        return grad.new_empty(0), None
+            self.log.bytes_sent[key, link] += send[peer] * row_bytes
 
 
 def _tags(send: Sequence[int], peers: Peers, device: torch.device) -> Tensor:

@@ -12,15 +12,14 @@ Shape letters (capitals are logical sizes, never a sharding):
     L  rows that a hop starts from       G  tokens of a scope, on all its ranks
 """
 
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expert_parallel.collectives import CommLog, Link
+from expert_parallel.collectives import CommLog, Link, Phase, total_of
 from expert_parallel.moe.permute import count_keys
 
 
@@ -46,17 +45,41 @@ class Choices:
     reason_TK: Tensor
     padded_rows: int | None = None
 
+    @property
+    def routed(self) -> tuple[Tensor, Tensor]:
+        """What the router takes instead of choosing."""
+        return self.routed_ids_TK, self.routed_reason_TK
 
-@dataclass(frozen=True)
+    @staticmethod
+    def of(index_T: Tensor, routed: "RoutingPlan", plan: "RoutingPlan") -> "Choices":
+        """Takes the choices out of the plan as it was routed, and out of what capacity left of it."""
+        before, after = (routed.expert_ids_TK, routed.reason_TK), (plan.expert_ids_TK, plan.reason_TK)
+        return Choices(index_T, *before, *after, plan.padded_rows)
+
+    def put_into(self, routed: "RoutingPlan") -> "RoutingPlan":
+        """Returns the routed plan with these choices in place of its own. Padding may be other now than it was."""
+        reason_TK = self.reason_TK.masked_fill(~routed.routed_TK, Reason.NOT_ROUTED)
+        return replace(routed, expert_ids_TK=self.ids_TK, reason_TK=reason_TK, padded_rows=self.padded_rows)
+
+
+@dataclass
 class RouterReplay:
-    """Plays choices back: a pass whose (step, micro-step, layer) is recorded here takes those, any other records its
-    own.
+    """Records each pass's choices, by (step, micro-step, layer), and plays them back: a pass that is recorded here
+    takes those, any other records its own.
 
     Give one to `StepContext.replay` in a first pass and again in a second. Recomputation does so by itself, so that
     rounding cannot break ties differently. Weights are computed anew, with gradients.
     """
 
     recorded: dict[tuple[int, int, int], Choices] = field(default_factory=dict)
+
+    def find(self, context: "StepContext") -> Choices | None:
+        """Returns what was recorded of the pass, or None."""
+        return self.recorded.get((context.step, context.micro_step, context.layer))
+
+    def record(self, context: "StepContext", choices: Choices) -> None:
+        """Keeps the choices of the pass, in place of earlier ones."""
+        self.recorded[context.step, context.micro_step, context.layer] = choices
 
 
 @dataclass(frozen=True)
@@ -126,7 +149,8 @@ class RoutingPlan:
     expert's output, same dtype. expert_ids_TK: int64. reason_TK: uint8, values of `Reason`. log_scores_TE: what
     weights are computed from again, after drops (see Scores). ranking_TE: what a next best expert
     is found by, largest first (detached; -inf: not to be chosen); None: this router has none, so nothing is rerouted.
-    all_kept_TK: reason_TK itself, where its router has kept all choices: see is_whole.
+    all_kept_TK: reason_TK itself, where its router has kept all choices: see is_whole. padded_rows: how many rows each
+    expert computes, zeros behind those that arrive; None: as many as arrive.
     """
 
     logits_TE: Tensor
@@ -139,6 +163,7 @@ class RoutingPlan:
     log_scores_TE: Tensor | None = None
     ranking_TE: Tensor | None = None
     all_kept_TK: Tensor | None = None
+    padded_rows: int | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -192,15 +217,13 @@ class RowCounts:
 
     @staticmethod
     def of(log: CommLog) -> "RowCounts":
-        def total(rows: Counter[tuple[str, Link]], end: str, own: bool) -> int:
-            return sum(n for (purpose, link), n in rows.items() if purpose.endswith(end) and (link == "own") == own)
-
-        sent, received = log.rows_sent, log.rows_received
+        """Reads the forward pass's rows off a log."""
+        others: tuple[Link, ...] = ("node", "network")
         return RowCounts(
-            sent=total(sent, "dispatch", own=False),
-            received=total(received, "dispatch", own=False),
-            returned=total(received, "combine", own=False),
-            own=total(sent, "dispatch", own=True),
+            sent=total_of(log.rows_sent, others, Phase.DISPATCH, is_backward=False),
+            received=total_of(log.rows_received, others, Phase.DISPATCH, is_backward=False),
+            returned=total_of(log.rows_received, others, Phase.COMBINE, is_backward=False),
+            own=total_of(log.rows_sent, ("own",), Phase.DISPATCH, is_backward=False),
         )
 
 

@@ -13,11 +13,9 @@ from expert_parallel.moe.permute import places_in_queues
 from expert_parallel.moe.plan import Reason, RoutingPlan
 
 
-def limit_received(
-    bound: float, plan: RoutingPlan, rank_of_expert_E: Tensor, group: dist.ProcessGroup | None
-) -> RoutingPlan:
+def limit_received(bound: float, plan: RoutingPlan, rank_TK: Tensor, group: dist.ProcessGroup | None) -> RoutingPlan:
     """Marks what is beyond DROPPED_RECEIVE_BOUND. No rank computes more than ceil(bound * N / P) of the group's N kept
-    choices.
+    choices. rank_TK: int64, the rank of the group that holds each choice's expert.
 
     A rank that more want to reach lets each source send the share of what it wants to, rounded down, and one more to
     the first ranks until the bound is reached. A source sends its first choices first, then by position. Depends on
@@ -25,7 +23,7 @@ def limit_received(
     """
     num_ranks = group_size(group)
     kept_TK = plan.kept_TK
-    rank_TK = rank_of_expert_E[plan.expert_ids_TK].masked_fill(~kept_TK, num_ranks)
+    rank_TK = rank_TK.masked_fill(~kept_TK, num_ranks)
     wanted_P = torch.bincount(rank_TK.flatten(), minlength=num_ranks + 1)[:num_ranks]
     wanted_SP = all_gather_rows(wanted_P[None], [1] * num_ranks, group)  # what each source wants to send to each rank
     allowed_P = allowances(wanted_SP, bound)[group_rank(group)]

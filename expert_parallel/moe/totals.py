@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expert_parallel.collectives import CommLog, all_reduce_sum
+from expert_parallel.collectives import CommLog, Phase, all_reduce_sum, total_of
 from expert_parallel.moe.ledger import Ledger, LedgerConfig
 from expert_parallel.moe.plan import LoadStats
 
@@ -77,7 +77,7 @@ def pack(stats: LoadStats) -> Tensor:
     log = stats.log
     numbers = [
         stats.gathered_bytes,
-        sum(n for (purpose, link), n in log.rows_sent.items() if purpose.endswith("dispatch") and link == "own"),
+        total_of(log.rows_sent, ("own",), Phase.DISPATCH, is_backward=False),
         *(_of_purpose(log, purpose, "rows_sent") for purpose in PURPOSES),
         *(_of_purpose(log, purpose, "rows_received") for purpose in PURPOSES),
         *(sum(n for (_, on), n in log.rows_sent.items() if on == link) for link in _LINKS),
@@ -139,4 +139,5 @@ def report_breaches(totals: LayerTotals, config: LedgerConfig, layer: int, step:
 
 def _of_purpose(log: CommLog, purpose: str, counter: str) -> int:
     """Over all hops and links. `dispatch` is not `dispatch backward`."""
-    return sum(n for (name, _), n in getattr(log, counter).items() if name.split(": ")[-1] == purpose)
+    phase, *backward = purpose.split()
+    return total_of(getattr(log, counter), ("own", "node", "network"), Phase(phase), is_backward=bool(backward))

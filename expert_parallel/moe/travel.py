@@ -4,14 +4,44 @@ Nothing here depends on how many choices were dropped, so that the host need not
 size of all choices, and what goes nowhere stands last.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expert_parallel.moe.permute import NO_ROW, count_keys, inverse, stable_argsort
 
 NOWHERE = -1  # the expert of a choice that does not travel
+
+
+class IndexTable(nn.Module):
+    """A constant table of integers that lives on the device of the module it belongs to.
+
+    values: int64, one of them for each key. Not a buffer: DistributedDataParallel would overwrite it with rank 0's, and
+    `to_empty` would lose its values.
+    """
+
+    def __init__(self, values: Sequence[int]) -> None:
+        super().__init__()
+        self.values = torch.tensor(values, device="cpu")  # even where a model is built on the meta device
+
+    def forward(self, key_N: Tensor) -> Tensor:
+        """Returns the value of each key."""
+        return self.on(key_N.device)[key_N]
+
+    def on(self, device: torch.device) -> Tensor:
+        """Returns all values. They are on the device already, unless its weights came there without their modules being
+        told, as `fully_shard` moves them."""
+        if self.values.device != device:
+            self.values = self.values.to(device)
+        return self.values
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IndexTable":
+        device = fn(self.values).device
+        if device.type != "meta":
+            self.values = self.values.to(device)
+        return self
 
 
 @dataclass(frozen=True)
@@ -56,13 +86,14 @@ class Order:
     choices_P: Tensor
 
 
-def order_choices(choices: RowChoices, rank_of_expert_E1: Tensor, num_ranks: int, merge: bool) -> Order:
-    """merge: choices of one row at one destination share a travelling row, else each has its own.
-    rank_of_expert_E1: with P behind the experts, for NOWHERE.
+def order_choices(choices: RowChoices, rank_N: Tensor, num_ranks: int, merge: bool) -> Order:
+    """Orders choices by destination.
+
+    rank_N: the destination of each, num_ranks where it goes nowhere. merge: choices of one row at one destination share
+    a travelling row, else each has its own.
 
     row-major (t0: e5 e1)(t1: e0 e1)  ->  rank-major (r0: t0 e1)(r0: t1 e0 e1)(r1: t0 e5)
     """
-    rank_N = rank_of_expert_E1[choices.expert_N]
     choice_N = stable_argsort(rank_N, num_ranks + 1)
     rank_N = rank_N.index_select(0, choice_N)
     first_N = torch.ones_like(rank_N, dtype=torch.bool)
