@@ -205,16 +205,11 @@ class RowCounts:
 
 
 @dataclass(frozen=True)
-class LoadStats:
-    """What happened in one forward pass of one layer to this rank's tokens. Detached; sum over ranks for totals.
+class ExpertCounts:
+    """Counts the choices of each expert, int64 (E): how many it was routed, and what became of them.
 
-    routed_E: int64, choices per expert as the router made them. kept_E, rerouted_E (by the expert found),
-    dropped_capacity_E, dropped_receive_bound_E: what became of them. computed_E: rows that this rank's experts
-    computed, by global expert, counted where they arrived. num_tokens, num_unserved: real tokens, and those that no
-    expert computes. entropy: sum over real tokens of the entropy of the router's probabilities, nats. rows, log: rows
-    and bytes of the exchange; `log` gains those of the backward pass. gathered_bytes: what scopes beyond this
-    rank sent to others. losses: each loss before its coefficient; this rank's share, so that the sum over ranks is
-    the loss.
+    routed_E: as the router chose. kept_E, rerouted_E (under the expert found), dropped_capacity_E,
+    dropped_receive_bound_E: by outcome. computed_E: rows that the experts computed, counted where they arrived.
     """
 
     routed_E: Tensor
@@ -223,6 +218,23 @@ class LoadStats:
     dropped_capacity_E: Tensor
     dropped_receive_bound_E: Tensor
     computed_E: Tensor
+
+    @property
+    def dropped_E(self) -> Tensor:
+        return self.dropped_capacity_E + self.dropped_receive_bound_E
+
+
+@dataclass(frozen=True)
+class LoadStats(ExpertCounts):
+    """Reports what happened in one forward pass of one layer to this rank's tokens. Detached; sum over ranks for
+    totals. computed_E: of this rank's experts, by global expert.
+
+    num_tokens, num_unserved: real tokens, and those that no expert computes. entropy: sum over real tokens of the
+    entropy of the router's probabilities, nats. rows, log: rows and bytes of the exchange; `log` gains those of the
+    backward pass. gathered_bytes: what scopes beyond this rank sent to others. losses: each loss before its
+    coefficient; this rank's share, so that the sum over ranks is the loss.
+    """
+
     num_tokens: Tensor
     num_unserved: Tensor
     entropy: Tensor
@@ -230,6 +242,10 @@ class LoadStats:
     log: CommLog
     gathered_bytes: int = 0
     losses: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rows_own(self) -> int:
+        return self.rows.own
 
 
 @dataclass(frozen=True)
