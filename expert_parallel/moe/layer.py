@@ -179,7 +179,7 @@ class MoELayer(nn.Module):
             computed_E=self._by_global_expert(served_e),
             rows=RowCounts.of(ledger.log),
             log=ledger.log,
-            gathered_bytes=batch.gathered_bytes[0],
+            gathered_bytes=batch.scope_bytes.sent,
             losses={name: value.detach() for name, value in losses.items()},
         )
         return MoEOutput(y_TD.view(x.shape), weighted, stats, pooled)
@@ -188,8 +188,7 @@ class MoELayer(nn.Module):
         """The plan as the router chose, the plan as capacity left it, and the rows that each expert is padded to. What
         the context's replay has recorded of this pass is taken from there."""
         replay, context = batch.context.replay, batch.context
-        key = (context.step, context.micro_step, context.layer)
-        recorded = replay.recorded.get(key) if replay is not None else None
+        recorded = replay.find(context) if replay is not None else None
         if recorded is not None:
             refuse_other_tokens(recorded, batch, self.router.num_choices)
         choice = None if recorded is None else (recorded.routed_ids_TK, recorded.routed_reason_TK)
@@ -206,7 +205,7 @@ class MoELayer(nn.Module):
                 padded_rows,
             )
             if replay is not None:
-                replay.recorded[key] = recorded
+                replay.record(context, recorded)
         reason_TK = recorded.reason_TK
         if reason_TK is not routed.all_kept_TK:  # padding may be other now than when it was recorded
             reason_TK = reason_TK.masked_fill(~routed.routed_TK, Reason.NOT_ROUTED)

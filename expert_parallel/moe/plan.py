@@ -47,16 +47,24 @@ class Choices:
     padded_rows: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class RouterReplay:
-    """Plays choices back: a pass whose (step, micro-step, layer) is recorded here takes those, any other records its
-    own.
+    """Records each pass's choices, by (step, micro-step, layer), and plays them back: a pass that is recorded here
+    takes those, any other records its own.
 
     Give one to `StepContext.replay` in a first pass and again in a second. Recomputation does so by itself, so that
     rounding cannot break ties differently. Weights are computed anew, with gradients.
     """
 
     recorded: dict[tuple[int, int, int], Choices] = field(default_factory=dict)
+
+    def find(self, context: "StepContext") -> Choices | None:
+        """Returns what was recorded of the pass, or None."""
+        return self.recorded.get((context.step, context.micro_step, context.layer))
+
+    def record(self, context: "StepContext", choices: Choices) -> None:
+        """Keeps the choices of the pass, in place of earlier ones."""
+        self.recorded[context.step, context.micro_step, context.layer] = choices
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,13 @@ class StepContext:
     replay: RouterReplay | None = None
 
 
+@dataclass
+class ScopeBytes:
+    """Counts the bytes that this rank sends in one pass for decisions across ranks (scope.py adds to it)."""
+
+    sent: int = 0
+
+
 @dataclass(frozen=True)
 class TokenBatch:
     """What a layer knows of its T tokens beside their values.
@@ -100,7 +115,7 @@ class TokenBatch:
     micro-step. sequence_group: those among which the tokens of these sequences are divided; None: all are here.
     document_T: int64, the token's document among the num_documents that these sequences may hold; None: rows are not
     packed.
-    gathered_bytes: what scopes beyond this rank sent, added up as it happens (a list of one number).
+    scope_bytes: what scopes beyond this rank send to others, counted as it happens.
     """
 
     index_T: Tensor
@@ -114,7 +129,7 @@ class TokenBatch:
     ids_T: Tensor | None = None
     document_T: Tensor | None = None
     num_documents: int = 0
-    gathered_bytes: list[int] = field(default_factory=lambda: [0])
+    scope_bytes: ScopeBytes = field(default_factory=ScopeBytes)
 
 
 @dataclass(frozen=True)
