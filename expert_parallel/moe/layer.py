@@ -67,11 +67,10 @@ class MoEConfig(Settings):
         router = router_settings(self.router)
         router.refuse(self.num_experts)
         refuse_combinations(router, self.capacity, self.losses, self.num_experts)
-        overlap, pads = getattr(self.dispatcher, "overlap", 1), getattr(self.capacity, "pad", False)
-        if overlap > 1 and pads:
+        if self.dispatcher.overlap > 1 and self.capacity.pad:
             raise ValueError(
-                f"dispatcher.overlap is {overlap} and capacity.pad is true: each chunk would be padded to the whole "
-                "capacity; set one of them back (overlap to 1, or pad to false)"
+                f"dispatcher.overlap is {self.dispatcher.overlap} and capacity.pad is true: each chunk would be padded "
+                "to the whole capacity; set one of them back (overlap to 1, or pad to false)"
             )
         return self
 
