@@ -120,7 +120,7 @@ class Config(Settings):
                 "model.moe.capacity.pad is true but training.routing.kind is 'play': what was recorded may not "
                 "fit into this capacity; set model.moe.capacity.pad to false, the result is the same"
             )
-        if training.dtype == "bfloat16" and getattr(dispatcher, "exchange_dtype", "model") == "bfloat16":
+        if training.dtype == "bfloat16" and dispatcher.exchange_dtype == "bfloat16":
             raise ValueError(
                 "model.moe.dispatcher.exchange_dtype is 'bfloat16' and so is training.dtype: it would change nothing"
             )

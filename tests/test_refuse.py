@@ -178,6 +178,14 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["model.moe.capacity={kind: dropless, priority: random}"],
         ["unknown setting model.moe.capacity.priority"],
     ),
+    "a dropless layer that pads": (
+        ["model.moe.capacity={kind: dropless, pad: true}"],
+        ["unknown setting model.moe.capacity.pad"],
+    ),
+    "the scope of a z-loss": (
+        ["model.moe.losses=[{kind: z_loss, scope: global}]"],
+        ["unknown setting model.moe.losses[0].scope (another kind of model.moe.losses[] has it)"],
+    ),
     "the setting's former name": (["model.moe.capacity.drop=position"], ["unknown setting model.moe.capacity.drop"]),
     "a bound below what all need": (
         ["model.moe.capacity={kind: dropless, receive_bound: 0.9}"],
@@ -205,6 +213,14 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "local rows in a dtype": (
         ["model.moe.dispatcher={kind: local, exchange_dtype: bfloat16}"],
         ["unknown setting model.moe.dispatcher.exchange_dtype"],
+    ),
+    "local rows in chunks": (
+        ["model.moe.dispatcher={kind: local, overlap: 2}"],
+        ["unknown setting model.moe.dispatcher.overlap"],
+    ),
+    "all tokens, once for each choice": (
+        ["model.moe.dispatcher={kind: all_gather, one_row_per: choice}"],
+        ["unknown setting model.moe.dispatcher.one_row_per"],
     ),
     "no ranks on a node": (["parallel.ranks_per_node=0"], ["parallel.ranks_per_node: input should be greater than"]),
 }

@@ -3,7 +3,7 @@ cache holds and that ranks exchange. Single-device code. DeepSeek-V2 (2405.04434
 """
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -29,6 +29,7 @@ class LatentAttentionConfig(Settings):
     rope_size: int = Field(ge=1)
     value_size: int = Field(ge=1)
     norm_eps: float = Field(default=1e-6, gt=0)
+    qk_norm: ClassVar[None] = None  # not a setting: the latents are normed instead
 
     @property
     def key_size(self) -> int:

@@ -6,7 +6,7 @@ the whole micro-step, and so do their gradients. `LOSSES` maps each `kind:` to i
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -46,6 +46,7 @@ class ZLossConfig(Settings):
 
     kind: Literal["z_loss"]
     coefficient: float = Field(default=0.001, gt=0)
+    scope: ClassVar[Literal["global"]] = "global"  # not a setting: it is a mean over all tokens
 
 
 LossConfig = Annotated[BalanceLossConfig | ZLossConfig, Field(discriminator="kind")]

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -32,6 +32,9 @@ class DroplessConfig(Settings):
 
     kind: Literal["dropless"] = "dropless"
     receive_bound: float | None = Field(default=None, ge=1)
+    # Not settings of this kind: no tokens share a capacity, and there is none to pad to.
+    scope: ClassVar[None] = None
+    pad: ClassVar[bool] = False
 
 
 class LimitSettings(Settings):
@@ -63,6 +66,7 @@ class LimitSettings(Settings):
     overflow: Literal["drop", "reroute"] = "drop"
     renormalise: bool = False
     pad: bool = False
+    receive_bound: ClassVar[None] = None  # not a setting of these kinds
 
 
 class FactorConfig(LimitSettings):

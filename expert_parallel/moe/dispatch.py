@@ -6,7 +6,7 @@ function that lists its exchanges.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,10 @@ class LocalConfig(Settings):
     """All experts on this rank: no exchange. Outputs are added in choice order."""
 
     kind: Literal["local"]
+    # Not settings of this kind: the values that those of the other kinds would have without an exchange.
+    exchange_dtype: ClassVar[Literal["model"]] = "model"
+    overlap: ClassVar[int] = 1
+    one_row_per: ClassVar[Literal["rank"]] = "rank"
 
 
 class ExchangeSettings(Settings):
@@ -59,6 +63,7 @@ class AllGatherConfig(ExchangeSettings):
     groups, or where most tokens go to most ranks anyway (Megatron-Core's allgather dispatcher)."""
 
     kind: Literal["all_gather"]
+    one_row_per: ClassVar[Literal["rank"]] = "rank"  # not a setting of this kind: a rank gets each row once
 
 
 class HierarchicalConfig(ExchangeSettings):

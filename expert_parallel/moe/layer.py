@@ -65,11 +65,10 @@ class MoEConfig(Settings):
         router = router_settings(self.router)
         router.refuse(self.num_experts)
         refuse_combinations(router, self.capacity, self.losses, self.num_experts)
-        overlap, pads = getattr(self.dispatcher, "overlap", 1), getattr(self.capacity, "pad", False)
-        if overlap > 1 and pads:
+        if self.dispatcher.overlap > 1 and self.capacity.pad:
             raise ValueError(
-                f"dispatcher.overlap is {overlap} and capacity.pad is true: each chunk would be padded to the whole "
-                "capacity; set one of them back (overlap to 1, or pad to false)"
+                f"dispatcher.overlap is {self.dispatcher.overlap} and capacity.pad is true: each chunk would be padded "
+                "to the whole capacity; set one of them back (overlap to 1, or pad to false)"
             )
         return self
 
@@ -180,7 +179,7 @@ class MoELayer(nn.Module):
             computed_E=in_flight.computed_E,
             rows=RowCounts.of(ledger.log),
             log=ledger.log,
-            gathered_bytes=batch.gathered_bytes[0],
+            gathered_bytes=batch.scope_bytes.sent,
             losses={name: value.detach() for name, value in losses.items()},
         )
         return MoEOutput(y_TD.view(x.shape), weighted, stats, pooled)

@@ -113,6 +113,13 @@ class StepContext:
     replay: RouterReplay | None = None
 
 
+@dataclass
+class ScopeBytes:
+    """Counts the bytes that this rank sends in one pass for decisions across ranks (scope.py adds to it)."""
+
+    sent: int = 0
+
+
 @dataclass(frozen=True)
 class TokenBatch:
     """What a layer knows of its T tokens beside their values.
@@ -123,7 +130,7 @@ class TokenBatch:
     micro-step. sequence_group: those among which the tokens of these sequences are divided; None: all are here.
     document_T: int64, the token's document among the num_documents that these sequences may hold; None: rows are not
     packed.
-    gathered_bytes: what scopes beyond this rank sent, added up as it happens (a list of one number).
+    scope_bytes: what scopes beyond this rank send to others, counted as it happens.
     """
 
     index_T: Tensor
@@ -137,7 +144,7 @@ class TokenBatch:
     ids_T: Tensor | None = None
     document_T: Tensor | None = None
     num_documents: int = 0
-    gathered_bytes: list[int] = field(default_factory=lambda: [0])
+    scope_bytes: ScopeBytes = field(default_factory=ScopeBytes)
 
 
 @dataclass(frozen=True)
@@ -228,16 +235,11 @@ class RowCounts:
 
 
 @dataclass(frozen=True)
-class LoadStats:
-    """What happened in one forward pass of one layer to this rank's tokens. Detached; sum over ranks for totals.
+class ExpertCounts:
+    """Counts the choices of each expert, int64 (E): how many it was routed, and what became of them.
 
-    routed_E: int64, choices per expert as the router made them. kept_E, rerouted_E (by the expert found),
-    dropped_capacity_E, dropped_receive_bound_E: what became of them. computed_E: rows that this rank's experts
-    computed, by global expert, counted where they arrived. num_tokens, num_unserved: real tokens, and those that no
-    expert computes. entropy: sum over real tokens of the entropy of the router's probabilities, nats. rows, log: rows
-    and bytes of the exchange; `log` gains those of the backward pass. gathered_bytes: what scopes beyond this
-    rank sent to others. losses: each loss before its coefficient; this rank's share, so that the sum over ranks is
-    the loss.
+    routed_E: as the router chose. kept_E, rerouted_E (under the expert found), dropped_capacity_E,
+    dropped_receive_bound_E: by outcome. computed_E: rows that the experts computed, counted where they arrived.
     """
 
     routed_E: Tensor
@@ -246,6 +248,23 @@ class LoadStats:
     dropped_capacity_E: Tensor
     dropped_receive_bound_E: Tensor
     computed_E: Tensor
+
+    @property
+    def dropped_E(self) -> Tensor:
+        return self.dropped_capacity_E + self.dropped_receive_bound_E
+
+
+@dataclass(frozen=True)
+class LoadStats(ExpertCounts):
+    """Reports what happened in one forward pass of one layer to this rank's tokens. Detached; sum over ranks for
+    totals. computed_E: of this rank's experts, by global expert.
+
+    num_tokens, num_unserved: real tokens, and those that no expert computes. entropy: sum over real tokens of the
+    entropy of the router's probabilities, nats. rows, log: rows and bytes of the exchange; `log` gains those of the
+    backward pass. gathered_bytes: what scopes beyond this rank sent to others. losses: each loss before its
+    coefficient; this rank's share, so that the sum over ranks is the loss.
+    """
+
     num_tokens: Tensor
     num_unserved: Tensor
     entropy: Tensor
@@ -253,6 +272,10 @@ class LoadStats:
     log: CommLog
     gathered_bytes: int = 0
     losses: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rows_own(self) -> int:
+        return self.rows.own
 
 
 @dataclass(frozen=True)

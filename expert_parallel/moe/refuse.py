@@ -2,7 +2,7 @@
 
 from expert_parallel.moe.balance import LossConfig, loss_name
 from expert_parallel.moe.capacity import CapacityConfig, DroplessConfig
-from expert_parallel.moe.routing import RouterSettings, TopKRouterConfig
+from expert_parallel.moe.routing import HashConfig, LinearSettings, RouterSettings, TopKRouterConfig
 
 
 def refuse_combinations(
@@ -25,7 +25,8 @@ def refuse_combinations(
             f"capacity.kind is {capacity.kind!r} but router.kind is 'expert_choice', whose experts take no more than "
             "router.train (router.eval) says: set capacity.kind to 'dropless'"
         )
-    if capacity.renormalise and not getattr(router, "normalise", router.kind == "hash"):
+    normalises = isinstance(router, HashConfig) or (isinstance(router, LinearSettings) and router.normalise)
+    if capacity.renormalise and not normalises:
         raise ValueError(
             "capacity.renormalise is true but router.normalise is false: weights that were never normalised have no "
             "sum to keep"

@@ -51,11 +51,6 @@ class TokenChoiceSettings(RouterSettings):
     def refuse(self, num_experts: int) -> None:
         if self.k > num_experts:
             raise ValueError(f"router.k ({self.k}) is larger than num_experts ({num_experts})")
-        if self.k == 1 and getattr(self, "normalise", False):
-            raise ValueError(
-                "router.normalise is true with router.k = 1: the only weight would always be 1 and the router would "
-                "never learn; set router.normalise to false"
-            )
 
 
 class LinearSettings(TokenChoiceSettings):
@@ -65,6 +60,14 @@ class LinearSettings(TokenChoiceSettings):
     normalise: bool = True
     scale: float = Field(default=1.0, gt=0, description="multiplies every weight (DeepSeek-V3: 2.5)")
     bias: bool = Field(default=False, description="a learned bias on the logits")
+
+    def refuse(self, num_experts: int) -> None:
+        super().refuse(num_experts)
+        if self.k == 1 and self.normalise:
+            raise ValueError(
+                "router.normalise is true with router.k = 1: the only weight would always be 1 and the router would "
+                "never learn; set router.normalise to false"
+            )
 
 
 @dataclass(frozen=True)

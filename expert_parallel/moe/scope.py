@@ -71,7 +71,7 @@ def _look_across_ranks(
             "scope 'global' over several ranks needs each sequence's index in the micro-step's global batch: give "
             "StepContext.sequence_index_B on all of them"
         )
-    batch.gathered_bytes[0] += sent
+    batch.scope_bytes.sent += sent
     index_G, order_G = index_G.sort(stable=True)
     _refuse_disorder(index_G, batch, num_blocks if scope == "sequence" else None)
     place_G = torch.empty_like(order_G)

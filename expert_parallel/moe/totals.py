@@ -7,35 +7,40 @@ Each rank adds up its passes in one vector of float64 (exact for counts below 2^
 vectors gives every rank the totals.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expert_parallel.collectives import CommLog, Phase, all_reduce_sum, total_of
+from expert_parallel.collectives import ExchangeKey, Link, Phase, all_reduce_sum, total_of
 from expert_parallel.moe.ledger import Ledger, LedgerConfig
-from expert_parallel.moe.plan import LoadStats
+from expert_parallel.moe.plan import ExpertCounts, LoadStats
 
-PER_EXPERT = ("routed_E", "kept_E", "rerouted_E", "dropped_capacity_E", "dropped_receive_bound_E", "computed_E")
-PURPOSES = ("dispatch", "combine", "combine backward", "dispatch backward")
-_LINKS = ("node", "network")
+# The exchanges of rows, in the order of a pass; each stands for all of its hops.
+EXCHANGES = {
+    str(key): key
+    for key in (
+        ExchangeKey(Phase.DISPATCH),
+        ExchangeKey(Phase.COMBINE),
+        ExchangeKey(Phase.COMBINE).of_backward,
+        ExchangeKey(Phase.DISPATCH).of_backward,
+    )
+}
+LINKS: tuple[Link, ...] = ("node", "network")
 
 
 @dataclass(frozen=True)
-class LayerTotals:
-    """One MoE layer over passes and ranks. Per expert: int64, on the CPU. rows_sent, rows_received: by purpose, rows
-    that stayed on their rank included. rows_moved, bytes_sent: by link class, forward and backward; bytes with
-    metadata. rows_own: those of dispatch that stayed. gathered_bytes: of scopes beyond a rank. losses: before
-    coefficients, summed over passes."""
+class LayerTotals(ExpertCounts):
+    """Adds up LoadStats of one MoE layer over passes and ranks. Counts per expert are on the CPU.
 
-    routed_E: Tensor
-    kept_E: Tensor
-    rerouted_E: Tensor
-    dropped_capacity_E: Tensor
-    dropped_receive_bound_E: Tensor
-    computed_E: Tensor
+    rows_sent, rows_received: by exchange, rows that stayed on their rank included. rows_moved, bytes_sent: by link
+    class, forward and backward; bytes with metadata. rows_own: those of dispatch that stayed. gathered_bytes: of scopes
+    beyond a rank. losses: before coefficients, summed over passes.
+    """
+
     num_tokens: int
     num_unserved: int
     entropy: float
@@ -46,10 +51,6 @@ class LayerTotals:
     rows_moved: dict[str, int]
     bytes_sent: dict[str, int]
     losses: dict[str, float]
-
-    @property
-    def dropped_E(self) -> Tensor:
-        return self.dropped_capacity_E + self.dropped_receive_bound_E
 
     def breaches(self) -> list[str]:
         """What does not add up, in words; empty if all does."""
@@ -63,62 +64,55 @@ class LayerTotals:
                 f"expert {expert} was to compute {int(served_E[expert])} choices and computed "
                 f"{int(self.computed_E[expert])}"
             )
-        for purpose in PURPOSES:
-            sent, received, gone = self.rows_sent[purpose], self.rows_received[purpose], self.rows_sent["dispatch"]
+        for name, key in EXCHANGES.items():
+            sent, received, gone = self.rows_sent[name], self.rows_received[name], self.rows_sent["dispatch"]
             if sent != received:
-                found.append(f"{purpose}: {sent} rows were sent, {received} received")
-            if sent != gone and not (sent == 0 and purpose.endswith("backward")):  # evaluation has no backward pass
-                found.append(f"{purpose}: {sent} rows were sent, but {gone} with tokens")
+                found.append(f"{name}: {sent} rows were sent, {received} received")
+            if sent != gone and not (sent == 0 and key.is_backward):  # evaluation has no backward pass
+                found.append(f"{name}: {sent} rows were sent, but {gone} with tokens")
         return found
 
 
+# The fields of LayerTotals, in the order of the vector that is summed over ranks; its losses stand behind them.
+PER_EXPERT = tuple(field.name for field in fields(ExpertCounts))
+ON_DEVICE = {"num_tokens": int, "num_unserved": int, "entropy": float}
+ON_HOST = {"gathered_bytes": int, "rows_own": int}
+LOGGED = {  # field: the counter of CommLog, and the exchanges or link classes that it is summed by
+    "rows_sent": ("rows_sent", EXCHANGES),
+    "rows_received": ("rows_received", EXCHANGES),
+    "rows_moved": ("rows_sent", LINKS),
+    "bytes_sent": ("bytes_sent", LINKS),
+}
+
+
 def pack(stats: LoadStats) -> Tensor:
-    """One pass of one layer on this rank as a vector, float64. Sums of vectors are what `unpack` takes."""
-    log = stats.log
-    numbers = [
-        stats.gathered_bytes,
-        total_of(log.rows_sent, ("own",), Phase.DISPATCH, is_backward=False),
-        *(_of_purpose(log, purpose, "rows_sent") for purpose in PURPOSES),
-        *(_of_purpose(log, purpose, "rows_received") for purpose in PURPOSES),
-        *(sum(n for (_, on), n in log.rows_sent.items() if on == link) for link in _LINKS),
-        *(sum(n for (_, on), n in log.bytes_sent.items() if on == link) for link in _LINKS),
-    ]
-    device = stats.routed_E.device
+    """Returns one pass of one layer on this rank as a vector, float64. Sums of vectors are what `unpack` takes."""
+    on_host = [getattr(stats, name) for name in ON_HOST]
+    on_host += [_sum(getattr(stats.log, counter), key) for counter, keys in LOGGED.values() for key in keys]
     return torch.cat(
         [
             torch.stack([getattr(stats, name) for name in PER_EXPERT]).flatten().double(),
-            torch.stack([stats.num_tokens, stats.num_unserved, stats.entropy]).double(),
-            torch.tensor(numbers, dtype=torch.float64).to(device),
+            torch.stack([getattr(stats, name) for name in ON_DEVICE]).double(),
+            torch.tensor(on_host, dtype=torch.float64).to(stats.routed_E.device),
             *(value.double().view(1) for value in stats.losses.values()),
         ]
     )
 
 
 def packed_size(num_experts: int, num_losses: int) -> int:
-    """The length of what `pack` makes."""
-    return len(PER_EXPERT) * num_experts + 3 + 2 + 2 * len(PURPOSES) + 2 * len(_LINKS) + num_losses
+    """Returns the length of what `pack` makes."""
+    logged = sum(len(keys) for _, keys in LOGGED.values())
+    return len(PER_EXPERT) * num_experts + len(ON_DEVICE) + len(ON_HOST) + logged + num_losses
 
 
 def unpack(total: Tensor, num_experts: int, loss_names: list[str]) -> LayerTotals:
-    """total: on the CPU."""
-    counts, rest = total[: len(PER_EXPERT) * num_experts].view(-1, num_experts), total[len(PER_EXPERT) * num_experts :]
+    """Reads a sum of vectors, which is on the CPU."""
+    counts, rest = total.tensor_split([len(PER_EXPERT) * num_experts])
     numbers = iter(rest.tolist())
-    num_tokens, num_unserved, entropy = int(next(numbers)), int(next(numbers)), next(numbers)
-    gathered_bytes, rows_own = int(next(numbers)), int(next(numbers))
-    per_expert: dict[str, Any] = dict(zip(PER_EXPERT, counts.round().long().unbind(0), strict=True))
-    return LayerTotals(
-        **per_expert,
-        num_tokens=num_tokens,
-        num_unserved=num_unserved,
-        entropy=entropy,
-        gathered_bytes=gathered_bytes,
-        rows_own=rows_own,
-        rows_sent={purpose: int(next(numbers)) for purpose in PURPOSES},
-        rows_received={purpose: int(next(numbers)) for purpose in PURPOSES},
-        rows_moved={link: int(next(numbers)) for link in _LINKS},
-        bytes_sent={link: int(next(numbers)) for link in _LINKS},
-        losses={name: next(numbers) for name in loss_names},
-    )
+    values: dict[str, Any] = dict(zip(PER_EXPERT, counts.round().long().view(-1, num_experts), strict=True))
+    values |= {name: kind(next(numbers)) for name, kind in (ON_DEVICE | ON_HOST).items()}
+    values |= {name: {key: int(next(numbers)) for key in keys} for name, (_, keys) in LOGGED.items()}
+    return LayerTotals(**values, losses={name: next(numbers) for name in loss_names})
 
 
 def check_conservation(
@@ -137,7 +131,9 @@ def report_breaches(totals: LayerTotals, config: LedgerConfig, layer: int, step:
         Ledger(config, layer, step).report("; ".join(found))
 
 
-def _of_purpose(log: CommLog, purpose: str, counter: str) -> int:
-    """Over all hops and links. `dispatch` is not `dispatch backward`."""
-    phase, *backward = purpose.split()
-    return total_of(getattr(log, counter), ("own", "node", "network"), Phase(phase), is_backward=bool(backward))
+def _sum(counter: Counter[tuple[ExchangeKey, Link]], name: str) -> int:
+    """Returns the sum of one of EXCHANGES, over all hops and links, or of one link class, over all exchanges."""
+    if name in EXCHANGES:
+        key = EXCHANGES[name]
+        return total_of(counter, ("own", *LINKS), key.phase, key.is_backward)
+    return sum(number for (_, link), number in counter.items() if link == name)

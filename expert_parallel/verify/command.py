@@ -107,8 +107,9 @@ def report(plan: Plan, reduced: Reduced, results: list[LayoutResult], ranks: str
     for result in results:
         if result.bytes:
             console.print(f"{result.layout}: {describe(result.bytes)}\n", soft_wrap=True, markup=False)
-    capacity = getattr(plan.config.model.moe, "capacity", None)
-    if not isinstance(capacity, DroplessConfig | None) and not any(result.dropped for result in results):
+    moe = plan.config.model.moe
+    has_capacity = moe is not None and not isinstance(moe.capacity, DroplessConfig)
+    if has_capacity and not any(result.dropped for result in results):
         console.print("no choice was dropped: model.moe.capacity has not been put to the test", soft_wrap=True)
     wrong = sum(not result.passes(tolerance) for result in results)
     seconds = sum(result.seconds for result in results)

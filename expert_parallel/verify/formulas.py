@@ -76,7 +76,7 @@ class Step:
     @property
     def chunks(self) -> int:
         """In which the tokens of a pass travel."""
-        return getattr(self.moe.dispatcher, "overlap", 1) if self.degrees.ep > 1 else 1
+        return self.moe.dispatcher.overlap if self.degrees.ep > 1 else 1
 
     @property
     def recomputes_moe(self) -> bool:
@@ -131,7 +131,7 @@ def tokens_between_ranks(step: Step) -> Terms:
 
 
 def has_whole_norms(model: ModelConfig) -> bool:
-    norm = getattr(model.attention, "qk_norm", None)
+    norm = model.attention.qk_norm
     return norm is not None and norm.kind == "whole"
 
 
@@ -282,5 +282,5 @@ def gathers(step: Step, data: ShardedConfig, name: str) -> int:
     M = step.training.micro_steps
     if step.degrees.pp > 1:
         return 1 + M if given_up else 1
-    chunks = getattr(step.moe.dispatcher, "overlap", 1) if ".experts." in name and step.degrees.ep > 1 else 1
+    chunks = step.moe.dispatcher.overlap if ".experts." in name and step.degrees.ep > 1 else 1
     return 2 * M * chunks if given_up else M

@@ -104,7 +104,7 @@ def dispatch(step: Step, totals: LayerTotals) -> Terms:
         counts = step.training.micro_steps * (8 + 8 * step.chunks) * step.stage_ranks * (P - 1)
         metadata = sum(totals.bytes_sent[link] for link in links) - 4 * moved * row
         choices = (metadata - counts) // (choice + gradient_width(step))
-        if getattr(step.moe.dispatcher, "one_row_per", "rank") == "choice":
+        if step.moe.dispatcher.one_row_per == "choice":
             choices = moved
         terms[axis, "rows"] = 4 * moved * row
         terms[axis, "metadata"] = counts + choices * (choice + gradient_width(step))
@@ -135,7 +135,7 @@ def broadcast(step: Step, totals: LayerTotals) -> Terms:
 
 def row_width(step: Step) -> int:
     """Bytes of a row between ranks; the ledger may add a tag and a sum."""
-    is_narrow = getattr(step.moe.dispatcher, "exchange_dtype", "model") == "bfloat16"
+    is_narrow = step.moe.dispatcher.exchange_dtype == "bfloat16"
     number = torch.bfloat16.itemsize if is_narrow else step.compute_width
     return step.model.d_model * number + (16 if step.moe.ledger.kind == "rows" else 0)
 

@@ -79,7 +79,7 @@ def reduce_config(config: Config, num_ranks: int, full: bool, one_machine: bool 
 
 def _refuse(config: Config) -> None:
     moe = config.model.moe
-    if getattr(moe.capacity if moe else None, "receive_bound", None) is not None:
+    if moe is not None and moe.capacity.receive_bound is not None:
         raise ValueError(
             "model.moe.capacity.receive_bound: which tokens it drops depends on the layout by its nature, so there is "
             "nothing to compare; set it to null to verify the rest"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from expert_parallel.config import Config
 from expert_parallel.moe.plan import RouterReplay
+from expert_parallel.moe.routing_across import ExpertChoiceConfig, SinkhornConfig
 from expert_parallel.runtime import Runtime
 from expert_parallel.verify import product
 from expert_parallel.verify.compare import (
@@ -189,9 +190,12 @@ def _gather_divisions(run: product.Run, mine: list[product.MicroBatch]) -> list[
 def _looks_at_ranks(config: Config) -> bool:
     """Whether a setting has scope `rank`, so that the reference needs to know which rank has which token."""
     moe = config.model.moe
-    return moe is not None and any(
-        getattr(block, "scope", None) == "rank" for block in (moe.capacity, moe.router, *moe.losses)
-    )
+    if moe is None:
+        return False
+    scopes = [block.scope for block in (moe.capacity, *moe.losses)]
+    if isinstance(moe.router, ExpertChoiceConfig | SinkhornConfig):
+        scopes.append(moe.router.scope)
+    return "rank" in scopes
 
 
 def _sum(expected: Tensors, what: str) -> int:

@@ -13,19 +13,14 @@ from torch import Tensor
 from expert_parallel.moe.ffn import ACTIVATIONS
 from expert_parallel.moe.permute import NO_ROW
 
-FLOAT8 = torch.float8_e4m3fn
-FLOAT8_MAX = torch.finfo(FLOAT8).max  # 448
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a block of zeros, too: its inverse is finite
-
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What values of `dtype` are computed in; the router's dtype as well."""
     return torch.promote_types(torch.float32, dtype)
 
 
-def gather(x_LD: Tensor, row_R: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    """x_LD[row_R] in out_dtype (None: x's own), zeros where row_R is NO_ROW."""
-    x_LD = x_LD.to(out_dtype or x_LD.dtype)
+def gather(x_LD: Tensor, row_R: Tensor) -> Tensor:
+    """x_LD[row_R], zeros where row_R is NO_ROW."""
     if x_LD.shape[0] == 0:
         return x_LD.new_zeros(len(row_R), x_LD.shape[1])
     return x_LD[row_R.clamp(min=0)].masked_fill_((row_R == NO_ROW)[:, None], 0)
@@ -34,29 +29,6 @@ def gather(x_LD: Tensor, row_R: Tensor, out_dtype: torch.dtype | None = None) ->
 def weigh_(x_RD: Tensor, weights_R: Tensor) -> Tensor:
     """Multiplies each row by its weight, in place."""
     return x_RD.mul_(weights_R[:, None])
-
-
-def gather_quantised(x_LD: Tensor, row_R: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
-    """(q_RD, scale_Rb): gather in float8, with one scale for each row and block of columns.
-
-    q_RD: float8_e4m3fn seen as uint8. scale_Rb: float32 (R, ceil(D / block)), the block's largest absolute value / 448,
-    so that q * scale is about x; the last block may be narrower. A NaN stays one and moves no scale; a block with an
-    infinity comes back as NaN. Source: DeepSeek-V3 (2024), section 3.3.2, tiles of 1 x 128.
-    """
-    x_RD = gather(x_LD, row_R, torch.float32)
-    num_rows, num_columns = x_RD.shape
-    num_blocks = math.ceil(num_columns / block)
-    x_Rbc = F.pad(x_RD, (0, num_blocks * block - num_columns)).view(num_rows, num_blocks, block)
-    largest_Rb = x_Rbc.abs().nan_to_num(nan=0.0, posinf=math.inf).amax(-1)
-    scale_Rb = (largest_Rb / FLOAT8_MAX).clamp(min=SMALLEST_SCALE)
-    q_Rbc = (x_Rbc * scale_Rb.reciprocal()[:, :, None]).to(FLOAT8).view(torch.uint8)
-    return q_Rbc.reshape(num_rows, num_blocks * block)[:, :num_columns].contiguous(), scale_Rb
-
-
-def dequantise(q_RD: Tensor, scale_Rb: Tensor, dtype: torch.dtype, block: int = 128) -> Tensor:
-    """The rows that gather_quantised made q_RD and scale_Rb of, in `dtype`, within float8's rounding."""
-    scale_RD = scale_Rb.repeat_interleave(block, dim=1)[:, : q_RD.shape[1]]
-    return (q_RD.view(FLOAT8).float() * scale_RD).to(dtype)
 
 
 def activate(h_RF2: Tensor, activation: str, weights_R: Tensor | None = None) -> Tensor:

@@ -16,51 +16,7 @@ def gather(x_LD, row_R, out_RD, num_rows, num_columns, BLOCK_R: tl.constexpr, BL
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     row = tl.load(row_R + r, mask=r < num_rows, other=-1).to(tl.int64)
     x = tl.load(x_LD + row * num_columns + d, mask=(row >= 0) & (d < num_columns), other=0.0)
-    tl.store(out_RD + r * num_columns + d, x.to(out_RD.dtype.element_ty), mask=(r < num_rows) & (d < num_columns))
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def gather_quantised(
-    x_LD,
-    row_R,
-    q_RD,
-    scale_Rb,
-    num_rows,
-    num_columns,
-    num_blocks,
-    block,
-    FLOAT8_MAX: tl.constexpr,
-    SMALLEST_SCALE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """BLOCK_D is `block` or the next power of two: a program has one block of columns."""
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    b = tl.program_id(1)
-    within = tl.arange(0, BLOCK_D)
-    d = b * block + within
-    columns = (within < block) & (d < num_columns)
-    row = tl.load(row_R + r, mask=r < num_rows, other=-1).to(tl.int64)
-    rows = x_LD + row[:, None] * num_columns
-    x = tl.load(rows + d[None, :], mask=(row >= 0)[:, None] & columns[None, :], other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(x), axis=1)  # tl.max and tl.maximum pass a NaN over
-    scale = tl.maximum(tl.div_rn(largest, FLOAT8_MAX), SMALLEST_SCALE)
-    q = (x * tl.div_rn(1.0, scale)[:, None]).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    tl.store(q_RD + r[:, None] * num_columns + d[None, :], q, mask=(r < num_rows)[:, None] & columns[None, :])
-    tl.store(scale_Rb + r * num_blocks + b, scale, mask=r < num_rows)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def dequantise(
-    q_RD, scale_Rb, x_RD, num_rows, num_columns, num_blocks, block, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    inside = (r < num_rows) & (d < num_columns)
-    q = tl.load(q_RD + r * num_columns + d, mask=inside, other=0)
-    scale = tl.load(scale_Rb + r * num_blocks + d // block, mask=inside, other=0.0)
-    x = q.to(tl.float8e4nv, bitcast=True).to(tl.float32) * scale
-    tl.store(x_RD + r * num_columns + d, x.to(x_RD.dtype.element_ty), mask=inside)
+    tl.store(out_RD + r * num_columns + d, x, mask=(r < num_rows) & (d < num_columns))
 
 
 @triton.jit

@@ -14,12 +14,12 @@ from torch import Tensor
 from expert_parallel.moe.ffn import GATED, width_in
 from expert_parallel.moe.kernels import torch_ops
 from expert_parallel.moe.kernels import triton_kernels as kernels
-from expert_parallel.moe.kernels.torch_ops import FLOAT8_MAX, SMALLEST_SCALE, wide_dtype
+from expert_parallel.moe.kernels.torch_ops import wide_dtype
 
 
-def gather(x_LD: Tensor, row_R: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+def gather(x_LD: Tensor, row_R: Tensor) -> Tensor:
     """See torch_ops."""
-    out_RD = x_LD.new_empty(len(row_R), x_LD.shape[1], dtype=out_dtype)
+    out_RD = x_LD.new_empty(len(row_R), x_LD.shape[1])
     if out_RD.numel():
         grid, tile = _cut(out_RD)
         with _on(x_LD):
@@ -28,40 +28,6 @@ def gather(x_LD: Tensor, row_R: Tensor, out_dtype: torch.dtype | None = None) ->
 
 
 weigh_ = torch_ops.weigh_  # one pass as it is
-
-
-def gather_quantised(x_LD: Tensor, row_R: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
-    """See torch_ops."""
-    if not _has_float8(x_LD):
-        return torch_ops.gather_quantised(x_LD, row_R, block)
-    num_rows, num_columns = len(row_R), x_LD.shape[1]
-    num_blocks = triton.cdiv(num_columns, block)
-    q_RD = x_LD.new_empty(num_rows, num_columns, dtype=torch.uint8)
-    scale_Rb = x_LD.new_empty(num_rows, num_blocks, dtype=torch.float32)
-    if q_RD.numel():
-        columns = triton.next_power_of_2(block)
-        tile = (max(1, TILE // columns), columns)
-        grid = (triton.cdiv(num_rows, tile[0]), num_blocks)
-        inputs = (x_LD.contiguous(), row_R.contiguous())
-        with _on(x_LD):
-            kernels.gather_quantised[grid](
-                *inputs, q_RD, scale_Rb, *q_RD.shape, num_blocks, block, FLOAT8_MAX, SMALLEST_SCALE, *tile
-            )
-    return q_RD, scale_Rb
-
-
-def dequantise(q_RD: Tensor, scale_Rb: Tensor, dtype: torch.dtype, block: int = 128) -> Tensor:
-    """See torch_ops."""
-    if not _has_float8(q_RD):
-        return torch_ops.dequantise(q_RD, scale_Rb, dtype, block)
-    x_RD = q_RD.new_empty(q_RD.shape, dtype=dtype)
-    if x_RD.numel():
-        grid, tile = _cut(x_RD)
-        with _on(q_RD):
-            kernels.dequantise[grid](
-                q_RD.contiguous(), scale_Rb.contiguous(), x_RD, *x_RD.shape, scale_Rb.shape[1], block, *tile
-            )
-    return x_RD
 
 
 def activate(h_RF2: Tensor, activation: str, weights_R: Tensor | None = None) -> Tensor:
@@ -127,8 +93,3 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
 
 def _wide(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
-def _has_float8(x: Tensor) -> bool:
-    """Triton converts to float8_e4m3fn from compute capability 8.9 on (Ada, Hopper)."""
-    return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9)
