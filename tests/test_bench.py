@@ -39,8 +39,6 @@ from expert_parallel.bench.shapes import (
     choose_shape,
     choose_train_shape,
     layer_flops,
-    parameter_counts,
-    step_flops,
 )
 from expert_parallel.bench.table import describe_layer, describe_train
 from expert_parallel.bench.timing import Work, measure, peak_memory
@@ -154,21 +152,18 @@ def test_the_ranks_share_the_floor() -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_parameters_are_those_of_our_model(activation: str) -> None:
-    task = TrainTask(shape=SMALL_TRAIN)
-    model = build_model(our_config(task, activation, 1).model)
-    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
-    total, active = parameter_counts(SMALL_TRAIN, activation)
-    assert total == matrices
+def test_a_trained_shape_is_our_model(activation: str) -> None:
+    config = our_config(TrainTask(shape=SMALL_TRAIN), activation, 1).model
+    assert config.num_params() == sum(parameter.numel() for parameter in build_model(config).parameters())
     idle = 2 * (4 - 2) * {"gelu": 2, "swiglu": 3}[activation] * 16 * 8  # layers, experts not chosen, their matrices
-    assert active == total - idle
-    assert step_flops(SMALL_TRAIN, activation) == 32 * (6 * active + 6 * 2 * 8 * 2 * 8)
+    assert config.num_active_params() == config.num_params() - idle
+    assert config.flops_per_token(8) == 6 * config.num_active_params() + 6 * 2 * 8 * 2 * 8
 
 
 def test_the_large_model_has_three_billion_parameters() -> None:
-    total, active = parameter_counts(TRAIN_SHAPES["3b"], "swiglu")
-    assert 2.9e9 < total < 3.3e9
-    assert active < total / 3
+    config = our_config(TrainTask(shape=TRAIN_SHAPES["3b"]), "swiglu", 1).model
+    assert 2.9e9 < config.num_params() < 3.3e9
+    assert config.num_active_params() < config.num_params() / 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -423,9 +418,8 @@ def train_on_rank(rank: int, world_size: int) -> list[float]:
     assert "MixtralForCausalLM" in describe_train(result)
     for row in result.rows:
         assert row.times is not None, row.why
-        assert row.mfu == step_flops(SMALL_TRAIN, row.activation) / world_size / row.times.median * 1000 / (
-            result.product_rate
-        )
+        flops = 32 * our_config(task, row.activation, world_size).model.flops_per_token(8)
+        assert row.mfu == flops / world_size / row.times.median * 1000 / result.product_rate
         assert row.tokens_per_second == 32 / row.times.median * 1000
     assert [row.name for row in result.rows] == ["ours", "ours, swiglu", "transformers model"]
     return [row.loss or 0.0 for row in result.rows]

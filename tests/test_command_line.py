@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 from expert_parallel.__main__ import app, main
 from expert_parallel.config import Config, load_config
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.training.check import count_parameters, state_bytes_of_rank
+from expert_parallel.training.check import state_bytes_of_rank
 from expert_parallel.training.setup import check_degrees
 from expert_parallel.training.step import DTYPES
 from tests.launches import ROOT, run_configs, run_folder, small_config, start
@@ -394,14 +394,14 @@ def test_check_knows_the_memory_of_a_rank(config_file: Path) -> None:
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         assert state_bytes(1, "parallel.ep=1", f"training.dtype={dtype}") == 4 * weights
 
-        counts = count_parameters(config)
+        counts = config.model.parameter_counts()
         on_two = 4 * width * (counts.dense + counts.experts // 2)
         assert state_bytes(2, f"training.dtype={dtype}") == on_two
         assert state_bytes(4, f"training.dtype={dtype}") == on_two, "replicas save no memory"
         sharded = 4 * width * (counts.dense // 4 + counts.experts // 4)
         assert state_bytes(4, f"training.dtype={dtype}", "parallel.data={kind: sharded}") == sharded
 
-    counts = count_parameters(load_config(config_file, ["model.moe.num_experts=5"]))
+    counts = load_config(config_file, ["model.moe.num_experts=5"]).model.parameter_counts()
     fullest = 4 * 8 * (counts.dense + counts.experts * 3 // 5)
     assert state_bytes(2, "model.moe.num_experts=5") == fullest, "the rank with 3 of 5 experts"
 

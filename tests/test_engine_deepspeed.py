@@ -23,7 +23,7 @@ from expert_parallel.launchers import Launch
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.runtime import Runtime
 from expert_parallel.training import loop
-from expert_parallel.training.check import count_parameters, describe, state_bytes_of_rank
+from expert_parallel.training.check import describe, state_bytes_of_rank
 from expert_parallel.training.engines.build import ENGINES
 from expert_parallel.training.engines.native import engine_of
 from expert_parallel.training.optim import build_optimizer
@@ -413,7 +413,7 @@ def test_check_names_the_engine_and_its_memory() -> None:
 
     text = describe(config(zero(2)), 4)
     assert "edp 2, ep 2, etp 1, replicated, DeepSpeed ZeRO 2\n" in text
-    counts = count_parameters(config(NATIVE))
+    counts = config(NATIVE).model.parameter_counts()
     degrees = config(NATIVE).parallel.degrees(4)
     assert state_bytes_of_rank(config(zero(2)), degrees) == 4 * (counts.dense * 2 + counts.experts // 2 * 3)
     assert state_bytes_of_rank(config(zero(0)), degrees) == state_bytes_of_rank(config(NATIVE), degrees)

@@ -15,13 +15,12 @@ import torch
 from rich.console import Console
 
 from expert_parallel.bench.timing import Times
-from expert_parallel.config import load_tree
+from expert_parallel.config import Config, load_tree
 from expert_parallel.data.batch import micro_batch
 from expert_parallel.data.open import open_data
 from expert_parallel.study.carry_out import Progress, best_rate, carry_out, finished, left_to_do, steps_wanted
 from expert_parallel.study.command import train_all
 from expert_parallel.study.curves import Curve, read_curve, steps_done
-from expert_parallel.study.flops import training_flops_per_token
 from expert_parallel.study.plan import Study, read_study
 from expert_parallel.study.plot import plot
 from expert_parallel.study.results import StudyResult, VariantResult, describe, reached
@@ -89,11 +88,15 @@ def test_half_a_line_of_a_run_that_goes_on_does_not_count(tmp_path: Path) -> Non
 # Plans
 
 
+def flops_of(config: Config) -> int:
+    return config.model.flops_per_token(config.training.sequence_length)
+
+
 def test_flops_of_a_token_by_hand(tmp_path: Path) -> None:
     """d 16, 2 blocks, vocabulary 256 (tied): attention 4 * 16 * 16, feed-forward 2 * 16 * 32, norms 2 * 16 a block and
     16 at the end. The router of 4 experts is 4 * 16."""
     study = tiny(tmp_path)
-    dense, switch = (training_flops_per_token(study.trials(name)[0].config) for name in ("dense", "switch"))
+    dense, switch = (flops_of(study.trials(name)[0].config) for name in ("dense", "switch"))
     weights = 2 * (4 * 16 * 16 + 2 * 16 * 32 + 2 * 16) + 16 + 256 * 16
     attention = (
         3 * (2 * 2 * 8) * 2 * 16
@@ -102,9 +105,18 @@ def test_flops_of_a_token_by_hand(tmp_path: Path) -> None:
     assert switch == dense + 6 * 4 * 16
 
 
+def test_the_measured_study_has_the_sizes_of_its_config() -> None:
+    study = read_study(CONFIG, [], None)
+    measured = json.loads((CONFIG.parents[1] / "expert_parallel/study/measured/results.json").read_text())
+    for variant in measured["variants"]:
+        config = study.trials(variant["name"])[0].config
+        sizes = (config.model.num_params(), config.model.num_active_params(), flops_of(config))
+        assert sizes == (variant["total_parameters"], variant["active_parameters"], variant["flops"])
+
+
 def test_variants_of_the_committed_study_need_as_many_operations() -> None:
     study = read_study(CONFIG, [], None)
-    flops = {name: training_flops_per_token(study.trials(name)[0].config) for name in study.names}
+    flops = {name: flops_of(study.trials(name)[0].config) for name in study.names}
     assert all(1 <= own / flops["dense"] < 1.02 for own in flops.values())  # the routers'
     assert len(study.settings.seeds) >= 3
 

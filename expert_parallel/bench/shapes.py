@@ -96,25 +96,6 @@ class TrainShape(Settings):
         return self.layer.tokens // self.sequence_length
 
 
-def parameter_counts(shape: TrainShape, activation: str) -> tuple[int, int]:
-    """(in all, those that a token passes). Embedding and logits share one table, which counts once in each; norms do
-    not count."""
-    layer = shape.layer
-    attention = 4 * layer.d_model * shape.num_heads * shape.head_size
-    expert = matrices(activation) * layer.d_model * layer.hidden
-    rest = shape.num_layers * (attention + layer.num_experts * layer.d_model) + shape.vocab_size * layer.d_model
-    return rest + shape.num_layers * layer.num_experts * expert, rest + shape.num_layers * layer.k * expert
-
-
-def step_flops(shape: TrainShape, activation: str) -> int:
-    """Of a training step, over all ranks: 6 for each parameter that a token passes, and its attention to the half of
-    the sequence that it sees on average, 6 * sequence * heads * head size a layer (Chowdhery et al. 2022, who count all
-    of the sequence). What is computed again for less memory does not count."""
-    _, active = parameter_counts(shape, activation)
-    attention = 6 * shape.num_layers * shape.sequence_length * shape.num_heads * shape.head_size
-    return shape.layer.tokens * (6 * active + attention)
-
-
 TRAIN_SHAPES = {
     "base": TrainShape(
         layer=SHAPES["base"].model_copy(update={"tokens": 2048}),

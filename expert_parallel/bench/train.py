@@ -18,7 +18,7 @@ from expert_parallel.bench.facts import Facts, state_facts
 from expert_parallel.bench.peers.contender import Case, NotMeasured, attempt, build_case, first_that_fits
 from expert_parallel.bench.peers.decoder import Trainee
 from expert_parallel.bench.peers.peers import TRAINEES
-from expert_parallel.bench.shapes import TrainShape, parameter_counts, step_flops
+from expert_parallel.bench.shapes import TrainShape
 from expert_parallel.bench.timing import Times, Work, measure, peak_memory, slowest
 from expert_parallel.collectives import all_reduce_sum
 from expert_parallel.config import Config
@@ -89,6 +89,7 @@ def bench_train(task: TrainTask, runtime: Runtime, say: Say = lambda text: None)
         activation: build_case(shape.layer, activation, DTYPES[task.dtype], runtime, group)
         for activation in dict.fromkeys([shape.layer.activation, "swiglu"])
     }
+    models = {activation: our_config(task, activation, runtime.world_size).model for activation in cases}
     inputs_BS, targets_BS = random_batch(shape, runtime)
     steps, shares, rows = build_steps(task, cases, runtime, inputs_BS, targets_BS)
 
@@ -105,8 +106,8 @@ def bench_train(task: TrainTask, runtime: Runtime, say: Say = lambda text: None)
             row.times = times[row.name]
             row.over_ours = row.times.median / ours.median
             row.tokens_per_second = shape.layer.tokens / row.times.median * 1000
-            flops = step_flops(shape, row.activation) / runtime.world_size
-            row.mfu = flops / row.times.median * 1000 / rate
+            flops = shape.layer.tokens * models[row.activation].flops_per_token(shape.sequence_length)
+            row.mfu = flops / runtime.world_size / row.times.median * 1000 / rate
             peak = peak_memory(partial(steps[row.name], inputs_BS, targets_BS), list, device)
             row.peak = round(slowest([peak.total], group)[0])
             total = all_reduce_sum(steps[row.name](inputs_BS, targets_BS).double().cpu(), group)
@@ -115,12 +116,13 @@ def bench_train(task: TrainTask, runtime: Runtime, say: Say = lambda text: None)
             if share is not None:  # on all ranks alike
                 dropped = torch.tensor(share, dtype=torch.float64)
                 row.dropped_share = float(all_reduce_sum(dropped, group)) / runtime.world_size
+    measured = models[shape.layer.activation]
     return TrainResult(
         shape=shape,
         dtype=task.dtype,
         rounds=task.rounds,
         facts=facts,
-        parameters=parameter_counts(shape, shape.layer.activation),
+        parameters=(measured.num_params(), measured.num_active_params()),
         product_size=size,
         product=times["product"],
         product_rate=rate,

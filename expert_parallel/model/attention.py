@@ -43,6 +43,10 @@ class HeadsConfig(Settings):
         return self.num_kv_heads or self.num_heads
 
     @property
+    def has_out_bias(self) -> bool:
+        return self.bias if self.out_bias is None else self.out_bias
+
+    @property
     def rope_columns(self) -> tuple[str, int]:
         """What rotary positions turn: the setting, and how many columns of a head."""
         return "head_size", self.head_size
@@ -51,6 +55,23 @@ class HeadsConfig(Settings):
     def values_kept(self) -> int:
         """Numbers a token that the backward pass needs: queries, keys, values, and what comes of them."""
         return (2 * self.num_heads + 2 * self.kv_heads) * self.head_size
+
+    @property
+    def products_per_key(self) -> int:
+        """Multiplications of a token with each key that it sees, and with its value, in all heads."""
+        return 2 * self.num_heads * self.head_size
+
+    def num_params(self, d_model: int) -> int:
+        """Counts the four matrices, their biases, the norms of queries and keys, and the sinks."""
+        heads, kv_heads, norm = self.num_heads, self.kv_heads, self.qk_norm
+        columns = (heads + 2 * kv_heads) * self.head_size
+        count = d_model * columns + heads * self.head_size * d_model
+        count += columns if self.bias else 0
+        count += d_model if self.has_out_bias else 0
+        count += heads if self.sinks else 0
+        if norm is not None:
+            count += norm.num_params(heads, self.head_size) + norm.num_params(kv_heads, self.head_size)
+        return count
 
 
 class Attend(Protocol):
@@ -101,8 +122,7 @@ class Attention(nn.Module):
         self.query = Linear(d_model, config.num_heads * self.head_size, bias=config.bias)
         self.key = Linear(d_model, config.kv_heads * self.head_size, bias=config.bias)
         self.value = Linear(d_model, config.kv_heads * self.head_size, bias=config.bias)
-        out_bias = config.bias if config.out_bias is None else config.out_bias
-        self.out = Linear(config.num_heads * self.head_size, d_model, bias=out_bias)
+        self.out = Linear(config.num_heads * self.head_size, d_model, bias=config.has_out_bias)
         self.query_norm: nn.Module | None = None
         self.key_norm: nn.Module | None = None
         if config.qk_norm is not None:

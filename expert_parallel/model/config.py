@@ -1,5 +1,7 @@
-"""Settings of the decoder: its sizes, and which of its blocks are mixtures of experts."""
+"""Settings of the decoder: its sizes, which of its blocks are mixtures of experts, and what it comes to: parameters and
+FLOPs, from the settings alone."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -7,7 +9,7 @@ from pydantic import Field, model_validator
 from expert_parallel.model.attention import HeadsConfig
 from expert_parallel.model.attentions import AttentionConfig
 from expert_parallel.model.norms import NormConfig
-from expert_parallel.model.rotary import PositionConfig, RopeConfig
+from expert_parallel.model.rotary import LearnedPositionConfig, PositionConfig, RopeConfig
 from expert_parallel.moe.ffn import FFNConfig
 from expert_parallel.moe.layer import MoEConfig
 from expert_parallel.moe.routers import router_settings
@@ -67,6 +69,18 @@ def _check_blocks(name: str, pattern: Blocks, num_layers: int, what: str) -> Non
         raise ValueError(f"{what} is given, but {name} selects none of the {num_layers} blocks")
 
 
+@dataclass(frozen=True)
+class ParameterCounts:
+    """The parameters of a model or of a part of it. experts: of routed experts; dense: of everything else."""
+
+    dense: int
+    experts: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts
+
+
 class ModelConfig(Settings):
     """`moe` absent: a dense model. `ffn` is the dense blocks' own; it may be absent where every block is MoE."""
 
@@ -96,6 +110,76 @@ class ModelConfig(Settings):
         if isinstance(attention, HeadsConfig) and layer not in self.window_blocks.blocks(self.num_layers):
             return attention.model_copy(update={"window": None})
         return attention
+
+    def num_params(self) -> int:
+        """Counts all parameters, exactly those that `Transformer` has, without building it.
+
+        These are the embedding and the table of the logits (one and the same with `tied_embeddings`, counted once),
+        learned positions, the final norm, and in each block its norms, attention, and feed-forward: a dense one, or
+        router, shared and routed experts. Biases, norms of queries and keys, and sinks count wherever they are set.
+        Buffers, such as a router's balance bias, are no parameters.
+        """
+        return self.parameter_counts().total
+
+    def num_active_params(self) -> int:
+        """Counts the parameters that one token uses: all but routed experts, and of these as many as its router gives
+        it.
+
+        That is `k` for routers with a k, and else their mean in training (`experts_per_token`), both before drops. The
+        tables count whole, as in published numbers of active parameters (Mixtral 8x7B: 12.9 B), though a token looks
+        up one row of the embedding.
+        """
+        counts, moe = self.parameter_counts(), self.moe
+        if moe is None:
+            return counts.dense
+        return counts.dense + round(counts.experts * moe.router.experts_per_token(moe.num_experts) / moe.num_experts)
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Counts the floating-point operations of a training step for each token: forward and backward, of which the
+        forward pass is a third. A multiplication with its addition is 2.
+
+        That is 6 for each active parameter, but none for tables that are only looked up (an untied embedding, learned
+        positions), and attention to the half of `sequence_length` tokens that one sees on average. Norms, biases and
+        sinks, which are few, count as if they were matrices, windows as if they were whole, dropped choices as if they
+        were computed. Neither recomputation nor the optimizer counts.
+
+        Sources: Kaplan et al. 2020, section 2.1 (6 N); Chowdhery et al. 2022, appendix B (attention, there to the whole
+        sequence).
+        """
+        looked_up = 0 if self.tied_embeddings else self.vocab_size * self.d_model
+        if isinstance(self.position, LearnedPositionConfig):
+            looked_up += self.position.max_length * self.d_model
+        attention = self.num_layers * sequence_length * self.attention.products_per_key
+        return 6 * (self.num_active_params() - looked_up) + 3 * attention  # 3 = 6 / 2: half of the sequence
+
+    def parameter_counts(
+        self, blocks: range | None = None, *, is_first: bool = True, is_last: bool = True
+    ) -> ParameterCounts:
+        """Counts the parameters of a pipeline stage with these blocks; by default of the whole model.
+
+        is_first: the stage has the embedding and learned positions. is_last: it has the final norm and the table of the
+        logits, where `tied_embeddings` shares it across stages a copy.
+        """
+        d_model, moe = self.d_model, self.moe
+        blocks = range(self.num_layers) if blocks is None else blocks
+        num_moe = len(set(self.moe_layers).intersection(blocks))
+        norm = self.norm.num_params(d_model)
+
+        dense = len(blocks) * (self.attention.num_params(d_model) + 2 * norm)
+        experts = 0
+        if self.ffn is not None:
+            dense += (len(blocks) - num_moe) * self.ffn.num_params(d_model)
+        if moe is not None:
+            dense += num_moe * moe.num_dense_params(d_model)
+            experts += num_moe * moe.num_expert_params(d_model)
+
+        num_tables = int(is_first or is_last) if self.tied_embeddings else is_first + is_last
+        dense += num_tables * self.vocab_size * d_model
+        if is_first and isinstance(self.position, LearnedPositionConfig):
+            dense += self.position.max_length * d_model
+        if is_last and self.norm_placement == "pre":
+            dense += norm
+        return ParameterCounts(dense, experts)
 
     @model_validator(mode="after")
     def _check_attention(self) -> "ModelConfig":

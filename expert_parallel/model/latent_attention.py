@@ -50,6 +50,22 @@ class LatentAttentionConfig(Settings):
         """Numbers a token that the backward pass needs: queries, keys, values, and what comes of them."""
         return self.num_heads * 2 * (self.key_size + self.value_size)
 
+    @property
+    def products_per_key(self) -> int:
+        """Multiplications of a token with each key that it sees, and with its value, in all heads."""
+        return self.num_heads * (self.key_size + self.value_size)
+
+    def num_params(self, d_model: int) -> int:
+        """Counts the matrices down to the latents and up from them, the norms of the latents, and the last matrix."""
+        heads, query_rank, kv_rank = self.num_heads, self.query_rank, self.kv_rank
+        if query_rank is None:
+            query = d_model * heads * self.key_size
+        else:
+            query = d_model * query_rank + query_rank + query_rank * heads * self.key_size
+        down = d_model * (kv_rank + self.rope_size)
+        up = kv_rank * heads * (self.nope_size + self.value_size)
+        return query + down + kv_rank + up + heads * self.value_size * d_model
+
 
 class LatentAttention(nn.Module):
     """(B, T, D) of this rank's tokens -> (B, T, D); S: the tokens that its heads have queries of, L: keys of a row.

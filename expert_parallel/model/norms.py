@@ -14,6 +14,10 @@ class NormConfig(Settings):
     kind: Literal["rms_norm", "layer_norm"] = "rms_norm"
     eps: float = Field(default=1e-5, gt=0)
 
+    def num_params(self, width: int) -> int:
+        """Counts the weights and, of a layer norm, the biases."""
+        return 2 * width if self.kind == "layer_norm" else width
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. Zhang and Sennrich 2019."""
@@ -50,6 +54,10 @@ class QKNormConfig(Settings):
 
     kind: Literal["per_head", "whole"]
     eps: float = Field(default=1e-6, gt=0)
+
+    def num_params(self, heads: int, head_size: int) -> int:
+        """Counts the weights of the one norm of so many heads' queries, or keys."""
+        return heads * head_size if self.kind == "whole" else head_size
 
 
 class HeadNorm(RMSNorm):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from expert_parallel.collectives import group_size
 from expert_parallel.moe.expert_tensor import add_up_at_ranks, gather_from_ranks
-from expert_parallel.moe.ffn import ACTIVATIONS, GATED, Activation, width_in
+from expert_parallel.moe.ffn import ACTIVATIONS, GATED, Activation, ffn_params, width_in
 from expert_parallel.moe.fused import fused_experts
 from expert_parallel.moe.permute import NO_ROW, gather_rows
 from expert_parallel.moe.plan import DispatchedTokens
@@ -41,6 +41,10 @@ class ExpertsConfig(Settings):
     def is_plain(self) -> bool:
         """Two products and an activation, nothing else: what fused.py computes."""
         return not (self.bias or self.hidden_dropout or self.output_dropout)
+
+    def num_params(self, d_model: int) -> int:
+        """Counts the parameters of one expert."""
+        return ffn_params(d_model, self.hidden, self.activation, self.bias)
 
 
 def takes_grouped_mm(dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> bool:

@@ -36,12 +36,21 @@ def width_in(activation: str, hidden: int) -> int:
     return 2 * hidden if activation in GATED else hidden
 
 
+def ffn_params(d_model: int, hidden: int, activation: str, bias: bool) -> int:
+    """Counts the parameters of one feed-forward network: both matrices (the first with the gate), and both biases."""
+    columns = width_in(activation, hidden)
+    return d_model * columns + hidden * d_model + (columns + d_model if bias else 0)
+
+
 class FFNConfig(Settings):
     """y = activation(x W_in + b_in) W_out + b_out."""
 
     hidden: int = Field(ge=1)
     activation: Activation = "swiglu"
     bias: bool = False
+
+    def num_params(self, d_model: int) -> int:
+        return ffn_params(d_model, self.hidden, self.activation, self.bias)
 
 
 class Linear(nn.Linear):

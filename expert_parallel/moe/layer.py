@@ -33,7 +33,7 @@ from expert_parallel.moe.presets import apply_preset
 from expert_parallel.moe.random import Stream
 from expert_parallel.moe.receive_bound import limit_received
 from expert_parallel.moe.refuse import refuse_combinations
-from expert_parallel.moe.routers import RouterConfig, build_router, router_settings
+from expert_parallel.moe.routers import RouterConfig, build_router, router_params, router_settings
 from expert_parallel.moe.routing import TopKRouterConfig
 from expert_parallel.moe.travel import IndexTable
 from expert_parallel.placement import ExpertPlacement
@@ -71,6 +71,15 @@ class MoEConfig(Settings):
                 "to the whole capacity; set one of them back (overlap to 1, or pad to false)"
             )
         return self
+
+    def num_dense_params(self, d_model: int) -> int:
+        """Counts the parameters that every token uses: those of the router and of the shared experts."""
+        shared = 0 if self.shared_experts is None else self.shared_experts.num_params(d_model)
+        return router_params(self.router, d_model, self.num_experts) + shared
+
+    def num_expert_params(self, d_model: int) -> int:
+        """Counts the parameters of all routed experts together."""
+        return self.num_experts * self.experts.num_params(d_model)
 
 
 class MoELayer(nn.Module):

@@ -9,6 +9,7 @@ mine = "my_package.routers:MyRouter"                          # for the command 
 from importlib.metadata import entry_points
 from typing import Annotated, Any
 
+import torch
 from pydantic import ConfigDict, Discriminator, Tag, model_validator
 
 from expert_parallel.moe.routing import (
@@ -92,3 +93,11 @@ def router_settings(config: RouterSettings) -> RouterSettings:
 
 def build_router(config: RouterSettings, d_model: int, num_experts: int) -> Router:
     return ROUTERS[config.kind](router_settings(config), d_model, num_experts)
+
+
+def router_params(config: RouterSettings, d_model: int, num_experts: int) -> int:
+    """Counts the parameters of a router. It is built on the meta device for that, without memory: what a registered
+    router holds, its settings do not say."""
+    with torch.device("meta"):
+        router = build_router(config, d_model, num_experts)
+    return sum(parameter.numel() for parameter in router.parameters())

@@ -21,7 +21,6 @@ from expert_parallel.report.loads import Loads, read_loads
 from expert_parallel.report.sample import Sample, cut, route
 from expert_parallel.report.words import CLASSES, Piece, classes, name_of, pieces
 from expert_parallel.runtime import Runtime, UserError
-from expert_parallel.training.check import ParameterCounts, count_parameters
 from expert_parallel.training.generate import run_config, run_tokenizer
 from expert_parallel.training.setup import demand_of
 from expert_parallel.training.step import DTYPES
@@ -35,7 +34,6 @@ class Report:
     name: str
     config: Config
     step: int
-    parameters: ParameterCounts
     loads: Loads
     source: str
     sample: Sample
@@ -93,7 +91,6 @@ def gather(run: Path, overrides: Sequence[str], runtime: Runtime, text: Path | N
         name=run.resolve().name,
         config=config,
         step=checkpoint.step,
-        parameters=count_parameters(config),
         loads=loads,
         source=source.source,
         sample=sample,

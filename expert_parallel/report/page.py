@@ -46,11 +46,11 @@ expert_parallel/report.</footer>
 
 
 def _header(report: Report, title: str) -> str:
-    model, moe, counts = report.config.model, report.config.model.moe, report.parameters
+    model, moe = report.config.model, report.config.model.moe
     assert moe is not None
     per_token = moe.router.experts_per_token(report.num_experts)
     facts = [
-        ("parameters", _short(counts.total), f"{_short(counts.active)} active for a token"),
+        ("parameters", _short(model.num_params()), f"{_short(model.num_active_params())} active for a token"),
         ("experts in a block", f"{report.num_experts}", f"{per_token:g} for a token, router {moe.router.kind}"),
         ("blocks", f"{model.num_layers}", f"{len(report.blocks)} with experts, width {model.d_model}"),
         ("steps", f"{report.step:,}", f"of {report.config.training.steps:,}"),

@@ -9,11 +9,9 @@ import torch
 from pydantic import BaseModel
 
 from expert_parallel.study.curves import Curve
-from expert_parallel.study.flops import training_flops_per_token
 from expert_parallel.study.folder import curve_of, is_done, read_sittings
 from expert_parallel.study.plan import Study
 from expert_parallel.study.step_times import StepTimes
-from expert_parallel.training.check import count_parameters
 
 
 class Reached(BaseModel):
@@ -78,14 +76,14 @@ def gather(study: Study, rates: dict[str, float], step_times: dict[str, StepTime
     variants = []
     for name in study.names:
         trials, runs = study.trials(name), study.finals(name, rates[name])
-        counts = count_parameters(runs[0].config)
+        model, length = runs[0].config.model, runs[0].config.training.sequence_length
         variants.append(
             VariantResult(
                 name=name,
                 claim=settings.variants[name].claim,
-                total_parameters=counts.total,
-                active_parameters=counts.active,
-                flops=training_flops_per_token(runs[0].config),
+                total_parameters=model.num_params(),
+                active_parameters=model.num_active_params(),
+                flops=model.flops_per_token(length),
                 trials=[(run.rate, curve_of(run).final if is_done(run) else None) for run in trials],
                 rate=rates[name],
                 curves=[curve_of(run) for run in runs],

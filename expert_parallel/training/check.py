@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -11,10 +10,8 @@ from expert_parallel.config import Config, dump_config
 from expert_parallel.data.config import TokensData
 from expert_parallel.data.open import open_data
 from expert_parallel.degrees import ParallelDegrees, ShardedConfig, describe_grid, shard_counts
-from expert_parallel.model.parallelize import build_model, split_model
-from expert_parallel.model.transformer import Part
+from expert_parallel.model.parallelize import split_model
 from expert_parallel.moe.capacity import DroplessConfig, capacity_of_blocks
-from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.placement import ExpertPlacement
 from expert_parallel.training.engines.config import DeepSpeedConfig
 from expert_parallel.training.setup import check_degrees, demand_of, describe_degrees
@@ -24,34 +21,6 @@ GIB = 1024**3
 GRID_RANKS = 64  # of larger worlds the grid is not printed
 NO_DATA = "none yet: data.corpora is empty"
 MOST_BLOCKS = 8  # of more the numbers are not all printed
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """dense: everything that is not a routed expert. active: what one token uses: dense, and k experts a MoE layer."""
-
-    dense: int
-    experts: int
-    active: int
-
-    @property
-    def total(self) -> int:
-        return self.dense + self.experts
-
-
-def count_parameters(config: Config, part: Part | None = None) -> ParameterCounts:
-    """Of the whole model, or a stage of it. Exact, from the model itself on torch's meta device: no weights are
-    made."""
-    model = build_model(config.model, device=torch.device("meta"), part=part)
-    dense = experts = 0
-    for logical in logical_parameters(model):
-        if logical.is_expert:
-            experts += logical.parameter.numel()
-        else:
-            dense += logical.parameter.numel()
-    moe = config.model.moe
-    used = round(experts * moe.router.experts_per_token(moe.num_experts) / moe.num_experts) if moe is not None else 0
-    return ParameterCounts(dense, experts, dense + used)
 
 
 def state_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
@@ -65,7 +34,7 @@ def state_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
     if isinstance(engine, DeepSpeedConfig):
         copies, expert_copies = (zero_copies(engine, ranks) for ranks in (degrees.dp * degrees.cp, degrees.edp))
     stages = [
-        count_parameters(config, part)
+        config.model.parameter_counts(part.blocks, is_first=part.is_first, is_last=part.is_last)
         for part in split_model(config.model, degrees.pp * config.parallel.stages_per_rank)
     ]
     numbers = [
@@ -106,7 +75,7 @@ def gathered_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
     share = _largest_share(config, degrees, 1)
     moe_layers, numbers = set(model.moe_layers), {}
     for is_moe, block in {block in moe_layers: block for block in range(model.num_layers)}.items():  # one of each kind
-        count = count_parameters(config, Part(range(block, block + 1), 1, 3))
+        count = model.parameter_counts(range(block, block + 1), is_first=False, is_last=False)
         numbers[is_moe] = count.dense / degrees.tp + count.experts * share / degrees.etp
     num_tables = 1 if model.tied_embeddings or degrees.pp > 1 else 2
     whole = max(numbers.values()) + num_tables * model.vocab_size * model.d_model / degrees.tp
@@ -167,16 +136,16 @@ def smallest_world(config: Config) -> int:
 def describe(config: Config, world_size: int | None) -> str:
     """The text of `expert-parallel check`. Raises ValueError where the world size does not fit."""
     degrees = check_degrees(config, world_size or smallest_world(config))
-    counts = count_parameters(config)
+    counts, active = config.model.parameter_counts(), config.model.num_active_params()
     training, moe = config.training, config.model.moe
     tokens = training.global_batch * training.sequence_length
     lines = [
         dump_config(config).rstrip(),
         "",
         f"ranks                {degrees.world_size}: {describe_degrees(config, degrees)}",
-        f"parameters           {counts.total:,} in all, {counts.active:,} active for a token "
+        f"parameters           {counts.total:,} in all, {active:,} active for a token "
         f"({counts.dense:,} dense, {counts.experts:,} in experts): "
-        f"{_short(counts.total)} in all, {_short(counts.active)} active",
+        f"{_short(counts.total)} in all, {_short(active)} active",
         f"tokens               {tokens:,} a step, {tokens * training.steps:,} in {training.steps:,} steps",
     ]
     if isinstance(config.data, TokensData):  # other kinds would be read whole
