@@ -19,8 +19,7 @@ from expert_parallel.data.batch import MicroBatch, micro_batch
 from expert_parallel.data.sampler import TokenSampler
 from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.model.pipeline import Pipeline
-from expert_parallel.model.transformer import ModelConfig, Transformer
+from expert_parallel.model.transformer import LanguageModel, ModelConfig
 from expert_parallel.moe.balance import loss_name
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.ledger import LedgerBreach, LedgerConfig
@@ -142,7 +141,7 @@ def train(rank: int, layout: dict[str, Any], steps: int = STEPS) -> dict[str, An
     return run_steps(model, config, mesh, steps)
 
 
-def run_steps(model: Transformer | Pipeline, config: TrainingConfig, mesh: ParallelMesh, steps: int) -> dict[str, Any]:
+def run_steps(model: LanguageModel, config: TrainingConfig, mesh: ParallelMesh, steps: int) -> dict[str, Any]:
     optimizer = build_optimizer(config.optimizer, model)
     grads: dict[str, torch.Tensor] = {}
 

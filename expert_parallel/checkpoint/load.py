@@ -15,8 +15,7 @@ from expert_parallel.checkpoint.shapes import balance_biases, expected_shapes
 from expert_parallel.checkpoint.state import HasState, TrainingState, range_pieces, state_of
 from expert_parallel.collectives import all_reduce_sum
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.pipeline import Pipeline
-from expert_parallel.model.transformer import Transformer
+from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.parameters import (
     first_row,
     local_tensor,
@@ -34,7 +33,7 @@ LIMB = 1 << 32
 @torch.no_grad()
 def load_checkpoint(
     path: Path,
-    model: Transformer | Pipeline,
+    model: LanguageModel,
     optimizer: torch.optim.Optimizer | HasState | None = None,
     runtime: Runtime | None = None,
     mesh: ParallelMesh | None = None,
@@ -87,7 +86,7 @@ def load_checkpoint(
 
 
 def _targets(
-    model: Transformer | Pipeline, parts: tuple[str, ...], state: TrainingState | None, mesh: ParallelMesh | None
+    model: LanguageModel, parts: tuple[str, ...], state: TrainingState | None, mesh: ParallelMesh | None
 ) -> Iterator[Target]:
     """All that this rank holds, a rectangle of a logical tensor each. Of several ranks that hold the same, the first
     counts it; what the state has divided is each rank's own."""

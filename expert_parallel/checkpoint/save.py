@@ -35,8 +35,7 @@ from expert_parallel.checkpoint.shapes import balance_biases, expected_shapes
 from expert_parallel.checkpoint.state import HasState, state_of
 from expert_parallel.collectives import gather_text
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.pipeline import Pipeline
-from expert_parallel.model.transformer import Transformer
+from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.runtime import Runtime, UserError
 
 GRACE_SECONDS = 60.0  # for a save under way when the run ends by an error
@@ -51,7 +50,7 @@ class Saver:
     def __init__(
         self,
         folder: Path,
-        model: Transformer | Pipeline,
+        model: LanguageModel,
         optimizer: torch.optim.Optimizer | HasState,
         mesh: ParallelMesh,
         runtime: Runtime,

@@ -143,7 +143,27 @@ def build_moe_layer(config: MoEConfig, mesh: ParallelMesh | None) -> MoELayer:
     )
 
 
-class Transformer(nn.Module):
+class LanguageModel(nn.Module):
+    """A decoder as training, checkpoints and generation see it: all of it, or this rank's stages of a pipeline.
+
+    Called with tokens (B, S), int64, a StepContext and, in generation, a KeyValueCache; returns a ModelOutput. A class
+    rather than a Protocol, since its callers also treat it as the nn.Module that it is.
+    """
+
+    config: ModelConfig
+    place: SequencePlace
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the logits come out on this rank; else the output goes on to another rank's stage."""
+        raise NotImplementedError
+
+    def local_blocks(self) -> Iterator[tuple[int, Block]]:
+        """Yields the blocks that are on this rank, with their numbers."""
+        raise NotImplementedError
+
+
+class Transformer(LanguageModel):
     """Tokens (B, S), int64 -> ModelOutput. Computes in `compute_dtype`, whatever dtype the weights are kept in.
 
     mesh: handed to the MoE layers; None: this rank alone. part: what of the model is here; default: all. Where ranks
@@ -179,8 +199,11 @@ class Transformer(nn.Module):
         self.final_norm = NORMS[config.norm.kind](config.d_model, config.norm.eps) if pre and is_last else None
         self.unembedding = table(config.vocab_size) if is_last and not config.tied_embeddings else None
 
+    @property
+    def has_logits(self) -> bool:
+        return self.part.is_last
+
     def local_blocks(self) -> Iterator[tuple[int, Block]]:
-        """The blocks that are here, with their numbers."""
         for layer in self.part.blocks:
             block = self.blocks[layer]
             assert isinstance(block, Block)

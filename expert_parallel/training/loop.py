@@ -20,9 +20,8 @@ from expert_parallel.data.open import keep_tokenizer, open_data
 from expert_parallel.data.sampler import Sampler
 from expert_parallel.degrees import ParallelDegrees
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.pipeline import Pipeline
 from expert_parallel.model.sequence import SequencePlace
-from expert_parallel.model.transformer import Transformer
+from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.plan import RouterReplay
 from expert_parallel.runtime import Runtime, UserError
 from expert_parallel.training.engines.engine import Engine
@@ -99,7 +98,7 @@ class Run:
     config: Config
     runtime: Runtime
     mesh: ParallelMesh
-    model: Transformer | Pipeline
+    model: LanguageModel
     optimizer: torch.optim.Optimizer | Engine
     sampler: Sampler
     held_out: Tensor  # sequences, the same on all ranks
@@ -270,7 +269,7 @@ def open_folder(config: Config, rank: int) -> list[Path]:
     return checkpoints
 
 
-def sample_text(config: Config, model: Transformer | Pipeline, mesh: ParallelMesh) -> str:
+def sample_text(config: Config, model: LanguageModel, mesh: ParallelMesh) -> str:
     sample = config.run.sample
     assert sample is not None
     (text,) = generate_texts(

@@ -9,9 +9,9 @@ from expert_parallel.data.open import Demand
 from expert_parallel.degrees import ParallelDegrees, ShardedConfig, node_grid, shard_counts
 from expert_parallel.mesh import ParallelMesh, build_mesh
 from expert_parallel.model.parallelize import build_model, kv_copies, refuse_degrees
-from expert_parallel.model.pipeline import Pipeline, build_pipeline, refuse_schedule
+from expert_parallel.model.pipeline import build_pipeline, refuse_schedule
 from expert_parallel.model.sequence import length_unit
-from expert_parallel.model.transformer import Transformer
+from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.runtime import Runtime
 from expert_parallel.training.engines.build import ENGINES
 from expert_parallel.training.engines.config import DeepSpeedConfig
@@ -22,7 +22,7 @@ from expert_parallel.training.step import DTYPES
 
 def build(
     config: Config, runtime: Runtime, degrees: ParallelDegrees, *, initialise: bool = True
-) -> tuple[ParallelMesh, Transformer | Pipeline, torch.optim.Optimizer | Engine]:
+) -> tuple[ParallelMesh, LanguageModel, torch.optim.Optimizer | Engine]:
     """Process groups, this rank's part of the model, and the optimizer, or the engine that has one. initialise: or
     leave the weights as memory has them, for a checkpoint to fill."""
     training = config.training
@@ -33,7 +33,7 @@ def build(
 
 def build_parts(
     config: Config, runtime: Runtime, degrees: ParallelDegrees, *, initialise: bool = True
-) -> tuple[ParallelMesh, Transformer | Pipeline]:
+) -> tuple[ParallelMesh, LanguageModel]:
     """Process groups and this rank's part of the model."""
     moe, parallel, training = config.model.moe, config.parallel, config.training
     mesh = build_mesh(

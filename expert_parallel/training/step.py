@@ -15,7 +15,7 @@ from expert_parallel.data.batch import MicroBatch
 from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.pipeline import Passes, Pipeline, Stage
 from expert_parallel.model.tensor_parallel import cross_entropy_sum
-from expert_parallel.model.transformer import ModelConfig, ModelOutput, Recompute, Transformer
+from expert_parallel.model.transformer import LanguageModel, ModelConfig, ModelOutput, Recompute
 from expert_parallel.moe.balance import loss_name, update_balance_bias
 from expert_parallel.moe.plan import LoadStats, RouterReplay, StepContext
 from expert_parallel.moe.routing import TopKRouter
@@ -122,7 +122,7 @@ class StepTotals:
 
 
 def train_step(
-    model: Transformer | Pipeline,
+    model: LanguageModel,
     optimizer: torch.optim.Optimizer | Engine,
     micro_batches: Iterable[MicroBatch],
     config: TrainingConfig,
@@ -185,7 +185,7 @@ Pass = tuple[Tensor, int, dict[int, LoadStats]]
 
 
 def run_micro_steps(
-    model: Transformer,
+    model: LanguageModel,
     engine: Engine,
     batches: list[MicroBatch],
     contexts: list[StepContext],
@@ -220,7 +220,7 @@ def run_pipeline(
 
 
 def count_cross_entropy(
-    model: Transformer | Pipeline, output: ModelOutput, batch: MicroBatch, mesh: ParallelMesh
+    model: LanguageModel, output: ModelOutput, batch: MicroBatch, mesh: ParallelMesh
 ) -> tuple[Tensor, Tensor, int]:
     """The sum of cross entropy, nats, over the positions of this rank; what of it this rank counts, and of how many
     tokens: tensor parallel ranks all have the same."""
@@ -234,7 +234,7 @@ def count_cross_entropy(
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer | Pipeline,
+    model: LanguageModel,
     micro_batches: Iterable[MicroBatch],
     mesh: ParallelMesh,
     *,
@@ -249,7 +249,7 @@ def evaluate(
     batches = list(micro_batches)
     for batch, context in zip(batches, contexts_of(batches, mesh, seed=seed), strict=True):
         output: ModelOutput = forward(batch.inputs_BS, context)
-        if isinstance(model, Pipeline) and not model.has_logits:
+        if not model.has_logits:
             totals.add(torch.zeros((), device=output.logits.device), 0, output.stats)
             continue
         _, counted, num_tokens = count_cross_entropy(model, output, batch, mesh)
@@ -265,7 +265,7 @@ def forget_gathered_weights(model: nn.Module) -> None:
             module.reshard()
 
 
-def update_balance_biases(model: Transformer | Pipeline, report: StepReport) -> None:
+def update_balance_biases(model: LanguageModel, report: StepReport) -> None:
     for layer, block in model.local_blocks():
         router = None if block.moe is None else block.moe.router
         if isinstance(router, TopKRouter) and router.balance_bias_E is not None:

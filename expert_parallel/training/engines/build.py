@@ -5,15 +5,14 @@ from collections.abc import Callable
 import torch
 
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.pipeline import Pipeline
-from expert_parallel.model.transformer import Transformer
+from expert_parallel.model.transformer import LanguageModel, Transformer
 from expert_parallel.runtime import Runtime, tell_deepspeed
 from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.step import TrainingConfig
 
 
 def build_native(
-    model: Transformer | Pipeline,
+    model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     mesh: ParallelMesh,
     runtime: Runtime,
@@ -24,7 +23,7 @@ def build_native(
 
 
 def build_deepspeed(
-    model: Transformer | Pipeline,
+    model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     mesh: ParallelMesh,
     runtime: Runtime,
@@ -50,7 +49,7 @@ def load_deepspeed() -> Callable[..., Engine]:
 
 
 Builder = Callable[
-    [Transformer | Pipeline, torch.optim.Optimizer, ParallelMesh, Runtime, TrainingConfig],
+    [LanguageModel, torch.optim.Optimizer, ParallelMesh, Runtime, TrainingConfig],
     torch.optim.Optimizer | Engine,
 ]
 # training.engine.kind -> its builder. Every rank of the world calls it.

@@ -6,8 +6,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from expert_parallel.checkpoint.state import TorchState, TrainingState
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.pipeline import Pipeline
-from expert_parallel.model.transformer import ModelOutput, Transformer
+from expert_parallel.model.transformer import LanguageModel, ModelOutput
 from expert_parallel.moe.plan import StepContext
 from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.freeze import freeze_gradients
@@ -19,7 +18,7 @@ class NativeEngine:
 
     def __init__(
         self,
-        model: Transformer | Pipeline,
+        model: LanguageModel,
         optimizer: torch.optim.Optimizer,
         mesh: ParallelMesh,
         clip_norm: float | None = None,
@@ -52,7 +51,7 @@ class NativeEngine:
 
 
 def engine_of(
-    model: Transformer | Pipeline,
+    model: LanguageModel,
     optimizer: torch.optim.Optimizer | Engine,
     mesh: ParallelMesh,
     clip_norm: float | None = None,
