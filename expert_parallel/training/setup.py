@@ -1,8 +1,6 @@
-"""What a config comes to on the ranks that run: degrees, groups, this rank's part of the model, the optimizer."""
+"""What a config comes to on the ranks that run: degrees, groups, this rank's part of the model, the engine."""
 
 from functools import partial
-
-import torch
 
 from expert_parallel.config import Config
 from expert_parallel.data.open import Demand
@@ -22,9 +20,9 @@ from expert_parallel.training.step import DTYPES
 
 def build(
     config: Config, runtime: Runtime, degrees: ParallelDegrees, *, initialise: bool = True
-) -> tuple[ParallelMesh, LanguageModel, torch.optim.Optimizer | Engine]:
-    """Process groups, this rank's part of the model, and the optimizer, or the engine that has one. initialise: or
-    leave the weights as memory has them, for a checkpoint to fill."""
+) -> tuple[ParallelMesh, LanguageModel, Engine]:
+    """Process groups, this rank's part of the model, and the engine that trains it. initialise: or leave the weights as
+    memory has them, for a checkpoint to fill."""
     training = config.training
     mesh, model = build_parts(config, runtime, degrees, initialise=initialise)
     optimizer = build_optimizer(training.optimizer, model, training.trainable)

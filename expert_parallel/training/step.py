@@ -23,7 +23,6 @@ from expert_parallel.moe.totals import LayerTotals, pack, packed_size, report_br
 from expert_parallel.settings import Settings
 from expert_parallel.training.engines.config import EngineConfig, NativeConfig
 from expert_parallel.training.engines.engine import Engine
-from expert_parallel.training.engines.native import engine_of
 from expert_parallel.training.freeze import AllTrainable, TrainableConfig
 from expert_parallel.training.optim import CosineConfig, OptimizerConfig, ScheduleConfig, learning_rate
 from expert_parallel.training.replay import RoutingConfig
@@ -123,7 +122,7 @@ class StepTotals:
 
 def train_step(
     model: LanguageModel,
-    optimizer: torch.optim.Optimizer | Engine,
+    engine: Engine,
     micro_batches: Iterable[MicroBatch],
     config: TrainingConfig,
     mesh: ParallelMesh,
@@ -133,10 +132,8 @@ def train_step(
     replay: RouterReplay | None = None,
 ) -> StepReport:
     """Updates the model once. The loss is sum of cross entropy / all targets of the step, plus, for each MoE layer, the
-    mean over micro-steps of coefficient * loss. optimizer: a torch one for the native engine, or another engine.
-    replay: choices to take, and where those made are recorded."""
+    mean over micro-steps of coefficient * loss. replay: choices to take, and where those made are recorded."""
     model.train()
-    engine = engine_of(model, optimizer, mesh, config.clip_norm)
     batches = list(micro_batches)
     contexts = contexts_of(batches, mesh, seed=seed, step=step, replay=replay)
     num_targets = config.global_batch * config.sequence_length
@@ -235,20 +232,18 @@ def count_cross_entropy(
 @torch.no_grad()
 def evaluate(
     model: LanguageModel,
+    engine: Engine,
     micro_batches: Iterable[MicroBatch],
     mesh: ParallelMesh,
     *,
     seed: int,
-    engine: Engine | None = None,
 ) -> StepReport:
-    """Mean cross entropy over all ranks' sequences. Every rank must bring the same number of batches, empty or not.
-    engine: where another than the native one keeps the weights."""
+    """Mean cross entropy over all ranks' sequences. Every rank must bring the same number of batches, empty or not."""
     model.eval()
-    forward = model if engine is None else engine.forward
     totals = StepTotals(model.config, 0)
     batches = list(micro_batches)
     for batch, context in zip(batches, contexts_of(batches, mesh, seed=seed), strict=True):
-        output: ModelOutput = forward(batch.inputs_BS, context)
+        output = engine.forward(batch.inputs_BS, context)
         if not model.has_logits:
             totals.add(torch.zeros((), device=output.logits.device), 0, output.stats)
             continue

@@ -52,7 +52,7 @@ class AxisBytes:
 
 def measure_step(
     model: LanguageModel,
-    optimizer: torch.optim.Optimizer | Engine,
+    engine: Engine,
     micro_batches: Sequence[MicroBatch],
     training: TrainingConfig,
     parallel: ParallelConfig,
@@ -68,10 +68,10 @@ def measure_step(
     collective that is not known here.
     """
     if isinstance(model, Pipeline):
-        train_step(model, optimizer, micro_batches, training, mesh, step=step, seed=seed)
+        train_step(model, engine, micro_batches, training, mesh, step=step, seed=seed)
     rows_of_passes, hooks = _watch_experts(model)
     with counting() as counted:
-        report = train_step(model, optimizer, micro_batches, training, mesh, step=step, seed=seed)
+        report = train_step(model, engine, micro_batches, training, mesh, step=step, seed=seed)
     for hook in hooks:
         hook.remove()
 
