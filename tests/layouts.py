@@ -10,8 +10,8 @@ import torch
 from expert_parallel.degrees import ParallelConfig, ShardedConfig
 from expert_parallel.mesh import ParallelMesh, build_mesh
 from expert_parallel.model.parallelize import build_model, kv_copies
-from expert_parallel.model.pipeline import Pipeline, build_pipeline
-from expert_parallel.model.transformer import ModelConfig, Transformer
+from expert_parallel.model.pipeline import build_pipeline
+from expert_parallel.model.transformer import LanguageModel, ModelConfig
 
 DEGREES = ("cp", "tp", "pp", "ep", "etp", "order", "expert_order", "data", "pipeline")
 
@@ -34,7 +34,7 @@ def _mesh(world: int, parallel: str, copies: int, tied: bool) -> ParallelMesh:
 
 def build_on(
     layout: dict[str, Any], model: dict[str, Any], seed: int, dtype: torch.dtype = torch.float64
-) -> tuple[ParallelMesh, Transformer | Pipeline]:
+) -> tuple[ParallelMesh, LanguageModel]:
     """On one rank: its mesh, kept from test to test, and its part of the model."""
     parallel, config = parallel_config(layout), ModelConfig.model_validate(model)
     copies = kv_copies(config, parallel.degrees(layout["world"]))

@@ -30,6 +30,7 @@ from expert_parallel.checkpoint.manifest import MOMENTS
 from expert_parallel.checkpoint.report import differences, problems
 from expert_parallel.checkpoint.save import Saver
 from expert_parallel.checkpoint.shapes import balance_biases
+from expert_parallel.checkpoint.state import TorchState
 from expert_parallel.degrees import ParallelDegrees
 from expert_parallel.mesh import Nodes, ParallelMesh
 from expert_parallel.model.config import ModelConfig
@@ -115,7 +116,7 @@ def make_saver(folder: Path, built: Any, said: list[str] | None = None, **change
     say = (lambda text: None) if said is None else said.append
     config = {"model": MODEL}
     settings = CheckpointConfig(**changes)
-    return Saver(folder, model, optimizer, mesh, runtime, settings, config=config, layout="a test", say=say)
+    return Saver(folder, model, TorchState(optimizer), mesh, runtime, settings, config=config, layout="a test", say=say)
 
 
 # ---------------------------------------------------------------------------------------------------------- any layout
@@ -145,7 +146,7 @@ def load_into(rank: int, layout: dict[str, Any], folder: Path) -> tuple[int, int
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoint, "read_part", read_part)
-        loaded = load_checkpoint(folder, model, optimizer, runtime, mesh)
+        loaded = load_checkpoint(folder, model, TorchState(optimizer), runtime, mesh)
     assert loaded.step == 5
     found = state_of(model, optimizer)
     assert all(float(optimizer.state[parameter]["step"]) == 5 for parameter in model.parameters())
@@ -200,7 +201,7 @@ def load_with_defect(rank: int, layout: dict[str, Any], folder: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoint, "read_part", wrong)
         try:
-            load_checkpoint(folder, model, optimizer, runtime, mesh)
+            load_checkpoint(folder, model, TorchState(optimizer), runtime, mesh)
         except UserError as error:
             return str(error)
     return ""
@@ -474,8 +475,9 @@ def lone_saver(folder: Path) -> Saver:
         optimizer.state[parameter] = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
     runtime = Runtime(Launch("test"), torch.device("cpu"), "gloo", timedelta(seconds=60))
     settings, config = CheckpointConfig(keep=2), {"model": tree}
+    state = TorchState(optimizer)
     return Saver(
-        folder, model, optimizer, fake_mesh(), runtime, settings, config=config, layout="a test", say=lambda text: None
+        folder, model, state, fake_mesh(), runtime, settings, config=config, layout="a test", say=lambda text: None
     )
 
 

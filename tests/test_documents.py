@@ -15,6 +15,7 @@ from expert_parallel.model.sight import Sight
 from expert_parallel.model.transformer import ModelConfig, Transformer
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.moe.plan import StepContext
+from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.step import TrainingConfig, train_step
 from tests.layouts import build_on
@@ -136,7 +137,8 @@ def step_on_ranks(rank: int, layout: dict[str, Any], changes: dict[str, Any]) ->
     batch = MicroBatch(tokens[mine], targets[mine], torch.arange(first, first + count), documents[mine])
     optimizer, found = build_optimizer(training.optimizer, model), {}
     optimizer.register_step_pre_hook(lambda *_: found.update(gradients(model)))
-    report = train_step(model, optimizer, [batch], training, mesh, step=0, seed=0)
+    engine = NativeEngine(model, optimizer, mesh, training.clip_norm)
+    report = train_step(model, engine, [batch], training, mesh, step=0, seed=0)
     return report.loss, {layer: sum(totals.losses.values()) for layer, totals in report.layers.items()}, found
 
 

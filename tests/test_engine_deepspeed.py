@@ -25,7 +25,6 @@ from expert_parallel.runtime import Runtime
 from expert_parallel.training import loop
 from expert_parallel.training.check import describe, state_bytes_of_rank
 from expert_parallel.training.engines.build import ENGINES
-from expert_parallel.training.engines.native import engine_of
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.step import DTYPES, TrainingConfig, evaluate, train_step
 from tests.launches import small_config, start
@@ -83,17 +82,16 @@ class OneRun:
         with pytest.MonkeyPatch.context() as patch:
             if config.engine.kind == "deepspeed":
                 change_engine(patch, defect)
-            self.optimizer = ENGINES[config.engine.kind](self.model, optimizer, self.mesh, self.runtime, config)
-        self.engine = engine_of(self.model, self.optimizer, self.mesh)
+            self.engine = ENGINES[config.engine.kind](self.model, optimizer, self.mesh, self.runtime, config)
 
     def step(self, step: int) -> tuple[float, float]:
         mine = batches(self.config, step, self.mesh.degrees.dp, self.mesh.dp_rank)
-        report = train_step(self.model, self.optimizer, mine, self.config, self.mesh, step=step, seed=SEED)
+        report = train_step(self.model, self.engine, mine, self.config, self.mesh, step=step, seed=SEED)
         return report.loss, report.grad_norm
 
     def held_out_loss(self) -> float:
         mine = batches(self.config, 1000, self.mesh.degrees.dp, self.mesh.dp_rank)
-        return evaluate(self.model, mine, self.mesh, seed=SEED, engine=self.engine).loss
+        return evaluate(self.model, self.engine, mine, self.mesh, seed=SEED).loss
 
     def weights(self) -> dict[str, Tensor]:
         """By logical name, what this rank computes with."""
@@ -153,7 +151,7 @@ def train(
     if engine["kind"] == "deepspeed":
         run.engine.update = look  # type: ignore[method-assign]
     else:
-        run.optimizer.register_step_pre_hook(look_at_clipped)
+        run.engine.optimizer.register_step_pre_hook(look_at_clipped)
     reports = [run.step(0)]
     run.engine.update = update  # type: ignore[method-assign]
     seen["after"] = run.weights()
@@ -243,7 +241,7 @@ def test_the_defect_of_experts_that_are_not_marked_is_found() -> None:
 def save(run: OneRun, folder: Path, step: int) -> None:
     settings = CheckpointConfig(background=True)
     about: dict[str, Any] = {"config": {"model": MODEL}, "layout": "a test", "say": lambda text: None}
-    with Saver(folder, run.model, run.optimizer, run.mesh, run.runtime, settings, **about) as saver:
+    with Saver(folder, run.model, run.engine.state, run.mesh, run.runtime, settings, **about) as saver:
         saver.save(step, is_last=True)
 
 
@@ -257,7 +255,7 @@ def begin(rank: int, layout: dict[str, Any], engine: dict[str, Any], folder: Pat
 def go_on(rank: int, layout: dict[str, Any], engine: dict[str, Any], folder: Path, again: Path) -> list[float]:
     """Losses of 3 more steps. What was loaded is saved once more before them."""
     run = OneRun(rank, layout, training_config(engine))
-    load_checkpoint(folder / "step_00000003", run.model, run.optimizer, run.runtime, run.mesh)
+    load_checkpoint(folder / "step_00000003", run.model, run.engine.state, run.runtime, run.mesh)
     save(run, again, 3)
     return [run.step(step)[0] for step in range(3, 6)]
 
@@ -298,7 +296,7 @@ def begin_from_weights(rank: int, engine: dict[str, Any], folder: Path) -> list[
     layout = EP1 if engine.get("zero_stage") == 3 else EP2
     run = OneRun(rank, layout, training_config(engine))
     path = folder / "step_00000003"
-    load_checkpoint(path, run.model, run.optimizer, run.runtime, run.mesh, weights_alone=True)
+    load_checkpoint(path, run.model, run.engine.state, run.runtime, run.mesh, weights_alone=True)
     return [run.step(step)[0] for step in range(3)]
 
 
@@ -346,7 +344,7 @@ def train_variant(
 ) -> tuple[list[tuple[float, float]], dict[str, Tensor], dict[str, Tensor]]:
     """From a checkpoint with moments: losses and norms of 3 steps; weights before and after."""
     run = OneRun(rank, layout, training_config(engine, **changes))
-    load_checkpoint(folder / "step_00000003", run.model, run.optimizer, run.runtime, run.mesh)
+    load_checkpoint(folder / "step_00000003", run.model, run.engine.state, run.runtime, run.mesh)
     before = run.weights()
     reports = [run.step(step) for step in range(3, 6)]
     return reports, before, run.weights()

@@ -9,6 +9,7 @@ from torch import Tensor
 from expert_parallel.config import Config
 from expert_parallel.data.batch import MicroBatch, shard_bounds
 from expert_parallel.moe.parameters import logical_parameters
+from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.freeze import ExpertsTrainable
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.step import TrainingConfig, train_step
@@ -48,12 +49,14 @@ def run(
     optimizer = build_optimizer(config.optimizer, model, config.trainable)
     if warm:
         earlier = build_optimizer(everything.optimizer, model)
+        warming = NativeEngine(model, earlier, mesh, everything.clip_norm)
         for step in range(2):
-            train_step(model, earlier, [batch], everything, mesh, step=step, seed=0)
+            train_step(model, warming, [batch], everything, mesh, step=step, seed=0)
         for parameter, state in earlier.state.items():
             optimizer.state[parameter] = state
     before = weights(model)
-    norms = [train_step(model, optimizer, [batch], config, mesh, step=step, seed=0).grad_norm for step in range(STEPS)]
+    engine = NativeEngine(model, optimizer, mesh, config.clip_norm)
+    norms = [train_step(model, engine, [batch], config, mesh, step=step, seed=0).grad_norm for step in range(STEPS)]
     return before, weights(model), norms
 
 
@@ -115,10 +118,10 @@ def first_step(rank: int, trainable: dict[str, Any]) -> dict[str, Tensor]:
     mesh, model = build_on({"world": 1}, MODEL, seed=1)
     settings = {"steps": 9, "global_batch": 4, "sequence_length": 8, "dtype": "float64", "clip_norm": None}
     config = TrainingConfig.model_validate({**settings, "trainable": trainable})
-    optimizer = build_optimizer(config.optimizer, model, config.trainable)
+    engine = NativeEngine(model, build_optimizer(config.optimizer, model, config.trainable), mesh, config.clip_norm)
     tokens = torch.randint(0, 32, (4, 9), generator=torch.Generator().manual_seed(0))
     batch = MicroBatch(tokens[:, :-1], tokens[:, 1:], torch.arange(4))
-    train_step(model, optimizer, [batch], config, mesh, step=0, seed=0)
+    train_step(model, engine, [batch], config, mesh, step=0, seed=0)
     return weights(model)
 
 

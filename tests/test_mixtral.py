@@ -16,6 +16,7 @@ from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.tensor_parallel import gather_logits
 from expert_parallel.model.transformer import ModelConfig, Transformer
 from expert_parallel.moe.parameters import logical_parameters
+from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.step import DTYPES, TrainingConfig, train_step
 from tests.peers import peers_in_float64
@@ -180,7 +181,8 @@ def train(rank: int, layout: dict[str, int], dtype: str, coefficient: float, wei
     mine = slice(first, first + count)
     inputs_BS, targets_BS = random_tokens()
     batch = MicroBatch(inputs_BS[mine], targets_BS[mine], torch.arange(first, first + count))
-    report = train_step(model, optimizer, [batch], config, mesh, step=0, seed=0)
+    engine = NativeEngine(model, optimizer, mesh, config.clip_norm)
+    report = train_step(model, engine, [batch], config, mesh, step=0, seed=0)
     layers = report.layers.values()
     return {
         "sequences": range(first, first + count),

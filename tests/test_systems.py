@@ -27,6 +27,7 @@ from expert_parallel.moe.random import Stream
 from expert_parallel.moe.routers import build_router
 from expert_parallel.runtime import CPU, Launch, Runtime
 from expert_parallel.training.check import describe, gathered_bytes_of_rank
+from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.setup import build, check_degrees
 from expert_parallel.training.step import train_step
 from expert_parallel.verify.command import plan_verification
@@ -424,12 +425,12 @@ def take_steps(
     tree["parallel"]["ep"] = world
     config = Config.model_validate(tree)
     runtime = Runtime(Launch("test", rank, world, rank, world), CPU, "gloo", timedelta(seconds=180))
-    mesh, model, optimizer = build(config, runtime, check_degrees(config, world), initialise=start is None)
+    mesh, model, engine = build(config, runtime, check_degrees(config, world), initialise=start is None)
     folder = Path(config.run.folder)
     seen: dict[str, Any] = {}
-    assert isinstance(model, torch.nn.Module)
+    assert isinstance(engine, NativeEngine)
     if start is not None:
-        load_checkpoint(Path(start), model, optimizer, runtime, mesh)  # type: ignore[arg-type]
+        load_checkpoint(Path(start), model, engine.state, runtime, mesh)
 
     def note(what: str) -> None:
         for logical in logical_parameters(model):
@@ -438,19 +439,19 @@ def take_steps(
             for name, whole in logical.whole(tensor.detach().clone()).items():
                 seen[f"{step}/{what}/{name}"] = whole.clone()  # a view would be sent with all experts
 
-    optimizer.register_step_pre_hook(lambda *_: note("gradient"))  # type: ignore[union-attr]
+    engine.optimizer.register_step_pre_hook(lambda *_: note("gradient"))
     for step in steps:
         tokens = torch.randint(0, 256, (8, 65), generator=torch.Generator().manual_seed(step))
         first, count = shard_bounds(8, mesh.degrees.dp, mesh.dp_rank)
         rows = tokens[first : first + count]
         batch = MicroBatch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.arange(first, first + count))
-        report = train_step(model, optimizer, [batch], config.training, mesh, step=step, seed=config.seed)  # type: ignore[arg-type]
+        report = train_step(model, engine, [batch], config.training, mesh, step=step, seed=config.seed)
         note("weight")
         kept_E = report.layers[0].kept_E
         seen |= {f"{step}/loss": report.loss, f"{step}/norm": report.grad_norm, f"{step}/kept": kept_E.tolist()}
     if save:
         keep, quiet = CheckpointConfig(background=False), {"layout": "", "say": lambda text: None}
-        with Saver(folder, model, optimizer, mesh, runtime, keep, config=tree, **quiet) as saver:  # type: ignore[arg-type]
+        with Saver(folder, model, engine.state, mesh, runtime, keep, config=tree, **quiet) as saver:
             saver.save(steps[-1] + 1, is_last=True)
     return seen
 

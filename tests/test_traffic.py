@@ -15,6 +15,7 @@ from expert_parallel.mesh import build_mesh
 from expert_parallel.model import tensor_parallel
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
+from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.step import DTYPES, TrainingConfig
 from expert_parallel.verify.traffic import AxisBytes, counting, describe, measure_step
@@ -207,8 +208,8 @@ def measure(rank: int, layout: dict[str, Any], model: dict[str, Any]) -> list[Ax
     else:
         mesh, built = build_on(layout, model, 0, dtype)
     batches = random_batches(training, built.config.vocab_size, mesh.degrees.dp, mesh.dp_rank)
-    optimizer = build_optimizer(training.optimizer, built)
-    return measure_step(built, optimizer, batches, training, parallel, mesh, step=1, seed=0)
+    engine = NativeEngine(built, build_optimizer(training.optimizer, built), mesh, training.clip_norm)
+    return measure_step(built, engine, batches, training, parallel, mesh, step=1, seed=0)
 
 
 def measure_on_ranks(layout: dict[str, Any], model: dict[str, Any], body: Any = measure) -> list[AxisBytes]:

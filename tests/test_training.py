@@ -19,8 +19,7 @@ from expert_parallel.data.batch import MicroBatch, micro_batch
 from expert_parallel.data.sampler import TokenSampler
 from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.model.pipeline import Pipeline
-from expert_parallel.model.transformer import ModelConfig, Transformer
+from expert_parallel.model.transformer import LanguageModel, ModelConfig
 from expert_parallel.moe.balance import loss_name
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.ledger import LedgerBreach, LedgerConfig
@@ -28,6 +27,7 @@ from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.moe.plan import MoEOutput, RouterReplay, StepContext
 from expert_parallel.moe.reference import reference_layer
 from expert_parallel.moe.totals import LayerTotals, report_breaches
+from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.metrics import coefficient_of_variation, step_metrics
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.step import DTYPES, StepReport, TrainingConfig, evaluate, train_step
@@ -142,8 +142,9 @@ def train(rank: int, layout: dict[str, Any], steps: int = STEPS) -> dict[str, An
     return run_steps(model, config, mesh, steps)
 
 
-def run_steps(model: Transformer | Pipeline, config: TrainingConfig, mesh: ParallelMesh, steps: int) -> dict[str, Any]:
+def run_steps(model: LanguageModel, config: TrainingConfig, mesh: ParallelMesh, steps: int) -> dict[str, Any]:
     optimizer = build_optimizer(config.optimizer, model)
+    engine = NativeEngine(model, optimizer, mesh, config.clip_norm)
     grads: dict[str, torch.Tensor] = {}
 
     def record(*_: Any) -> None:
@@ -156,8 +157,8 @@ def run_steps(model: Transformer | Pipeline, config: TrainingConfig, mesh: Paral
     reports = []
     for step in range(steps):
         mine = batches(config, step, mesh.degrees.dp, mesh.dp_rank)
-        reports.append(train_step(model, optimizer, mine, config, mesh, step=step, seed=SEED))
-    held_out = evaluate(model, batches(config, 1000, mesh.degrees.dp, mesh.dp_rank), mesh, seed=SEED)
+        reports.append(train_step(model, engine, mine, config, mesh, step=step, seed=SEED))
+    held_out = evaluate(model, engine, batches(config, 1000, mesh.degrees.dp, mesh.dp_rank), mesh, seed=SEED)
     return {
         "losses": [report.loss for report in reports] + [held_out.loss],
         "norms": [report.grad_norm for report in reports],
@@ -371,11 +372,12 @@ def totals_of(rank: int, layout: dict[str, Any], moe: dict[str, Any]) -> dict[st
     for with_evaluation in (True, False):
         tree = {**MODEL, "moe": {**MODEL["moe"], **moe}}  # type: ignore[dict-item]
         mesh, model = build_on(layout, tree, SEED)
-        optimizer = build_optimizer(config.optimizer, model)
+        engine = NativeEngine(model, build_optimizer(config.optimizer, model), mesh, config.clip_norm)
         if with_evaluation:
-            reports.append(evaluate(model, batches(config, 1000, mesh.degrees.dp, mesh.dp_rank), mesh, seed=SEED))
+            held_out = batches(config, 1000, mesh.degrees.dp, mesh.dp_rank)
+            reports.append(evaluate(model, engine, held_out, mesh, seed=SEED))
         mine = batches(config, 0, mesh.degrees.dp, mesh.dp_rank)
-        reports.append(train_step(model, optimizer, mine, config, mesh, step=0, seed=SEED))
+        reports.append(train_step(model, engine, mine, config, mesh, step=0, seed=SEED))
     names = ("before", "step", "alone")
     return {
         name: [plainly(part) for part in report.layers.values()] for name, report in zip(names, reports, strict=True)
@@ -432,8 +434,8 @@ def test_micro_steps_change_no_total_but_the_losses_of_all_tokens() -> None:
 def totals_in_one_micro_step(rank: int, layout: dict[str, Any]) -> list[dict[str, Any]]:
     config = training_config(layout).model_copy(update={"micro_steps": 1})
     mesh, model = build_on({"world": 1}, MODEL, SEED)
-    optimizer = build_optimizer(config.optimizer, model)
-    report = train_step(model, optimizer, batches(config, 0, 1, rank), config, mesh, step=0, seed=SEED)
+    engine = NativeEngine(model, build_optimizer(config.optimizer, model), mesh, config.clip_norm)
+    report = train_step(model, engine, batches(config, 0, 1, rank), config, mesh, step=0, seed=SEED)
     return [plainly(part) for part in report.layers.values()]
 
 

@@ -302,7 +302,7 @@ def documents_see_each_other() -> tuple[Any, str, Any]:
     from expert_parallel.model.sight import Sight
 
     original = Sight.mask
-    return Sight, "mask", lambda self, window=None: original(replace(self, document_BS=None, masks={}), window)
+    return Sight, "mask", lambda self, window=None: original(replace(self, document_BS=None), window)
 
 
 def positions_run_on() -> tuple[Any, str, Any]:

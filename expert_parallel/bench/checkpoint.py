@@ -23,6 +23,7 @@ from expert_parallel.checkpoint.digest import digest
 from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.manifest import MOMENTS
 from expert_parallel.checkpoint.save import Saver
+from expert_parallel.checkpoint.state import TorchState
 from expert_parallel.collectives import gather_text
 from expert_parallel.degrees import ParallelConfig
 from expert_parallel.mesh import build_mesh
@@ -46,12 +47,13 @@ def bench_checkpoint(runtime: Runtime, megabytes: int, rounds: int, folder: Path
         optimizer = torch.optim.AdamW(model.parameters())
         for parameter in model.parameters():
             optimizer.state[parameter] = {moment: torch.rand_like(parameter) for moment in MOMENTS}
+        state = TorchState(optimizer)
 
         def saver(name: str, background: bool) -> Saver:
             settings = CheckpointConfig(background=background, keep=1)
             tree = {"model": config.model_dump(mode="json")}
             return Saver(
-                place / name, model, optimizer, mesh, runtime, settings, config=tree, layout="bench", say=_say_nothing
+                place / name, model, state, mesh, runtime, settings, config=tree, layout="bench", say=_say_nothing
             )
 
         savers = {name: saver(name, name == "background") for name in ("blocking", "background")}
@@ -61,7 +63,7 @@ def bench_checkpoint(runtime: Runtime, megabytes: int, rounds: int, folder: Path
             for name, duration in found.items():
                 times.setdefault(f"first {name}" if step == 1 else name, []).append(duration)
         newest = place / "background" / f"step_{rounds + 1:08d}"
-        load = _seconds(runtime, lambda: load_checkpoint(newest, model, optimizer, runtime, mesh))
+        load = _seconds(runtime, lambda: load_checkpoint(newest, model, state, runtime, mesh))
         own = sum(tensor.nbytes for tensor in savers["background"].buffers)
         total = sum(path.stat().st_size for path in newest.iterdir())
     finally:

@@ -171,13 +171,13 @@ def our_step(task: TrainTask, activation: str, runtime: Runtime) -> Step:
     """The product's own training step, as a run makes it. In bfloat16 it keeps weights and moments in float32."""
     config = our_config(task, activation, runtime.world_size)
     degrees = check_degrees(config, runtime.world_size)
-    mesh, model, optimizer = build(config, runtime, degrees)
+    mesh, model, engine = build(config, runtime, degrees)
     first, count = shard_bounds(task.shape.sequences, degrees.dp, mesh.dp_rank)
     index_B = torch.arange(first, first + count, device=runtime.device)
 
     def step(inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
         batch = MicroBatch(inputs_BS, targets_BS, index_B)
-        report = train_step(model, optimizer, [batch], config.training, mesh, step=0, seed=0)
+        report = train_step(model, engine, [batch], config.training, mesh, step=0, seed=0)
         return torch.tensor(report.loss * report.num_tokens / runtime.world_size)
 
     return step

@@ -12,11 +12,10 @@ from expert_parallel.checkpoint.digest import MODULUS, digest
 from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
 from expert_parallel.checkpoint.manifest import MOMENTS, WEIGHTS, compare_shapes
 from expert_parallel.checkpoint.shapes import balance_biases, expected_shapes
-from expert_parallel.checkpoint.state import HasState, TrainingState, range_pieces, state_of
+from expert_parallel.checkpoint.state import TrainingState, range_pieces
 from expert_parallel.collectives import all_reduce_sum
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.pipeline import Pipeline
-from expert_parallel.model.transformer import Transformer
+from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.parameters import (
     first_row,
     local_tensor,
@@ -34,16 +33,16 @@ LIMB = 1 << 32
 @torch.no_grad()
 def load_checkpoint(
     path: Path,
-    model: Transformer | Pipeline,
-    optimizer: torch.optim.Optimizer | HasState | None = None,
+    model: LanguageModel,
+    state: TrainingState | None = None,
     runtime: Runtime | None = None,
     mesh: ParallelMesh | None = None,
     *,
     weights_alone: bool = False,
 ) -> Checkpoint:
-    """Fills model and optimizer, whatever layout they are in. optimizer None, weights_alone, or a checkpoint without
-    moments: the weights alone; but an engine that keeps weights of its own is to be given. runtime and mesh None: this
-    process alone, with the whole model.
+    """Fills model and training state, whatever layout they are in. state None, weights_alone, or a checkpoint without
+    moments: the weights alone; but the state of an engine that keeps weights of its own is to be given. runtime and
+    mesh None: this process alone, with the whole model.
 
     Nothing is changed unless the manifest is in order, fits the model, and all files have the bytes that were written
     (each rank looks at a share of them). Afterwards the digests of what was read are added up over the ranks, each
@@ -72,8 +71,7 @@ def load_checkpoint(
                 totals[name] = totals.get(name, 0) + digest(values, start, checkpoint.tensors[name].shape)
         return totals
 
-    takes_moments = optimizer is not None and not weights_alone
-    state = None if optimizer is None else state_of(optimizer)
+    takes_moments = state is not None and not weights_alone
     checkpoint = together(check)
     parts: tuple[str, ...] = (WEIGHTS,)
     if state is not None and takes_moments and checkpoint.has_moments:
@@ -87,7 +85,7 @@ def load_checkpoint(
 
 
 def _targets(
-    model: Transformer | Pipeline, parts: tuple[str, ...], state: TrainingState | None, mesh: ParallelMesh | None
+    model: LanguageModel, parts: tuple[str, ...], state: TrainingState | None, mesh: ParallelMesh | None
 ) -> Iterator[Target]:
     """All that this rank holds, a rectangle of a logical tensor each. Of several ranks that hold the same, the first
     counts it; what the state has divided is each rank's own."""

@@ -23,8 +23,7 @@ from expert_parallel.checkpoint.shapes import balance_biases
 from expert_parallel.checkpoint.state import Range, TrainingState, range_pieces
 from expert_parallel.checkpoint.tensor_files import write_tensors
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.pipeline import Pipeline
-from expert_parallel.model.transformer import Transformer
+from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.parameters import (
     LogicalParameter,
     first_row,
@@ -65,9 +64,7 @@ class RankPart(Settings):
     tensors: dict[str, Entry]
 
 
-def share_of_writing(
-    model: Transformer | Pipeline, mesh: ParallelMesh, state: TrainingState | None = None
-) -> Iterator[Held]:
+def share_of_writing(model: LanguageModel, mesh: ParallelMesh, state: TrainingState | None = None) -> Iterator[Held]:
     """What this rank writes: of what several ranks hold, each writes a part, so that they have about equally much; of
     what the state has divided, its own. state None: nothing."""
     loads: dict[tuple[bool, int], list[int]] = {}

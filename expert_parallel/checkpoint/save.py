@@ -32,18 +32,17 @@ from expert_parallel.checkpoint.folders import (
 from expert_parallel.checkpoint.manifest import FORMAT, WEIGHTS, Manifest
 from expert_parallel.checkpoint.part import Held, add_up, marker, share_of_writing, write_part
 from expert_parallel.checkpoint.shapes import balance_biases, expected_shapes
-from expert_parallel.checkpoint.state import HasState, state_of
+from expert_parallel.checkpoint.state import TrainingState
 from expert_parallel.collectives import gather_text
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.pipeline import Pipeline
-from expert_parallel.model.transformer import Transformer
+from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.runtime import Runtime, UserError
 
 GRACE_SECONDS = 60.0  # for a save under way when the run ends by an error
 
 
 class Saver:
-    """Saves a model and its optimizer into `folder`. A context manager: leaving it waits for what is being written.
+    """Saves weights and moments into `folder`. A context manager: leaving it waits for what is being written.
 
     config: the run's, resolved. layout: a text for people. say: what rank 0 tells the user.
     """
@@ -51,8 +50,8 @@ class Saver:
     def __init__(
         self,
         folder: Path,
-        model: Transformer | Pipeline,
-        optimizer: torch.optim.Optimizer | HasState,
+        model: LanguageModel,
+        state: TrainingState,
         mesh: ParallelMesh,
         runtime: Runtime,
         settings: CheckpointConfig,
@@ -61,7 +60,7 @@ class Saver:
         layout: str,
         say: Callable[[str], None],
     ) -> None:
-        self.folder, self.model, self.state = folder, model, state_of(optimizer)
+        self.folder, self.model, self.state = folder, model, state
         self.runtime, self.settings, self.say = runtime, settings, say
         self.config, self.layout = config, layout
         self.expected = expected_shapes(model.config, moments=True)

@@ -68,17 +68,6 @@ class TorchState:
         pass
 
 
-class HasState(Protocol):
-    """A training engine."""
-
-    @property
-    def state(self) -> TrainingState: ...
-
-
-def state_of(optimizer: torch.optim.Optimizer | HasState) -> TrainingState:
-    return TorchState(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else optimizer.state
-
-
 def range_pieces(
     logical: LogicalParameter, values: Tensor, found: Range
 ) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:

@@ -2,6 +2,7 @@
 Single-device code."""
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from expert_parallel.model.norms import QK_NORMS, QKNormConfig
 from expert_parallel.model.rotary import RopeConfig, rotate
 from expert_parallel.model.sight import Sight
-from expert_parallel.moe.ffn import Linear
+from expert_parallel.moe.ffn import Linear, identity
 from expert_parallel.settings import Settings
 
 
@@ -111,9 +112,11 @@ def attend_with_sinks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(head_size)) v over the keys that `sight` lets a query see. (B, S, D) -> (B, S, D).
+    """softmax(q k^T / sqrt(head_size)) v over the keys that `sight` lets a query see. (B, T, D) of this rank's tokens
+    -> (B, T, D).
 
-    rope: None where positions are not rotary. attend: where ranks divide the tokens, another than the default.
+    rope: None where positions are not rotary. gather: where tp divides heads and tokens, the tokens T -> those S that
+    this rank's heads attend from. attend: where ranks divide the tokens, another than the default.
     """
 
     def __init__(self, config: HeadsConfig, d_model: int, rope: RopeConfig | None) -> None:
@@ -130,9 +133,11 @@ class Attention(nn.Module):
             self.query_norm = norm(config.num_heads, self.head_size, eps)
             self.key_norm = norm(config.kv_heads, self.head_size, eps)
         self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.sinks else None
+        self.gather: Callable[[Tensor], Tensor] = identity
         self.attend: Attend = causal_attention
 
-    def forward(self, x_BSD: Tensor, sight: Sight) -> Tensor:
+    def forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
+        x_BSD = self.gather(x_BTD)
         query, key, value = self.query(x_BSD), self.key(x_BSD), self.value(x_BSD)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)

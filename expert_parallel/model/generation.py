@@ -13,11 +13,10 @@ from torch import Tensor
 
 from expert_parallel.collectives import all_reduce_sum, group_rank
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.pipeline import Pipeline
 from expert_parallel.model.sequence import SequencePlace, length_unit
 from expert_parallel.model.sight import KeyValueCache
 from expert_parallel.model.tensor_parallel import gather_logits
-from expert_parallel.model.transformer import Transformer
+from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe import random
 from expert_parallel.moe.plan import StepContext
 from expert_parallel.moe.routing_across import ExpertChoiceConfig
@@ -35,7 +34,7 @@ class Sampling(Settings):
 
 @torch.no_grad()
 def generate(
-    model: Transformer | Pipeline,
+    model: LanguageModel,
     prompts: list[list[int]],
     *,
     num_tokens: int,
@@ -80,7 +79,7 @@ def generate(
     return [text.tokens for text in texts]
 
 
-def _refuse(model: Transformer | Pipeline, prompts: list[list[int]], window: int) -> None:
+def _refuse(model: LanguageModel, prompts: list[list[int]], window: int) -> None:
     if not prompts or not all(prompts):
         raise ValueError("the prompt is empty, at least one token is needed (--prompt)")
     words = model.config.vocab_size
@@ -117,7 +116,7 @@ class _Decoder:
 
     def __init__(
         self,
-        model: Transformer | Pipeline,
+        model: LanguageModel,
         mesh: ParallelMesh | None,
         mine: list[int],
         longest: int,
@@ -156,7 +155,7 @@ class _Decoder:
             for text, row in zip(texts, fed, strict=True):
                 text.cached += len(row)
         output = self.model(tokens_BS, context, cache=self.cache)
-        if isinstance(self.model, Pipeline) and not self.model.has_logits:
+        if not self.model.has_logits:
             return {}
         return self._last(output.logits, fed, length)
 

@@ -13,7 +13,7 @@ from expert_parallel.model.attention import Attend, causal_attention
 from expert_parallel.model.norms import RMSNorm
 from expert_parallel.model.rotary import RopeConfig, YarnScaling, rotate, yarn_scale
 from expert_parallel.model.sight import Sight
-from expert_parallel.moe.ffn import Linear
+from expert_parallel.moe.ffn import Linear, identity
 from expert_parallel.settings import Settings
 
 
@@ -98,8 +98,8 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(config.kv_rank, config.norm_eps)
         self.kv_up = Linear(config.kv_rank, config.num_heads * (config.nope_size + config.value_size), bias=False)
         self.out = Linear(config.num_heads * config.value_size, d_model, bias=False)
-        self.gather: Callable[[Tensor], Tensor] = as_is
-        self.gather_keys: Callable[[Tensor], Tensor] = as_is
+        self.gather: Callable[[Tensor], Tensor] = identity
+        self.gather_keys: Callable[[Tensor], Tensor] = identity
         self.attend: Attend = causal_attention
 
     def forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
@@ -130,7 +130,3 @@ def _heads(rows: Tensor, first: int, second: int) -> tuple[Tensor, Tensor]:
     """(B, S, heads * (first + second)) -> (B, heads, S, first), (B, heads, S, second)."""
     one, two = rows.unflatten(-1, (-1, first + second)).transpose(1, 2).split([first, second], -1)
     return one, two
-
-
-def as_is(x: Tensor) -> Tensor:
-    return x

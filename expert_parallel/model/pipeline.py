@@ -21,7 +21,15 @@ from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.parallelize import build_model, split_model
 from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.model.sight import KeyValueCache
-from expert_parallel.model.transformer import Block, ModelConfig, ModelOutput, Pooled, Transformer, pooled_losses
+from expert_parallel.model.transformer import (
+    Block,
+    LanguageModel,
+    ModelConfig,
+    ModelOutput,
+    Pooled,
+    Transformer,
+    pooled_losses,
+)
 from expert_parallel.moe.balance import pooled_part
 from expert_parallel.moe.plan import LoadStats, StepContext
 
@@ -117,14 +125,14 @@ def balance_size(config: ModelConfig, num_blocks: int) -> int:
     return 1 + sum(2 * blocks * experts for blocks, experts in pooled_shapes(config, num_blocks).values())
 
 
-class Pipeline(nn.ModuleList):
+class Pipeline(LanguageModel, nn.ModuleList):
     """This rank's stages of a model. Iterating gives the stages, in order."""
 
     def __init__(self, stages: Sequence[Transformer], mesh: ParallelMesh, config: PipelineConfig) -> None:
         super().__init__(stages)
         assert mesh.pp_group is not None
         self.group, self.kind, self.place = mesh.pp_group, config.kind, SequencePlace.of(mesh)
-        self.config: ModelConfig = stages[0].config
+        self.config = stages[0].config
         self.schedules: dict[tuple[int, ...], Any] = {}  # by the shape of a step
 
     def __iter__(self) -> Iterator[Stage]:

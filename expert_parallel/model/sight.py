@@ -38,9 +38,11 @@ class KeyValueCache:
         return self.rows[owner]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Sight:
-    """index_BS: int64, where the tokens of this context rank stand in their rows, (B, S), or (1, S) where all rows are
+    """Answers the attention of all blocks in one pass, and keeps the masks and rotations that it has made.
+
+    index_BS: int64, where the tokens of this context rank stand in their rows, (B, S), or (1, S) where all rows are
     alike. position_BS: where they stand in their documents, likewise: what rotary and learned positions count.
     document_BS, key_document_BL: the documents of queries and keys; None: one a row. L: keys of a row, in the order of
     their rows. cache: what stands before them."""
@@ -52,9 +54,9 @@ class Sight:
     key_document_BL: Tensor | None = None
     cache: KeyValueCache | None = None
     # Made when first asked for, for all blocks: masks by window, cos and sin by what they are made of.
-    masks: dict[int | None, Tensor] = field(default_factory=dict, compare=False)
+    masks: dict[int | None, Tensor] = field(default_factory=dict, init=False)
     rotations: dict[tuple[RopeConfig, int, torch.dtype], tuple[Tensor, Tensor]] = field(
-        default_factory=dict, compare=False
+        default_factory=dict, init=False
     )
 
     @staticmethod

@@ -192,7 +192,7 @@ def divide_attention(attention: Attention, group: dist.ProcessGroup, kv_copies: 
             setattr(attention, name, DividedNorm(norm, group, copies))
     if attention.sinks is not None:
         divide(attention, "sinks", -1, group)
-    _gather_inputs(attention, group)
+    attention.gather = partial(_gathered, group=group)
 
 
 def divide_latent_attention(attention: LatentAttention, group: dist.ProcessGroup) -> None:
@@ -212,7 +212,7 @@ def divide_ffn(ffn: FFN, group: dist.ProcessGroup) -> None:
     """Hidden columns over the ranks."""
     _divide_linear(ffn.w_in, group, blocks=2 if ffn.activation in GATED else 1)
     ffn.w_out = RowParallelLinear(ffn.w_out, group)
-    _gather_inputs(ffn, group)
+    ffn.gather = partial(_gathered, group=group)
 
 
 def _divide_linear(linear: nn.Linear, group: dist.ProcessGroup, blocks: int = 1, copies: int = 1) -> None:
@@ -220,7 +220,3 @@ def _divide_linear(linear: nn.Linear, group: dist.ProcessGroup, blocks: int = 1,
     divide(linear, "weight", -2, group, blocks, copies)
     if linear.bias is not None:
         divide(linear, "bias", -1, group, blocks, copies)
-
-
-def _gather_inputs(module: nn.Module, group: dist.ProcessGroup) -> None:
-    module.register_forward_pre_hook(lambda _, inputs: (GatherTokens.apply(inputs[0], group), *inputs[1:]))

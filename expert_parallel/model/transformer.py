@@ -22,7 +22,7 @@ from expert_parallel.model.rotary import LearnedPositionConfig, RopeConfig
 from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.model.sight import KeyValueCache, Sight
 from expert_parallel.moe.balance import BalanceLossConfig, loss_name, pool_layers
-from expert_parallel.moe.ffn import FFN
+from expert_parallel.moe.ffn import FFN, identity
 from expert_parallel.moe.layer import MoEConfig, MoELayer
 from expert_parallel.moe.plan import LoadStats, RouterReplay, StepContext
 from expert_parallel.moe.random import dropout, mix
@@ -143,7 +143,27 @@ def build_moe_layer(config: MoEConfig, mesh: ParallelMesh | None) -> MoELayer:
     )
 
 
-class Transformer(nn.Module):
+class LanguageModel(nn.Module):
+    """A decoder as training, checkpoints and generation see it: all of it, or this rank's stages of a pipeline.
+
+    Called with tokens (B, S), int64, a StepContext and, in generation, a KeyValueCache; returns a ModelOutput. A class
+    rather than a Protocol, since its callers also treat it as the nn.Module that it is.
+    """
+
+    config: ModelConfig
+    place: SequencePlace
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the logits come out on this rank; else the output goes on to another rank's stage."""
+        raise NotImplementedError
+
+    def local_blocks(self) -> Iterator[tuple[int, Block]]:
+        """Yields the blocks that are on this rank, with their numbers."""
+        raise NotImplementedError
+
+
+class Transformer(LanguageModel):
     """Tokens (B, S), int64 -> ModelOutput. Computes in `compute_dtype`, whatever dtype the weights are kept in.
 
     mesh: handed to the MoE layers; None: this rank alone. part: what of the model is here; default: all. Where ranks
@@ -164,7 +184,7 @@ class Transformer(nn.Module):
         self.config, self.compute_dtype = config, compute_dtype
         self.part = part or Part(range(config.num_layers))
         self.place = SequencePlace.of(mesh)
-        self.before_logits: Callable[[Tensor], Tensor] = as_is  # another one where ranks divide the vocabulary
+        self.before_logits: Callable[[Tensor], Tensor] = identity  # another one where ranks divide the vocabulary
         is_first, is_last = self.part.is_first, self.part.is_last
         table = partial(nn.Embedding, embedding_dim=config.d_model)
         learned = config.position if isinstance(config.position, LearnedPositionConfig) else None
@@ -179,8 +199,11 @@ class Transformer(nn.Module):
         self.final_norm = NORMS[config.norm.kind](config.d_model, config.norm.eps) if pre and is_last else None
         self.unembedding = table(config.vocab_size) if is_last and not config.tied_embeddings else None
 
+    @property
+    def has_logits(self) -> bool:
+        return self.part.is_last
+
     def local_blocks(self) -> Iterator[tuple[int, Block]]:
-        """The blocks that are here, with their numbers."""
         for layer in self.part.blocks:
             block = self.blocks[layer]
             assert isinstance(block, Block)
@@ -259,10 +282,6 @@ class Transformer(nn.Module):
             detached = {name: part.detach() for name, part in parts.items()}
             stats[layer] = replace(stats[layer], losses={**stats[layer].losses, **detached})
         return losses, stats, {}
-
-
-def as_is(x: Tensor) -> Tensor:
-    return x
 
 
 def pooled_losses(config: ModelConfig) -> dict[str, BalanceLossConfig]:

@@ -54,7 +54,7 @@ def _one_step(run: Run, runtime: Runtime) -> Work:
     batches = trained.batches(step)
 
     def one_step() -> None:
-        model, optimizer, mesh = trained.model, trained.optimizer, trained.mesh
-        train_step(model, optimizer, batches, run.config.training, mesh, step=step, seed=run.seed)
+        model, engine, mesh = trained.model, trained.engine, trained.mesh
+        train_step(model, engine, batches, run.config.training, mesh, step=step, seed=run.seed)
 
     return Work(one_step)

@@ -10,8 +10,7 @@ from expert_parallel.data.tokenizer import Tokenizer
 from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.generation import Sampling, generate
 from expert_parallel.model.parallelize import build_model, refuse_degrees
-from expert_parallel.model.pipeline import Pipeline
-from expert_parallel.model.transformer import Transformer
+from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.runtime import Runtime
 from expert_parallel.training.setup import build_parts
 from expert_parallel.training.step import DTYPES, forget_gathered_weights
@@ -19,7 +18,7 @@ from expert_parallel.training.step import DTYPES, forget_gathered_weights
 
 def generate_texts(
     config: Config,
-    model: Transformer | Pipeline,
+    model: LanguageModel,
     prompts: Sequence[str],
     *,
     num_tokens: int,
@@ -69,7 +68,7 @@ def generate_from_run(
     config = runtime.together(lambda: run_config(run, overrides))
     runtime.together(lambda: run_tokenizer(config))
     mesh: ParallelMesh | None = None
-    model: Transformer | Pipeline
+    model: LanguageModel
     if runtime.world_size == 1:
         model = build_model(config.model, dtype=DTYPES[config.training.dtype], device=runtime.device, seed=None)
     else:

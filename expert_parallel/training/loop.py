@@ -20,13 +20,11 @@ from expert_parallel.data.open import keep_tokenizer, open_data
 from expert_parallel.data.sampler import Sampler
 from expert_parallel.degrees import ParallelDegrees
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.pipeline import Pipeline
 from expert_parallel.model.sequence import SequencePlace
-from expert_parallel.model.transformer import Transformer
+from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.plan import RouterReplay
 from expert_parallel.runtime import Runtime, UserError
 from expert_parallel.training.engines.engine import Engine
-from expert_parallel.training.engines.native import engine_of
 from expert_parallel.training.generate import generate_texts, run_tokenizer
 from expert_parallel.training.metrics import Metrics, MetricsWriter, memory_metrics, progress_line, step_metrics
 from expert_parallel.training.replay import MoEPlace, PlayConfig, RecordConfig, load_choices, save_choices
@@ -59,7 +57,7 @@ def train(config: Config, runtime: Runtime, stop: StopSignal | None = None) -> b
             batches = run.batches(step)
             replay = run.open_replay(step, batches)
             report = train_step(
-                run.model, run.optimizer, batches, training, run.mesh, step=step, seed=config.seed, replay=replay
+                run.model, run.engine, batches, training, run.mesh, step=step, seed=config.seed, replay=replay
             )
             run.save_replay(step, batches, replay)
             done = step + 1
@@ -99,8 +97,8 @@ class Run:
     config: Config
     runtime: Runtime
     mesh: ParallelMesh
-    model: Transformer | Pipeline
-    optimizer: torch.optim.Optimizer | Engine
+    model: LanguageModel
+    engine: Engine
     sampler: Sampler
     held_out: Tensor  # sequences, the same on all ranks
     checkpoints: list[Path]  # that were there when the run began, oldest first
@@ -121,13 +119,13 @@ class Run:
     def resume(self) -> int:
         """Steps done: those of the newest checkpoint, which is loaded; else 0, from other weights if there are such."""
         if self.checkpoints:
-            loaded = load_checkpoint(self.checkpoints[-1], self.model, self.optimizer, self.runtime, self.mesh)
+            loaded = load_checkpoint(self.checkpoints[-1], self.model, self.engine.state, self.runtime, self.mesh)
             alone = "" if loaded.has_moments else " with its weights alone"
             self.say(f"resumed from {loaded.path}{alone} after step {loaded.step}{self._changes(loaded)}")
             return loaded.step
         if (source := self.config.checkpoint.start_from) is not None:
             loaded = load_checkpoint(
-                Path(source), self.model, self.optimizer, self.runtime, self.mesh, weights_alone=True
+                Path(source), self.model, self.engine.state, self.runtime, self.mesh, weights_alone=True
             )
             self.say(f"started from the weights of {loaded.path}{self._changes(loaded, 'model')}")
         return 0
@@ -182,8 +180,8 @@ class Run:
         for batch in self.held_out.split(size):
             share = held_out_batch(batch, self.mesh.degrees.dp, self.mesh.dp_rank, self.sampler.separator)
             mine.append(share.to(self.runtime.device))
-        engine = engine_of(self.model, self.optimizer, self.mesh)
-        metrics = step_metrics(evaluate(self.model, mine, self.mesh, seed=self.config.seed, engine=engine), "eval")
+        report = evaluate(self.model, self.engine, mine, self.mesh, seed=self.config.seed)
+        metrics = step_metrics(report, "eval")
         self.say(progress_line(step, self.config.training.steps, metrics))
         return metrics
 
@@ -191,7 +189,7 @@ class Run:
         return Saver(
             self.folder / "checkpoints",
             self.model,
-            self.optimizer,
+            self.engine.state,
             self.mesh,
             self.runtime,
             self.config.checkpoint,
@@ -219,8 +217,8 @@ def set_up(config: Config, runtime: Runtime) -> Run:
         )
 
     loads = bool(checkpoints) or config.checkpoint.start_from is not None
-    mesh, model, optimizer = build(config, runtime, degrees, initialise=not loads)
-    run = Run(config, runtime, mesh, model, optimizer, data.sampler, data.held_out, checkpoints)
+    mesh, model, engine = build(config, runtime, degrees, initialise=not loads)
+    run = Run(config, runtime, mesh, model, engine, data.sampler, data.held_out, checkpoints)
     run.say(f"data: {data.description}")
     launch = runtime.launch
     run.say(
@@ -270,7 +268,7 @@ def open_folder(config: Config, rank: int) -> list[Path]:
     return checkpoints
 
 
-def sample_text(config: Config, model: Transformer | Pipeline, mesh: ParallelMesh) -> str:
+def sample_text(config: Config, model: LanguageModel, mesh: ParallelMesh) -> str:
     sample = config.run.sample
     assert sample is not None
     (text,) = generate_texts(

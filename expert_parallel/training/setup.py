@@ -1,17 +1,15 @@
-"""What a config comes to on the ranks that run: degrees, groups, this rank's part of the model, the optimizer."""
+"""What a config comes to on the ranks that run: degrees, groups, this rank's part of the model, the engine."""
 
 from functools import partial
-
-import torch
 
 from expert_parallel.config import Config
 from expert_parallel.data.open import Demand
 from expert_parallel.degrees import ParallelDegrees, ShardedConfig, node_grid, shard_counts
 from expert_parallel.mesh import ParallelMesh, build_mesh
 from expert_parallel.model.parallelize import build_model, kv_copies, refuse_degrees
-from expert_parallel.model.pipeline import Pipeline, build_pipeline, refuse_schedule
+from expert_parallel.model.pipeline import build_pipeline, refuse_schedule
 from expert_parallel.model.sequence import length_unit
-from expert_parallel.model.transformer import Transformer
+from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.runtime import Runtime
 from expert_parallel.training.engines.build import ENGINES
 from expert_parallel.training.engines.config import DeepSpeedConfig
@@ -22,9 +20,9 @@ from expert_parallel.training.step import DTYPES
 
 def build(
     config: Config, runtime: Runtime, degrees: ParallelDegrees, *, initialise: bool = True
-) -> tuple[ParallelMesh, Transformer | Pipeline, torch.optim.Optimizer | Engine]:
-    """Process groups, this rank's part of the model, and the optimizer, or the engine that has one. initialise: or
-    leave the weights as memory has them, for a checkpoint to fill."""
+) -> tuple[ParallelMesh, LanguageModel, Engine]:
+    """Process groups, this rank's part of the model, and the engine that trains it. initialise: or leave the weights as
+    memory has them, for a checkpoint to fill."""
     training = config.training
     mesh, model = build_parts(config, runtime, degrees, initialise=initialise)
     optimizer = build_optimizer(training.optimizer, model, training.trainable)
@@ -33,7 +31,7 @@ def build(
 
 def build_parts(
     config: Config, runtime: Runtime, degrees: ParallelDegrees, *, initialise: bool = True
-) -> tuple[ParallelMesh, Transformer | Pipeline]:
+) -> tuple[ParallelMesh, LanguageModel]:
     """Process groups and this rank's part of the model."""
     moe, parallel, training = config.model.moe, config.parallel, config.training
     mesh = build_mesh(

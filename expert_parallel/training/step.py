@@ -15,7 +15,7 @@ from expert_parallel.data.batch import MicroBatch
 from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.pipeline import Passes, Pipeline, Stage
 from expert_parallel.model.tensor_parallel import cross_entropy_sum
-from expert_parallel.model.transformer import ModelConfig, ModelOutput, Recompute, Transformer
+from expert_parallel.model.transformer import LanguageModel, ModelConfig, ModelOutput, Recompute
 from expert_parallel.moe.balance import loss_name, update_balance_bias
 from expert_parallel.moe.plan import LoadStats, RouterReplay, StepContext
 from expert_parallel.moe.routing import TopKRouter
@@ -23,7 +23,6 @@ from expert_parallel.moe.totals import LayerTotals, pack, packed_size, report_br
 from expert_parallel.settings import Settings
 from expert_parallel.training.engines.config import EngineConfig, NativeConfig
 from expert_parallel.training.engines.engine import Engine
-from expert_parallel.training.engines.native import engine_of
 from expert_parallel.training.freeze import AllTrainable, TrainableConfig
 from expert_parallel.training.optim import CosineConfig, OptimizerConfig, ScheduleConfig, learning_rate
 from expert_parallel.training.replay import RoutingConfig
@@ -122,8 +121,8 @@ class StepTotals:
 
 
 def train_step(
-    model: Transformer | Pipeline,
-    optimizer: torch.optim.Optimizer | Engine,
+    model: LanguageModel,
+    engine: Engine,
     micro_batches: Iterable[MicroBatch],
     config: TrainingConfig,
     mesh: ParallelMesh,
@@ -133,10 +132,8 @@ def train_step(
     replay: RouterReplay | None = None,
 ) -> StepReport:
     """Updates the model once. The loss is sum of cross entropy / all targets of the step, plus, for each MoE layer, the
-    mean over micro-steps of coefficient * loss. optimizer: a torch one for the native engine, or another engine.
-    replay: choices to take, and where those made are recorded."""
+    mean over micro-steps of coefficient * loss. replay: choices to take, and where those made are recorded."""
     model.train()
-    engine = engine_of(model, optimizer, mesh, config.clip_norm)
     batches = list(micro_batches)
     contexts = contexts_of(batches, mesh, seed=seed, step=step, replay=replay)
     num_targets = config.global_batch * config.sequence_length
@@ -185,7 +182,7 @@ Pass = tuple[Tensor, int, dict[int, LoadStats]]
 
 
 def run_micro_steps(
-    model: Transformer,
+    model: LanguageModel,
     engine: Engine,
     batches: list[MicroBatch],
     contexts: list[StepContext],
@@ -220,7 +217,7 @@ def run_pipeline(
 
 
 def count_cross_entropy(
-    model: Transformer | Pipeline, output: ModelOutput, batch: MicroBatch, mesh: ParallelMesh
+    model: LanguageModel, output: ModelOutput, batch: MicroBatch, mesh: ParallelMesh
 ) -> tuple[Tensor, Tensor, int]:
     """The sum of cross entropy, nats, over the positions of this rank; what of it this rank counts, and of how many
     tokens: tensor parallel ranks all have the same."""
@@ -234,22 +231,20 @@ def count_cross_entropy(
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer | Pipeline,
+    model: LanguageModel,
+    engine: Engine,
     micro_batches: Iterable[MicroBatch],
     mesh: ParallelMesh,
     *,
     seed: int,
-    engine: Engine | None = None,
 ) -> StepReport:
-    """Mean cross entropy over all ranks' sequences. Every rank must bring the same number of batches, empty or not.
-    engine: where another than the native one keeps the weights."""
+    """Mean cross entropy over all ranks' sequences. Every rank must bring the same number of batches, empty or not."""
     model.eval()
-    forward = model if engine is None else engine.forward
     totals = StepTotals(model.config, 0)
     batches = list(micro_batches)
     for batch, context in zip(batches, contexts_of(batches, mesh, seed=seed), strict=True):
-        output: ModelOutput = forward(batch.inputs_BS, context)
-        if isinstance(model, Pipeline) and not model.has_logits:
+        output = engine.forward(batch.inputs_BS, context)
+        if not model.has_logits:
             totals.add(torch.zeros((), device=output.logits.device), 0, output.stats)
             continue
         _, counted, num_tokens = count_cross_entropy(model, output, batch, mesh)
@@ -265,7 +260,7 @@ def forget_gathered_weights(model: nn.Module) -> None:
             module.reshard()
 
 
-def update_balance_biases(model: Transformer | Pipeline, report: StepReport) -> None:
+def update_balance_biases(model: LanguageModel, report: StepReport) -> None:
     for layer, block in model.local_blocks():
         router = None if block.moe is None else block.moe.router
         if isinstance(router, TopKRouter) and router.balance_bias_E is not None:

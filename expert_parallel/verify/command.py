@@ -36,7 +36,8 @@ def plan_verification(
     if not chosen:
         raise ValueError(f"no layout of this config fits {num_ranks} ranks")
     if not named and chosen[0] != reduced.own:
-        reduced.changes.append(f"the config's own layout, {reduced.own.name}, does not fit {num_ranks} ranks")
+        misfit = f"the config's own layout, {reduced.own.name}, does not fit {num_ranks} ranks"
+        reduced = replace(reduced, changes=[*reduced.changes, misfit])
     return Plan(reduced.config, chosen, dtype, dropout_of(config)), reduced
 
 

@@ -138,5 +138,5 @@ def _run(config: Config, runtime: Runtime, in_experts: bool) -> Dropped:
                 block.register_forward_hook(take)
         mine = list(run.batches(0))
         with product.listening([]):  # the comparison has said it
-            report = train_step(run.model, run.optimizer, mine, training, run.mesh, step=0, seed=seed)
+            report = train_step(run.model, run.engine, mine, training, run.mesh, step=0, seed=seed)
     return Dropped(outputs, report.grad_norm)

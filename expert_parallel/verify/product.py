@@ -22,6 +22,7 @@ from expert_parallel.moe.ffn import width_in
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.moe.plan import RouterReplay, StepContext
 from expert_parallel.runtime import Runtime
+from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.loop import Run
 from expert_parallel.training.setup import build, check_world
 from expert_parallel.training.step import DTYPES, StepReport, train_step
@@ -44,11 +45,11 @@ def set_up(config: Config, runtime: Runtime, sequences_GS: Tensor) -> Iterator[R
     """As a training run is set up, without its text and its folder. sequences_GS: those of step 0, (global_batch,
     sequence_length + 1)."""
     degrees = runtime.together(lambda: check_world(config, runtime))
-    mesh, model, optimizer = build(config, runtime, degrees)
+    mesh, model, engine = build(config, runtime, degrees)
     length = config.training.sequence_length
     nothing = torch.zeros(length + 1, dtype=torch.uint8)
     sampler = GivenSequences(nothing, length, config.seed, sequences_GS, separator=separator(config))
-    yield Run(config, runtime, mesh, model, optimizer, sampler, sequences_GS[:0], [])
+    yield Run(config, runtime, mesh, model, engine, sampler, sequences_GS[:0], [])
     _forget(mesh)
 
 
@@ -160,11 +161,11 @@ def take_step(run: Run, mine: list[MicroBatch], replay: RouterReplay | None = No
             seen.gradients |= _on_host(logical.whole(logical.parameter.grad))
 
     hooks = [block.register_forward_hook(see_block) for block in run.model.modules() if isinstance(block, Block)]
-    assert isinstance(run.optimizer, torch.optim.Optimizer), "layouts are proved with the native engine"
-    hooks.append(run.optimizer.register_step_pre_hook(see_gradients))
+    assert isinstance(run.engine, NativeEngine), "layouts are proved with the native engine"
+    hooks.append(run.engine.optimizer.register_step_pre_hook(see_gradients))
     training, seed = run.config.training, run.config.seed
     with listening(seen.breaches):
-        seen.report = train_step(run.model, run.optimizer, mine, training, run.mesh, step=0, seed=seed, replay=replay)
+        seen.report = train_step(run.model, run.engine, mine, training, run.mesh, step=0, seed=seed, replay=replay)
     for hook in hooks:
         hook.remove()
     norm, limit = seen.report.grad_norm, training.clip_norm

@@ -129,7 +129,7 @@ def _count_bytes(config: Config, runtime: Runtime, sequences_GS: Tensor) -> list
     with product.set_up(config, runtime, sequences_GS) as run:
         batches = list(run.batches(0))
         return measure_step(
-            run.model, run.optimizer, batches, config.training, config.parallel, run.mesh, step=0, seed=config.seed
+            run.model, run.engine, batches, config.training, config.parallel, run.mesh, step=0, seed=config.seed
         )
 
 

@@ -26,7 +26,7 @@ from expert_parallel.data.batch import MicroBatch
 from expert_parallel.degrees import ParallelConfig
 from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.pipeline import Pipeline
-from expert_parallel.model.transformer import Transformer
+from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.experts import GroupedExperts
 from expert_parallel.moe.totals import LayerTotals
 from expert_parallel.training.engines.engine import Engine
@@ -51,8 +51,8 @@ class AxisBytes:
 
 
 def measure_step(
-    model: Transformer | Pipeline,
-    optimizer: torch.optim.Optimizer | Engine,
+    model: LanguageModel,
+    engine: Engine,
     micro_batches: Sequence[MicroBatch],
     training: TrainingConfig,
     parallel: ParallelConfig,
@@ -68,10 +68,10 @@ def measure_step(
     collective that is not known here.
     """
     if isinstance(model, Pipeline):
-        train_step(model, optimizer, micro_batches, training, mesh, step=step, seed=seed)
+        train_step(model, engine, micro_batches, training, mesh, step=step, seed=seed)
     rows_of_passes, hooks = _watch_experts(model)
     with counting() as counted:
-        report = train_step(model, optimizer, micro_batches, training, mesh, step=step, seed=seed)
+        report = train_step(model, engine, micro_batches, training, mesh, step=step, seed=seed)
     for hook in hooks:
         hook.remove()
 
@@ -238,7 +238,7 @@ def _over_all_ranks(sent: Counter[str], groups: Groups, device: torch.device) ->
     return (bytes_A // sizes_A).tolist(), sizes_A.tolist()
 
 
-def _watch_experts(model: Transformer | Pipeline) -> tuple[dict[int, list[int]], list[Any]]:
+def _watch_experts(model: LanguageModel) -> tuple[dict[int, list[int]], list[Any]]:
     """By MoE block: how many rows this rank's experts are given, pass after pass, recomputed ones too; and the hooks
     that note it."""
     rows: dict[int, list[int]] = {}

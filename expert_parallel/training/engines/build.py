@@ -5,26 +5,25 @@ from collections.abc import Callable
 import torch
 
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.pipeline import Pipeline
-from expert_parallel.model.transformer import Transformer
+from expert_parallel.model.transformer import LanguageModel, Transformer
 from expert_parallel.runtime import Runtime, tell_deepspeed
 from expert_parallel.training.engines.engine import Engine
+from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.step import TrainingConfig
 
 
 def build_native(
-    model: Transformer | Pipeline,
+    model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     mesh: ParallelMesh,
     runtime: Runtime,
     config: TrainingConfig,
-) -> torch.optim.Optimizer:
-    """The optimizer stands for it."""
-    return optimizer
+) -> Engine:
+    return NativeEngine(model, optimizer, mesh, config.clip_norm)
 
 
 def build_deepspeed(
-    model: Transformer | Pipeline,
+    model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     mesh: ParallelMesh,
     runtime: Runtime,
@@ -49,9 +48,6 @@ def load_deepspeed() -> Callable[..., Engine]:
     return deepspeed.DeepSpeedEngine
 
 
-Builder = Callable[
-    [Transformer | Pipeline, torch.optim.Optimizer, ParallelMesh, Runtime, TrainingConfig],
-    torch.optim.Optimizer | Engine,
-]
+Builder = Callable[[LanguageModel, torch.optim.Optimizer, ParallelMesh, Runtime, TrainingConfig], Engine]
 # training.engine.kind -> its builder. Every rank of the world calls it.
 ENGINES: dict[str, Builder] = {"native": build_native, "deepspeed": build_deepspeed}

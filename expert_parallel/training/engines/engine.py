@@ -10,7 +10,7 @@ from expert_parallel.moe.plan import StepContext
 
 
 class Engine(Protocol):
-    """Runs a model on micro-batches and updates its weights once a step. A torch optimizer stands for the native one.
+    """Runs a model on micro-batches and updates its weights once a step.
 
     Each rank back-propagates its own tokens' share of the global loss, so that an engine sums gradients, whatever its
     library does by default; of gradients and moments it keeps what it will, where it will.

@@ -6,23 +6,21 @@ from torch.distributed.fsdp import FSDPModule
 
 from expert_parallel.checkpoint.state import TorchState, TrainingState
 from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.pipeline import Pipeline
-from expert_parallel.model.transformer import ModelOutput, Transformer
+from expert_parallel.model.transformer import LanguageModel, ModelOutput
 from expert_parallel.moe.plan import StepContext
-from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.freeze import freeze_gradients
 from expert_parallel.training.grads import clip_gradients, global_norm, reduce_gradients
 
 
 class NativeEngine:
-    """clip_norm: None does not clip."""
+    """Trains a model with a torch optimizer: an Engine (engine.py). clip_norm: None does not clip."""
 
     def __init__(
         self,
-        model: Transformer | Pipeline,
+        model: LanguageModel,
         optimizer: torch.optim.Optimizer,
         mesh: ParallelMesh,
-        clip_norm: float | None = None,
+        clip_norm: float | None,
     ) -> None:
         self.model, self.optimizer, self.mesh, self.clip_norm = model, optimizer, mesh, clip_norm
 
@@ -49,18 +47,6 @@ class NativeEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
-
-
-def engine_of(
-    model: Transformer | Pipeline,
-    optimizer: torch.optim.Optimizer | Engine,
-    mesh: ParallelMesh,
-    clip_norm: float | None = None,
-) -> Engine:
-    """An engine as it is; around a torch optimizer the native one."""
-    if isinstance(optimizer, torch.optim.Optimizer):
-        return NativeEngine(model, optimizer, mesh, clip_norm)
-    return optimizer
 
 
 def is_sharded(model: nn.Module) -> bool:
