@@ -23,7 +23,7 @@ from expert_parallel.moe.capacity import LimitSettings
 from expert_parallel.moe.experts import takes_grouped_mm
 from expert_parallel.moe.ffn import width_in
 from expert_parallel.runtime import RuntimeConfig
-from expert_parallel.settings import Settings
+from expert_parallel.settings import CONFIG_VERSION, Settings, refuse_newer
 from expert_parallel.training.engines.config import refuse_engine
 from expert_parallel.training.freeze import refuse_trainable
 from expert_parallel.training.replay import PlayConfig
@@ -56,8 +56,9 @@ class RunConfig(Settings):
 
 
 class Config(Settings):
-    """A YAML file; its paths are attribute paths."""
+    """A YAML file; its paths are attribute paths. version: of the settings' meaning; a file that has none is of 1."""
 
+    version: int = Field(default=CONFIG_VERSION, ge=1)
     run: RunConfig
     seed: int = Field(default=0, ge=0)
     model: ModelConfig
@@ -67,6 +68,15 @@ class Config(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     data: DataConfig = StdlibData(kind="stdlib")
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_newer(cls, tree: Any) -> Any:
+        """Before all else: what a newer file says may not be known here."""
+        version = tree.get("version") if isinstance(tree, dict) else None
+        if isinstance(version, int):
+            refuse_newer("version", version, CONFIG_VERSION)
+        return tree
 
     @model_validator(mode="after")
     def _fit_together(self) -> "Config":

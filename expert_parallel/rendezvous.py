@@ -261,8 +261,8 @@ def _differ(cards: dict[int, Card]) -> str:
         for name, version in card.versions.items():
             if version != first.versions.get(name):
                 return f"{card} runs {name} {version}, {first} runs {first.versions.get(name)}"
-        if card.settings and first.settings and card.settings != first.settings:
-            path, ours, theirs = changed_settings(first.settings, card.settings)[0]
+        if card.settings and first.settings and (changes := changed_settings(first.settings, card.settings)):
+            path, ours, theirs = changes[0]
             return f"{card} has another config: {path} is {theirs!r} there and {ours!r} on {first}"
     return ""
 

@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict
 
+CONFIG_VERSION = 1  # one more where a config that was written before would mean another thing, or be refused
+
 
 class Settings(BaseModel):
     """A block of the YAML file. Each component declares its own subclass beside its code.
@@ -11,3 +13,14 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def refuse_newer(what: str, found: int, newest: int) -> None:
+    """Raises a ValueError where a file's version is newer than the newest that this code reads.
+
+    what: the file, and what it calls its version.
+    """
+    if found > newest:
+        raise ValueError(
+            f"{what} is {found}, newer than {newest}, the newest that this installation reads: update expert-parallel"
+        )

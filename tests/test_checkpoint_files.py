@@ -463,10 +463,21 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "manifest.json cannot be read (format stands twice)",
     ),
     "no JSON": (lambda p: (p / "manifest.json").write_text("{"), "manifest.json cannot be read"),
-    "no mapping": (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json has format None"),
+    "no mapping": (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json is damaged: its format is None"),
     "the first format": (
         lambda p: edit(p, lambda t: t.update(format=1)),
-        "manifest.json has format 1, this version reads format 2 alone",
+        "the format of manifest.json is 1, older than 2, the oldest that this installation reads: use the "
+        "expert-parallel that wrote it",
+    ),
+    "a newer format": (
+        lambda p: edit(p, lambda t: t.update(format=3, seal="of a kind that is not known here")),
+        "the format of manifest.json is 3, newer than 2, the newest that this installation reads: update "
+        "expert-parallel",
+    ),
+    "a config of a newer version": (
+        lambda p: edit(p, lambda t: t["config"].update(version=2)),
+        "the version of the config in manifest.json is 2, newer than 1, the newest that this installation reads: "
+        "update expert-parallel",
     ),
     "a setting of the future": (lambda p: edit(p, lambda t: t.update(more=1)), "manifest.json is damaged at more"),
     "another step": (lambda p: edit(p, lambda t: t.update(step=6), seal=False), SEAL),

@@ -115,6 +115,13 @@ REFUSED_SETTINGS: dict[str, tuple[list[str], str]] = {
         ["training.dtype=float16"],
         "training.dtype: input should be 'float32', 'bfloat16' or 'float64', found \"float16\"",
     ),
+    # versions
+    "a newer version, before whatever else it says": (
+        ["version=2", "model.moe.num_expert=8"],
+        "config.yaml: version is 2, newer than 1, the newest that this installation reads: update expert-parallel",
+    ),
+    "no version": (["version=0"], "version: input should be greater than or equal to 1, found 0"),
+    "text for a version": (["version='1'"], 'version: input should be a valid integer, found "1"'),
     # ranges
     "too small": (["model.moe.num_experts=0"], "num_experts: input should be greater than or equal to 1, found 0"),
     "negative": (["seed=-1"], "seed: input should be greater than or equal to 0, found -1"),

@@ -23,9 +23,11 @@ class CheckpointConfig(Settings):
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(dotted path, old value, new value) of each setting that differs between two resolved configs."""
+    """(dotted path, old value, new value) of each setting that differs between two resolved configs. Their versions say
+    how to read them, and set nothing."""
     before, after = _leaves(old), _leaves(new)
-    return [(path, before.get(path), after.get(path)) for path in before | after if before.get(path) != after.get(path)]
+    paths = [path for path in before | after if path != "version"]
+    return [(path, before.get(path), after.get(path)) for path in paths if before.get(path) != after.get(path)]
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

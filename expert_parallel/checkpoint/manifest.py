@@ -16,7 +16,7 @@ import torch
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from expert_parallel.checkpoint.folders import MANIFEST, step_of
-from expert_parallel.settings import Settings
+from expert_parallel.settings import CONFIG_VERSION, Settings, refuse_newer
 
 FORMAT = 2
 SHA256 = "sha256"  # under this key: that of all the rest
@@ -106,8 +106,14 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder} is not a checkpoint: {MANIFEST} cannot be read ({error})") from error
     number = tree.get("format") if isinstance(tree, dict) else None
-    if number != FORMAT:
-        raise ValueError(f"{folder}: {MANIFEST} has format {number}, this version reads format {FORMAT} alone")
+    if not isinstance(number, int):
+        raise ValueError(f"{folder}: {MANIFEST} is damaged: its format is {number!r}, not a number")
+    refuse_newer(f"{folder}: the format of {MANIFEST}", number, FORMAT)
+    if number < FORMAT:
+        raise ValueError(
+            f"{folder}: the format of {MANIFEST} is {number}, older than {FORMAT}, the oldest that this installation "
+            "reads: use the expert-parallel that wrote it"
+        )
     if said != (found := hashlib.sha256(content.encode()).hexdigest()):
         raise ValueError(f"{folder}: {MANIFEST} is damaged: the SHA-256 of its content is {found}, it says {said}")
     try:
@@ -118,6 +124,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{folder}: {MANIFEST} is damaged at {where}: {first['msg']}") from None
     if not isinstance(manifest.config.get("model"), dict):
         raise ValueError(f"{folder}: {MANIFEST} does not say what model it is of: its config has no mapping `model`")
+    if isinstance(version := manifest.config.get("version"), int):
+        refuse_newer(f"{folder}: the version of the config in {MANIFEST}", version, CONFIG_VERSION)
     if step_of(folder) not in (None, manifest.step):
         raise ValueError(
             f"{folder} has the name of step {step_of(folder)}, its {MANIFEST} is of step {manifest.step}: rename the "
