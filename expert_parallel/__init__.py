@@ -1,3 +1,84 @@
-"""Expert Parallel: mixture-of-experts training, correct in every layout and proven so."""
+"""Expert Parallel: mixture-of-experts training, correct in every layout and proven so.
+
+The public names are loaded at first use: `import expert_parallel` alone does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what _MODULES says, as type checkers read it
+    from expert_parallel.checkpoint.load import load_checkpoint as load_checkpoint
+    from expert_parallel.config import Config as Config
+    from expert_parallel.config import load_config as load_config
+    from expert_parallel.degrees import ParallelConfig as ParallelConfig
+    from expert_parallel.degrees import ParallelDegrees as ParallelDegrees
+    from expert_parallel.launchers import LaunchError as LaunchError
+    from expert_parallel.mesh import ParallelMesh as ParallelMesh
+    from expert_parallel.mesh import build_mesh as build_mesh
+    from expert_parallel.model.config import ModelConfig as ModelConfig
+    from expert_parallel.model.parallelize import build_model as build_model
+    from expert_parallel.model.transformer import ModelOutput as ModelOutput
+    from expert_parallel.model.transformer import Transformer as Transformer
+    from expert_parallel.moe.layer import MoEConfig as MoEConfig
+    from expert_parallel.moe.layer import MoELayer as MoELayer
+    from expert_parallel.moe.ledger import LedgerBreach as LedgerBreach
+    from expert_parallel.moe.plan import LoadStats as LoadStats
+    from expert_parallel.moe.plan import MoEOutput as MoEOutput
+    from expert_parallel.moe.plan import RouterReplay as RouterReplay
+    from expert_parallel.moe.plan import StepContext as StepContext
+    from expert_parallel.placement import ExpertPlacement as ExpertPlacement
+    from expert_parallel.runtime import LostContact as LostContact
+    from expert_parallel.runtime import RankFilter as RankFilter
+    from expert_parallel.runtime import Runtime as Runtime
+    from expert_parallel.runtime import RuntimeConfig as RuntimeConfig
+    from expert_parallel.runtime import UserError as UserError
+    from expert_parallel.runtime import distributed as distributed
+    from expert_parallel.training.loop import train as train
+else:  # so that they find a misspelt name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+        return value
+
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    # the layer, in a model of your own
+    "MoELayer": "expert_parallel.moe.layer",
+    "MoEConfig": "expert_parallel.moe.layer",
+    "MoEOutput": "expert_parallel.moe.plan",
+    "LoadStats": "expert_parallel.moe.plan",
+    "StepContext": "expert_parallel.moe.plan",
+    "RouterReplay": "expert_parallel.moe.plan",
+    "LedgerBreach": "expert_parallel.moe.ledger",
+    "ExpertPlacement": "expert_parallel.placement",
+    # the whole model, on any layout
+    "ModelConfig": "expert_parallel.model.config",
+    "ModelOutput": "expert_parallel.model.transformer",
+    "Transformer": "expert_parallel.model.transformer",
+    "build_model": "expert_parallel.model.parallelize",
+    "load_checkpoint": "expert_parallel.checkpoint.load",
+    "ParallelConfig": "expert_parallel.degrees",
+    "ParallelDegrees": "expert_parallel.degrees",
+    "ParallelMesh": "expert_parallel.mesh",
+    "build_mesh": "expert_parallel.mesh",
+    # a training run
+    "Config": "expert_parallel.config",
+    "load_config": "expert_parallel.config",
+    "train": "expert_parallel.training.loop",
+    "Runtime": "expert_parallel.runtime",
+    "RuntimeConfig": "expert_parallel.runtime",
+    "distributed": "expert_parallel.runtime",
+    "UserError": "expert_parallel.runtime",
+    "LaunchError": "expert_parallel.launchers",
+    "LostContact": "expert_parallel.runtime",
+    "RankFilter": "expert_parallel.runtime",
+}
+__all__ = ["__version__", *_MODULES]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,162 +1,16 @@
-"""The command line: `expert-parallel`, the same as `python -m expert_parallel`."""
+"""The entry point of `expert-parallel`, the same as `python -m expert_parallel`; the commands are in app.py."""
 
 import sys
-from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from expert_parallel.bench.command import bench
-from expert_parallel.checkpoint.command import checkpoint
-from expert_parallel.command_line import ConfigFile, Overrides, early_config, refusals
-from expert_parallel.config import load_config
-from expert_parallel.data.command import data
-from expert_parallel.interop.command import convert
-from expert_parallel.interop.experts_command import experts
-from expert_parallel.runtime import UserError, distributed
-from expert_parallel.study.command import study
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.add_typer(bench, name="bench")
-app.add_typer(checkpoint, name="checkpoint")
-checkpoint.add_typer(experts, name="experts")
-app.add_typer(convert, name="convert")
-app.add_typer(data, name="data")
-app.command("study")(study)
-
-
-@app.callback()
-def expert_parallel(local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None) -> None:
-    """Mixture-of-experts training, with experts sharded over ranks."""
-    # The deepspeed launcher puts --local_rank before the command; LOCAL_RANK says the same, and is what counts.
-
-
-@app.command()
-def train(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Train, or go on from the newest checkpoint in run.folder. Alone, or on every rank of a launcher.
-    Exit code 75 where SIGUSR1 stopped it (0 under torchrun)."""
-    from expert_parallel.training.loop import train as run
-    from expert_parallel.training.stop import EXIT_CODE, stop_on_signal
-
-    with stop_on_signal() as stop, refusals(), distributed(*early_config(config, overrides or [])) as runtime:
-        is_done = run(runtime.together(lambda: load_config(config, overrides or [])), runtime, stop)
-    if not is_done and runtime.launch.launcher != "torchrun":  # which would take any code but 0 for a failure
-        raise typer.Exit(EXIT_CODE)
-
-
-@app.command()
-def check(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    world_size: Annotated[int | None, typer.Option(min=1, help="ranks of the run; default: parallel.ep")] = None,
-) -> None:
-    """Validate a config and print what it comes to: effective values, parameters, memory per rank. Starts nothing."""
-    from expert_parallel.training.check import describe
-
-    with refusals(ValueError):
-        print(describe(load_config(config, overrides or []), world_size))
-
-
-@app.command()
-def generate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run: its config and checkpoints")],
-    overrides: Overrides = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="the text to go on from; several times: a batch")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token each time")] = 0.7,
-    top_k: Annotated[int | None, typer.Option(min=1, help="draw from so many likeliest tokens")] = None,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="draw from the likeliest that have this share")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    cache: Annotated[bool, typer.Option(help="keep keys and values of the tokens so far")] = True,
-) -> None:
-    """Generate text from a run's newest checkpoint, on this process alone, whatever layout trained it; or on every rank
-    under torchrun, in the run's layout or the one given (parallel.tp=2)."""
-    from expert_parallel.model.generation import Sampling
-    from expert_parallel.training.generate import generate_from_run
-
-    with (
-        refusals(ValueError, OSError),
-        distributed(*early_config(run / "config.yaml", overrides or [])) as ranks,
-    ):
-        if top_p == 0:
-            raise UserError("--top-p is 0, it must be above 0: the share of the probability that is drawn from")
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        texts = generate_from_run(
-            run,
-            overrides or [],
-            prompt or [""],
-            ranks,
-            num_tokens=tokens,
-            sampling=sampling,
-            seed=seed,
-            use_cache=cache,
-        )
-        if ranks.rank == 0:
-            print(f"\n{'-' * 80}\n".join(texts))
-
-
-@app.command("experts")
-def experts_page(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run: its config, metrics, checkpoints")],
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="the page to write; default: experts.html in RUN")] = None,
-    json: Annotated[Path | None, typer.Option(help="the page's numbers, too")] = None,
-    text: Annotated[Path | None, typer.Option(help="a text to show; default: held-out text of the run's data")] = None,
-    sequences: Annotated[int | None, typer.Option(min=1, help="at most so many; default: as in evaluation")] = None,
-) -> None:
-    """One HTML page on what the experts of a run learned: their load over training, who takes which token of a text,
-    what each of them likes. On this process alone, whatever layout trained it."""
-    from expert_parallel.report.experts import as_json, gather
-    from expert_parallel.report.page import render
-
-    with refusals(ValueError, OSError), distributed(*early_config(run / "config.yaml", overrides or [])) as ranks:
-        report = gather(run, overrides or [], ranks, text, sequences)
-        page = out or run / "experts.html"
-        page.write_text(render(report), encoding="utf-8")
-        if json is not None:
-            json.write_text(as_json(report), encoding="utf-8")
-        print(f"wrote {page}" + (f" and {json}" if json is not None else ""))
-
-
-@app.command()
-def verify(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="processes to start, without a launcher; default: 4")] = None,
-    layout: Annotated[list[str] | None, typer.Option(help="ep=4,data=sharded; several times; default: chosen")] = None,
-    dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16")] = "float64",
-    full: Annotated[bool, typer.Option("--full", help="the config's own sizes, not small ones: slow")] = False,
-    count_bytes: Annotated[bool, typer.Option("--bytes", help="print what each axis moves in a step")] = False,
-) -> None:
-    """Prove that every layout computes the same model as one rank with plain code. Starts its ranks itself on the CPU,
-    or runs on every rank under torchrun. Exit code 1 where one differs."""
-    from expert_parallel.verify.command import verify_command
-    from expert_parallel.verify.ranks import RankError
-
-    runtime_config, settings = early_config(config, overrides or [])
-    if runtime_config.device == "cuda":  # a config of a cluster can be verified on a laptop
-        runtime_config = runtime_config.model_copy(update={"device": "auto"})
-    try:
-        with refusals(), distributed(runtime_config, settings) as runtime:
-
-            def say(text: str) -> None:
-                if runtime.rank == 0:
-                    print(text, file=sys.stderr, flush=True)
-
-            loaded = runtime.together(lambda: load_config(config, overrides or []))
-            passes = verify_command(loaded, runtime, ranks, layout or [], dtype, full, say, count_bytes)
-    except RankError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    if not passes:
-        raise typer.Exit(1)
+from expert_parallel import __version__
 
 
 def main() -> None:
+    if sys.argv[1:] == ["--version"]:  # answered before the commands are imported: torch alone takes seconds
+        print(f"expert-parallel {__version__}")
+        return
+    from expert_parallel.app import app
+
     app()
 
 

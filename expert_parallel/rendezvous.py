@@ -7,6 +7,7 @@ one sentence on all ranks, which names rank and host.
 
 import hashlib
 import json
+import logging
 import os
 import socket
 import sys
@@ -33,6 +34,8 @@ POLL_SECONDS = 0.05
 ANSWER_SECONDS = 3.0  # how long a living rank may take to answer when the roll is called again
 LEAVE_SECONDS = 60.0  # how long rank 0 waits for the others at the end, since the store goes with it
 SHOWN = 8  # ranks that a sentence names
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -146,9 +149,10 @@ def meet(launch: Launch, timeout: timedelta, settings: Mapping[str, Any] | None 
     card = Card(launch.rank, socket.gethostname(), os.getpid(), versions(), dict(settings or {}))
     if launch.master is None:
         return Meeting(launch, dist.HashStore(), [card])
+    (host, port), rank = launch.master, {"rank": launch.rank}
+    logger.info("meeting %d ranks at %s:%d (%s)", launch.world_size, host, port, launch.launcher, extra=rank)
     store = open_store(launch, timeout, launch.serves)
     deadline = time.monotonic() + timeout.total_seconds()  # from now on, so that no rank gives up before rank 0
-    host, port = launch.master
     try:
         arrival = store.add(f"arrivals/{launch.rank}", 1)
         store.set(f"cards/{launch.rank}/{arrival}", json.dumps(asdict(card)))
@@ -168,7 +172,9 @@ def meet(launch: Launch, timeout: timedelta, settings: Mapping[str, Any] | None 
                 _let_others_read(store, launch.world_size)
             raise LaunchError(verdict)
         keys = [f"cards/{rank}/1" for rank in range(launch.world_size)]
-        return Meeting(launch, store, [Card(**json.loads(raw)) for raw in store.multi_get(keys)])
+        cards = [Card(**json.loads(raw)) for raw in store.multi_get(keys)]
+        logger.info("all ranks are here: %s", host_lines(cards), extra=rank)
+        return Meeting(launch, store, cards)
     except RuntimeError as error:  # of the store: a timeout, a closed connection
         raise LaunchError(
             f"rank {launch.rank} met rank 0 at {host}:{port} but then heard no more of it ({first_line(error)})"

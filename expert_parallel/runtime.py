@@ -2,9 +2,9 @@
 only file that reads the environment (launchers.py knows what it means, rendezvous.py how the ranks meet).
 """
 
+import logging
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,8 +21,19 @@ from expert_parallel.rendezvous import ANSWER_SECONDS, LEAVE_SECONDS, Card, Meet
 from expert_parallel.settings import Settings
 from expert_parallel.transports.mpi import BACKEND, finish_mpi, library_line, start_mpi
 
-__all__ = ["CPU", "Launch", "LaunchError", "LostContact", "Runtime", "RuntimeConfig", "UserError", "distributed"]
+__all__ = [
+    "CPU",
+    "Launch",
+    "LaunchError",
+    "LostContact",
+    "RankFilter",
+    "Runtime",
+    "RuntimeConfig",
+    "UserError",
+    "distributed",
+]
 
+logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 CPU = torch.device("cpu")  # what the ranks tell each other before and beside training goes through gloo
 
@@ -86,6 +97,15 @@ class LostContact(Exception):
     """Another rank is gone in the middle of work. One of those that notice says who."""
 
 
+class RankFilter(logging.Filter):
+    """Gives each log record `rank`, for a handler whose format has it: this process's in torch.distributed, or None."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not hasattr(record, "rank"):  # said by the caller, where torch.distributed does not run yet
+            record.rank = dist.get_rank() if dist.is_initialized() else None
+        return True
+
+
 def together(work: Callable[[], Result]) -> Result:
     """Runs `work`, which communicates nothing. If it fails for a reason that a user can mend, on any rank, every
     rank raises the same UserError: nobody goes on, and nobody waits for a rank that is gone."""
@@ -104,8 +124,8 @@ def distributed(config: RuntimeConfig, settings: Mapping[str, Any] | None = None
     """Starts torch.distributed for this launch, and ends it on leaving.
 
     settings: the run's resolved config, which must be the same on all ranks. A UserError, which all ranks raise, is
-    said by rank 0 alone, and no rank leaves before: a launcher would end the others. LaunchError: the ranks do not
-    meet. LostContact: a rank is gone; said by one of the others."""
+    logged by rank 0 alone, and no rank leaves before: a launcher would end the others. LaunchError: the ranks do not
+    meet. LostContact: a rank is gone; logged by one of the others."""
     launch = read_launch(os.environ)
     backend = choose_backend(config)
     timeout = timedelta(seconds=config.timeout_seconds)
@@ -124,11 +144,12 @@ def distributed(config: RuntimeConfig, settings: Mapping[str, Any] | None = None
         device = agree_on_device(config.device, launch)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        logger.info("ready: %s on %s", backend, device)
         yield Runtime(launch, device, backend, timeout, meeting)
         is_orderly = True
     except UserError as error:
         if launch.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            logger.error("%s", error)
         gather_text("", CPU)
         is_orderly = True
         raise
@@ -137,9 +158,10 @@ def distributed(config: RuntimeConfig, settings: Mapping[str, Any] | None = None
             raise
         if not (lost := meeting.lost_ranks()):
             raise  # all are there: a defect, or a rank that does something else
+        sentence = describe_lost(launch, lost, error)
         if meeting.is_first_to_tell():
-            say_who_is_lost(launch, lost, error)
-        raise LostContact from error
+            logger.error("%s", sentence)
+        raise LostContact(sentence) from error
     finally:
         if dist.is_initialized() and (is_orderly or config.backend != "mpi"):  # MPI would wait for the others
             dist.destroy_process_group()
@@ -151,11 +173,10 @@ def distributed(config: RuntimeConfig, settings: Mapping[str, Any] | None = None
 def warn_of_restarts(launch: Launch, environment: Mapping[str, str]) -> None:
     shares_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if launch.rank == 0 and shares_store and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        print(
-            "warning: torchrun may restart the ranks, which fails in torch 2.13 (pytorch#135712): set "
+        logger.warning(
+            "torchrun may restart the ranks, which fails in torch 2.13 (pytorch#135712): set "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, as launch/train.sh does",
-            file=sys.stderr,
-            flush=True,
+            extra={"rank": launch.rank},
         )
 
 
@@ -210,12 +231,10 @@ def is_of_communication(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or bool(re.search(r"gloo|NCCL|ProcessGroup|mpi4py", str(error)))
 
 
-def say_who_is_lost(launch: Launch, lost: list[Card], error: RuntimeError) -> None:
-    print(
-        f"error: rank {launch.rank} lost contact in the middle of work ({first_line(error)}); ranks that do not "
-        f"answer: {', '.join(map(str, lost))}. Started again, a training run goes on from its last checkpoint",
-        file=sys.stderr,
-        flush=True,
+def describe_lost(launch: Launch, lost: list[Card], error: RuntimeError) -> str:
+    return (
+        f"rank {launch.rank} lost contact in the middle of work ({first_line(error)}); ranks that do not answer: "
+        f"{', '.join(map(str, lost))}. Started again, a training run goes on from its last checkpoint"
     )
 
 

@@ -2,9 +2,10 @@
 # Trains any config under torchrun, on one node or as one of several. Installs nothing: it uses .venv if there is one
 # (quickstart.sh makes it), else the python3 on the PATH.
 #
-# usage: bash launch/train.sh CONFIG [--nproc N] [key=value ...] [-- torchrun options]
+# usage: bash launch/train.sh CONFIG [--nproc N] [key=value ...] [--log-level LEVEL] [-- torchrun options]
 #   --nproc N          processes on this node; default: one per GPU, or 2 where there is none
 #   key=value          settings to change in the config, by dotted path
+#   --log-level LEVEL  the least severe messages to show on stderr, on every rank: debug, info, warning (the default), error
 #   torchrun options   such as --max-restarts 3, or for each node of two:
 #                      --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500
 #

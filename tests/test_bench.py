@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
-from expert_parallel.__main__ import app
+from expert_parallel.app import app
 from expert_parallel.bench import layer as bench_layer_module
 from expert_parallel.bench import machine as bench_machine_module
 from expert_parallel.bench import timing

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from expert_parallel.__main__ import app
+from expert_parallel.app import app
 from expert_parallel.checkpoint import digest as digests
 from expert_parallel.checkpoint.digest import MODULUS, as_text, digest
 from expert_parallel.checkpoint.files import Checkpoint, CheckpointWriter, expected_shapes, open_checkpoint

@@ -20,7 +20,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner, Result
 
-from expert_parallel.__main__ import app, main
+from expert_parallel.__main__ import main
+from expert_parallel.app import app
 from expert_parallel.config import Config, load_config
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.training.check import state_bytes_of_rank

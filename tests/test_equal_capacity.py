@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
-from expert_parallel.__main__ import app
+from expert_parallel.app import app
 from expert_parallel.bench import equal_capacity, timing
 from expert_parallel.bench.equal_capacity import (
     SLOW_BFLOAT16,

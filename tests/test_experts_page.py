@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from expert_parallel.__main__ import app
+from expert_parallel.app import app
 from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.config import load_config
 from expert_parallel.data.open import open_data

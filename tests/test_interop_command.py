@@ -8,7 +8,7 @@ import torch
 import transformers
 from typer.testing import CliRunner, Result
 
-from expert_parallel.__main__ import app
+from expert_parallel.app import app
 from expert_parallel.checkpoint.files import open_checkpoint
 from expert_parallel.config import load_config
 from expert_parallel.data.tokenizer import FileTokenizer, train_tokenizer

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from expert_parallel.__main__ import app
+from expert_parallel.app import app
 from expert_parallel.config import load_config
 from expert_parallel.mesh import ParallelDegrees, node_grid
 from expert_parallel.model.parallelize import build_model

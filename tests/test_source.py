@@ -45,6 +45,7 @@ LEVELS = {
     "report": 8,
     "command_line": 8,
     "data.command": 8,
+    "app": 9,
     "__main__": 9,
     "__init__": 9,
 }

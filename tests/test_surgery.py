@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from expert_parallel.__main__ import app
+from expert_parallel.app import app
 from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
 from expert_parallel.config import Config, load_config
 from expert_parallel.interop.surgery import Surgery, add, merge, operate, remove

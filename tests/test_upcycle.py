@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from typer.testing import CliRunner
 
-from expert_parallel.__main__ import app
+from expert_parallel.app import app
 from expert_parallel.checkpoint.files import open_checkpoint
 from expert_parallel.config import Config, load_config
 from expert_parallel.interop.compare import compare, held_out_loss

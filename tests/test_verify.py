@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
-from expert_parallel.__main__ import app
+from expert_parallel.app import app
 from expert_parallel.config import Config, load_config
 from expert_parallel.moe.products import multiplies_bfloat16
 from expert_parallel.runtime import CPU, Launch, Runtime, UserError

@@ -1,5 +1,6 @@
 """A training run: `train` reads from top to bottom; what it calls stands below it."""
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ from expert_parallel.training.resume import changes_since, refuse_model, refuse_
 from expert_parallel.training.setup import build, check_world, demand_of, describe_degrees
 from expert_parallel.training.step import StepReport, evaluate, train_step
 from expert_parallel.training.stop import StopSignal
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: Config, runtime: Runtime, stop: StopSignal | None = None) -> bool:
@@ -240,7 +243,7 @@ def wait_for_nodes(config: Config, runtime: Runtime) -> ParallelDegrees:
         if seconds == 0 or runtime.launch.launcher != "torchrun":
             raise
         if runtime.rank == 0:
-            print(f"waiting {seconds:g} s for other nodes to join: {error}", flush=True)
+            logger.warning("waiting %g s for other nodes to join: %s", seconds, error)
         time.sleep(seconds)
         raise ValueError(
             f"{error}; no other node has joined in {seconds:g} s (runtime.wait_for_nodes_seconds)"

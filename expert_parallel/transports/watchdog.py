@@ -1,12 +1,14 @@
 """A timeout for calls that have none: MPI waits for ever for a rank that does not come."""
 
+import logging
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable
 
 PERIOD_SECONDS = 0.5
+
+logger = logging.getLogger(__name__)
 
 
 class Watchdog:
@@ -30,10 +32,9 @@ class Watchdog:
     def _watch(self) -> None:
         while time.monotonic() < self.deadline:
             time.sleep(PERIOD_SECONDS)
-        print(
-            f"error: {self.call} was not done within {self.seconds:g} s (runtime.timeout_seconds): another rank hangs, "
-            "or does something else",
-            file=sys.stderr,
-            flush=True,
+        logger.critical(
+            "%s was not done within %g s (runtime.timeout_seconds): another rank hangs, or does something else",
+            self.call,
+            self.seconds,
         )
         self.on_timeout()
