@@ -25,6 +25,7 @@ from expert_parallel.interop.exporting import export_run
 from expert_parallel.interop.importing import import_folder
 from expert_parallel.moe.plan import StepContext
 from expert_parallel.runtime import Launch, Runtime
+from expert_parallel.settings import CONFIG_VERSION
 from expert_parallel.training.loop import train
 from expert_parallel.training.resume import changes_since
 from tests.launches import ROOT
@@ -84,15 +85,16 @@ def test_no_setting_is_gone(old: Path) -> None:
 def test_a_config_says_what_it_said(old: Path) -> None:
     """But for settings that are newer: those it cannot have said."""
     settings = set((old / "settings.txt").read_text().splitlines())
-    paths = [old / "run/config.yaml", *sorted((old / "resolved").iterdir())]
-    assert len(paths) >= 4
-    for resolved in paths:
-        written = resolved if resolved.parent.name == "run" else old / "configs" / resolved.name
-        config = load_config(written)
+    written = [old / "run.yaml", *sorted((old / "configs").iterdir())]
+    assert len(written) >= 4
+    for path in written:
+        resolved = old / "run/config.yaml" if path.name == "run.yaml" else old / "resolved" / path.name
+        expected = yaml.safe_load(resolved.read_text())
+        config = load_config(path, [f"data.sha256={expected['data']['sha256'] or 'null'}"])
         assert load_config(resolved) == config
         dumped = dump_config(config)
-        assert dumped.startswith("version: 1\n")
-        assert known(yaml.safe_load(dumped), settings) == yaml.safe_load(resolved.read_text())
+        assert dumped.startswith(f"version: {CONFIG_VERSION}\n")
+        assert known(yaml.safe_load(dumped), settings) == expected
 
 
 def known(tree: Any, settings: set[str], prefix: str = "") -> Any:
