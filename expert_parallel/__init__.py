@@ -10,29 +10,29 @@ if TYPE_CHECKING:  # what _MODULES says, as type checkers read it
     from expert_parallel.checkpoint.load import load_checkpoint as load_checkpoint
     from expert_parallel.config import Config as Config
     from expert_parallel.config import load_config as load_config
-    from expert_parallel.degrees import ParallelConfig as ParallelConfig
-    from expert_parallel.degrees import ParallelDegrees as ParallelDegrees
-    from expert_parallel.launchers import LaunchError as LaunchError
-    from expert_parallel.mesh import ParallelMesh as ParallelMesh
-    from expert_parallel.mesh import build_mesh as build_mesh
     from expert_parallel.model.config import ModelConfig as ModelConfig
     from expert_parallel.model.parallelize import build_model as build_model
     from expert_parallel.model.transformer import ModelOutput as ModelOutput
     from expert_parallel.model.transformer import Transformer as Transformer
+    from expert_parallel.moe.context import RouterReplay as RouterReplay
+    from expert_parallel.moe.context import StepContext as StepContext
     from expert_parallel.moe.layer import MoEConfig as MoEConfig
     from expert_parallel.moe.layer import MoELayer as MoELayer
     from expert_parallel.moe.ledger import LedgerBreach as LedgerBreach
     from expert_parallel.moe.plan import LoadStats as LoadStats
     from expert_parallel.moe.plan import MoEOutput as MoEOutput
-    from expert_parallel.moe.plan import RouterReplay as RouterReplay
-    from expert_parallel.moe.plan import StepContext as StepContext
-    from expert_parallel.placement import ExpertPlacement as ExpertPlacement
-    from expert_parallel.runtime import LostContact as LostContact
-    from expert_parallel.runtime import RankFilter as RankFilter
-    from expert_parallel.runtime import Runtime as Runtime
-    from expert_parallel.runtime import RuntimeConfig as RuntimeConfig
-    from expert_parallel.runtime import UserError as UserError
-    from expert_parallel.runtime import distributed as distributed
+    from expert_parallel.parallel.degrees import ParallelConfig as ParallelConfig
+    from expert_parallel.parallel.degrees import ParallelDegrees as ParallelDegrees
+    from expert_parallel.parallel.mesh import ParallelMesh as ParallelMesh
+    from expert_parallel.parallel.mesh import build_mesh as build_mesh
+    from expert_parallel.parallel.placement import ExpertPlacement as ExpertPlacement
+    from expert_parallel.runtime.launchers import LaunchError as LaunchError
+    from expert_parallel.runtime.process import LostContact as LostContact
+    from expert_parallel.runtime.process import RankFilter as RankFilter
+    from expert_parallel.runtime.process import Runtime as Runtime
+    from expert_parallel.runtime.process import RuntimeConfig as RuntimeConfig
+    from expert_parallel.runtime.process import UserError as UserError
+    from expert_parallel.runtime.process import distributed as distributed
     from expert_parallel.training.loop import train as train
 else:  # so that they find a misspelt name
 
@@ -51,31 +51,31 @@ _MODULES = {
     "MoEConfig": "expert_parallel.moe.layer",
     "MoEOutput": "expert_parallel.moe.plan",
     "LoadStats": "expert_parallel.moe.plan",
-    "StepContext": "expert_parallel.moe.plan",
-    "RouterReplay": "expert_parallel.moe.plan",
+    "StepContext": "expert_parallel.moe.context",
+    "RouterReplay": "expert_parallel.moe.context",
     "LedgerBreach": "expert_parallel.moe.ledger",
-    "ExpertPlacement": "expert_parallel.placement",
+    "ExpertPlacement": "expert_parallel.parallel.placement",
     # the whole model, on any layout
     "ModelConfig": "expert_parallel.model.config",
     "ModelOutput": "expert_parallel.model.transformer",
     "Transformer": "expert_parallel.model.transformer",
     "build_model": "expert_parallel.model.parallelize",
     "load_checkpoint": "expert_parallel.checkpoint.load",
-    "ParallelConfig": "expert_parallel.degrees",
-    "ParallelDegrees": "expert_parallel.degrees",
-    "ParallelMesh": "expert_parallel.mesh",
-    "build_mesh": "expert_parallel.mesh",
+    "ParallelConfig": "expert_parallel.parallel.degrees",
+    "ParallelDegrees": "expert_parallel.parallel.degrees",
+    "ParallelMesh": "expert_parallel.parallel.mesh",
+    "build_mesh": "expert_parallel.parallel.mesh",
     # a training run
     "Config": "expert_parallel.config",
     "load_config": "expert_parallel.config",
     "train": "expert_parallel.training.loop",
-    "Runtime": "expert_parallel.runtime",
-    "RuntimeConfig": "expert_parallel.runtime",
-    "distributed": "expert_parallel.runtime",
-    "UserError": "expert_parallel.runtime",
-    "LaunchError": "expert_parallel.launchers",
-    "LostContact": "expert_parallel.runtime",
-    "RankFilter": "expert_parallel.runtime",
+    "Runtime": "expert_parallel.runtime.process",
+    "RuntimeConfig": "expert_parallel.runtime.process",
+    "distributed": "expert_parallel.runtime.process",
+    "UserError": "expert_parallel.runtime.process",
+    "LaunchError": "expert_parallel.runtime.launchers",
+    "LostContact": "expert_parallel.runtime.process",
+    "RankFilter": "expert_parallel.runtime.process",
 }
 __all__ = ["__version__", *_MODULES]
 

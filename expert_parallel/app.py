@@ -14,7 +14,7 @@ from expert_parallel.config import load_config
 from expert_parallel.data.command import data
 from expert_parallel.interop.command import convert
 from expert_parallel.interop.experts_command import experts
-from expert_parallel.runtime import UserError, distributed
+from expert_parallel.runtime.process import UserError, distributed
 from expert_parallel.study.command import study
 
 app = typer.Typer(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from expert_parallel.config import load_config
-from expert_parallel.runtime import LaunchError, LostContact, RankFilter, RuntimeConfig, UserError
+from expert_parallel.runtime.process import LaunchError, LostContact, RankFilter, RuntimeConfig, UserError
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, for example configs/quickstart.yaml")]
 Overrides = Annotated[
@@ -53,7 +53,8 @@ def early_config(path: Path, overrides: list[str]) -> tuple[RuntimeConfig, dict[
 
 
 class TerminalFormatter(logging.Formatter):
-    """Writes `[rank 3] WARNING expert_parallel.runtime: ...`, and an error as every command does: `error: ...`."""
+    """Writes `[rank 3] WARNING expert_parallel.runtime.process: ...`, and an error as every command does: `error:
+    ...`."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record).rstrip("\n")  # Python's warnings end with a line break of their own

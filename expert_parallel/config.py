@@ -15,14 +15,14 @@ from pydantic import Field, ValidationError, model_validator
 from expert_parallel.checkpoint.config import CheckpointConfig
 from expert_parallel.data.config import DataConfig, StdlibData, TokensData
 from expert_parallel.data.tokenizer import VOCABULARY_SIZE
-from expert_parallel.degrees import EXPERT_ORDER, InterleavedConfig, ParallelConfig, ShardedConfig
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.generation import Sampling
 from expert_parallel.model.rotary import LearnedPositionConfig
 from expert_parallel.moe.capacity import LimitSettings
 from expert_parallel.moe.experts import takes_grouped_mm
-from expert_parallel.moe.ffn import width_in
-from expert_parallel.runtime import RuntimeConfig
+from expert_parallel.nn.ffn import width_in
+from expert_parallel.parallel.degrees import EXPERT_ORDER, InterleavedConfig, ParallelConfig, ShardedConfig
+from expert_parallel.runtime.process import RuntimeConfig
 from expert_parallel.settings import CONFIG_VERSION, Settings, refuse_newer
 from expert_parallel.training.engines.config import refuse_engine
 from expert_parallel.training.freeze import refuse_trainable

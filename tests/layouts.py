@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from expert_parallel.degrees import ParallelConfig, ShardedConfig
-from expert_parallel.mesh import ParallelMesh, build_mesh
 from expert_parallel.model.parallelize import build_model, kv_copies
 from expert_parallel.model.pipeline import build_pipeline
 from expert_parallel.model.transformer import LanguageModel, ModelConfig
+from expert_parallel.parallel.degrees import ParallelConfig, ShardedConfig
+from expert_parallel.parallel.mesh import ParallelMesh, build_mesh
 
 DEGREES = ("cp", "tp", "pp", "ep", "etp", "order", "expert_order", "data", "pipeline")
 

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from expert_parallel.config import load_config
-from expert_parallel.launchers import Launch
-from expert_parallel.runtime import Runtime
+from expert_parallel.runtime.launchers import Launch
+from expert_parallel.runtime.mpi.backend import BACKEND, finish_mpi, load_mpi, start_mpi
+from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.loop import train
-from expert_parallel.transports.mpi import BACKEND, finish_mpi, load_mpi, start_mpi
 from tests.mpi_cases import CASES, DTYPES, GROUPS, compare
 
 TIMEOUT = timedelta(seconds=200)
@@ -39,7 +39,7 @@ def cases(folder: Path) -> None:
         for case, dtype in product(CASES, DTYPES if name == "world" else ("float64", "bfloat16")):
             results[f"{case}, {name}, {dtype}"] = "" if mine is None else compare(case, *mine, DTYPES[dtype])
         if name == "world":  # the ways of what is too long for an int
-            with mock.patch("expert_parallel.transports.messages.MAX_COUNT", 5):
+            with mock.patch("expert_parallel.runtime.mpi.messages.MAX_COUNT", 5):
                 for case, dtype in product(CASES, ("float64", "bfloat16")):
                     results[f"{case}, too long, {dtype}"] = compare(case, *mine, DTYPES[dtype])
     results["counts beyond an int"] = wrong_sizes()
@@ -48,7 +48,7 @@ def cases(folder: Path) -> None:
 
 def wrong_sizes() -> str:
     """Arithmetic alone: the memory is never touched."""
-    from expert_parallel.transports.messages import contiguous, message
+    from expert_parallel.runtime.mpi.messages import contiguous, message
 
     _, count, datatype = message(torch.empty(2**31 + 20, dtype=torch.uint8), blocks=4)
     found = [count, datatype.Get_size(), contiguous(7, torch.bfloat16).Get_size()]

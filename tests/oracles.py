@@ -14,11 +14,12 @@ from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.moe import random
 from expert_parallel.moe.capacity import limit
-from expert_parallel.moe.layer import MoEConfig, MoELayer, token_batch
-from expert_parallel.moe.plan import RoutingPlan, StepContext, TokenBatch
-from expert_parallel.moe.random import Stream
+from expert_parallel.moe.context import StepContext, TokenBatch, pass_seed, token_batch
+from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.plan import RoutingPlan
+from expert_parallel.nn import random
+from expert_parallel.nn.random import Stream
 from tests.peers import peers_in_float64
 
 D_MODEL, HIDDEN = 8, 6
@@ -169,7 +170,7 @@ def compare_switch_layers(ours: MoELayer, capacity: int, num_sequences: int, num
     x, their_x = (draw(num_sequences, num_tokens, d_model).requires_grad_() for _ in range(2))
     x_TD, batch = x.flatten(0, 1), token_batch(x, StepContext(), None)
     if config.router.jitter:
-        lots_TD = random.uniform(random.pass_seed(batch.context, Stream.JITTER), batch.index_T, d_model)
+        lots_TD = random.uniform(pass_seed(batch.context, Stream.JITTER), batch.index_T, d_model)
         noise = (1 + config.router.jitter * (2 * lots_TD - 1)).view_as(x)
         theirs.router.register_forward_pre_hook(lambda _, tokens: (tokens[0] * noise,))
     with peers_in_float64():

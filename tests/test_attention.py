@@ -18,11 +18,11 @@ from transformers.models.qwen3 import modeling_qwen3
 from expert_parallel.model.attention import Attention, HeadsConfig, causal_attention
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.rotary import RopeConfig, rotary_frequencies, rotation
-from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.model.sight import KeyValueCache, Sight
 from expert_parallel.model.transformer import ModelConfig, Transformer
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.plan import StepContext
+from expert_parallel.parallel.sequence import SequencePlace
 from expert_parallel.verify.reference_attention import _frequency, _stretch
 from tests.peers import peers_in_float64
 

@@ -33,8 +33,9 @@ from expert_parallel.moe.balance import (
     update_balance_bias,
     z_loss,
 )
-from expert_parallel.moe.layer import MoEConfig, MoELayer, token_batch
-from expert_parallel.moe.plan import Reason, RoutingPlan, StepContext, TokenBatch, count_choices
+from expert_parallel.moe.context import StepContext, TokenBatch, token_batch
+from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.plan import Reason, RoutingPlan, count_choices
 from tests.peers import peers_in_float64
 from tests.ranks import run_ranks
 

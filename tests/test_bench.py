@@ -44,7 +44,7 @@ from expert_parallel.bench.table import describe_layer, describe_train
 from expert_parallel.bench.timing import Work, measure, peak_memory
 from expert_parallel.bench.train import TrainTask, bench_train, our_config, random_batch
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.runtime import Launch, Runtime
+from expert_parallel.runtime.process import Launch, Runtime
 from tests.launches import ROOT, assert_refused
 from tests.ranks import run_ranks
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from expert_parallel.moe import random, receive_bound
+from expert_parallel.moe import receive_bound
 from expert_parallel.moe.capacity import (
     POLICIES,
     AbsoluteConfig,
@@ -25,11 +25,13 @@ from expert_parallel.moe.capacity import (
     limit,
     queue_capacities,
 )
-from expert_parallel.moe.layer import MoEConfig, MoELayer, token_batch
-from expert_parallel.moe.plan import Reason, RoutingPlan, StepContext, TokenBatch, count_choices
+from expert_parallel.moe.context import StepContext, TokenBatch, pass_seed, token_batch
+from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.plan import Reason, RoutingPlan, count_choices
 from expert_parallel.moe.products import PRODUCTS
-from expert_parallel.moe.random import Stream
 from expert_parallel.moe.receive_bound import allowances, limit_received
+from expert_parallel.nn import random
+from expert_parallel.nn.random import Stream
 
 NAIVE = settings(max_examples=60, deadline=None, derandomize=True)
 PRIORITIES = ["position", "probability", "batch_priority", "random"]
@@ -215,7 +217,7 @@ def configs() -> st.SearchStrategy[CapacityConfig]:
 def walk(config: CapacityConfig, case: Case, training: bool) -> list[list[int]]:
     """Reasons. The choices line up, and each takes a place at its expert while its block has one left there."""
     factor_, reasons = config.train if training else config.eval, []
-    lots = random.uniform(random.pass_seed(case.context, Stream.PRIORITY), batch_of_case(case).index_T, 1)[:, 0]
+    lots = random.uniform(pass_seed(case.context, Stream.PRIORITY), batch_of_case(case).index_T, 1)[:, 0]
     line = []
     for t, row in enumerate(case.ids):
         reasons.append([Reason.KEPT if was_routed else Reason.NOT_ROUTED for was_routed in case.routed[t]])

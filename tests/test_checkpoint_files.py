@@ -39,7 +39,7 @@ from expert_parallel.checkpoint.tensor_files import write_tensors
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe.parameters import LogicalParameter, pieces
-from expert_parallel.moe.slices import Slice
+from expert_parallel.parallel.sharding import Slice
 
 MODEL: dict[str, Any] = {
     "vocab_size": 300,

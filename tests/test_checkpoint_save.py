@@ -31,12 +31,12 @@ from expert_parallel.checkpoint.report import differences, problems
 from expert_parallel.checkpoint.save import Saver
 from expert_parallel.checkpoint.shapes import balance_biases
 from expert_parallel.checkpoint.state import TorchState
-from expert_parallel.degrees import ParallelDegrees
-from expert_parallel.mesh import Nodes, ParallelMesh
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe.parameters import local_tensor, logical_parameters
-from expert_parallel.runtime import Launch, Runtime, UserError
+from expert_parallel.parallel.degrees import ParallelDegrees
+from expert_parallel.parallel.mesh import Nodes, ParallelMesh
+from expert_parallel.runtime.process import Launch, Runtime, UserError
 from tests.layouts import build_on
 from tests.ranks import _server, run_ranks
 from tests.test_checkpoint import run_training, settings

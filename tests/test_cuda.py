@@ -58,7 +58,7 @@ def test_backends_agree_in_bfloat16() -> None:
 
 
 def test_a_short_bfloat16_run(tmp_path: Path) -> None:
-    from expert_parallel.runtime import RuntimeConfig, distributed
+    from expert_parallel.runtime.process import RuntimeConfig, distributed
     from expert_parallel.training.loop import train
 
     overrides = ["training.steps=3", "training.dtype=bfloat16", "parallel.ep=1", "run.sample.length=5"]

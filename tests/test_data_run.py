@@ -15,7 +15,7 @@ from expert_parallel.app import app
 from expert_parallel.config import Config
 from expert_parallel.data.batch import MicroBatch
 from expert_parallel.data.prepare import prepare
-from expert_parallel.runtime import Launch, Runtime, UserError
+from expert_parallel.runtime.process import Launch, Runtime, UserError
 from expert_parallel.training import loop
 from tests.ranks import run_ranks
 

@@ -17,17 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expert_parallel.mesh import Nodes, ParallelDegrees, build_nodes, group_maker
 from expert_parallel.moe.balance import loss_name
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.dispatch import LocalConfig
 from expert_parallel.moe.layer import MoEConfig, MoELayer
 from expert_parallel.moe.ledger import Ledger
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.plan import Reason, StepContext
-from expert_parallel.moe.random import mix, uniform
+from expert_parallel.moe.plan import Reason
 from expert_parallel.moe.reference import RankTokens, ReferenceOutput, reference_layer
 from expert_parallel.moe.totals import LayerTotals, check_conservation
-from expert_parallel.placement import ExpertPlacement
+from expert_parallel.nn.random import mix, uniform
+from expert_parallel.parallel.mesh import Nodes, ParallelDegrees, build_nodes, group_maker
+from expert_parallel.parallel.placement import ExpertPlacement
 from tests.pairwise import all_cases, pairwise_cases
 from tests.ranks import run_ranks
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from expert_parallel.data.batch import MicroBatch, shard_bounds
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.model.sight import Sight
 from expert_parallel.model.transformer import ModelConfig, Transformer
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.plan import StepContext
+from expert_parallel.parallel.sequence import SequencePlace
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.step import TrainingConfig, train_step

@@ -19,9 +19,9 @@ from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.save import Saver
 from expert_parallel.checkpoint.state import rectangles
 from expert_parallel.config import Config, load_config
-from expert_parallel.launchers import Launch
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.runtime import Runtime
+from expert_parallel.runtime.launchers import Launch
+from expert_parallel.runtime.process import Runtime
 from expert_parallel.training import loop
 from expert_parallel.training.check import describe, state_bytes_of_rank
 from expert_parallel.training.engines.build import ENGINES

@@ -35,7 +35,7 @@ from expert_parallel.bench.timing import Times, Work
 from expert_parallel.moe.kernels import cpu_ops
 from expert_parallel.moe.layer import MoEConfig, MoELayer
 from expert_parallel.moe.products import PRODUCTS, Products
-from expert_parallel.runtime import Launch, Runtime
+from expert_parallel.runtime.process import Launch, Runtime
 from tests.launches import ROOT, assert_refused
 
 ONE = Runtime(Launch("test"), torch.device("cpu"), "gloo", timedelta(seconds=60))

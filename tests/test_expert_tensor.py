@@ -15,17 +15,19 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from expert_parallel.collectives import group_rank, group_size
 from expert_parallel.moe import balance, expert_tensor, experts, layer
+from expert_parallel.moe import context as context_module
 from expert_parallel.moe.balance import loss_name
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.dispatch import LocalConfig
 from expert_parallel.moe.expert_tensor import add_up_at_ranks, gather_from_ranks
 from expert_parallel.moe.layer import MoEConfig, MoELayer
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.plan import Reason, StepContext
+from expert_parallel.moe.plan import Reason
 from expert_parallel.moe.reference import RankTokens, ReferenceOutput, reference_layer
 from expert_parallel.moe.totals import check_conservation
-from expert_parallel.placement import ExpertPlacement
+from expert_parallel.parallel.collectives import group_rank, group_size
+from expert_parallel.parallel.placement import ExpertPlacement
 from tests.pairwise import pairwise_cases
 from tests.ranks import run_ranks
 
@@ -297,7 +299,7 @@ PLAIN = {
 
 
 def run_with_defect(rank: int, defect: str) -> dict[str, Any]:
-    add_bias, index, make = experts._add_bias, layer.global_index, layer.token_batch
+    add_bias, index, make = experts._add_bias, context_module.global_index, layer.token_batch
 
     def bias_of_every_rank(rows: Tensor, bias_e: Tensor | None, counts_e: Tensor) -> Tensor:
         is_output = bias_e is not None and bias_e.shape[-1] == D_MODEL
@@ -326,7 +328,7 @@ def run_with_defect(rank: int, defect: str) -> dict[str, Any]:
             lambda x, context, *groups: make(x, context, groups[0]),
         ),
         "positions by place on the rank": (
-            layer,
+            context_module,
             "global_index",
             lambda sequences, length, at: index(sequences, length, at.sort().values),
         ),

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from expert_parallel.moe import products
 from expert_parallel.moe.experts import ExpertsConfig, GroupedExperts
-from expert_parallel.moe.ffn import ACTIVATIONS
 from expert_parallel.moe.fused import fused_experts
 from expert_parallel.moe.permute import NO_ROW, gather_rows, inverse
 from expert_parallel.moe.plan import DispatchedTokens
 from expert_parallel.moe.products import PRODUCTS
+from expert_parallel.nn.ffn import ACTIVATIONS
 
 D_MODEL, HIDDEN, NUM_EXPERTS = 16, 24, 4
 

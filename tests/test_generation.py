@@ -38,7 +38,7 @@ def model_tree(**changes: Any) -> dict[str, Any]:
 
 def greedy_by_hand(tree: dict[str, Any], prompt: list[int]) -> list[int]:
     """One sequence alone on one rank, without a cache and without capacity: the whole window for each token."""
-    from expert_parallel.moe.plan import StepContext
+    from expert_parallel.moe.context import StepContext
 
     model = build_model(ModelConfig.model_validate(tree), dtype=torch.float64, seed=3).eval()
     tokens, start = list(prompt), 0

@@ -20,8 +20,8 @@ from expert_parallel.interop.importing import import_folder
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import Transformer
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.plan import StepContext
 from tests.peers import peers_in_float64
 
 WORDS, SHARD = 260, 2**30

@@ -11,7 +11,7 @@ import torch
 from expert_parallel.config import Config, load_config
 from expert_parallel.interop.importing import import_folder
 from expert_parallel.model.generation import generate
-from expert_parallel.runtime import CPU, Launch, Runtime
+from expert_parallel.runtime.process import CPU, Launch, Runtime
 from expert_parallel.verify.command import plan_verification
 from expert_parallel.verify.compare import TOLERANCES
 from expert_parallel.verify.explain import explain

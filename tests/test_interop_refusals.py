@@ -21,7 +21,7 @@ from expert_parallel.interop.folder import CONFIG, INDEX, SINGLE
 from expert_parallel.interop.importing import import_folder
 from expert_parallel.interop.source import HuggingFaceModel, model_of
 from expert_parallel.model.config import ModelConfig
-from expert_parallel.moe.plan import StepContext
+from expert_parallel.moe.context import StepContext
 from tests.test_interop import MODELS, SHARD, load_ours, make_peer, same_bits, tensors_of, tokens
 
 Config, Tensors = dict[str, Any], dict[str, Tensor]

@@ -23,11 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expert_parallel.moe.ffn import ACTIVATIONS, GATED, width_in
 from expert_parallel.moe.kernels import cpu_ops, ops_for, torch_ops
 from expert_parallel.moe.layer import MoEConfig
 from expert_parallel.moe.permute import NO_ROW
 from expert_parallel.moe.reference import reference_layer
+from expert_parallel.nn.ffn import ACTIVATIONS, GATED, width_in
 
 NAMES = ("gather", "weigh_", "activate", "activate_backward", "combine")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

@@ -13,18 +13,18 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
-from expert_parallel.degrees import ParallelDegrees
-from expert_parallel.mesh import ParallelMesh, build_mesh
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.context_parallel import spread_attention
 from expert_parallel.model.latent_attention import LatentAttention, LatentAttentionConfig
 from expert_parallel.model.parallelize import build_model, refuse_degrees
 from expert_parallel.model.rotary import RopeConfig
-from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.model.sight import KeyValueCache, Sight
 from expert_parallel.model.tensor_parallel import divide_latent_attention
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.parameters import init_parameters, logical_parameters
-from expert_parallel.moe.plan import StepContext
+from expert_parallel.parallel.degrees import ParallelDegrees
+from expert_parallel.parallel.mesh import ParallelMesh, build_mesh
+from expert_parallel.parallel.sequence import SequencePlace
 from expert_parallel.training.grads import reduce_gradients
 from expert_parallel.verify.reference_attention import attention as reference_attention
 from tests.peers import peers_in_float64

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from expert_parallel import launchers
-from expert_parallel.launchers import SLURM_PORTS, Launch, LaunchError, first_host, read_launch, tasks_of_nodes
+from expert_parallel.runtime import launchers
+from expert_parallel.runtime.launchers import SLURM_PORTS, Launch, LaunchError, first_host, read_launch, tasks_of_nodes
 
 ENV = {
     "RANK": "5",

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from expert_parallel.moe.context import RouterReplay, StepContext
 from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.plan import RouterReplay, StepContext
-from expert_parallel.placement import ExpertPlacement
+from expert_parallel.parallel.placement import ExpertPlacement
 from tests.ranks import run_ranks
 
 

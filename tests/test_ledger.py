@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from expert_parallel.moe import travel
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.layer import MoEConfig, MoELayer
 from expert_parallel.moe.ledger import Ledger, LedgerBreach, LedgerConfig
-from expert_parallel.moe.plan import StepContext
 from expert_parallel.moe.totals import LayerTotals, check_conservation, pack, unpack
 from tests.ranks import run_ranks
 from tests.test_dispatch import DISPATCHERS, nodes_of
@@ -171,13 +171,13 @@ def test_a_choice_that_the_dispatcher_forgets_or_doubles_is_found(doubled: bool)
 def run_error(rank: int) -> str:
     """A breach in the last exchange, so that no other rank waits for this one."""
     ledger = Ledger(LedgerConfig(kind="rows"), layer=LAYER, step=STEP)
-    from expert_parallel.collectives import ExchangeKey, Peers, Phase, Wait, start_all_to_all_rows
+    from expert_parallel.parallel.collectives import ExchangeKey, Peers, Phase, Wait, start_all_to_all_rows
 
     def swap(x: Tensor, send: Any, receive: Any, group: Any) -> Wait:
         wait = start_all_to_all_rows(x, send, receive, group)
         return lambda: wait().flip(0) if rank == VICTIM else wait()
 
-    with mock.patch("expert_parallel.collectives.start_all_to_all_rows", swap):
+    with mock.patch("expert_parallel.parallel.collectives.start_all_to_all_rows", swap):
         try:
             key, peers = ExchangeKey(Phase.COMBINE), Peers.of(dist.group.WORLD)
             ledger.all_to_all(torch.ones(4, 2), [2, 2], [2, 2], peers, key)()

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from expert_parallel.app import app
 from expert_parallel.command_line import log_to_stderr
-from expert_parallel.launchers import Launch
-from expert_parallel.runtime import RankFilter, RuntimeConfig, UserError, distributed, warn_of_restarts
+from expert_parallel.runtime.launchers import Launch
+from expert_parallel.runtime.process import RankFilter, RuntimeConfig, UserError, distributed, warn_of_restarts
 from tests.launches import LAUNCHER_VARIABLES, small_config, start
 from tests.ranks import run_ranks
 
@@ -74,7 +74,7 @@ def test_a_users_handler_is_given_what_the_commands_print(capfd: pytest.CaptureF
     with Kept() as kept, pytest.raises(UserError), distributed(RuntimeConfig(device="cpu")) as runtime:
         runtime.together(lambda: int("x"))
     (record,) = kept.records
-    assert (record.name, record.levelno, record.rank) == ("expert_parallel.runtime", logging.ERROR, 0)  # type: ignore[attr-defined]
+    assert (record.name, record.levelno, record.rank) == ("expert_parallel.runtime.process", logging.ERROR, 0)  # type: ignore[attr-defined]
     assert record.getMessage() == "invalid literal for int() with base 10: 'x'"
     assert capfd.readouterr().err == "", "it is where the user wants it, and there alone"
 
@@ -112,8 +112,8 @@ def test_the_level_holds_on_every_rank(tmp_path: Path) -> None:
     result = start("torchrun", "train", small_config(tmp_path), "training.steps=1", "--log-level", "info")
     assert result.returncode == 0, result.output
     for rank in (0, 1):
-        assert result.output.count(f"[rank {rank}] INFO expert_parallel.rendezvous: all ranks are here: ") == 1
-        assert result.output.count(f"[rank {rank}] INFO expert_parallel.runtime: ready: gloo on cpu\n") == 1
+        assert result.output.count(f"[rank {rank}] INFO expert_parallel.runtime.rendezvous: all ranks are here: ") == 1
+        assert result.output.count(f"[rank {rank}] INFO expert_parallel.runtime.process: ready: gloo on cpu\n") == 1
 
 
 def test_by_default_a_run_prints_its_progress_alone(tmp_path: Path) -> None:

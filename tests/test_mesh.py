@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from expert_parallel.degrees import (
+from expert_parallel.parallel.degrees import (
     DENSE_ORDER,
     EXPERT_ORDER,
     ParallelConfig,
@@ -23,8 +23,8 @@ from expert_parallel.degrees import (
     place_of,
     shard_counts,
 )
-from expert_parallel.mesh import build_mesh
-from expert_parallel.placement import ExpertPlacement
+from expert_parallel.parallel.mesh import build_mesh
+from expert_parallel.parallel.placement import ExpertPlacement
 from tests.ranks import run_ranks
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from expert_parallel.data.batch import MicroBatch, shard_bounds
-from expert_parallel.mesh import ParallelDegrees, ParallelMesh, build_mesh
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.tensor_parallel import gather_logits
 from expert_parallel.model.transformer import ModelConfig, Transformer
 from expert_parallel.moe.parameters import logical_parameters
+from expert_parallel.parallel.mesh import ParallelDegrees, ParallelMesh, build_mesh
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.step import DTYPES, TrainingConfig, train_step

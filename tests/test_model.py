@@ -14,18 +14,18 @@ from transformers.models.llama import modeling_llama
 
 from expert_parallel.model import transformer
 from expert_parallel.model.attention import Attention, HeadsConfig
-from expert_parallel.model.norms import LayerNorm, RMSNorm
 from expert_parallel.model.parallelize import build_model, init_weights
 from expert_parallel.model.rotary import RopeConfig, rotate, rotation
-from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.model.sight import Sight
 from expert_parallel.model.transformer import ModelConfig, ModelOutput, Recompute, Transformer
 from expert_parallel.moe import experts
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.experts import GroupedExperts
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.plan import StepContext
-from expert_parallel.placement import ExpertPlacement
+from expert_parallel.nn.norms import LayerNorm, RMSNorm
+from expert_parallel.parallel.placement import ExpertPlacement
+from expert_parallel.parallel.sequence import SequencePlace
 from tests.peers import peers_in_float64
 
 VOCABULARY, D_MODEL, LENGTH = 17, 8, 6

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from expert_parallel.transports.mpi import start_mpi
+from expert_parallel.runtime.mpi.backend import start_mpi
 from tests.launches import ROOT, small_config
 from tests.mpi_cases import CASES, WORLD
 from tests.mpi_ranks import HANG_SECONDS, LAYOUTS, LIGHT
@@ -108,7 +108,7 @@ def test_a_rank_that_fails_or_hangs_ends_the_job(library: str, tmp_path: Path, r
 def test_another_world_than_the_launchers_is_refused(library: str) -> None:
     """As where no mpirun started the ranks, or that of another library: each is then alone in its COMM_WORLD."""
     script = """
-from expert_parallel.transports.mpi import finish_mpi, start_mpi
+from expert_parallel.runtime.mpi.backend import finish_mpi, start_mpi
 for rank, world_size in ((0, 4), (1, 1)):
     try:
         start_mpi(rank, world_size)

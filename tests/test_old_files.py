@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from expert_parallel.__main__ import app
+from expert_parallel.app import app
 from expert_parallel.checkpoint.files import open_checkpoint
 from expert_parallel.config import dump_config, load_config, setting_paths
 from expert_parallel.data.config import StdlibData, TokensData
@@ -23,8 +23,8 @@ from expert_parallel.data.open import Demand, load_tokenizer, open_data
 from expert_parallel.data.text import load_corpus
 from expert_parallel.interop.exporting import export_run
 from expert_parallel.interop.importing import import_folder
-from expert_parallel.moe.plan import StepContext
-from expert_parallel.runtime import Launch, Runtime
+from expert_parallel.moe.context import StepContext
+from expert_parallel.runtime.process import Launch, Runtime
 from expert_parallel.settings import CONFIG_VERSION
 from expert_parallel.training.loop import train
 from expert_parallel.training.resume import changes_since

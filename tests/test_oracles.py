@@ -19,14 +19,15 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from expert_parallel.model.transformer import ModelConfig
-from expert_parallel.moe import random
 from expert_parallel.moe.balance import BalanceLossConfig, router_losses
 from expert_parallel.moe.capacity import FactorConfig, expert_capacity, limit
+from expert_parallel.moe.context import pass_seed
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.plan import RoutingPlan
-from expert_parallel.moe.random import Stream
 from expert_parallel.moe.routing import LinearRouter, TopKRouter, TopKRouterConfig
 from expert_parallel.moe.routing_noisy import GShardConfig, GShardRouter, NoisyTopKConfig, NoisyTopKRouter
+from expert_parallel.nn import random
+from expert_parallel.nn.random import Stream
 from tests.oracles import (
     D_MODEL,
     HIDDEN,
@@ -301,7 +302,7 @@ def test_deepspeed_rsample(monkeypatch: pytest.MonkeyPatch) -> None:
     """Top-1 of noisy logits, weighed by the clean ones, with our Gumbel numbers in the place of theirs."""
     logits_TE = skewed_logits()
     batch = batch_of(logits_TE)
-    noise_TE = random.gumbel(random.pass_seed(batch.context, Stream.NOISE), batch.index_T, 5)
+    noise_TE = random.gumbel(pass_seed(batch.context, Stream.NOISE), batch.index_T, 5)
     monkeypatch.setattr(deepspeed, "gumbel_rsample", lambda shape, device: noise_TE)
     falling = {logits_TE.device: lambda shape: torch.linspace(1, 0.5, shape[0], dtype=torch.float64)[:, None]}
     monkeypatch.setattr(deepspeed, "exp_selection_uniform_map", falling)
@@ -322,7 +323,7 @@ def test_deepspeed_top_2_with_a_sampled_second_expert(monkeypatch: pytest.Monkey
     """Its default: first choices by clean logits, second ones by noisy logits, weights of what is left sum to 1."""
     logits_TE = skewed_logits()
     batch = batch_of(logits_TE)
-    noise_TE = random.gumbel(random.pass_seed(batch.context, Stream.SECOND_EXPERT), batch.index_T, 5)
+    noise_TE = random.gumbel(pass_seed(batch.context, Stream.SECOND_EXPERT), batch.index_T, 5)
     monkeypatch.setattr(deepspeed, "gumbel_rsample", lambda shape, device: noise_TE)
     with peers_in_float64():
         loss, weights_TEC, kept_TEC, choices_E = deepspeed.top2gating(logits_TE.clone(), 0.75, 0)

@@ -13,14 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from expert_parallel.degrees import InterleavedConfig, ParallelDegrees
-from expert_parallel.mesh import ParallelMesh, build_mesh
 from expert_parallel.model.attention import Attention, HeadsConfig, causal_attention
 from expert_parallel.model.context_parallel import ContextParallelAttention
 from expert_parallel.model.parallelize import split_model
 from expert_parallel.model.pipeline import Passes, Pipeline, Stage, balance_size, build_pipeline
 from expert_parallel.model.rotary import RopeConfig
-from expert_parallel.model.sequence import SequencePlace, length_unit
 from expert_parallel.model.sight import Sight
 from expert_parallel.model.tensor_parallel import (
     GatherTokens,
@@ -33,11 +30,14 @@ from expert_parallel.model.tensor_parallel import (
     gather_logits,
 )
 from expert_parallel.model.transformer import ModelConfig
-from expert_parallel.moe.ffn import FFN, FFNConfig
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.ledger import LedgerBreach
 from expert_parallel.moe.parameters import init_parameters, logical_parameters
-from expert_parallel.moe.plan import StepContext
-from expert_parallel.moe.slices import Slice, divide
+from expert_parallel.nn.ffn import FFN, FFNConfig
+from expert_parallel.parallel.degrees import InterleavedConfig, ParallelDegrees
+from expert_parallel.parallel.mesh import ParallelMesh, build_mesh
+from expert_parallel.parallel.sequence import SequencePlace, length_unit
+from expert_parallel.parallel.sharding import Slice, divide
 from tests.layouts import build_on
 from tests.ranks import run_ranks
 

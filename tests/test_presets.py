@@ -10,8 +10,8 @@ from torch import Tensor
 from expert_parallel.moe import routers
 from expert_parallel.moe.balance import BalanceLossConfig, ZLossConfig
 from expert_parallel.moe.capacity import DroplessConfig, FactorConfig
+from expert_parallel.moe.context import TokenBatch
 from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.plan import TokenBatch
 from expert_parallel.moe.presets import PRESETS
 from expert_parallel.moe.routers import ROUTERS
 from expert_parallel.moe.routing import (

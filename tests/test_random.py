@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expert_parallel.moe import random
-from expert_parallel.moe.plan import StepContext
-from expert_parallel.moe.random import Stream, dropout, gumbel, mix, normal, pass_seed, uniform
+from expert_parallel.moe.context import StepContext, pass_seed
+from expert_parallel.nn import random
+from expert_parallel.nn.random import Stream, dropout, gumbel, mix, normal, uniform
 
 
 def test_mix_depends_on_every_key_and_on_their_order() -> None:

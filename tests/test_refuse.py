@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from expert_parallel.app import app
 from expert_parallel.config import load_config
-from expert_parallel.mesh import ParallelDegrees, node_grid
 from expert_parallel.model.parallelize import build_model
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.plan import StepContext
 from expert_parallel.moe.presets import PRESETS
 from expert_parallel.moe.routers import ROUTERS
 from expert_parallel.moe.routing import TopKRouter, TopKRouterConfig
+from expert_parallel.parallel.mesh import ParallelDegrees, node_grid
 from tests.launches import small_config
 
 DROPLESS, NO_LOSSES = "model.moe.capacity={kind: dropless}", "model.moe.losses=[]"

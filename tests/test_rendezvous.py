@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from expert_parallel import rendezvous
-from expert_parallel.launchers import Launch, LaunchError
-from expert_parallel.rendezvous import Card, Meeting, host_lines, meet
+from expert_parallel.runtime import rendezvous
+from expert_parallel.runtime.launchers import Launch, LaunchError
+from expert_parallel.runtime.rendezvous import Card, Meeting, host_lines, meet
 
 SECONDS = timedelta(seconds=20)
 
@@ -75,8 +75,8 @@ def test_the_lost_are_named_and_the_living_are_not(port: int) -> None:
 def test_two_checkouts_of_one_version_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = rendezvous.versions()["expert_parallel"]
     package = tmp_path / "package"
-    shutil.copytree(Path(rendezvous.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(rendezvous, "__file__", str(package / "rendezvous.py"))
+    shutil.copytree(Path(rendezvous.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(rendezvous, "__file__", str(package / "runtime/rendezvous.py"))
     rendezvous.source_digest.cache_clear()
     assert rendezvous.versions()["expert_parallel"] == ours
     (package / "moe" / "layer.py").write_text("# another\n")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from expert_parallel.moe.context import RouterReplay, StepContext
 from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.plan import RouterReplay, StepContext
 from expert_parallel.moe.routing import TopKRouterConfig
 from tests.ranks import run_ranks
 from tests.test_checkpoint import run_training

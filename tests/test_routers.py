@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from expert_parallel.moe import random
-from expert_parallel.moe.layer import MoEConfig, MoELayer, token_batch
-from expert_parallel.moe.plan import Reason, RouterReplay, RoutingPlan, StepContext, TokenBatch, count_routed
+from expert_parallel.moe.context import RouterReplay, StepContext, TokenBatch, token_batch
+from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.plan import Reason, RoutingPlan, count_routed
 from expert_parallel.moe.routers import ROUTERS, RouterConfig, build_router
 from expert_parallel.moe.routing import (
     Router,
@@ -27,6 +27,7 @@ from expert_parallel.moe.routing import (
 )
 from expert_parallel.moe.routing_across import sinkhorn
 from expert_parallel.moe.scope import look_across
+from expert_parallel.nn import random
 from tests.ranks import run_ranks
 
 D_MODEL, NUM_EXPERTS = 8, 6

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from expert_parallel.moe import routing as routing_module
-from expert_parallel.moe.layer import MoEConfig, token_batch
-from expert_parallel.moe.plan import Reason, RoutingPlan, StepContext, TokenBatch
+from expert_parallel.moe.context import StepContext, TokenBatch, token_batch
+from expert_parallel.moe.layer import MoEConfig
+from expert_parallel.moe.plan import Reason, RoutingPlan
 from expert_parallel.moe.routing import TopKRouter, TopKRouterConfig, best, best_by_keys, best_one_by_one
 
 LESSON_LOGITS = [2.1, 0.5, 1.8, 0.2, 0.9, 1.5, 0.3, 0.4]

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from expert_parallel import runtime
-from expert_parallel.runtime import (
+from expert_parallel.runtime import process
+from expert_parallel.runtime.process import (
     CPU,
     Launch,
     Runtime,
@@ -63,7 +63,7 @@ def test_device_of_a_rank(
 
 def agree_with_a_gpu_on_rank_0_only(rank: int) -> str:
     device = torch.device("cuda", 0) if rank == 0 else CPU
-    with mock.patch.object(runtime, "choose_device", return_value=device), pytest.raises(UserError) as refused:
+    with mock.patch.object(process, "choose_device", return_value=device), pytest.raises(UserError) as refused:
         agree_on_device("auto", Launch("torchrun", rank, 2, rank, 2))
     return str(refused.value)
 
@@ -76,7 +76,7 @@ def test_ranks_with_and_without_a_gpu_are_refused() -> None:
 def agree_on_gpus(rank: int, names: list[str]) -> str:
     properties = SimpleNamespace(uuid=names[rank])
     with (
-        mock.patch.object(runtime, "choose_device", return_value=torch.device("cuda", 0)),
+        mock.patch.object(process, "choose_device", return_value=torch.device("cuda", 0)),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
     ):
         try:

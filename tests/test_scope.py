@@ -15,9 +15,10 @@ from torch import Tensor
 
 from expert_parallel.moe import scope
 from expert_parallel.moe.capacity import FactorConfig, limit
+from expert_parallel.moe.context import RouterReplay, StepContext, TokenBatch
 from expert_parallel.moe.layer import MoEConfig, MoELayer
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.plan import Reason, RouterReplay, RoutingPlan, StepContext, TokenBatch
+from expert_parallel.moe.plan import Reason, RoutingPlan
 from tests.ranks import run_ranks
 
 NUM_SEQUENCES, LENGTH, D_MODEL, NUM_EXPERTS = 11, 6, 8, 8  # 11: no number of ranks divides it

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from expert_parallel.moe.layer import MoEConfig, MoELayer, token_batch
-from expert_parallel.moe.plan import Reason, RouterReplay, RoutingPlan, StepContext, TokenBatch
+from expert_parallel.moe.context import RouterReplay, StepContext, TokenBatch, token_batch
+from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.plan import Reason, RoutingPlan
 from expert_parallel.moe.products import PRODUCTS
 from expert_parallel.moe.routers import ROUTERS
 from expert_parallel.moe.routing import LinearRouter, LinearSettings, Scores, score_logits

@@ -17,7 +17,7 @@ from expert_parallel.app import app
 from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
 from expert_parallel.config import Config, load_config
 from expert_parallel.interop.surgery import Surgery, add, merge, operate, remove
-from expert_parallel.runtime import Launch, Runtime
+from expert_parallel.runtime.process import Launch, Runtime
 from expert_parallel.training.loop import train
 from tests.ranks import run_ranks
 

@@ -19,13 +19,13 @@ from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.save import Saver
 from expert_parallel.config import Config, load_config
 from expert_parallel.data.batch import MicroBatch, shard_bounds
-from expert_parallel.moe import random
-from expert_parallel.moe.layer import MoEConfig, MoELayer, token_batch
+from expert_parallel.moe.context import StepContext, pass_seed, token_batch
+from expert_parallel.moe.layer import MoEConfig, MoELayer
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.plan import StepContext
-from expert_parallel.moe.random import Stream
 from expert_parallel.moe.routers import build_router
-from expert_parallel.runtime import CPU, Launch, Runtime
+from expert_parallel.nn import random
+from expert_parallel.nn.random import Stream
+from expert_parallel.runtime.process import CPU, Launch, Runtime
 from expert_parallel.training.check import describe, gathered_bytes_of_rank
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.setup import build, check_degrees
@@ -305,7 +305,7 @@ def test_glam_is_gshards_algorithm() -> None:
     weights = [layer.router.weight, layer.experts.w_in, layer.experts.w_out]
     x_TD, upstream = draw(80, 8).requires_grad_(), draw(80, 8, seed=1)
     batch = token_batch(x_TD[None], StepContext(), None)
-    lots_T = random.uniform(random.pass_seed(batch.context, Stream.SECOND_EXPERT), batch.index_T, 1)[:, 0].tolist()
+    lots_T = random.uniform(pass_seed(batch.context, Stream.SECOND_EXPERT), batch.index_T, 1)[:, 0].tolist()
     expected, expected_loss, left_out, overflowed = gshard_by_loops(x_TD, *weights, 3, lots_T)
     actual = layer(x_TD)
     assert left_out > 5

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from expert_parallel.collectives import all_gather_single, reduce_scatter_single
 from expert_parallel.data.batch import MicroBatch, shard_bounds
-from expert_parallel.mesh import build_mesh
 from expert_parallel.model import tensor_parallel
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
+from expert_parallel.parallel.collectives import all_gather_single, reduce_scatter_single
+from expert_parallel.parallel.mesh import build_mesh
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.step import DTYPES, TrainingConfig

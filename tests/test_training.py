@@ -17,16 +17,17 @@ import torch.distributed as dist
 
 from expert_parallel.data.batch import MicroBatch, micro_batch
 from expert_parallel.data.sampler import TokenSampler
-from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import LanguageModel, ModelConfig
 from expert_parallel.moe.balance import loss_name
+from expert_parallel.moe.context import RouterReplay, StepContext
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.ledger import LedgerBreach, LedgerConfig
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.plan import MoEOutput, RouterReplay, StepContext
+from expert_parallel.moe.plan import MoEOutput
 from expert_parallel.moe.reference import reference_layer
 from expert_parallel.moe.totals import LayerTotals, report_breaches
+from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.metrics import coefficient_of_variation, step_metrics
 from expert_parallel.training.optim import build_optimizer

@@ -19,8 +19,8 @@ from expert_parallel.interop.compare import compare, held_out_loss
 from expert_parallel.interop.importing import write_run
 from expert_parallel.interop.upcycle import Upcycling, upcycle
 from expert_parallel.model.parallelize import build_model
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.plan import StepContext
 from tests.test_interop import load_ours, make_peer
 
 SHARD = 2**30

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from expert_parallel.app import app
 from expert_parallel.config import Config, load_config
 from expert_parallel.moe.products import multiplies_bfloat16
-from expert_parallel.runtime import CPU, Launch, Runtime, UserError
+from expert_parallel.runtime.process import CPU, Launch, Runtime, UserError
 from expert_parallel.verify import command
 from expert_parallel.verify.command import plan_verification
 from expert_parallel.verify.compare import TOLERANCES, Difference, compare, group_of
@@ -211,7 +211,7 @@ def counted(change: Callable[[bool, Any, Any], bool]) -> tuple[Any, str, Any]:
 
 
 def norm_with_copies() -> tuple[Any, str, Any]:
-    from expert_parallel.collectives import group_rank
+    from expert_parallel.parallel.collectives import group_rank
 
     def change(right: bool, logical: Any, mesh: Any) -> bool:
         return right or (not logical.is_expert and logical.slice is None and group_rank(mesh.dense_group) == 0)
@@ -271,8 +271,8 @@ def equal_dropout() -> tuple[Any, str, Any]:
 
 
 def experts_in_another_order() -> tuple[Any, str, Any]:
-    from expert_parallel.collectives import group_size
     from expert_parallel.moe import layer
+    from expert_parallel.parallel.collectives import group_size
 
     original = layer.group_rank
     return layer, "group_rank", lambda group: group_size(group) - 1 - original(group)

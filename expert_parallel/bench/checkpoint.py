@@ -24,12 +24,12 @@ from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.manifest import MOMENTS
 from expert_parallel.checkpoint.save import Saver
 from expert_parallel.checkpoint.state import TorchState
-from expert_parallel.collectives import gather_text
-from expert_parallel.degrees import ParallelConfig
-from expert_parallel.mesh import build_mesh
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.runtime import Runtime
+from expert_parallel.parallel.collectives import gather_text
+from expert_parallel.parallel.degrees import ParallelConfig
+from expert_parallel.parallel.mesh import build_mesh
+from expert_parallel.runtime.process import Runtime
 
 MEGABYTE = 10**6
 D_MODEL, HIDDEN, LAYERS = 512, 1024, 4

@@ -21,7 +21,7 @@ from expert_parallel.bench.launching import (
 )
 from expert_parallel.bench.shapes import SHAPES, TRAIN_SHAPES, choose_shape, choose_train_shape
 from expert_parallel.command_line import refusals
-from expert_parallel.runtime import RuntimeConfig, UserError, distributed
+from expert_parallel.runtime.process import RuntimeConfig, UserError, distributed
 
 bench = typer.Typer(no_args_is_help=True, help="Measure: ratios of things timed side by side in one run.")
 

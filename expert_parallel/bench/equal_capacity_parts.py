@@ -8,14 +8,15 @@ from torch import Tensor
 
 from expert_parallel.bench.scaling import routing_work
 from expert_parallel.bench.timing import Work, synchronise
+from expert_parallel.moe.context import StepContext, token_batch
 from expert_parallel.moe.experts import GroupedExperts, choose_backend
-from expert_parallel.moe.ffn import ACTIVATIONS, FFN
 from expert_parallel.moe.fused import keeps_outputs
 from expert_parallel.moe.kernels import ops_for
-from expert_parallel.moe.layer import MoELayer, token_batch
+from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.ledger import Ledger
-from expert_parallel.moe.plan import DispatchedTokens, StepContext, count_choices
+from expert_parallel.moe.plan import DispatchedTokens, count_choices
 from expert_parallel.moe.products import PRODUCTS
+from expert_parallel.nn.ffn import ACTIVATIONS, FFN
 
 
 class Laps:

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from expert_parallel.bench.ledger import Shape
-from expert_parallel.collectives import all_to_all_rows
 from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.runtime import Runtime
-from expert_parallel.transports.mpi import BACKEND, library_line, start_mpi
+from expert_parallel.parallel.collectives import all_to_all_rows
+from expert_parallel.runtime.mpi.backend import BACKEND, library_line, start_mpi
+from expert_parallel.runtime.process import Runtime
 
 # Rows to each rank, and their width in float32: from counts of tokens to large batches.
 SIZES = {"1 KiB": (4, 64), "16 KiB": (16, 256), "256 KiB": (256, 256), "1 MiB": (1024, 256), "4 MiB": (4096, 256)}

@@ -6,7 +6,7 @@ import torch
 from pydantic import BaseModel
 
 from expert_parallel.allocator import keep_freed_memory
-from expert_parallel.runtime import Runtime
+from expert_parallel.runtime.process import Runtime
 
 
 class Facts(BaseModel):

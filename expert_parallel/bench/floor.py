@@ -8,8 +8,8 @@ from torch import Tensor
 
 from expert_parallel.bench.peers.contender import Case
 from expert_parallel.bench.shapes import matrices
-from expert_parallel.collectives import group_rank
-from expert_parallel.placement import ExpertPlacement
+from expert_parallel.parallel.collectives import group_rank
+from expert_parallel.parallel.placement import ExpertPlacement
 
 
 class Floor:

@@ -19,8 +19,8 @@ from expert_parallel.bench.peers.ours import build_ours
 from expert_parallel.bench.peers.peers import DEFAULT, PEERS, Adapter
 from expert_parallel.bench.shapes import Shape, layer_flops
 from expert_parallel.bench.timing import Peak, Times, Work, measure, peak_memory, slowest
-from expert_parallel.collectives import all_reduce_sum, group_rank
-from expert_parallel.runtime import Runtime
+from expert_parallel.parallel.collectives import all_reduce_sum, group_rank
+from expert_parallel.runtime.process import Runtime
 from expert_parallel.settings import Settings
 from expert_parallel.training.step import DTYPES
 

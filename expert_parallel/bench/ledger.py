@@ -14,12 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from expert_parallel.collectives import all_reduce_sum
-from expert_parallel.moe.layer import MoEConfig, MoELayer, token_batch
+from expert_parallel.moe.context import StepContext, token_batch
+from expert_parallel.moe.layer import MoEConfig, MoELayer
 from expert_parallel.moe.ledger import LedgerConfig
-from expert_parallel.moe.plan import MoEOutput, RowCounts, StepContext, count_choices
+from expert_parallel.moe.plan import MoEOutput, RowCounts, count_choices
 from expert_parallel.moe.totals import check_conservation
-from expert_parallel.runtime import Runtime
+from expert_parallel.parallel.collectives import all_reduce_sum
+from expert_parallel.runtime.process import Runtime
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from expert_parallel.bench.facts import Facts, state_facts
 from expert_parallel.bench.timing import Work, measure
-from expert_parallel.collectives import all_to_all_rows
-from expert_parallel.runtime import Runtime
+from expert_parallel.parallel.collectives import all_to_all_rows
+from expert_parallel.runtime.mpi.backend import BACKEND, start_mpi
+from expert_parallel.runtime.process import Runtime
 from expert_parallel.settings import Settings
 from expert_parallel.training.step import DTYPES
-from expert_parallel.transports.mpi import BACKEND, start_mpi
 
 # (M, K, N) of M x K times K x N: squares, then one expert's rows of the shapes base and fine-grained (CPU), mixtral and
 # qwen3-30b-a3b (GPU).

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from expert_parallel.moe.ffn import GATED
+from expert_parallel.nn.ffn import GATED
 from expert_parallel.settings import Settings
 
 S = TypeVar("S", bound=Settings)

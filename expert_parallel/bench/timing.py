@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from expert_parallel.collectives import group_size
+from expert_parallel.parallel.collectives import group_size
 
 WARM_UP = 2  # rounds
 

@@ -1,6 +1,4 @@
-"""Settings of checkpoints, and how those of two runs differ."""
-
-from typing import Any
+"""Settings of checkpoints: when one is written, which of them stay, where a new run begins."""
 
 from pydantic import Field
 
@@ -20,19 +18,3 @@ class CheckpointConfig(Settings):
     keep_every: int | None = Field(default=None, ge=1)
     background: bool = True
     start_from: str | None = Field(default=None, min_length=1)
-
-
-def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(dotted path, old value, new value) of each setting that differs between two resolved configs. Their versions say
-    how to read them, and set nothing."""
-    before, after = _leaves(old), _leaves(new)
-    paths = [path for path in before | after if path != "version"]
-    return [(path, before.get(path), after.get(path)) for path in paths if before.get(path) != after.get(path)]
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        leaves |= _leaves(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return leaves

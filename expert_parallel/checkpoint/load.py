@@ -13,8 +13,6 @@ from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
 from expert_parallel.checkpoint.manifest import MOMENTS, WEIGHTS, compare_shapes
 from expert_parallel.checkpoint.shapes import balance_biases, expected_shapes
 from expert_parallel.checkpoint.state import TrainingState, range_pieces
-from expert_parallel.collectives import all_reduce_sum
-from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.parameters import (
     first_row,
@@ -23,7 +21,9 @@ from expert_parallel.moe.parameters import (
     pieces,
     place_among_holders,
 )
-from expert_parallel.runtime import Runtime
+from expert_parallel.parallel.collectives import all_reduce_sum
+from expert_parallel.parallel.mesh import ParallelMesh
+from expert_parallel.runtime.process import Runtime
 
 Result = TypeVar("Result")
 Target = tuple[str, tuple[int, ...], Tensor, bool]  # full name, start, what to fill, whether this rank counts it

@@ -22,7 +22,6 @@ from expert_parallel.checkpoint.manifest import (
 from expert_parallel.checkpoint.shapes import balance_biases
 from expert_parallel.checkpoint.state import Range, TrainingState, range_pieces
 from expert_parallel.checkpoint.tensor_files import write_tensors
-from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.parameters import (
     LogicalParameter,
@@ -31,6 +30,7 @@ from expert_parallel.moe.parameters import (
     pieces,
     place_among_holders,
 )
+from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.settings import Settings
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from pydantic import ValidationError
 
-from expert_parallel.checkpoint.config import changed_settings
 from expert_parallel.checkpoint.digest import MODULUS, digest
 from expert_parallel.checkpoint.files import Checkpoint, expected_shapes
 from expert_parallel.checkpoint.manifest import DTYPE_NAMES, WEIGHTS, Entry, compare_shapes
 from expert_parallel.model.config import ModelConfig
+from expert_parallel.settings import changed_settings
 
 
 def describe(checkpoint: Checkpoint) -> str:

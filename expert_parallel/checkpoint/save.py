@@ -33,10 +33,10 @@ from expert_parallel.checkpoint.manifest import FORMAT, WEIGHTS, Manifest
 from expert_parallel.checkpoint.part import Held, add_up, marker, share_of_writing, write_part
 from expert_parallel.checkpoint.shapes import balance_biases, expected_shapes
 from expert_parallel.checkpoint.state import TrainingState
-from expert_parallel.collectives import gather_text
-from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.transformer import LanguageModel
-from expert_parallel.runtime import Runtime, UserError
+from expert_parallel.parallel.collectives import gather_text
+from expert_parallel.parallel.mesh import ParallelMesh
+from expert_parallel.runtime.process import Runtime, UserError
 
 GRACE_SECONDS = 60.0  # for a save under way when the run ends by an error
 

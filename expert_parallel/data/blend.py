@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from expert_parallel.data.sampler import Tokens, count_windows, evenly, too_short, windows
-from expert_parallel.moe.random import mix
+from expert_parallel.nn.random import mix
 
 PERIOD = 1 << 20  # samples after which the pattern of corpora begins anew: weights are kept to a millionth
 ROUNDS = 6

@@ -14,8 +14,8 @@ from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.tensor_parallel import cross_entropy_sum
 from expert_parallel.model.transformer import Transformer
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.plan import StepContext
 from expert_parallel.training.setup import demand_of
 
 SEQUENCES, LENGTH = 4, 64  # of random tokens

@@ -22,8 +22,8 @@ from expert_parallel.interop.folder import CONFIG
 from expert_parallel.interop.importing import find_origin, find_tokenizer, imported_config, write_run
 from expert_parallel.interop.source import HuggingFaceModel
 from expert_parallel.model.config import ModelConfig
-from expert_parallel.moe.ffn import GATED
-from expert_parallel.moe.random import mix
+from expert_parallel.nn.ffn import GATED
+from expert_parallel.nn.random import mix
 
 Weights = Iterator[tuple[str, Tensor]]
 DENSE = re.compile(r"(blocks\.\d+)\.ffn\.(w_in|w_out)\.(weight|bias)")

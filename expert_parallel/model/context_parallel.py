@@ -10,8 +10,8 @@ from torch import Tensor
 
 from expert_parallel.model.attention import Attention, causal_attention
 from expert_parallel.model.latent_attention import LatentAttention
-from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.model.tensor_parallel import GatherTokens
+from expert_parallel.parallel.sequence import SequencePlace
 
 
 class ContextParallelAttention:

@@ -11,15 +11,15 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
-from expert_parallel.collectives import all_reduce_sum, group_rank
-from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.sequence import SequencePlace, length_unit
 from expert_parallel.model.sight import KeyValueCache
 from expert_parallel.model.tensor_parallel import gather_logits
 from expert_parallel.model.transformer import LanguageModel
-from expert_parallel.moe import random
-from expert_parallel.moe.plan import StepContext
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.routing_across import ExpertChoiceConfig
+from expert_parallel.nn import random
+from expert_parallel.parallel.collectives import all_reduce_sum, group_rank
+from expert_parallel.parallel.mesh import ParallelMesh
+from expert_parallel.parallel.sequence import SequencePlace, length_unit
 from expert_parallel.settings import Settings
 
 

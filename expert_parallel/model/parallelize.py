@@ -9,11 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from expert_parallel.degrees import ParallelDegrees, ShardedConfig
-from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.context_parallel import spread_attention
 from expert_parallel.model.latent_attention import LatentAttention
-from expert_parallel.model.norms import RMSNorm
 from expert_parallel.model.tensor_parallel import (
     GatherTokens,
     VocabularyParallelEmbedding,
@@ -24,6 +21,9 @@ from expert_parallel.model.tensor_parallel import (
 from expert_parallel.model.transformer import ModelConfig, Part, Recompute, Transformer
 from expert_parallel.moe.parameters import init_parameters
 from expert_parallel.moe.routing import TopKRouter
+from expert_parallel.nn.norms import RMSNorm
+from expert_parallel.parallel.degrees import ParallelDegrees, ShardedConfig
+from expert_parallel.parallel.mesh import ParallelMesh
 
 
 def build_model(

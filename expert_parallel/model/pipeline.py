@@ -15,11 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterleaved1F1B
 
-from expert_parallel.collectives import all_reduce_sum, group_rank, group_size
-from expert_parallel.degrees import InterleavedConfig, OneForwardOneBackwardConfig
-from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.parallelize import build_model, split_model
-from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.model.sight import KeyValueCache
 from expert_parallel.model.transformer import (
     Block,
@@ -31,7 +27,12 @@ from expert_parallel.model.transformer import (
     pooled_losses,
 )
 from expert_parallel.moe.balance import pooled_part
-from expert_parallel.moe.plan import LoadStats, StepContext
+from expert_parallel.moe.context import StepContext
+from expert_parallel.moe.plan import LoadStats
+from expert_parallel.parallel.collectives import all_reduce_sum, group_rank, group_size
+from expert_parallel.parallel.degrees import InterleavedConfig, OneForwardOneBackwardConfig
+from expert_parallel.parallel.mesh import ParallelMesh
+from expert_parallel.parallel.sequence import SequencePlace
 
 PipelineConfig = OneForwardOneBackwardConfig | InterleavedConfig
 SCHEDULES = {"1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}

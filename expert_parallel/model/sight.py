@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from expert_parallel.model.rotary import RopeConfig, rotation
-from expert_parallel.model.sequence import SequencePlace
+from expert_parallel.parallel.sequence import SequencePlace
 
 
 class KeyValueCache:

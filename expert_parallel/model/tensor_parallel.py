@@ -16,12 +16,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expert_parallel.collectives import all_gather_single, all_reduce_sum, group_rank, group_size, reduce_scatter_single
 from expert_parallel.model.attention import Attention
 from expert_parallel.model.latent_attention import LatentAttention
-from expert_parallel.model.norms import RMSNorm, WholeNorm
-from expert_parallel.moe.ffn import FFN, GATED, Linear
-from expert_parallel.moe.slices import divide
+from expert_parallel.nn.ffn import FFN, GATED, Linear
+from expert_parallel.nn.norms import RMSNorm, WholeNorm
+from expert_parallel.parallel.collectives import (
+    all_gather_single,
+    all_reduce_sum,
+    group_rank,
+    group_size,
+    reduce_scatter_single,
+)
+from expert_parallel.parallel.sharding import divide
 
 
 class GatherTokens(torch.autograd.Function):

@@ -12,9 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from expert_parallel.collectives import all_reduce_sum, group_rank, group_size
+from expert_parallel.moe.context import TokenBatch
 from expert_parallel.moe.permute import count_keys
-from expert_parallel.moe.plan import RoutingPlan, TokenBatch
+from expert_parallel.moe.plan import RoutingPlan
+from expert_parallel.parallel.collectives import all_reduce_sum, group_rank, group_size
 from expert_parallel.settings import Settings
 
 

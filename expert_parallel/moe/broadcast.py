@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from expert_parallel.collectives import Phase, Wait, all_gather_rows
 from expert_parallel.moe.exchange import AsyncCollective, SplitSizes
 from expert_parallel.moe.hop import (
     AllToAllExchange,
@@ -22,6 +21,7 @@ from expert_parallel.moe.hop import (
 from expert_parallel.moe.ledger import Ledger
 from expert_parallel.moe.permute import sum_rows
 from expert_parallel.moe.travel import NOWHERE, RowChoices, columns, plan_travel
+from expert_parallel.parallel.collectives import Phase, Wait, all_gather_rows
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from expert_parallel.moe import random
+from expert_parallel.moe.context import TokenBatch, pass_seed
 from expert_parallel.moe.permute import count_keys, places_in_queues
-from expert_parallel.moe.plan import Reason, RoutingPlan, TokenBatch
-from expert_parallel.moe.random import Stream
+from expert_parallel.moe.plan import Reason, RoutingPlan
 from expert_parallel.moe.reroute import reroute
 from expert_parallel.moe.scope import Scope, View, look_across
+from expert_parallel.nn import random
+from expert_parallel.nn.random import Stream
 from expert_parallel.settings import Settings
 
 
@@ -169,7 +170,7 @@ def queue_order(
     num_tokens, num_choices = routed_GK.shape
     token_G = torch.arange(num_tokens, device=routed_GK.device)
     if config.priority == "random" and training:
-        seed = random.pass_seed(batch.context, Stream.PRIORITY)
+        seed = pass_seed(batch.context, Stream.PRIORITY)
         token_G = random.uniform(seed, view.index_G, 1)[:, 0].argsort(stable=True)
     if config.priority == "batch_priority":
         assert scores_GK is not None

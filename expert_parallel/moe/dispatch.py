@@ -13,16 +13,17 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
-from expert_parallel.collectives import ExchangeKey, Peers, Phase, group_rank, group_size
-from expert_parallel.mesh import Nodes
 from expert_parallel.moe.broadcast import AllGatherExchange
 from expert_parallel.moe.chunk import Chunk, chunk_sizes, join, split
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.hop import AllToAllExchange, Metadata, PassKey, agree
 from expert_parallel.moe.ledger import Ledger
 from expert_parallel.moe.permute import NO_ROW, count_keys, gather_rows, inverse, padded_places, stable_argsort
-from expert_parallel.moe.plan import DispatchedTokens, RoutingPlan, StepContext
+from expert_parallel.moe.plan import DispatchedTokens, RoutingPlan
 from expert_parallel.moe.travel import IndexTable, RowChoices, choices_of, row_table, without_nowhere
-from expert_parallel.placement import ExpertPlacement
+from expert_parallel.parallel.collectives import ExchangeKey, Peers, Phase, group_rank, group_size
+from expert_parallel.parallel.mesh import Nodes
+from expert_parallel.parallel.placement import ExpertPlacement
 from expert_parallel.settings import Settings
 
 

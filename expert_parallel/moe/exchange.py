@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expert_parallel.collectives import ExchangeKey, Peers, Wait
 from expert_parallel.moe.ledger import Ledger
+from expert_parallel.parallel.collectives import ExchangeKey, Peers, Wait
 
 Outputs = Tensor | tuple[Tensor, ...]
 

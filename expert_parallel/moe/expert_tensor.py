@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expert_parallel.collectives import all_gather_rows, all_to_all_rows, group_rank, group_size
 from expert_parallel.moe.permute import sort_by_expert
+from expert_parallel.parallel.collectives import all_gather_rows, all_to_all_rows, group_rank, group_size
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
-from expert_parallel.collectives import group_size
 from expert_parallel.moe.expert_tensor import add_up_at_ranks, gather_from_ranks
-from expert_parallel.moe.ffn import ACTIVATIONS, GATED, Activation, ffn_params, width_in
 from expert_parallel.moe.fused import fused_experts
 from expert_parallel.moe.permute import NO_ROW, gather_rows
 from expert_parallel.moe.plan import DispatchedTokens
 from expert_parallel.moe.products import PRODUCTS, Products, multiplies_bfloat16
-from expert_parallel.moe.random import dropout, mix
-from expert_parallel.moe.slices import divide
+from expert_parallel.nn.ffn import ACTIVATIONS, GATED, Activation, ffn_params, width_in
+from expert_parallel.nn.random import dropout, mix
+from expert_parallel.parallel.collectives import group_size
+from expert_parallel.parallel.sharding import divide
 from expert_parallel.settings import Settings
 
 
@@ -69,7 +69,7 @@ class GroupedExperts(nn.Module):
     w_in: (e, D, F), or (e, D, 2F) = [gate | up] for gated activations. w_out: (e, F, D). b_in, b_out: (e, ...).
 
     etp_group: the ranks over which F is divided; they hold the same experts, other columns. Everything but b_out is
-    then this rank's part (see slices.py). ValueError where F cannot be divided.
+    then this rank's part (see parallel/sharding.py). ValueError where F cannot be divided.
     """
 
     def __init__(

@@ -15,12 +15,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from expert_parallel.collectives import ExchangeKey, Hop, Peers, Phase, Wait, all_gather_rows, start_counts
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.exchange import AsyncAllToAll, AsyncCollective, SplitSizes
 from expert_parallel.moe.ledger import Ledger
 from expert_parallel.moe.permute import NO_ROW, gather_rows
-from expert_parallel.moe.plan import StepContext
 from expert_parallel.moe.travel import IndexTable, Order, RowChoices, Travel, order_choices, plan_travel
+from expert_parallel.parallel.collectives import ExchangeKey, Hop, Peers, Phase, Wait, all_gather_rows, start_counts
 
 
 @dataclass(frozen=True)

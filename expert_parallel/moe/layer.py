@@ -9,34 +9,24 @@ import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from expert_parallel.collectives import Peers, all_reduce_sum, group_rank, group_size
-from expert_parallel.mesh import Nodes
-from expert_parallel.moe import random
 from expert_parallel.moe.balance import LossConfig, loss_name, router_losses
 from expert_parallel.moe.capacity import POLICIES, CapacityConfig, DroplessConfig, LimitSettings
+from expert_parallel.moe.context import Choices, StepContext, TokenBatch, dropout_seed, find_recorded, token_batch
 from expert_parallel.moe.dispatch import AllToAllConfig, Dispatcher, DispatcherConfig
 from expert_parallel.moe.experts import ExpertsConfig, GroupedExperts
-from expert_parallel.moe.ffn import FFN, FFNConfig
 from expert_parallel.moe.ledger import Ledger, LedgerConfig
 from expert_parallel.moe.parameters import init_parameters
-from expert_parallel.moe.plan import (
-    Choices,
-    LoadStats,
-    MoEOutput,
-    RoutingPlan,
-    RowCounts,
-    StepContext,
-    TokenBatch,
-    count_choices,
-)
+from expert_parallel.moe.plan import LoadStats, MoEOutput, RoutingPlan, RowCounts, count_choices
 from expert_parallel.moe.presets import apply_preset
-from expert_parallel.moe.random import Stream
 from expert_parallel.moe.receive_bound import limit_received
 from expert_parallel.moe.refuse import refuse_combinations
 from expert_parallel.moe.routers import RouterConfig, build_router, router_params, router_settings
 from expert_parallel.moe.routing import TopKRouterConfig
 from expert_parallel.moe.travel import IndexTable
-from expert_parallel.placement import ExpertPlacement
+from expert_parallel.nn.ffn import FFN, FFNConfig
+from expert_parallel.parallel.collectives import Peers, all_reduce_sum, group_rank, group_size
+from expert_parallel.parallel.mesh import Nodes
+from expert_parallel.parallel.placement import ExpertPlacement
 from expert_parallel.settings import Settings
 
 
@@ -246,82 +236,3 @@ class MoELayer(nn.Module):
         counts = capacity.scope != "sequence" or self.counts_sequences
         total = all_reduce_sum(batch.index_T.new_tensor(most if counts else 0), self.group)
         return replace(plan, padded_rows=int(total))
-
-
-def token_batch(
-    x_BSD: Tensor,
-    context: StepContext,
-    group: dist.ProcessGroup | None,
-    sequence_group: dist.ProcessGroup | None = None,
-) -> TokenBatch:
-    """ValueError where what the context says of the tokens does not have their shape, or does not say where they
-    stand."""
-    num_sequences, length, _ = x_BSD.shape
-    for name, shape, dtype in (
-        ("sequence_index_B", (num_sequences,), torch.int64),
-        ("positions_S", (length,), torch.int64),
-        ("token_ids_BS", (num_sequences, length), torch.int64),
-        ("mask_BS", (num_sequences, length), torch.bool),
-        ("document_BS", (num_sequences, length), torch.int64),
-    ):
-        given = getattr(context, name)
-        if given is not None and (tuple(given.shape) != shape or given.dtype != dtype):
-            raise ValueError(
-                f"StepContext.{name} is {given.dtype} of shape {tuple(given.shape)}, the layer's input asks for "
-                f"{dtype} of shape {shape}"
-            )
-    if context.positions_S is None and group_size(sequence_group) > 1:
-        raise ValueError(
-            f"StepContext.positions_S is not set: sequences are divided over {group_size(sequence_group)} ranks, and "
-            f"it says where this one's {length} tokens of each stand in it"
-        )
-    numbers_B = torch.arange(num_sequences, device=x_BSD.device)
-    sequence_B = numbers_B if context.sequence_index_B is None else context.sequence_index_B
-    document_T, per_row = None, context.documents_per_row
-    if context.document_BS is not None:
-        document_T = (numbers_B[:, None] * per_row + context.document_BS).flatten()
-    return TokenBatch(
-        index_T=global_index(sequence_B, length, context.positions_S),
-        sequence_T=numbers_B.repeat_interleave(length),
-        num_sequences=num_sequences,
-        context=context,
-        group=group,
-        sequence_group=sequence_group,
-        is_global=context.sequence_index_B is not None,
-        real_T=None if context.mask_BS is None else context.mask_BS.flatten(),
-        ids_T=None if context.token_ids_BS is None else context.token_ids_BS.flatten(),
-        document_T=document_T,
-        num_documents=num_sequences * per_row,
-    )
-
-
-def find_recorded(batch: TokenBatch, num_choices: int) -> Choices | None:
-    """Returns the choices that the context's replay has recorded of this pass; None where there are none. ValueError
-    where they are not those of these tokens, or of a router like this one."""
-    replay = batch.context.replay
-    recorded = None if replay is None else replay.find(batch.context)
-    if recorded is None:
-        return None
-    if recorded.ids_TK.shape[1] != num_choices:
-        raise ValueError(
-            f"StepContext.replay holds {recorded.ids_TK.shape[1]} choices a token, the router makes {num_choices} "
-            "(router.k)"
-        )
-    if not torch.equal(recorded.index_T, batch.index_T):
-        raise ValueError(
-            f"StepContext.replay was recorded of other tokens: {len(recorded.index_T)} of them, here are "
-            f"{len(batch.index_T)}; or their sequences have other indices, or they stand elsewhere in them"
-        )
-    return recorded
-
-
-def global_index(sequence_index_B: Tensor, length: int, positions_S: Tensor | None = None) -> Tensor:
-    """The place of each token of sequences of one length in the global order, int64 (B * length); see TokenBatch.
-    positions_S: where the tokens stand in their sequences; None: at 0, 1, ..."""
-    if positions_S is None:
-        positions_S = torch.arange(length, device=sequence_index_B.device)
-    return ((sequence_index_B[:, None] << 32) + positions_S).flatten()
-
-
-def dropout_seed(context: StepContext) -> int:
-    return random.mix(context.seed, context.step, context.micro_step, context.layer, Stream.DROPOUT, context.coordinate)

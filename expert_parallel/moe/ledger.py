@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from expert_parallel import collectives
-from expert_parallel.collectives import CommLog, ExchangeKey, Peers, Wait, as_bytes, from_bytes
+from expert_parallel.parallel import collectives
+from expert_parallel.parallel.collectives import CommLog, ExchangeKey, Peers, Wait, as_bytes, from_bytes
 from expert_parallel.settings import Settings
 
 _TAG_BYTES = 16

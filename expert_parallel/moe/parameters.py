@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from expert_parallel.collectives import group_rank, group_size
-from expert_parallel.mesh import ParallelMesh
 from expert_parallel.moe.experts import GroupedExperts
-from expert_parallel.moe.random import mix
-from expert_parallel.moe.slices import Run, Slice, slices_of
+from expert_parallel.nn.random import mix
+from expert_parallel.parallel.collectives import group_rank, group_size
+from expert_parallel.parallel.mesh import ParallelMesh
+from expert_parallel.parallel.sharding import Run, Slice, slices_of
 
 TIED = ("embedding.weight",)  # what the last pipeline stage may share with the first
 

@@ -12,15 +12,14 @@ Shape letters (capitals are logical sizes, never a sharding):
     L  rows that a hop starts from       G  tokens of a scope, on all its ranks
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from expert_parallel.collectives import CommLog, Link, Phase, total_of
 from expert_parallel.moe.permute import count_keys
+from expert_parallel.parallel.collectives import CommLog, Link, Phase, total_of
 
 
 class Reason(IntEnum):
@@ -31,120 +30,6 @@ class Reason(IntEnum):
     DROPPED_CAPACITY = 2
     DROPPED_RECEIVE_BOUND = 3
     NOT_ROUTED = 4  # never wanted: padding, a pair that expert choice left out, a random second expert not taken
-
-
-@dataclass(frozen=True)
-class Choices:
-    """Where a layer's tokens went: as the router chose, and as they stood after capacity. ids int64, reasons uint8.
-    index_T: whose choices (see TokenBatch). padded_rows: what each expert computes, if padded to capacity."""
-
-    index_T: Tensor
-    routed_ids_TK: Tensor
-    routed_reason_TK: Tensor
-    ids_TK: Tensor
-    reason_TK: Tensor
-    padded_rows: int | None = None
-
-    @property
-    def routed(self) -> tuple[Tensor, Tensor]:
-        """What the router takes instead of choosing."""
-        return self.routed_ids_TK, self.routed_reason_TK
-
-    @staticmethod
-    def of(index_T: Tensor, routed: "RoutingPlan", plan: "RoutingPlan") -> "Choices":
-        """Takes the choices out of the plan as it was routed, and out of what capacity left of it."""
-        before, after = (routed.expert_ids_TK, routed.reason_TK), (plan.expert_ids_TK, plan.reason_TK)
-        return Choices(index_T, *before, *after, plan.padded_rows)
-
-    def put_into(self, routed: "RoutingPlan") -> "RoutingPlan":
-        """Returns the routed plan with these choices in place of its own. Padding may be other now than it was."""
-        reason_TK = self.reason_TK.masked_fill(~routed.routed_TK, Reason.NOT_ROUTED)
-        return replace(routed, expert_ids_TK=self.ids_TK, reason_TK=reason_TK, padded_rows=self.padded_rows)
-
-
-@dataclass
-class RouterReplay:
-    """Records each pass's choices, by (step, micro-step, layer), and plays them back: a pass that is recorded here
-    takes those, any other records its own.
-
-    Give one to `StepContext.replay` in a first pass and again in a second. Recomputation does so by itself, so that
-    rounding cannot break ties differently. Weights are computed anew, with gradients.
-    """
-
-    recorded: dict[tuple[int, int, int], Choices] = field(default_factory=dict)
-
-    def find(self, context: "StepContext") -> Choices | None:
-        """Returns what was recorded of the pass, or None."""
-        return self.recorded.get((context.step, context.micro_step, context.layer))
-
-    def record(self, context: "StepContext", choices: Choices) -> None:
-        """Keeps the choices of the pass, in place of earlier ones."""
-        self.recorded[context.step, context.micro_step, context.layer] = choices
-
-
-@dataclass(frozen=True)
-class StepContext:
-    """What a forward pass is told beside its input: where in the run it stands, the key of all randomness (so that no
-    generator state is stored), and what the tokens are.
-
-    `sequence_index_B` (int64) is each sequence's index in the global batch of the micro-step; None counts this
-    rank's own sequences from 0. `positions_S` (int64): where this rank's tokens stand in their sequences, the same in
-    all of them, in any order; None: at 0, 1, ... Where sequences are divided over ranks, each rank gives its own, and
-    all of them the same sequences in the same order. `coordinate` tells apart, for dropout, the ranks that have tokens
-    of their own. `token_ids_BS` (int64): for hash routing. `mask_BS` (bool): False marks padding, which is not routed,
-    takes no capacity and is in no loss. `document_BS` (int64, from 0): which document of its row a token belongs to,
-    where rows are packed with several, at most `documents_per_row`; losses of scope `sequence` then look at each
-    document as they else do at each row. `dropless`: no capacity limits (generation: what a token becomes must not
-    depend on what else is in the pass).
-    """
-
-    seed: int = 0
-    step: int = 0
-    micro_step: int = 0
-    layer: int = 0
-    coordinate: int = 0
-    sequence_index_B: Tensor | None = None
-    positions_S: Tensor | None = None
-    token_ids_BS: Tensor | None = None
-    mask_BS: Tensor | None = None
-    document_BS: Tensor | None = None
-    documents_per_row: int = 1
-    dropless: bool = False
-    replay: RouterReplay | None = None
-
-
-@dataclass
-class ScopeBytes:
-    """Counts the bytes that this rank sends in one pass for decisions across ranks (scope.py adds to it)."""
-
-    sent: int = 0
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """What a layer knows of its T tokens beside their values.
-
-    index_T: int64, the token's place in the global order: its sequence's index * 2^32 + its position. is_global: the
-    caller gave the sequences' indices. sequence_T: int64, the sequence's number on this rank. real_T: bool, False for
-    padding; None: all are real. ids_T: int64, the tokens themselves. group: the ranks whose tokens make up the
-    micro-step. sequence_group: those among which the tokens of these sequences are divided; None: all are here.
-    document_T: int64, the token's document among the num_documents that these sequences may hold; None: rows are not
-    packed.
-    scope_bytes: what scopes beyond this rank send to others, counted as it happens.
-    """
-
-    index_T: Tensor
-    sequence_T: Tensor
-    num_sequences: int
-    context: StepContext
-    group: dist.ProcessGroup | None = None
-    sequence_group: dist.ProcessGroup | None = None
-    is_global: bool = False
-    real_T: Tensor | None = None
-    ids_T: Tensor | None = None
-    document_T: Tensor | None = None
-    num_documents: int = 0
-    scope_bytes: ScopeBytes = field(default_factory=ScopeBytes)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expert_parallel.collectives import all_gather_rows, group_rank, group_size
 from expert_parallel.moe.permute import places_in_queues
 from expert_parallel.moe.plan import Reason, RoutingPlan
+from expert_parallel.parallel.collectives import all_gather_rows, group_rank, group_size
 
 
 def limit_received(bound: float, plan: RoutingPlan, rank_TK: Tensor, group: dist.ProcessGroup | None) -> RoutingPlan:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expert_parallel.moe.plan import StepContext
-from expert_parallel.moe.random import Stream, uniform
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.reference_routing import (
     DROPPED_CAPACITY,
     DROPPED_RECEIVE_BOUND,
@@ -30,6 +29,7 @@ from expert_parallel.moe.reference_routing import (
     draw,
     route,
 )
+from expert_parallel.nn.random import Stream, uniform
 
 __all__ = ["RankTokens", "ReferenceOutput", "reference_layer"]
 

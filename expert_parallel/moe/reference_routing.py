@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expert_parallel.moe.plan import StepContext
-from expert_parallel.moe.random import Stream, gumbel, mix, normal, pass_seed, uniform
+from expert_parallel.moe.context import StepContext, pass_seed
+from expert_parallel.nn.random import Stream, gumbel, mix, normal, uniform
 
 KEPT, REROUTED, DROPPED_CAPACITY, DROPPED_RECEIVE_BOUND, NOT_ROUTED = range(5)
 

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from expert_parallel.moe import random
-from expert_parallel.moe.plan import Reason, RoutingPlan, TokenBatch
-from expert_parallel.moe.random import Stream
+from expert_parallel.moe.context import TokenBatch, pass_seed
+from expert_parallel.moe.plan import Reason, RoutingPlan
+from expert_parallel.nn import random
+from expert_parallel.nn.random import Stream
 from expert_parallel.settings import Settings
 
 Score = Literal["softmax", "sigmoid"]
@@ -292,7 +293,7 @@ class TopKRouter(LinearRouter):
     def score(self, x_TD: Tensor, batch: TokenBatch) -> Scores:
         jitter = self.config.jitter
         if jitter > 0 and self.training:
-            seed = random.pass_seed(batch.context, Stream.JITTER)
+            seed = pass_seed(batch.context, Stream.JITTER)
             noise_TD = random.uniform(seed, batch.index_T, x_TD.shape[1]).to(x_TD.dtype)
             x_TD = x_TD * (1 - jitter + 2 * jitter * noise_TD)
         scores = score_logits(self.logits(x_TD), self.config.score)

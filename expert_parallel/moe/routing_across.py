@@ -7,8 +7,9 @@ from pydantic import Field
 from torch import Tensor
 
 from expert_parallel.moe.capacity import expert_capacity
+from expert_parallel.moe.context import TokenBatch
 from expert_parallel.moe.permute import places_in_queues
-from expert_parallel.moe.plan import Reason, RoutingPlan, TokenBatch
+from expert_parallel.moe.plan import Reason, RoutingPlan
 from expert_parallel.moe.routing import LinearRouter, LinearSettings, RouterSettings, Score, Scores, best, score_logits
 from expert_parallel.moe.scope import Scope, View, look_across
 

@@ -1,5 +1,5 @@
 """Routers that draw lots in training: noisy top-k, and GShard's random second expert. Each lot is a function of named
-keys (random.py)."""
+keys (nn/random.py)."""
 
 from dataclasses import replace
 from typing import Literal
@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from expert_parallel.moe import random
-from expert_parallel.moe.plan import Reason, TokenBatch
-from expert_parallel.moe.random import Stream
+from expert_parallel.moe.context import TokenBatch, pass_seed
+from expert_parallel.moe.plan import Reason
 from expert_parallel.moe.routing import LinearRouter, LinearSettings, Scores, best, score_logits
+from expert_parallel.nn import random
+from expert_parallel.nn.random import Stream
 
 
 class NoisyTopKConfig(LinearSettings):
@@ -49,7 +50,7 @@ class NoisyTopKRouter(LinearRouter):
         spread_TE = None if self.noise_weight is None else F.softplus(F.linear(x_TD, self.noise_weight.to(x_TD.dtype)))
         if not self.training:
             return score_logits(logits_TE if spread_TE is None else logits_TE + 0 * spread_TE, "softmax")
-        seed = random.pass_seed(batch.context, Stream.NOISE)
+        seed = pass_seed(batch.context, Stream.NOISE)
         if self.config.noise == "gumbel":
             noise_TE = random.gumbel(seed, batch.index_T, self.num_experts).to(x_TD.dtype)
             scores = score_logits(logits_TE, "softmax")
@@ -81,7 +82,7 @@ class GShardRouter(LinearRouter):
         scores = score_logits(self.logits(x_TD), "softmax")
         if not self.training or self.config.second != "gumbel":
             return scores
-        seed = random.pass_seed(batch.context, Stream.SECOND_EXPERT)
+        seed = pass_seed(batch.context, Stream.SECOND_EXPERT)
         noise_TE = random.gumbel(seed, batch.index_T, self.num_experts).to(x_TD.dtype)
         return replace(scores, ranking_TE=scores.ranking_TE + noise_TE)
 
@@ -92,7 +93,7 @@ class GShardRouter(LinearRouter):
         reason_TK = torch.full_like(expert_ids_TK, Reason.KEPT, dtype=torch.uint8)
         if not self.training or self.config.second != "proportional":
             return expert_ids_TK, reason_TK
-        seed = random.pass_seed(batch.context, Stream.SECOND_EXPERT)
+        seed = pass_seed(batch.context, Stream.SECOND_EXPERT)
         g2_T = scores.log_scores_TE.gather(1, expert_ids_TK).softmax(-1)[:, 1]
         taken_T = random.uniform(seed, batch.index_T, 1)[:, 0] < g2_T.double() / self.config.threshold
         reason_TK[:, 1] = torch.where(taken_T, Reason.KEPT, Reason.NOT_ROUTED).to(torch.uint8)

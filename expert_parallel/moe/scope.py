@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from expert_parallel.collectives import gather_columns, group_rank, group_size
-from expert_parallel.moe.plan import TokenBatch
+from expert_parallel.moe.context import TokenBatch
+from expert_parallel.parallel.collectives import gather_columns, group_rank, group_size
 
 Scope = Literal["rank", "sequence", "global"]
 

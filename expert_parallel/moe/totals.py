@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expert_parallel.collectives import ExchangeKey, Link, Phase, all_reduce_sum, total_of
 from expert_parallel.moe.ledger import Ledger, LedgerConfig
 from expert_parallel.moe.plan import ExpertCounts, LoadStats
+from expert_parallel.parallel.collectives import ExchangeKey, Link, Phase, all_reduce_sum, total_of
 
 # The exchanges of rows, in the order of a pass; each stands for all of its hops.
 EXCHANGES = {

@@ -20,7 +20,7 @@ from expert_parallel.report.habits import Habits, habits_of
 from expert_parallel.report.loads import Loads, read_loads
 from expert_parallel.report.sample import Sample, cut, route
 from expert_parallel.report.words import CLASSES, Piece, classes, name_of, pieces
-from expert_parallel.runtime import Runtime, UserError
+from expert_parallel.runtime.process import Runtime, UserError
 from expert_parallel.training.generate import run_config, run_tokenizer
 from expert_parallel.training.setup import demand_of
 from expert_parallel.training.step import DTYPES

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from expert_parallel.checkpoint.config import changed_settings
 from expert_parallel.checkpoint.files import list_checkpoints
 from expert_parallel.checkpoint.folders import write_whole
 from expert_parallel.config import Config, load_config
+from expert_parallel.settings import changed_settings
 from expert_parallel.study.curves import Curve, read_curve
 from expert_parallel.study.plan import Run, Study
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from expert_parallel.allocator import keep_freed_memory
 from expert_parallel.bench.timing import Times, Work, measure
-from expert_parallel.runtime import Runtime, distributed
+from expert_parallel.runtime.process import Runtime, distributed
 from expert_parallel.study.plan import Run, Study
 from expert_parallel.training.loop import set_up
 from expert_parallel.training.step import train_step

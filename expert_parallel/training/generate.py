@@ -7,11 +7,11 @@ from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.config import Config, load_config
 from expert_parallel.data.open import load_tokenizer
 from expert_parallel.data.tokenizer import Tokenizer
-from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.generation import Sampling, generate
 from expert_parallel.model.parallelize import build_model, refuse_degrees
 from expert_parallel.model.transformer import LanguageModel
-from expert_parallel.runtime import Runtime
+from expert_parallel.parallel.mesh import ParallelMesh
+from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.setup import build_parts
 from expert_parallel.training.step import DTYPES, forget_gathered_weights
 

@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from expert_parallel.collectives import all_reduce_sum, group_size
-from expert_parallel.mesh import ParallelMesh
 from expert_parallel.moe.parameters import (
     TIED,
     LogicalParameter,
@@ -20,6 +18,8 @@ from expert_parallel.moe.parameters import (
     logical_parameters,
     place_among_holders,
 )
+from expert_parallel.parallel.collectives import all_reduce_sum, group_size
+from expert_parallel.parallel.mesh import ParallelMesh
 
 BUCKET_BYTES = 32 * 1024**2
 

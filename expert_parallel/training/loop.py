@@ -14,17 +14,17 @@ from torch import Tensor
 from expert_parallel.checkpoint.files import Checkpoint, list_checkpoints, open_checkpoint
 from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.save import Saver
-from expert_parallel.collectives import gather_text
 from expert_parallel.config import Config, dump_config
 from expert_parallel.data.batch import MicroBatch, held_out_batch, micro_batch
 from expert_parallel.data.open import keep_tokenizer, open_data
 from expert_parallel.data.sampler import Sampler
-from expert_parallel.degrees import ParallelDegrees
-from expert_parallel.mesh import ParallelMesh
-from expert_parallel.model.sequence import SequencePlace
 from expert_parallel.model.transformer import LanguageModel
-from expert_parallel.moe.plan import RouterReplay
-from expert_parallel.runtime import Runtime, UserError
+from expert_parallel.moe.context import RouterReplay
+from expert_parallel.parallel.collectives import gather_text
+from expert_parallel.parallel.degrees import ParallelDegrees
+from expert_parallel.parallel.mesh import ParallelMesh
+from expert_parallel.parallel.sequence import SequencePlace
+from expert_parallel.runtime.process import Runtime, UserError
 from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.generate import generate_texts, run_tokenizer
 from expert_parallel.training.metrics import Metrics, MetricsWriter, memory_metrics, progress_line, step_metrics

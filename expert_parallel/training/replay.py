@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from expert_parallel.data.batch import MicroBatch
-from expert_parallel.moe.layer import global_index
-from expert_parallel.moe.plan import Choices, RouterReplay
+from expert_parallel.moe.context import Choices, RouterReplay, global_index
 from expert_parallel.settings import Settings
 
 _TENSORS = tuple(field.name for field in fields(Choices) if field.name != "padded_rows")

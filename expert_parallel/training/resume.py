@@ -5,10 +5,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from expert_parallel.checkpoint.config import changed_settings
 from expert_parallel.checkpoint.files import Checkpoint
 from expert_parallel.config import Config
 from expert_parallel.model.config import ModelConfig
+from expert_parallel.settings import changed_settings
 
 # What a run's data position is counted in.
 ORDER_OF_DATA = ("seed", "training.global_batch", "training.sequence_length", "data.held_out")

@@ -4,13 +4,13 @@ from functools import partial
 
 from expert_parallel.config import Config
 from expert_parallel.data.open import Demand
-from expert_parallel.degrees import ParallelDegrees, ShardedConfig, node_grid, shard_counts
-from expert_parallel.mesh import ParallelMesh, build_mesh
 from expert_parallel.model.parallelize import build_model, kv_copies, refuse_degrees
 from expert_parallel.model.pipeline import build_pipeline, refuse_schedule
-from expert_parallel.model.sequence import length_unit
 from expert_parallel.model.transformer import LanguageModel
-from expert_parallel.runtime import Runtime
+from expert_parallel.parallel.degrees import ParallelDegrees, ShardedConfig, node_grid, shard_counts
+from expert_parallel.parallel.mesh import ParallelMesh, build_mesh
+from expert_parallel.parallel.sequence import length_unit
+from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.engines.build import ENGINES
 from expert_parallel.training.engines.config import DeepSpeedConfig
 from expert_parallel.training.engines.engine import Engine

@@ -10,16 +10,17 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from expert_parallel.collectives import all_reduce_sum, group_rank
 from expert_parallel.data.batch import MicroBatch
-from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.pipeline import Passes, Pipeline, Stage
 from expert_parallel.model.tensor_parallel import cross_entropy_sum
 from expert_parallel.model.transformer import LanguageModel, ModelConfig, ModelOutput, Recompute
 from expert_parallel.moe.balance import loss_name, update_balance_bias
-from expert_parallel.moe.plan import LoadStats, RouterReplay, StepContext
+from expert_parallel.moe.context import RouterReplay, StepContext
+from expert_parallel.moe.plan import LoadStats
 from expert_parallel.moe.routing import TopKRouter
 from expert_parallel.moe.totals import LayerTotals, pack, packed_size, report_breaches, unpack
+from expert_parallel.parallel.collectives import all_reduce_sum, group_rank
+from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.settings import Settings
 from expert_parallel.training.engines.config import EngineConfig, NativeConfig
 from expert_parallel.training.engines.engine import Engine

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from expert_parallel.collectives import anywhere
+from expert_parallel.parallel.collectives import anywhere
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from expert_parallel.config import Config
 from expert_parallel.moe.capacity import DroplessConfig
-from expert_parallel.runtime import Runtime
+from expert_parallel.runtime.process import Runtime
 from expert_parallel.verify.compare import TOLERANCES, Difference
 from expert_parallel.verify.dropout import dropout_of
 from expert_parallel.verify.layouts import Layout, accumulations, check_layout, choose_layouts

@@ -13,8 +13,6 @@ from functools import cached_property
 import torch
 
 from expert_parallel.data.batch import shard_bounds
-from expert_parallel.degrees import ParallelConfig, ParallelDegrees, ShardedConfig, place_of, shard_counts
-from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.attention import HeadsConfig
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
@@ -22,7 +20,9 @@ from expert_parallel.moe.balance import BalanceLossConfig
 from expert_parallel.moe.layer import MoEConfig
 from expert_parallel.moe.routers import router_settings
 from expert_parallel.moe.routing import RouterSettings
-from expert_parallel.placement import ExpertPlacement
+from expert_parallel.parallel.degrees import ParallelConfig, ParallelDegrees, ShardedConfig, place_of, shard_counts
+from expert_parallel.parallel.mesh import ParallelMesh
+from expert_parallel.parallel.placement import ExpertPlacement
 from expert_parallel.training.step import DTYPES, TrainingConfig
 
 Terms = Counter[tuple[str, str]]  # (axis, what it carries) -> bytes of all ranks together

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from expert_parallel.config import Config
 from expert_parallel.data.batch import MicroBatch
 from expert_parallel.data.sampler import TokenSampler
-from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import Block
+from expert_parallel.moe.context import RouterReplay, StepContext
 from expert_parallel.moe.experts import choose_backend
-from expert_parallel.moe.ffn import width_in
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.plan import RouterReplay, StepContext
-from expert_parallel.runtime import Runtime
+from expert_parallel.nn.ffn import width_in
+from expert_parallel.parallel.mesh import ParallelMesh
+from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.loop import Run
 from expert_parallel.training.setup import build, check_world

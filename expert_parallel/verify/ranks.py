@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from expert_parallel.runtime import CPU, Launch, Runtime, UserError
+from expert_parallel.runtime.process import CPU, Launch, Runtime, UserError
 
 # Runs on every rank: (what to do, this rank's runtime, a way to speak to the user) -> the result, as JSON has it.
 Work = Callable[[Any, Runtime, Callable[[str], None]], Any]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expert_parallel.moe.plan import StepContext
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.reference import RankTokens, reference_layer
 from expert_parallel.moe.reference_routing import NOT_ROUTED, blocks, collect, route
 from expert_parallel.verify.reference_attention import attention, linear, positions

@@ -21,14 +21,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import CausalBias
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from expert_parallel.collectives import group_size
 from expert_parallel.data.batch import MicroBatch
-from expert_parallel.degrees import ParallelConfig
-from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.pipeline import Pipeline
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.experts import GroupedExperts
 from expert_parallel.moe.totals import LayerTotals
+from expert_parallel.parallel.collectives import group_size
+from expert_parallel.parallel.degrees import ParallelConfig
+from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.step import TrainingConfig, train_step
 from expert_parallel.verify.formulas import Step, Terms, pipeline, tokens_between_ranks, weights

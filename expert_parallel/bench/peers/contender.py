@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from expert_parallel.bench.shapes import Shape
-from expert_parallel.collectives import anywhere, group_rank, group_size
-from expert_parallel.moe.ffn import width_in
-from expert_parallel.placement import ExpertPlacement
-from expert_parallel.runtime import Runtime
+from expert_parallel.nn.ffn import width_in
+from expert_parallel.parallel.collectives import anywhere, group_rank, group_size
+from expert_parallel.parallel.placement import ExpertPlacement
+from expert_parallel.runtime.process import Runtime
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from expert_parallel.bench.peers.contender import Case, Contender, NotMeasured, installed
-from expert_parallel.moe.ffn import ACTIVATIONS, width_in
-from expert_parallel.runtime import Runtime, tell_deepspeed
+from expert_parallel.nn.ffn import ACTIVATIONS, width_in
+from expert_parallel.runtime.process import Runtime, tell_deepspeed
 
 PACKAGE = "deepspeed"
 CAPACITY_FACTOR = 1.0

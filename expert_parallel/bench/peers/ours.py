@@ -7,8 +7,9 @@ from torch import Tensor
 
 import expert_parallel
 from expert_parallel.bench.peers.contender import Case, Contender
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.plan import LoadStats, StepContext
+from expert_parallel.moe.plan import LoadStats
 
 CAPACITY_FACTOR = 1.0
 

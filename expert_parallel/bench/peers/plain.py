@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expert_parallel.bench.peers.contender import Case, Contender, NotMeasured
-from expert_parallel.moe.ffn import ACTIVATIONS, width_in
+from expert_parallel.nn.ffn import ACTIVATIONS, width_in
 
 LARGEST_ONE_HOT = 4e9  # bytes
 

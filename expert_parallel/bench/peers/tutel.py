@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from expert_parallel.bench.peers.contender import Case, Contender, NotMeasured, installed
-from expert_parallel.moe.ffn import ACTIVATIONS
+from expert_parallel.nn.ffn import ACTIVATIONS
 
 PACKAGE = "tutel"
 CAPACITY_FACTOR = 1.0

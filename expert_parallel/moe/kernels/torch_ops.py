@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expert_parallel.moe.ffn import ACTIVATIONS
 from expert_parallel.moe.permute import NO_ROW
+from expert_parallel.nn.ffn import ACTIVATIONS
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expert_parallel.moe.ffn import GATED, width_in
 from expert_parallel.moe.kernels import torch_ops
 from expert_parallel.moe.kernels import triton_kernels as kernels
 from expert_parallel.moe.kernels.torch_ops import wide_dtype
+from expert_parallel.nn.ffn import GATED, width_in
 
 
 def gather(x_LD: Tensor, row_R: Tensor) -> Tensor:

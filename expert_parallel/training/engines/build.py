@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.transformer import LanguageModel, Transformer
-from expert_parallel.runtime import Runtime, tell_deepspeed
+from expert_parallel.parallel.mesh import ParallelMesh
+from expert_parallel.runtime.process import Runtime, tell_deepspeed
 from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.step import TrainingConfig

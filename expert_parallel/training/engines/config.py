@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from expert_parallel.degrees import ParallelConfig
+from expert_parallel.parallel.degrees import ParallelConfig
 from expert_parallel.settings import Settings
 
 

@@ -18,12 +18,12 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from expert_parallel.checkpoint.state import TorchState, TrainingState
-from expert_parallel.degrees import grid
-from expert_parallel.mesh import ParallelMesh, group_maker
 from expert_parallel.model.transformer import Block, ModelOutput, Transformer
+from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.plan import StepContext
-from expert_parallel.runtime import Runtime
+from expert_parallel.parallel.degrees import grid
+from expert_parallel.parallel.mesh import ParallelMesh, group_maker
+from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.engines.config import DeepSpeedConfig
 from expert_parallel.training.engines.zero import ZeroState
 from expert_parallel.training.grads import BUCKET_BYTES, clip_gradients, global_norm

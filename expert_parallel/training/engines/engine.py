@@ -6,7 +6,7 @@ from torch import Tensor
 
 from expert_parallel.checkpoint.state import TrainingState
 from expert_parallel.model.transformer import ModelOutput
-from expert_parallel.moe.plan import StepContext
+from expert_parallel.moe.context import StepContext
 
 
 class Engine(Protocol):

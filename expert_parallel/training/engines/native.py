@@ -5,9 +5,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from expert_parallel.checkpoint.state import TorchState, TrainingState
-from expert_parallel.mesh import ParallelMesh
 from expert_parallel.model.transformer import LanguageModel, ModelOutput
-from expert_parallel.moe.plan import StepContext
+from expert_parallel.moe.context import StepContext
+from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.training.freeze import freeze_gradients
 from expert_parallel.training.grads import clip_gradients, global_norm, reduce_gradients
 

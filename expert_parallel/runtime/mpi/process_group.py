@@ -15,9 +15,9 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-from expert_parallel.transports import messages
-from expert_parallel.transports.messages import WIDER, message, rows_message
-from expert_parallel.transports.watchdog import Watchdog
+from expert_parallel.runtime.mpi import messages
+from expert_parallel.runtime.mpi.messages import WIDER, message, rows_message
+from expert_parallel.runtime.mpi.watchdog import Watchdog
 
 # AVG is a sum and a division.
 REDUCTIONS = {

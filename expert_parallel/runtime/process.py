@@ -15,11 +15,19 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 
-from expert_parallel.collectives import anywhere, gather_text
-from expert_parallel.launchers import Launch, LaunchError, read_launch
-from expert_parallel.rendezvous import ANSWER_SECONDS, LEAVE_SECONDS, Card, Meeting, first_line, host_lines, meet
+from expert_parallel.parallel.collectives import anywhere, gather_text
+from expert_parallel.runtime.launchers import Launch, LaunchError, read_launch
+from expert_parallel.runtime.mpi.backend import BACKEND, finish_mpi, library_line, start_mpi
+from expert_parallel.runtime.rendezvous import (
+    ANSWER_SECONDS,
+    LEAVE_SECONDS,
+    Card,
+    Meeting,
+    first_line,
+    host_lines,
+    meet,
+)
 from expert_parallel.settings import Settings
-from expert_parallel.transports.mpi import BACKEND, finish_mpi, library_line, start_mpi
 
 __all__ = [
     "CPU",

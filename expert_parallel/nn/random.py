@@ -9,8 +9,6 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from expert_parallel.moe.plan import StepContext
-
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio as a signed 64-bit number
 _MIX_1 = -0x40A7B892E31B1A47
 _MIX_2 = -0x6B2FB644ECCEEE15
@@ -36,11 +34,6 @@ class Stream(IntEnum):
     SECOND_EXPERT = 2
     PRIORITY = 3
     DROPOUT = 4
-
-
-def pass_seed(context: StepContext, stream: Stream) -> int:
-    """The seed of one use in one pass of one layer: the same on every rank, unlike dropout's."""
-    return mix(context.seed, context.step, context.micro_step, context.layer, stream)
 
 
 def uniform(seed: int, row_index_T: Tensor, width: int) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from expert_parallel.collectives import group_rank
-from expert_parallel.degrees import (
+from expert_parallel.parallel.collectives import group_rank
+from expert_parallel.parallel.degrees import (
     ParallelConfig,
     ParallelDegrees,
     ReplicatedConfig,

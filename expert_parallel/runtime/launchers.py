@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from expert_parallel.transports.mpi import library_line, load_mpi
+from expert_parallel.runtime.mpi.backend import library_line, load_mpi
 
 Environment = Mapping[str, str]
 SLURM_PORTS = range(20_000, 30_000)  # below what Linux gives out by itself (32768 and up)

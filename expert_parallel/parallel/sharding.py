@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from expert_parallel.collectives import all_gather_rows, group_rank, group_size
+from expert_parallel.parallel.collectives import all_gather_rows, group_rank, group_size
 
 
 class Run(NamedTuple):

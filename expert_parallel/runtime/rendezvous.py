@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 
 import expert_parallel
-from expert_parallel.checkpoint.config import changed_settings
-from expert_parallel.launchers import Launch, LaunchError
+from expert_parallel.runtime.launchers import Launch, LaunchError
+from expert_parallel.settings import changed_settings
 
 Result = TypeVar("Result")
 POLL_SECONDS = 0.05
@@ -229,7 +229,7 @@ def versions() -> dict[str, str]:
 @cache
 def source_digest() -> str:
     """Of the package's own files: two checkouts may have one version."""
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())

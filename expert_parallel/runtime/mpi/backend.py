@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from expert_parallel.transports.watchdog import Watchdog
+from expert_parallel.runtime.mpi.watchdog import Watchdog
 
 BACKEND = "mpi4py"
 
@@ -59,7 +59,7 @@ def start_mpi(rank: int, world_size: int) -> None:
             f"{MPI.THREAD_MULTIPLE} (MPI_THREAD_MULTIPLE)"
         )
     if BACKEND not in dist.Backend.backend_list:
-        from expert_parallel.transports.mpi_group import group_maker
+        from expert_parallel.runtime.mpi.process_group import group_maker
 
         make = group_maker(Watchdog(lambda: end_job(1)))
         dist.Backend.register_backend(BACKEND, make, extended_api=True, devices=["cpu", "cuda"])

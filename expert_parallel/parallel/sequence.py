@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expert_parallel.collectives import group_rank
-from expert_parallel.mesh import ParallelMesh
+from expert_parallel.parallel.collectives import group_rank
+from expert_parallel.parallel.mesh import ParallelMesh
 
 
 @dataclass(frozen=True)

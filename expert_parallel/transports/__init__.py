@@ -1,1 +1,0 @@
-"""Carriers of tensors beside torch's own: MPI."""
