@@ -14,13 +14,13 @@ if TYPE_CHECKING:  # what _MODULES says, as type checkers read it
     from expert_parallel.model.parallelize import build_model as build_model
     from expert_parallel.model.transformer import ModelOutput as ModelOutput
     from expert_parallel.model.transformer import Transformer as Transformer
+    from expert_parallel.moe.config import MoEConfig as MoEConfig
     from expert_parallel.moe.context import RouterReplay as RouterReplay
     from expert_parallel.moe.context import StepContext as StepContext
-    from expert_parallel.moe.layer import MoEConfig as MoEConfig
+    from expert_parallel.moe.dispatch.ledger import LedgerBreach as LedgerBreach
     from expert_parallel.moe.layer import MoELayer as MoELayer
-    from expert_parallel.moe.ledger import LedgerBreach as LedgerBreach
-    from expert_parallel.moe.plan import LoadStats as LoadStats
-    from expert_parallel.moe.plan import MoEOutput as MoEOutput
+    from expert_parallel.moe.types import LoadStats as LoadStats
+    from expert_parallel.moe.types import MoEOutput as MoEOutput
     from expert_parallel.parallel.degrees import ParallelConfig as ParallelConfig
     from expert_parallel.parallel.degrees import ParallelDegrees as ParallelDegrees
     from expert_parallel.parallel.mesh import ParallelMesh as ParallelMesh
@@ -48,12 +48,12 @@ __version__ = "0.1.0"
 _MODULES = {
     # the layer, in a model of your own
     "MoELayer": "expert_parallel.moe.layer",
-    "MoEConfig": "expert_parallel.moe.layer",
-    "MoEOutput": "expert_parallel.moe.plan",
-    "LoadStats": "expert_parallel.moe.plan",
+    "MoEConfig": "expert_parallel.moe.config",
+    "MoEOutput": "expert_parallel.moe.types",
+    "LoadStats": "expert_parallel.moe.types",
     "StepContext": "expert_parallel.moe.context",
     "RouterReplay": "expert_parallel.moe.context",
-    "LedgerBreach": "expert_parallel.moe.ledger",
+    "LedgerBreach": "expert_parallel.moe.dispatch.ledger",
     "ExpertPlacement": "expert_parallel.parallel.placement",
     # the whole model, on any layout
     "ModelConfig": "expert_parallel.model.config",

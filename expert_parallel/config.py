@@ -18,8 +18,8 @@ from expert_parallel.data.tokenizer import VOCABULARY_SIZE
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.generation import Sampling
 from expert_parallel.model.rotary import LearnedPositionConfig
-from expert_parallel.moe.capacity import LimitSettings
-from expert_parallel.moe.experts import takes_grouped_mm
+from expert_parallel.moe.capacity.limit import LimitSettings
+from expert_parallel.moe.experts.grouped import takes_grouped_mm
 from expert_parallel.nn.ffn import width_in
 from expert_parallel.parallel.degrees import EXPERT_ORDER, InterleavedConfig, ParallelConfig, ShardedConfig
 from expert_parallel.runtime.process import RuntimeConfig

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from expert_parallel.moe.exchange import AsyncAllToAll, SplitSizes
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.ledger import Ledger
+from expert_parallel.moe.config import MoEConfig
+from expert_parallel.moe.dispatch.exchange import AsyncAllToAll, SplitSizes
+from expert_parallel.moe.dispatch.ledger import Ledger
+from expert_parallel.moe.layer import MoELayer
 from expert_parallel.parallel.collectives import ExchangeKey, Peers, Phase, all_gather_single, reduce_scatter_single
 
 WORLD = 4

@@ -14,10 +14,11 @@ from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.moe.capacity import limit
+from expert_parallel.moe.capacity.limit import limit
+from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext, TokenBatch, pass_seed, token_batch
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.plan import RoutingPlan
+from expert_parallel.moe.layer import MoELayer
+from expert_parallel.moe.types import RoutingPlan
 from expert_parallel.nn import random
 from expert_parallel.nn.random import Stream
 from tests.peers import peers_in_float64

@@ -20,8 +20,9 @@ from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.rotary import RopeConfig, rotary_frequencies, rotation
 from expert_parallel.model.sight import KeyValueCache, Sight
 from expert_parallel.model.transformer import ModelConfig, Transformer
+from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext
-from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.layer import MoELayer
 from expert_parallel.parallel.sequence import SequencePlace
 from expert_parallel.verify.reference_attention import _frequency, _stretch
 from tests.peers import peers_in_float64

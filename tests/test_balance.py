@@ -20,8 +20,12 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import ModelConfig, Transformer
-from expert_parallel.moe import balance
-from expert_parallel.moe.balance import (
+from expert_parallel.moe.config import MoEConfig
+from expert_parallel.moe.conservation import count_choices
+from expert_parallel.moe.context import StepContext, TokenBatch, token_batch
+from expert_parallel.moe.layer import MoELayer
+from expert_parallel.moe.routers import losses as balance
+from expert_parallel.moe.routers.losses import (
     BalanceLossConfig,
     LossConfig,
     ZLossConfig,
@@ -33,9 +37,7 @@ from expert_parallel.moe.balance import (
     update_balance_bias,
     z_loss,
 )
-from expert_parallel.moe.context import StepContext, TokenBatch, token_batch
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.plan import Reason, RoutingPlan, count_choices
+from expert_parallel.moe.types import Reason, RoutingPlan
 from tests.peers import peers_in_float64
 from tests.ranks import run_ranks
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from expert_parallel.moe import receive_bound
-from expert_parallel.moe.capacity import (
+from expert_parallel.moe.capacity import receive_bound
+from expert_parallel.moe.capacity.limit import (
     POLICIES,
     AbsoluteConfig,
     DroplessConfig,
@@ -25,11 +25,13 @@ from expert_parallel.moe.capacity import (
     limit,
     queue_capacities,
 )
+from expert_parallel.moe.capacity.receive_bound import allowances, limit_received
+from expert_parallel.moe.config import MoEConfig
+from expert_parallel.moe.conservation import count_choices
 from expert_parallel.moe.context import StepContext, TokenBatch, pass_seed, token_batch
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.plan import Reason, RoutingPlan, count_choices
-from expert_parallel.moe.products import PRODUCTS
-from expert_parallel.moe.receive_bound import allowances, limit_received
+from expert_parallel.moe.experts.grouped_gemm import PRODUCTS
+from expert_parallel.moe.layer import MoELayer
+from expert_parallel.moe.types import Reason, RoutingPlan
 from expert_parallel.nn import random
 from expert_parallel.nn.random import Stream
 

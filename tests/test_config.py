@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from expert_parallel.config import Config, dump_config, load_config, setting_paths
-from expert_parallel.moe.capacity import DroplessConfig, FactorConfig
-from expert_parallel.moe.routers import RegisteredRouterConfig
+from expert_parallel.moe.capacity.limit import DroplessConfig, FactorConfig
+from expert_parallel.moe.routers.registry import RegisteredRouterConfig
 from expert_parallel.settings import Settings
 from tests.launches import run_configs, small_config
 

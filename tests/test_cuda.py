@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from expert_parallel.config import load_config
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.products import PRODUCTS
+from expert_parallel.moe.config import MoEConfig
+from expert_parallel.moe.experts.grouped_gemm import PRODUCTS
+from expert_parallel.moe.layer import MoELayer
 
 pytestmark = pytest.mark.cuda
 ROOT = Path(__file__).parent.parent

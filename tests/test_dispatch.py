@@ -1,4 +1,5 @@
-"""The MoE layer on real ranks against reference.py: values, input gradients, every parameter's gradient, in float64.
+"""The MoE layer on real ranks against moe/reference/layer.py: values, input gradients, every parameter's gradient, in
+float64.
 
 Every router x policy x dispatcher x ep, with scenarios made from the router's bias, the ranks' token counts and the
 token ids; each case asserts that it is what it says. Row counts are checked over all ranks, forward and backward.
@@ -17,15 +18,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expert_parallel.moe.balance import loss_name
+from expert_parallel.moe.config import MoEConfig
+from expert_parallel.moe.conservation import LayerTotals, check_conservation
 from expert_parallel.moe.context import StepContext
-from expert_parallel.moe.dispatch import LocalConfig
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.ledger import Ledger
+from expert_parallel.moe.dispatch.dispatcher import LocalConfig
+from expert_parallel.moe.dispatch.ledger import Ledger
+from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.plan import Reason
-from expert_parallel.moe.reference import RankTokens, ReferenceOutput, reference_layer
-from expert_parallel.moe.totals import LayerTotals, check_conservation
+from expert_parallel.moe.reference.layer import RankTokens, ReferenceOutput, reference_layer
+from expert_parallel.moe.routers.losses import loss_name
+from expert_parallel.moe.types import Reason
 from expert_parallel.nn.random import mix, uniform
 from expert_parallel.parallel.mesh import Nodes, ParallelDegrees, build_nodes, group_maker
 from expert_parallel.parallel.placement import ExpertPlacement
@@ -392,7 +394,7 @@ def test_layer_equals_reference_in_every_combination(ep: int) -> None:
 
 
 def run_with_defect(rank: int, defect: str, case: dict[str, Any]) -> dict[str, Any]:
-    import expert_parallel.moe.capacity as capacity
+    import expert_parallel.moe.capacity.limit as capacity
 
     rows, metadata, order = Ledger.all_to_all, Ledger.all_to_all_metadata, capacity.queue_order
 

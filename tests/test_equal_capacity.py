@@ -32,9 +32,10 @@ from expert_parallel.bench.layer import Disagreement
 from expert_parallel.bench.overlap import layer_work, make_layer
 from expert_parallel.bench.shapes import Shape, layer_flops
 from expert_parallel.bench.timing import Times, Work
-from expert_parallel.moe.kernels import cpu_ops
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.products import PRODUCTS, Products
+from expert_parallel.moe.config import MoEConfig
+from expert_parallel.moe.experts.grouped_gemm import PRODUCTS, Products
+from expert_parallel.moe.experts.kernels import cpu_ops
+from expert_parallel.moe.layer import MoELayer
 from expert_parallel.runtime.process import Launch, Runtime
 from tests.launches import ROOT, assert_refused
 

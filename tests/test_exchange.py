@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext
-from expert_parallel.moe.dispatch import Dispatcher
-from expert_parallel.moe.hop import PassKey
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.ledger import Ledger
-from expert_parallel.moe.permute import gather_rows
-from expert_parallel.moe.plan import DispatchedTokens, Reason, RoutingPlan
+from expert_parallel.moe.dispatch.all_to_all import PassKey
+from expert_parallel.moe.dispatch.dispatcher import Dispatcher
+from expert_parallel.moe.dispatch.ledger import Ledger
+from expert_parallel.moe.dispatch.permute import gather_rows
+from expert_parallel.moe.layer import MoELayer
+from expert_parallel.moe.types import DispatchedTokens, Reason, RoutingPlan
 from expert_parallel.parallel.collectives import ExchangeKey, Link, Phase, total_of
 from expert_parallel.parallel.placement import ExpertPlacement
 from tests.ranks import run_ranks

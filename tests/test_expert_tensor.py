@@ -1,5 +1,5 @@
 """Experts whose columns are divided over ranks (etp), and sequences whose tokens are (sequence group), on real ranks
-against reference.py: values, input gradients, every parameter's gradient, losses and counts, in float64."""
+against moe/reference/layer.py: values, input gradients, every parameter's gradient, losses and counts, in float64."""
 
 import copy
 import zlib
@@ -15,17 +15,20 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from expert_parallel.moe import balance, expert_tensor, experts, layer
 from expert_parallel.moe import context as context_module
-from expert_parallel.moe.balance import loss_name
+from expert_parallel.moe import layer
+from expert_parallel.moe.config import MoEConfig
+from expert_parallel.moe.conservation import check_conservation
 from expert_parallel.moe.context import StepContext
-from expert_parallel.moe.dispatch import LocalConfig
-from expert_parallel.moe.expert_tensor import add_up_at_ranks, gather_from_ranks
-from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.dispatch.dispatcher import LocalConfig
+from expert_parallel.moe.experts import grouped, tensor_parallel
+from expert_parallel.moe.experts.tensor_parallel import add_up_at_ranks, gather_from_ranks
+from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.plan import Reason
-from expert_parallel.moe.reference import RankTokens, ReferenceOutput, reference_layer
-from expert_parallel.moe.totals import check_conservation
+from expert_parallel.moe.reference.layer import RankTokens, ReferenceOutput, reference_layer
+from expert_parallel.moe.routers import losses as balance
+from expert_parallel.moe.routers.losses import loss_name
+from expert_parallel.moe.types import Reason
 from expert_parallel.parallel.collectives import group_rank, group_size
 from expert_parallel.parallel.placement import ExpertPlacement
 from tests.pairwise import pairwise_cases
@@ -299,7 +302,7 @@ PLAIN = {
 
 
 def run_with_defect(rank: int, defect: str) -> dict[str, Any]:
-    add_bias, index, make = experts._add_bias, context_module.global_index, layer.token_batch
+    add_bias, index, make = grouped._add_bias, context_module.global_index, layer.token_batch
 
     def bias_of_every_rank(rows: Tensor, bias_e: Tensor | None, counts_e: Tensor) -> Tensor:
         is_output = bias_e is not None and bias_e.shape[-1] == D_MODEL
@@ -310,15 +313,15 @@ def run_with_defect(rank: int, defect: str) -> dict[str, Any]:
         return y_GD[rows.place_G].split(rows.rows_P)[mine]
 
     defects: dict[str, tuple[Any, str, Any]] = {
-        "b_out added by every rank": (experts, "_add_bias", bias_of_every_rank),
-        "outputs not added up": (experts, "add_up_at_ranks", own_part),
+        "b_out added by every rank": (grouped, "_add_bias", bias_of_every_rank),
+        "outputs not added up": (grouped, "add_up_at_ranks", own_part),
         "input gradients not added up": (
-            expert_tensor._Gather,
+            tensor_parallel._Gather,
             "backward",
             staticmethod(lambda ctx, grad: (own_part(grad, ctx.rows), None)),
         ),
         "rows not grouped by expert": (
-            expert_tensor,
+            tensor_parallel,
             "sort_by_expert",
             lambda slot, e: (torch.arange(len(slot)), slot.bincount(minlength=e)),
         ),

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from expert_parallel.moe import experts as experts_module
-from expert_parallel.moe.experts import ExpertsConfig, GroupedExperts, choose_backend
+from expert_parallel.moe.experts import grouped as experts_module
+from expert_parallel.moe.experts.grouped import ExpertsConfig, GroupedExperts, choose_backend
+from expert_parallel.moe.experts.grouped_gemm import CALL_FLOPS, PRODUCTS, even_out, runs_of
 from expert_parallel.moe.parameters import init_parameters, logical_parameters
-from expert_parallel.moe.plan import DispatchedTokens
-from expert_parallel.moe.products import CALL_FLOPS, PRODUCTS, even_out, runs_of
+from expert_parallel.moe.types import DispatchedTokens
 from expert_parallel.nn.ffn import FFN, FFNConfig
 
 D_MODEL, HIDDEN = 8, 16  # rows of 16 bytes and more in float32 and in bfloat16: what grouped_mm asks for

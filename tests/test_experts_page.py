@@ -21,7 +21,7 @@ from expert_parallel.data.open import open_data
 from expert_parallel.data.tokenizer import ByteTokenizer, open_tokenizer, train_tokenizer
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe.context import StepContext
-from expert_parallel.moe.plan import Reason
+from expert_parallel.moe.types import Reason
 from expert_parallel.report.habits import habits_of, mutual_information, specialisation
 from expert_parallel.report.loads import COLUMNS, read_loads
 from expert_parallel.report.sample import Routing, cut

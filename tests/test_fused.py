@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expert_parallel.moe import products
-from expert_parallel.moe.experts import ExpertsConfig, GroupedExperts
-from expert_parallel.moe.fused import fused_experts
-from expert_parallel.moe.permute import NO_ROW, gather_rows, inverse
-from expert_parallel.moe.plan import DispatchedTokens
-from expert_parallel.moe.products import PRODUCTS
+from expert_parallel.moe.dispatch.permute import NO_ROW, gather_rows, inverse
+from expert_parallel.moe.experts import grouped_gemm
+from expert_parallel.moe.experts.fused import fused_experts
+from expert_parallel.moe.experts.grouped import ExpertsConfig, GroupedExperts
+from expert_parallel.moe.experts.grouped_gemm import PRODUCTS
+from expert_parallel.moe.types import DispatchedTokens
 from expert_parallel.nn.ffn import ACTIVATIONS
 
 D_MODEL, HIDDEN, NUM_EXPERTS = 16, 24, 4
@@ -144,7 +144,7 @@ def test_rows_of_zeros_change_nothing(activation: str, choices: list[list[int]],
 def test_fused_in_short_numbers(dtype: torch.dtype, backend: str, hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against float64 of the same rounded numbers, on processors that multiply bfloat16 and on those that do not."""
     for multiplies in (True, False):
-        monkeypatch.setattr(products, "multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
+        monkeypatch.setattr(grouped_gemm, "multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
         results = []
         for compute in (dtype, torch.float64):
             tokens = make_tokens(CHOICES["several a row"], dtype)
@@ -265,7 +265,7 @@ def test_gradients_that_nobody_needs_are_not_computed(needed: str, hidden: int) 
         return call
 
     assert y_VD.grad_fn is not None
-    y_VD.grad_fn.products = products.Products(loop.groups, counted("rows"), counted("sums"))
+    y_VD.grad_fn.products = grouped_gemm.Products(loop.groups, counted("rows"), counted("sums"))
     (found,) = torch.autograd.grad(y_VD.sum(), leaves[needed])
     (expected,) = torch.autograd.grad(plainly(experts, tokens).sum(), leaves[needed])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -1,5 +1,5 @@
 """The row kernels: torch's against loops and autograd, Triton's in its interpreter against torch's, all of them in one
-small layer against reference.py, and Triton's compiled for GPUs that need not be here.
+small layer against moe/reference/layer.py, and Triton's compiled for GPUs that need not be here.
 
 Triton decides when it is imported whether it interprets, so each way has a process of its own.
 """
@@ -23,10 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expert_parallel.moe.kernels import cpu_ops, ops_for, torch_ops
-from expert_parallel.moe.layer import MoEConfig
-from expert_parallel.moe.permute import NO_ROW
-from expert_parallel.moe.reference import reference_layer
+from expert_parallel.moe.config import MoEConfig
+from expert_parallel.moe.dispatch.permute import NO_ROW
+from expert_parallel.moe.experts.kernels import cpu_ops, ops_for, torch_ops
+from expert_parallel.moe.reference.layer import reference_layer
 from expert_parallel.nn.ffn import ACTIVATIONS, GATED, width_in
 
 NAMES = ("gather", "weigh_", "activate", "activate_backward", "combine")
@@ -75,12 +75,12 @@ def all_ops(request: pytest.FixtureRequest) -> Any:
 
 def run_triton(name: str, *args: Any) -> Any:
     ops = ops_for(args[0], interpreted=True)
-    assert ops.__name__ == "expert_parallel.moe.kernels.triton_ops"
+    assert ops.__name__ == "expert_parallel.moe.experts.kernels.triton_ops"
     return getattr(ops, name)(*args)
 
 
 def run_triton_without_kernels(name: str, *args: Any) -> Any:
-    from expert_parallel.moe.kernels import triton_ops
+    from expert_parallel.moe.experts.kernels import triton_ops
 
     with mock.patch.object(triton_ops, "kernels", None):
         return run_triton(name, *args)
@@ -458,7 +458,7 @@ def test_triton_equals_torch_on_a_gpu(shape: tuple[int, int, int, int], dtype: t
     for name, args, _ in calls_of(shape, dtype, 0):
         args = tuple(a.cuda() if isinstance(a, Tensor) else a for a in args)
         ops = ops_for(args[0])
-        assert ops.__name__ == "expert_parallel.moe.kernels.triton_ops"
+        assert ops.__name__ == "expert_parallel.moe.experts.kernels.triton_ops"
         found, expected = getattr(ops, name)(*copies(args)), getattr(torch_ops, name)(*args)
         assert_same(found, expected, exact=False)
 

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import RouterReplay, StepContext
-from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.layer import MoELayer
 from expert_parallel.parallel.placement import ExpertPlacement
 from tests.ranks import run_ranks
 

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expert_parallel.moe import travel
+from expert_parallel.moe.config import MoEConfig
+from expert_parallel.moe.conservation import LayerTotals, check_conservation, pack, unpack
 from expert_parallel.moe.context import StepContext
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.ledger import Ledger, LedgerBreach, LedgerConfig
-from expert_parallel.moe.totals import LayerTotals, check_conservation, pack, unpack
+from expert_parallel.moe.dispatch import row_index
+from expert_parallel.moe.dispatch.ledger import Ledger, LedgerBreach, LedgerConfig
+from expert_parallel.moe.layer import MoELayer
 from tests.ranks import run_ranks
 from tests.test_dispatch import DISPATCHERS, nodes_of
 
@@ -130,18 +131,18 @@ def run_with_lost_choice(rank: int, doubled: bool) -> tuple[str, list[int]]:
     """One rank's dispatcher forgets a choice, or sends one twice, before anything is counted."""
     config = MoEConfig.model_validate({"d_model": 8, "num_experts": 8, "router": {"k": 3}, "experts": {"hidden": 4}})
     layer = MoELayer(config, dist.group.WORLD)
-    choices_of = travel.choices_of
+    choices_of = row_index.choices_of
 
-    def forgetful(*plan: Tensor) -> travel.RowChoices:
+    def forgetful(*plan: Tensor) -> row_index.RowChoices:
         choices = choices_of(*plan)
         if not doubled:
-            choices.expert_N[-1] = travel.NOWHERE
+            choices.expert_N[-1] = row_index.NOWHERE
             return choices
         kept = [*range(len(choices.row_N)), -1]
         parts = (choices.row_N[kept], choices.expert_N[kept], choices.weight_N[kept])
-        return travel.RowChoices(*parts, choices.num_rows)
+        return row_index.RowChoices(*parts, choices.num_rows)
 
-    with mock.patch("expert_parallel.moe.dispatch.choices_of", forgetful if rank == 0 else choices_of):
+    with mock.patch("expert_parallel.moe.dispatch.dispatcher.choices_of", forgetful if rank == 0 else choices_of):
         x_TD = torch.randn(12, 8, generator=torch.Generator().manual_seed(rank))
         stats = layer(x_TD, StepContext(layer=LAYER, step=STEP)).stats
     try:

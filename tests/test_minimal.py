@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.minimal import moe_layer
+from expert_parallel.moe.config import MoEConfig
+from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.reference import reference_layer
+from expert_parallel.moe.reference.layer import reference_layer
+from expert_parallel.moe.reference.minimal import moe_layer
 
 T, D, E, F, K = 48, 6, 5, 7, 2
 

@@ -18,9 +18,9 @@ from expert_parallel.model.parallelize import build_model, init_weights
 from expert_parallel.model.rotary import RopeConfig, rotate, rotation
 from expert_parallel.model.sight import Sight
 from expert_parallel.model.transformer import ModelConfig, ModelOutput, Recompute, Transformer
-from expert_parallel.moe import experts
 from expert_parallel.moe.context import StepContext
-from expert_parallel.moe.experts import GroupedExperts
+from expert_parallel.moe.experts import grouped as experts
+from expert_parallel.moe.experts.grouped import GroupedExperts
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.nn.norms import LayerNorm, RMSNorm

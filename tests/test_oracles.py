@@ -19,13 +19,13 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from expert_parallel.model.transformer import ModelConfig
-from expert_parallel.moe.balance import BalanceLossConfig, router_losses
-from expert_parallel.moe.capacity import FactorConfig, expert_capacity, limit
+from expert_parallel.moe.capacity.limit import FactorConfig, expert_capacity, limit
 from expert_parallel.moe.context import pass_seed
 from expert_parallel.moe.layer import MoELayer
-from expert_parallel.moe.plan import RoutingPlan
-from expert_parallel.moe.routing import LinearRouter, TopKRouter, TopKRouterConfig
-from expert_parallel.moe.routing_noisy import GShardConfig, GShardRouter, NoisyTopKConfig, NoisyTopKRouter
+from expert_parallel.moe.routers.base import LinearRouter, TopKRouter, TopKRouterConfig
+from expert_parallel.moe.routers.losses import BalanceLossConfig, router_losses
+from expert_parallel.moe.routers.noisy import GShardConfig, GShardRouter, NoisyTopKConfig, NoisyTopKRouter
+from expert_parallel.moe.types import RoutingPlan
 from expert_parallel.nn import random
 from expert_parallel.nn.random import Stream
 from tests.oracles import (

@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expert_parallel.moe.chunk import chunk_sizes
+from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext
-from expert_parallel.moe.exchange import AsyncAllToAll, SplitSizes
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.ledger import Ledger
-from expert_parallel.moe.plan import DispatchedTokens
+from expert_parallel.moe.dispatch.chunk import chunk_sizes
+from expert_parallel.moe.dispatch.exchange import AsyncAllToAll, SplitSizes
+from expert_parallel.moe.dispatch.ledger import Ledger
+from expert_parallel.moe.layer import MoELayer
+from expert_parallel.moe.types import DispatchedTokens
 from expert_parallel.parallel.collectives import ExchangeKey, Peers, Phase
 from tests.ranks import run_ranks
 from tests.test_dispatch import nodes_of

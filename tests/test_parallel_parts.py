@@ -31,7 +31,7 @@ from expert_parallel.model.tensor_parallel import (
 )
 from expert_parallel.model.transformer import ModelConfig
 from expert_parallel.moe.context import StepContext
-from expert_parallel.moe.ledger import LedgerBreach
+from expert_parallel.moe.dispatch.ledger import LedgerBreach
 from expert_parallel.moe.parameters import init_parameters, logical_parameters
 from expert_parallel.nn.ffn import FFN, FFNConfig
 from expert_parallel.parallel.degrees import InterleavedConfig, ParallelDegrees

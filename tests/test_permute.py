@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expert_parallel.moe.permute import (
+from expert_parallel.moe.dispatch.permute import (
     NO_ROW,
     gather_rows,
     padded_places,
@@ -16,7 +16,15 @@ from expert_parallel.moe.permute import (
     sort_by_expert,
     sum_rows,
 )
-from expert_parallel.moe.travel import NOWHERE, RowChoices, choices_of, columns, order_choices, plan_travel, row_table
+from expert_parallel.moe.dispatch.row_index import (
+    NOWHERE,
+    RowChoices,
+    choices_of,
+    columns,
+    order_choices,
+    plan_travel,
+    row_table,
+)
 
 NAIVE = settings(max_examples=60, deadline=None, derandomize=True)
 

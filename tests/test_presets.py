@@ -7,14 +7,13 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from expert_parallel.moe import routers
-from expert_parallel.moe.balance import BalanceLossConfig, ZLossConfig
-from expert_parallel.moe.capacity import DroplessConfig, FactorConfig
+from expert_parallel.moe.capacity.limit import DroplessConfig, FactorConfig
+from expert_parallel.moe.config import PRESETS, MoEConfig
 from expert_parallel.moe.context import TokenBatch
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.presets import PRESETS
-from expert_parallel.moe.routers import ROUTERS
-from expert_parallel.moe.routing import (
+from expert_parallel.moe.layer import MoELayer
+from expert_parallel.moe.routers import registry
+from expert_parallel.moe.routers.across_tokens import ExpertChoiceConfig, SinkhornConfig
+from expert_parallel.moe.routers.base import (
     GroupLimitConfig,
     HashConfig,
     LinearRouter,
@@ -25,8 +24,9 @@ from expert_parallel.moe.routing import (
     TopKRouterConfig,
     score_logits,
 )
-from expert_parallel.moe.routing_across import ExpertChoiceConfig, SinkhornConfig
-from expert_parallel.moe.routing_noisy import GShardConfig, NoisyTopKConfig
+from expert_parallel.moe.routers.losses import BalanceLossConfig, ZLossConfig
+from expert_parallel.moe.routers.noisy import GShardConfig, NoisyTopKConfig
+from expert_parallel.moe.routers.registry import ROUTERS
 from tests.test_routers import NUM_EXPERTS, X_BSD, Config, batch_of, close, layer_config
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,8 +129,8 @@ def test_an_installed_package_registers_by_an_entry_point(monkeypatch: pytest.Mo
         asked.append(group)
         return [Point("another"), Point("mine")]
 
-    monkeypatch.setattr(routers, "entry_points", entry_points)
-    monkeypatch.setattr(routers, "ROUTERS", dict(ROUTERS))
+    monkeypatch.setattr(registry, "entry_points", entry_points)
+    monkeypatch.setattr(registry, "ROUTERS", dict(ROUTERS))
     config = layer_config(router={"kind": "mine", "temperature": 3.0})
     assert asked == ["expert_parallel.routers"]
     assert isinstance(MoELayer(config).router, TemperatureRouter)

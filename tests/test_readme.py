@@ -45,7 +45,8 @@ def test_a_router_of_your_own() -> None:
     code = python_block("expert_parallel/moe/README.md")
     command = f"""import torch
 {code}
-from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.config import MoEConfig
+from expert_parallel.moe.layer import MoELayer
 router = {{"kind": "cosine", "temperature": 0.1}}
 tree = {{"d_model": 8, "num_experts": 4, "router": router, "experts": {{"hidden": 4}}}}
 layer = MoELayer(MoEConfig.model_validate(tree))

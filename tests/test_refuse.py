@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from expert_parallel.app import app
 from expert_parallel.config import load_config
 from expert_parallel.model.parallelize import build_model
+from expert_parallel.moe.config import PRESETS, MoEConfig
 from expert_parallel.moe.context import StepContext
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.presets import PRESETS
-from expert_parallel.moe.routers import ROUTERS
-from expert_parallel.moe.routing import TopKRouter, TopKRouterConfig
+from expert_parallel.moe.layer import MoELayer
+from expert_parallel.moe.routers.base import TopKRouter, TopKRouterConfig
+from expert_parallel.moe.routers.registry import ROUTERS
 from expert_parallel.parallel.mesh import ParallelDegrees, node_grid
 from tests.launches import small_config
 

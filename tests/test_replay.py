@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import RouterReplay, StepContext
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.routing import TopKRouterConfig
+from expert_parallel.moe.layer import MoELayer
+from expert_parallel.moe.routers.base import TopKRouterConfig
 from tests.ranks import run_ranks
 from tests.test_checkpoint import run_training
 

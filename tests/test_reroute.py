@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_parallel.moe.reroute import reroute
+from expert_parallel.moe.capacity.reroute import reroute
 
 INFINITY = float("inf")
 NAIVE = settings(max_examples=60, deadline=None, derandomize=True)

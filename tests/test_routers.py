@@ -17,16 +17,15 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from expert_parallel.moe.capacity.token_scope import look_across
+from expert_parallel.moe.config import MoEConfig
+from expert_parallel.moe.conservation import count_routed
 from expert_parallel.moe.context import RouterReplay, StepContext, TokenBatch, token_batch
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.plan import Reason, RoutingPlan, count_routed
-from expert_parallel.moe.routers import ROUTERS, RouterConfig, build_router
-from expert_parallel.moe.routing import (
-    Router,
-    RouterSettings,
-)
-from expert_parallel.moe.routing_across import sinkhorn
-from expert_parallel.moe.scope import look_across
+from expert_parallel.moe.layer import MoELayer
+from expert_parallel.moe.routers.across_tokens import sinkhorn
+from expert_parallel.moe.routers.base import Router, RouterSettings
+from expert_parallel.moe.routers.registry import ROUTERS, RouterConfig, build_router
+from expert_parallel.moe.types import Reason, RoutingPlan
 from expert_parallel.nn import random
 from tests.ranks import run_ranks
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from expert_parallel.moe import routing as routing_module
+from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext, TokenBatch, token_batch
-from expert_parallel.moe.layer import MoEConfig
-from expert_parallel.moe.plan import Reason, RoutingPlan
-from expert_parallel.moe.routing import TopKRouter, TopKRouterConfig, best, best_by_keys, best_one_by_one
+from expert_parallel.moe.routers import base as routing_module
+from expert_parallel.moe.routers.base import TopKRouter, TopKRouterConfig, best, best_by_keys, best_one_by_one
+from expert_parallel.moe.types import Reason, RoutingPlan
 
 LESSON_LOGITS = [2.1, 0.5, 1.8, 0.2, 0.9, 1.5, 0.3, 0.4]
 

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expert_parallel.moe import scope
-from expert_parallel.moe.capacity import FactorConfig, limit
+from expert_parallel.moe.capacity import token_scope
+from expert_parallel.moe.capacity.limit import FactorConfig, limit
+from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import RouterReplay, StepContext, TokenBatch
-from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.plan import Reason, RoutingPlan
+from expert_parallel.moe.types import Reason, RoutingPlan
 from tests.ranks import run_ranks
 
 NUM_SEQUENCES, LENGTH, D_MODEL, NUM_EXPERTS = 11, 6, 8, 8  # 11: no number of ranks divides it
@@ -376,8 +377,8 @@ def test_any_split_of_any_sequences_gives_the_same_fates(data: st.DataObject) ->
             raise StopIteration  # the first round only collects what each rank brings
 
         found = {}
-        with mock.patch.object(scope, "group_size", return_value=len(plans) + 1):
-            with mock.patch.object(scope, "gather_columns", gather):
+        with mock.patch.object(token_scope, "group_size", return_value=len(plans) + 1):
+            with mock.patch.object(token_scope, "gather_columns", gather):
                 for plan, batch in zip(plans, batches, strict=True):
                     with pytest.raises(StopIteration):
                         limit(config, plan, batch, training=True)
@@ -385,8 +386,8 @@ def test_any_split_of_any_sequences_gives_the_same_fates(data: st.DataObject) ->
             gathered = [torch.cat(parts) for parts in zip(*columns, strict=True)]
             for rank, (plan, batch) in enumerate(zip(plans, batches, strict=True)):
                 with (
-                    mock.patch.object(scope, "gather_columns", return_value=(gathered, lengths, 0)),
-                    mock.patch.object(scope, "group_rank", return_value=rank),
+                    mock.patch.object(token_scope, "gather_columns", return_value=(gathered, lengths, 0)),
+                    mock.patch.object(token_scope, "group_rank", return_value=rank),
                 ):
                     limited, _ = limit(config, plan, batch, training=True)
                 for number, sequence in enumerate(sequences_by_rank[rank]):

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import RouterReplay, StepContext, TokenBatch, token_batch
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.plan import Reason, RoutingPlan
-from expert_parallel.moe.products import PRODUCTS
-from expert_parallel.moe.routers import ROUTERS
-from expert_parallel.moe.routing import LinearRouter, LinearSettings, Scores, score_logits
+from expert_parallel.moe.experts.grouped_gemm import PRODUCTS
+from expert_parallel.moe.layer import MoELayer
+from expert_parallel.moe.routers.base import LinearRouter, LinearSettings, Scores, score_logits
+from expert_parallel.moe.routers.registry import ROUTERS
+from expert_parallel.moe.types import Reason, RoutingPlan
 
 PADDED = {"kind": "factor", "train": 1.0, "minimum": 0, "pad": True}
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -19,10 +19,11 @@ from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.save import Saver
 from expert_parallel.config import Config, load_config
 from expert_parallel.data.batch import MicroBatch, shard_bounds
+from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext, pass_seed, token_batch
-from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.routers import build_router
+from expert_parallel.moe.routers.registry import build_router
 from expert_parallel.nn import random
 from expert_parallel.nn.random import Stream
 from expert_parallel.runtime.process import CPU, Launch, Runtime

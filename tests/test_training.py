@@ -19,14 +19,14 @@ from expert_parallel.data.batch import MicroBatch, micro_batch
 from expert_parallel.data.sampler import TokenSampler
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import LanguageModel, ModelConfig
-from expert_parallel.moe.balance import loss_name
+from expert_parallel.moe.conservation import LayerTotals, report_breaches
 from expert_parallel.moe.context import RouterReplay, StepContext
+from expert_parallel.moe.dispatch.ledger import LedgerBreach, LedgerConfig
 from expert_parallel.moe.layer import MoELayer
-from expert_parallel.moe.ledger import LedgerBreach, LedgerConfig
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.plan import MoEOutput
-from expert_parallel.moe.reference import reference_layer
-from expert_parallel.moe.totals import LayerTotals, report_breaches
+from expert_parallel.moe.reference.layer import reference_layer
+from expert_parallel.moe.routers.losses import loss_name
+from expert_parallel.moe.types import MoEOutput
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.metrics import coefficient_of_variation, step_metrics
@@ -171,7 +171,7 @@ def run_steps(model: LanguageModel, config: TrainingConfig, mesh: ParallelMesh, 
 
 @cache
 def slow(micro_steps: int, global_batch: int) -> dict[str, Any]:
-    """One rank, with the MoE layers computed by reference.py. In a pool of one, for its process group."""
+    """One rank, with the MoE layers computed by moe/reference/layer.py. In a pool of one, for its process group."""
     return run_ranks(1, train_slowly, {"world": 8 if global_batch % 8 == 0 else 1, "micro_steps": micro_steps})[0]
 
 
@@ -511,7 +511,7 @@ def test_a_whole_model_plays_recorded_choices_back(moe: dict[str, Any], recomput
 
 def train_with_defect(rank: int, defect: str, layout: dict[str, Any]) -> dict[str, Any]:
     """One step with a known defect of the field patched in (traps 1, 2, 9 and 3)."""
-    import expert_parallel.moe.balance as balance
+    import expert_parallel.moe.routers.losses as balance
     import expert_parallel.training.engines.native as step
 
     original = step.reduce_gradients, step.global_norm, balance.all_reduce_sum

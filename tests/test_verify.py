@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from expert_parallel.app import app
 from expert_parallel.config import Config, load_config
-from expert_parallel.moe.products import multiplies_bfloat16
+from expert_parallel.moe.experts.grouped_gemm import multiplies_bfloat16
 from expert_parallel.runtime.process import CPU, Launch, Runtime, UserError
 from expert_parallel.verify import command
 from expert_parallel.verify.command import plan_verification
@@ -220,7 +220,7 @@ def norm_with_copies() -> tuple[Any, str, Any]:
 
 
 def balance_of_each_rank() -> tuple[Any, str, Any]:
-    from expert_parallel.moe import balance
+    from expert_parallel.moe.routers import losses as balance
 
     original = balance.router_losses
 
@@ -279,15 +279,15 @@ def experts_in_another_order() -> tuple[Any, str, Any]:
 
 
 def bias_added_by_every_rank() -> tuple[Any, str, Any]:
-    from expert_parallel.moe import experts
+    from expert_parallel.moe.experts import grouped
 
-    original = experts._add_bias
+    original = grouped._add_bias
 
     def wrong(rows: Tensor, bias_e: Tensor | None, counts_e: Tensor) -> Tensor:
         is_output = bias_e is not None and bias_e.shape[-1] == 16
         return original(rows, 2 * bias_e if is_output and bias_e is not None else bias_e, counts_e)
 
-    return experts, "_add_bias", wrong
+    return grouped, "_add_bias", wrong
 
 
 def dropout_drawn_anew() -> tuple[Any, str, Any]:

@@ -18,10 +18,10 @@ from expert_parallel.bench.layer import TOLERANCES, Disagreement
 from expert_parallel.bench.overlap import draw_tokens, layer_work, make_layer
 from expert_parallel.bench.shapes import Shape, choose_shape, layer_flops
 from expert_parallel.bench.timing import WARM_UP, Times, measure
-from expert_parallel.moe.experts import GroupedExperts
+from expert_parallel.moe.experts.grouped import GroupedExperts
+from expert_parallel.moe.experts.grouped_gemm import multiplies_bfloat16
 from expert_parallel.moe.layer import MoELayer
-from expert_parallel.moe.plan import DispatchedTokens
-from expert_parallel.moe.products import multiplies_bfloat16
+from expert_parallel.moe.types import DispatchedTokens
 from expert_parallel.nn.ffn import FFN, FFNConfig
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.settings import Settings

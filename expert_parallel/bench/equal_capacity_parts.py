@@ -8,14 +8,15 @@ from torch import Tensor
 
 from expert_parallel.bench.scaling import routing_work
 from expert_parallel.bench.timing import Work, synchronise
+from expert_parallel.moe.conservation import count_choices
 from expert_parallel.moe.context import StepContext, token_batch
-from expert_parallel.moe.experts import GroupedExperts, choose_backend
-from expert_parallel.moe.fused import keeps_outputs
-from expert_parallel.moe.kernels import ops_for
+from expert_parallel.moe.dispatch.ledger import Ledger
+from expert_parallel.moe.experts.fused import keeps_outputs
+from expert_parallel.moe.experts.grouped import GroupedExperts, choose_backend
+from expert_parallel.moe.experts.grouped_gemm import PRODUCTS
+from expert_parallel.moe.experts.kernels import ops_for
 from expert_parallel.moe.layer import MoELayer
-from expert_parallel.moe.ledger import Ledger
-from expert_parallel.moe.plan import DispatchedTokens, count_choices
-from expert_parallel.moe.products import PRODUCTS
+from expert_parallel.moe.types import DispatchedTokens
 from expert_parallel.nn.ffn import ACTIVATIONS, FFN
 
 
@@ -74,8 +75,8 @@ def moe_parts(layer: MoELayer, tokens: DispatchedTokens, x_TD: Tensor) -> dict[s
 
 
 def expert_parts(experts: GroupedExperts, tokens: DispatchedTokens) -> dict[str, Work]:
-    """The calls of fused.py, forward and backward, sorted by what they do. Where activations are made again their
-    weights are multiplied in with them, and else with the rows."""
+    """The calls of moe/experts/fused.py, forward and backward, sorted by what they do. Where activations are made again
+    their weights are multiplied in with them, and else with the rows."""
     products = PRODUCTS[choose_backend(experts.config, tokens.x_VD.dtype, tokens.x_VD.device, experts.sizes)]
     tokens = experts.laid_out(tokens, products)
     x_VD, row_R, computed_VK, weights_R = tokens.x_VD, tokens.row_R, tokens.computed_VK, tokens.weights_R

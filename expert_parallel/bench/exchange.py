@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from expert_parallel.bench.ledger import Shape
-from expert_parallel.moe.layer import MoEConfig, MoELayer
+from expert_parallel.moe.config import MoEConfig
+from expert_parallel.moe.layer import MoELayer
 from expert_parallel.parallel.collectives import all_to_all_rows
 from expert_parallel.runtime.mpi.backend import BACKEND, library_line, start_mpi
 from expert_parallel.runtime.process import Runtime

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from expert_parallel.moe.config import MoEConfig
+from expert_parallel.moe.conservation import check_conservation, count_choices
 from expert_parallel.moe.context import StepContext, token_batch
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.ledger import LedgerConfig
-from expert_parallel.moe.plan import MoEOutput, RowCounts, count_choices
-from expert_parallel.moe.totals import check_conservation
+from expert_parallel.moe.dispatch.ledger import LedgerConfig
+from expert_parallel.moe.layer import MoELayer
+from expert_parallel.moe.types import MoEOutput, RowCounts
 from expert_parallel.parallel.collectives import all_reduce_sum
 from expert_parallel.runtime.process import Runtime
 

@@ -20,10 +20,11 @@ from torch import Tensor
 from expert_parallel.bench.facts import Facts, state_facts
 from expert_parallel.bench.shapes import Shape
 from expert_parallel.bench.timing import Times, Work, measure
+from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext, token_batch
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.ledger import Ledger
-from expert_parallel.moe.plan import DispatchedTokens
+from expert_parallel.moe.dispatch.ledger import Ledger
+from expert_parallel.moe.layer import MoELayer
+from expert_parallel.moe.types import DispatchedTokens
 from expert_parallel.parallel.collectives import Phase, all_reduce_sum, total_of
 from expert_parallel.parallel.mesh import Nodes, ParallelDegrees, build_nodes, group_maker
 from expert_parallel.runtime.process import Runtime, UserError

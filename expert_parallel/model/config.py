@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 from expert_parallel.model.attention import HeadsConfig
 from expert_parallel.model.attentions import AttentionConfig
 from expert_parallel.model.rotary import LearnedPositionConfig, PositionConfig, RopeConfig
-from expert_parallel.moe.layer import MoEConfig
-from expert_parallel.moe.routers import router_settings
-from expert_parallel.moe.routing_across import ExpertChoiceConfig
+from expert_parallel.moe.config import MoEConfig
+from expert_parallel.moe.routers.across_tokens import ExpertChoiceConfig
+from expert_parallel.moe.routers.registry import router_settings
 from expert_parallel.nn.ffn import FFNConfig
 from expert_parallel.nn.norms import NormConfig
 from expert_parallel.settings import Settings

@@ -15,7 +15,7 @@ from expert_parallel.model.sight import KeyValueCache
 from expert_parallel.model.tensor_parallel import gather_logits
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.context import StepContext
-from expert_parallel.moe.routing_across import ExpertChoiceConfig
+from expert_parallel.moe.routers.across_tokens import ExpertChoiceConfig
 from expert_parallel.nn import random
 from expert_parallel.parallel.collectives import all_reduce_sum, group_rank
 from expert_parallel.parallel.mesh import ParallelMesh

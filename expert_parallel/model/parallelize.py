@@ -20,7 +20,7 @@ from expert_parallel.model.tensor_parallel import (
 )
 from expert_parallel.model.transformer import ModelConfig, Part, Recompute, Transformer
 from expert_parallel.moe.parameters import init_parameters
-from expert_parallel.moe.routing import TopKRouter
+from expert_parallel.moe.routers.base import TopKRouter
 from expert_parallel.nn.norms import RMSNorm
 from expert_parallel.parallel.degrees import ParallelDegrees, ShardedConfig
 from expert_parallel.parallel.mesh import ParallelMesh

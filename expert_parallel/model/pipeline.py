@@ -26,9 +26,9 @@ from expert_parallel.model.transformer import (
     Transformer,
     pooled_losses,
 )
-from expert_parallel.moe.balance import pooled_part
 from expert_parallel.moe.context import StepContext
-from expert_parallel.moe.plan import LoadStats
+from expert_parallel.moe.routers.losses import pooled_part
+from expert_parallel.moe.types import LoadStats
 from expert_parallel.parallel.collectives import all_reduce_sum, group_rank, group_size
 from expert_parallel.parallel.degrees import InterleavedConfig, OneForwardOneBackwardConfig
 from expert_parallel.parallel.mesh import ParallelMesh

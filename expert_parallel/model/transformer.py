@@ -18,17 +18,18 @@ from expert_parallel.model.attentions import ATTENTION
 from expert_parallel.model.config import ModelConfig, Recompute
 from expert_parallel.model.rotary import LearnedPositionConfig, RopeConfig
 from expert_parallel.model.sight import KeyValueCache, Sight
-from expert_parallel.moe.balance import BalanceLossConfig, loss_name, pool_layers
+from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import RouterReplay, StepContext
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.plan import LoadStats
+from expert_parallel.moe.layer import MoELayer
+from expert_parallel.moe.routers.losses import BalanceLossConfig, loss_name, pool_layers
+from expert_parallel.moe.types import LoadStats
 from expert_parallel.nn.ffn import FFN, identity
 from expert_parallel.nn.norms import NORMS
 from expert_parallel.nn.random import dropout, mix
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.parallel.sequence import SequencePlace
 
-Pooled = dict[str, tuple[Tensor, Tensor]]  # by loss: f and P, see balance.fractions_and_probabilities
+Pooled = dict[str, tuple[Tensor, Tensor]]  # by loss: f and P, see losses.fractions_and_probabilities
 
 
 class BlockOutput(NamedTuple):

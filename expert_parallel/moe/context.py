@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expert_parallel.moe.plan import Reason, RoutingPlan
+from expert_parallel.moe.types import Reason, RoutingPlan
 from expert_parallel.nn.random import Stream, mix
 from expert_parallel.parallel.collectives import group_size
 
@@ -94,7 +94,8 @@ class StepContext:
 
 @dataclass
 class ScopeBytes:
-    """Counts the bytes that this rank sends in one pass for decisions across ranks (scope.py adds to it)."""
+    """Counts the bytes that this rank sends in one pass for decisions across ranks (capacity/token_scope.py adds to
+    it)."""
 
     sent: int = 0
 

@@ -2,74 +2,29 @@
 
 import copy
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from expert_parallel.moe.balance import LossConfig, loss_name, router_losses
-from expert_parallel.moe.capacity import POLICIES, CapacityConfig, DroplessConfig, LimitSettings
+from expert_parallel.moe.capacity.limit import POLICIES, DroplessConfig, LimitSettings
+from expert_parallel.moe.capacity.receive_bound import limit_received
+from expert_parallel.moe.config import MoEConfig
+from expert_parallel.moe.conservation import count_choices
 from expert_parallel.moe.context import Choices, StepContext, TokenBatch, dropout_seed, find_recorded, token_batch
-from expert_parallel.moe.dispatch import AllToAllConfig, Dispatcher, DispatcherConfig
-from expert_parallel.moe.experts import ExpertsConfig, GroupedExperts
-from expert_parallel.moe.ledger import Ledger, LedgerConfig
+from expert_parallel.moe.dispatch.dispatcher import Dispatcher
+from expert_parallel.moe.dispatch.ledger import Ledger
+from expert_parallel.moe.dispatch.row_index import IndexTable
+from expert_parallel.moe.experts.grouped import GroupedExperts
 from expert_parallel.moe.parameters import init_parameters
-from expert_parallel.moe.plan import LoadStats, MoEOutput, RoutingPlan, RowCounts, count_choices
-from expert_parallel.moe.presets import apply_preset
-from expert_parallel.moe.receive_bound import limit_received
-from expert_parallel.moe.refuse import refuse_combinations
-from expert_parallel.moe.routers import RouterConfig, build_router, router_params, router_settings
-from expert_parallel.moe.routing import TopKRouterConfig
-from expert_parallel.moe.travel import IndexTable
-from expert_parallel.nn.ffn import FFN, FFNConfig
+from expert_parallel.moe.routers.losses import loss_name, router_losses
+from expert_parallel.moe.routers.registry import build_router
+from expert_parallel.moe.types import LoadStats, MoEOutput, RoutingPlan, RowCounts
+from expert_parallel.nn.ffn import FFN
 from expert_parallel.parallel.collectives import Peers, all_reduce_sum, group_rank, group_size
 from expert_parallel.parallel.mesh import Nodes
 from expert_parallel.parallel.placement import ExpertPlacement
-from expert_parallel.settings import Settings
-
-
-class MoEConfig(Settings):
-    """One MoE layer. `d_model` is set here for a layer that is used alone; in a model it comes from `model.d_model`.
-    `preset`: router, capacity and losses of a paper, beneath what is set here (see presets.py)."""
-
-    preset: str | None = None
-    d_model: Annotated[int, Field(ge=1)] | None = None
-    num_experts: int = Field(ge=1)
-    router: RouterConfig = TopKRouterConfig()
-    capacity: CapacityConfig = DroplessConfig()
-    losses: list[LossConfig] = Field(default_factory=list)
-    experts: ExpertsConfig
-    shared_experts: FFNConfig | None = None
-    dispatcher: DispatcherConfig = AllToAllConfig()
-    ledger: LedgerConfig = LedgerConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _expand_preset(cls, tree: Any) -> Any:
-        return apply_preset(tree)
-
-    @model_validator(mode="after")
-    def _refuse_what_cannot_work(self) -> "MoEConfig":
-        router = router_settings(self.router)
-        router.refuse(self.num_experts)
-        refuse_combinations(router, self.capacity, self.losses, self.num_experts)
-        if self.dispatcher.overlap > 1 and self.capacity.pad:
-            raise ValueError(
-                f"dispatcher.overlap is {self.dispatcher.overlap} and capacity.pad is true: each chunk would be padded "
-                "to the whole capacity; set one of them back (overlap to 1, or pad to false)"
-            )
-        return self
-
-    def num_dense_params(self, d_model: int) -> int:
-        """Counts the parameters that every token uses: those of the router and of the shared experts."""
-        shared = 0 if self.shared_experts is None else self.shared_experts.num_params(d_model)
-        return router_params(self.router, d_model, self.num_experts) + shared
-
-    def num_expert_params(self, d_model: int) -> int:
-        """Counts the parameters of all routed experts together."""
-        return self.num_experts * self.experts.num_params(d_model)
 
 
 class MoELayer(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from expert_parallel.moe.experts import GroupedExperts
+from expert_parallel.moe.experts.grouped import GroupedExperts
 from expert_parallel.nn.random import mix
 from expert_parallel.parallel.collectives import group_rank, group_size
 from expert_parallel.parallel.mesh import ParallelMesh

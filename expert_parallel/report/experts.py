@@ -15,7 +15,7 @@ from expert_parallel.config import Config
 from expert_parallel.data.open import open_data
 from expert_parallel.data.tokenizer import Tokenizer
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.moe.plan import Reason
+from expert_parallel.moe.types import Reason
 from expert_parallel.report.habits import Habits, habits_of
 from expert_parallel.report.loads import Loads, read_loads
 from expert_parallel.report.sample import Sample, cut, route

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from html import escape
 
-from expert_parallel.moe.plan import Reason
+from expert_parallel.moe.types import Reason
 from expert_parallel.report.experts import Report
 from expert_parallel.report.habits import Habits, Liked
 from expert_parallel.report.sample import Routing

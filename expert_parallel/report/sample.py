@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from expert_parallel.data.batch import as_batch
 from expert_parallel.model.tensor_parallel import cross_entropy_sum
 from expert_parallel.model.transformer import Transformer
-from expert_parallel.moe.capacity import LimitSettings
+from expert_parallel.moe.capacity.limit import LimitSettings
 from expert_parallel.moe.context import RouterReplay, StepContext
-from expert_parallel.moe.plan import Reason, RoutingPlan
+from expert_parallel.moe.types import Reason, RoutingPlan
 
 
 @dataclass(frozen=True, eq=False)

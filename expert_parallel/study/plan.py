@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from expert_parallel.config import Config, load_tree, read_config, read_settings
-from expert_parallel.moe.presets import merge
+from expert_parallel.moe.config import merge
 from expert_parallel.settings import Settings
 from expert_parallel.training.optim import CosineConfig
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from expert_parallel.checkpoint.folders import write_whole
-from expert_parallel.moe.totals import LayerTotals
+from expert_parallel.moe.conservation import LayerTotals
 from expert_parallel.training.step import StepReport
 
 Metrics = dict[str, float]

@@ -14,11 +14,11 @@ from expert_parallel.data.batch import MicroBatch
 from expert_parallel.model.pipeline import Passes, Pipeline, Stage
 from expert_parallel.model.tensor_parallel import cross_entropy_sum
 from expert_parallel.model.transformer import LanguageModel, ModelConfig, ModelOutput, Recompute
-from expert_parallel.moe.balance import loss_name, update_balance_bias
+from expert_parallel.moe.conservation import LayerTotals, pack, packed_size, report_breaches, unpack
 from expert_parallel.moe.context import RouterReplay, StepContext
-from expert_parallel.moe.plan import LoadStats
-from expert_parallel.moe.routing import TopKRouter
-from expert_parallel.moe.totals import LayerTotals, pack, packed_size, report_breaches, unpack
+from expert_parallel.moe.routers.base import TopKRouter
+from expert_parallel.moe.routers.losses import loss_name, update_balance_bias
+from expert_parallel.moe.types import LoadStats
 from expert_parallel.parallel.collectives import all_reduce_sum, group_rank
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.settings import Settings

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from expert_parallel.config import Config
-from expert_parallel.moe.capacity import DroplessConfig
+from expert_parallel.moe.capacity.limit import DroplessConfig
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.verify.compare import TOLERANCES, Difference
 from expert_parallel.verify.dropout import dropout_of

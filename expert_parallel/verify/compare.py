@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expert_parallel.moe.totals import LayerTotals
+from expert_parallel.moe.conservation import LayerTotals
 from expert_parallel.training.loop import Run
 from expert_parallel.verify.product import Seen, Tensors, place_of
 from expert_parallel.verify.reference import Division, LayerRecord, ReferenceStep, adamw_step

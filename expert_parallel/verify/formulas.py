@@ -16,10 +16,10 @@ from expert_parallel.data.batch import shard_bounds
 from expert_parallel.model.attention import HeadsConfig
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.moe.balance import BalanceLossConfig
-from expert_parallel.moe.layer import MoEConfig
-from expert_parallel.moe.routers import router_settings
-from expert_parallel.moe.routing import RouterSettings
+from expert_parallel.moe.config import MoEConfig
+from expert_parallel.moe.routers.base import RouterSettings
+from expert_parallel.moe.routers.losses import BalanceLossConfig
+from expert_parallel.moe.routers.registry import router_settings
 from expert_parallel.parallel.degrees import ParallelConfig, ParallelDegrees, ShardedConfig, place_of, shard_counts
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.parallel.placement import ExpertPlacement

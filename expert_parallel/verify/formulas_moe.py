@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from expert_parallel.moe.capacity import DroplessConfig, LimitSettings
-from expert_parallel.moe.chunk import chunk_sizes
-from expert_parallel.moe.routing import HashConfig
-from expert_parallel.moe.routing_across import ExpertChoiceConfig, SinkhornConfig
-from expert_parallel.moe.totals import LayerTotals, packed_size
+from expert_parallel.moe.capacity.limit import DroplessConfig, LimitSettings
+from expert_parallel.moe.conservation import LayerTotals, packed_size
+from expert_parallel.moe.dispatch.chunk import chunk_sizes
+from expert_parallel.moe.routers.across_tokens import ExpertChoiceConfig, SinkhornConfig
+from expert_parallel.moe.routers.base import HashConfig
 from expert_parallel.parallel.collectives import group_size
 from expert_parallel.parallel.degrees import grid
 from expert_parallel.verify.formulas import Step, Terms, balance_losses

@@ -17,7 +17,7 @@ from expert_parallel.data.sampler import TokenSampler
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import Block
 from expert_parallel.moe.context import RouterReplay, StepContext
-from expert_parallel.moe.experts import choose_backend
+from expert_parallel.moe.experts.grouped import choose_backend
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.nn.ffn import width_in
 from expert_parallel.parallel.mesh import ParallelMesh

@@ -1,8 +1,8 @@
 """A whole training step on one rank in float64, slow and obviously right: what every layout is compared with.
 
 Written from the formulas, without any parallel code and without any code of model/, training/ or the fast MoE layer:
-plain attention, plain cross entropy, gradients by autograd, AdamW by hand; the MoE layers are moe/reference.py.
-Here B are the sequences of a whole micro-step, V the vocabulary; the other letters are those of moe/plan.py.
+plain attention, plain cross entropy, gradients by autograd, AdamW by hand; the MoE layers are moe/reference/layer.py.
+Here B are the sequences of a whole micro-step, V the vocabulary; the other letters are those of moe/types.py.
 """
 
 import math
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from expert_parallel.moe.context import StepContext
-from expert_parallel.moe.reference import RankTokens, reference_layer
-from expert_parallel.moe.reference_routing import NOT_ROUTED, blocks, collect, route
+from expert_parallel.moe.reference.layer import RankTokens, reference_layer
+from expert_parallel.moe.reference.routing import NOT_ROUTED, blocks, collect, route
 from expert_parallel.verify.reference_attention import attention, linear, positions
 
 Parameters = dict[str, Tensor]

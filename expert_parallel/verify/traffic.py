@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from expert_parallel.data.batch import MicroBatch
 from expert_parallel.model.pipeline import Pipeline
 from expert_parallel.model.transformer import LanguageModel
-from expert_parallel.moe.experts import GroupedExperts
-from expert_parallel.moe.totals import LayerTotals
+from expert_parallel.moe.conservation import LayerTotals
+from expert_parallel.moe.experts.grouped import GroupedExperts
 from expert_parallel.parallel.collectives import group_size
 from expert_parallel.parallel.degrees import ParallelConfig
 from expert_parallel.parallel.mesh import ParallelMesh

@@ -7,9 +7,10 @@ from torch import Tensor
 
 import expert_parallel
 from expert_parallel.bench.peers.contender import Case, Contender
+from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext
-from expert_parallel.moe.layer import MoEConfig, MoELayer
-from expert_parallel.moe.plan import LoadStats
+from expert_parallel.moe.layer import MoELayer
+from expert_parallel.moe.types import LoadStats
 
 CAPACITY_FACTOR = 1.0
 

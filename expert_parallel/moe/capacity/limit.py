@@ -1,0 +1,190 @@
+"""Capacity: how many choices an expert takes, and what becomes of those beyond. RoutingPlan -> RoutingPlan.
+
+`POLICIES` maps each `kind:` to its function. A dropped choice adds nothing; a token whose choices are all
+dropped passes by the residual alone.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from expert_parallel.moe.capacity.reroute import reroute
+from expert_parallel.moe.capacity.token_scope import Scope, View, look_across
+from expert_parallel.moe.context import TokenBatch, pass_seed
+from expert_parallel.moe.dispatch.permute import count_keys, places_in_queues
+from expert_parallel.moe.types import Reason, RoutingPlan
+from expert_parallel.nn import random
+from expert_parallel.nn.random import Stream
+from expert_parallel.settings import Settings
+
+
+class DroplessConfig(Settings):
+    """Every choice reaches its expert (MegaBlocks; Gale et al. 2022).
+
+    `receive_bound`: no rank computes more than ceil(receive_bound * choices of the expert-parallel group / ranks), so
+    that one hot expert cannot exhaust its memory; what is beyond is dropped and counted apart (see receive_bound.py).
+    """
+
+    kind: Literal["dropless"] = "dropless"
+    receive_bound: float | None = Field(default=None, ge=1)
+    # Not settings of this kind: no tokens share a capacity, and there is none to pad to.
+    scope: ClassVar[None] = None
+    pad: ClassVar[bool] = False
+
+
+class LimitSettings(Settings):
+    """What `factor` and `absolute` share. An expert's choices queue up; those beyond its capacity overflow.
+
+    scope: whose tokens share one capacity: this `rank`'s (most systems), each `sequence`'s (transformers' Switch), or
+    those of all ranks (`global`: the same tokens drop on every layout).
+
+    priority: who stands first. `position`: the earlier token. `random`: by lot (by position in evaluation), a number
+    for each token (DeepSpeed's random token selection). `batch_priority`: the token with the largest score (V-MoE,
+    Riquelme et al. 2021). `probability`: the choice with the largest score, whichever choice of its token it is
+    (Megatron-Core's probs). Ties by position.
+
+    first_choices_first: all first choices queue before all second ones (GShard, Switch, V-MoE), else token by token
+    (DeepSpeed's top-k); with `probability` it only breaks ties.
+
+    overflow: `drop`, or `reroute`: each choice beyond capacity takes, in the order of the queue, its token's next best
+    expert that still has room; dropped where there is none.
+
+    renormalise: the weights of what is kept sum to 1 again (DeepSpeed's top-2), else they stay as they were
+    (Megatron-Core).
+
+    pad: each expert computes capacity rows, the empty ones zeros: static shapes.
+    """
+
+    scope: Scope = "rank"
+    priority: Literal["position", "probability", "batch_priority", "random"] = "position"
+    first_choices_first: bool = True
+    overflow: Literal["drop", "reroute"] = "drop"
+    renormalise: bool = False
+    pad: bool = False
+    receive_bound: ClassVar[None] = None  # not a setting of these kinds
+
+
+class FactorConfig(LimitSettings):
+    """Each expert takes at most C = max(minimum, ceil(factor * T * k / E)) choices of a scope's T tokens
+    (GShard, Lepikhin et al. 2020; Switch, Fedus et al. 2021, eq. 3)."""
+
+    kind: Literal["factor"]
+    train: float = Field(default=1.25, gt=0)
+    eval: float = Field(default=2.0, gt=0)
+    minimum: int = Field(default=4, ge=0)
+
+
+class AbsoluteConfig(LimitSettings):
+    """Each expert takes at most so many choices of a scope's tokens, however many there are."""
+
+    kind: Literal["absolute"]
+    train: int = Field(ge=1)
+    eval: int = Field(ge=1)
+
+
+CapacityConfig = Annotated[DroplessConfig | FactorConfig | AbsoluteConfig, Field(discriminator="kind")]
+
+
+def expert_capacity(factor: float, minimum: int, num_tokens: int, num_choices: int, num_experts: int) -> int:
+    """C, in exact decimal arithmetic: in floats 1.1 * 100 is more than 110, and its ceiling 111."""
+    return max(minimum, math.ceil(Fraction(str(factor)) * num_tokens * num_choices / num_experts))
+
+
+def capacity_of_blocks(
+    config: FactorConfig | AbsoluteConfig, sizes: Sequence[int], num_choices: int, num_experts: int, training: bool
+) -> list[int]:
+    """Choices that one expert takes of each block of so many tokens."""
+    if isinstance(config, AbsoluteConfig):
+        return [config.train if training else config.eval] * len(sizes)
+    factor = config.train if training else config.eval
+    return [expert_capacity(factor, config.minimum, size, num_choices, num_experts) for size in sizes]
+
+
+def keep_all(
+    config: DroplessConfig, plan: RoutingPlan, batch: TokenBatch, training: bool
+) -> tuple[RoutingPlan, int | None]:
+    """The plan as it is; there is no most that an expert takes."""
+    return plan, None
+
+
+def limit(
+    config: FactorConfig | AbsoluteConfig, plan: RoutingPlan, batch: TokenBatch, training: bool
+) -> tuple[RoutingPlan, int | None]:
+    """The plan with what overflows marked DROPPED_CAPACITY, or REROUTED and renamed; its weights are left as they were.
+    And the most choices that one expert takes of all the scope's tokens here, for `pad`."""
+    columns = [plan.expert_ids_TK.to(torch.int32), plan.reason_TK]
+    looks_at_scores = config.priority in ("probability", "batch_priority")
+    columns += [plan.scores_TE.gather(1, plan.expert_ids_TK)] if looks_at_scores else []
+    columns += [_ranking(plan)] if config.overflow == "reroute" else []
+    view, (ids_GK, reason_GK, *more) = look_across(config.scope, batch, *columns)
+    ids_GK, ranking_GE = ids_GK.long(), more[-1] if config.overflow == "reroute" else None
+    scores_GK = more[0] if looks_at_scores else None
+    capacities = capacity_of_blocks(config, view.sizes, ids_GK.shape[1], plan.num_experts, training)
+
+    routed_GK = reason_GK != Reason.NOT_ROUTED
+    order_N = queue_order(config, view, scores_GK, routed_GK, batch, training)
+    queue_GK = view.block_G[:, None] * plan.num_experts + ids_GK
+    num_queues = view.num_blocks * plan.num_experts
+    queue_GK = queue_GK.masked_fill(~routed_GK, num_queues)  # a queue apart, without a capacity
+    place_GK = places_in_queues(queue_GK.flatten(), num_queues + 1, order_N).view_as(queue_GK)
+    capacity_Q = queue_capacities(capacities, plan.num_experts, ids_GK.device)
+    overflows_GK = routed_GK & (place_GK >= capacity_Q[queue_GK])
+    reason_GK = reason_GK.masked_fill(overflows_GK, Reason.DROPPED_CAPACITY)
+
+    if ranking_GE is not None:
+        taken_Q = count_keys(queue_GK.masked_fill(overflows_GK, num_queues).flatten(), num_queues + 1)
+        room_Q = (capacity_Q - taken_Q)[:num_queues]
+        ids_GK, rerouted_GK = reroute(ids_GK, routed_GK, overflows_GK, ranking_GE, view.block_G, room_Q, order_N)
+        reason_GK = reason_GK.masked_fill(rerouted_GK, Reason.REROUTED)
+    limited = replace(plan, expert_ids_TK=ids_GK[view.mine_T], reason_TK=reason_GK[view.mine_T])
+    return limited, sum(capacities)
+
+
+def queue_capacities(capacities: list[int], num_experts: int, device: torch.device) -> Tensor:
+    """Of each queue, int64 (blocks * E + 1), 0 for the last. Equal ones are filled in on the device: nothing is copied
+    to it."""
+    if len(set(capacities)) == 1:
+        capacity_Q = torch.full((len(capacities) * num_experts + 1,), capacities[0], device=device)
+    else:
+        capacity_b = torch.tensor([*capacities, 0], dtype=torch.int64, device=device)
+        capacity_Q = capacity_b.repeat_interleave(num_experts)[: len(capacities) * num_experts + 1]
+    capacity_Q[-1:].zero_()
+    return capacity_Q
+
+
+def _ranking(plan: RoutingPlan) -> Tensor:
+    assert plan.ranking_TE is not None, "refused at start: this router has no next best expert"
+    return plan.ranking_TE
+
+
+def queue_order(
+    config: LimitSettings, view: View, scores_GK: Tensor | None, routed_GK: Tensor, batch: TokenBatch, training: bool
+) -> Tensor:
+    """All choices of the view, flat indices g * K + k, in the order in which they queue up. int64 (G * K)."""
+    num_tokens, num_choices = routed_GK.shape
+    token_G = torch.arange(num_tokens, device=routed_GK.device)
+    if config.priority == "random" and training:
+        seed = pass_seed(batch.context, Stream.PRIORITY)
+        token_G = random.uniform(seed, view.index_G, 1)[:, 0].argsort(stable=True)
+    if config.priority == "batch_priority":
+        assert scores_GK is not None
+        token_G = scores_GK.amax(1).argsort(descending=True, stable=True)
+    order_GK = token_G[:, None] * num_choices + torch.arange(num_choices, device=token_G.device)
+    order_N = (order_GK.T if config.first_choices_first else order_GK).flatten()
+    if config.priority == "probability":
+        assert scores_GK is not None
+        order_N = order_N[scores_GK.flatten()[order_N].argsort(descending=True, stable=True)]
+    return order_N
+
+
+POLICIES: dict[str, Callable[..., tuple[RoutingPlan, int | None]]] = {
+    "dropless": keep_all,
+    "factor": limit,
+    "absolute": limit,
+}

@@ -1,0 +1,171 @@
+"""`MoEConfig` holds the settings of one MoE layer. A preset puts a paper's routing, capacity and losses beneath
+them; combinations that cannot work, or of which one would do nothing, are refused with the reason."""
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from expert_parallel.moe.capacity.limit import CapacityConfig, DroplessConfig
+from expert_parallel.moe.dispatch.dispatcher import AllToAllConfig, DispatcherConfig
+from expert_parallel.moe.dispatch.ledger import LedgerConfig
+from expert_parallel.moe.experts.grouped import ExpertsConfig
+from expert_parallel.moe.routers.base import HashConfig, LinearSettings, RouterSettings, TopKRouterConfig
+from expert_parallel.moe.routers.losses import LossConfig, loss_name
+from expert_parallel.moe.routers.registry import RouterConfig, router_params, router_settings
+from expert_parallel.nn.ffn import FFNConfig
+from expert_parallel.settings import Settings
+
+
+class MoEConfig(Settings):
+    """One MoE layer. `d_model` is set here for a layer that is used alone; in a model it comes from `model.d_model`.
+    `preset`: router, capacity and losses of a paper, beneath what is set here (see PRESETS)."""
+
+    preset: str | None = None
+    d_model: Annotated[int, Field(ge=1)] | None = None
+    num_experts: int = Field(ge=1)
+    router: RouterConfig = TopKRouterConfig()
+    capacity: CapacityConfig = DroplessConfig()
+    losses: list[LossConfig] = Field(default_factory=list)
+    experts: ExpertsConfig
+    shared_experts: FFNConfig | None = None
+    dispatcher: DispatcherConfig = AllToAllConfig()
+    ledger: LedgerConfig = LedgerConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, tree: Any) -> Any:
+        return apply_preset(tree)
+
+    @model_validator(mode="after")
+    def _refuse_what_cannot_work(self) -> "MoEConfig":
+        router = router_settings(self.router)
+        router.refuse(self.num_experts)
+        refuse_combinations(router, self.capacity, self.losses, self.num_experts)
+        if self.dispatcher.overlap > 1 and self.capacity.pad:
+            raise ValueError(
+                f"dispatcher.overlap is {self.dispatcher.overlap} and capacity.pad is true: each chunk would be padded "
+                "to the whole capacity; set one of them back (overlap to 1, or pad to false)"
+            )
+        return self
+
+    def num_dense_params(self, d_model: int) -> int:
+        """Counts the parameters that every token uses: those of the router and of the shared experts."""
+        shared = 0 if self.shared_experts is None else self.shared_experts.num_params(d_model)
+        return router_params(self.router, d_model, self.num_experts) + shared
+
+    def num_expert_params(self, d_model: int) -> int:
+        """Counts the parameters of all routed experts together."""
+        return self.num_experts * self.experts.num_params(d_model)
+
+
+def refuse_combinations(
+    router: RouterSettings, capacity: CapacityConfig, losses: list[LossConfig], num_experts: int
+) -> None:
+    """ValueError in one sentence that names the settings and their numbers."""
+    names = [loss_name(loss) for loss in losses]
+    if len(set(names)) < len(names):
+        raise ValueError(f"losses: each kind and scope may stand once, found {', '.join(names)}")
+    if router.kind == "hash" and losses:
+        raise ValueError(f"losses: {names[0]} would do nothing: router.kind is 'hash', which learns nothing")
+    if router.kind == "expert_choice" and any(loss.kind == "balance" for loss in losses):
+        raise ValueError(
+            "losses: balance would do nothing: router.kind is 'expert_choice', which is balanced by itself"
+        )
+    if isinstance(capacity, DroplessConfig):
+        return
+    if router.kind == "expert_choice":
+        raise ValueError(
+            f"capacity.kind is {capacity.kind!r} but router.kind is 'expert_choice', whose experts take no more than "
+            "router.train (router.eval) says: set capacity.kind to 'dropless'"
+        )
+    normalises = isinstance(router, HashConfig) or (isinstance(router, LinearSettings) and router.normalise)
+    if capacity.renormalise and not normalises:
+        raise ValueError(
+            "capacity.renormalise is true but router.normalise is false: weights that were never normalised have no "
+            "sum to keep"
+        )
+    choices = router.num_choices(num_experts)
+    if capacity.renormalise and choices == 1:
+        raise ValueError("capacity.renormalise is true but router.k is 1: the only weight is 1 or nothing as it is")
+    if capacity.overflow == "reroute":
+        reachable = num_experts
+        if isinstance(router, TopKRouterConfig) and router.group_limit is not None:
+            reachable = num_experts // router.group_limit.count * router.group_limit.limit
+        if choices >= reachable:
+            raise ValueError(
+                f"capacity.overflow is 'reroute' but router.k is {choices} of the {reachable} experts that a token may "
+                "choose: there is no next best one"
+            )
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Jiang et al. 2024; the coefficient of the released config, 0.02, times k, which transformers' loss counts
+    "mixtral": {
+        "router": {"kind": "top_k", "k": 2},
+        "capacity": {"kind": "dropless"},
+        "losses": [{"kind": "balance", "coefficient": 0.04, "layers": "pooled"}],
+    },
+    # Muennighoff et al. 2024
+    "olmoe": {
+        "router": {"kind": "top_k", "k": 8, "normalise": False},
+        "capacity": {"kind": "dropless"},
+        "losses": [{"kind": "balance", "coefficient": 0.01}, {"kind": "z_loss", "coefficient": 0.001}],
+    },
+    # Fedus et al. 2021
+    "switch": {
+        "router": {"kind": "top_k", "k": 1, "normalise": False, "jitter": 0.01},
+        "capacity": {"kind": "factor", "train": 1.25, "eval": 2.0, "minimum": 0},
+        "losses": [{"kind": "balance", "coefficient": 0.01}],
+    },
+    # Lepikhin et al. 2020, algorithm 1
+    "gshard": {
+        "router": {"kind": "gshard"},
+        "capacity": {"kind": "factor", "train": 1.0, "eval": 1.0, "minimum": 0},
+        "losses": [{"kind": "balance", "coefficient": 0.01, "choices": "first"}],
+    },
+    # Shazeer et al. 2017
+    "shazeer": {"router": {"kind": "noisy_top_k", "k": 4, "noise": "learned"}, "capacity": {"kind": "dropless"}},
+    # Riquelme et al. 2021
+    "v_moe": {
+        "router": {"kind": "noisy_top_k", "k": 2, "noise": "normal", "normalise": False},
+        "capacity": {"kind": "factor", "train": 1.05, "eval": 1.05, "minimum": 0, "priority": "batch_priority"},
+    },
+    # DeepSeek-AI 2024
+    "deepseek_v3": {
+        "router": {
+            "kind": "top_k",
+            "k": 8,
+            "score": "sigmoid",
+            "scale": 2.5,
+            "balance_bias_rate": 0.001,
+            "group_limit": {"count": 8, "limit": 4},
+        },
+        "capacity": {"kind": "dropless"},
+        "losses": [{"kind": "balance", "coefficient": 0.0001, "scope": "sequence"}],
+    },
+    # Zhou et al. 2022
+    "expert_choice": {"router": {"kind": "expert_choice", "train": 2.0, "eval": 2.0}, "capacity": {"kind": "dropless"}},
+    # Roller et al. 2021
+    "hash_layers": {"router": {"kind": "hash", "k": 1}, "capacity": {"kind": "dropless"}},
+    # Clark et al. 2022
+    "s_base": {"router": {"kind": "sinkhorn", "k": 1}, "capacity": {"kind": "dropless"}},
+}
+
+
+def apply_preset(tree: Any) -> Any:
+    """The block with its preset's values beneath its own; a block of another `kind` than the preset's replaces it."""
+    if not isinstance(tree, dict) or not isinstance(tree.get("preset"), str):
+        return tree  # no preset, or none that its field accepts
+    if tree["preset"] not in PRESETS:
+        raise ValueError(f"preset is {tree['preset']!r}, it must be one of {', '.join(map(repr, PRESETS))}")
+    return merge(PRESETS[tree["preset"]], tree)
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """The blocks of both; where both say something, `above` does. A block of another `kind` replaces the one below."""
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        old, new = below[key], above[key]
+        if isinstance(old, dict) and isinstance(new, dict) and new.get("kind", old.get("kind")) == old.get("kind"):
+            merged[key] = merge(old, new)
+    return merged

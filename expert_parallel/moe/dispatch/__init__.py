@@ -1,0 +1,1 @@
+"""Dispatchers carry rows to their experts' ranks and back; a ledger counts every exchange."""

@@ -1,0 +1,295 @@
+"""Dispatchers: take each token to the experts of its plan, and bring the outputs back, added up.
+
+A dispatcher is a list of exchanges (all_to_all.py), through which rows go in chunks (chunk.py), and the sorting of what
+has arrived by local expert. It owns no parameters and keeps nothing between passes. `DISPATCHERS` maps each `kind:` to
+the function that lists its exchanges.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor
+
+from expert_parallel.moe.context import StepContext
+from expert_parallel.moe.dispatch.all_gather import AllGatherExchange
+from expert_parallel.moe.dispatch.all_to_all import AllToAllExchange, Metadata, PassKey, agree
+from expert_parallel.moe.dispatch.chunk import Chunk, chunk_sizes, join, split
+from expert_parallel.moe.dispatch.ledger import Ledger
+from expert_parallel.moe.dispatch.permute import NO_ROW, count_keys, gather_rows, inverse, padded_places, stable_argsort
+from expert_parallel.moe.dispatch.row_index import IndexTable, RowChoices, choices_of, row_table, without_nowhere
+from expert_parallel.moe.types import DispatchedTokens, RoutingPlan
+from expert_parallel.parallel.collectives import ExchangeKey, Peers, Phase, group_rank, group_size
+from expert_parallel.parallel.mesh import Nodes
+from expert_parallel.parallel.placement import ExpertPlacement
+from expert_parallel.settings import Settings
+
+
+class LocalConfig(Settings):
+    """All experts on this rank: no exchange. Outputs are added in choice order."""
+
+    kind: Literal["local"]
+    # Not settings of this kind: the values that those of the other kinds would have without an exchange.
+    exchange_dtype: ClassVar[Literal["model"]] = "model"
+    overlap: ClassVar[int] = 1
+    one_row_per: ClassVar[Literal["rank"]] = "rank"
+
+
+class ExchangeSettings(Settings):
+    """exchange_dtype: rows travel as the model has them, or as `bfloat16` (half the bytes of float32 experts, rounded).
+
+    overlap: a pass's tokens travel in this many chunks, each while the experts compute another, forward and backward.
+    1: all at once. More pays where the exchange is slow beside the experts.
+    """
+
+    exchange_dtype: Literal["model", "bfloat16"] = "model"
+    overlap: int = Field(default=1, ge=1)
+
+
+class AllToAllConfig(ExchangeSettings):
+    """Variable-size all-to-all over the expert-parallel group.
+
+    `one_row_per: rank`: a token goes to a rank once, whatever its top-k. `choice`: once for each choice: more bytes,
+    and outputs bit-equal for every ep over the same tokens (on the CPU, one thread; see moe/README.md).
+    """
+
+    kind: Literal["all_to_all"] = "all_to_all"
+    one_row_per: Literal["rank", "choice"] = "rank"
+
+
+class AllGatherConfig(ExchangeSettings):
+    """Every rank gets every token of the group, and returns what its experts made of those that chose them. For small
+    groups, or where most tokens go to most ranks anyway (Megatron-Core's allgather dispatcher)."""
+
+    kind: Literal["all_gather"]
+    one_row_per: ClassVar[Literal["rank"]] = "rank"  # not a setting of this kind: a rank gets each row once
+
+
+class HierarchicalConfig(ExchangeSettings):
+    """Two hops: between nodes, to the rank with this one's place; then within that node. A token crosses to a node at
+    most once, and to a rank of it at most once (as Tutel's 2D all-to-all and DeepEP do)."""
+
+    kind: Literal["hierarchical"]
+    one_row_per: Literal["rank", "choice"] = "rank"
+
+
+DispatcherConfig = Annotated[
+    LocalConfig | AllToAllConfig | AllGatherConfig | HierarchicalConfig, Field(discriminator="kind")
+]
+
+
+Exchanges = list[AllToAllExchange]
+
+
+def local_exchanges(config: LocalConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None) -> Exchanges:
+    if placement.num_ranks > 1:
+        raise ValueError(
+            f"model.moe.dispatcher.kind 'local' cannot reach the experts of other ranks: parallel.ep is "
+            f"{placement.num_ranks}, it must be 1 (or use 'all_to_all')"
+        )
+    return []
+
+
+def all_to_all_exchanges(
+    config: AllToAllConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None
+) -> Exchanges:
+    peers = Peers.of(group, nodes.ranks_per_node if nodes else None)
+    return [AllToAllExchange(peers, placement.rank_of_expert, config.one_row_per == "rank", _dtype(config))]
+
+
+def all_gather_exchanges(
+    config: AllGatherConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None
+) -> Exchanges:
+    peers = Peers.of(group, nodes.ranks_per_node if nodes else None)
+    return [AllGatherExchange(peers, placement.rank_of_expert, True, _dtype(config))]
+
+
+def hierarchical_exchanges(
+    config: HierarchicalConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None
+) -> Exchanges:
+    if placement.num_ranks == 1:  # a model alone takes the config of any layout
+        nodes = Nodes(1, None, None)
+    if nodes is None:
+        raise ValueError("model.moe.dispatcher.kind 'hierarchical' needs to know the nodes: give the layer `nodes`")
+    between, within = Peers.of(nodes.rail_group, nodes.ranks_per_node), Peers.of(nodes.node_group, nodes.ranks_per_node)
+    assert between.size * within.size == placement.num_ranks, (between, within, placement)
+    merge, dtype = config.one_row_per == "rank", _dtype(config)
+    node_of_expert = [rank // within.size for rank in placement.rank_of_expert]
+    place_of_expert = [rank % within.size for rank in placement.rank_of_expert]
+    return [
+        AllToAllExchange(between, node_of_expert, merge, dtype, "between nodes"),
+        AllToAllExchange(within, place_of_expert, merge, dtype, "within the node"),
+    ]
+
+
+def _dtype(config: ExchangeSettings) -> torch.dtype | None:
+    return None if config.exchange_dtype == "model" else torch.bfloat16
+
+
+DISPATCHERS: dict[str, Callable[..., Exchanges]] = {
+    "local": local_exchanges,
+    "all_to_all": all_to_all_exchanges,
+    "all_gather": all_gather_exchanges,
+    "hierarchical": hierarchical_exchanges,
+}
+
+
+class Dispatcher:
+    """Takes tokens to their experts and their outputs back, by `exchanges` one after the other.
+
+    group: the ranks over which `placement` spreads the experts; None: all are here. nodes: how they lie on machines.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        placement: ExpertPlacement,
+        group: dist.ProcessGroup | None = None,
+        nodes: Nodes | None = None,
+    ) -> None:
+        assert placement.num_ranks == group_size(group), (placement, group_size(group))
+        self.peers = Peers.of(group)
+        exchanges = DISPATCHERS[config.kind](config, placement, group, nodes)
+        self.exchanges = [exchange for exchange in exchanges if exchange.peers.size > 1]
+        self.num_chunks = config.overlap if self.exchanges else 1
+        self.expert_ids = placement.experts_on(group_rank(group))
+        self.num_experts = placement.num_experts
+        self.slot_of_expert_E1 = IndexTable([*placement.slot_of_expert, len(self.expert_ids)])  # the last for NOWHERE
+        self.expert_of_slot_e = IndexTable(self.expert_ids)
+
+    @property
+    def index_tables(self) -> list[IndexTable]:
+        """Those that live on the device of the layer's weights."""
+        exchanges = (exchange.rank_of_expert_E1 for exchange in self.exchanges)
+        return [self.slot_of_expert_E1, self.expert_of_slot_e, *exchanges]
+
+    def send(self, x_TD: Tensor, plan: RoutingPlan, ledger: Ledger, context: StepContext) -> "RowsInFlight":
+        """Agrees with the other ranks on what travels, and sends the first rows.
+
+        The caller serves each chunk of rows that `arriving` yields, then asks for what has `returned`. ValueError, on
+        all ranks together, where they are not in the same pass.
+        """
+        num_choices, sizes = plan.expert_ids_TK.shape[1], chunk_sizes(len(x_TD), self.num_chunks)
+        parts = (split(x, sizes) for x in (plan.expert_ids_TK, plan.kept_TK, plan.weights_TK))
+        choices = [choices_of(*chunk) for chunk in zip(*parts, strict=True)]
+        chunks = [Chunk(number, x_LD, self.exchanges, ledger) for number, x_LD in enumerate(split(x_TD, sizes))]
+        needs_grad = x_TD.requires_grad and torch.is_grad_enabled()
+        key = PassKey(x_TD.shape[1], x_TD.dtype, num_choices, needs_grad, context)
+        in_flight = RowsInFlight(self, chunks, plan.padded_rows, key, ledger)
+        if self.exchanges:
+            if len(self.exchanges) > 1:  # each asks its own ranks alone: others would wait for one that has raised
+                agree(key, self.peers, x_TD.device)
+            in_flight.plan_exchange(self.exchanges[0], choices)
+        else:
+            self._count_own_rows(len(x_TD), ledger)
+            if plan.padded_rows is None and not plan.is_whole:
+                choices = [without_nowhere(chunk) for chunk in choices]
+            in_flight.metadata = LocalChoices(choices)
+        chunks[0].advance()  # the first rows need not wait for the rest of the plan
+        return in_flight
+
+    def _count_own_rows(self, num_rows: int, ledger: Ledger) -> None:
+        """Counts every row as this rank's own: all experts are here."""
+        for phase in (Phase.DISPATCH, Phase.COMBINE):
+            ledger.count_rows([num_rows], [num_rows], self.peers, ExchangeKey(phase))
+
+    def assign(self, choices: RowChoices, num_choices: int, padded_rows: int | None) -> tuple[DispatchedTokens, Tensor]:
+        """Returns which arriving row each local expert computes for which choice, without the rows, which have yet to
+        come; and how many choices each serves, int64 (e)."""
+        num_local = len(self.expert_ids)
+        slot_N = self.slot_of_expert_E1(choices.expert_N)
+        counts_e = served_e = count_keys(slot_N, num_local + 1)[:num_local]
+        if padded_rows is None:
+            choice_R = stable_argsort(slot_N, num_local)
+            place_N = inverse(choice_R)
+            row_R = choices.row_N.index_select(0, choice_R)
+            weights_R = gather_rows(choices.weight_N, choice_R, place_N)
+        else:
+            counts_e = slot_N.new_full((num_local,), padded_rows)
+            place_N, choice_R = padded_places(slot_N, num_local, padded_rows)
+            row_N1 = torch.cat([choices.row_N, choices.row_N.new_full((1,), NO_ROW)])
+            row_R = row_N1[choice_R]  # NO_ROW takes the last
+            weights_R = gather_rows(choices.weight_N, choice_R[:, None], place_N[:, None])
+        computed_VK = row_table(choices, place_N, min(num_choices, num_local))
+        return DispatchedTokens(weights_R[:0, None], row_R, computed_VK, counts_e, weights_R), served_e
+
+    def by_global_expert(self, counts_e: Tensor) -> Tensor:
+        """Returns counts of this rank's experts among those of all; 0 for the others."""
+        return counts_e.new_zeros(self.num_experts).scatter_(0, self.expert_of_slot_e.on(counts_e.device), counts_e)
+
+
+class LocalChoices:
+    """Metadata of rows that do not travel: the choices as they are."""
+
+    def __init__(self, choices: list[RowChoices]) -> None:
+        self.choices = choices
+
+    def arrived(self) -> list[RowChoices]:
+        return self.choices
+
+
+class RowsInFlight:
+    """The rows of one pass, in chunks of tokens: the exchange of one chunk overlaps the experts' work on another.
+
+    With two chunks and one exchange, where D sends rows to the experts, C is the experts, M sends outputs back, and
+    small letters wait for them:
+
+        forward     D1 d1 D2 C1 M1 d2 C2 M2 m1 m2     D2 overlaps C1, M1 overlaps C2
+        backward    m2 m1 M2 C2 d2 M1 C1 D2 d1 D1     m2, m1, d2, d1 start the gradients' exchanges; M2 ... D1 wait
+
+    Autograd runs what is ready in the reverse order of its making, so that m1 overlaps C2, and d2 overlaps C1.
+    """
+
+    metadata: Metadata
+
+    def __init__(
+        self, dispatcher: Dispatcher, chunks: list[Chunk], padded_rows: int | None, key: PassKey, ledger: Ledger
+    ) -> None:
+        self.dispatcher, self.chunks, self.padded_rows = dispatcher, chunks, padded_rows
+        self.key, self.ledger = key, ledger
+
+    def plan_exchange(self, exchange: AllToAllExchange, choices: list[RowChoices]) -> None:
+        """Tells every chunk how its rows travel. The choices that they serve are then under way."""
+        routes, self.metadata = exchange.plan(choices, self.key, self.ledger)
+        for chunk, route in zip(self.chunks, routes, strict=True):
+            chunk.routes.append(route)
+
+    def arriving(self) -> Iterator[Chunk]:
+        """Yields each chunk when its rows have arrived, for the experts, while rows of other chunks travel.
+
+        Each time, every chunk under way moves one exchange on, the oldest first, and another one leaves. Outputs come
+        back when they have had the experts' work on the next chunk to travel.
+        """
+        self._assign_to_experts()
+        num_sent = 1
+        for number, chunk in enumerate(self.chunks):
+            while not chunk.has_arrived:
+                num_sent += 1
+                for moving in self.chunks[number:num_sent]:
+                    moving.advance()
+            for returning in self.chunks[: max(number - 1, 0)]:
+                returning.come_back()
+            yield chunk
+
+    def returned(self) -> Tensor:
+        """Returns y_TD, in the order of the tokens sent: the sum of each token's weighted outputs.
+
+        Its order is fixed: choice order within a rank (the experts have added those up), then rank order (hierarchical:
+        the ranks of a node, then nodes); with `one_row_per: choice`, choice order.
+        """
+        while not all(chunk.is_home for chunk in self.chunks):
+            for chunk in self.chunks:
+                chunk.come_back()
+        return join([chunk.rows for chunk in self.chunks])
+
+    def _assign_to_experts(self) -> None:
+        """Plans the later exchanges, and assigns the rows that will arrive to this rank's experts."""
+        for exchange in self.dispatcher.exchanges[1:]:
+            self.plan_exchange(exchange, self.metadata.arrived())
+        served = []
+        for chunk, choices in zip(self.chunks, self.metadata.arrived(), strict=True):
+            chunk.assigned, served_e = self.dispatcher.assign(choices, self.key.num_choices, self.padded_rows)
+            served.append(served_e)
+        self.computed_E = self.dispatcher.by_global_expert(torch.stack(served).sum(0))

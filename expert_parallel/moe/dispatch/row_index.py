@@ -1,0 +1,155 @@
+"""Which rows travel to which ranks: index maths of a hop, without communication.
+
+Nothing here depends on how many choices were dropped, so that the host need not wait for a device: tensors have the
+size of all choices, and what goes nowhere stands last.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from expert_parallel.moe.dispatch.permute import NO_ROW, count_keys, inverse, stable_argsort
+
+NOWHERE = -1  # the expert of a choice that does not travel
+
+
+class IndexTable(nn.Module):
+    """A constant table of integers that lives on the device of the module it belongs to.
+
+    values: int64, one of them for each key. Not a buffer: DistributedDataParallel would overwrite it with rank 0's, and
+    `to_empty` would lose its values.
+    """
+
+    def __init__(self, values: Sequence[int]) -> None:
+        super().__init__()
+        self.values = torch.tensor(values, device="cpu")  # even where a model is built on the meta device
+
+    def forward(self, key_N: Tensor) -> Tensor:
+        """Returns the value of each key."""
+        return self.on(key_N.device)[key_N]
+
+    def on(self, device: torch.device) -> Tensor:
+        """Returns all values. They are on the device already, unless its weights came there without their modules being
+        told, as `fully_shard` moves them."""
+        if self.values.device != device:
+            self.values = self.values.to(device)
+        return self.values
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IndexTable":
+        device = fn(self.values).device
+        if device.type != "meta":
+            self.values = self.values.to(device)
+        return self
+
+
+@dataclass(frozen=True)
+class RowChoices:
+    """The choices of L rows: sorted by row, within a row in the order of choice. row_N, expert_N: int64; expert_N is
+    NOWHERE where a choice was dropped."""
+
+    row_N: Tensor
+    expert_N: Tensor
+    weight_N: Tensor
+    num_rows: int
+
+
+def choices_of(expert_ids_TK: Tensor, kept_TK: Tensor, weights_TK: Tensor) -> RowChoices:
+    """A row is a token."""
+    num_tokens, num_choices = expert_ids_TK.shape
+    row_T1 = torch.arange(num_tokens, device=expert_ids_TK.device)[:, None]
+    expert_TK = expert_ids_TK.masked_fill(~kept_TK, NOWHERE)
+    return RowChoices(row_T1.expand(-1, num_choices).flatten(), expert_TK.flatten(), weights_TK.flatten(), num_tokens)
+
+
+def without_nowhere(choices: RowChoices) -> RowChoices:
+    """The choices that travel. The host waits for their number."""
+    if choices.expert_N.is_cpu and bool((choices.expert_N != NOWHERE).all()):
+        return choices
+    choice_N = (choices.expert_N != NOWHERE).nonzero().squeeze(1)
+    if len(choice_N) == len(choices.expert_N):
+        return choices
+    return RowChoices(choices.row_N[choice_N], choices.expert_N[choice_N], choices.weight_N[choice_N], choices.num_rows)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Choices by destination, within one by row; last those that go nowhere. choice_N: which choice stands where.
+    rank_N: its destination, P for nowhere. first_N: bool, where a travelling row begins. rows_P, choices_P: to each
+    destination. Integers are int64."""
+
+    choice_N: Tensor
+    rank_N: Tensor
+    first_N: Tensor
+    rows_P: Tensor
+    choices_P: Tensor
+
+
+def order_choices(choices: RowChoices, rank_N: Tensor, num_ranks: int, merge: bool) -> Order:
+    """Orders choices by destination.
+
+    rank_N: the destination of each, num_ranks where it goes nowhere. merge: choices of one row at one destination share
+    a travelling row, else each has its own.
+
+    row-major (t0: e5 e1)(t1: e0 e1)  ->  rank-major (r0: t0 e1)(r0: t1 e0 e1)(r1: t0 e5)
+    """
+    choice_N = stable_argsort(rank_N, num_ranks + 1)
+    rank_N = rank_N.index_select(0, choice_N)
+    first_N = torch.ones_like(rank_N, dtype=torch.bool)
+    if merge:
+        row_N = choices.row_N.index_select(0, choice_N)
+        first_N[1:] = (row_N[1:] != row_N[:-1]) | (rank_N[1:] != rank_N[:-1])
+    choices_P = count_keys(rank_N, num_ranks + 1)
+    rows_P = rank_N.new_zeros(num_ranks + 1).scatter_add_(0, rank_N, first_N.long()) if merge else choices_P
+    return Order(choice_N, rank_N, first_N, rows_P[:num_ranks], choices_P[:num_ranks])
+
+
+@dataclass(frozen=True)
+class Travel:
+    """Which rows travel. token_U: the row of x behind each, sorted by destination. rows_L: (L, width), the travelling
+    rows of each row of x in the order in which they are added up on return; NO_ROW adds nothing. place_N: where each
+    choice stands in the order of travel. Of token_U and of the order the first U and N' are real."""
+
+    token_U: Tensor
+    rows_L: Tensor
+    place_N: Tensor
+
+
+def plan_travel(choices: RowChoices, order: Order, width: int, merge: bool) -> Travel:
+    """width: choices of a row, at most."""
+    place_N, num_ranks = inverse(order.choice_N), len(order.rows_P)
+    row_N = choices.row_N.index_select(0, order.choice_N)
+    if not merge:
+        real_N = torch.where(choices.expert_N == NOWHERE, NO_ROW, place_N)
+        return Travel(row_N, row_table(choices, real_N, width), place_N)
+    travel_N = order.first_N.cumsum(0) - 1
+    token_U = torch.empty_like(row_N).scatter_(0, travel_N, row_N)
+    rows_L = row_N.new_full((choices.num_rows, num_ranks + 1), NO_ROW)
+    rows_L.view(-1).scatter_(0, row_N * (num_ranks + 1) + order.rank_N, travel_N)
+    return Travel(token_U, _at_most(rows_L[:, :num_ranks], width), place_N)
+
+
+def row_table(choices: RowChoices, value_N: Tensor, width: int) -> Tensor:
+    """(L, width): row l lists the values of its choices, in their order; NO_ROW behind them. width: the most that a
+    row has."""
+    if len(value_N) == choices.num_rows * width:  # as tokens have them
+        return value_N.view(-1, width)
+    table = value_N.new_full((choices.num_rows * width,), NO_ROW)
+    return table.scatter_(0, choices.row_N * width + columns(choices), value_N).view(-1, width)
+
+
+def columns(choices: RowChoices) -> Tensor:
+    """The place of each choice in its row."""
+    counts_L = count_keys(choices.row_N, choices.num_rows)
+    start_L = counts_L.cumsum(0) - counts_L
+    return torch.arange(len(choices.row_N), device=choices.row_N.device) - start_L.index_select(0, choices.row_N)
+
+
+def _at_most(table: Tensor, width: int) -> Tensor:
+    """The table in at most `width` columns, which hold all that is in a row of it, in the same order."""
+    if table.shape[1] <= width:
+        return table
+    present = table != NO_ROW
+    column = torch.where(present, present.cumsum(1) - 1, width)
+    return table.new_full((len(table), width + 1), NO_ROW).scatter_(1, column, table)[:, :width]

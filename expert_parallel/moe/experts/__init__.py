@@ -1,0 +1,1 @@
+"""Experts compute the rows that have arrived, whoever sent them."""

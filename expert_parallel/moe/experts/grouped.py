@@ -1,0 +1,165 @@
+"""The experts of one rank: feed-forward networks with stacked weights, run on rows that are grouped by expert.
+
+Plain experts are one operation with a backward pass of its own (fused.py); those with biases, dropouts or columns
+divided over ranks are left to autograd. Either way grouped_gemm.py multiplies. Neither sees tokens or ranks.
+"""
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+
+from expert_parallel.moe.dispatch.permute import NO_ROW, gather_rows
+from expert_parallel.moe.experts.fused import fused_experts
+from expert_parallel.moe.experts.grouped_gemm import PRODUCTS, Products, multiplies_bfloat16
+from expert_parallel.moe.experts.tensor_parallel import add_up_at_ranks, gather_from_ranks
+from expert_parallel.moe.types import DispatchedTokens
+from expert_parallel.nn.ffn import ACTIVATIONS, GATED, Activation, ffn_params, width_in
+from expert_parallel.nn.random import dropout, mix
+from expert_parallel.parallel.collectives import group_size
+from expert_parallel.parallel.sharding import divide
+from expert_parallel.settings import Settings
+
+
+class ExpertsConfig(Settings):
+    """Expert_i(x) = activation(x W_in + b_in) W_out + b_out, each with its own weights.
+
+    `backend`: what multiplies (grouped_gemm.py). `auto` takes bmm for bfloat16 on CPUs that multiply it, else
+    grouped_mm where torch has it for the dtype and sizes, else the loop.
+    """
+
+    hidden: int = Field(ge=1)
+    activation: Activation = "swiglu"
+    bias: bool = False
+    hidden_dropout: float = Field(default=0.0, ge=0, lt=1, description="after the activation (Switch expert dropout)")
+    output_dropout: float = Field(default=0.0, ge=0, lt=1, description="after the second matrix")
+    backend: Literal["auto", "loop", "grouped_mm", "bmm"] = "auto"
+
+    @property
+    def is_plain(self) -> bool:
+        """Two products and an activation, nothing else: what fused.py computes."""
+        return not (self.bias or self.hidden_dropout or self.output_dropout)
+
+    def num_params(self, d_model: int) -> int:
+        """Counts the parameters of one expert."""
+        return ffn_params(d_model, self.hidden, self.activation, self.bias)
+
+
+def takes_grouped_mm(dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> bool:
+    """grouped_mm takes no float64, on CUDA no float32, and rows of 16-byte multiples only."""
+    fits = all(size * dtype.itemsize % 16 == 0 for size in sizes)
+    return fits and dtype in ((torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16))
+
+
+def choose_backend(config: ExpertsConfig, dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> str:
+    """The backend that runs: the one that is set; for `auto` bmm where a CPU multiplies bfloat16, else grouped_mm where
+    it can (moe/README.md, log)."""
+    if config.backend != "auto":
+        return config.backend
+    if device.type == "cpu" and dtype == torch.bfloat16 and multiplies_bfloat16():
+        return "bmm"
+    return "grouped_mm" if takes_grouped_mm(dtype, device, sizes) else "loop"
+
+
+class GroupedExperts(nn.Module):
+    """The experts with global numbers `expert_ids`, in slot order.
+
+    w_in: (e, D, F), or (e, D, 2F) = [gate | up] for gated activations. w_out: (e, F, D). b_in, b_out: (e, ...).
+
+    etp_group: the ranks over which F is divided; they hold the same experts, other columns. Everything but b_out is
+    then this rank's part (see parallel/sharding.py). ValueError where F cannot be divided.
+    """
+
+    def __init__(
+        self,
+        config: ExpertsConfig,
+        d_model: int,
+        expert_ids: tuple[int, ...],
+        etp_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.expert_ids, self.etp_group = config, expert_ids, etp_group
+        num_local, columns, etp = len(expert_ids), width_in(config.activation, config.hidden), group_size(etp_group)
+        if config.hidden % etp:
+            raise ValueError(f"model.moe.experts.hidden ({config.hidden}) is not a multiple of parallel.etp ({etp})")
+        device = torch.empty(0).device
+        with torch.device("meta" if etp > 1 else device):  # the whole experts are never held
+            self.w_in = nn.Parameter(torch.empty(num_local, d_model, columns))
+            self.w_out = nn.Parameter(torch.empty(num_local, config.hidden, d_model))
+            self.b_in = nn.Parameter(torch.empty(num_local, columns)) if config.bias else None
+            self.b_out = nn.Parameter(torch.empty(num_local, d_model)) if config.bias else None
+        self.sizes = (d_model, columns // etp, config.hidden // etp)
+        if etp > 1:
+            assert etp_group is not None
+            gate_and_up = 2 if config.activation in GATED else 1
+            divide(self, "w_in", -1, etp_group, gate_and_up)
+            divide(self, "w_out", -2, etp_group)
+            if config.bias:
+                divide(self, "b_in", -1, etp_group, gate_and_up)
+            self.to_empty(device=device)
+
+    def forward(self, tokens: DispatchedTokens, dropout_seed: int = 0) -> Tensor:
+        """y_VD, in x's dtype: of each arrived row, the sum over its choices of weight * Expert(x).
+
+        With an etp_group every rank of it calls this, each with rows of its own. The products see the rows of all; bias
+        b_out, dropout of outputs and weights are applied once, by the rank whose rows they are.
+        """
+        config, x_VD = self.config, tokens.x_VD
+        best = choose_backend(config, x_VD.dtype, x_VD.device, self.sizes)
+        if best == "grouped_mm" and not takes_grouped_mm(x_VD.dtype, x_VD.device, self.sizes):
+            raise ValueError(
+                f"model.moe.experts.backend 'grouped_mm' cannot run {x_VD.dtype} of sizes {self.sizes} on "
+                f"{x_VD.device.type}: no float64, on CUDA bfloat16 alone, rows of 16-byte multiples"
+            )
+        if config.is_plain and group_size(self.etp_group) == 1:
+            tokens = self.laid_out(tokens, PRODUCTS[best])
+            return fused_experts(tokens, self.w_in, self.w_out, config.activation, PRODUCTS[best])
+        row_R1 = tokens.row_R[:, None]  # of one column, since some may be NO_ROW
+        x_RD = gather_rows(x_VD, row_R1, tokens.computed_VK)
+        y_RD = self._by_autograd(x_RD, tokens.counts_e, tokens.weights_R, PRODUCTS[best], dropout_seed)
+        return gather_rows(y_RD, tokens.computed_VK, row_R1)
+
+    def laid_out(self, tokens: DispatchedTokens, products: Products) -> DispatchedTokens:
+        """With rows of zeros where the products are faster with them."""
+        if products.even_out is None:
+            return tokens
+        d_model, _, hidden = self.sizes
+        return padded(tokens, products.even_out(tokens.counts_e, d_model * hidden))
+
+    def _by_autograd(self, x_RD: Tensor, counts_e: Tensor, weights_R: Tensor, products: Products, seed: int) -> Tensor:
+        """weight_r * Expert_r(x_r) in x's dtype, one step after the other."""
+        config = self.config
+        x_GD, everyones_e, gathered = gather_from_ranks(x_RD, counts_e, self.etp_group)
+        groups = products.groups(everyones_e)
+        hidden = products.rows(x_GD, self.w_in.to(x_RD.dtype), groups)
+        hidden = ACTIVATIONS[config.activation](_add_bias(hidden, self.b_in, everyones_e))
+        if self.training:
+            hidden = dropout(hidden, config.hidden_dropout, mix(seed, 0))
+        y_GD = products.rows(hidden, self.w_out.to(x_RD.dtype), groups)
+        y_RD = _add_bias(add_up_at_ranks(y_GD, gathered), self.b_out, counts_e)
+        if self.training:
+            y_RD = dropout(y_RD, config.output_dropout, mix(seed, 1))
+        return (y_RD * weights_R[:, None]).to(x_RD.dtype)
+
+
+def padded(tokens: DispatchedTokens, counts_e: Tensor) -> DispatchedTokens:
+    """The same with counts_e computed rows of each expert, as many as it has or more: its own, then zeros."""
+    added_e = counts_e - tokens.counts_e
+    num_rows, total = len(tokens.row_R), int(counts_e.sum())
+    if total == num_rows:
+        return tokens
+    own_R = torch.arange(num_rows, device=counts_e.device)
+    place_R = own_R + (added_e.cumsum(0) - added_e).repeat_interleave(tokens.counts_e, output_size=num_rows)
+    own_P = place_R.new_full((total,), NO_ROW).scatter_(0, place_R, own_R)
+    row_P = place_R.new_full((total,), NO_ROW).scatter_(0, place_R, tokens.row_R)
+    computed_VK = torch.cat([place_R, place_R.new_tensor([NO_ROW])])[tokens.computed_VK]  # NO_ROW takes the last
+    weights_P = gather_rows(tokens.weights_R, own_P[:, None], place_R[:, None])
+    return DispatchedTokens(tokens.x_VD, row_P, computed_VK, counts_e, weights_P)
+
+
+def _add_bias(rows: Tensor, bias_e: Tensor | None, counts_e: Tensor) -> Tensor:
+    if bias_e is None:
+        return rows
+    return rows + bias_e.to(rows.dtype).repeat_interleave(counts_e, dim=0, output_size=rows.shape[0])

@@ -1,0 +1,97 @@
+"""Expert tensor parallel: each expert's hidden columns are divided over the ranks of a group, each of which brings rows
+of its own.
+
+    gather   everybody's rows, grouped by expert:     (r0: e0 e1)(r1: e0 e1)  ->  (e0: r0 r1)(e1: r0 r1)
+    add up   everybody's partial outputs, in the order of the ranks, at the rank whose row it is
+
+Each is the other's gradient (Korthikanti et al. 2022, section 4.2.2: g and its conjugate, for rows).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from expert_parallel.moe.dispatch.permute import sort_by_expert
+from expert_parallel.parallel.collectives import all_gather_rows, all_to_all_rows, group_rank, group_size
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """How the gathered rows lie. rows_P: every rank's number of rows. order_G: of the rows one rank after the other,
+    which stands at each place once they are grouped by expert. place_G: its inverse."""
+
+    group: dist.ProcessGroup | None
+    rows_P: list[int]
+    order_G: Tensor
+    place_G: Tensor
+
+
+def gather_from_ranks(
+    x_RD: Tensor, counts_e: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Gathered | None]:
+    """(x_GD, counts_e, what add_up_at_ranks needs): the rows of all ranks of the group, grouped by expert, within one
+    by rank; and their number for each expert.
+
+    x_RD: this rank's rows, grouped by expert; every rank may have another number of them, even 0. Two collectives: the
+    numbers, and the rows, padded to the fullest rank's. A group of one rank: as it was.
+    """
+    num_ranks, num_local = group_size(group), len(counts_e)
+    if num_ranks == 1:
+        return x_RD, counts_e, None
+    counts_Pe = all_gather_rows(counts_e[None], [1] * num_ranks, group)
+    rows_P = counts_Pe.sum(1).tolist()
+    slot_G = torch.arange(num_local, device=x_RD.device).repeat(num_ranks)
+    slot_G = slot_G.repeat_interleave(counts_Pe.flatten(), output_size=sum(rows_P))
+    order_G, total_e = sort_by_expert(slot_G, num_local)
+    place_G = torch.empty_like(order_G)
+    place_G[order_G] = torch.arange(len(order_G), device=order_G.device)
+    rows = Gathered(group, rows_P, order_G, place_G)
+    return _Gather.apply(x_RD, rows), total_e, rows
+
+
+def add_up_at_ranks(y_GD: Tensor, rows: Gathered | None) -> Tensor:
+    """y_RD: of each row of this rank, the sum of all ranks' y_GD. Added in the order of the ranks, in
+    promote_types(float32, y's dtype), and rounded once."""
+    return y_GD if rows is None else _AddUp.apply(y_GD, rows)
+
+
+def _gather(x_RD: Tensor, rows: Gathered) -> Tensor:
+    return all_gather_rows(x_RD, rows.rows_P, rows.group)[rows.order_G]
+
+
+def _add_up(y_GD: Tensor, rows: Gathered) -> Tensor:
+    mine, num_ranks = rows.rows_P[group_rank(rows.group)], len(rows.rows_P)
+    received = all_to_all_rows(y_GD[rows.place_G], rows.rows_P, [mine] * num_ranks, rows.group)
+    first, *others = received.view(num_ranks, mine, *y_GD.shape[1:]).unbind(0)
+    total = first.to(torch.promote_types(torch.float32, y_GD.dtype))
+    for part in others:
+        total = total + part
+    return total.to(y_GD.dtype)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, rows: Gathered) -> Tensor:
+        ctx.rows = rows
+        return _gather(x_RD, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_GD: Tensor) -> tuple[Tensor | None, ...]:
+        return _add_up(grad_GD, ctx.rows), None
+
+
+class _AddUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_GD: Tensor, rows: Gathered) -> Tensor:
+        ctx.rows = rows
+        return _add_up(y_GD, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        return _gather(grad_RD, ctx.rows), None

@@ -1,0 +1,286 @@
+"""The slow, obviously right MoE layer: the oracle of every test. Loops over tokens, choices and experts.
+
+Written from the formulas, on one rank, with no code of the fast layer: nothing here imports routing, capacity,
+permute, dispatch, experts or balance. `tokens_by_rank` holds what each rank of a layout would see, so that settings
+that look at one rank's tokens (capacity, `scope: rank`) mean the same here as there. The routers stand in
+routing.py.
+"""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expert_parallel.moe.context import StepContext
+from expert_parallel.moe.reference.routing import (
+    DROPPED_CAPACITY,
+    DROPPED_RECEIVE_BOUND,
+    KEPT,
+    NOT_ROUTED,
+    REROUTED,
+    Batch,
+    RankTokens,
+    Routing,
+    blocks,
+    collect,
+    draw,
+    route,
+)
+from expert_parallel.nn.random import Stream, uniform
+
+__all__ = ["RankTokens", "ReferenceOutput", "reference_layer"]
+
+
+@dataclass(frozen=True)
+class ReferenceOutput:
+    """Lists of tensors have one entry a rank. y: (B, S, D). dropped: bool (T, K), for capacity or receive bound.
+    reasons: uint8 (T, K), values of types.Reason. expert_ids: int64 (T, K), after rerouting; of padding 0, or for
+    expert choice as of any token. T counts padding here. losses: of the whole micro-step, without their coefficients.
+    routed_E: choices by the expert first chosen. kept_E: kept and rerouted choices by the expert they reached.
+    """
+
+    y: list[Tensor]
+    losses: dict[str, Tensor]
+    dropped: list[Tensor]
+    routed_E: list[int]
+    reasons: list[Tensor]
+    expert_ids: list[Tensor]
+    kept_E: list[int]
+
+
+def reference_layer(
+    config: Any,
+    parameters: dict[str, Tensor],
+    tokens_by_rank: list[Tensor] | list[RankTokens] | list[Tensor | RankTokens],
+    training: bool = True,
+    context: StepContext = StepContext(),  # noqa: B008
+    rank_of_expert: tuple[int, ...] | None = None,
+) -> ReferenceOutput:
+    """The layer of `config` (a MoEConfig without dropout) on all ranks' tokens.
+
+    parameters: logical name -> tensor, as `logical_parameters` names them: `router.weight`, `router.balance_bias_E`,
+    `experts.3.w_in`, `shared_experts.w_in.weight`, ... tokens_by_rank: a tensor is (B, S, D). context: only its keys
+    of randomness count; what it says of tokens is read from tokens_by_rank. rank_of_expert: for receive_bound.
+    """
+    ranks = [entry if isinstance(entry, RankTokens) else RankTokens(entry) for entry in tokens_by_rank]
+    batch = collect(ranks, training, context)
+    routing = route(config, parameters, batch)
+    ids, reasons = _limit(config, routing, batch)
+    weights = _weigh(config, routing, ids, reasons)
+    _bound(config, batch, ids, reasons, rank_of_expert)
+    outputs = [_rows(config, parameters, sight.x_BSD) for sight in ranks]
+    num_choices = config.num_experts if config.router.kind == "expert_choice" else config.router.k
+    unrouted = torch.arange(num_choices) if config.router.kind == "expert_choice" else torch.zeros(num_choices).long()
+    all_ids = [unrouted.repeat(len(rows), 1) for rows in outputs]
+    all_reasons = [torch.full((len(rows), num_choices), NOT_ROUTED, dtype=torch.uint8) for rows in outputs]
+    for t, token in enumerate(batch.tokens):
+        all_ids[token.rank][token.row] = torch.tensor(ids[t])
+        all_reasons[token.rank][token.row] = torch.tensor(reasons[t], dtype=torch.uint8)
+        for j, expert in enumerate(ids[t]):
+            if reasons[t][j] in (KEPT, REROUTED):
+                y = weights[t][j] * _expert(config, parameters, f"experts.{expert}.", batch.x_TD[t])
+                outputs[token.rank][token.row] = outputs[token.rank][token.row] + y
+    return ReferenceOutput(
+        y=[_stack(rows, sight.x_BSD) for rows, sight in zip(outputs, ranks, strict=True)],
+        losses=_losses(config, routing, batch),
+        dropped=[(r == DROPPED_CAPACITY) | (r == DROPPED_RECEIVE_BOUND) for r in all_reasons],
+        routed_E=_count(config, routing.ids, routing.reasons, (KEPT,)),
+        reasons=all_reasons,
+        expert_ids=all_ids,
+        kept_E=_count(config, ids, reasons, (KEPT, REROUTED)),
+    )
+
+
+def _rows(config: Any, parameters: dict[str, Tensor], x_BSD: Tensor) -> list[Tensor]:
+    """Of every token, padding too, what it has before any routed expert adds to it."""
+    rows = x_BSD.reshape(x_BSD.shape[0] * x_BSD.shape[1], x_BSD.shape[2])
+    return [torch.zeros_like(x) if config.shared_experts is None else _shared(config, parameters, x) for x in rows]
+
+
+def _stack(rows: list[Tensor], x_BSD: Tensor) -> Tensor:
+    return torch.stack(rows).view(x_BSD.shape) if rows else x_BSD.clone()
+
+
+def _count(config: Any, ids: list[list[int]], reasons: list[list[int]], wanted: tuple[int, ...]) -> list[int]:
+    counts = [0] * config.num_experts
+    for row, why in zip(ids, reasons, strict=True):
+        for expert, reason in zip(row, why, strict=True):
+            counts[expert] += reason in wanted
+    return counts
+
+
+def _weigh(config: Any, routing: Routing, ids: list[list[int]], reasons: list[list[int]]) -> list[Tensor]:
+    """scale * score of each choice's expert; a hash's equal scores are always normalised, expert choice's never."""
+    router = config.router
+    normalise = router.kind == "hash" or (router.kind != "expert_choice" and router.normalise)
+    scale = 1.0 if router.kind == "hash" else router.scale
+    weights = []
+    for t, row in enumerate(ids):
+        weight = torch.stack([routing.scores_TE[t, expert] for expert in row])
+        counted = [True for _ in row]
+        if config.capacity.kind != "dropless" and config.capacity.renormalise:
+            counted = [reason in (KEPT, REROUTED) for reason in reasons[t]]
+            weight = torch.where(torch.tensor(counted, device=weight.device), weight, torch.zeros_like(weight))
+        if normalise and any(counted):
+            weight = weight / weight.sum()
+        weights.append(scale * weight)
+    return weights
+
+
+def _limit(config: Any, routing: Routing, batch: Batch) -> tuple[list[list[int]], list[list[int]]]:
+    """Expert ids and reasons after capacity."""
+    ids, reasons = [list(row) for row in routing.ids], [list(row) for row in routing.reasons]
+    if config.capacity.kind == "dropless":
+        return ids, reasons
+    for block in blocks(config.capacity.scope, batch):
+        room = [_capacity(config, len(block), batch.training)] * config.num_experts
+        overflowing = []
+        for t, j in _queue(config, routing, batch, block):
+            if room[ids[t][j]] > 0:
+                room[ids[t][j]] -= 1
+            else:
+                reasons[t][j] = DROPPED_CAPACITY
+                overflowing.append((t, j))
+        if config.capacity.overflow == "drop":
+            continue
+        for t, j in overflowing:
+            seen = {e for e, reason in zip(routing.ids[t], routing.reasons[t], strict=True) if reason != NOT_ROUTED}
+            seen |= {e for e, reason in zip(ids[t], reasons[t], strict=True) if reason == REROUTED}
+            ranking = routing.ranking[t]
+            others = [e for e in range(config.num_experts) if e not in seen and room[e] > 0 and ranking[e] > -math.inf]
+            if others:
+                best = min(others, key=lambda e: (-ranking[e], e))
+                ids[t][j], reasons[t][j] = best, REROUTED
+                room[best] -= 1
+    return ids, reasons
+
+
+def _capacity(config: Any, num_tokens: int, training: bool) -> int:
+    setting = config.capacity.train if training else config.capacity.eval
+    if config.capacity.kind == "absolute":
+        return setting
+    ideal = Fraction(str(setting)) * num_tokens * config.router.k / config.num_experts
+    return max(config.capacity.minimum, math.ceil(ideal))
+
+
+def _queue(config: Any, routing: Routing, batch: Batch, block: list[int]) -> list[tuple[int, int]]:
+    """(token, choice) of the routed choices of a block, first come first."""
+    capacity, k = config.capacity, config.router.k
+    scores = routing.scores_TE.tolist()
+    tokens = list(block)
+    if capacity.priority == "random" and batch.training:
+        lots = draw(uniform, Stream.PRIORITY, batch, 1).tolist()
+        tokens.sort(key=lambda t: lots[t][0])
+    if capacity.priority == "batch_priority":
+        tokens.sort(key=lambda t: -max(scores[t][e] for e in routing.ids[t]))
+    if capacity.first_choices_first:
+        queue = [(t, j) for j in range(k) for t in tokens]
+    else:
+        queue = [(t, j) for t in tokens for j in range(k)]
+    if capacity.priority == "probability":
+        queue.sort(key=lambda tj: -scores[tj[0]][routing.ids[tj[0]][tj[1]]])
+    return [(t, j) for t, j in queue if routing.reasons[t][j] != NOT_ROUTED]
+
+
+def _bound(
+    config: Any,
+    batch: Batch,
+    ids: list[list[int]],
+    reasons: list[list[int]],
+    rank_of_expert: tuple[int, ...] | None,
+) -> None:
+    """Marks in `reasons` what is beyond the receive bound."""
+    if config.capacity.kind != "dropless" or config.capacity.receive_bound is None:
+        return
+    if rank_of_expert is None:
+        raise ValueError("receive_bound needs rank_of_expert")
+    ranks = range(batch.num_ranks)
+    rows: dict[tuple[int, int], list[tuple[int, int]]] = {(s, d): [] for s in ranks for d in ranks}
+    kept = [(t, j) for t, row in enumerate(reasons) for j, reason in enumerate(row) if reason in (KEPT, REROUTED)]
+    for t, j in sorted(kept, key=lambda tj: (tj[1], tj[0])):
+        rows[batch.tokens[t].rank, rank_of_expert[ids[t][j]]].append((t, j))
+    most = math.ceil(Fraction(str(config.capacity.receive_bound)) * len(kept) / len(ranks))
+    for d in ranks:
+        allowed = _share([len(rows[s, d]) for s in ranks], most)
+        for s in ranks:
+            for t, j in rows[s, d][allowed[s] :]:
+                reasons[t][j] = DROPPED_RECEIVE_BOUND
+
+
+def _share(sent: list[int], most: int) -> list[int]:
+    """How many of its rows each source may send to one destination that takes at most so many."""
+    total = sum(sent)
+    if total <= most:
+        return sent
+    allowed = [most * count // total for count in sent]
+    rest, s = most - sum(allowed), 0
+    while rest > 0:
+        if allowed[s] < sent[s]:
+            allowed[s] += 1
+            rest -= 1
+        s = (s + 1) % len(sent)
+    return allowed
+
+
+def _activate(activation: str, h: Tensor) -> Tensor:
+    half = h.shape[-1] // 2
+    if activation == "relu":
+        return torch.clamp(h, min=0)
+    if activation == "gelu":
+        return _gelu(h)
+    gate, up = h[..., :half], h[..., half:]
+    if activation == "gpt_oss":
+        gate, up = torch.clamp(gate, max=7), torch.clamp(up, min=-7, max=7)
+        return (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
+    return (gate / (1 + torch.exp(-gate)) if activation == "swiglu" else _gelu(gate)) * up
+
+
+def _gelu(h: Tensor) -> Tensor:
+    return 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
+
+
+def _expert(config: Any, parameters: dict[str, Tensor], prefix: str, x_D: Tensor) -> Tensor:
+    h = x_D @ parameters[prefix + "w_in"] + parameters.get(prefix + "b_in", 0)
+    return _activate(config.experts.activation, h) @ parameters[prefix + "w_out"] + parameters.get(prefix + "b_out", 0)
+
+
+def _shared(config: Any, parameters: dict[str, Tensor], x_D: Tensor) -> Tensor:
+    h = parameters["shared_experts.w_in.weight"] @ x_D + parameters.get("shared_experts.w_in.bias", 0)
+    h = _activate(config.shared_experts.activation, h)
+    return parameters["shared_experts.w_out.weight"] @ h + parameters.get("shared_experts.w_out.bias", 0)
+
+
+def _losses(config: Any, routing: Routing, batch: Batch) -> dict[str, Tensor]:
+    losses = {}
+    for loss in config.losses:
+        if loss.kind == "z_loss":
+            largest = routing.logits_TE.detach().amax(-1)
+            log_sums = largest + torch.log(torch.exp(routing.logits_TE - largest[:, None]).sum(-1))
+            losses["z_loss"] = (log_sums**2).sum() / max(len(batch.tokens), 1)
+            continue
+        counted = blocks("document" if loss.scope == "sequence" else loss.scope, batch)
+        values = [_switch_loss(config, loss, routing, block) for block in counted]
+        name = f"balance_{loss.scope}" + ("_first" if loss.choices == "first" else "")
+        name += "_pooled" if loss.layers == "pooled" else ""
+        losses[name] = torch.stack(values).mean() if values else routing.scores_TE[:0].sum()
+    return losses
+
+
+def _switch_loss(config: Any, loss: Any, routing: Routing, block: list[int]) -> Tensor:
+    """E * sum_e f_e * P_e over one block of tokens; 0 for a block without tokens."""
+    if not block:
+        return routing.scores_TE[:0].sum()
+    probabilities = [routing.scores_TE[t] / routing.scores_TE[t].sum() for t in block]
+    counted = 1 if loss.choices == "first" else len(routing.ids[block[0]])
+    total = routing.scores_TE.new_zeros(())
+    for e in range(config.num_experts):
+        chosen = 0
+        for t in block:
+            for j in range(counted):
+                chosen += routing.ids[t][j] == e and routing.reasons[t][j] != NOT_ROUTED
+        mean = torch.stack([row[e] for row in probabilities]).sum() / len(block)
+        total = total + chosen / (len(block) * counted) * mean
+    return config.num_experts * total

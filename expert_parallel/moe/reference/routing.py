@@ -1,0 +1,267 @@
+"""The routers of the slow reference layer (see layer.py): who goes where, one token, expert or block at a time.
+
+No code of the fast layer but its random numbers, which both must agree on. Padding is taken away before anything else:
+T counts the real tokens of all ranks, rank after rank.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expert_parallel.moe.context import StepContext, pass_seed
+from expert_parallel.nn.random import Stream, gumbel, mix, normal, uniform
+
+KEPT, REROUTED, DROPPED_CAPACITY, DROPPED_RECEIVE_BOUND, NOT_ROUTED = range(5)
+
+
+@dataclass(frozen=True)
+class RankTokens:
+    """What one rank of a layout sees.
+
+    x_BSD: B may be 0. sequence_index: of each sequence in the micro-step's global batch; None: 0, 1, ...
+    token_ids_BS: for hash routing. mask_BS: bool, False is padding. positions_S: where its tokens stand in their
+    sequences, which are then those of the same index on other ranks that have positions; None: all of each is here.
+    """
+
+    x_BSD: Tensor
+    sequence_index: list[int] | None = None
+    token_ids_BS: Tensor | None = None
+    mask_BS: Tensor | None = None
+    positions_S: list[int] | None = None
+    document_BS: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Token:
+    """A real token. row: among its rank's tokens, padding included. sequence: among the sequences of all ranks, as they
+    are first met, rank after rank. index: its place in the global order. document: of its sequence."""
+
+    rank: int
+    row: int
+    sequence: int
+    index: int
+    token_id: int | None
+    document: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    tokens: list[Token]
+    x_TD: Tensor
+    num_ranks: int
+    num_sequences: int
+    training: bool
+    context: StepContext
+
+
+@dataclass(frozen=True)
+class Routing:
+    """ids, reasons: T rows of K. ranking: T rows of E, what rerouting goes by, largest first; -inf: never."""
+
+    logits_TE: Tensor
+    scores_TE: Tensor
+    ids: list[list[int]]
+    reasons: list[list[int]]
+    ranking: list[list[float]]
+
+
+def collect(ranks: list[RankTokens], training: bool, context: StepContext) -> Batch:
+    tokens, rows = [], []
+    numbers: dict[tuple[str, int, int], int] = {}  # of the sequences
+    for rank, sight in enumerate(ranks):
+        num_here, length, _ = sight.x_BSD.shape
+        indices = list(range(num_here)) if sight.sequence_index is None else sight.sequence_index
+        positions = list(range(length)) if sight.positions_S is None else sight.positions_S
+        for b in range(num_here):
+            key = ("divided", 0, indices[b]) if sight.positions_S is not None else ("whole", rank, b)
+            sequence = numbers.setdefault(key, len(numbers))
+            for s in range(length):
+                if sight.mask_BS is not None and not bool(sight.mask_BS[b, s]):
+                    continue
+                token_id = None if sight.token_ids_BS is None else int(sight.token_ids_BS[b, s])
+                document = 0 if sight.document_BS is None else int(sight.document_BS[b, s])
+                index = indices[b] * 2**32 + positions[s]
+                tokens.append(Token(rank, b * length + s, sequence, index, token_id, document))
+                rows.append(sight.x_BSD[b, s])
+    nothing = ranks[0].x_BSD.reshape(-1, ranks[0].x_BSD.shape[-1])[:0]
+    x_TD = torch.stack(rows) if rows else nothing
+    return Batch(tokens, x_TD, len(ranks), len(numbers), training, context)
+
+
+def blocks(scope: str, batch: Batch) -> list[list[int]]:
+    """Numbers of the tokens that are looked at together, in the block's order. A block may be empty."""
+    everyone = range(len(batch.tokens))
+    if scope == "document":  # what losses of scope `sequence` look at; empty ones are left out
+        places = sorted({(token.sequence, token.document) for token in batch.tokens})
+        return [[t for t in everyone if (batch.tokens[t].sequence, batch.tokens[t].document) == p] for p in places]
+    if scope == "global":
+        return [sorted(everyone, key=lambda t: batch.tokens[t].index)]
+    if scope == "rank":
+        return [[t for t in everyone if batch.tokens[t].rank == rank] for rank in range(batch.num_ranks)]
+    sequences: list[list[int]] = [[] for _ in range(batch.num_sequences)]
+    for t in sorted(everyone, key=lambda t: batch.tokens[t].index):
+        sequences[batch.tokens[t].sequence].append(t)
+    return sequences
+
+
+def draw(numbers: Callable[[int, Tensor, int], Tensor], stream: Stream, batch: Batch, width: int) -> Tensor:
+    index_T = torch.tensor([token.index for token in batch.tokens], dtype=torch.int64, device=batch.x_TD.device)
+    return numbers(pass_seed(batch.context, stream), index_T, width)
+
+
+def best_of(values: list[float], count: int) -> list[int]:
+    """Places of the largest, largest first; of equals, the first."""
+    return sorted(range(len(values)), key=lambda e: (-values[e], e))[:count]
+
+
+def route(config: Any, parameters: dict[str, Tensor], batch: Batch) -> Routing:
+    return ROUTERS[config.router.kind](config, parameters, batch)
+
+
+def _logits(parameters: dict[str, Tensor], x_TD: Tensor) -> Tensor:
+    logits = x_TD @ parameters["router.weight"].T
+    return logits + parameters["router.bias"] if "router.bias" in parameters else logits
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    exponentials = torch.exp(logits - logits.amax(-1, keepdim=True).detach())
+    return exponentials / exponentials.sum(-1, keepdim=True)
+
+
+def _score(score: str, logits: Tensor) -> Tensor:
+    return _softmax(logits) if score == "softmax" else 1 / (1 + torch.exp(-logits))
+
+
+def _take_best(logits: Tensor, scores: Tensor, ranking: list[list[float]], k: int) -> Routing:
+    ids = [best_of(row, k) for row in ranking]
+    return Routing(logits, scores, ids, [[KEPT] * k for _ in ids], ranking)
+
+
+def _top_k(config: Any, parameters: dict[str, Tensor], batch: Batch) -> Routing:
+    router, x_TD = config.router, batch.x_TD
+    if batch.training and router.jitter > 0:
+        u_TD = draw(uniform, Stream.JITTER, batch, x_TD.shape[-1])
+        x_TD = x_TD * (1 - router.jitter + 2 * router.jitter * u_TD).to(x_TD.dtype)
+    logits = _logits(parameters, x_TD)
+    scores = _score(router.score, logits)
+    ranking = scores.tolist()
+    if "router.balance_bias_E" in parameters:
+        bias = parameters["router.balance_bias_E"].tolist()
+        ranking = [[s + b for s, b in zip(row, bias, strict=True)] for row in ranking]
+    if router.group_limit is not None:
+        ranking = [_within_groups(router.group_limit, row) for row in ranking]
+    return _take_best(logits, scores, ranking, router.k)
+
+
+def _within_groups(limits: Any, row: list[float]) -> list[float]:
+    size = len(row) // limits.count
+    groups = [row[g * size : (g + 1) * size] for g in range(limits.count)]
+    marks = [max(group) if limits.score == "max" else sum(sorted(group)[-2:]) for group in groups]
+    allowed = best_of(marks, limits.limit)
+    return [value if e // size in allowed else -math.inf for e, value in enumerate(row)]
+
+
+def _noisy_top_k(config: Any, parameters: dict[str, Tensor], batch: Batch) -> Routing:
+    router = config.router
+    logits = _logits(parameters, batch.x_TD)
+    ranked = logits
+    if batch.training:
+        numbers = gumbel if router.noise == "gumbel" else normal
+        noise = draw(numbers, Stream.NOISE, batch, config.num_experts).to(logits.dtype)
+        if router.noise == "gumbel":
+            ranked = logits + noise
+        else:
+            spread: Any = 1 / config.num_experts if router.std is None else router.std
+            if router.noise == "learned":
+                raw = batch.x_TD @ parameters["router.noise_weight"].T
+                spread = torch.logaddexp(raw, torch.zeros_like(raw))  # softplus
+            ranked = logits = logits + noise * spread
+    return _take_best(logits, _softmax(logits), ranked.tolist(), router.k)
+
+
+def _gshard(config: Any, parameters: dict[str, Tensor], batch: Batch) -> Routing:
+    router, num_experts = config.router, config.num_experts
+    logits = _logits(parameters, batch.x_TD)
+    scores = _softmax(logits)
+    clean, values, ranking = logits.tolist(), scores.tolist(), logits.tolist()
+    ids, reasons = [], []
+    if batch.training and router.second == "gumbel":
+        ranking = (logits + draw(gumbel, Stream.SECOND_EXPERT, batch, num_experts).to(logits.dtype)).tolist()
+    lots = draw(uniform, Stream.SECOND_EXPERT, batch, 1).tolist()
+    for t in range(len(batch.tokens)):
+        first = best_of(clean[t], 1)[0]
+        second = next(e for e in best_of(ranking[t], num_experts) if e != first)
+        reason = KEPT
+        if batch.training and router.second == "proportional":
+            share = values[t][second] / (values[t][first] + values[t][second])
+            reason = KEPT if lots[t][0] < share / router.threshold else NOT_ROUTED
+        ids.append([first, second])
+        reasons.append([KEPT, reason])
+    return Routing(logits, scores, ids, reasons, ranking)
+
+
+def _hash(config: Any, parameters: dict[str, Tensor], batch: Batch) -> Routing:
+    """All scores are equal: normalised, they are the weights 1 / k."""
+    ids_T = torch.tensor([token.token_id for token in batch.tokens], dtype=torch.int64, device=batch.x_TD.device)
+    ranking = uniform(mix(config.router.seed), ids_T, config.num_experts).tolist()
+    logits = batch.x_TD.new_zeros(len(ids_T), config.num_experts)
+    return _take_best(logits, _softmax(logits), ranking, config.router.k)
+
+
+def _expert_choice(config: Any, parameters: dict[str, Tensor], batch: Batch) -> Routing:
+    router, num_experts = config.router, config.num_experts
+    logits = _logits(parameters, batch.x_TD)
+    scores = _softmax(logits)
+    ranking = scores.tolist()
+    reasons = [[NOT_ROUTED] * num_experts for _ in batch.tokens]
+    factor = Fraction(str(router.train if batch.training else router.eval))
+    for block in blocks(router.scope, batch):
+        capacity = math.ceil(factor * len(block) / num_experts)
+        for e in range(num_experts):
+            column = [ranking[t][e] for t in block]
+            for place in best_of(column, capacity):
+                reasons[block[place]][e] = KEPT
+    return Routing(logits, scores, [list(range(num_experts)) for _ in batch.tokens], reasons, ranking)
+
+
+def _sinkhorn(config: Any, parameters: dict[str, Tensor], batch: Batch) -> Routing:
+    router = config.router
+    logits = _logits(parameters, batch.x_TD)
+    scores = _score(router.score, logits)
+    ranking = logits.tolist()
+    routing = _take_best(logits, scores, ranking, router.k)
+    if batch.training:
+        for block in blocks(router.scope, batch):
+            balanced = _sinkhorn_block(router, [ranking[t] for t in block]) if block else []
+            for t, row in zip(block, balanced, strict=True):
+                routing.ids[t][:] = best_of(row, router.k)
+    return routing
+
+
+def _sinkhorn_block(router: Any, logits: list[list[float]]) -> list[list[float]]:
+    rows, columns = range(len(logits)), range(len(logits[0]))
+    cost = [[math.exp(value - max(row)) for value in row] for row in logits]
+    d1 = [1.0 for _ in columns]
+    for _ in range(router.max_iterations):
+        d0 = [1 / (len(rows) * sum(d1[e] * cost[t][e] for e in columns)) for t in rows]
+        d1_new = [1 / (len(columns) * sum(d0[t] * cost[t][e] for t in rows)) for e in columns]
+        change = sum(abs(new - old) for new, old in zip(d1_new, d1, strict=True)) / len(columns)
+        d1 = d1_new
+        if change <= router.tolerance:
+            break
+    return [[d1[e] * cost[t][e] * d0[t] for e in columns] for t in rows]
+
+
+ROUTERS: dict[str, Callable[[Any, dict[str, Tensor], Batch], Routing]] = {
+    "top_k": _top_k,
+    "noisy_top_k": _noisy_top_k,
+    "gshard": _gshard,
+    "hash": _hash,
+    "expert_choice": _expert_choice,
+    "sinkhorn": _sinkhorn,
+}

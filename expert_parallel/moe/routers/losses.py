@@ -1,0 +1,190 @@
+"""Balancing: losses that spread the tokens over the experts, and the bias update that does so without a loss.
+
+Functions of a RoutingPlan. Each returns this rank's SHARE of the loss: the shares of all ranks add up to the loss of
+the whole micro-step, and so do their gradients. `LOSSES` maps each `kind:` to its function.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from expert_parallel.moe.context import TokenBatch
+from expert_parallel.moe.dispatch.permute import count_keys
+from expert_parallel.moe.types import RoutingPlan
+from expert_parallel.parallel.collectives import all_reduce_sum, group_rank, group_size
+from expert_parallel.settings import Settings
+
+
+class BalanceLossConfig(Settings):
+    """E * sum over experts of f_e * P_e: 1 when balanced. f_e: share of the choices that fall on expert e; P_e: mean
+    probability of e. Fedus et al. 2021, eq. 4-6.
+
+    `scope`: the tokens over which f and P are averaged before they are multiplied. `global`: all ranks' tokens of
+    the micro-step, the same as one rank that sees them as one batch. `rank`: each rank's own, then the mean over
+    ranks. `sequence`: each sequence's own, then the mean over all sequences (DeepSeek-V3, eq. 17-20); where rows are
+    packed with documents that see nothing of each other, each document's own, as if it had a row to itself.
+
+    `choices`: f counts `all` k choices of a token (transformers' Mixtral, which does not divide by k: its coefficient
+    is ours / k), or the `first` alone (GShard, DeepSpeed's top-2).
+
+    `layers`: `each` MoE layer its own f * P, or `pooled`: f and P are averaged over all MoE layers of the model before
+    they are multiplied (transformers' load_balancing_loss_func). A pooled loss is the sum of its layers' parts.
+    """
+
+    kind: Literal["balance"]
+    coefficient: float = Field(default=0.01, gt=0)
+    scope: Literal["global", "rank", "sequence"] = "global"
+    choices: Literal["all", "first"] = "all"
+    layers: Literal["each", "pooled"] = "each"
+
+
+class ZLossConfig(Settings):
+    """Mean over tokens of (log sum exp logits)^2, over all ranks' tokens of the micro-step. Zoph et al. 2022, eq. 5."""
+
+    kind: Literal["z_loss"]
+    coefficient: float = Field(default=0.001, gt=0)
+    scope: ClassVar[Literal["global"]] = "global"  # not a setting: it is a mean over all tokens
+
+
+LossConfig = Annotated[BalanceLossConfig | ZLossConfig, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """What the losses know of the micro-step: counts over the tokens of each scope, never fetched to the host.
+
+    counts: by scope, int64 (blocks, 2 E + 1): choices of each expert, first choices of each expert, tokens; padding
+    does not count. `global` is one block, `rank` one for this rank, `sequence` one for each of its sequences, whole.
+    num_blocks: by scope, of all ranks together.
+    """
+
+    counts: dict[str, Tensor]
+    num_blocks: dict[str, Tensor | int]
+
+
+def count_documents(plan: RoutingPlan, batch: TokenBatch) -> Tensor:
+    """Of this rank's part of each sequence, or document: choices, first choices and tokens as MicroStep has them, (B,
+    2 E + 1)."""
+    num_rows, num_experts, document_T = batch.num_sequences, plan.num_experts, batch.sequence_T
+    if batch.document_T is not None:
+        num_rows, document_T = batch.num_documents, batch.document_T
+
+    def count(num_choices: int | None) -> Tensor:
+        key_TK = document_T[:, None] * num_experts + plan.expert_ids_TK
+        key_TK = key_TK.masked_fill(~plan.routed_TK, num_rows * num_experts)[:, :num_choices]
+        counts = count_keys(key_TK.flatten(), num_rows * num_experts + 1)
+        return counts[: num_rows * num_experts].view(num_rows, num_experts)
+
+    real_T = torch.ones_like(document_T) if batch.real_T is None else batch.real_T.long()
+    tokens_b = torch.zeros(num_rows, dtype=torch.int64, device=real_T.device).index_add(0, document_T, real_T)
+    return torch.cat([count(None), count(1), tokens_b[:, None]], dim=1)
+
+
+def count_micro_step(configs: list[LossConfig], plan: RoutingPlan, batch: TokenBatch) -> MicroStep:
+    """One all-reduce of 2 E + 2 numbers over the ranks of the micro-step. For a loss of scope `sequence`, where
+    sequences are divided over ranks, before it one of 2 E + 1 numbers a sequence over those. Unconditional: a rank
+    without tokens takes part."""
+    mine = count_documents(plan, batch)
+    is_divided = group_size(batch.sequence_group) > 1
+    needs_sequences = any(isinstance(config, BalanceLossConfig) and config.scope == "sequence" for config in configs)
+    whole = all_reduce_sum(mine, batch.sequence_group) if is_divided and needs_sequences else mine
+    num_sequences = (whole[:, -1] > 0).sum()  # a sequence of padding alone is none
+    if group_rank(batch.sequence_group) > 0:  # and one that is divided over ranks is counted by the first of them
+        num_sequences = num_sequences * 0
+    of_rank = mine.sum(0)
+    total = all_reduce_sum(torch.cat([of_rank, num_sequences[None]]), batch.group)
+    return MicroStep(
+        counts={"global": total[None, :-1], "rank": of_rank[None], "sequence": whole},
+        num_blocks={"global": 1, "rank": group_size(batch.group), "sequence": total[-1].clamp(min=1)},
+    )
+
+
+def fractions_and_probabilities(
+    config: BalanceLossConfig, plan: RoutingPlan, batch: TokenBatch, step: MicroStep
+) -> tuple[Tensor, Tensor]:
+    """f and P of each block of tokens, (blocks, E): the sum of E * f * P over all ranks is the loss. f carries no
+    gradient and is the block's; P is this rank's part of it, so that the gradient of a share is a part of the
+    whole's."""
+    num_experts, num_choices = plan.num_experts, plan.expert_ids_TK.shape[1]
+    choices_bE, first_bE, tokens_b1 = step.counts[config.scope].split([num_experts, num_experts, 1], dim=1)
+    counted_bE, num_counted = (first_bE, 1) if config.choices == "first" else (choices_bE, num_choices)
+    probabilities_TE = plan.probabilities_TE
+    if batch.real_T is not None:
+        probabilities_TE = probabilities_TE * batch.real_T[:, None]
+    if config.scope == "sequence" and batch.document_T is not None:
+        zeros_bE = probabilities_TE.new_zeros(batch.num_documents, num_experts)
+        sum_bE = zeros_bE.index_add(0, batch.document_T, probabilities_TE)
+    else:
+        num_rows = batch.num_sequences if config.scope == "sequence" else 1
+        sum_bE = probabilities_TE.view(num_rows, len(probabilities_TE) // max(num_rows, 1), num_experts).sum(1)
+    tokens_b1 = tokens_b1.clamp(min=1).to(sum_bE.dtype)
+    return counted_bE / (tokens_b1 * num_counted), sum_bE / tokens_b1 / step.num_blocks[config.scope]
+
+
+def balance_loss(config: BalanceLossConfig, plan: RoutingPlan, batch: TokenBatch, step: MicroStep) -> Tensor:
+    """This rank's share, a scalar in router dtype."""
+    fraction_bE, probability_bE = fractions_and_probabilities(config, plan, batch, step)
+    return plan.num_experts * (fraction_bE * probability_bE).sum()
+
+
+def z_loss(config: ZLossConfig, plan: RoutingPlan, batch: TokenBatch, step: MicroStep) -> Tensor:
+    """This rank's share, a scalar in router dtype."""
+    squares_T = plan.logits_TE.logsumexp(-1).square()
+    if batch.real_T is not None:
+        squares_T = squares_T * batch.real_T
+    return squares_T.sum() / step.counts["global"][0, -1].clamp(min=1)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"balance": balance_loss, "z_loss": z_loss}
+
+
+def router_losses(
+    configs: list[LossConfig], plan: RoutingPlan, batch: TokenBatch
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """Each configured loss's share before its coefficient, by name; and f and P of those that are pooled over
+    layers."""
+    if not configs:
+        return {}, {}
+    step = count_micro_step(configs, plan, batch)
+    losses = {loss_name(config): LOSSES[config.kind](config, plan, batch, step) for config in configs}
+    pooled = [config for config in configs if isinstance(config, BalanceLossConfig) and config.layers == "pooled"]
+    return losses, {loss_name(config): fractions_and_probabilities(config, plan, batch, step) for config in pooled}
+
+
+def pool_layers(pooled: dict[int, dict[str, tuple[Tensor, Tensor]]]) -> dict[int, dict[str, Tensor]]:
+    """Each layer's part of the pooled losses, before coefficients: E * sum of (mean over layers of f) * P / layers. The
+    sum over layers is E * mean f * mean P, transformers' load_balancing_loss_func. pooled: by layer and loss."""
+    parts: dict[int, dict[str, Tensor]] = {layer: {} for layer in pooled}
+    for name in next(iter(pooled.values()), {}):
+        fraction_bE = torch.stack([terms[name][0] for terms in pooled.values()]).sum(0)
+        for layer, terms in pooled.items():
+            parts[layer][name] = pooled_part(fraction_bE, terms[name][1], len(pooled))
+    return parts
+
+
+def pooled_part(fraction_bE: Tensor, probability_bE: Tensor, num_layers: int) -> Tensor:
+    """E * sum of (mean over layers of f) * P / layers. fraction_bE: f, summed over all layers. probability_bE: P of one
+    layer for its part; summed over all layers for the whole loss."""
+    return fraction_bE.shape[1] * (fraction_bE / num_layers * probability_bE).sum() / num_layers
+
+
+def loss_name(config: LossConfig) -> str:
+    """Two losses of one kind are told apart by their settings."""
+    if not isinstance(config, BalanceLossConfig):
+        return config.kind
+    first, pooled = config.choices == "first", config.layers == "pooled"
+    return f"balance_{config.scope}{'_first' if first else ''}{'_pooled' if pooled else ''}"
+
+
+@torch.no_grad()
+def update_balance_bias(balance_bias_E: Tensor, choices_E: Tensor, rate: float) -> None:
+    """b_e += rate * sign(mean load - load_e), in place, once a step. DeepSeek-V3 2024, section 2.1.2.
+
+    choices_E: every choice of the whole step, before drops, summed over micro-steps and data ranks.
+    """
+    load_E = choices_E.to(torch.float64)
+    balance_bias_E += rate * (load_E.mean() - load_E).sign().to(balance_bias_E.dtype)

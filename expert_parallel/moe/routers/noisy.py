@@ -1,0 +1,100 @@
+"""Routers that draw lots in training: noisy top-k, and GShard's random second expert. Each lot is a function of named
+keys (nn/random.py)."""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from expert_parallel.moe.context import TokenBatch, pass_seed
+from expert_parallel.moe.routers.base import LinearRouter, LinearSettings, Scores, best, score_logits
+from expert_parallel.moe.types import Reason
+from expert_parallel.nn import random
+from expert_parallel.nn.random import Stream
+
+
+class NoisyTopKConfig(LinearSettings):
+    """Top-k of noisy logits, in training alone.
+
+    `noise: learned` adds N(0, 1) * softplus(x W_noise) to the logits that scores and choice come from (Shazeer et al.
+    2017, eq. 4). `normal` adds N(0, std^2) (V-MoE, Riquelme et al. 2021: std 1 / num_experts, the default). `gumbel`
+    moves the choice alone, so that expert 1 is a draw from the softmax (DeepSpeed's RSample).
+    """
+
+    kind: Literal["noisy_top_k"]
+    noise: Literal["learned", "normal", "gumbel"] = "learned"
+    std: float | None = Field(default=None, gt=0, description="of noise: normal; default: 1 / num_experts")
+
+    def refuse(self, num_experts: int) -> None:
+        super().refuse(num_experts)
+        if self.std is not None and self.noise != "normal":
+            raise ValueError(f"router.std is {self.std} but router.noise is {self.noise!r}: only 'normal' takes it")
+
+
+class NoisyTopKRouter(LinearRouter):
+    """H(x) = x W + noise; the k largest of H are chosen; scores = softmax(H). Shazeer et al. 2017, eq. 3-5."""
+
+    Config = NoisyTopKConfig
+    config: NoisyTopKConfig
+
+    def __init__(self, config: NoisyTopKConfig, d_model: int, num_experts: int) -> None:
+        super().__init__(config, d_model, num_experts)
+        self.noise_weight = nn.Parameter(torch.empty(num_experts, d_model)) if config.noise == "learned" else None
+
+    def score(self, x_TD: Tensor, batch: TokenBatch) -> Scores:
+        logits_TE = self.logits(x_TD)
+        # Unconditional, so that W_noise has a gradient (of zeros, in evaluation) in every pass.
+        spread_TE = None if self.noise_weight is None else F.softplus(F.linear(x_TD, self.noise_weight.to(x_TD.dtype)))
+        if not self.training:
+            return score_logits(logits_TE if spread_TE is None else logits_TE + 0 * spread_TE, "softmax")
+        seed = pass_seed(batch.context, Stream.NOISE)
+        if self.config.noise == "gumbel":
+            noise_TE = random.gumbel(seed, batch.index_T, self.num_experts).to(x_TD.dtype)
+            scores = score_logits(logits_TE, "softmax")
+            return replace(scores, ranking_TE=scores.ranking_TE + noise_TE)
+        noise_TE = random.normal(seed, batch.index_T, self.num_experts).to(x_TD.dtype)
+        std = 1 / self.num_experts if self.config.std is None else self.config.std
+        return score_logits(logits_TE + noise_TE * (std if spread_TE is None else spread_TE), "softmax")
+
+
+class GShardConfig(LinearSettings):
+    """Top-2 whose second expert is random, in training alone.
+
+    `second: proportional` takes it with probability min(1, g2 / threshold), where g2 is its weight after normalising
+    the two: GShard (Lepikhin et al. 2020, algorithm 1) has threshold 0.5, Mesh TensorFlow 0.2. `gumbel` always takes
+    one, drawn from the softmax without the first (DeepSpeed's top2_2nd_expert_sampling). In evaluation: the two best.
+    """
+
+    kind: Literal["gshard"]
+    k: Literal[2] = 2
+    second: Literal["proportional", "gumbel"] = "proportional"
+    threshold: float = Field(default=0.5, gt=0, le=1)
+
+
+class GShardRouter(LinearRouter):
+    Config = GShardConfig
+    config: GShardConfig
+
+    def score(self, x_TD: Tensor, batch: TokenBatch) -> Scores:
+        scores = score_logits(self.logits(x_TD), "softmax")
+        if not self.training or self.config.second != "gumbel":
+            return scores
+        seed = pass_seed(batch.context, Stream.SECOND_EXPERT)
+        noise_TE = random.gumbel(seed, batch.index_T, self.num_experts).to(x_TD.dtype)
+        return replace(scores, ranking_TE=scores.ranking_TE + noise_TE)
+
+    def choose(self, scores: Scores, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        first_T1 = best(scores.log_scores_TE, 1)
+        second_T1 = best(scores.ranking_TE.scatter(1, first_T1, -torch.inf), 1)
+        expert_ids_TK = torch.cat([first_T1, second_T1], dim=1)
+        reason_TK = torch.full_like(expert_ids_TK, Reason.KEPT, dtype=torch.uint8)
+        if not self.training or self.config.second != "proportional":
+            return expert_ids_TK, reason_TK
+        seed = pass_seed(batch.context, Stream.SECOND_EXPERT)
+        g2_T = scores.log_scores_TE.gather(1, expert_ids_TK).softmax(-1)[:, 1]
+        taken_T = random.uniform(seed, batch.index_T, 1)[:, 0] < g2_T.double() / self.config.threshold
+        reason_TK[:, 1] = torch.where(taken_T, Reason.KEPT, Reason.NOT_ROUTED).to(torch.uint8)
+        return expert_ids_TK, reason_TK

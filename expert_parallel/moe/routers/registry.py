@@ -1,0 +1,103 @@
+"""All routers, by `kind:`, and the settings that choose one. A router of your own is registered by one line.
+
+ROUTERS["mine"] = MyRouter                                    # in Python, before the config is read
+
+[project.entry-points."expert_parallel.routers"]              # or in the pyproject.toml of an installed package,
+mine = "my_package.routers:MyRouter"                          # for the command line
+"""
+
+from importlib.metadata import entry_points
+from typing import Annotated, Any
+
+import torch
+from pydantic import ConfigDict, Discriminator, Tag, model_validator
+
+from expert_parallel.moe.routers.across_tokens import (
+    ExpertChoiceConfig,
+    ExpertChoiceRouter,
+    SinkhornConfig,
+    SinkhornRouter,
+)
+from expert_parallel.moe.routers.base import (
+    HashConfig,
+    HashRouter,
+    Router,
+    RouterSettings,
+    TopKRouter,
+    TopKRouterConfig,
+)
+from expert_parallel.moe.routers.noisy import GShardConfig, GShardRouter, NoisyTopKConfig, NoisyTopKRouter
+
+ROUTERS: dict[str, type[Router]] = {
+    "top_k": TopKRouter,
+    "noisy_top_k": NoisyTopKRouter,
+    "gshard": GShardRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "hash": HashRouter,
+    "sinkhorn": SinkhornRouter,
+}
+_OURS = tuple(ROUTERS)
+
+
+class RegisteredRouterConfig(RouterSettings):
+    """A router that is not one of ours: `kind` names it, and its own Config checks the rest."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def _check(self) -> "RegisteredRouterConfig":
+        if self.kind not in ROUTERS:
+            found = [point for point in entry_points(group="expert_parallel.routers") if point.name == self.kind]
+            if not found:
+                known = ", ".join(repr(kind) for kind in ROUTERS)
+                raise ValueError(f"kind is {self.kind!r}, it must be one of {known}, or a registered router")
+            ROUTERS[self.kind] = found[0].load()
+        self.resolve()
+        return self
+
+    def resolve(self) -> RouterSettings:
+        """The router's own settings."""
+        return ROUTERS[self.kind].Config.model_validate(self.model_dump())
+
+    def num_choices(self, num_experts: int) -> int:
+        return self.resolve().num_choices(num_experts)
+
+    def experts_per_token(self, num_experts: int) -> float:
+        return self.resolve().experts_per_token(num_experts)
+
+    def refuse(self, num_experts: int) -> None:
+        self.resolve().refuse(num_experts)
+
+
+def _tag(value: Any) -> str:
+    kind = value.get("kind", "top_k") if isinstance(value, dict) else getattr(value, "kind", "top_k")
+    return kind if kind in _OURS else "registered"
+
+
+RouterConfig = Annotated[
+    Annotated[TopKRouterConfig, Tag("top_k")]
+    | Annotated[NoisyTopKConfig, Tag("noisy_top_k")]
+    | Annotated[GShardConfig, Tag("gshard")]
+    | Annotated[ExpertChoiceConfig, Tag("expert_choice")]
+    | Annotated[HashConfig, Tag("hash")]
+    | Annotated[SinkhornConfig, Tag("sinkhorn")]
+    | Annotated[RegisteredRouterConfig, Tag("registered")],
+    Discriminator(_tag),
+]
+
+
+def router_settings(config: RouterSettings) -> RouterSettings:
+    """The settings in force: a registered router's own, with its defaults."""
+    return config.resolve() if isinstance(config, RegisteredRouterConfig) else config
+
+
+def build_router(config: RouterSettings, d_model: int, num_experts: int) -> Router:
+    return ROUTERS[config.kind](router_settings(config), d_model, num_experts)
+
+
+def router_params(config: RouterSettings, d_model: int, num_experts: int) -> int:
+    """Counts the parameters of a router. It is built on the meta device for that, without memory: what a registered
+    router holds, its settings do not say."""
+    with torch.device("meta"):
+        router = build_router(config, d_model, num_experts)
+    return sum(parameter.numel() for parameter in router.parameters())
