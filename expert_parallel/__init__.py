@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what _MODULES says, as type checkers read it
     from expert_parallel.checkpoint.load import load_checkpoint as load_checkpoint
-    from expert_parallel.config import Config as Config
-    from expert_parallel.config import load_config as load_config
     from expert_parallel.model.config import ModelConfig as ModelConfig
     from expert_parallel.model.parallelize import build_model as build_model
     from expert_parallel.model.transformer import ModelOutput as ModelOutput
@@ -33,6 +31,8 @@ if TYPE_CHECKING:  # what _MODULES says, as type checkers read it
     from expert_parallel.runtime.process import RuntimeConfig as RuntimeConfig
     from expert_parallel.runtime.process import UserError as UserError
     from expert_parallel.runtime.process import distributed as distributed
+    from expert_parallel.training.config import Config as Config
+    from expert_parallel.training.config import load_config as load_config
     from expert_parallel.training.loop import train as train
 else:  # so that they find a misspelt name
 
@@ -66,8 +66,8 @@ _MODULES = {
     "ParallelMesh": "expert_parallel.parallel.mesh",
     "build_mesh": "expert_parallel.parallel.mesh",
     # a training run
-    "Config": "expert_parallel.config",
-    "load_config": "expert_parallel.config",
+    "Config": "expert_parallel.training.config",
+    "load_config": "expert_parallel.training.config",
     "train": "expert_parallel.training.loop",
     "Runtime": "expert_parallel.runtime.process",
     "RuntimeConfig": "expert_parallel.runtime.process",

@@ -10,12 +10,12 @@ from expert_parallel import __version__
 from expert_parallel.bench.command import bench
 from expert_parallel.checkpoint.command import checkpoint
 from expert_parallel.command_line import ConfigFile, LogLevel, Overrides, early_config, refusals
-from expert_parallel.config import load_config
 from expert_parallel.data.command import data
 from expert_parallel.interop.command import convert
 from expert_parallel.interop.experts_command import experts
 from expert_parallel.runtime.process import UserError, distributed
 from expert_parallel.study.command import study
+from expert_parallel.training.config import load_config
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,7 +52,7 @@ def train(config: ConfigFile, overrides: Overrides = None, log_level: LogLevel =
     """Train, or go on from the newest checkpoint in run.folder. Alone, or on every rank of a launcher.
     Exit code 75 where SIGUSR1 stopped it (0 under torchrun)."""
     from expert_parallel.training.loop import train as run
-    from expert_parallel.training.stop import EXIT_CODE, stop_on_signal
+    from expert_parallel.training.resume import EXIT_CODE, stop_on_signal
 
     with (
         stop_on_signal() as stop,

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from expert_parallel.config import load_config
 from expert_parallel.runtime.process import LaunchError, LostContact, RankFilter, RuntimeConfig, UserError
+from expert_parallel.training.config import load_config
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, for example configs/quickstart.yaml")]
 Overrides = Annotated[

@@ -11,10 +11,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from expert_parallel.config import load_config
 from expert_parallel.runtime.launchers import Launch
 from expert_parallel.runtime.mpi.backend import BACKEND, finish_mpi, load_mpi, start_mpi
 from expert_parallel.runtime.process import Runtime
+from expert_parallel.training.config import load_config
 from expert_parallel.training.loop import train
 from tests.mpi_cases import CASES, DTYPES, GROUPS, compare
 

@@ -22,8 +22,8 @@ from uuid import uuid4
 
 import torch
 
-from expert_parallel.config import load_config
 from expert_parallel.runtime.process import Launch, Runtime
+from expert_parallel.training.config import load_config
 from expert_parallel.training.loop import train
 from tests.launches import ROOT, TIMEOUT_SECONDS, environment, small_config
 from tests.ranks import run_ranks

@@ -17,10 +17,10 @@ from expert_parallel.checkpoint.files import list_checkpoints, open_checkpoint
 from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.manifest import sealed
 from expert_parallel.checkpoint.tensor_files import write_tensors
-from expert_parallel.config import Config
 from expert_parallel.model.generation import Sampling
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.runtime.process import Launch, Runtime, UserError
+from expert_parallel.training.config import Config
 from expert_parallel.training.generate import generate_from_run
 from expert_parallel.training.loop import train
 from expert_parallel.training.resume import changes_since

@@ -22,11 +22,10 @@ from typer.testing import CliRunner, Result
 
 from expert_parallel.__main__ import main
 from expert_parallel.app import app
-from expert_parallel.config import Config, load_config
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.training.check import state_bytes_of_rank
+from expert_parallel.training.config import DTYPES, Config, load_config
 from expert_parallel.training.setup import check_degrees
-from expert_parallel.training.step import DTYPES
 from tests.launches import ROOT, run_configs, run_folder, small_config, start
 
 SHIPPED = run_configs()

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from expert_parallel.config import load_config
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.experts.grouped_gemm import PRODUCTS
 from expert_parallel.moe.layer import MoELayer
+from expert_parallel.training.config import load_config
 
 pytestmark = pytest.mark.cuda
 ROOT = Path(__file__).parent.parent

@@ -12,11 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 from expert_parallel.app import app
-from expert_parallel.config import Config
 from expert_parallel.data.batch import MicroBatch
 from expert_parallel.data.prepare import prepare
 from expert_parallel.runtime.process import Launch, Runtime, UserError
 from expert_parallel.training import loop
+from expert_parallel.training.config import Config
 from tests.ranks import run_ranks
 
 LENGTH = 8

@@ -15,9 +15,10 @@ from expert_parallel.model.transformer import ModelConfig, Transformer
 from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.parallel.sequence import SequencePlace
+from expert_parallel.training.config import TrainingConfig
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.optim import build_optimizer
-from expert_parallel.training.step import TrainingConfig, train_step
+from expert_parallel.training.step import train_step
 from tests.layouts import build_on
 from tests.ranks import run_ranks
 

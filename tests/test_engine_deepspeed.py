@@ -18,15 +18,15 @@ from expert_parallel.checkpoint.config import CheckpointConfig
 from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.save import Saver
 from expert_parallel.checkpoint.state import rectangles
-from expert_parallel.config import Config, load_config
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.runtime.launchers import Launch
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.training import loop
 from expert_parallel.training.check import describe, state_bytes_of_rank
-from expert_parallel.training.engines.build import ENGINES
+from expert_parallel.training.config import DTYPES, Config, TrainingConfig, load_config
+from expert_parallel.training.engines.native import ENGINES
 from expert_parallel.training.optim import build_optimizer
-from expert_parallel.training.step import DTYPES, TrainingConfig, evaluate, train_step
+from expert_parallel.training.step import evaluate, train_step
 from tests.launches import small_config, start
 from tests.layouts import build_on
 from tests.ranks import run_ranks

@@ -16,7 +16,6 @@ from typer.testing import CliRunner, Result
 
 from expert_parallel.app import app
 from expert_parallel.checkpoint.load import load_checkpoint
-from expert_parallel.config import load_config
 from expert_parallel.data.open import open_data
 from expert_parallel.data.tokenizer import ByteTokenizer, open_tokenizer, train_tokenizer
 from expert_parallel.model.parallelize import build_model
@@ -27,6 +26,7 @@ from expert_parallel.report.loads import COLUMNS, read_loads
 from expert_parallel.report.sample import Routing, cut
 from expert_parallel.report.style import HEAT, STEPS_FROM_FAIR, heat, ratio_of
 from expert_parallel.report.words import CLASSES, classes, name_of, pieces
+from expert_parallel.training.config import load_config
 from expert_parallel.training.setup import demand_of
 from tests.ranks import run_ranks
 from tests.test_checkpoint import run_training

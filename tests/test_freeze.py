@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from expert_parallel.config import Config
 from expert_parallel.data.batch import MicroBatch, shard_bounds
 from expert_parallel.moe.parameters import logical_parameters
+from expert_parallel.training.config import Config, TrainingConfig
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.freeze import ExpertsTrainable
 from expert_parallel.training.optim import build_optimizer
-from expert_parallel.training.step import TrainingConfig, train_step
+from expert_parallel.training.step import train_step
 from tests.layouts import build_on
 from tests.ranks import run_ranks
 

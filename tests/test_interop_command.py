@@ -10,8 +10,8 @@ from typer.testing import CliRunner, Result
 
 from expert_parallel.app import app
 from expert_parallel.checkpoint.files import open_checkpoint
-from expert_parallel.config import load_config
 from expert_parallel.data.tokenizer import FileTokenizer, train_tokenizer
+from expert_parallel.training.config import load_config
 from tests.test_interop import greedy, load_ours, make_peer
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away "

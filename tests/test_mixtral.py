@@ -16,9 +16,10 @@ from expert_parallel.model.tensor_parallel import gather_logits
 from expert_parallel.model.transformer import ModelConfig, Transformer
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.parallel.mesh import ParallelDegrees, ParallelMesh, build_mesh
+from expert_parallel.training.config import DTYPES, TrainingConfig
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.optim import build_optimizer
-from expert_parallel.training.step import DTYPES, TrainingConfig, train_step
+from expert_parallel.training.step import train_step
 from tests.peers import peers_in_float64
 from tests.ranks import run_ranks
 

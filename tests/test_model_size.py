@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from expert_parallel.config import load_config, load_tree
+from expert_parallel.config import load_tree
 from expert_parallel.model.config import ModelConfig, ParameterCounts
 from expert_parallel.model.parallelize import build_model, split_model
 from expert_parallel.model.transformer import Part
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.moe.routers.base import LinearRouter, LinearSettings
 from expert_parallel.moe.routers.registry import ROUTERS
+from expert_parallel.training.config import load_config
 from tests.launches import ROOT
 from tests.pairwise import Case, pairwise_cases
 from tests.test_attention_layouts import FAMILIES

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from expert_parallel.app import app
 from expert_parallel.checkpoint.files import open_checkpoint
-from expert_parallel.config import dump_config, load_config, setting_paths
+from expert_parallel.config import setting_paths
 from expert_parallel.data.config import StdlibData, TokensData
 from expert_parallel.data.open import Demand, load_tokenizer, open_data
 from expert_parallel.data.text import load_corpus
@@ -26,6 +26,7 @@ from expert_parallel.interop.importing import import_folder
 from expert_parallel.moe.context import StepContext
 from expert_parallel.runtime.process import Launch, Runtime
 from expert_parallel.settings import CONFIG_VERSION
+from expert_parallel.training.config import dump_config, load_config
 from expert_parallel.training.loop import train
 from expert_parallel.training.resume import changes_since
 from tests.launches import ROOT

@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from expert_parallel.app import app
-from expert_parallel.config import load_config
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe.config import PRESETS, MoEConfig
 from expert_parallel.moe.context import StepContext
@@ -21,6 +20,7 @@ from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.routers.base import TopKRouter, TopKRouterConfig
 from expert_parallel.moe.routers.registry import ROUTERS
 from expert_parallel.parallel.mesh import ParallelDegrees, node_grid
+from expert_parallel.training.config import load_config
 from tests.launches import small_config
 
 DROPLESS, NO_LOSSES = "model.moe.capacity={kind: dropless}", "model.moe.losses=[]"

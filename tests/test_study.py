@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from expert_parallel.bench.timing import Times
-from expert_parallel.config import Config, load_tree
+from expert_parallel.config import load_tree
 from expert_parallel.data.batch import micro_batch
 from expert_parallel.data.open import open_data
 from expert_parallel.study.carry_out import Progress, best_rate, carry_out, finished, left_to_do, steps_wanted
@@ -25,6 +25,7 @@ from expert_parallel.study.plan import Study, read_study
 from expert_parallel.study.plot import plot
 from expert_parallel.study.results import StudyResult, VariantResult, describe, reached
 from expert_parallel.study.step_times import StepTimes
+from expert_parallel.training.config import Config
 from expert_parallel.training.setup import demand_of
 
 CONFIG = Path(__file__).parent.parent / "configs" / "study.yaml"

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from expert_parallel.app import app
 from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
-from expert_parallel.config import Config, load_config
 from expert_parallel.interop.surgery import Surgery, add, merge, operate, remove
 from expert_parallel.runtime.process import Launch, Runtime
+from expert_parallel.training.config import Config, load_config
 from expert_parallel.training.loop import train
 from tests.ranks import run_ranks
 

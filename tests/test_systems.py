@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from expert_parallel.checkpoint.config import CheckpointConfig
 from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.save import Saver
-from expert_parallel.config import Config, load_config
 from expert_parallel.data.batch import MicroBatch, shard_bounds
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext, pass_seed, token_batch
@@ -28,6 +27,7 @@ from expert_parallel.nn import random
 from expert_parallel.nn.random import Stream
 from expert_parallel.runtime.process import CPU, Launch, Runtime
 from expert_parallel.training.check import describe, gathered_bytes_of_rank
+from expert_parallel.training.config import Config, load_config
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.setup import build, check_degrees
 from expert_parallel.training.step import train_step

@@ -15,9 +15,9 @@ from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.parallel.collectives import all_gather_single, reduce_scatter_single
 from expert_parallel.parallel.mesh import build_mesh
+from expert_parallel.training.config import DTYPES, TrainingConfig
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.optim import build_optimizer
-from expert_parallel.training.step import DTYPES, TrainingConfig
 from expert_parallel.verify.traffic import AxisBytes, counting, describe, measure_step
 from tests.layouts import build_on, parallel_config
 from tests.ranks import run_ranks

@@ -28,10 +28,11 @@ from expert_parallel.moe.reference.layer import reference_layer
 from expert_parallel.moe.routers.losses import loss_name
 from expert_parallel.moe.types import MoEOutput
 from expert_parallel.parallel.mesh import ParallelMesh
+from expert_parallel.training.config import DTYPES, TrainingConfig
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.metrics import coefficient_of_variation, step_metrics
 from expert_parallel.training.optim import build_optimizer
-from expert_parallel.training.step import DTYPES, StepReport, TrainingConfig, evaluate, train_step
+from expert_parallel.training.step import StepReport, evaluate, train_step
 from tests.layouts import build_on
 from tests.pairwise import all_cases
 from tests.ranks import run_ranks

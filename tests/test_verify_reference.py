@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expert_parallel.config import Config
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import ModelConfig
-from expert_parallel.training.step import TrainingConfig
+from expert_parallel.training.config import Config, TrainingConfig
 from expert_parallel.verify import product
 from expert_parallel.verify import reference as slow
 from expert_parallel.verify.compare import actual_tensors, expected_tensors

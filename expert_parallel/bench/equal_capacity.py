@@ -25,7 +25,7 @@ from expert_parallel.moe.types import DispatchedTokens
 from expert_parallel.nn.ffn import FFN, FFNConfig
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.settings import Settings
-from expert_parallel.training.step import DTYPES
+from expert_parallel.training.config import DTYPES
 
 Dtype = Literal["float32", "bfloat16"]
 Say = Callable[[str], None]

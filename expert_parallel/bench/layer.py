@@ -22,7 +22,7 @@ from expert_parallel.bench.timing import Peak, Times, Work, measure, peak_memory
 from expert_parallel.parallel.collectives import all_reduce_sum, group_rank
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.settings import Settings
-from expert_parallel.training.step import DTYPES
+from expert_parallel.training.config import DTYPES
 
 # Of outputs and input gradients, relative to their norms. In bfloat16 peers that take the router's scores in it choose
 # other experts for some tokens.

@@ -20,7 +20,7 @@ from expert_parallel.parallel.collectives import all_to_all_rows
 from expert_parallel.runtime.mpi.backend import BACKEND, start_mpi
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.settings import Settings
-from expert_parallel.training.step import DTYPES
+from expert_parallel.training.config import DTYPES
 
 # (M, K, N) of M x K times K x N: squares, then one expert's rows of the shapes base and fine-grained (CPU), mixtral and
 # qwen3-30b-a3b (GPU).

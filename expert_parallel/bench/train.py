@@ -20,13 +20,13 @@ from expert_parallel.bench.peers.decoder import Trainee
 from expert_parallel.bench.peers.peers import TRAINEES
 from expert_parallel.bench.shapes import TrainShape
 from expert_parallel.bench.timing import Times, Work, measure, peak_memory, slowest
-from expert_parallel.config import Config
 from expert_parallel.data.batch import MicroBatch, shard_bounds
 from expert_parallel.parallel.collectives import all_reduce_sum
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.settings import Settings
+from expert_parallel.training.config import DTYPES, Config
 from expert_parallel.training.setup import build, check_degrees
-from expert_parallel.training.step import DTYPES, train_step
+from expert_parallel.training.step import train_step
 
 OURS = "ours"
 Say = Callable[[str], None]

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from expert_parallel.checkpoint.files import CheckpointWriter
-from expert_parallel.config import Config, dump_config
 from expert_parallel.data.open import TOKENIZER_FILE
 from expert_parallel.interop.folder import COMPANIONS, CONFIG
 from expert_parallel.interop.source import HuggingFaceModel
+from expert_parallel.training.config import Config, dump_config
 
 ORIGIN = "huggingface"  # in a run: config.json, tokenizer and the like, as they were when the model was imported
 LONGEST = 2048  # tokens of a training sequence, where the model allows more

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from expert_parallel.checkpoint.files import Checkpoint, CheckpointWriter, open_checkpoint
 from expert_parallel.checkpoint.folders import step_folder
-from expert_parallel.config import Config, dump_config, read_config
 from expert_parallel.data.open import TOKENIZER_FILE
 from expert_parallel.interop.importing import find_tokenizer
 from expert_parallel.nn.random import mix
+from expert_parallel.training.config import Config, dump_config, read_config
 
 EXPERT = re.compile(r"(\w+/blocks\.\d+\.moe\.experts\.)(\d+)(\..+)")
 ROUTER = re.compile(r"(\w+)/blocks\.\d+\.moe\.router\..+")

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from expert_parallel.checkpoint.files import open_checkpoint
-from expert_parallel.config import Config, read_config
 from expert_parallel.data.open import TOKENIZER_FILE
 from expert_parallel.interop.folder import CONFIG
 from expert_parallel.interop.importing import find_origin, find_tokenizer, imported_config, write_run
@@ -24,6 +23,7 @@ from expert_parallel.interop.source import HuggingFaceModel
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.nn.ffn import GATED
 from expert_parallel.nn.random import mix
+from expert_parallel.training.config import Config, read_config
 
 Weights = Iterator[tuple[str, Tensor]]
 DENSE = re.compile(r"(blocks\.\d+)\.ffn\.(w_in|w_out)\.(weight|bias)")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from expert_parallel.checkpoint.load import load_checkpoint
-from expert_parallel.config import Config
 from expert_parallel.data.open import open_data
 from expert_parallel.data.tokenizer import Tokenizer
 from expert_parallel.model.parallelize import build_model
@@ -21,9 +20,9 @@ from expert_parallel.report.loads import Loads, read_loads
 from expert_parallel.report.sample import Sample, cut, route
 from expert_parallel.report.words import CLASSES, Piece, classes, name_of, pieces
 from expert_parallel.runtime.process import Runtime, UserError
+from expert_parallel.training.config import DTYPES, Config
 from expert_parallel.training.generate import run_config, run_tokenizer
 from expert_parallel.training.setup import demand_of
-from expert_parallel.training.step import DTYPES
 
 
 @dataclass(frozen=True, eq=False)

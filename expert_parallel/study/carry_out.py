@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from expert_parallel.config import dump_config
 from expert_parallel.study.curves import read_curve, steps_done
 from expert_parallel.study.folder import (
     has_diverged,
@@ -25,7 +24,8 @@ from expert_parallel.study.folder import (
     sitting,
 )
 from expert_parallel.study.plan import Run, Study
-from expert_parallel.training.stop import EXIT_CODE as STOPPED
+from expert_parallel.training.config import dump_config
+from expert_parallel.training.resume import EXIT_CODE as STOPPED
 
 POLL_SECONDS = 1.0
 SAVE_SECONDS = 600  # that a run has to save when the study is stopped

@@ -12,10 +12,10 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from expert_parallel.checkpoint.files import list_checkpoints
 from expert_parallel.checkpoint.folders import write_whole
-from expert_parallel.config import Config, load_config
 from expert_parallel.settings import changed_settings
 from expert_parallel.study.curves import Curve, read_curve
 from expert_parallel.study.plan import Run, Study
+from expert_parallel.training.config import Config, load_config
 
 # What a run's own config may say otherwise than the study's: no loss depends on it.
 FREE = ("training.steps", "data.sha256", "data.end_id", "run.log_every", "checkpoint.")

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from expert_parallel.config import Config, load_tree, read_config, read_settings
+from expert_parallel.config import load_tree, read_settings
 from expert_parallel.moe.config import merge
 from expert_parallel.settings import Settings
+from expert_parallel.training.config import Config, read_config
 from expert_parallel.training.optim import CosineConfig
 
 Rate = Annotated[float, Field(gt=0)]

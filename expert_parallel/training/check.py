@@ -6,16 +6,15 @@ from itertools import chain
 
 import torch
 
-from expert_parallel.config import Config, dump_config
 from expert_parallel.data.config import TokensData
 from expert_parallel.data.open import open_data
 from expert_parallel.model.parallelize import split_model
 from expert_parallel.moe.capacity.limit import DroplessConfig, capacity_of_blocks
 from expert_parallel.parallel.degrees import ParallelDegrees, ShardedConfig, describe_grid, shard_counts
 from expert_parallel.parallel.placement import ExpertPlacement
+from expert_parallel.training.config import DTYPES, Config, dump_config
 from expert_parallel.training.engines.config import DeepSpeedConfig
 from expert_parallel.training.setup import check_degrees, demand_of, describe_degrees
-from expert_parallel.training.step import DTYPES
 
 GIB = 1024**3
 GRID_RANKS = 64  # of larger worlds the grid is not printed

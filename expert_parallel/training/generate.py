@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from expert_parallel.checkpoint.load import load_checkpoint
-from expert_parallel.config import Config, load_config
 from expert_parallel.data.open import load_tokenizer
 from expert_parallel.data.tokenizer import Tokenizer
 from expert_parallel.model.generation import Sampling, generate
@@ -12,8 +11,9 @@ from expert_parallel.model.parallelize import build_model, refuse_degrees
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.runtime.process import Runtime
+from expert_parallel.training.config import DTYPES, Config, load_config
 from expert_parallel.training.setup import build_parts
-from expert_parallel.training.step import DTYPES, forget_gathered_weights
+from expert_parallel.training.step import forget_gathered_weights
 
 
 def generate_texts(

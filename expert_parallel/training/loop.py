@@ -14,7 +14,6 @@ from torch import Tensor
 from expert_parallel.checkpoint.files import Checkpoint, list_checkpoints, open_checkpoint
 from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.save import Saver
-from expert_parallel.config import Config, dump_config
 from expert_parallel.data.batch import MicroBatch, held_out_batch, micro_batch
 from expert_parallel.data.open import keep_tokenizer, open_data
 from expert_parallel.data.sampler import Sampler
@@ -25,14 +24,14 @@ from expert_parallel.parallel.degrees import ParallelDegrees
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.parallel.sequence import SequencePlace
 from expert_parallel.runtime.process import Runtime, UserError
-from expert_parallel.training.engines.engine import Engine
+from expert_parallel.training.config import Config, dump_config
+from expert_parallel.training.engines.native import Engine
 from expert_parallel.training.generate import generate_texts, run_tokenizer
 from expert_parallel.training.metrics import Metrics, MetricsWriter, memory_metrics, progress_line, step_metrics
 from expert_parallel.training.replay import MoEPlace, PlayConfig, RecordConfig, load_choices, save_choices
-from expert_parallel.training.resume import changes_since, refuse_model, refuse_settings
+from expert_parallel.training.resume import StopSignal, changes_since, refuse_model, refuse_settings
 from expert_parallel.training.setup import build, check_world, demand_of, describe_degrees
 from expert_parallel.training.step import StepReport, evaluate, train_step
-from expert_parallel.training.stop import StopSignal
 
 logger = logging.getLogger(__name__)
 

@@ -1,14 +1,23 @@
-"""What a run may go on from: which settings may differ from those that a checkpoint was written under."""
+"""How a run stops and goes on: after SIGUSR1 at any rank, all ranks save and leave at the end of the step; later, some
+settings may differ from those that the checkpoint was written under, others are refused.
 
-from contextlib import suppress
+Batch systems send the signal before a job's time is up (Slurm: `--signal=USR1@300`). SIGTERM is left alone:
+launchers send it to the ranks that are left when one has died, which can save nothing."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from pydantic import ValidationError
 
 from expert_parallel.checkpoint.files import Checkpoint
-from expert_parallel.config import Config
 from expert_parallel.model.config import ModelConfig
+from expert_parallel.parallel.collectives import anywhere
 from expert_parallel.settings import changed_settings
+from expert_parallel.training.config import Config
 
 # What a run's data position is counted in.
 ORDER_OF_DATA = ("seed", "training.global_batch", "training.sequence_length", "data.held_out")
@@ -59,3 +68,31 @@ def changes_since(checkpoint: Checkpoint, config: Config) -> list[tuple[str, Any
     with suppress(ValidationError):  # what is not understood any more is shown as it stands
         then["model"] = ModelConfig.model_validate(then["model"]).model_dump(mode="json")
     return changed_settings(then, config.model_dump(mode="json"))
+
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
+
+
+@dataclass
+class StopSignal:
+    """received: by this rank. A signal that comes while the ranks still meet counts, too."""
+
+    received: bool = False
+
+    def anywhere(self) -> bool:
+        """Whether a rank has received it. Every rank asks, at the same step."""
+        return anywhere(self.received)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopSignal]:
+    stop = StopSignal()
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        stop.received = True
+
+    before = signal.signal(signal.SIGUSR1, receive)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGUSR1, before)

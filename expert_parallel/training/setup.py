@@ -2,7 +2,6 @@
 
 from functools import partial
 
-from expert_parallel.config import Config
 from expert_parallel.data.open import Demand
 from expert_parallel.model.parallelize import build_model, kv_copies, refuse_degrees
 from expert_parallel.model.pipeline import build_pipeline, refuse_schedule
@@ -11,11 +10,10 @@ from expert_parallel.parallel.degrees import ParallelDegrees, ShardedConfig, nod
 from expert_parallel.parallel.mesh import ParallelMesh, build_mesh
 from expert_parallel.parallel.sequence import length_unit
 from expert_parallel.runtime.process import Runtime
-from expert_parallel.training.engines.build import ENGINES
+from expert_parallel.training.config import DTYPES, Config
 from expert_parallel.training.engines.config import DeepSpeedConfig
-from expert_parallel.training.engines.engine import Engine
+from expert_parallel.training.engines.native import ENGINES, Engine
 from expert_parallel.training.optim import build_optimizer
-from expert_parallel.training.step import DTYPES
 
 
 def build(

@@ -2,18 +2,16 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from expert_parallel.data.batch import MicroBatch
 from expert_parallel.model.pipeline import Passes, Pipeline, Stage
 from expert_parallel.model.tensor_parallel import cross_entropy_sum
-from expert_parallel.model.transformer import LanguageModel, ModelConfig, ModelOutput, Recompute
+from expert_parallel.model.transformer import LanguageModel, ModelConfig, ModelOutput
 from expert_parallel.moe.conservation import LayerTotals, pack, packed_size, report_breaches, unpack
 from expert_parallel.moe.context import RouterReplay, StepContext
 from expert_parallel.moe.routers.base import TopKRouter
@@ -21,45 +19,10 @@ from expert_parallel.moe.routers.losses import loss_name, update_balance_bias
 from expert_parallel.moe.types import LoadStats
 from expert_parallel.parallel.collectives import all_reduce_sum, group_rank
 from expert_parallel.parallel.mesh import ParallelMesh
-from expert_parallel.settings import Settings
-from expert_parallel.training.engines.config import EngineConfig, NativeConfig
-from expert_parallel.training.engines.engine import Engine
-from expert_parallel.training.freeze import AllTrainable, TrainableConfig
-from expert_parallel.training.optim import CosineConfig, OptimizerConfig, ScheduleConfig, learning_rate
-from expert_parallel.training.replay import RoutingConfig
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-class TrainingConfig(Settings):
-    """`global_batch`: sequences of a step over all ranks, in `micro_steps` equal parts (gradient accumulation).
-
-    `dtype`: what the model computes in; weights, gradients and optimizer state are kept in float32, or float64 for
-    float64. `engine`: who reduces gradients and updates the weights (engines/). `trainable`: all weights, or chosen
-    experts alone (freeze.py). `routing`: record every token's experts, or play a record back (replay.py). `recompute`:
-    forget activations of the MoE layers, or of whole blocks, and compute them again in the backward pass.
-    """
-
-    steps: int = Field(ge=1)
-    global_batch: int = Field(ge=1)
-    micro_steps: int = Field(default=1, ge=1)
-    sequence_length: int = Field(ge=1)
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    recompute: Recompute = "none"
-    engine: EngineConfig = NativeConfig()
-    routing: RoutingConfig | None = None
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = CosineConfig()
-    trainable: TrainableConfig = AllTrainable()
-
-    @model_validator(mode="after")
-    def _divide(self) -> "TrainingConfig":
-        if self.global_batch % self.micro_steps:
-            raise ValueError(
-                f"global_batch ({self.global_batch}) is not a multiple of micro_steps ({self.micro_steps})"
-            )
-        return self
+from expert_parallel.training.config import TrainingConfig
+from expert_parallel.training.engines.native import Engine
+from expert_parallel.training.freeze import AllTrainable
+from expert_parallel.training.optim import learning_rate
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
 
-from expert_parallel.config import Config
 from expert_parallel.moe.capacity.limit import DroplessConfig
 from expert_parallel.runtime.process import Runtime
+from expert_parallel.training.config import Config
 from expert_parallel.verify.compare import TOLERANCES, Difference
 from expert_parallel.verify.dropout import dropout_of
 from expert_parallel.verify.layouts import Layout, accumulations, check_layout, choose_layouts

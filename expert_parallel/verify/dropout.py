@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from expert_parallel.config import Config
 from expert_parallel.model.transformer import Block
 from expert_parallel.runtime.process import Runtime
+from expert_parallel.training.config import Config
 from expert_parallel.training.setup import check_world
 from expert_parallel.training.step import train_step
 from expert_parallel.verify import product

@@ -23,7 +23,7 @@ from expert_parallel.moe.routers.registry import router_settings
 from expert_parallel.parallel.degrees import ParallelConfig, ParallelDegrees, ShardedConfig, place_of, shard_counts
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.parallel.placement import ExpertPlacement
-from expert_parallel.training.step import DTYPES, TrainingConfig
+from expert_parallel.training.config import DTYPES, TrainingConfig
 
 Terms = Counter[tuple[str, str]]  # (axis, what it carries) -> bytes of all ranks together
 

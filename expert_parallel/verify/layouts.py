@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from expert_parallel.config import Config
 from expert_parallel.parallel.degrees import ParallelDegrees
+from expert_parallel.training.config import Config
 from expert_parallel.training.setup import check_degrees
 
 DEGREES = ("cp", "tp", "pp", "ep", "etp")

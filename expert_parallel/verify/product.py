@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from expert_parallel.config import Config
 from expert_parallel.data.batch import MicroBatch
 from expert_parallel.data.sampler import TokenSampler
 from expert_parallel.model.parallelize import build_model
@@ -22,10 +21,11 @@ from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.nn.ffn import width_in
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.runtime.process import Runtime
+from expert_parallel.training.config import DTYPES, Config
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.loop import Run
 from expert_parallel.training.setup import build, check_world
-from expert_parallel.training.step import DTYPES, StepReport, train_step
+from expert_parallel.training.step import StepReport, train_step
 
 Tensors = dict[str, Tensor]
 

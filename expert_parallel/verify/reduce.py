@@ -5,9 +5,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from expert_parallel.config import Config
 from expert_parallel.data.tokenizer import VOCABULARY_SIZE
 from expert_parallel.parallel.degrees import ParallelConfig
+from expert_parallel.training.config import Config
 from expert_parallel.verify.layouts import Layout, accumulations, own_layout
 
 # Small, but all different, and multiples of 8, as grouped products want them.

@@ -8,10 +8,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from expert_parallel.config import Config
 from expert_parallel.moe.context import RouterReplay
 from expert_parallel.moe.routers.across_tokens import ExpertChoiceConfig, SinkhornConfig
 from expert_parallel.runtime.process import Runtime
+from expert_parallel.training.config import Config
 from expert_parallel.verify import product
 from expert_parallel.verify.compare import (
     TOLERANCES,

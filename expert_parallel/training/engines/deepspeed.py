@@ -24,10 +24,10 @@ from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.parallel.degrees import grid
 from expert_parallel.parallel.mesh import ParallelMesh, group_maker
 from expert_parallel.runtime.process import Runtime
+from expert_parallel.training.config import TrainingConfig
 from expert_parallel.training.engines.config import DeepSpeedConfig
 from expert_parallel.training.engines.zero import ZeroState
 from expert_parallel.training.grads import BUCKET_BYTES, clip_gradients, global_norm
-from expert_parallel.training.step import TrainingConfig
 
 VERSION = "0.19.8"
 
@@ -60,7 +60,7 @@ class WithExperts(PlainOutput, MoE):
 
 
 class DeepSpeedEngine:
-    """An Engine (engine.py)."""
+    """An Engine (native.py)."""
 
     def __init__(
         self,

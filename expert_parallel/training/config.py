@@ -1,0 +1,193 @@
+"""A run's config is the rooms' config classes as one tree; what no room can check alone is refused here."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from expert_parallel.checkpoint.config import CheckpointConfig
+from expert_parallel.config import dump_tree, load_tree, read_settings
+from expert_parallel.data.config import DataConfig, StdlibData, TokensData
+from expert_parallel.data.tokenizer import VOCABULARY_SIZE
+from expert_parallel.model.config import ModelConfig, Recompute
+from expert_parallel.model.generation import Sampling
+from expert_parallel.model.rotary import LearnedPositionConfig
+from expert_parallel.moe.capacity.limit import LimitSettings
+from expert_parallel.moe.experts.grouped import takes_grouped_mm
+from expert_parallel.nn.ffn import width_in
+from expert_parallel.parallel.degrees import EXPERT_ORDER, InterleavedConfig, ParallelConfig, ShardedConfig
+from expert_parallel.runtime.process import RuntimeConfig
+from expert_parallel.settings import CONFIG_VERSION, Settings, refuse_newer
+from expert_parallel.training.engines.config import EngineConfig, NativeConfig, refuse_engine
+from expert_parallel.training.freeze import AllTrainable, TrainableConfig, refuse_trainable
+from expert_parallel.training.optim import CosineConfig, OptimizerConfig, ScheduleConfig
+from expert_parallel.training.replay import PlayConfig, RoutingConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class TrainingConfig(Settings):
+    """`global_batch`: sequences of a step over all ranks, in `micro_steps` equal parts (gradient accumulation).
+
+    `dtype`: what the model computes in; weights, gradients and optimizer state are kept in float32, or float64 for
+    float64. `engine`: who reduces gradients and updates the weights (engines/). `trainable`: all weights, or chosen
+    experts alone (freeze.py). `routing`: record every token's experts, or play a record back (replay.py). `recompute`:
+    forget activations of the MoE layers, or of whole blocks, and compute them again in the backward pass.
+    """
+
+    steps: int = Field(ge=1)
+    global_batch: int = Field(ge=1)
+    micro_steps: int = Field(default=1, ge=1)
+    sequence_length: int = Field(ge=1)
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    recompute: Recompute = "none"
+    engine: EngineConfig = NativeConfig()
+    routing: RoutingConfig | None = None
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = CosineConfig()
+    trainable: TrainableConfig = AllTrainable()
+
+    @model_validator(mode="after")
+    def _divide(self) -> "TrainingConfig":
+        if self.global_batch % self.micro_steps:
+            raise ValueError(
+                f"global_batch ({self.global_batch}) is not a multiple of micro_steps ({self.micro_steps})"
+            )
+        return self
+
+
+class EvaluationConfig(Settings):
+    """Held-out loss every so many steps and at the end, over at most `sequences` sequences."""
+
+    every: int = Field(default=100, ge=1)
+    sequences: int = Field(default=64, ge=1)
+
+
+class SampleConfig(Sampling):
+    """A text generated at the end of the run."""
+
+    prompt: str = Field(min_length=1)
+    length: int = Field(default=200, ge=1)
+    temperature: float = Field(default=0.7, ge=0)
+
+
+class RunConfig(Settings):
+    """Where the run's files go, and how often it speaks."""
+
+    folder: str = Field(min_length=1)
+    log_every: int = Field(default=10, ge=1)
+    sample: SampleConfig | None = None
+
+
+class Config(Settings):
+    """A YAML file; its paths are attribute paths. version: of the settings' meaning; a file that has none is of 1."""
+
+    version: int = Field(default=CONFIG_VERSION, ge=1)
+    run: RunConfig
+    seed: int = Field(default=0, ge=0)
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    data: DataConfig = StdlibData(kind="stdlib")
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_newer(cls, tree: Any) -> Any:
+        """Before all else: what a newer file says may not be known here."""
+        version = tree.get("version") if isinstance(tree, dict) else None
+        if isinstance(version, int):
+            refuse_newer("version", version, CONFIG_VERSION)
+        return tree
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "Config":
+        model, training = self.model, self.training
+        if not isinstance(self.data, TokensData) and model.vocab_size < VOCABULARY_SIZE:
+            raise ValueError(
+                f"model.vocab_size ({model.vocab_size}) must be at least {VOCABULARY_SIZE}: tokens are bytes"
+            )
+        position = model.position
+        if isinstance(position, LearnedPositionConfig) and position.max_length < training.sequence_length:
+            raise ValueError(
+                f"model.position.max_length ({position.max_length}) is smaller than "
+                f"training.sequence_length ({training.sequence_length})"
+            )
+        refuse_trainable(training.trainable, model)
+        writes_sample = self.run.sample is not None
+        refuse_engine(training.engine, self.parallel, dtype=training.dtype, writes_sample=writes_sample)
+        if self.run.sample is not None and training.sequence_length < 2:
+            raise ValueError(
+                f"run.sample is given but training.sequence_length ({training.sequence_length}) is smaller than 2: it "
+                "is how many tokens the model sees when it writes"
+            )
+        if isinstance(self.parallel.pipeline, InterleavedConfig) and self.parallel.pp == 1:
+            raise ValueError("parallel.pipeline.kind is 'interleaved' but parallel.pp is 1: there is no pipeline")
+        if model.moe is None:
+            for name in ("ep", "etp"):
+                if (degree := getattr(self.parallel, name)) > 1:
+                    raise ValueError(f"parallel.{name} is {degree} but the model has no experts (model.moe)")
+            if self.parallel.expert_order != list(EXPERT_ORDER):
+                raise ValueError("parallel.expert_order is given but the model has no experts (model.moe)")
+            if isinstance(self.parallel.data, ShardedConfig) and self.parallel.data.expert_shards is not None:
+                raise ValueError("parallel.data.expert_shards is given but the model has no experts (model.moe)")
+            if training.routing is not None:
+                raise ValueError("training.routing is given but the model has no experts (model.moe)")
+            if training.recompute == "moe":
+                raise ValueError("training.recompute is 'moe' but the model has no experts (model.moe)")
+            return self
+        if model.moe.num_experts < self.parallel.ep:
+            raise ValueError(
+                f"model.moe.num_experts ({model.moe.num_experts}) is smaller than parallel.ep "
+                f"({self.parallel.ep}): each expert-parallel rank must hold at least one expert"
+            )
+        if self.parallel.ep > 1 and model.moe.dispatcher.kind == "local":
+            raise ValueError(
+                f"model.moe.dispatcher.kind 'local' cannot reach the experts of other ranks: parallel.ep is "
+                f"{self.parallel.ep}, it must be 1 (or use 'all_to_all')"
+            )
+        capacity, dispatcher = model.moe.capacity, model.moe.dispatcher
+        if isinstance(training.routing, PlayConfig) and isinstance(capacity, LimitSettings) and capacity.pad:
+            raise ValueError(
+                "model.moe.capacity.pad is true but training.routing.kind is 'play': what was recorded may not "
+                "fit into this capacity; set model.moe.capacity.pad to false, the result is the same"
+            )
+        if training.dtype == "bfloat16" and dispatcher.exchange_dtype == "bfloat16":
+            raise ValueError(
+                "model.moe.dispatcher.exchange_dtype is 'bfloat16' and so is training.dtype: it would change nothing"
+            )
+        self.check_backend("cuda" if self.runtime.device == "cuda" else "cpu")
+        return self
+
+    def check_backend(self, device_type: str) -> None:
+        """ValueError where the experts' backend cannot run on this device; known for sure when the run starts."""
+        if self.model.moe is None:
+            return
+        experts, device = self.model.moe.experts, torch.device(device_type)
+        hidden = experts.hidden // self.parallel.etp
+        sizes = (self.model.d_model, width_in(experts.activation, hidden), hidden)
+        if experts.backend == "grouped_mm" and not takes_grouped_mm(DTYPES[self.training.dtype], device, sizes):
+            raise ValueError(
+                f"model.moe.experts.backend 'grouped_mm' cannot multiply these: training.dtype is "
+                f"{self.training.dtype} (it takes float32 and bfloat16, on CUDA bfloat16 alone), model.d_model is "
+                f"{self.model.d_model} and model.moe.experts.hidden is {experts.hidden} (it takes 16-byte multiples)"
+            )
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads, overrides (`dotted.key=value`, the value as YAML), validates. ValueError: one sentence with the path."""
+    return read_settings(Config, load_tree(path, overrides), str(path))
+
+
+def read_config(tree: dict[str, Any], where: str) -> Config:
+    return read_settings(Config, tree, where)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML; `load_config` of it gives the same config."""
+    return dump_tree(config.model_dump(mode="json"))
