@@ -1,4 +1,4 @@
-"""The entry point of `expert-parallel`, the same as `python -m expert_parallel`; the commands are in app.py."""
+"""The entry point of `expert-parallel`, the same as `python -m expert_parallel`; the commands are in cli/app.py."""
 
 import sys
 
@@ -9,7 +9,7 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:  # answered before the commands are imported: torch alone takes seconds
         print(f"expert-parallel {__version__}")
         return
-    from expert_parallel.app import app
+    from expert_parallel.cli.app import app
 
     app()
 

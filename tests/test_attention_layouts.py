@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from expert_parallel.cli.verify import plan_verification
 from expert_parallel.model import attention, tensor_parallel
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.sight import Sight
 from expert_parallel.nn import norms
 from expert_parallel.parallel.collectives import group_size
 from expert_parallel.training.config import Config
-from expert_parallel.verify.command import plan_verification
 from expert_parallel.verify.compare import TOLERANCES
 from expert_parallel.verify.explain import explain
 from expert_parallel.verify.run import verify

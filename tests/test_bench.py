@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
-from expert_parallel.app import app
 from expert_parallel.bench import layer as bench_layer_module
 from expert_parallel.bench import machine as bench_machine_module
 from expert_parallel.bench import timing
@@ -43,6 +42,7 @@ from expert_parallel.bench.shapes import (
 from expert_parallel.bench.table import describe_layer, describe_train
 from expert_parallel.bench.timing import Work, measure, peak_memory
 from expert_parallel.bench.train import TrainTask, bench_train, our_config, random_batch
+from expert_parallel.cli.app import app
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.runtime.process import Launch, Runtime
 from tests.launches import ROOT, assert_refused

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from expert_parallel.app import app
 from expert_parallel.checkpoint import digest as digests
 from expert_parallel.checkpoint.digest import MODULUS, as_text, digest
 from expert_parallel.checkpoint.files import Checkpoint, CheckpointWriter, expected_shapes, open_checkpoint
@@ -36,6 +35,7 @@ from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.manifest import Entry, Manifest, Piece, check_pieces, sealed
 from expert_parallel.checkpoint.report import problems
 from expert_parallel.checkpoint.tensor_files import write_tensors
+from expert_parallel.cli.app import app
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe.parameters import LogicalParameter, pieces

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner, Result
 
 from expert_parallel.__main__ import main
-from expert_parallel.app import app
+from expert_parallel.cli.app import app
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.training.check import state_bytes_of_rank
 from expert_parallel.training.config import DTYPES, Config, load_config

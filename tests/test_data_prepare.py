@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
-from expert_parallel.app import app
+from expert_parallel.cli.app import app
 from expert_parallel.data import prepare as module
 from expert_parallel.data.indexed import open_indexed
 from expert_parallel.data.info import TokensInfo, read_info

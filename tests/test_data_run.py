@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from typer.testing import CliRunner
 
-from expert_parallel.app import app
+from expert_parallel.cli.app import app
 from expert_parallel.data.batch import MicroBatch
 from expert_parallel.data.prepare import prepare
 from expert_parallel.runtime.process import Launch, Runtime, UserError

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
-from expert_parallel.app import app
 from expert_parallel.bench import equal_capacity, timing
 from expert_parallel.bench.equal_capacity import (
     SLOW_BFLOAT16,
@@ -32,6 +31,7 @@ from expert_parallel.bench.layer import Disagreement
 from expert_parallel.bench.overlap import layer_work, make_layer
 from expert_parallel.bench.shapes import Shape, layer_flops
 from expert_parallel.bench.timing import Times, Work
+from expert_parallel.cli.app import app
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.experts.grouped_gemm import PRODUCTS, Products
 from expert_parallel.moe.experts.kernels import cpu_ops

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from expert_parallel.app import app
 from expert_parallel.checkpoint.load import load_checkpoint
+from expert_parallel.cli.app import app
 from expert_parallel.data.open import open_data
 from expert_parallel.data.tokenizer import ByteTokenizer, open_tokenizer, train_tokenizer
 from expert_parallel.model.parallelize import build_model

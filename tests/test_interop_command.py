@@ -8,8 +8,8 @@ import torch
 import transformers
 from typer.testing import CliRunner, Result
 
-from expert_parallel.app import app
 from expert_parallel.checkpoint.files import open_checkpoint
+from expert_parallel.cli.app import app
 from expert_parallel.data.tokenizer import FileTokenizer, train_tokenizer
 from expert_parallel.training.config import load_config
 from tests.test_interop import greedy, load_ours, make_peer

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from expert_parallel.cli.verify import plan_verification
 from expert_parallel.interop.importing import import_folder
 from expert_parallel.model.generation import generate
 from expert_parallel.runtime.process import CPU, Launch, Runtime
 from expert_parallel.training.config import Config, load_config
-from expert_parallel.verify.command import plan_verification
 from expert_parallel.verify.compare import TOLERANCES
 from expert_parallel.verify.explain import explain
 from expert_parallel.verify.run import verify

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from expert_parallel.app import app
-from expert_parallel.command_line import log_to_stderr
+from expert_parallel.cli.app import app
+from expert_parallel.cli.options import log_to_stderr
 from expert_parallel.runtime.launchers import Launch
 from expert_parallel.runtime.process import RankFilter, RuntimeConfig, UserError, distributed, warn_of_restarts
 from tests.launches import LAUNCHER_VARIABLES, small_config, start

@@ -15,8 +15,8 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from expert_parallel.app import app
 from expert_parallel.checkpoint.files import open_checkpoint
+from expert_parallel.cli.app import app
 from expert_parallel.config import setting_paths
 from expert_parallel.data.config import StdlibData, TokensData
 from expert_parallel.data.open import Demand, load_tokenizer, open_data

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from expert_parallel.app import app
+from expert_parallel.cli.app import app
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe.config import PRESETS, MoEConfig
 from expert_parallel.moe.context import StepContext

@@ -25,7 +25,6 @@ LEVELS = {
     "allocator": 4,
     "runtime": 4,
     "checkpoint": 4,
-    "checkpoint.command": 8,
     "data": 4,
     "training": 5,
     "verify": 8,
@@ -33,9 +32,7 @@ LEVELS = {
     "study": 8,
     "interop": 8,
     "report": 8,
-    "command_line": 8,
-    "data.command": 8,
-    "app": 9,
+    "cli": 9,
     "__main__": 9,
     "__init__": 9,
 }

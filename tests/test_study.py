@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 
 from expert_parallel.bench.timing import Times
+from expert_parallel.cli.study import train_all
 from expert_parallel.config import load_tree
 from expert_parallel.data.batch import micro_batch
 from expert_parallel.data.open import open_data
 from expert_parallel.study.carry_out import Progress, best_rate, carry_out, finished, left_to_do, steps_wanted
-from expert_parallel.study.command import train_all
 from expert_parallel.study.curves import Curve, read_curve, steps_done
 from expert_parallel.study.plan import Study, read_study
 from expert_parallel.study.plot import plot
@@ -269,7 +269,7 @@ def test_a_terminal_shows_brackets_as_they_are(tmp_path: Path, monkeypatch: pyte
         say(words)
         show(lambda: words)
 
-    monkeypatch.setattr("expert_parallel.study.command.carry_out", carry)
+    monkeypatch.setattr("expert_parallel.cli.study.carry_out", carry)
     file = io.StringIO()
     train_all(tiny(tmp_path), Console(file=file, force_terminal=True, markup=False, highlight=False, width=100))
     assert file.getvalue().count(words) >= 2

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from expert_parallel.app import app
 from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
+from expert_parallel.cli.app import app
 from expert_parallel.interop.surgery import Surgery, add, merge, operate, remove
 from expert_parallel.runtime.process import Launch, Runtime
 from expert_parallel.training.config import Config, load_config

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from expert_parallel.checkpoint.config import CheckpointConfig
 from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.save import Saver
+from expert_parallel.cli.verify import plan_verification
 from expert_parallel.data.batch import MicroBatch, shard_bounds
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext, pass_seed, token_batch
@@ -31,7 +32,6 @@ from expert_parallel.training.config import Config, load_config
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.setup import build, check_degrees
 from expert_parallel.training.step import train_step
-from expert_parallel.verify.command import plan_verification
 from expert_parallel.verify.compare import TOLERANCES
 from expert_parallel.verify.explain import explain
 from expert_parallel.verify.run import verify

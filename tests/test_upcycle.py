@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor
 from typer.testing import CliRunner
 
-from expert_parallel.app import app
 from expert_parallel.checkpoint.files import open_checkpoint
+from expert_parallel.cli.app import app
 from expert_parallel.interop.compare import compare, held_out_loss
 from expert_parallel.interop.importing import write_run
 from expert_parallel.interop.upcycle import Upcycling, upcycle

@@ -24,12 +24,12 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
-from expert_parallel.app import app
+from expert_parallel.cli import verify as command
+from expert_parallel.cli.app import app
+from expert_parallel.cli.verify import plan_verification
 from expert_parallel.moe.experts.grouped_gemm import multiplies_bfloat16
 from expert_parallel.runtime.process import CPU, Launch, Runtime, UserError
 from expert_parallel.training.config import Config, load_config
-from expert_parallel.verify import command
-from expert_parallel.verify.command import plan_verification
 from expert_parallel.verify.compare import TOLERANCES, Difference, compare, group_of
 from expert_parallel.verify.explain import explain
 from expert_parallel.verify.layouts import SETTINGS, Layout, accumulations, check_layout, choose_layouts

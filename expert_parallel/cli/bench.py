@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from expert_parallel.bench.launching import (
+from expert_parallel.bench.shapes import SHAPES, TRAIN_SHAPES, choose_shape, choose_train_shape
+from expert_parallel.cli.bench_options import (
     Changes,
     Device,
     Dtype,
@@ -19,8 +20,7 @@ from expert_parallel.bench.launching import (
     Transport,
     run_bench,
 )
-from expert_parallel.bench.shapes import SHAPES, TRAIN_SHAPES, choose_shape, choose_train_shape
-from expert_parallel.command_line import refusals
+from expert_parallel.cli.options import refusals
 from expert_parallel.runtime.process import RuntimeConfig, UserError, distributed
 
 bench = typer.Typer(no_args_is_help=True, help="Measure: ratios of things timed side by side in one run.")

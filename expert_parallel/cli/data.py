@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from expert_parallel.command_line import refusals
+from expert_parallel.cli.options import refusals
 from expert_parallel.data.prepare import Progress
 
 PLAIN_SECONDS = 10  # between two lines of progress, where there is no terminal

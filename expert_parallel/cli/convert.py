@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from expert_parallel.command_line import refusals
+from expert_parallel.cli.options import refusals
 
 convert = typer.Typer(no_args_is_help=True, help="Hugging Face models in and out; dense models into experts.")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expert_parallel.command_line import refusals
+from expert_parallel.cli.options import refusals
 
 if TYPE_CHECKING:
     from expert_parallel.interop.surgery import Surgery

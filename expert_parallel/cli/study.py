@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from expert_parallel.checkpoint.folders import write_whole
-from expert_parallel.command_line import Overrides, refusals
+from expert_parallel.cli.options import Overrides, refusals
 from expert_parallel.study.carry_out import best_rate, carry_out, finished
 from expert_parallel.study.folder import known_data
 from expert_parallel.study.plan import Study, read_study

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from expert_parallel.command_line import refusals
+from expert_parallel.cli.options import refusals
 from expert_parallel.runtime.process import Runtime, RuntimeConfig, distributed
 from expert_parallel.verify.ranks import RankError, Work, run_on_ranks
 

@@ -7,14 +7,14 @@ from typing import Annotated
 import typer
 
 from expert_parallel import __version__
-from expert_parallel.bench.command import bench
-from expert_parallel.checkpoint.command import checkpoint
-from expert_parallel.command_line import ConfigFile, LogLevel, Overrides, early_config, refusals
-from expert_parallel.data.command import data
-from expert_parallel.interop.command import convert
-from expert_parallel.interop.experts_command import experts
+from expert_parallel.cli.bench import bench
+from expert_parallel.cli.checkpoint import checkpoint
+from expert_parallel.cli.convert import convert
+from expert_parallel.cli.data import data
+from expert_parallel.cli.options import ConfigFile, LogLevel, Overrides, early_config, refusals
+from expert_parallel.cli.study import study
+from expert_parallel.cli.surgery import experts
 from expert_parallel.runtime.process import UserError, distributed
-from expert_parallel.study.command import study
 from expert_parallel.training.config import load_config
 
 app = typer.Typer(
@@ -150,7 +150,7 @@ def verify(
 ) -> None:
     """Prove that every layout computes the same model as one rank with plain code. Starts its ranks itself on the CPU,
     or runs on every rank under torchrun. Exit code 1 where one differs."""
-    from expert_parallel.verify.command import verify_command
+    from expert_parallel.cli.verify import verify_command
     from expert_parallel.verify.ranks import RankError
 
     runtime_config, settings = early_config(config, overrides or [])

@@ -6,7 +6,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from expert_parallel.command_line import refusals
+from expert_parallel.cli.options import refusals
 
 checkpoint = typer.Typer(no_args_is_help=True, help="Look into checkpoints, check them, compare them.")
 
