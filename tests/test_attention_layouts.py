@@ -12,8 +12,8 @@ from torch import Tensor
 
 from expert_parallel.cli.verify import plan_verification
 from expert_parallel.model import attention, tensor_parallel
+from expert_parallel.model.attention_mask import Sight
 from expert_parallel.model.config import ModelConfig
-from expert_parallel.model.sight import Sight
 from expert_parallel.nn import norms
 from expert_parallel.parallel.collectives import group_size
 from expert_parallel.training.config import Config

@@ -490,10 +490,10 @@ def test_ranks_are_started_and_figures_written(tmp_path: Path) -> None:
 def test_the_readme_names_every_field() -> None:
     """Of the JSON files, which others read."""
     page = (ROOT / "expert_parallel/bench/README.md").read_text()
-    from expert_parallel.bench import facts, layer, machine, train
+    from expert_parallel.bench import layer, machine, train
 
     for kind in (
-        facts.Facts,
+        timing.Facts,
         layer.LayerResult,
         layer.Row,
         layer.Agreement,

@@ -29,8 +29,7 @@ from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.manifest import MOMENTS
 from expert_parallel.checkpoint.report import differences, problems
 from expert_parallel.checkpoint.save import Saver
-from expert_parallel.checkpoint.shapes import balance_biases
-from expert_parallel.checkpoint.state import TorchState
+from expert_parallel.checkpoint.state import TorchState, balance_biases
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe.parameters import local_tensor, logical_parameters

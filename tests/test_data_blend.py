@@ -18,9 +18,16 @@ from expert_parallel.data.batch import MicroBatch, held_out_batch, micro_batch, 
 from expert_parallel.data.blend import PERIOD, BlendSampler, Part, blended_held_out, shuffled, spread
 from expert_parallel.data.config import DataConfig, FilesData, TokensData
 from expert_parallel.data.indexed import write_index
-from expert_parallel.data.info import Sources, TokensInfo, read_info
 from expert_parallel.data.open import Data, Demand, keep_tokenizer, load_tokenizer, open_data
-from expert_parallel.data.tokenizer import ByteTokenizer, FileTokenizer, file_sha256, train_tokenizer
+from expert_parallel.data.tokenizer import (
+    ByteTokenizer,
+    FileTokenizer,
+    Sources,
+    TokensInfo,
+    file_sha256,
+    read_info,
+    train_tokenizer,
+)
 
 END = 0
 

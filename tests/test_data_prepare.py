@@ -18,9 +18,8 @@ from typer.testing import CliRunner
 from expert_parallel.cli.app import app
 from expert_parallel.data import prepare as module
 from expert_parallel.data.indexed import open_indexed
-from expert_parallel.data.info import TokensInfo, read_info
 from expert_parallel.data.prepare import Progress, prepare
-from expert_parallel.data.tokenizer import ByteTokenizer, FileTokenizer, train_tokenizer
+from expert_parallel.data.tokenizer import ByteTokenizer, FileTokenizer, TokensInfo, read_info, train_tokenizer
 
 TEXTS = ["one", "zwei \u2028 ü", "three\nlines\n", "", "vier " * 40, "<|endoftext|> is text here"] * 20
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expert_parallel.data.batch import MicroBatch, shard_bounds
+from expert_parallel.model.attention_mask import Sight
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.model.sight import Sight
 from expert_parallel.model.transformer import ModelConfig, Transformer
 from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.parameters import logical_parameters

@@ -21,11 +21,11 @@ from expert_parallel.data.tokenizer import ByteTokenizer, open_tokenizer, train_
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.types import Reason
-from expert_parallel.report.habits import habits_of, mutual_information, specialisation
 from expert_parallel.report.loads import COLUMNS, read_loads
 from expert_parallel.report.sample import Routing, cut
+from expert_parallel.report.specialization import habits_of, mutual_information, specialisation
 from expert_parallel.report.style import HEAT, STEPS_FROM_FAIR, heat, ratio_of
-from expert_parallel.report.words import CLASSES, classes, name_of, pieces
+from expert_parallel.report.token_text import CLASSES, classes, name_of, pieces
 from expert_parallel.training.config import load_config
 from expert_parallel.training.setup import demand_of
 from tests.ranks import run_ranks

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from expert_parallel.interop.exporting import choose_family, export_run, their_config
 from expert_parallel.interop.families import FAMILIES
 from expert_parallel.interop.folder import CONFIG, INDEX, SINGLE
+from expert_parallel.interop.hf_model import HuggingFaceModel, model_of
 from expert_parallel.interop.importing import import_folder
-from expert_parallel.interop.source import HuggingFaceModel, model_of
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.context import StepContext
 from tests.test_interop import MODELS, SHARD, load_ours, make_peer, same_bits, tensors_of, tokens

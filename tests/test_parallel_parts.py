@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from expert_parallel.model.attention import Attention, HeadsConfig, causal_attention
+from expert_parallel.model.attention_mask import Sight
 from expert_parallel.model.context_parallel import ContextParallelAttention
 from expert_parallel.model.parallelize import split_model
 from expert_parallel.model.pipeline import Passes, Pipeline, Stage, balance_size, build_pipeline
 from expert_parallel.model.rotary import RopeConfig
-from expert_parallel.model.sight import Sight
 from expert_parallel.model.tensor_parallel import (
     GatherTokens,
     ReduceScatterTokens,

@@ -19,11 +19,11 @@ from expert_parallel.cli.study import train_all
 from expert_parallel.config import load_tree
 from expert_parallel.data.batch import micro_batch
 from expert_parallel.data.open import open_data
-from expert_parallel.study.carry_out import Progress, best_rate, carry_out, finished, left_to_do, steps_wanted
 from expert_parallel.study.curves import Curve, read_curve, steps_done
 from expert_parallel.study.plan import Study, read_study
 from expert_parallel.study.plot import plot
 from expert_parallel.study.results import StudyResult, VariantResult, describe, reached
+from expert_parallel.study.runner import Progress, best_rate, carry_out, finished, left_to_do, steps_wanted
 from expert_parallel.study.step_times import StepTimes
 from expert_parallel.training.config import Config
 from expert_parallel.training.setup import demand_of

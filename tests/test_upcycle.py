@@ -14,9 +14,8 @@ from typer.testing import CliRunner
 
 from expert_parallel.checkpoint.files import open_checkpoint
 from expert_parallel.cli.app import app
-from expert_parallel.interop.compare import compare, held_out_loss
 from expert_parallel.interop.importing import write_run
-from expert_parallel.interop.upcycle import Upcycling, upcycle
+from expert_parallel.interop.upcycle import Upcycling, compare, held_out_loss, upcycle
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.parameters import logical_parameters

@@ -34,8 +34,8 @@ from expert_parallel.verify.compare import TOLERANCES, Difference, compare, grou
 from expert_parallel.verify.explain import explain
 from expert_parallel.verify.layouts import SETTINGS, Layout, accumulations, check_layout, choose_layouts
 from expert_parallel.verify.ranks import RankError, run_on_ranks
-from expert_parallel.verify.reduce import reduce_config
 from expert_parallel.verify.run import LayoutResult, verify
+from expert_parallel.verify.shrink_config import reduce_config
 from expert_parallel.verify.table import show
 from tests.launches import ROOT, run_configs, start
 from tests.ranks import run_ranks
@@ -299,14 +299,14 @@ def dropout_drawn_anew() -> tuple[Any, str, Any]:
 
 
 def documents_see_each_other() -> tuple[Any, str, Any]:
-    from expert_parallel.model.sight import Sight
+    from expert_parallel.model.attention_mask import Sight
 
     original = Sight.mask
     return Sight, "mask", lambda self, window=None: original(replace(self, document_BS=None), window)
 
 
 def positions_run_on() -> tuple[Any, str, Any]:
-    from expert_parallel.model.sight import Sight
+    from expert_parallel.model.attention_mask import Sight
 
     original = Sight.of
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import ModelConfig
 from expert_parallel.training.config import Config, TrainingConfig
-from expert_parallel.verify import product
 from expert_parallel.verify import reference as slow
+from expert_parallel.verify import system_under_test
 from expert_parallel.verify.compare import actual_tensors, expected_tensors
 from expert_parallel.verify.reference import Division, ReferenceStep, adamw_step, reference_step
 from expert_parallel.verify.reference_attention import attention
@@ -199,16 +199,16 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def take_a_step(rank: int, tree: dict[str, Any]) -> dict[str, float]:
     """The largest relative difference between the product alone and the reference, by what is compared."""
     config = Config.model_validate(tree)
-    initial = product.whole_model(config)
+    initial = system_under_test.whole_model(config)
     start = stirred(initial, config.seed)
-    training, sequences_GS = config.training, product.random_sequences(config)
+    training, sequences_GS = config.training, system_under_test.random_sequences(config)
     division = whole(training.global_batch // training.micro_steps, training.sequence_length)
     step = reference_step(config.model, training, start, sequences_GS, division, config.seed)
     expected = expected_tensors(step, initial, start)
-    with product.set_up(config, runtime_of(rank, 1), sequences_GS) as run:
-        before = product.read(run.model)
-        product.write(run.model, start)
-        pairs = actual_tensors(run, product.take_step(run, list(run.batches(0))), before, start, expected)
+    with system_under_test.set_up(config, runtime_of(rank, 1), sequences_GS) as run:
+        before = system_under_test.read(run.model)
+        system_under_test.write(run.model, start)
+        pairs = actual_tensors(run, system_under_test.take_step(run, list(run.batches(0))), before, start, expected)
     assert set(pairs) == set(expected)
     worst: dict[str, float] = {}
     for name, (actual, wanted) in pairs.items():
@@ -230,8 +230,8 @@ def test_a_step_is_the_product_s_on_one_rank(case: str) -> None:
 
 def reference_of(config: Config, division: Division) -> ReferenceStep:
     model = build_model(config.model, dtype=torch.float64, seed=SEED)
-    sequences_GS = product.random_sequences(config)
-    return reference_step(config.model, config.training, product.read(model), sequences_GS, division, SEED)
+    sequences_GS = system_under_test.random_sequences(config)
+    return reference_step(config.model, config.training, system_under_test.read(model), sequences_GS, division, SEED)
 
 
 DIVIDED: Division = [

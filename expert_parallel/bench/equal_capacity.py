@@ -13,11 +13,10 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from expert_parallel.bench.equal_capacity_parts import Laps, arrived, dense_parts, dense_work, moe_parts
-from expert_parallel.bench.facts import Facts, state_facts
 from expert_parallel.bench.layer import TOLERANCES, Disagreement
 from expert_parallel.bench.overlap import draw_tokens, layer_work, make_layer
 from expert_parallel.bench.shapes import Shape, choose_shape, layer_flops
-from expert_parallel.bench.timing import WARM_UP, Times, measure
+from expert_parallel.bench.timing import WARM_UP, Facts, Times, measure, state_facts
 from expert_parallel.moe.experts.grouped import GroupedExperts
 from expert_parallel.moe.experts.grouped_gemm import multiplies_bfloat16
 from expert_parallel.moe.layer import MoELayer

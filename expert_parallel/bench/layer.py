@@ -12,13 +12,12 @@ import torch.distributed as dist
 from pydantic import BaseModel
 from torch import Tensor
 
-from expert_parallel.bench.facts import Facts, state_facts
 from expert_parallel.bench.floor import Floor
 from expert_parallel.bench.peers.contender import Case, Contender, NotMeasured, attempt, build_case, first_that_fits
 from expert_parallel.bench.peers.ours import build_ours
 from expert_parallel.bench.peers.peers import DEFAULT, PEERS, Adapter
 from expert_parallel.bench.shapes import Shape, layer_flops
-from expert_parallel.bench.timing import Peak, Times, Work, measure, peak_memory, slowest
+from expert_parallel.bench.timing import Facts, Peak, Times, Work, measure, peak_memory, slowest, state_facts
 from expert_parallel.parallel.collectives import all_reduce_sum, group_rank
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.settings import Settings

@@ -14,8 +14,7 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from expert_parallel.bench.facts import Facts, state_facts
-from expert_parallel.bench.timing import Work, measure
+from expert_parallel.bench.timing import Facts, Work, measure, state_facts
 from expert_parallel.parallel.collectives import all_to_all_rows
 from expert_parallel.runtime.mpi.backend import BACKEND, start_mpi
 from expert_parallel.runtime.process import Runtime

@@ -17,9 +17,8 @@ import torch.distributed as dist
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from expert_parallel.bench.facts import Facts, state_facts
 from expert_parallel.bench.shapes import Shape
-from expert_parallel.bench.timing import Times, Work, measure
+from expert_parallel.bench.timing import Facts, Times, Work, measure, state_facts
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext, token_batch
 from expert_parallel.moe.dispatch.ledger import Ledger

@@ -1,5 +1,5 @@
 """Time and memory of works that are measured side by side: rounds interleaved over all of them, since machines are
-shared and their speed drifts."""
+shared and their speed drifts; and the settings under which they are measured, the same for everyone."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -18,7 +19,9 @@ from pydantic import BaseModel
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from expert_parallel.bench.allocator import keep_freed_memory
 from expert_parallel.parallel.collectives import group_size
+from expert_parallel.runtime.process import Runtime
 
 WARM_UP = 2  # rounds
 
@@ -147,3 +150,36 @@ def slowest(values: list[float], group: dist.ProcessGroup | None) -> list[float]
     together = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(together, dist.ReduceOp.MAX)
     return together.tolist()
+
+
+class Facts(BaseModel):
+    """What every result says of its surroundings. device: of rank 0. threads: of each rank, on the CPU."""
+
+    ranks: int
+    device: str
+    transport: str
+    threads: int
+    torch: str
+    allocator: str
+    date: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ranks} ranks on {self.device} ({self.transport}), {self.threads} threads each, torch {self.torch}, "
+            f"{self.date}; {self.allocator}"
+        )
+
+
+def state_facts(runtime: Runtime, threads: int) -> Facts:
+    """Sets threads and allocator, the same for everyone."""
+    torch.set_num_threads(threads)
+    on_gpu = runtime.device.type == "cuda"
+    return Facts(
+        ranks=runtime.world_size,
+        device=torch.cuda.get_device_name(runtime.device) if on_gpu else "cpu",
+        transport=runtime.backend,
+        threads=threads,
+        torch=torch.__version__,
+        allocator=keep_freed_memory() + (", on the GPU torch's caching allocator" if on_gpu else ""),
+        date=datetime.now().isoformat(timespec="seconds"),
+    )

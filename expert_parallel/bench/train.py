@@ -14,12 +14,11 @@ from pydantic import BaseModel
 from torch import Tensor
 
 import expert_parallel
-from expert_parallel.bench.facts import Facts, state_facts
 from expert_parallel.bench.peers.contender import Case, NotMeasured, attempt, build_case, first_that_fits
 from expert_parallel.bench.peers.decoder import Trainee
 from expert_parallel.bench.peers.peers import TRAINEES
 from expert_parallel.bench.shapes import TrainShape
-from expert_parallel.bench.timing import Times, Work, measure, peak_memory, slowest
+from expert_parallel.bench.timing import Facts, Times, Work, measure, peak_memory, slowest, state_facts
 from expert_parallel.data.batch import MicroBatch, shard_bounds
 from expert_parallel.parallel.collectives import all_reduce_sum
 from expert_parallel.runtime.process import Runtime

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expert_parallel.checkpoint.digest import as_text, digest
+from expert_parallel.checkpoint.digest import TensorFile, as_text, check_sha256, digest, write_tensors
 from expert_parallel.checkpoint.folders import (
     MANIFEST,
     find_checkpoint,
@@ -38,8 +38,7 @@ from expert_parallel.checkpoint.manifest import (
     compare_shapes,
     read_manifest,
 )
-from expert_parallel.checkpoint.shapes import expected_shapes
-from expert_parallel.checkpoint.tensor_files import TensorFile, check_sha256, write_tensors
+from expert_parallel.checkpoint.state import expected_shapes
 from expert_parallel.model.config import ModelConfig
 
 __all__ = ["Checkpoint", "CheckpointWriter", "expected_shapes", "list_checkpoints", "open_checkpoint"]

@@ -11,8 +11,7 @@ from torch import Tensor
 from expert_parallel.checkpoint.digest import MODULUS, digest
 from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
 from expert_parallel.checkpoint.manifest import MOMENTS, WEIGHTS, compare_shapes
-from expert_parallel.checkpoint.shapes import balance_biases, expected_shapes
-from expert_parallel.checkpoint.state import TrainingState, range_pieces
+from expert_parallel.checkpoint.state import TrainingState, balance_biases, expected_shapes, range_pieces
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.parameters import (
     first_row,

@@ -31,8 +31,7 @@ from expert_parallel.checkpoint.folders import (
 )
 from expert_parallel.checkpoint.manifest import FORMAT, WEIGHTS, Manifest
 from expert_parallel.checkpoint.part import Held, add_up, marker, share_of_writing, write_part
-from expert_parallel.checkpoint.shapes import balance_biases, expected_shapes
-from expert_parallel.checkpoint.state import TrainingState
+from expert_parallel.checkpoint.state import TrainingState, balance_biases, expected_shapes
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.parallel.collectives import gather_text
 from expert_parallel.parallel.mesh import ParallelMesh

@@ -1,5 +1,5 @@
-"""Where training has its weights and moments in memory, for saving and loading: whole tensors of a rank, or ranges of
-flattened ones (ZeRO)."""
+"""Where training has its weights and moments in memory, for saving and loading: whole tensors of a rank, or ranges
+of flattened ones (ZeRO); and which names and shapes a whole checkpoint has, from the config alone."""
 
 import math
 from collections.abc import Iterator
@@ -9,8 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from expert_parallel.checkpoint.manifest import MOMENTS, WEIGHTS
-from expert_parallel.moe.parameters import LogicalParameter, local_tensor
+from expert_parallel.checkpoint.manifest import MOMENTS, WEIGHTS, Shapes
+from expert_parallel.model.config import ModelConfig
+from expert_parallel.model.parallelize import build_model
+from expert_parallel.moe.parameters import LogicalParameter, local_tensor, logical_parameters
 
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]  # where it begins, its shape
 
@@ -114,3 +116,19 @@ def flat_index(place: tuple[int, ...], shape: tuple[int, ...]) -> int:
     for at, size in zip(place, shape, strict=True):
         index = index * size + at
     return index
+
+
+def expected_shapes(model: ModelConfig, moments: bool) -> Shapes:
+    """By full name, `weights/blocks.3.moe.experts.17.w_in`; with those of the optimizer, or without."""
+    whole = build_model(model, device=torch.device("meta"))
+    shapes = {f"{WEIGHTS}/{name}": list(bias.shape) for name, bias in balance_biases(whole)}
+    parts = (WEIGHTS, *MOMENTS) if moments else (WEIGHTS,)
+    for logical in logical_parameters(whole):
+        shapes.update({f"{part}/{name}": list(logical.shape) for part in parts for name in logical.names})
+    return shapes
+
+
+def balance_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that training changes, with the names that they have in the whole model."""
+    for part in model if isinstance(model, nn.ModuleList) else [model]:
+        yield from ((name, buffer) for name, buffer in part.named_buffers() if name.endswith("balance_bias_E"))

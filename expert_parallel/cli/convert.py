@@ -59,8 +59,7 @@ def upcycle_command(
     shard_gb: ShardGB = 2.0,
 ) -> None:
     """Turn a dense model into a mixture of experts: without noise it computes the same at first, then train it."""
-    from expert_parallel.interop.compare import compare
-    from expert_parallel.interop.upcycle import Upcycling, upcycle
+    from expert_parallel.interop.upcycle import Upcycling, compare, upcycle
 
     with refusals(ValueError, OSError):
         made = Upcycling(copies=experts, k=k, noise=noise, split=split, seed=seed)

@@ -16,10 +16,10 @@ from rich.text import Text
 
 from expert_parallel.checkpoint.folders import write_whole
 from expert_parallel.cli.options import Overrides, refusals
-from expert_parallel.study.carry_out import best_rate, carry_out, finished
 from expert_parallel.study.folder import known_data
 from expert_parallel.study.plan import Study, read_study
 from expert_parallel.study.results import StudyResult, describe, gather
+from expert_parallel.study.runner import best_rate, carry_out, finished
 from expert_parallel.study.step_times import step_times
 
 SECONDS_BETWEEN_TEXTS, SECONDS_BETWEEN_LINES = 5, 60  # on a terminal, where the text is renewed, and elsewhere

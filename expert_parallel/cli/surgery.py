@@ -75,8 +75,8 @@ def _count(source: Path) -> int:
 
 
 def _operate(source: Path, out: Path, surgery: "Surgery", shard_gb: float, check: bool) -> None:
-    from expert_parallel.interop.compare import compare
     from expert_parallel.interop.surgery import operate
+    from expert_parallel.interop.upcycle import compare
 
     print(f"wrote {operate(source, out, surgery, int(shard_gb * 1024**3))}: {len(surgery.parents)} experts")
     sys.stdout.flush()

@@ -12,8 +12,8 @@ from expert_parallel.verify.compare import TOLERANCES, Difference
 from expert_parallel.verify.dropout import dropout_of
 from expert_parallel.verify.layouts import Layout, accumulations, check_layout, choose_layouts
 from expert_parallel.verify.ranks import run_on_ranks
-from expert_parallel.verify.reduce import Reduced, reduce_config
 from expert_parallel.verify.run import LayoutResult, Plan, Say, verify
+from expert_parallel.verify.shrink_config import Reduced, reduce_config
 from expert_parallel.verify.table import make_console, show
 from expert_parallel.verify.traffic import AxisBytes, describe
 

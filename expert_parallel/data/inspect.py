@@ -3,8 +3,7 @@
 import numpy as np
 
 from expert_parallel.data.indexed import CHUNK, IndexedTokens, open_indexed, with_suffix
-from expert_parallel.data.info import TokensInfo, check_info, named_in, read_info
-from expert_parallel.data.tokenizer import file_sha256, open_tokenizer
+from expert_parallel.data.tokenizer import TokensInfo, check_info, file_sha256, named_in, open_tokenizer, read_info
 
 
 def describe(prefix: str, num_shown: int, verify: bool) -> str:

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from expert_parallel.data.indexed import smallest_dtype, with_suffix, write_index
-from expert_parallel.data.info import Sources, TokensInfo
 from expert_parallel.data.reading import (
     jsonl_texts,
     matched_files,
@@ -30,7 +29,7 @@ from expert_parallel.data.reading import (
     read_bytes,
     text_of_file,
 )
-from expert_parallel.data.tokenizer import Tokenizer, file_sha256, open_tokenizer, train_tokenizer
+from expert_parallel.data.tokenizer import Sources, Tokenizer, TokensInfo, file_sha256, open_tokenizer, train_tokenizer
 
 JOB_BYTES = 1 << 20
 TRAINING_BYTES = 1 << 30  # of text that a tokenizer is trained on; of more, every n-th job

@@ -1,13 +1,19 @@
-"""Text <-> token ids: bytes, or a tokenizer.json of Hugging Face's `tokenizers`. Knows nothing of torch: workers that
+"""Text <-> token ids: bytes, or a tokenizer.json of Hugging Face's `tokenizers`; and PREFIX.json, which says what lies
+beside token files that `data prepare` made, and which tokenizer made them. Knows nothing of torch: workers that
 only tokenize start quickly."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Literal, Protocol
 
+from pydantic import AfterValidator, Field, ValidationError
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from expert_parallel.data.indexed import IndexedTokens, with_suffix
+from expert_parallel.settings import Settings
 
 VOCABULARY_SIZE = 256  # of bytes
 SEPARATOR = b"\0"  # ends a document of bytes; no byte of ordinary text
@@ -99,3 +105,79 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
+class Sources(Settings):
+    """sha256: of the files' own SHA-256s, in order."""
+
+    files: int
+    bytes: int
+    sha256: str
+
+
+def _plain_name(name: str) -> str:
+    """A file beside PREFIX.json: what it says leads nowhere else."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise ValueError(f"{name!r} is not the plain name of a file")
+    return name
+
+
+class TokensInfo(Settings):
+    """PREFIX.json. tokenizer: `bytes`, or the name of the tokenizer.json that lies beside it. sha256: of PREFIX.bin."""
+
+    format: Literal["expert_parallel tokens 1"] = "expert_parallel tokens 1"
+    tokenizer: Annotated[str, AfterValidator(_plain_name)]
+    tokenizer_sha256: str | None
+    vocab_size: int = Field(ge=1)
+    end_id: int = Field(ge=0)
+    num_documents: int
+    num_tokens: int
+    empty_documents_left_out: int
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    sources: Sources
+
+
+def read_info(prefix: str) -> TokensInfo | None:
+    path = with_suffix(prefix, ".json")
+    if not path.exists():
+        return None
+    try:
+        return TokensInfo.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path} does not describe token files: {where}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def check_info(prefix: str, tokens: IndexedTokens, info: TokensInfo) -> None:
+    """PREFIX.json belongs to these token files."""
+    for what, said, found in (
+        ("documents", info.num_documents, tokens.num_documents),
+        ("tokens", info.num_tokens, tokens.num_tokens),
+    ):
+        if said != found:
+            raise ValueError(f"{prefix}.json says {said} {what}, {prefix}.idx lists {found}")
+
+
+def named_in(prefix: str, info: TokensInfo) -> tuple[str, int]:
+    """ValueError where the tokenizer's file is not the one that made the corpus."""
+    if info.tokenizer == "bytes":
+        return "bytes", info.end_id
+    path = Path(prefix).parent / info.tokenizer
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, the tokenizer of {prefix}")
+    check_tokenizer(path, prefix, info)
+    return str(path), info.end_id
+
+
+def check_tokenizer(path: Path, prefix: str, info: TokensInfo) -> None:
+    """The file is the tokenizer that made the corpus."""
+    if (found := file_sha256(path)) != info.tokenizer_sha256:
+        raise ValueError(
+            f"{path} is not the tokenizer of {prefix}: it has sha256 {found}, "
+            f"{with_suffix(prefix, '.json')} says {info.tokenizer_sha256}"
+        )

@@ -7,8 +7,17 @@ from typing import NamedTuple
 from expert_parallel.data.blend import Part
 from expert_parallel.data.config import TokensData
 from expert_parallel.data.indexed import IndexedTokens, open_indexed, with_suffix
-from expert_parallel.data.info import TokensInfo, check_info, check_tokenizer, named_in, read_info
-from expert_parallel.data.tokenizer import ByteTokenizer, Tokenizer, file_sha256, open_tokenizer
+from expert_parallel.data.tokenizer import (
+    ByteTokenizer,
+    Tokenizer,
+    TokensInfo,
+    check_info,
+    check_tokenizer,
+    file_sha256,
+    named_in,
+    open_tokenizer,
+    read_info,
+)
 
 
 class TokenCorpus(NamedTuple):

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from expert_parallel.interop.links import SAME, Link, rotary_rows
+from expert_parallel.interop.family_tensors import DENSE, EXPERTS, dense, outside_blocks
 from expert_parallel.interop.rules import REQUIRED, TheirConfig, Tree, get, put
-from expert_parallel.interop.tables import DENSE, EXPERTS, dense, outside_blocks
+from expert_parallel.interop.tensor_map import SAME, Link, rotary_rows
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
 from expert_parallel.data.open import TOKENIZER_FILE
 from expert_parallel.interop.families import FAMILIES, Family, settings
 from expert_parallel.interop.folder import COMPANIONS, CONFIG, GENERATION, FolderWriter, read_json
+from expert_parallel.interop.hf_model import model_of, pairs_of_model
 from expert_parallel.interop.importing import find_origin, find_tokenizer
 from expert_parallel.interop.rules import NEUTRAL, Tree
-from expert_parallel.interop.source import model_of, pairs_of_model
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.training.config import read_config
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from expert_parallel.interop.deepseek import Groups, LatentHeads, SharedExperts, deepseek_v3_links
-from expert_parallel.interop.links import Link
+from expert_parallel.interop.family_tensors import gpt_oss_links, llama_links, mixtral_links, qwen3_moe_links
 from expert_parallel.interop.rope import Rope
 from expert_parallel.interop.rules import (
     REQUIRED,
@@ -27,7 +27,7 @@ from expert_parallel.interop.rules import (
     get,
     put,
 )
-from expert_parallel.interop.tables import gpt_oss_links, llama_links, mixtral_links, qwen3_moe_links
+from expert_parallel.interop.tensor_map import Link
 from expert_parallel.model.attention import HeadsConfig
 from expert_parallel.model.config import ModelConfig
 

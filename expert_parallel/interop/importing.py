@@ -11,7 +11,7 @@ from torch import Tensor
 from expert_parallel.checkpoint.files import CheckpointWriter
 from expert_parallel.data.open import TOKENIZER_FILE
 from expert_parallel.interop.folder import COMPANIONS, CONFIG
-from expert_parallel.interop.source import HuggingFaceModel
+from expert_parallel.interop.hf_model import HuggingFaceModel
 from expert_parallel.training.config import Config, dump_config
 
 ORIGIN = "huggingface"  # in a run: config.json, tokenizer and the like, as they were when the model was imported

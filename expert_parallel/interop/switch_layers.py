@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from expert_parallel.interop.folder import HuggingFaceFolder
-from expert_parallel.interop.links import SAME, TRANSPOSED, Link, Pair, pairs_of
 from expert_parallel.interop.rules import TheirConfig, Tree
+from expert_parallel.interop.tensor_map import SAME, TRANSPOSED, Link, Pair, pairs_of
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.parameters import logical_parameters

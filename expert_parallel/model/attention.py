@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
+from expert_parallel.model.attention_mask import Sight
 from expert_parallel.model.rotary import RopeConfig, rotate
-from expert_parallel.model.sight import Sight
 from expert_parallel.nn.ffn import Linear, identity
 from expert_parallel.nn.norms import QK_NORMS, QKNormConfig
 from expert_parallel.settings import Settings

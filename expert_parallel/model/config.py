@@ -1,13 +1,13 @@
-"""Settings of the decoder: its sizes, which of its blocks are mixtures of experts, and what it comes to: parameters and
-FLOPs, from the settings alone."""
+"""Settings of the decoder: its sizes, its attention by `kind:`, which of its blocks are mixtures of experts; and what
+it comes to, parameters and FLOPs, from the settings alone."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from expert_parallel.model.attention import HeadsConfig
-from expert_parallel.model.attentions import AttentionConfig
+from expert_parallel.model.attention import Attention, HeadsConfig
+from expert_parallel.model.latent_attention import LatentAttention, LatentAttentionConfig
 from expert_parallel.model.rotary import LearnedPositionConfig, PositionConfig, RopeConfig
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.routers.across_tokens import ExpertChoiceConfig
@@ -17,6 +17,20 @@ from expert_parallel.nn.norms import NormConfig
 from expert_parallel.settings import Settings
 
 Recompute = Literal["none", "moe", "block"]
+
+
+# kind -> module, made of (its settings, d_model, rotary positions or None), called with (x (B, S, D), Sight).
+ATTENTION: dict[str, type[Attention] | type[LatentAttention]] = {"heads": Attention, "latent": LatentAttention}
+
+
+def _tag(value: Any) -> str:
+    kind = value.get("kind", "heads") if isinstance(value, dict) else getattr(value, "kind", "heads")
+    return str(kind)
+
+
+AttentionConfig = Annotated[
+    Annotated[HeadsConfig, Tag("heads")] | Annotated[LatentAttentionConfig, Tag("latent")], Discriminator(_tag)
+]
 
 
 class AllBlocks(Settings):

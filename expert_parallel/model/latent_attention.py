@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from expert_parallel.model.attention import Attend, causal_attention
+from expert_parallel.model.attention_mask import Sight
 from expert_parallel.model.rotary import RopeConfig, YarnScaling, rotate, yarn_scale
-from expert_parallel.model.sight import Sight
 from expert_parallel.nn.ffn import Linear, identity
 from expert_parallel.nn.norms import RMSNorm
 from expert_parallel.settings import Settings

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterleaved1F1B
 
+from expert_parallel.model.attention_mask import KeyValueCache
 from expert_parallel.model.parallelize import build_model, split_model
-from expert_parallel.model.sight import KeyValueCache
 from expert_parallel.model.transformer import (
     Block,
     LanguageModel,

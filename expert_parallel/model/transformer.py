@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from expert_parallel.model.attentions import ATTENTION
-from expert_parallel.model.config import ModelConfig, Recompute
+from expert_parallel.model.attention_mask import KeyValueCache, Sight
+from expert_parallel.model.config import ATTENTION, ModelConfig, Recompute
 from expert_parallel.model.rotary import LearnedPositionConfig, RopeConfig
-from expert_parallel.model.sight import KeyValueCache, Sight
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import RouterReplay, StepContext
 from expert_parallel.moe.layer import MoELayer

@@ -15,10 +15,10 @@ from expert_parallel.data.open import open_data
 from expert_parallel.data.tokenizer import Tokenizer
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe.types import Reason
-from expert_parallel.report.habits import Habits, habits_of
 from expert_parallel.report.loads import Loads, read_loads
 from expert_parallel.report.sample import Sample, cut, route
-from expert_parallel.report.words import CLASSES, Piece, classes, name_of, pieces
+from expert_parallel.report.specialization import Habits, habits_of
+from expert_parallel.report.token_text import CLASSES, Piece, classes, name_of, pieces
 from expert_parallel.runtime.process import Runtime, UserError
 from expert_parallel.training.config import DTYPES, Config
 from expert_parallel.training.generate import run_config, run_tokenizer

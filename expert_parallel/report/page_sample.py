@@ -5,10 +5,10 @@ from html import escape
 
 from expert_parallel.moe.types import Reason
 from expert_parallel.report.experts import Report
-from expert_parallel.report.habits import Habits, Liked
 from expert_parallel.report.sample import Routing
+from expert_parallel.report.specialization import Habits, Liked
 from expert_parallel.report.style import SLOTS, STEPS_FROM_FAIR, heat
-from expert_parallel.report.words import CLASSES, VISIBLE, Piece
+from expert_parallel.report.token_text import CLASSES, VISIBLE, Piece
 
 MOST_ENTRIES, FEWEST_TOKENS = 40_000, 512  # of the text: choices named in tooltips; tokens in any case
 CLASS_HELP = {

@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 import torch
 from pydantic import BaseModel
 
-from expert_parallel.allocator import keep_freed_memory
+from expert_parallel.bench.allocator import keep_freed_memory
 from expert_parallel.bench.timing import Times, Work, measure
 from expert_parallel.runtime.process import Runtime, distributed
 from expert_parallel.study.plan import Run, Study

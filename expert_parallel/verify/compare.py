@@ -10,8 +10,8 @@ from torch import Tensor
 
 from expert_parallel.moe.conservation import LayerTotals
 from expert_parallel.training.loop import Run
-from expert_parallel.verify.product import Seen, Tensors, place_of
 from expert_parallel.verify.reference import Division, LayerRecord, ReferenceStep, adamw_step
+from expert_parallel.verify.system_under_test import Seen, Tensors, place_of
 
 # dtype -> the largest relative difference that passes, and the share of the largest number among all gradients (or
 # updates) below which a tensor's own size no longer counts: a gradient that is zero but for rounding has no digits.

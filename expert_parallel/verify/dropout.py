@@ -17,7 +17,7 @@ from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.config import Config
 from expert_parallel.training.setup import check_world
 from expert_parallel.training.step import train_step
-from expert_parallel.verify import product
+from expert_parallel.verify import system_under_test
 from expert_parallel.verify.compare import gather_json
 
 DEFAULT = 0.1
@@ -131,12 +131,12 @@ def _run(config: Config, runtime: Runtime, in_experts: bool) -> Dropped:
             outputs[f"block {context.layer}"] = output.x.detach().double().sum(-1).flatten().tolist()
 
     training, seed = config.training, config.seed
-    with product.set_up(config, runtime, product.random_sequences(config)) as run:
+    with system_under_test.set_up(config, runtime, system_under_test.random_sequences(config)) as run:
         for block in run.model.modules():
             if isinstance(block, Block):
                 block.register_forward_pre_hook(give)
                 block.register_forward_hook(take)
         mine = list(run.batches(0))
-        with product.listening([]):  # the comparison has said it
+        with system_under_test.listening([]):  # the comparison has said it
             report = train_step(run.model, run.engine, mine, training, run.mesh, step=0, seed=seed)
     return Dropped(outputs, report.grad_norm)

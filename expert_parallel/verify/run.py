@@ -12,7 +12,7 @@ from expert_parallel.moe.context import RouterReplay
 from expert_parallel.moe.routers.across_tokens import ExpertChoiceConfig, SinkhornConfig
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.config import Config
-from expert_parallel.verify import product
+from expert_parallel.verify import system_under_test
 from expert_parallel.verify.compare import (
     TOLERANCES,
     Difference,
@@ -26,8 +26,8 @@ from expert_parallel.verify.compare import (
 )
 from expert_parallel.verify.dropout import check_dropout
 from expert_parallel.verify.layouts import Layout, check_layout
-from expert_parallel.verify.product import Tensors
 from expert_parallel.verify.reference import Division, reference_step
+from expert_parallel.verify.system_under_test import Tensors
 from expert_parallel.verify.traffic import AxisBytes, measure_step
 
 Say = Callable[[str], None]
@@ -74,7 +74,7 @@ def verify(plan: Plan, runtime: Runtime, say: Say = lambda text: None) -> list[L
     """Every rank calls it, and gets the same results."""
     for layout in plan.layouts:
         runtime.together(lambda layout=layout: check_layout(plan.config, layout, runtime.world_size))  # type: ignore[misc]
-    initial = _from_rank_0(runtime, lambda: product.whole_model(plan.config))
+    initial = _from_rank_0(runtime, lambda: system_under_test.whole_model(plan.config))
     oracle = Oracle(plan.config, runtime, initial, stirred(initial, plan.config.seed))
     results: list[LayoutResult] = []
     for number, layout in enumerate(plan.layouts, start=1):
@@ -86,9 +86,9 @@ def verify(plan: Plan, runtime: Runtime, say: Say = lambda text: None) -> list[L
 def verify_layout(plan: Plan, layout: Layout, runtime: Runtime, oracle: "Oracle") -> LayoutResult:
     began = time.perf_counter()
     config = layout.apply(plan.config)
-    sequences_GS = product.random_sequences(config)
+    sequences_GS = system_under_test.random_sequences(config)
     replay = None if plan.dtype == "float64" else RouterReplay()
-    with product.set_up(config, runtime, sequences_GS) as run:
+    with system_under_test.set_up(config, runtime, sequences_GS) as run:
         mine, degrees = list(run.batches(0)), run.mesh.degrees
         divisions = _gather_divisions(run, mine)
         expected = oracle.step(config, sequences_GS, divisions[0])
@@ -96,7 +96,7 @@ def verify_layout(plan: Plan, layout: Layout, runtime: Runtime, oracle: "Oracle"
     if plan.dtype != "float64":
         # The choices of float64 are played back: near ties fall differently in fewer digits.
         config = config.model_copy(update={"training": config.training.model_copy(update={"dtype": plan.dtype})})
-        with product.set_up(config, runtime, sequences_GS) as run:
+        with system_under_test.set_up(config, runtime, sequences_GS) as run:
             pairs, breaches = _take_step(run, mine, replay, oracle, expected)
     counted = _count_bytes(config, runtime, sequences_GS) if plan.bytes else []
     pairs |= coverage(divisions, (len(sequences_GS) // len(mine), sequences_GS.shape[1] - 1))
@@ -108,7 +108,7 @@ def verify_layout(plan: Plan, layout: Layout, runtime: Runtime, oracle: "Oracle"
         grad_norm=float(expected["gradient norm/gradient norm"]),
         ledger=sorted(set(chain.from_iterable(gather_json(breaches)))),
         dropout=check_dropout(layout.apply(plan.config), plan.dropout, runtime),
-        backend=product.backend(config, runtime),
+        backend=system_under_test.backend(config, runtime),
         degrees={name: getattr(degrees, name) for name in ("ep", "etp", "edp", "tp", "cp", "dp", "pp")}
         | {"micro_steps": len(mine)},
         seconds=time.perf_counter() - began,
@@ -117,16 +117,20 @@ def verify_layout(plan: Plan, layout: Layout, runtime: Runtime, oracle: "Oracle"
 
 
 def _take_step(
-    run: product.Run, mine: list[product.MicroBatch], replay: RouterReplay | None, oracle: "Oracle", expected: Tensors
+    run: system_under_test.Run,
+    mine: list[system_under_test.MicroBatch],
+    replay: RouterReplay | None,
+    oracle: "Oracle",
+    expected: Tensors,
 ) -> tuple[Pairs, list[str]]:
-    before = product.read(run.model)
-    product.write(run.model, oracle.start)
-    seen = product.take_step(run, mine, replay)
+    before = system_under_test.read(run.model)
+    system_under_test.write(run.model, oracle.start)
+    seen = system_under_test.take_step(run, mine, replay)
     return actual_tensors(run, seen, before, oracle.start, expected), seen.breaches
 
 
 def _count_bytes(config: Config, runtime: Runtime, sequences_GS: Tensor) -> list[AxisBytes]:
-    with product.set_up(config, runtime, sequences_GS) as run:
+    with system_under_test.set_up(config, runtime, sequences_GS) as run:
         batches = list(run.batches(0))
         return measure_step(
             run.model, run.engine, batches, config.training, config.parallel, run.mesh, step=0, seed=config.seed
@@ -151,7 +155,7 @@ class Oracle:
             division = [(torch.arange(size), torch.arange(sequences_GS.shape[1] - 1))]
 
         def compute() -> Tensors:
-            separator = product.separator(config)
+            separator = system_under_test.separator(config)
             step = reference_step(config.model, training, self.start, sequences_GS, division, config.seed, separator)
             return expected_tensors(step, self.initial, self.start)
 
@@ -176,9 +180,9 @@ def stirred(initial: Tensors, seed: int) -> Tensors:
     return start
 
 
-def _gather_divisions(run: product.Run, mine: list[product.MicroBatch]) -> list[Division]:
+def _gather_divisions(run: system_under_test.Run, mine: list[system_under_test.MicroBatch]) -> list[Division]:
     """Of each micro-step, over the ranks of the first pipeline stage."""
-    places = [[numbers.tolist() for numbers in place] for place in product.places(run, mine)]
+    places = [[numbers.tolist() for numbers in place] for place in system_under_test.places(run, mine)]
     everyone = gather_json({"stage": run.mesh.pp_rank, "places": places})
     first = [rank["places"] for rank in everyone if rank["stage"] == 0]
     return [

@@ -10,8 +10,8 @@ from torch import Tensor
 from expert_parallel.checkpoint.files import expected_shapes
 from expert_parallel.interop.families import FAMILIES, Family
 from expert_parallel.interop.folder import HuggingFaceFolder
-from expert_parallel.interop.links import Pair, pairs_of
 from expert_parallel.interop.rules import Tree
+from expert_parallel.interop.tensor_map import Pair, pairs_of
 from expert_parallel.model.config import ModelConfig
 
 Shapes = dict[str, list[int]]

@@ -1,7 +1,8 @@
 """Tables of tensors: which logical tensor of ours has which names on disk. What a model does not have is passed over,
 so families that differ by a bias or a norm share a table."""
 
-from expert_parallel.interop.links import (
+from expert_parallel.interop.rules import Tree
+from expert_parallel.interop.tensor_map import (
     GATE_UP_COLUMNS,
     GATE_UP_ROWS,
     MXFP4,
@@ -12,7 +13,6 @@ from expert_parallel.interop.links import (
     TRANSPOSED,
     Link,
 )
-from expert_parallel.interop.rules import Tree
 
 
 def outside_blocks() -> list[Link]:
