@@ -1,12 +1,13 @@
 """Index maths of dispatch and combine: hand-written numbers, naive loops, and rows that name their source."""
 
+import copy
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from expert_parallel.moe.dispatch.permute import (
     NO_ROW,
@@ -18,6 +19,7 @@ from expert_parallel.moe.dispatch.permute import (
 )
 from expert_parallel.moe.dispatch.row_index import (
     NOWHERE,
+    IndexTable,
     RowChoices,
     choices_of,
     columns,
@@ -453,3 +455,33 @@ def test_gather_rows_repeats_bit_for_bit() -> None:
     first, second = run(), run()
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# IndexTable: on the device of the weights, whatever happens to them
+
+
+class WithTable(nn.Module):
+    """A module with a weight and a table, as a layer has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.table = nn.Parameter(torch.empty(2)), IndexTable([5, 7, 6])
+
+
+def test_an_index_table_keeps_its_values_where_weights_have_none() -> None:
+    """A model that is built on the meta device and then given memory has lost all buffers; DistributedDataParallel
+    would overwrite them with rank 0's."""
+    with torch.device("meta"):
+        module = WithTable()
+    assert module.weight.is_meta
+    for moved in (module.to_empty(device="cpu"), module.double(), copy.deepcopy(module)):
+        assert moved.table(torch.tensor([2, 0])).tolist() == [6, 5]
+        assert moved.table.values.dtype == torch.int64
+    assert not list(module.buffers())
+    assert list(module.state_dict()) == ["weight"]
+
+
+def test_an_index_table_follows_keys_that_are_elsewhere() -> None:
+    """`fully_shard` moves weights to its mesh's device, and tells no module. The meta device stands for a GPU."""
+    assert IndexTable([5, 7, 6])(torch.tensor([2, 0], device="meta")).device.type == "meta"
