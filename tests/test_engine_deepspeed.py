@@ -24,7 +24,7 @@ from expert_parallel.runtime.process import Runtime
 from expert_parallel.training import loop
 from expert_parallel.training.check import describe, state_bytes_of_rank
 from expert_parallel.training.config import DTYPES, Config, TrainingConfig, load_config
-from expert_parallel.training.engines.native import ENGINES
+from expert_parallel.training.engines.build import ENGINES
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.step import evaluate, train_step
 from tests.launches import small_config, start

@@ -1,6 +1,6 @@
 """Conservation: the ledger's counts of one layer, summed over micro-steps and ranks, must add up.
 
-    choices:  routed = kept + rerouted + dropped;  kept + rerouted on an expert = rows that its rank computed
+    choices:  routed = kept + rerouted + dropped;  kept + rerouted on an expert = choices that arrived at its rank
     rows:     sent = received, with tokens and with outputs, forward and backward; as many return as went
 
 Each rank adds up its passes in one vector of float64 (exact for counts below 2^53), and one all-reduce of all layers'
@@ -34,7 +34,8 @@ LINKS: tuple[Link, ...] = ("node", "network")
 
 
 def count_choices(routed: RoutingPlan, plan: RoutingPlan, real_T: Tensor | None) -> dict[str, Tensor]:
-    """The first fields of LoadStats: each choice counted once, as it was routed, and under what became of it."""
+    """Returns the first fields of LoadStats: each choice is counted once as it was routed, and once under what became
+    of it."""
     num_experts = plan.num_experts
     key_TK = plan.reason_TK.long() * num_experts + plan.expert_ids_TK
     counts = count_keys(key_TK.flatten(), len(Reason) * num_experts).view(len(Reason), num_experts)

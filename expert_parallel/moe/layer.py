@@ -42,9 +42,10 @@ class MoELayer(nn.Module):
     Weights are float32 (or what `.double()`, `.bfloat16()` make of them); the layer computes in its input's dtype,
     the router in promote_types(float32, that).
 
-    After the backward pass the gradients of router and shared experts are this rank's part: SUM them over the data
-    ranks. Those of experts are summed over `group` already, in the backward pass of the dispatch, and where weights are
-    divided over etp_group, over that too; b_out is whole on each of its ranks: sum its gradient over etp_group.
+    After the backward pass the gradients of router and shared experts are this rank's part: SUM them over the ranks of
+    data_group. Gradients of experts are complete over `group`, and for what etp_group divides over that too, since the
+    rows of all their ranks were computed here; b_out, which etp_group does not divide, is to be summed over it. Where
+    other ranks hold copies of these experts, SUM over those.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class MoELayer(nn.Module):
                 f"sequence_group has the ranks {sorted(sharers)}, data_group {sorted(data_ranks)}: those whose tokens "
                 "make up a micro-step include those that share its sequences"
             )
-        # Others that share this rank's sequences may stand in `group` too: the first of them counts them.
+        # For capacity.pad with scope `sequence`: of the ranks of `group` that share a sequence, the first counts it.
         self.counts_sequences = min(sharers & set(Peers.of(group).ranks)) == Peers.of(None).ranks[0]
         self.router = build_router(config.router, config.d_model, config.num_experts)
         self.dispatcher = Dispatcher(config.dispatcher, placement, group, nodes)
@@ -148,8 +149,11 @@ class MoELayer(nn.Module):
         return x if x.dim() == 3 else x[None]
 
     def _limit(self, routed: RoutingPlan, batch: TokenBatch, recorded: Choices | None) -> RoutingPlan:
-        """Returns the plan as capacity leaves it, or as it was recorded; weights are computed again where they may have
-        changed. What is not recorded yet and is to be replayed is recorded."""
+        """Returns the plan as capacity leaves it, or as it was recorded; records it where the context has a replay.
+
+        Weights are computed again for what is left, where it may be other choices than the router made. Under a replay
+        that is always done, so that a pass and its repetition compute the same.
+        """
         replay = batch.context.replay
         if recorded is None:
             with torch.no_grad():

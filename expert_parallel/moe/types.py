@@ -7,9 +7,9 @@ Shape letters (capitals are logical sizes, never a sharding):
     E  experts in all                    P  ranks of the expert-parallel group
     e  experts on this rank              N  = T * K choices of this rank's tokens
     B  sequences on this rank            S  tokens of a sequence
-    U  rows that travel: one for each token and destination rank
-    V  rows that arrive on this rank     R  rows that this rank's experts compute (one for each choice)
-    L  rows that a hop starts from       G  tokens of a scope, on all its ranks
+    U  rows that travel: one for each token and destination rank, or for each choice
+    V  rows that arrive on this rank     R  rows that this rank's experts compute: one for each choice, and padding
+    L  rows that an exchange starts from G  tokens of a scope, on all its ranks
 """
 
 from dataclasses import dataclass, field
@@ -37,11 +37,11 @@ class RoutingPlan:
 
     logits_TE, scores_TE: router dtype (float32, or float64 for float64 models). probabilities_TE: the scores of each
     token divided by their sum, for balance losses; softmax scores themselves. weights_TK: the factor of each chosen
-    expert's output, same dtype. expert_ids_TK: int64. reason_TK: uint8, values of `Reason`. log_scores_TE: what
-    weights are computed from again, after drops (see Scores). ranking_TE: what a next best expert
-    is found by, largest first (detached; -inf: not to be chosen); None: this router has none, so nothing is rerouted.
-    all_kept_TK: reason_TK itself, where its router has kept all choices: see is_whole. padded_rows: how many rows each
-    expert computes, zeros behind those that arrive; None: as many as arrive.
+    expert's output, same dtype; of a dropped choice it means nothing (see kept_TK). expert_ids_TK: int64. reason_TK:
+    uint8, values of `Reason`. log_scores_TE: what weights are computed from again, after drops (see Scores).
+    ranking_TE: what a next best expert is found by, largest first (detached; -inf: not to be chosen); needed for
+    rerouting alone. all_kept_TK: reason_TK itself, where its router has kept all choices: see is_whole. padded_rows:
+    how many rows each expert computes, zeros behind those that arrive; None: as many as arrive.
     """
 
     logits_TE: Tensor
@@ -58,8 +58,8 @@ class RoutingPlan:
 
     @property
     def is_whole(self) -> bool:
-        """Every choice reaches an expert, and no look at the device's numbers is needed to know it. Whoever puts other
-        reasons into the plan takes that back with the same move."""
+        """True if nothing can have been dropped. Decided by object identity, so the host does not wait for the device;
+        any `replace(reason_TK=...)` resets it to False."""
         return self.all_kept_TK is self.reason_TK
 
     @property
@@ -79,8 +79,8 @@ class DispatchedTokens:
 
     x_VD: the rows. row_R: int64, the arrived row behind each computed one, grouped by local expert; NO_ROW where
     experts are padded, to capacity or to their neighbours' loads. computed_VK: its inverse: the computed rows of each
-    arrived one, in choice order, NO_ROW behind them. counts_e: int64, computed rows of each local expert, sum = R.
-    weights_R: router dtype; what each expert's output is multiplied by.
+    arrived one, in choice order, NO_ROW where there is none. counts_e: int64, computed rows of each local expert, sum =
+    R. weights_R: router dtype; what each expert's output is multiplied by.
     """
 
     x_VD: Tensor
@@ -123,7 +123,8 @@ class ExpertCounts:
     """Counts the choices of each expert, int64 (E): how many it was routed, and what became of them.
 
     routed_E: as the router chose. kept_E, rerouted_E (under the expert found), dropped_capacity_E,
-    dropped_receive_bound_E: by outcome. computed_E: rows that the experts computed, counted where they arrived.
+    dropped_receive_bound_E: by outcome. computed_E: choices that arrived for an expert to compute,
+    counted on its rank.
     """
 
     routed_E: Tensor

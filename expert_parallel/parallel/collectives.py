@@ -148,7 +148,7 @@ def start_all_to_all_rows(
     """Sends the first send_counts[0] rows of x to rank 0, the next send_counts[1] to rank 1, and so on.
 
     x: (sum(send_counts), ...), any dtype. What is waited for: (sum(receive_counts), ...), ordered by source rank. A
-    rank without rows takes part. No gradient: see moe/dispatch/ledger.py.
+    rank without rows takes part. No gradient: see moe/dispatch/exchange.py.
     """
     assert x.shape[0] == sum(send_counts), (x.shape, send_counts)
     if group_size(group) == 1:

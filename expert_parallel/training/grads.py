@@ -1,8 +1,16 @@
-"""The one place that reduces and norms gradients.
+"""This file reduces and norms the gradients of the native engine.
 
-Every rank back-propagates its own tokens' share of the global loss, so every reduction is a SUM. The all-to-all's
-backward has already brought each expert the gradients of all tokens of its expert-parallel group; what is left is the
-sum over the ranks that hold the same parameter.
+The loss is divided once, by the global number of tokens, and each rank back-propagates its share of it. So every
+reduction is a SUM, and nothing is divided here.
+
+Where the gradient of an expert's weight is summed over ranks:
+
+    over                       by
+    expert parallel (ep)       nothing here: each row went to its expert's rank, and the backward pass of combine brings
+                               its dy there, so that the product over rows (experts/fused.py) is the whole sum
+    expert tensor (etp)        likewise: experts/tensor_parallel.py gathers the rows and their dy; b_out alone, which is
+                               whole on each rank, is summed below
+    copies of experts (edp)    reduce_gradients below; where they are sharded, FSDP2 in its backward pass
 """
 
 from collections.abc import Iterator
@@ -25,13 +33,8 @@ BUCKET_BYTES = 32 * 1024**2
 
 
 def reduce_gradients(model: nn.Module, mesh: ParallelMesh, *, sharded: bool) -> None:
-    """Sums the gradients of the whole step over the ranks that hold the same parameters, in three rounds:
-
-    1. over the data ranks: dense_group, for experts edp_group. Under FSDP2 (`sharded`): its reduce-scatter has done it.
-    2. what tp (for experts etp) does not divide, norms, routers and biases, over it, since its ranks have different
-       tokens; key and value heads that several of its ranks hold, over those.
-    3. an embedding table that the last stage shares with the first, over these two.
-    """
+    """Sums the gradients of the whole step over the ranks that hold the same parameters. sharded: FSDP2 has done so
+    over the data ranks."""
     dense: list[LogicalParameter] = []
     experts: list[LogicalParameter] = []
     for logical in logical_parameters(model):
@@ -40,9 +43,12 @@ def reduce_gradients(model: nn.Module, mesh: ParallelMesh, *, sharded: bool) -> 
     if not sharded:
         _sum_in_buckets(dense, mesh.dense_group)
         _sum_in_buckets(experts, mesh.edp_group)
+    # What tp or etp does not divide (norms, routers, biases): its ranks have computed different tokens.
     _sum_in_buckets([logical for logical in dense if logical.slice is None], mesh.tp_group)
     _sum_in_buckets([logical for logical in experts if logical.slice is None], mesh.etp_group)
+    # Key and value heads that several tp ranks hold, since there are fewer heads than ranks.
     _sum_in_buckets([logical for logical in dense if logical.slice and logical.slice.copies > 1], mesh.key_group)
+    # The embedding table that the last pipeline stage shares with the first.
     _sum_in_buckets([logical for logical in dense if logical.names == TIED], mesh.tied_group)
 
 

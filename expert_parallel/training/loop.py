@@ -25,7 +25,7 @@ from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.parallel.sequence import SequencePlace
 from expert_parallel.runtime.process import Runtime, UserError
 from expert_parallel.training.config import Config, dump_config
-from expert_parallel.training.engines.native import Engine
+from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.generate import generate_texts, run_tokenizer
 from expert_parallel.training.metrics import Metrics, MetricsWriter, memory_metrics, progress_line, step_metrics
 from expert_parallel.training.replay import MoEPlace, PlayConfig, RecordConfig, load_choices, save_choices

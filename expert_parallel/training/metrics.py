@@ -57,7 +57,7 @@ def _layer_metrics(totals: LayerTotals, num_layers: int) -> Metrics:
 
 
 def _loads(totals: LayerTotals) -> Metrics:
-    """The share of all choices that each expert computed."""
+    """Returns each expert's share of all choices that were computed."""
     served_E = totals.kept_E + totals.rerouted_E
     return {
         f"load/{expert}": share

@@ -11,8 +11,9 @@ from expert_parallel.parallel.mesh import ParallelMesh, build_mesh
 from expert_parallel.parallel.sequence import length_unit
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.config import DTYPES, Config
+from expert_parallel.training.engines.build import ENGINES
 from expert_parallel.training.engines.config import DeepSpeedConfig
-from expert_parallel.training.engines.native import ENGINES, Engine
+from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.optim import build_optimizer
 
 

@@ -20,7 +20,7 @@ from expert_parallel.moe.types import LoadStats
 from expert_parallel.parallel.collectives import all_reduce_sum, group_rank
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.training.config import TrainingConfig
-from expert_parallel.training.engines.native import Engine
+from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.freeze import AllTrainable
 from expert_parallel.training.optim import learning_rate
 

@@ -30,7 +30,7 @@ from expert_parallel.parallel.collectives import group_size
 from expert_parallel.parallel.degrees import ParallelConfig
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.training.config import TrainingConfig
-from expert_parallel.training.engines.native import Engine
+from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.step import train_step
 from expert_parallel.verify.formulas import Step, Terms, pipeline, tokens_between_ranks, weights
 from expert_parallel.verify.formulas_moe import ExpertRows, dispatch, expert_tensor, losses_and_totals, scopes

@@ -1,7 +1,7 @@
 """Capacity: how many choices an expert takes, and what becomes of those beyond. RoutingPlan -> RoutingPlan.
 
-`POLICIES` maps each `kind:` to its function. A dropped choice adds nothing; a token whose choices are all
-dropped passes by the residual alone.
+`POLICIES` maps each `kind:` to its function. A dropped choice adds nothing; for a token whose choices are all dropped
+routed experts add nothing at all.
 """
 
 import math

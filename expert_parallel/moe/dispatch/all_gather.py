@@ -33,9 +33,9 @@ class GatheredRoute(ChunkRoute):
 
 
 class AllGatherExchange(AllToAllExchange):
-    """Gathers the rows and choices of all ranks; nothing is said beforehand but each rank's numbers of tokens. What an
-    all-to-all would have brought is then taken from them, so that the way back, and the backward pass, are the
-    all-to-all's."""
+    """Gathers the choices of all ranks, then their rows. What an all-to-all would have brought is taken from them, so
+    that the way back, and the backward pass, are the all-to-all's. The host waits several times in `plan`: for each
+    rank's number of tokens, and for what is found among the gathered choices."""
 
     def plan(self, chunks: Sequence[RowChoices], key: PassKey, ledger: Ledger) -> tuple[list[ChunkRoute], Metadata]:
         lengths_CP = self._exchange_lengths(chunks, key, ledger)
@@ -77,7 +77,7 @@ class AllGatherExchange(AllToAllExchange):
         """Returns, for each chunk, the number of rows of each rank. The host waits for them."""
         lengths = [choices.num_rows for choices in chunks]
         words = torch.tensor([[*lengths, *key.words]], dtype=torch.int32, device=chunks[0].row_N.device)
-        ledger.count_bytes(words, [1] * self.peers.size, self.peers, self.key(Phase.COUNTS))
+        ledger.count_bytes(words, [1] * self.peers.size, self.peers, self.exchange_key(Phase.COUNTS))
         table_PW = all_gather_rows(words, [1] * self.peers.size, self.peers.group).tolist()
         refuse_disagreement([row[-2:] for row in table_PW], key, self.peers)
         return [list(lengths_P) for lengths_P in zip(*(row[:-2] for row in table_PW), strict=True)]
@@ -96,7 +96,7 @@ class AllGatherExchange(AllToAllExchange):
             weight_LK[choices.row_N, column_N] = choices.weight_N.detach()
             tables.append(torch.cat([expert_LK, weight_LK.view(torch.int32)], 1))
         table, lengths_P = torch.cat(tables), [sum(lengths) for lengths in zip(*lengths_CP, strict=True)]
-        ledger.count_bytes(table, [len(table)] * self.peers.size, self.peers, self.key(Phase.METADATA))
+        ledger.count_bytes(table, [len(table)] * self.peers.size, self.peers, self.exchange_key(Phase.METADATA))
         gathered = all_gather_rows(table, lengths_P, self.peers.group)
         everyones = by_chunk(gathered, [SplitSizes([], list(lengths)) for lengths in lengths_CP])
         copied = torch.contiguous_format  # a part of a table may lie unaligned in it
@@ -118,7 +118,7 @@ class AsyncAllGather(AsyncCollective):
 
     def __init__(self, ledger: Ledger, route: GatheredRoute, exchange: AllGatherExchange) -> None:
         self.ledger, self.route, self.peers = ledger, route, exchange.peers
-        self.key = exchange.key(Phase.DISPATCH)
+        self.key = exchange.exchange_key(Phase.DISPATCH)
 
     def begin(self, x_LD: Tensor) -> Wait:
         self.ledger.count_rows(*self.route.sizes, self.peers, self.key)
@@ -142,7 +142,7 @@ class GatheredChoices(AsyncCollective):
         self, choices: list[RowChoices], sizes: list[SplitSizes], exchange: AllGatherExchange, ledger: Ledger
     ) -> None:
         self.choices, self.chunk_sizes, self.sizes = choices, sizes, total_sizes(sizes)
-        self.ledger, self.peers, self.key = ledger, exchange.peers, exchange.key(Phase.METADATA)
+        self.ledger, self.peers, self.key = ledger, exchange.peers, exchange.exchange_key(Phase.METADATA)
 
     def begin(self, weight_N: Tensor) -> Wait:
         taken = [choices.weight_N for choices in self.choices]

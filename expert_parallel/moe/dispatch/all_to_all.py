@@ -88,7 +88,7 @@ class ChunkRoute:
 
 
 class Metadata(Protocol):
-    """The choices that arriving rows serve, under way: they arrive after the rows have left."""
+    """The choices that arriving rows serve: they may be under way still when the first rows leave."""
 
     def arrived(self) -> list[RowChoices]:
         """Waits for the choices of each chunk. Called once."""
@@ -147,18 +147,19 @@ class AllToAllExchange:
     def start(self, x_LD: Tensor, route: ChunkRoute, ledger: Ledger) -> AsyncCollective:
         """Sends rows to those that need them."""
         x_UD = self._narrow(gather_rows(x_LD, route.token_U, route.rows_L))
-        return AsyncAllToAll(ledger, route.sizes, self.peers, self.key(Phase.DISPATCH)).start(x_UD)
+        return AsyncAllToAll(ledger, route.sizes, self.peers, self.exchange_key(Phase.DISPATCH)).start(x_UD)
 
     def start_back(self, y_VD: Tensor, route: ChunkRoute, ledger: Ledger) -> AsyncCollective:
         """Sends what the arrived rows became to where they came from; see `add_up`."""
-        sizes, key = route.sizes.reversed, self.key(Phase.COMBINE)
+        sizes, key = route.sizes.reversed, self.exchange_key(Phase.COMBINE)
         return AsyncAllToAll(ledger, sizes, self.peers, key).start(self._narrow(y_VD))
 
     def add_up(self, y_UD: Tensor, route: ChunkRoute) -> Tensor:
         """Returns y_LD: for each row, the sum in a fixed order of what has come back for it."""
         return gather_rows(y_UD, route.rows_L, route.token_U)
 
-    def key(self, phase: Phase) -> ExchangeKey:
+    def exchange_key(self, phase: Phase) -> ExchangeKey:
+        """Names this exchange in the log and in messages."""
         return ExchangeKey(phase, self.hop)
 
     def _order(self, chunks: Sequence[RowChoices]) -> list[Order]:
@@ -172,7 +173,7 @@ class AllToAllExchange:
         counts = [order.rows_P for order in orders] + [order.choices_P for order in orders]
         words_2P = counts[0].new_tensor(key.words)[:, None].expand(2, self.peers.size)
         sent_PW = torch.cat([torch.stack(counts), words_2P]).mT.to(torch.int32)
-        ledger.count_bytes(sent_PW, [1] * self.peers.size, self.peers, self.key(Phase.COUNTS))
+        ledger.count_bytes(sent_PW, [1] * self.peers.size, self.peers, self.exchange_key(Phase.COUNTS))
         return sent_PW
 
     def _narrow(self, x: Tensor) -> Tensor:
@@ -197,7 +198,7 @@ class AsyncChoices(AsyncCollective):
     ) -> None:
         self.tag_N, self.chunk_sizes, self.num_rows = by_peer(tags, sizes), sizes, num_rows
         self.sizes, self.peers, self.ledger = total_sizes(sizes), exchange.peers, ledger
-        self.key = exchange.key(Phase.METADATA)
+        self.key = exchange.exchange_key(Phase.METADATA)
 
     def begin(self, weight_N: Tensor) -> Wait:
         bits = weight_N.view(torch.int32).view(len(weight_N), weight_N.itemsize // 4)

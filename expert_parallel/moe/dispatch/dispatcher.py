@@ -233,13 +233,13 @@ class LocalChoices:
 class RowsInFlight:
     """The rows of one pass, in chunks of tokens: the exchange of one chunk overlaps the experts' work on another.
 
-    With two chunks and one exchange, where D sends rows to the experts, C is the experts, M sends outputs back, and
-    small letters wait for them:
+    With two chunks and one exchange (D to the experts, C the experts, M back; + starts an exchange, - waits for it):
 
-        forward     D1 d1 D2 C1 M1 d2 C2 M2 m1 m2     D2 overlaps C1, M1 overlaps C2
-        backward    m2 m1 M2 C2 d2 M1 C1 D2 d1 D1     m2, m1, d2, d1 start the gradients' exchanges; M2 ... D1 wait
+        forward     +D1 -D1 +D2 C1 +M1 -D2 C2 +M2 -M1 -M2     D2 overlaps C1, M1 overlaps C2
+        backward    +M2 +M1 -M2 C2 +D2 -M1 C1 -D2 +D1 -D1     M1 overlaps C2, D2 overlaps C1
 
-    Autograd runs what is ready in the reverse order of its making, so that m1 overlaps C2, and d2 overlaps C1.
+    The forward order is that of `arriving` and `returned`. The backward order is the forward order reversed, which is
+    how autograd runs what is ready: each - of the forward pass starts the exchange of gradients, each + waits for it.
     """
 
     metadata: Metadata
@@ -257,10 +257,11 @@ class RowsInFlight:
             chunk.routes.append(route)
 
     def arriving(self) -> Iterator[Chunk]:
-        """Yields each chunk when its rows have arrived, for the experts, while rows of other chunks travel.
+        """Sends the remaining rows, and yields each chunk for the experts when its rows have arrived.
 
-        Each time, every chunk under way moves one exchange on, the oldest first, and another one leaves. Outputs come
-        back when they have had the experts' work on the next chunk to travel.
+        Before each chunk is yielded, every chunk under way moves one exchange on, the oldest first, and another one
+        leaves, so that rows travel while the experts compute. Outputs are waited for when the experts have computed one
+        more chunk.
         """
         self._assign_to_experts()
         num_sent = 1
@@ -274,7 +275,7 @@ class RowsInFlight:
             yield chunk
 
     def returned(self) -> Tensor:
-        """Returns y_TD, in the order of the tokens sent: the sum of each token's weighted outputs.
+        """Waits for the outputs. Returns y_TD, in the order of the tokens: the sum of each token's weighted outputs.
 
         Its order is fixed: choice order within a rank (the experts have added those up), then rank order (hierarchical:
         the ranks of a node, then nodes); with `one_row_per: choice`, choice order.

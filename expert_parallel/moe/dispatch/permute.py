@@ -2,7 +2,7 @@
 
 One primitive moves rows in both directions: `gather_rows` reads, for each row of its result, the rows that an index
 table names, and adds them in the table's order. Its gradient is the same operation with the inverse table. So
-there are no scatter-adds and no atomics: every sum has a fixed order and a rerun gives the same bits.
+no row is added by scatter or atomics: every sum has a fixed order and a rerun gives the same bits.
 """
 
 from typing import Any

@@ -1,7 +1,13 @@
-"""Which rows travel to which ranks: index maths of a hop, without communication.
+"""Index maths of an exchange, without communication: which rows travel to which ranks.
 
-Nothing here depends on how many choices were dropped, so that the host need not wait for a device: tensors have the
-size of all choices, and what goes nowhere stands last.
+Except in `without_nowhere`, the host does not wait for the number of dropped choices: tensors have the size of all
+choices, and what goes nowhere stands last. An example, for two ranks with experts 0, 1 | 2, 3 and three tokens with two
+choices each, of which t1's second is dropped:
+
+    RowChoices   row_N 0 0 1 1 2 2, expert_N 2 0 3 NOWHERE 1 3
+    Order        choices by destination: rank 0: t0 e0, t2 e1; rank 1: t0 e2, t1 e3, t2 e3; nowhere: t1
+    Travel       token_U 0 2 0 1 2 (each token once to a rank); rows_L, where a token's rows are when they come back:
+                 t0: 0 2, t1: NO_ROW 3, t2: 1 4
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +18,9 @@ from torch import Tensor, nn
 
 from expert_parallel.moe.dispatch.permute import NO_ROW, count_keys, inverse, stable_argsort
 
-NOWHERE = -1  # the expert of a choice that does not travel
+# The expert of a choice that does not travel. As an index it reads the last entry: tables that are read with it (names
+# in E1) have one more than there are experts. NO_ROW, of the same value, stands in tables of rows.
+NOWHERE = -1
 
 
 class IndexTable(nn.Module):
@@ -131,7 +139,7 @@ def plan_travel(choices: RowChoices, order: Order, width: int, merge: bool) -> T
 
 
 def row_table(choices: RowChoices, value_N: Tensor, width: int) -> Tensor:
-    """(L, width): row l lists the values of its choices, in their order; NO_ROW behind them. width: the most that a
+    """(L, width): row l lists the values of its choices, in their order; NO_ROW fills it up. width: the most that a
     row has."""
     if len(value_N) == choices.num_rows * width:  # as tokens have them
         return value_N.view(-1, width)

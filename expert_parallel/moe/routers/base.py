@@ -126,8 +126,10 @@ def best_by_keys(ranking_TE: Tensor, k: int) -> Tensor:
 
 
 class Router(nn.Module):
-    """The frame of every router: score, choose, weigh. A router of your own overrides `score`, and `choose` or
-    `weights` where it differs, and is registered by one line: `ROUTERS["mine"] = MyRouter` (see moe/README.md).
+    """The frame of every router: score, choose, weigh.
+
+    A router of your own overrides `score`; `choose` where it does not take the k best; `weights`, unless it derives
+    from LinearRouter. One line registers it: `ROUTERS["mine"] = MyRouter` (see moe/README.md).
 
     Config: the class of its settings. When it plays recorded choices back, only `choose` is left out.
     """

@@ -1,5 +1,6 @@
 """The row kernels on the CPU: torch's own operations that write where they are told, in blocks of rows that stay in the
-caches. The same functions as torch_ops.py, which says what each computes."""
+caches. torch_ops.py says what each computes; `dots`, `weigh_` and `slope`,
+which are here alone, are the parts of its backward pass."""
 
 from collections.abc import Iterator
 

@@ -1,7 +1,8 @@
 """What the kernels compute, in plain torch: the fallback on any device, and what triton_ops.py is tested against.
 
-All functions are pure and know no autograd. Values are float32, bfloat16, float16 or float64; they are computed in
-promote_types(float32, dtype), called wide here, and rounded once. Row numbers are int64; NO_ROW names no row.
+The functions know no autograd, and are pure, but for those whose names end in an underscore. Values are float32,
+bfloat16, float16 or float64; they are computed in promote_types(float32, dtype), called wide here, and rounded once.
+Row numbers are int64; NO_ROW names no row.
 """
 
 import math
