@@ -26,7 +26,7 @@ from expert_parallel.interop.importing import import_folder
 from expert_parallel.moe.context import StepContext
 from expert_parallel.runtime.process import Launch, Runtime
 from expert_parallel.settings import CONFIG_VERSION
-from expert_parallel.training.config import dump_config, load_config
+from expert_parallel.training.config import Config, dump_config, load_config
 from expert_parallel.training.loop import train
 from expert_parallel.training.resume import changes_since
 from tests.launches import ROOT
@@ -80,7 +80,7 @@ def test_a_run_goes_on_as_it_did(world: int, parallel: str, old: Path, tmp_path:
 
 
 def test_no_setting_is_gone(old: Path) -> None:
-    assert set((old / "settings.txt").read_text().splitlines()) <= set(setting_paths())
+    assert set((old / "settings.txt").read_text().splitlines()) <= set(setting_paths(Config))
 
 
 def test_a_config_says_what_it_said(old: Path) -> None:
