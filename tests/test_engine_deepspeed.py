@@ -354,14 +354,18 @@ def train_variant(
 def test_other_settings_do_what_they_do_natively(case: str, tmp_path: Path) -> None:
     """With momentum and decay; what is frozen stays bit for bit."""
     layout, engine, changes = VARIANTS[case]
+    # Weights that differ in their last bits may round to neighbouring bfloat16 numbers: on a processor without bfloat16
+    # products that is 2e-5 of the third step's norm, and up to 3.4e-5 of a weight after it.
+    norm_tolerance, weight_tolerance = (1e-4, 1e-4) if changes.get("dtype") == "bfloat16" else (1e-5, 1e-6)
     run_ranks(4, begin, EP2, NATIVE, tmp_path)
     natively = run_ranks(4, train_variant, layout, NATIVE, changes, tmp_path)
     results = run_ranks(4, train_variant, layout, engine, changes, tmp_path)
     for (reports, before, after), (expected, _, wanted) in zip(results, natively, strict=True):
         for (loss, norm), (expected_loss, expected_norm) in zip(reports, expected, strict=True):
-            assert (loss, norm) == (pytest.approx(expected_loss, rel=1e-6), pytest.approx(expected_norm, rel=1e-5))
+            assert loss == pytest.approx(expected_loss, rel=1e-6)
+            assert norm == pytest.approx(expected_norm, rel=norm_tolerance)
         for name, weight in after.items():
-            torch.testing.assert_close(weight, wanted[name], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(weight, wanted[name], rtol=1e-4, atol=weight_tolerance)
             is_chosen = ".experts.1." in name or ".experts.5." in name or ".router." in name
             assert torch.equal(weight, before[name]) == ("trainable" in changes and not is_chosen), name
 
