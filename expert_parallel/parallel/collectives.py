@@ -26,8 +26,8 @@ Wait = Callable[[], Tensor]
 
 
 class Phase(StrEnum):
-    """What an exchange of an MoE layer carries: numbers of rows; the choices that rows serve; rows to the experts;
-    their outputs back."""
+    """Names what an exchange of an MoE layer carries: numbers of rows; the choices that rows serve; rows to the
+    experts; their outputs back."""
 
     COUNTS = "counts"
     METADATA = "metadata"

@@ -26,7 +26,8 @@ from expert_parallel.parallel.collectives import Phase, Wait, all_gather_rows
 
 @dataclass(frozen=True)
 class GatheredRoute(ChunkRoute):
-    """lengths: each rank's number of rows. row_V: int64, which of all ranks' rows are taken here."""
+    """Says besides what is gathered. lengths: each rank's number of rows. row_V: int64, which of all ranks' rows are
+    taken here."""
 
     lengths: list[int]
     row_V: Tensor
@@ -113,8 +114,8 @@ class AllGatherExchange(AllToAllExchange):
 
 
 class AsyncAllGather(AsyncCollective):
-    """Forward, the all-gather of rows, of which this rank takes some. Backward, their gradients return by all-to-all,
-    and are added up in a fixed order."""
+    """Gathers all ranks' rows and takes some of them. In the backward pass their gradients return by all-to-all, and
+    are added up in a fixed order."""
 
     def __init__(self, ledger: Ledger, route: GatheredRoute, exchange: AllGatherExchange) -> None:
         self.ledger, self.route, self.peers = ledger, route, exchange.peers
@@ -135,8 +136,8 @@ class AsyncAllGather(AsyncCollective):
 
 
 class GatheredChoices(AsyncCollective):
-    """The choices that the rows of each chunk serve here. Forward, they have been gathered already; backward, the
-    gradients of their weights return by all-to-all."""
+    """Gives the choices that the rows of each chunk serve here, which have been gathered already. In the backward pass
+    the gradients of their weights return by all-to-all."""
 
     def __init__(
         self, choices: list[RowChoices], sizes: list[SplitSizes], exchange: AllGatherExchange, ledger: Ledger

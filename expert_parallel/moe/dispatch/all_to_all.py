@@ -76,7 +76,7 @@ def refuse_disagreement(words_P2: Sequence[Sequence[int]], key: PassKey, peers: 
 
 @dataclass(frozen=True)
 class ChunkRoute:
-    """How the rows of one chunk cross one exchange.
+    """Says how the rows of one chunk cross one exchange.
 
     token_U: int64, the row of x behind each row that travels, by destination. rows_L: int64 (L, width), the travelling
     rows of each row of x, in the order in which they are added up on return. sizes: numbers of rows that travel.
@@ -88,7 +88,7 @@ class ChunkRoute:
 
 
 class Metadata(Protocol):
-    """The choices that arriving rows serve: they may be under way still when the first rows leave."""
+    """Gives the choices that arriving rows serve; they may be under way still when the first rows leave."""
 
     def arrived(self) -> list[RowChoices]:
         """Waits for the choices of each chunk. Called once."""
@@ -181,8 +181,8 @@ class AllToAllExchange:
 
 
 class AsyncChoices(AsyncCollective):
-    """The all-to-all of the choices that travelling rows serve: their experts and their weights, which have a gradient,
-    of all chunks in one message.
+    """Exchanges the choices that travelling rows serve, of all chunks in one message: their experts, and their weights,
+    which have a gradient.
 
     tags: of each chunk, the int32 tags of its choices by destination (see `departing`). sizes: numbers of choices.
     num_rows: how many rows of each chunk will arrive.

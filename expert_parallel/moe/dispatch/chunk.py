@@ -1,4 +1,4 @@
-"""One chunk of a pass's tokens: its rows on the way to their experts and back, by one exchange after the other."""
+"""A chunk of a pass's tokens goes to its experts and back, by one exchange after the other."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,8 +13,8 @@ from expert_parallel.moe.types import DispatchedTokens
 
 
 class Chunk:
-    """The rows of some tokens under way: `advance` step by step until they have arrived, `send_back` with what the
-    experts made of them, then `come_back` step by step until the outputs are home.
+    """Takes the rows of some tokens to their experts and back: `advance` step by step until they have arrived,
+    `send_back` with what the experts made of them, then `come_back` step by step until the outputs are home.
 
     number: its place among the chunks of the pass. The dispatcher sets `routes`, one for each exchange as it becomes
     known, and `assigned`: which arriving row each expert here computes for which choice.

@@ -161,7 +161,7 @@ class Dispatcher:
 
     @property
     def index_tables(self) -> list[IndexTable]:
-        """Those that live on the device of the layer's weights."""
+        """Lists the tables that must be on the device of the layer's weights."""
         exchanges = (exchange.rank_of_expert_E1 for exchange in self.exchanges)
         return [self.slot_of_expert_E1, self.expert_of_slot_e, *exchanges]
 
@@ -221,7 +221,7 @@ class Dispatcher:
 
 
 class LocalChoices:
-    """Metadata of rows that do not travel: the choices as they are."""
+    """Stands for Metadata where rows do not travel, and gives the choices as they are."""
 
     def __init__(self, choices: list[RowChoices]) -> None:
         self.choices = choices
@@ -231,7 +231,8 @@ class LocalChoices:
 
 
 class RowsInFlight:
-    """The rows of one pass, in chunks of tokens: the exchange of one chunk overlaps the experts' work on another.
+    """Takes the rows of one pass to their experts and back in chunks, so that the exchange of one chunk overlaps the
+    experts' work on another.
 
     With two chunks and one exchange (D to the experts, C the experts, M back; + starts an exchange, - waits for it):
 

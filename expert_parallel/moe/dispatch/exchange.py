@@ -14,7 +14,7 @@ Outputs = Tensor | tuple[Tensor, ...]
 
 
 class SplitSizes(NamedTuple):
-    """How many rows go to each rank of a group, and how many come from each."""
+    """Says how many rows go to each rank of a group, and how many come from each."""
 
     send: list[int]
     receive: list[int]
@@ -26,7 +26,7 @@ class SplitSizes(NamedTuple):
 
 
 class AsyncCollective:
-    """One collective and its gradient, as a pair of autograd nodes with other work between them.
+    """Runs one collective, and in the backward pass that of its gradient, each in two halves with other work between.
 
         forward     start:   begin(x)               ...     finish:  wait for what arrives
         backward    finish:  begin_backward(grad)   ...     start:   wait for the gradient of x
@@ -103,7 +103,7 @@ class _Node(torch.autograd.Function):
 
 
 class AsyncAllToAll(AsyncCollective):
-    """An all-to-all of rows, which the ledger accounts for. Its gradient is the same all-to-all the other way round."""
+    """Exchanges rows, which the ledger accounts for. The gradient is the same all-to-all the other way round."""
 
     def __init__(self, ledger: Ledger, sizes: SplitSizes, peers: Peers, key: ExchangeKey) -> None:
         self.ledger, self.sizes, self.peers, self.key = ledger, sizes, peers, key

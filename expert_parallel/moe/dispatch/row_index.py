@@ -24,7 +24,7 @@ NOWHERE = -1
 
 
 class IndexTable(nn.Module):
-    """A constant table of integers that lives on the device of the module it belongs to.
+    """Holds a constant table of integers on the device of the module it belongs to.
 
     values: int64, one of them for each key. Not a buffer: DistributedDataParallel would overwrite it with rank 0's, and
     `to_empty` would lose its values.
