@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what _MODULES says, as type checkers read it
     from expert_parallel.checkpoint.load import load_checkpoint as load_checkpoint
+    from expert_parallel.checkpoint.state import TorchState as TorchState
     from expert_parallel.model.config import ModelConfig as ModelConfig
     from expert_parallel.model.parallelize import build_model as build_model
     from expert_parallel.model.transformer import ModelOutput as ModelOutput
@@ -61,6 +62,7 @@ _MODULES = {
     "Transformer": "expert_parallel.model.transformer",
     "build_model": "expert_parallel.model.parallelize",
     "load_checkpoint": "expert_parallel.checkpoint.load",
+    "TorchState": "expert_parallel.checkpoint.state",
     "ParallelConfig": "expert_parallel.parallel.degrees",
     "ParallelDegrees": "expert_parallel.parallel.degrees",
     "ParallelMesh": "expert_parallel.parallel.mesh",

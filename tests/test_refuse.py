@@ -5,7 +5,7 @@ The overrides stand on small_config: 4 experts, k = 2, capacity by factor, a bal
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe.config import PRESETS, MoEConfig
 from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.layer import MoELayer
-from expert_parallel.moe.routers.base import TopKRouter, TopKRouterConfig
+from expert_parallel.moe.routers.base import TokenChoiceSettings, TopKRouter, TopKRouterConfig
 from expert_parallel.moe.routers.registry import ROUTERS
 from expert_parallel.parallel.mesh import ParallelDegrees, node_grid
 from expert_parallel.training.config import load_config
@@ -389,6 +389,27 @@ def test_a_registered_router_is_accepted(config_file: Path, monkeypatch: pytest.
     code, said, refused = checked(config_file, [ROUTER + "{kind: steep, steepness: 2.0}"])
     assert (code, refused) == (0, "")
     assert "router steep, 2 a token" in said
+
+
+class OwnWeightsConfig(TokenChoiceSettings):
+    """A router's settings that share nothing but k, and have a `normalise` of their own."""
+
+    kind: Literal["own_weights"]
+    normalise: bool = True
+
+
+class OwnWeightsRouter(TopKRouter):
+    Config = OwnWeightsConfig  # type: ignore[assignment]
+
+
+def test_a_registered_router_may_have_a_normalise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ROUTERS, "own_weights", OwnWeightsRouter)
+    router, renormalised = {"kind": "own_weights"}, {"kind": "factor", "renormalise": True}
+    moe_config(router=router, capacity=renormalised)
+    with pytest.raises(ValidationError, match=r"capacity.renormalise is true but router.normalise is false"):
+        moe_config(router={**router, "normalise": False}, capacity=renormalised)
+    with pytest.raises(ValidationError, match=r"router.normalise is true with router.k = 1"):
+        moe_config(router={**router, "k": 1})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

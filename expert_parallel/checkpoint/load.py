@@ -39,9 +39,11 @@ def load_checkpoint(
     *,
     weights_alone: bool = False,
 ) -> Checkpoint:
-    """Fills model and training state, whatever layout they are in. state None, weights_alone, or a checkpoint without
-    moments: the weights alone; but the state of an engine that keeps weights of its own is to be given. runtime and
-    mesh None: this process alone, with the whole model.
+    """Fills model and training state, whatever layout they are in.
+
+    state: weights and moments as an engine has them (`engine.state`), or a torch optimizer: `TorchState(optimizer)`.
+    state None, weights_alone, or a checkpoint without moments: the weights alone; but the state of an engine that keeps
+    weights of its own is to be given. runtime and mesh None: this process alone, with the whole model.
 
     Nothing is changed unless the manifest is in order, fits the model, and all files have the bytes that were written
     (each rank looks at a share of them). Afterwards the digests of what was read are added up over the ranks, each

@@ -9,7 +9,7 @@ from expert_parallel.moe.capacity.limit import CapacityConfig, DroplessConfig
 from expert_parallel.moe.dispatch.dispatcher import AllToAllConfig, DispatcherConfig
 from expert_parallel.moe.dispatch.ledger import LedgerConfig
 from expert_parallel.moe.experts.grouped import ExpertsConfig
-from expert_parallel.moe.routers.base import HashConfig, LinearSettings, RouterSettings, TopKRouterConfig
+from expert_parallel.moe.routers.base import HashConfig, RouterSettings, TopKRouterConfig
 from expert_parallel.moe.routers.losses import LossConfig, loss_name
 from expert_parallel.moe.routers.registry import RouterConfig, router_params, router_settings
 from expert_parallel.nn.ffn import FFNConfig
@@ -78,8 +78,7 @@ def refuse_combinations(
             f"capacity.kind is {capacity.kind!r} but router.kind is 'expert_choice', whose experts take no more than "
             "router.train (router.eval) says: set capacity.kind to 'dropless'"
         )
-    normalises = isinstance(router, HashConfig) or (isinstance(router, LinearSettings) and router.normalise)
-    if capacity.renormalise and not normalises:
+    if capacity.renormalise and not (router.normalises or isinstance(router, HashConfig)):
         raise ValueError(
             "capacity.renormalise is true but router.normalise is false: weights that were never normalised have no "
             "sum to keep"

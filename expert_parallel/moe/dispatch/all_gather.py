@@ -155,4 +155,5 @@ class GatheredChoices(AsyncCollective):
 
     def arrived(self) -> list[RowChoices]:
         weights = by_chunk(self.finish(), self.chunk_sizes)
-        return [replace(choices, weight_N=weight_N) for choices, weight_N in zip(self.choices, weights, strict=True)]
+        arriving, self.choices = self.choices, []  # this object lives until the backward pass
+        return [replace(choices, weight_N=weight_N) for choices, weight_N in zip(arriving, weights, strict=True)]

@@ -29,6 +29,11 @@ class RouterSettings(Settings):
 
     kind: str
 
+    @property
+    def normalises(self) -> bool:
+        """True if a token's weights sum to 1. A registered router may have a setting `normalise` of its own."""
+        return getattr(self, "normalise", False)
+
     def num_choices(self, num_experts: int) -> int:
         """K of its plans."""
         raise NotImplementedError
@@ -52,6 +57,11 @@ class TokenChoiceSettings(RouterSettings):
     def refuse(self, num_experts: int) -> None:
         if self.k > num_experts:
             raise ValueError(f"router.k ({self.k}) is larger than num_experts ({num_experts})")
+        if self.k == 1 and self.normalises:
+            raise ValueError(
+                "router.normalise is true with router.k = 1: the only weight would always be 1 and the router would "
+                "never learn; set router.normalise to false"
+            )
 
 
 class LinearSettings(TokenChoiceSettings):
@@ -61,14 +71,6 @@ class LinearSettings(TokenChoiceSettings):
     normalise: bool = True
     scale: float = Field(default=1.0, gt=0, description="multiplies every weight (DeepSeek-V3: 2.5)")
     bias: bool = Field(default=False, description="a learned bias on the logits")
-
-    def refuse(self, num_experts: int) -> None:
-        super().refuse(num_experts)
-        if self.k == 1 and self.normalise:
-            raise ValueError(
-                "router.normalise is true with router.k = 1: the only weight would always be 1 and the router would "
-                "never learn; set router.normalise to false"
-            )
 
 
 @dataclass(frozen=True)

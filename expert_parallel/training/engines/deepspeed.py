@@ -60,7 +60,7 @@ class WithExperts(PlainOutput, MoE):
 
 
 class DeepSpeedEngine:
-    """An Engine (native.py)."""
+    """Trains a model with DeepSpeed's ZeRO: an Engine (engine.py)."""
 
     def __init__(
         self,
