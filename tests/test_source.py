@@ -23,8 +23,9 @@ MAX_MOE_ENTRIES = 12
 
 
 def module_name(file: Path) -> str:
-    """Without the package: moe.layer."""
-    return ".".join(file.relative_to(ROOT / "expert_parallel").with_suffix("").parts)
+    """Without the package: moe.layer; of a folder's __init__.py the folder: moe; of the package's own: __init__."""
+    *folders, name = file.relative_to(ROOT / "expert_parallel").with_suffix("").parts
+    return ".".join(folders if name == "__init__" and folders else [*folders, name])
 
 
 MODULES = {module_name(file): ast.parse(file.read_text()) for file in FILES}
@@ -43,8 +44,17 @@ def imports_of(tree: ast.Module) -> set[str]:
 
 
 def own_imports(tree: ast.Module) -> set[str]:
-    package = "expert_parallel."
-    return {name.removeprefix(package) for name in imports_of(tree) if name.startswith(package)} & set(MODULES)
+    """Modules of the package that are imported: `from a import b` is a.b where that is a module, and else a."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name.removeprefix("expert_parallel.") in MODULES else f"{node.module}" for name in inner}
+    return {name.removeprefix("expert_parallel.") for name in names if name.startswith("expert_parallel.")} & set(
+        MODULES
+    )
 
 
 def level_of(module: str) -> int:
@@ -59,8 +69,19 @@ def called(tree: ast.Module) -> list[tuple[str, ast.Call]]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_one_way(module: str) -> None:
-    upward = {name for name in own_imports(MODULES[module]) if level_of(name) > level_of(module)}
+    level = level_of(module)
+    upward = {name for name in own_imports(MODULES[module]) if level_of(name) > level}
     assert not upward, f"{module} imports {sorted(upward)}, which stand above it"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_public_names_are_for_users(module: str) -> None:
+    """Within the package they would hide an import upward."""
+    for node in ast.walk(MODULES[module]):
+        if isinstance(node, ast.ImportFrom) and node.module == "expert_parallel":
+            assert [alias.name for alias in node.names] == ["__version__"], ast.unparse(node)
+        elif isinstance(node, ast.Import):
+            assert "expert_parallel" not in [alias.name for alias in node.names], ast.unparse(node)
 
 
 def test_no_module_imports_itself_through_others() -> None:

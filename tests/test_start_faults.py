@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import expert_parallel
+from expert_parallel import __version__
 from expert_parallel.__main__ import main
+from expert_parallel.runtime import rendezvous
 from tests import ranks
 from tests.launches import LAUNCHER_VARIABLES, small_config
 from tests.processes import wait_until
@@ -36,7 +37,7 @@ def command_line(output: Path, variables: dict[str, str], arguments: list[str], 
     for name in [name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)]:
         del os.environ[name]
     os.environ.update(variables)
-    expert_parallel.__version__ = version
+    rendezvous.__version__ = version  # what it tells the other ranks
     torch.set_num_threads(1)
     sys.argv = ["expert-parallel", *arguments]
     main()
@@ -53,9 +54,7 @@ class Ranks:
             free.bind(("", 0))
             self.port = free.getsockname()[1]
 
-    def start(
-        self, rank: int, world_size: int, *overrides: str, version: str = expert_parallel.__version__, **variables: str
-    ) -> int:
+    def start(self, rank: int, world_size: int, *overrides: str, version: str = __version__, **variables: str) -> int:
         """Its place in `exit_codes` and `outputs`."""
         number = len(self.started)
         local = {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
@@ -180,7 +179,7 @@ def test_another_config_or_version_on_one_node(
     overrides: list[str], version: str | None, sentence: str, run: Ranks
 ) -> None:
     run.start(0, 2, "runtime.rendezvous_seconds=60")
-    run.start(1, 2, "runtime.rendezvous_seconds=60", *overrides, version=version or expert_parallel.__version__)
+    run.start(1, 2, "runtime.rendezvous_seconds=60", *overrides, version=version or __version__)
     assert run.exit_codes() == [2, 2], run.outputs()
     first, second = map(one_sentence, run.outputs())
     assert first == second

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from pydantic import BaseModel
 from torch import Tensor
 
-import expert_parallel
+from expert_parallel import __version__
 from expert_parallel.bench.peers.contender import Case, NotMeasured, attempt, build_case, first_that_fits
 from expert_parallel.bench.peers.decoder import Trainee
 from expert_parallel.bench.peers.peers import TRAINEES
@@ -146,7 +146,7 @@ def build_steps(
     def add_ours(name: str, activation: str) -> TrainRow:
         steps[name], shares[name] = our_step(task, activation, runtime), lambda: 0.0
         computes = f"dropless, {activation}"
-        return TrainRow(name=name, activation=activation, computes=computes, version=expert_parallel.__version__)
+        return TrainRow(name=name, activation=activation, computes=computes, version=__version__)
 
     rows.append(add_ours(OURS, main))
     for name in task.peers or TRAINEES:

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-import expert_parallel
+from expert_parallel import __version__
 from expert_parallel.runtime.launchers import Launch, LaunchError
 from expert_parallel.settings import changed_settings
 
@@ -221,7 +221,7 @@ def versions() -> dict[str, str]:
     return {
         "Python": ".".join(map(str, sys.version_info[:2])),
         "torch": torch.__version__,
-        "expert_parallel": f"{expert_parallel.__version__}, source {source_digest()}",
+        "expert_parallel": f"{__version__}, source {source_digest()}",
         "byte order": sys.byteorder,
     }
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import expert_parallel
+from expert_parallel import __version__
 from expert_parallel.bench.peers.contender import Case, Contender
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext
@@ -19,7 +19,7 @@ class Ours(Contender):
     """All bytes that the layer's log counts: rows, and what travels beside them."""
 
     def __init__(self, layer: MoELayer, computes: str) -> None:
-        super().__init__(layer, computes, expert_parallel.__version__)
+        super().__init__(layer, computes, __version__)
         self.stats: LoadStats | None = None
 
     def forward(self, x_TD: Tensor) -> Tensor:
