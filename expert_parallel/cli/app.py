@@ -68,7 +68,9 @@ def train(config: ConfigFile, overrides: Overrides = None, log_level: LogLevel =
 def check(
     config: ConfigFile,
     overrides: Overrides = None,
-    world_size: Annotated[int | None, typer.Option(min=1, help="ranks of the run; default: parallel.ep")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="ranks; default: the fewest that fit the degrees")
+    ] = None,
 ) -> None:
     """Validate a config and print what it comes to: effective values, parameters, memory per rank. Starts nothing."""
     from expert_parallel.training.check import describe
