@@ -5,6 +5,27 @@ import time
 import pytest
 from hypothesis import settings
 
+# Files that take long, longest first. Each runs as a whole on one worker; a long one that began last would be waited
+# for by all others.
+LONG_FILES = (
+    "test_training",
+    "test_engine_deepspeed",
+    "test_systems",
+    "test_command_line",
+    "test_dispatch",
+    "test_traffic",
+    "test_study",
+    "test_verify",
+    "test_start_faults",
+    "test_checkpoint",
+    "test_generation",
+    "test_attention_layouts",
+    "test_kernels",
+    "test_interop",
+    "test_old_files",
+)
+BEGAN = pytest.StashKey[float]()
+
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
@@ -17,10 +38,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[BEGAN] = time.monotonic()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     seconds = item.config.getoption("--within")
     if seconds is not None and time.monotonic() > item.config.stash[BEGAN] + seconds:
         pytest.skip(f"not begun within {seconds:g} s (--within)")
-
-
-BEGAN = pytest.StashKey[float]()

@@ -3,8 +3,9 @@
     results = run_ranks(2, body, argument, ...)     # body(rank, argument, ...) on each rank; results by rank
 
 `body` is a function of a test module (found by name in the ranks). Each rank runs one thread. A rank that fails, or
-hangs beyond the timeout, fails the test with its traceback, and its pool is started anew for the next. So it is when
-its ranks have made many process groups: each has a gloo thread that polls, and hundreds of them take the whole machine.
+hangs beyond the timeout, fails the test with its traceback, and its pool is started anew for the next. All pools are
+closed, too, when their ranks have made many process groups: each group has a gloo thread on each of its ranks that
+polls even while the pool is idle, and hundreds of them take a third of a core.
 """
 
 import atexit
@@ -20,23 +21,33 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 240  # shared machines can be slow
-MAX_GROUPS = 24
+MAX_GLOO_THREADS = 160  # of all pools of this process together
 
 # The server imports what takes long once; ranks are forked from it, clean of whatever the test process has done.
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["expert_parallel.training.loop", "pytest", "hypothesis", "_pytest.assertion.rewrite"])
+_server.set_forkserver_preload(
+    [
+        "expert_parallel.training.loop",
+        "expert_parallel.verify.run",
+        "expert_parallel.moe.reference.layer",
+        "expert_parallel.training.engines.deepspeed",
+        "functorch.compile",
+        "pytest",
+        "hypothesis",
+        "_pytest.assertion.rewrite",
+    ]
+)
 
 
 def run_ranks(world_size: int, body: Callable[..., Any], *arguments: Any) -> list[Any]:
-    pool = _pool(world_size)
     try:
-        return pool.run(body, arguments)
+        results = _pool(world_size).run(body, arguments)
     except BaseException:
-        pool.num_groups = MAX_GROUPS + 1
+        close_pools()
         raise
-    finally:
-        if pool.num_groups > MAX_GROUPS:
-            close_pools()
+    if sum(pool.num_gloo_threads for pool in RankPool.running.values()) > MAX_GLOO_THREADS:
+        close_pools()
+    return results
 
 
 @cache
@@ -46,9 +57,8 @@ def _pool(world_size: int) -> "RankPool":
 
 @atexit.register
 def close_pools() -> None:
-    for world_size in (1, 2, 3, 4, 8):
-        if world_size in RankPool.running:
-            RankPool.running.pop(world_size).close()
+    while RankPool.running:
+        RankPool.running.popitem()[1].close()
     _pool.cache_clear()
 
 
@@ -60,7 +70,7 @@ class RankPool:
         store = str(Path(self.folder.name) / "store")
         self.connections: list[Connection] = []
         self.processes = []
-        self.num_groups = 1
+        self.num_gloo_threads = world_size
         for rank in range(world_size):
             ours, theirs = _server.Pipe()
             process = _server.Process(target=_serve, args=(rank, world_size, store, theirs), daemon=True)
@@ -74,15 +84,17 @@ class RankPool:
         for connection in self.connections:
             connection.send_bytes(message)
         results: dict[int, Any] = {}
+        num_groups: dict[int, int] = {}
         waiting = dict(enumerate(self.connections))
         while waiting:
             ready = wait(list(waiting.values()), TIMEOUT_SECONDS + 10)
             assert ready, f"ranks {sorted(waiting)} gave no answer in {TIMEOUT_SECONDS + 10} s"
             for rank, connection in list(waiting.items()):
                 if connection in ready:
-                    ok, results[rank], self.num_groups = pickle.loads(connection.recv_bytes())
+                    ok, results[rank], num_groups[rank] = pickle.loads(connection.recv_bytes())
                     assert ok, f"rank {rank} failed:\n{results[rank]}"
                     del waiting[rank]
+        self.num_gloo_threads = sum(num_groups.values())
         return [results[rank] for rank in range(len(results))]
 
     def close(self) -> None:

@@ -41,7 +41,7 @@ def measured(command: str, folder: Path, *arguments: str) -> str:
     return path.read_text()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.system)])
 def test_every_peer_is_measured_or_says_why_not(tmp_path: Path, ranks: int) -> None:
     result = LayerResult.model_validate(json.loads(measured("layer", tmp_path, "--ranks", str(ranks))), strict=False)
     rows = {row.name: row for row in result.rows}
@@ -67,6 +67,7 @@ def test_every_peer_is_measured_or_says_why_not(tmp_path: Path, ranks: int) -> N
         assert rows["ours with capacity"].dropped_share == pytest.approx(dropped)
 
 
+@pytest.mark.system
 def test_every_peer_is_trained_or_says_why_not(tmp_path: Path) -> None:
     changes = ["num_layers=2", "num_heads=2", "head_size=8", "sequence_length=16", "vocab_size=32"]
     result = TrainResult.model_validate(json.loads(measured("train", tmp_path, *changes)), strict=False)

@@ -461,10 +461,11 @@ def test_a_process_alone_refuses_in_one_sentence(config_file: Path) -> None:
 @pytest.mark.parametrize(
     ("launcher", "override", "sentence"),
     [
-        (
+        pytest.param(
             "torchrun",
             "model.moe.num_expert=8",
             "unknown setting model.moe.num_expert (did you mean model.moe.num_exper",
+            marks=pytest.mark.full,
         ),
         (
             "torchrun",
@@ -549,7 +550,11 @@ def test_a_run_of_two_ranks_generates_alone(finished_run: Path) -> None:
     assert generated("--seed", "2", "--temperature", "5") != text
 
 
-@pytest.mark.parametrize("layout", [["parallel.ep=2"], ["parallel.tp=2", "parallel.ep=2"]], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(["parallel.ep=2"], marks=pytest.mark.full), ["parallel.tp=2", "parallel.ep=2"]],
+    ids=str,
+)
 def test_ranks_generate_what_one_process_does(layout: list[str], finished_run: Path) -> None:
     """A batch of two prompts, with the cache and without."""
     options = ["--prompt", "It is ", "--prompt", "a truth", "--tokens", "6", "--temperature", "0"]

@@ -1,5 +1,6 @@
 """Generation: the same text on every layout, alone or in a batch, with the cache or without; how tokens are drawn."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -52,6 +53,12 @@ def greedy_by_hand(tree: dict[str, Any], prompt: list[int]) -> list[int]:
     return tokens
 
 
+@cache
+def texts_by_hand() -> list[list[int]]:
+    """What every layout must write for PROMPTS."""
+    return [greedy_by_hand(model_tree(), prompt) for prompt in PROMPTS]
+
+
 def generate_on(
     rank: int, layout: dict[str, Any], tree: dict[str, Any], prompts: list[list[int]], **settings: Any
 ) -> list[list[int]]:
@@ -88,7 +95,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_writes_what_one_rank_writes_alone(layout: dict[str, Any], use_cache: bool) -> None:
     """Five prompts of unlike lengths; on 4 data ranks one rank has two of them."""
-    expected = [greedy_by_hand(model_tree(), prompt) for prompt in PROMPTS]
+    expected = texts_by_hand()
     assert len({tuple(text[-4:]) for text in expected}) > 1, "a model that says different things"
     assert on_ranks(layout, model_tree(), PROMPTS, use_cache=use_cache) == expected
 
@@ -100,7 +107,7 @@ def in_float32(rank: int, layout: dict[str, Any], use_cache: bool) -> list[list[
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_float32_writes_the_same(use_cache: bool) -> None:
-    expected = [greedy_by_hand(model_tree(), prompt) for prompt in PROMPTS]
+    expected = texts_by_hand()
     assert run_ranks(4, in_float32, {"world": 4, "tp": 2, "ep": 4}, use_cache) == [expected] * 4
 
 

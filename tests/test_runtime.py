@@ -151,7 +151,7 @@ def losses(run: Path) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("deepspeed", marks=pytest.mark.full)])
 def test_every_launcher_trains_the_same(launcher: str) -> None:
     expected = losses(run_folder("torchrun"))
     assert len(expected) == 7

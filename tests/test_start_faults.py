@@ -192,8 +192,13 @@ def test_another_config_or_version_on_one_node(
 
 @pytest.mark.parametrize(
     ("how", "lost"),
-    [(signal.SIGKILL, 0), (signal.SIGKILL, 2), (signal.SIGSTOP, 0), (signal.SIGSTOP, 1)],
-    ids=["rank 0 killed", "rank 2 killed", "rank 0 hangs", "rank 1 hangs"],
+    [
+        (signal.SIGKILL, 0),
+        (signal.SIGSTOP, 1),
+        pytest.param(signal.SIGKILL, 2, marks=pytest.mark.full),
+        pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.full),
+    ],
+    ids=["rank 0 killed", "rank 1 hangs", "rank 2 killed", "rank 0 hangs"],
 )
 def test_a_lost_rank_is_named(how: signal.Signals, lost: int, run: Ranks) -> None:
     """Rank 0 takes along the store at which the others look for each other."""

@@ -387,7 +387,8 @@ OWN_LAYOUTS = {
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt4-class", "1t-20b", *(pytest.param(name, marks=pytest.mark.full) for name in ("glam", "mixtral-8x7b"))]
+    "name",
+    ["gpt4-class", *(pytest.param(name, marks=pytest.mark.full) for name in OWN_LAYOUTS if name != "gpt4-class")],
 )
 def test_a_twin_is_the_same_in_its_originals_kind_of_layout(name: str) -> None:
     world, layout = OWN_LAYOUTS[name]

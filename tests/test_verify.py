@@ -674,7 +674,7 @@ def config_file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("launcher", ["alone", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("alone", marks=pytest.mark.full), "torchrun"])
 def test_the_command(config_file: Path, launcher: str) -> None:
     """Ranks of our own, or a launcher's; one rank speaks."""
     layouts = ["--ranks", "2", "--layout", "ep=2", "--layout", "tp=2,data=sharded"]
