@@ -5,7 +5,7 @@ clipping, gradients of the first, experts that stay apart, checkpoints that go o
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -52,6 +52,11 @@ ENGINE_CASES = {
     "zero 2, ep over all": ({"world": 4, "ep": 4}, zero(2)),
     "zero 1, cp": (CP2, zero(1)),
 }
+
+
+def with_marks(cases: Iterable[str], *full: str) -> list[Any]:
+    """The names of all cases; those in `full` only run with --all."""
+    return [pytest.param(case, marks=pytest.mark.full) if case in full else case for case in cases]
 
 
 def training_config(engine: dict[str, Any], **changes: Any) -> TrainingConfig:
@@ -291,7 +296,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {name: entry["digest"] for name, entry in manifest["tensors"].items()}
 
 
-@pytest.mark.parametrize("case", CHECKPOINT_CASES)
+@pytest.mark.parametrize("case", with_marks(CHECKPOINT_CASES, "native to zero 0", "zero 2, offload, to native"))
 def test_a_run_goes_on_under_another_engine(
     case: str, begun: Callable[[dict[str, Any], dict[str, Any]], Path], tmp_path: Path
 ) -> None:
@@ -368,7 +373,7 @@ def train_variant(
     return reports, before, run.weights()
 
 
-@pytest.mark.parametrize("case", VARIANTS)
+@pytest.mark.parametrize("case", with_marks(VARIANTS, "frozen, zero 2", "recomputed, zero 3"))
 def test_other_settings_do_what_they_do_natively(
     case: str, begun: Callable[[dict[str, Any], dict[str, Any]], Path]
 ) -> None:

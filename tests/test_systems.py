@@ -458,6 +458,7 @@ def take_steps(
     return seen
 
 
+@pytest.mark.full
 def test_2048_experts_on_8_ranks_then_4_are_those_of_one(tmp_path: Path) -> None:
     """A step on 8 ranks, saved, and one more on 4 from there: losses, drops, every gradient and weight are those of one
     rank that takes both."""
