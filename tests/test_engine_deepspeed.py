@@ -296,7 +296,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {name: entry["digest"] for name, entry in manifest["tensors"].items()}
 
 
-@pytest.mark.parametrize("case", with_marks(CHECKPOINT_CASES, "native to zero 0", "zero 2, offload, to native"))
+@pytest.mark.parametrize("case", with_marks(CHECKPOINT_CASES, "zero 3 to native"))
 def test_a_run_goes_on_under_another_engine(
     case: str, begun: Callable[[dict[str, Any], dict[str, Any]], Path], tmp_path: Path
 ) -> None:
@@ -373,7 +373,7 @@ def train_variant(
     return reports, before, run.weights()
 
 
-@pytest.mark.parametrize("case", with_marks(VARIANTS, "frozen, zero 2", "recomputed, zero 3"))
+@pytest.mark.parametrize("case", with_marks(VARIANTS, "frozen, zero 0", "recomputed, zero 2"))
 def test_other_settings_do_what_they_do_natively(
     case: str, begun: Callable[[dict[str, Any], dict[str, Any]], Path]
 ) -> None:
