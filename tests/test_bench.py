@@ -29,7 +29,7 @@ from expert_parallel.bench.layer import (
     run,
 )
 from expert_parallel.bench.machine import Exchange, MachineFile, MachineTask, bench_machine, fit, read_machine
-from expert_parallel.bench.peers import peers as peers_module
+import expert_parallel.bench.peers.peers as peers_module
 from expert_parallel.bench.peers.contender import Case, Contender, NotMeasured, build_case, installed
 from expert_parallel.bench.shapes import (
     SHAPES,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -24,7 +24,7 @@ class Shape(Settings):
     peers: tuple[str, ...] | None = None
 
     @model_validator(mode="after")
-    def _choose(self) -> "Shape":
+    def _choose(self) -> Self:
         if self.k > self.num_experts:
             raise ValueError(f"k ({self.k}) is larger than num_experts ({self.num_experts})")
         return self

@@ -156,10 +156,22 @@ def as_json(report: Report) -> str:
         "habits": {
             "classes": CLASSES,
             "names": report.names,
-            "blocks": {block: asdict(habits) for block, habits in report.habits.items()},
+            "blocks": {block: _habits_tree(habits) for block, habits in report.habits.items()},
         },
     }
     return json.dumps(_without_nan(tree))
+
+
+def _habits_tree(habits: Habits) -> dict[str, Any]:
+    """Names every key, since those of the file stay when an attribute gets another name."""
+    return {
+        "count": habits.count,
+        "first_count": habits.first_count,
+        "liked": [[asdict(token) for token in of_expert] for of_expert in habits.liked],
+        "class_share": habits.class_share,
+        "overall_class_share": habits.overall_class_share,
+        "specialisation": asdict(habits.specialisation),
+    }
 
 
 def _without_nan(tree: Any) -> Any:

@@ -7,7 +7,7 @@ ranks then leave it alike, so that two ranks' outputs are equal if and only if t
 
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -99,11 +99,11 @@ class Dropped:
     outputs: dict[str, list[float]]
     grad_norm: float
 
-    def is_near(self, other: "Dropped") -> bool:
+    def is_near(self, other: Self) -> bool:
         alike = all(_near(seen, other.outputs[where]) for where, seen in self.outputs.items())
         return alike and _near([self.grad_norm], [other.grad_norm])
 
-    def same_masks(self, other: "Dropped") -> list[str]:
+    def same_masks(self, other: Self) -> list[str]:
         both = [where for where in self.outputs if where in other.outputs]
         return [where for where in both if _near(self.outputs[where], other.outputs[where])]
 

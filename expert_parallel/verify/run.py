@@ -70,6 +70,34 @@ class LayoutResult:
         return not self.wrong(tolerance) and not self.ledger and not self.dropout and counts_agree
 
 
+@dataclass
+class Oracle:
+    """What the reference says; rank 0 computes it, once for all layouts that ask the same. initial: weights as one rank
+    initialises them. start: those of the step."""
+
+    config: Config
+    runtime: Runtime
+    initial: Tensors
+    start: Tensors
+    known: dict[tuple[int, str], Tensors] = field(default_factory=dict)
+
+    def step(self, config: Config, sequences_GS: Tensor, division: Division) -> Tensors:
+        training = config.training
+        if not _looks_at_ranks(config):
+            size = len(sequences_GS) // training.micro_steps
+            division = [(torch.arange(size), torch.arange(sequences_GS.shape[1] - 1))]
+
+        def compute() -> Tensors:
+            separator = system_under_test.separator(config)
+            step = reference_step(config.model, training, self.start, sequences_GS, division, config.seed, separator)
+            return expected_tensors(step, self.initial, self.start)
+
+        key = (training.micro_steps, repr([[numbers.tolist() for numbers in place] for place in division]))
+        if key not in self.known:
+            self.known[key] = _from_rank_0(self.runtime, compute)
+        return self.known[key]
+
+
 def verify(plan: Plan, runtime: Runtime, say: Say = lambda text: None) -> list[LayoutResult]:
     """Every rank calls it, and gets the same results."""
     for layout in plan.layouts:
@@ -83,7 +111,7 @@ def verify(plan: Plan, runtime: Runtime, say: Say = lambda text: None) -> list[L
     return results
 
 
-def verify_layout(plan: Plan, layout: Layout, runtime: Runtime, oracle: "Oracle") -> LayoutResult:
+def verify_layout(plan: Plan, layout: Layout, runtime: Runtime, oracle: Oracle) -> LayoutResult:
     began = time.perf_counter()
     config = layout.apply(plan.config)
     sequences_GS = system_under_test.random_sequences(config)
@@ -120,7 +148,7 @@ def _take_step(
     run: system_under_test.Run,
     mine: list[system_under_test.MicroBatch],
     replay: RouterReplay | None,
-    oracle: "Oracle",
+    oracle: Oracle,
     expected: Tensors,
 ) -> tuple[Pairs, list[str]]:
     before = system_under_test.read(run.model)
@@ -135,34 +163,6 @@ def _count_bytes(config: Config, runtime: Runtime, sequences_GS: Tensor) -> list
         return measure_step(
             run.model, run.engine, batches, config.training, config.parallel, run.mesh, step=0, seed=config.seed
         )
-
-
-@dataclass
-class Oracle:
-    """What the reference says; rank 0 computes it, once for all layouts that ask the same. initial: weights as one rank
-    initialises them. start: those of the step."""
-
-    config: Config
-    runtime: Runtime
-    initial: Tensors
-    start: Tensors
-    known: dict[tuple[int, str], Tensors] = field(default_factory=dict)
-
-    def step(self, config: Config, sequences_GS: Tensor, division: Division) -> Tensors:
-        training = config.training
-        if not _looks_at_ranks(config):
-            size = len(sequences_GS) // training.micro_steps
-            division = [(torch.arange(size), torch.arange(sequences_GS.shape[1] - 1))]
-
-        def compute() -> Tensors:
-            separator = system_under_test.separator(config)
-            step = reference_step(config.model, training, self.start, sequences_GS, division, config.seed, separator)
-            return expected_tensors(step, self.initial, self.start)
-
-        key = (training.micro_steps, repr([[numbers.tolist() for numbers in place] for place in division]))
-        if key not in self.known:
-            self.known[key] = _from_rank_0(self.runtime, compute)
-        return self.known[key]
 
 
 def _from_rank_0(runtime: Runtime, compute: Callable[[], Tensors]) -> Tensors:
