@@ -1,4 +1,4 @@
-"""Sentences for a layout that differs: which tensor, by how much, by which factor, and what usually causes that."""
+"""Writes sentences for a layout that differs: which tensor, by how much, by which factor, and the usual cause."""
 
 from expert_parallel.verify.compare import GROUPS, Difference
 from expert_parallel.verify.run import LayoutResult
@@ -57,8 +57,8 @@ HINTS = {
 
 
 def explain(result: LayoutResult, tolerance: float) -> list[str]:
-    """A sentence for the worst tensor of each column of the first part of the step that differs; which later ones
-    differ, too; and what ledger and dropout say."""
+    """Returns sentences: the worst tensor of each column in the first part of the step that differs, the later columns
+    that differ as a consequence, and the findings of ledger and dropout."""
     by_column: dict[str, list[Difference]] = {}
     for difference in result.wrong(tolerance):
         by_column.setdefault(difference.column, []).append(difference)
@@ -101,7 +101,7 @@ def _why(difference: Difference, degrees: dict[str, int], tolerance: float) -> s
 
 
 def _likely(column: str, degrees: dict[str, int]) -> list[str]:
-    """The degrees that may be at fault, most likely ones first."""
+    """Returns the degrees above 1 that may be at fault, the most likely first."""
     dense = ("dp", "cp", "tp", "pp", "micro_steps")
     experts = ("ep", "etp", "edp", "pp", "micro_steps")
     order = experts if column == "gradient: experts" else dense

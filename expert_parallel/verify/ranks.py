@@ -1,8 +1,7 @@
-"""Ranks of our own, where no launcher has started any: processes on this machine's CPU with gloo between them.
+"""Starts ranks as processes on this machine's CPU with gloo between them, where no launcher has started any.
 
-Each is forked from a server that has imported everything once. What they say comes over pipes as JSON; the first that
-fails, or dies, ends the others.
-"""
+Each rank is forked from a server that has imported everything once. Ranks report over pipes as JSON; the first that
+fails or dies ends the others."""
 
 import json
 import multiprocessing
@@ -25,13 +24,14 @@ Work = Callable[[Any, Runtime, Callable[[str], None]], Any]
 
 
 class RankError(Exception):
-    """One sentence: in which layout which rank failed, and why."""
+    """Says in one sentence in which layout which rank failed, and why."""
 
 
 def run_on_ranks(num_ranks: int, work: Work, task: Any, say: Callable[[str], None], timeout: timedelta) -> Any:
-    """The result of rank 0. work: a function of a module. task: anything that JSON can hold.
+    """Runs `work(task, runtime, progress function)` on new processes and returns the result of rank 0.
 
-    Raises UserError with what the ranks refuse together, RankError where one fails."""
+    work: a function at module level. task: any JSON value. Raises UserError for what all ranks refuse, RankError where
+    one fails."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([work.__module__])
     connections: list[Connection] = []
@@ -55,7 +55,7 @@ def run_on_ranks(num_ranks: int, work: Work, task: Any, say: Callable[[str], Non
 
 
 def _listen(connections: list[Connection], processes: list[Any], say: Callable[[str], None]) -> Any:
-    """Until rank 0 has a result, or any has failed."""
+    """Waits until rank 0 has a result or any rank has failed, and passes progress on to `say`."""
     said = "the start"
     while True:
         for ready in wait(connections):
@@ -76,6 +76,7 @@ def _listen(connections: list[Connection], processes: list[Any], say: Callable[[
 
 
 def _serve(work: Work, task: str, place: tuple[int, int, str, float], connection: Connection) -> None:
+    """Runs one rank and reports over its pipe; the process then waits to be killed."""
     rank, num_ranks, store, seconds = place
 
     def tell(kind: str, value: Any) -> None:

@@ -1,5 +1,5 @@
-"""The config that is verified: the user's own with what would disturb the comparison switched off and, unless in full,
-made small, keeping what matters: routers, capacity, losses, norms, biases, activations, the pattern of MoE blocks."""
+"""Derives the config that is verified: the user's own without what would disturb the comparison and, unless in full
+size, shrunk. Routers, capacity, losses, norms, biases, activations and the pattern of MoE blocks are kept."""
 
 import math
 from dataclasses import dataclass, field
@@ -20,20 +20,20 @@ INIT_STD, CLIP_NORM, LEARNING_RATE, EPS = 0.3, 0.1, 0.01, 1e-4
 
 @dataclass
 class Draft:
-    """A config's tree, and what has been changed in it."""
+    """Edits a config's tree, and records what it changed."""
 
     tree: dict[str, Any]
     changes: list[str] = field(default_factory=list)
 
     def get(self, path: str) -> Any:
-        """None where a block on the way is absent."""
+        """Returns the value at a dotted path, None where a block on the way is absent."""
         here: Any = self.tree
         for key in path.split("."):
             here = None if here is None else here.get(key)
         return here
 
     def put(self, path: str, value: Any, why: str = "") -> None:
-        """Where the config has this setting, with another value."""
+        """Sets the value at a dotted path and records the change; does nothing where the config has no such setting."""
         parent, _, leaf = path.rpartition(".")
         block = self.get(parent)
         if block is None or leaf not in block or block[leaf] == value:
@@ -42,6 +42,7 @@ class Draft:
         block[leaf] = value
 
     def at_most(self, path: str, limit: int) -> None:
+        """Reduces the value at a dotted path to `limit`, if it is set."""
         value = self.get(path)
         if value is not None:
             self.put(path, min(value, limit))
@@ -53,8 +54,8 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Reduced:
-    """config: without its layout, which is `own`. changes: what was made smaller. settings: what was set for the
-    comparison."""
+    """Holds the derived config. config: without its layout, which is `own`. changes: sizes that were reduced. settings:
+    values that were set for the comparison."""
 
     config: Config
     own: Layout
@@ -63,7 +64,9 @@ class Reduced:
 
 
 def reduce_config(config: Config, num_ranks: int, full: bool, one_machine: bool = True) -> Reduced:
-    """ValueError for what cannot be verified. one_machine: the ranks are processes of one."""
+    """Derives the config to verify on `num_ranks` ranks. one_machine: all ranks are processes of one machine.
+
+    Raises ValueError for a config that cannot be verified."""
     _refuse(config)
     draft, small = Draft(config.model_dump(mode="json")), Draft({})
     _switch_off(draft)
@@ -149,7 +152,8 @@ SMALL_ATTENTION = {"heads": _small_heads, "latent": _small_latent}
 
 
 def _fewer_blocks(draft: Draft) -> None:
-    """A multiple of 4, for pipeline stages, with two MoE blocks or more, if there are as many."""
+    """Reduces the number of blocks to a multiple of 4, for pipeline stages, with at least two MoE blocks if there are
+    as many."""
     pattern, num_layers = draft.get("model.moe_blocks"), draft.get("model.num_layers")
     kind, enough = pattern["kind"], 4
     if kind == "every_nth":
@@ -167,7 +171,7 @@ def _fewer_blocks(draft: Draft) -> None:
 
 
 def _make_moe_small(draft: Draft, tokens: dict[str, int]) -> None:
-    """tokens: about how many each scope has."""
+    """Shrinks the MoE settings. tokens: the approximate number of tokens in each scope."""
     moe = "model.moe"
     k, groups = draft.get(f"{moe}.router.k") or 1, draft.get(f"{moe}.router.group_limit.count") or 1
     fewest = max(MOST_EXPERTS, 2 * k, 4 * groups)
