@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
+import expert_parallel.bench.peers.peers as peers_module
 from expert_parallel.bench import layer as bench_layer_module
 from expert_parallel.bench import machine as bench_machine_module
 from expert_parallel.bench import timing
@@ -29,7 +30,6 @@ from expert_parallel.bench.layer import (
     run,
 )
 from expert_parallel.bench.machine import Exchange, MachineFile, MachineTask, bench_machine, fit, read_machine
-import expert_parallel.bench.peers.peers as peers_module
 from expert_parallel.bench.peers.contender import Case, Contender, NotMeasured, build_case, installed
 from expert_parallel.bench.shapes import (
     SHAPES,

@@ -14,13 +14,13 @@ from expert_parallel.training.loop import Run
 from expert_parallel.verify.reference import Division, LayerRecord, ReferenceStep, adamw_step
 from expert_parallel.verify.system_under_test import Seen, Tensors, place_of
 
-# dtype -> the largest relative difference that passes, and the share of the largest number among all gradients (or
-# updates) below which a tensor's own size no longer counts: a gradient that is zero but for rounding has no digits.
+# dtype -> (largest relative difference that passes, share of the largest value among all gradients, or updates, that
+# replaces a tensor's own maximum where that is smaller: a gradient that is zero but for rounding has no digits).
 TOLERANCES = {"float64": (1e-9, 1e-3), "float32": (1e-4, 1e-2), "bfloat16": (3e-1, 1e-1)}
 
-Pairs = dict[str, tuple[Tensor, Tensor]]  # by name: what a rank holds, and what is expected there
+Pairs = dict[str, tuple[Tensor, Tensor]]  # name -> (actual, expected)
 
-# Columns of the table -> the prefix of the names of what they compare. Gradients are divided by parameter group.
+# The groups of parameters whose gradients have a column of their own in the table.
 GROUPS = ("embedding", "attention", "ffn", "router", "experts", "shared experts", "norm")
 
 
@@ -90,7 +90,7 @@ def actual_tensors(run: Run, seen: Seen, before: Tensors, start: Tensors, expect
         sequence_index_B, positions_S = place_of(context, value.shape[1])
         pairs[name] = (value, expected[name][sequence_index_B[:, None], positions_S])
     if training.dtype != "float64":
-        # Adam's first step is the sign of the gradient: near 0 it has no digits, so it is made of this one's gradients.
+        # Adam's first step is nearly sign(gradient), which rounding flips near 0: expect AdamW of this rank's gradient.
         for name, after in adamw_step(training, start, seen.gradients, report.grad_norm).items():
             pairs[f"update/{name}"] = (pairs[f"update/{name}"][0], after - start[name])
     return pairs
@@ -101,10 +101,13 @@ def coverage(divisions: list[Division], shape: tuple[int, int]) -> Pairs:
     positions)."""
     found = {}
     for micro_step, division in enumerate(divisions):
-        held = torch.zeros(shape, dtype=torch.float64)
+        num_holders = torch.zeros(shape, dtype=torch.float64)
         for sequence_index_B, positions_S in division:
-            held[sequence_index_B[:, None], positions_S] += 1
-        found[f"output/micro-step {micro_step}, ranks that hold each token"] = (held, torch.ones_like(held))
+            num_holders[sequence_index_B[:, None], positions_S] += 1
+        found[f"output/micro-step {micro_step}, ranks that hold each token"] = (
+            num_holders,
+            torch.ones_like(num_holders),
+        )
     return found
 
 
@@ -139,6 +142,7 @@ def compare(pairs: Pairs, expected: Tensors, floor: float) -> list[Difference]:
         what = name.partition("/")[0]
         largest[what] = max(largest.get(what, 0.0), _largest(value))
     names = list(dict.fromkeys([*expected, *pairs]))
+    # All tensors are on the CPU here, so reading their values waits for no device.
     rows = torch.zeros(len(names), 4, dtype=torch.float64)
     for row, name in zip(rows, names, strict=True):
         if name in pairs:

@@ -74,8 +74,8 @@ def _check(config: Config, setting: str, runtime: Runtime) -> list[str]:
     found = []
     if not all(fine for _, fine in everyone):
         found.append(
-            f"{setting}: the step is another one with training.recompute {recompute!r} than with 'none': masks must "
-            "be a function of the seed and the place alone"
+            f"{setting}: the step differs between training.recompute {recompute!r} and 'none': masks must depend on "
+            "the seed and the position alone"
         )
     pairs = [
         (one, other, same)
@@ -85,8 +85,8 @@ def _check(config: Config, setting: str, runtime: Runtime) -> list[str]:
     if pairs:
         (one, other, same), more = pairs[0], f", and so do {len(pairs) - 1} more pairs of ranks" * (len(pairs) > 1)
         found.append(
-            f"{setting}: ranks {one} and {other} have other tokens but draw the same masks in {', '.join(same)}{more}: "
-            "the rank's coordinate is missing in the seed"
+            f"{setting}: ranks {one} and {other} have different tokens but draw the same masks in "
+            f"{', '.join(same)}{more}: the rank's coordinate is missing in the seed"
         )
     return found
 
@@ -124,7 +124,8 @@ def _run(config: Config, runtime: Runtime, in_experts: bool) -> Dropped:
     def give(block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         x, context, *rest = arguments
         if context.layer == 0 and context.micro_step == 0 and not in_experts:
-            outputs["embedding"] = (x == 0).double().cumsum(-1).sum(-1).flatten().tolist()  # which are dropped
+            # Encodes which features were dropped. Waits for the device.
+            outputs["embedding"] = (x == 0).double().cumsum(-1).sum(-1).flatten().tolist()
         return x * 0 + given_D.to(x.device), context, *rest
 
     def take(block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
@@ -139,6 +140,6 @@ def _run(config: Config, runtime: Runtime, in_experts: bool) -> Dropped:
                 block.register_forward_pre_hook(give)
                 block.register_forward_hook(take)
         mine = list(run.batches(0))
-        with system_under_test.listening([]):  # the comparison has said it
+        with system_under_test.listening([]):  # reported by the comparison already
             report = train_step(run.model, run.engine, mine, training, run.mesh, step=0, seed=seed)
     return Dropped(outputs, report.grad_norm)

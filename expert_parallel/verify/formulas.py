@@ -25,7 +25,7 @@ from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.parallel.placement import ExpertPlacement
 from expert_parallel.training.config import DTYPES, TrainingConfig
 
-Terms = Counter[tuple[str, str]]  # (axis, what it carries) -> bytes of all ranks together
+Terms = Counter[tuple[str, str]]  # (axis, content) -> bytes of all ranks together
 
 
 @dataclass(frozen=True)
@@ -111,20 +111,21 @@ def tokens_between_ranks(step: Step) -> Terms:
     tp: tokens (latents, for latent attention) are gathered before attention and dense feed-forward networks, and
     partial sums are reduce-scattered after them. cp: keys and values (or latents) are gathered. Backward does the
     reverse of each."""
-    model, training, degrees = step.model, step.training, step.degrees
+    model, training = step.model, step.training
+    degrees = step.degrees
     dense = model.num_layers - len(model.moe_layers)
     shared = len(model.moe_layers) if model.moe is not None and model.moe.shared_experts is not None else 0
-    # Recomputing stops where all that is kept is back: before the scattering that ends a block, if nothing behind it
-    # keeps a value. Shared experts do not end it: they compute while tokens travel to the others.
+    # Recomputation stops once all saved tensors are restored: before the reduce-scatter at a block's end, if nothing
+    # after it saves a tensor. Shared experts do not stop it: they overlap the exchange of the routed tokens.
     block, moe = training.recompute == "block", training.recompute == "moe"
     again = 2 if model.norm_placement == "post" or model.dropout > 0 else 1
-    exchanges = 4  # embedding: scattered; logits: gathered
-    exchanges += (2 + block) * model.num_layers  # behind attention
+    exchanges = 4  # scatter of the embedding, gather for the logits, and their backward passes
+    exchanges += (2 + block) * model.num_layers  # around attention
     exchanges += (4 + again * block) * dense + (4 + 2 * block + 2 * moe) * shared
     numbers = exchanges * model.d_model + (2 + block) * model.num_layers * _gathered_columns(model)
 
     keys_and_values = (degrees.cp - 1) * step.tokens * _key_columns(step) * step.compute_width
-    # Of queries and of keys, each token's sum of squares, where they are normed over all heads.
+    # A norm over all heads reduces one sum of squares per token, for queries and for keys.
     squares = 2 * 2 * (degrees.tp - 1) * step.tokens * step.kept_width if has_whole_norms(model) else 0
     return Counter(
         {
@@ -155,7 +156,9 @@ def _key_columns(step: Step) -> int:
     attention = step.model.attention
     if not isinstance(attention, HeadsConfig):
         return step.degrees.tp * (attention.kv_rank + attention.rope_size)
-    return 2 * max(attention.kv_heads, step.degrees.tp) * attention.head_size  # fewer heads than ranks: each has one
+    return (
+        2 * max(attention.kv_heads, step.degrees.tp) * attention.head_size
+    )  # with fewer heads than ranks, each rank holds one
 
 
 def pipeline_bytes(step: Step) -> Terms:
@@ -164,7 +167,7 @@ def pipeline_bytes(step: Step) -> Terms:
     For the report, f of losses that are pooled over layers is also summed over the stages."""
     degrees, M = step.degrees, step.training.micro_steps
     hops = 2 * (degrees.pp * step.parallel.stages_per_rank - 1)
-    pooled = 0  # numbers of f, or of P, on all ranks of a stage
+    pooled = 0  # elements of f (and of P) on all ranks of a stage
     for loss in balance_losses(step):
         if loss.layers == "pooled":
             blocks = degrees.cp * degrees.tp * step.sequences if loss.scope == "sequence" else step.stage_ranks
@@ -180,7 +183,7 @@ def pipeline_bytes(step: Step) -> Terms:
 
 # ----------------------------------------------------------------------------------------------- weights and gradients
 
-# Ends of the names of what tp divides, by rows or by columns. All else it leaves whole. Of experts, etp leaves b_out.
+# Name suffixes of the parameters that tp shards on dim 0 or on dim 1; all others are replicated, and b_out over etp.
 BY_ROWS = tuple(f"{name}.{leaf}" for name in ("query", "key", "value", "w_in") for leaf in ("weight", "bias"))
 BY_ROWS += ("attention.sinks", "attention.query_up.weight", "attention.kv_up.weight")
 WHOLE_NORMS = ("attention.query_norm.weight", "attention.key_norm.weight")
@@ -247,7 +250,8 @@ def weight_bytes(step: Step) -> Terms:
 
     Gradients are summed once a step over the ranks that hold the same shard, whatever the number of micro-steps;
     sharded weights are gathered for the passes. The first and last stage both hold a tied embedding."""
-    degrees, data, W = step.degrees, step.parallel.data, step.kept_width
+    degrees, data = step.degrees, step.parallel.data
+    W = step.kept_width
     terms: Terms = Counter()
     for parameter in held_parameters(step):
         axis, holders = ("edp", degrees.edp) if parameter.is_expert else ("dense", degrees.dp * degrees.cp)
@@ -260,7 +264,7 @@ def weight_bytes(step: Step) -> Terms:
             terms.update(_sharded(step, data, parameter, axis, shards, stages * holders, holders))
         else:
             terms[axis, "gradients"] += 2 * (holders - 1) * stages * parameter.numel * W
-        # What is left is done by each replica for itself, by its shards together.
+        # The remaining reductions run once in each replica, over its shards together.
         gradients = holders * parameter.numel * W
         if parameter.is_replicated:
             terms[divided, "gradients of what it leaves whole"] += 2 * (degree - 1) * gradients // degree
@@ -278,7 +282,7 @@ def _sharded(
     each."""
     numbers, W = parameter.padded_numel(shards), step.kept_width
     over_shards, over_replicas = (f"{axis} shards", f"{axis} replicas") if replicas > 1 else (axis, axis)
-    # Norms and routers compute in float32 or wider, and travel so.
+    # Norms and routers compute in float32 or wider, so FSDP2 gathers them in that dtype.
     width = W if "norm." in parameter.name or ".router." in parameter.name else step.compute_width
     gathered = groups * (shards - 1) * numbers * width * gathers(step, data, parameter.name)
     return Counter(

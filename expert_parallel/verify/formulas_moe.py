@@ -31,10 +31,13 @@ class ExpertRows:
 def losses_and_totals(step: Step) -> Terms:
     """Returns the traffic of statistics: in every pass, counts of choices and tokens for losses; once a step, over all
     ranks, the gradient norm, cross entropy, number of tokens, and the counts of all layers."""
-    degrees, numbers = step.degrees, 3
+    degrees = step.degrees
+    numbers = 3  # gradient norm, cross entropy, number of tokens
     terms: Terms = Counter()
     if step.model.moe is not None:
-        E, num_losses, num_layers = step.moe.num_experts, len(step.moe.losses), len(step.model.moe_layers)
+        E = step.moe.num_experts
+        num_losses = len(step.moe.losses)
+        num_layers = len(step.model.moe_layers)
         numbers += num_layers * packed_size(E, num_losses)
         if num_losses:
             terms["stage", "counts for losses"] = (
@@ -54,11 +57,13 @@ def scope_bytes(step: Step) -> Terms:
     terms: Terms = Counter()
     if step.model.moe is None:
         return terms
-    capacity, router, W = step.moe.capacity, step.router, step.kept_width
-    E, K, ep = step.moe.num_experts, router.num_choices(step.moe.num_experts), step.degrees.ep
+    capacity, router = step.moe.capacity, step.router
+    E, K = step.moe.num_experts, router.num_choices(step.moe.num_experts)
+    W = step.kept_width
+    ep = step.degrees.ep
     passes = step.training.micro_steps * len(step.model.moe_layers)
-    ep_ranks = passes * step.stage_ranks  # of all groups, in all passes
-    looks: list[tuple[str, int]] = []  # scope, bytes a token
+    ep_ranks = passes * step.stage_ranks  # over all ep groups and passes
+    looks: list[tuple[str, int]] = []  # (scope, bytes per token) of each gather
     if isinstance(router, ExpertChoiceConfig | SinkhornConfig):
         looks.append((router.scope, W * E))
     if isinstance(capacity, LimitSettings):
@@ -122,7 +127,9 @@ def dispatch_bytes(step: Step, totals: LayerTotals) -> Terms:
 def all_gather_bytes(step: Step, totals: LayerTotals) -> Terms:
     """Returns the traffic of the all-gather dispatcher: out go all tokens with all their choices, padded to the fullest
     rank, chunk by chunk (the ledger counts them unpadded); back and backward move what an all-to-all moves."""
-    row, M, P, header = row_width(step), step.training.micro_steps, step.degrees.ep, 8 + 4 * step.chunks
+    row = row_width(step)
+    M, P = step.training.micro_steps, step.degrees.ep
+    header = 8 + 4 * step.chunks  # bytes of metadata per rank
     choices = step.router.num_choices(step.moe.num_experts) * (4 + step.kept_width)
     chunks_of_ranks = zip(*(chunk_sizes(tokens, step.chunks) for tokens in step.tokens_of_ranks), strict=True)
     rows = sum(to_all_others(step, "ep", row, header=0, tokens=tokens) for tokens in chunks_of_ranks)

@@ -13,7 +13,7 @@ from expert_parallel.training.config import Config
 from expert_parallel.training.setup import check_degrees
 
 DEGREES = ("cp", "tp", "pp", "ep", "etp")
-# What a layout may name, and the setting behind it.
+# Names in a layout -> settings of the config.
 SETTINGS = {
     **{degree: f"parallel.{degree}" for degree in DEGREES},
     "data": "parallel.data.kind",
@@ -34,8 +34,8 @@ class Layout:
     @property
     def name(self) -> str:
         """Returns the text that `parse` accepts, without values that are the default."""
-        said = [f"{name}={value}" for name, value in self.settings if not _by_default(name, value)]
-        return ",".join(said or [f"{name}={value}" for name, value in self.settings])
+        named = [f"{name}={value}" for name, value in self.settings if not _by_default(name, value)]
+        return ",".join(named or [f"{name}={value}" for name, value in self.settings])
 
     @staticmethod
     def parse(text: str) -> "Layout":
@@ -48,7 +48,7 @@ class Layout:
             if name not in SETTINGS:
                 raise ValueError(f"--layout {text}: {name!r} is none of {', '.join(SETTINGS)}")
             if name in settings:
-                raise ValueError(f"--layout {text}: {name} stands twice")
+                raise ValueError(f"--layout {text}: {name} is given twice")
             settings[name] = int(value) if value.isdecimal() else value
         return Layout(tuple(settings.items()))
 
@@ -60,7 +60,7 @@ class Layout:
         values = dict.fromkeys(DEGREES, 1) | {"data": "sharded" if "shards" in named else "replicated"} | named
         for name, value in values.items():
             block, leaf = _block_of(tree, name)
-            if leaf == "kind" and block["kind"] != value:  # another kind has other settings
+            if leaf == "kind" and block["kind"] != value:  # settings of the old kind do not apply to another
                 block.clear()
             block[leaf] = value
         training = tree["training"]
@@ -111,7 +111,7 @@ def choose_layouts(config: Config, own: Layout, num_ranks: int, micro_steps: Seq
     missing = set().union(*(pairs for _, pairs in candidates))
     chosen = [own] if _fits(config, own, num_ranks) else []
     missing -= _pairs(own) if chosen else set()
-    # What a layout adds only ever falls: those whose old number is the largest are counted anew, until one stays it.
+    # Lazy greedy: the number of missing pairs that a layout covers only decreases, so recount only the current best.
     best = [(-len(pairs), number) for number, (_, pairs) in enumerate(candidates)]
     heapify(best)
     while best and missing:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from expert_parallel.runtime.process import CPU, Launch, Runtime, UserError
 
-# Runs on every rank: (what to do, this rank's runtime, a way to speak to the user) -> the result, as JSON has it.
+# Runs on every rank: (task, this rank's runtime, progress function) -> a result that JSON can hold.
 Work = Callable[[Any, Runtime, Callable[[str], None]], Any]
 
 
@@ -56,7 +56,7 @@ def run_on_ranks(num_ranks: int, work: Work, task: Any, say: Callable[[str], Non
 
 def _listen(connections: list[Connection], processes: list[Any], say: Callable[[str], None]) -> Any:
     """Waits until rank 0 has a result or any rank has failed, and passes progress on to `say`."""
-    said = "the start"
+    last_progress = "the start"
     while True:
         for ready in wait(connections):
             rank = connections.index(ready)  # type: ignore[arg-type]
@@ -64,14 +64,16 @@ def _listen(connections: list[Connection], processes: list[Any], say: Callable[[
                 kind, value = json.loads(connections[rank].recv_bytes())
             except (EOFError, OSError):
                 processes[rank].join()
-                raise RankError(f"{said}: rank {rank} ended with exit code {processes[rank].exitcode}") from None
+                raise RankError(
+                    f"{last_progress}: rank {rank} ended with exit code {processes[rank].exitcode}"
+                ) from None
             if kind == "result":
                 return value
             if kind == "refused":
                 raise UserError(value)
             if kind == "failed":
-                raise RankError(f"{said}: rank {rank} failed: {value}")
-            said = value
+                raise RankError(f"{last_progress}: rank {rank} failed: {value}")
+            last_progress = value
             say(value)
 
 

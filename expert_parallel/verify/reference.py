@@ -18,7 +18,7 @@ from expert_parallel.moe.reference.routing import NOT_ROUTED, blocks, collect, r
 from expert_parallel.verify.reference_attention import attention, linear, positions
 
 Parameters = dict[str, Tensor]
-# For each rank of one pipeline stage: which sequences of a micro-step it holds, and which positions of them (int64).
+# For each rank of one pipeline stage: the sequences of a micro-step that it holds, and their positions (int64).
 Division = list[tuple[Tensor, Tensor]]
 
 

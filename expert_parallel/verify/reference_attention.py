@@ -49,8 +49,10 @@ def heads_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, 
 
 def latent_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, document_BS: Tensor) -> Tensor:
     """Computes multi-head latent attention: DeepSeek-V2 (2405.04434), equations 9 to 13 and 37 to 47."""
-    config, position_BS, sees_BSS = model.attention, positions(document_BS), sees(document_BS)
-    nope, rope, value_size = config.nope_size, config.rope_size, config.value_size
+    config = model.attention
+    position_BS, sees_BSS = positions(document_BS), sees(document_BS)
+    nope, rope = config.nope_size, config.rope_size
+    value_size = config.value_size
     if config.query_rank is None:
         query = linear(weights, "query", x_BSD)
     else:
@@ -75,7 +77,7 @@ def latent_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor,
     return linear(weights, "out", torch.cat(heads, -1))
 
 
-# kind -> (model, block, its weights, x (B, S, D), documents (B, S)) -> (B, S, D)
+# kind -> function of (model, block, its weights, x (B, S, D), documents (B, S)) that returns (B, S, D)
 ATTENTION: dict[str, Callable[[Any, int, Parameters, Tensor, Tensor], Tensor]] = {
     "heads": heads_attention,
     "latent": latent_attention,

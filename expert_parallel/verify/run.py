@@ -133,7 +133,7 @@ def verify_layout(plan: Plan, layout: Layout, runtime: Runtime, oracle: Oracle) 
         expected = oracle.step(config, sequences_GS, divisions[0])
         pairs, breaches = _take_step(run, mine, replay, oracle, expected)
     if plan.dtype != "float64":
-        # The choices of float64 are played back: near ties fall differently in fewer digits.
+        # Replays the float64 step's choices, since near ties of scores break differently in a narrower dtype.
         config = config.model_copy(update={"training": config.training.model_copy(update={"dtype": plan.dtype})})
         with system_under_test.set_up(config, runtime, sequences_GS) as run:
             pairs, breaches = _take_step(run, mine, replay, oracle, expected)
@@ -190,7 +190,7 @@ def stirred(initial: Tensors, seed: int) -> Tensors:
     for name, value in initial.items():
         size = 0.01 if name.endswith("balance_bias_E") else 0.2
         noise = size * torch.randn(value.shape, generator=generator)
-        start[name] = (value + noise if value.dim() == 1 else value).float().double()  # as every dtype holds it
+        start[name] = (value + noise if value.dim() == 1 else value).float().double()  # exact in float32 and wider
     return start
 
 

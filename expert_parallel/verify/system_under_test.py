@@ -75,24 +75,26 @@ def random_sequences(config: Config) -> Tensor:
 
     No two documents begin alike, and none begins with one token twice: tokens whose context is one repeated token have
     equal scores but for rounding, and such ties break differently in other layouts."""
-    training, words, end = config.training, config.model.vocab_size, separator(config)
+    training = config.training
+    vocab_size = config.model.vocab_size
+    end = separator(config)
     generator = torch.Generator().manual_seed(config.seed)
     shape = (training.global_batch, training.sequence_length + 1)
-    tokens_GS = torch.randint(0, words, shape, generator=generator)
+    tokens_GS = torch.randint(0, vocab_size, shape, generator=generator)
     begins_GS = torch.zeros(shape, dtype=torch.bool)
     begins_GS[:, 0] = True
     if end is not None:
-        tokens_GS = torch.randint(1, words, shape, generator=generator)
+        tokens_GS = torch.randint(1, vocab_size, shape, generator=generator)
         for place in range(1, shape[1] - 1):
             ends_G = (torch.rand(shape[0], generator=generator) < 0.3) & ~begins_GS[:, place]
             tokens_GS[ends_G, place] = end
             begins_GS[ends_G, place + 1] = True
-    first = torch.randperm(words, generator=generator)
+    first = torch.randperm(vocab_size, generator=generator)
     first = first if end is None else first[first != end]
     tokens_GS[begins_GS] = first.repeat(-(-int(begins_GS.sum()) // len(first)))[: int(begins_GS.sum())]
     for place in range(1, shape[1]):
         follows_G = begins_GS[:, place - 1] & (tokens_GS[:, place] == tokens_GS[:, place - 1])
-        tokens_GS[follows_G, place] = 1 + tokens_GS[follows_G, place] % (words - 1)
+        tokens_GS[follows_G, place] = 1 + tokens_GS[follows_G, place] % (vocab_size - 1)
     return tokens_GS
 
 
@@ -124,6 +126,7 @@ def _balance_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _on_host(tensors: Tensors) -> Tensors:
+    # Waits for the device. float64 holds every dtype's values exactly; a copy, since the step overwrites its tensors.
     return {name: tensor.detach().to("cpu", torch.float64, copy=True) for name, tensor in tensors.items()}
 
 
@@ -165,7 +168,7 @@ def take_step(run: Run, mine: list[MicroBatch], replay: RouterReplay | None = No
             seen.gradients |= _on_host(logical.whole(logical.parameter.grad))
 
     hooks = [block.register_forward_hook(see_block) for block in run.model.modules() if isinstance(block, Block)]
-    assert isinstance(run.engine, NativeEngine), "layouts are proved with the native engine"
+    assert isinstance(run.engine, NativeEngine), "verify supports the native engine only"
     hooks.append(run.engine.optimizer.register_step_pre_hook(see_gradients))
     training, seed = run.config.training, run.config.seed
     with listening(seen.breaches):
@@ -173,7 +176,7 @@ def take_step(run: Run, mine: list[MicroBatch], replay: RouterReplay | None = No
     for hook in hooks:
         hook.remove()
     norm, limit = seen.report.grad_norm, training.clip_norm
-    if limit is not None and norm > limit:  # the step has scaled them
+    if limit is not None and norm > limit:  # the step has clipped gradients in place: undo it
         seen.gradients = {name: grad * (norm / limit) for name, grad in seen.gradients.items()}
     seen.weights = read(run.model)
     return seen

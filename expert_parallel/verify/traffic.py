@@ -136,7 +136,10 @@ def describe(found: list[AxisBytes]) -> str:
         lines.append(f"{' = '.join(axis.axes):<{width}}{axis.num_ranks:>5}{axis.measured:>18,}{expected:>18,}{verdict}")
         lines += [f"{'':<{width}}{'':>23}{n:>18,}  {what}" for what, n in axis.expected.items()]
     wrong = [" = ".join(axis.axes) for axis in found if not axis.agrees]
-    lines += ["", f"not as the formulas say: {', '.join(wrong)}" if wrong else "all axes move what the formulas say"]
+    lines += [
+        "",
+        f"these axes differ from the formulas: {', '.join(wrong)}" if wrong else "all axes send what the formulas say",
+    ]
     return "\n".join(lines)
 
 
@@ -157,7 +160,7 @@ def _rows_to_others(arguments: Sequence[Any], num_ranks: int, me: int) -> int:
     return 0 if len(x) == 0 else _size(x) // len(x) * (sum(splits) - splits[me])
 
 
-# c10d operator -> (arguments, P, this rank's place) -> P times the bytes that leave this rank: a whole number.
+# c10d operator -> (arguments, P, this rank's index) -> P times the bytes that leave this rank, which is an integer.
 SENT: dict[str, Callable[[Sequence[Any], int, int], int]] = {
     "allreduce_": lambda a, P, me: 2 * (P - 1) * _size(a[0]),
     "allreduce_coalesced_": lambda a, P, me: 2 * (P - 1) * _size(a[0]),
@@ -186,12 +189,12 @@ class CountBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # let it come down to plain tensors, and to its collectives
+            return NotImplemented  # DTensor then dispatches to plain tensors, whose collectives are counted
         name = func.overloadpacket.__name__
         if func.namespace in ("c10d", "_c10d_functional") and name != "wait_tensor":
             if func.namespace != "c10d" or name not in SENT:
                 raise NotImplementedError(f"bytes of {func.namespace}::{name} are not counted: add it to SENT")
-            # Groups travel in a box. It is the first box; a later one holds the kind of reduction.
+            # The process group is the first boxed script object; a later one holds the reduce op.
             boxed = next(argument for argument in args if isinstance(argument, torch.ScriptObject))
             group = dist.ProcessGroup.unbox(boxed)
             self.sent[str(group.group_name)] += SENT[name](args, group.size(), group.rank())
@@ -248,14 +251,14 @@ def _over_all_ranks(sent: Counter[str], groups: Groups, device: torch.device) ->
         str(group.group_name): axes.index(_same_ranks(groups, axis)[0]) for axis, group in groups.items() if group
     }
     for name, total in sent.items():
-        assert name in number_of or not total, f"a collective over a group ({name}) that is no axis of the mesh"
+        assert name in number_of or not total, f"a collective over a group ({name}) that is not an axis of the mesh"
         if total:
             bytes_A[number_of[name]] += total
     for axis, group in groups.items():
         sizes_A[axes.index(axis)] = group_size(group)
     dist.all_reduce(bytes_A)
     dist.all_reduce(sizes_A, op=dist.ReduceOp.MAX)
-    return (bytes_A // sizes_A).tolist(), sizes_A.tolist()
+    return (bytes_A // sizes_A).tolist(), sizes_A.tolist()  # waits for the device
 
 
 def _watch_experts(model: LanguageModel) -> tuple[dict[int, list[int]], list[Any]]:
@@ -284,5 +287,5 @@ def _expert_rows(rows_of_passes: dict[int, list[int]], mesh: ParallelMesh, devic
             dist.all_reduce(fullest, op=dist.ReduceOp.MAX, group=mesh.etp_group)
         rows += torch.stack([mine.sum(), fullest.sum()])
     dist.all_reduce(rows)
-    total, fullest_everywhere = rows.tolist()
+    total, fullest_everywhere = rows.tolist()  # waits for the device
     return ExpertRows(total, fullest_everywhere // mesh.degrees.etp)
