@@ -94,13 +94,13 @@ def test_shapes_can_be_changed_and_scaled() -> None:
         (
             "base",
             ["expert=3"],
-            "'expert=3' is no change of a shape: it must be NAME=VALUE with one of tokens, d_model, ",
+            "'expert=3' is not a change of a shape: it must be NAME=VALUE with one of tokens, d_model, ",
         ),
-        ("base", ["peers=dense"], "'peers=dense' is no change of a shape"),
+        ("base", ["peers=dense"], "'peers=dense' is not a change of a shape"),
         ("base", ["k=two"], "'k=two': k must be a whole number"),
-        ("base", ["k=9"], "the shape cannot be: k (9) is larger than num_experts (8)"),
-        ("base", ["tokens=0"], "the shape cannot be: tokens: input should be greater than or equal to 1"),
-        ("base", ["activation=relu"], "the shape cannot be: activation: input should be 'gelu' or 'swiglu'"),
+        ("base", ["k=9"], "the shape is invalid: k (9) is larger than num_experts (8)"),
+        ("base", ["tokens=0"], "the shape is invalid: tokens: input should be greater than or equal to 1"),
+        ("base", ["activation=relu"], "the shape is invalid: activation: input should be 'gelu' or 'swiglu'"),
     ],
 )
 def test_shapes_that_cannot_be_are_refused(name: str, changes: list[str], what: str) -> None:
@@ -374,8 +374,8 @@ def test_a_machine_file_is_what_was_measured(tmp_path: Path) -> None:
     ("text", "what"),
     [
         (None, "the machine file {path} cannot be read: No such file or directory"),
-        ("{", "{path} is no file of `bench machine`: invalid json"),
-        ("{}", "{path} is no file of `bench machine`: facts: field required"),
+        ("{", "{path} is not a file of `bench machine`: invalid json"),
+        ("{}", "{path} is not a file of `bench machine`: facts: field required"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, text: str | None, what: str) -> None:

@@ -310,8 +310,8 @@ REFUSED = {
     ),
     "the size of an expert": (["hidden=128"], "hidden=.. is the size of an expert: give the dense layer's, with "),
     "a dtype that is none": (["--dtype", "float16"], "--dtype is 'float16', it must be one of float32, bfloat16"),
-    "more choices than experts": (["k=9"], "the shape cannot be: k (9) is larger than num_experts (8)"),
-    "another name": (["peers=dense"], "'peers=dense' is no change of a shape: "),
+    "more choices than experts": (["k=9"], "the shape is invalid: k (9) is larger than num_experts (8)"),
+    "another name": (["peers=dense"], "'peers=dense' is not a change of a shape: "),
     "no folder": (["--json", "/no/such/folder/x.json"], "--json: there is no folder /no/such/folder"),
 }
 

@@ -223,7 +223,7 @@ def test_a_rate_that_diverged_is_out_and_a_variant_without_any_is_refused(tmp_pa
         left_to_do(study)
     for run in study.trials("switch"):
         diverge(run.folder)
-    with pytest.raises(ValueError, match="all learning rates of switch have diverged, the first so: error: step 1"):
+    with pytest.raises(ValueError, match="all learning rates of switch have diverged, the first with: error: step 1"):
         best_rate(study, "switch")
 
 
@@ -237,7 +237,8 @@ def test_what_diverges_says_so_in_the_words_that_are_looked_for(tmp_path: Path, 
     study = tiny(tmp_path, corpus, "learning_rates=[1e30]", "base.training.clip_norm=null", "jobs=2")
     said: list[str] = []
     with pytest.raises(
-        ValueError, match=r"all learning rates of (dense|switch) have diverged, the first so: error: step \d: the loss"
+        ValueError,
+        match=r"all learning rates of (dense|switch) have diverged, the first with: error: step \d: the loss",
     ):
         carry_out(study, said.append, lambda text: None)
     assert any(text.startswith("diverged: ") for text in said)

@@ -1,4 +1,4 @@
-"""What a study trains: its settings, and the runs that they come to."""
+"""Defines a study: its settings, and the runs that follow from them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,7 @@ class StudyConfig(Settings):
         return self
 
 
-# Settings of a run that a study sets itself.
+# Settings of a run that the study sets -> why `base` must not.
 OF_THE_STUDY = {
     "run.folder": "runs lie below the study's own folder",
     "seed": "the study has `seeds`",
@@ -64,7 +64,7 @@ OF_THE_STUDY = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of a study. A trial and the run that goes on from it share a folder."""
+    """Describes one training run of a study. A trial and the run that continues it share a folder."""
 
     variant: str
     rate: float
@@ -82,7 +82,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """settings, and the variants that are to be trained, the reference among them. steps: of a long run."""
+    """Holds a study's settings, and the variants to train, the reference among them. steps: of a run after the
+    trials."""
 
     settings: StudyConfig
     names: list[str]
@@ -93,7 +94,7 @@ class Study:
         return Path(self.settings.folder)
 
     def run(self, variant: str, rate: float, seed: int, steps: int) -> Run:
-        """ValueError where the variant's settings cannot work."""
+        """Returns a run with its config. Raises ValueError where the variant's settings cannot work."""
         folder = self.folder / variant / f"lr_{rate:g}" / f"seed_{seed}"
         own = {
             "run": {"folder": str(folder)},
@@ -103,14 +104,16 @@ class Study:
         return Run(variant, rate, seed, steps, _config_of(self.settings, variant, own))
 
     def trials(self, variant: str) -> list[Run]:
+        """Returns the variant's trials: each learning rate with the first seed."""
         first = self.settings.seeds[0]
         return [self.run(variant, rate, first, self.settings.trial_steps) for rate in self.settings.learning_rates]
 
     def finals(self, variant: str, rate: float) -> list[Run]:
+        """Returns the variant's runs with all seeds, at this learning rate."""
         return [self.run(variant, rate, seed, self.steps) for seed in self.settings.seeds]
 
     def all_runs(self) -> list[Run]:
-        """That could be trained, of all variants of the settings."""
+        """Returns every run that could be trained, of all variants in the settings."""
         return [
             run
             for name in self.settings.variants
@@ -125,7 +128,8 @@ def _config_of(settings: StudyConfig, variant: str, own: dict[str, Any]) -> Conf
 
 
 def read_study(path: Path, overrides: list[str], only: list[str] | None) -> Study:
-    """only: names of variants; None: all. ValueError for a study in which something cannot work."""
+    """Reads a study's file. only: names of variants; None: all. Raises ValueError for a study in which something cannot
+    work."""
     settings = read_settings(StudyConfig, load_tree(path, overrides), str(path))
     for name in only or ():
         if name not in settings.variants:

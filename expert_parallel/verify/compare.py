@@ -115,8 +115,8 @@ def coverage(divisions: list[Division], shape: tuple[int, int]) -> Pairs:
 class Difference:
     """Holds the error of one tensor on the rank where it is largest.
 
-    relative: max |a - b| / max |b|. ratio: least-squares factor of a to b. spread: max |a - ratio * b| / max |b|, so 0
-    means that a is exactly ratio * b. held: False if no rank has the tensor."""
+    relative: max |a - b| / max |b|. ratio: least-squares factor of a to b. residual: max |a - ratio * b| / max |b|, so
+    0 means that a is exactly ratio * b. is_present: False if no rank has the tensor."""
 
     name: str
     held: bool
@@ -164,8 +164,8 @@ def _largest(x: Tensor) -> float:
 
 
 def _measure(a: Tensor, b: Tensor, smallest: float) -> tuple[float, float, float]:
-    """Returns (relative, ratio, spread) of a against b, as defined in `TensorDifference`. smallest: lower bound of max
-    |b|."""
+    """Returns (relative, ratio, residual) of a against b, as defined in `TensorDifference`. smallest: lower bound of
+    max |b|."""
     if not bool(a.isfinite().all()):
         return float("inf"), float("nan"), float("inf")
     relative = _largest(a - b) / max(_largest(b), smallest, torch.finfo(torch.float64).tiny)

@@ -22,7 +22,7 @@ from expert_parallel.verify.formulas import Step, Terms, balance_losses
 class ExpertRows:
     """Holds the rows that experts received in a step, over layers, passes (including recomputed ones) and ranks.
 
-    total: sum over ranks. fullest: the largest number within each group of etp ranks, summed over the groups."""
+    total: sum over ranks. max_rows: the largest number within each group of etp ranks, summed over the groups."""
 
     total: int
     fullest: int

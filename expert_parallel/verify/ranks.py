@@ -30,7 +30,7 @@ class RankError(Exception):
 def run_on_ranks(num_ranks: int, work: Work, task: Any, say: Callable[[str], None], timeout: timedelta) -> Any:
     """Runs `work(task, runtime, progress function)` on new processes and returns the result of rank 0.
 
-    work: a function at module level. task: any JSON value. Raises UserError for what all ranks refuse, RankError where
+    fn: a function at module level. task: any JSON value. Raises UserError for what all ranks refuse, RankError where
     one fails."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([work.__module__])

@@ -63,7 +63,7 @@ def reference_step(
     """Computes step 0 of a run. model: a ModelConfig without dropout. training: a TrainingConfig.
 
     parameters: logical name -> float64, including the balance biases (`....router.balance_bias_E`). sequences_GS: int64
-    (global_batch, sequence_length + 1), in global order. division: which rank holds which tokens of a micro-step; only
+    (global_batch, sequence_length + 1), in global order. partition: which rank holds which tokens of a micro-step; only
     settings with scope `rank` depend on it. seed: of the routers' random numbers. separator: the token that ends a
     document, where documents are kept apart."""
     biases = {name: value for name, value in parameters.items() if name.endswith("balance_bias_E")}

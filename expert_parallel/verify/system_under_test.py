@@ -145,7 +145,7 @@ def place_of(context: StepContext, length: int) -> tuple[Tensor, Tensor]:
 @dataclass
 class Seen:
     """Holds what one rank observed of a step. gradients: before clipping. outputs: by (micro-step, block), each with
-    the block's context. breaches: the ledger's messages."""
+    the block's context. ledger_errors: the ledger's messages."""
 
     report: StepReport
     gradients: Tensors = field(default_factory=dict)
