@@ -23,7 +23,7 @@ from expert_parallel.runtime.process import Runtime
 from expert_parallel.settings import Settings
 from expert_parallel.training.config import DTYPES
 
-# Largest difference of outputs and input gradients that passes, relative to their norms. In bfloat16, peers whose router
+# Largest relative difference of outputs and input gradients that passes. In bfloat16, peers whose router
 # computes in that dtype choose other experts for some tokens.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
 OURS = "ours"
