@@ -290,7 +290,7 @@ def test_two_studies_do_not_work_in_one_folder(tmp_path: Path) -> None:
     study.folder.mkdir()
     with (study.folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another study, or a run that one has left behind"):
+        with pytest.raises(ValueError, match="another study, or a run that outlived one, holds the lock"):
             carry_out(study, print, print)
 
 
