@@ -387,7 +387,7 @@ DEFECTS: dict[str, tuple[str, set[str], set[str], str]] = {
         "ep=2,micro_steps=1,recompute=block",
         {"dropout"},
         {"loss", "output"},
-        "with training.recompute 'block' than with 'none'",
+        "between training.recompute 'block' and 'none'",
     ),
     "experts in another order": ("ep=2,micro_steps=1", {"output", "loss"}, set(), "block 1 differs"),
     "experts' bias added by every rank": ("etp=2,micro_steps=1", {"output", "loss"}, set(), "block 1 differs"),
