@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from expert_parallel.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 MAX_COLUMNS, MAX_LONG_LINES = 120, 20
@@ -81,6 +84,20 @@ def test_named_paths_exist(page: Path) -> None:
         assert not anchor or anchor in anchors(linked), f"{page}: {target} has no heading #{anchor}"
     for target in re.findall(r"`((?:launch|configs|tests|docker|expert_parallel)/[\w./-]+)`", text):
         assert (ROOT / target).exists() or (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_layout_guide_is_what_check_counts() -> None:
+    """Each row's memory, which the guide rounds to a tenth of a GiB."""
+    guide = (ROOT / "launch/README.md").read_text().split("## Which layout")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([\w-]+)` .*? \| ([\d,]+) \| `?([^|`]*)`? \| [^|]* \| ([^|]*) \|", guide, re.MULTILINE)
+    assert len({name for name, *_ in rows}) >= 6
+    for name, ranks, settings, memory in rows:
+        command = ["check", f"configs/{name}.yaml", "--world-size", ranks.replace(",", ""), *settings.split()]
+        output = CliRunner().invoke(app, command).output
+        (line,) = re.findall(r"^memory of a rank .*$", output, re.MULTILINE)
+        counted = [float(number) for number in re.findall(r"([\d.]+) GiB", line)]
+        printed = [float(number) for number in re.findall(r"[\d.]+", memory)]
+        assert printed == pytest.approx(counted, abs=0.06), f"{name} on {ranks} ranks: {line}"
 
 
 def test_lines_are_short() -> None:
