@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from expert_parallel.checkpoint.digest import write_tensors
 from expert_parallel.checkpoint.files import list_checkpoints, open_checkpoint
 from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.manifest import sealed
+from expert_parallel.checkpoint.tensor_files import write_tensors
 from expert_parallel.model.generation import Sampling
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.runtime.process import Launch, Runtime, UserError

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from expert_parallel.checkpoint import digest as digests
-from expert_parallel.checkpoint.digest import MODULUS, as_text, digest, write_tensors
+from expert_parallel.checkpoint.digest import MODULUS, as_text, digest
 from expert_parallel.checkpoint.files import Checkpoint, CheckpointWriter, expected_shapes, open_checkpoint
 from expert_parallel.checkpoint.folders import (
     list_checkpoints,
@@ -34,6 +34,7 @@ from expert_parallel.checkpoint.folders import (
 from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.manifest import Entry, Manifest, Piece, check_pieces, sealed
 from expert_parallel.checkpoint.report import problems
+from expert_parallel.checkpoint.tensor_files import write_tensors
 from expert_parallel.cli.app import app
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
@@ -281,12 +282,12 @@ def test_any_rectangle_is_read_from_any_pieces(data: st.DataObject) -> None:
             return original(file, key, start, shape)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("expert_parallel.checkpoint.digest.TensorFile.read", read)
+            patch.setattr("expert_parallel.checkpoint.tensor_files.TensorFile.read", read)
             part = opened.read_part(name, (top, left), (bottom - top + 1, right - left + 1))
         assert torch.equal(part, content[name][top : bottom + 1, left : right + 1])
         assert sum(seen) == part.numel()
-        assert list(problems(opened)) == [f"{folder}/step_00000000/shard_00000.safetensors holds {name}, which the "
-                                          "manifest does not name"]  # fmt: skip
+        stray = f"{folder}/step_00000000/shard_00000.safetensors holds {name}, which the manifest does not name"
+        assert list(problems(opened)) == [stray]
 
 
 def test_the_writer_holds_one_shard(tmp_path: Path) -> None:

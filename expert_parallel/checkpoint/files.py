@@ -11,12 +11,12 @@ Tensors are `weights/LOGICAL`, `exp_avg/LOGICAL`, `exp_avg_sq/LOGICAL`; LOGICAL 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from expert_parallel.checkpoint.digest import TensorFile, as_text, check_sha256, digest, write_tensors
+from expert_parallel.checkpoint.digest import as_text, digest
 from expert_parallel.checkpoint.folders import (
     MANIFEST,
     find_checkpoint,
@@ -39,6 +39,7 @@ from expert_parallel.checkpoint.manifest import (
     read_manifest,
 )
 from expert_parallel.checkpoint.state import expected_shapes
+from expert_parallel.checkpoint.tensor_files import TensorFile, check_sha256, write_tensors
 from expert_parallel.model.config import ModelConfig
 
 __all__ = ["Checkpoint", "CheckpointWriter", "expected_shapes", "list_checkpoints", "open_checkpoint"]
@@ -211,7 +212,7 @@ class CheckpointWriter:
             self.files[self._file] = write_tensors(self.partial / self._file, self._shard)
             self._shard = []
 
-    def __enter__(self) -> "CheckpointWriter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -128,8 +128,8 @@ def read_manifest(folder: Path) -> Manifest:
         refuse_newer(f"{folder}: the version of the config in {MANIFEST}", version, CONFIG_VERSION)
     if step_of(folder) not in (None, manifest.step):
         raise ValueError(
-            f"{folder} has the name of step {step_of(folder)}, its {MANIFEST} is of step {manifest.step}: rename the "
-            "folder back"
+            f"{folder} has the name of step {step_of(folder)}, its {MANIFEST} is of step {manifest.step}: "
+            "rename the folder back"
         )
     check_pieces(f"{folder}", manifest)
     return manifest

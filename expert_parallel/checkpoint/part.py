@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import Tensor
 
-from expert_parallel.checkpoint.digest import MODULUS, as_text, digest, write_tensors
+from expert_parallel.checkpoint.digest import MODULUS, as_text, digest
 from expert_parallel.checkpoint.manifest import (
     MOMENTS,
     WEIGHTS,
@@ -20,6 +20,7 @@ from expert_parallel.checkpoint.manifest import (
     compare_shapes,
 )
 from expert_parallel.checkpoint.state import Range, TrainingState, balance_biases, range_pieces
+from expert_parallel.checkpoint.tensor_files import write_tensors
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.parameters import (
     LogicalParameter,

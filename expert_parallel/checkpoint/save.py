@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ class Saver:
             last = f"the last checkpoint is {whole[-1].name}" if whole else "there is no checkpoint yet"
             raise UserError(f"step {attempt.manifest.step} is not saved: {error}; {last}") from None
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
