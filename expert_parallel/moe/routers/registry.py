@@ -40,7 +40,7 @@ _OURS = tuple(ROUTERS)
 
 
 class RegisteredRouterConfig(RouterSettings):
-    """A router that is not one of ours: `kind` names it, and its own Config checks the rest."""
+    """Uses a router of your own under the name that it is registered as; its own Config checks its settings."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -56,7 +56,7 @@ class RegisteredRouterConfig(RouterSettings):
         return self
 
     def resolve(self) -> RouterSettings:
-        """The router's own settings."""
+        """Returns the router's own settings."""
         return ROUTERS[self.kind].Config.model_validate(self.model_dump())
 
     def num_choices(self, num_experts: int) -> int:
