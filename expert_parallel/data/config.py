@@ -47,7 +47,11 @@ class FilesData(Settings):
     """Trains on text files and JSONL files, as bytes; a text file or a line of JSONL is one document."""
 
     kind: Literal["files"]
-    paths: Annotated[list[Pattern], Field(min_length=1), BeforeValidator(_as_list)]
+    paths: Annotated[
+        list[Pattern],
+        Field(min_length=1),
+        BeforeValidator(_as_list, json_schema_input_type=Annotated[list[Pattern], Field(min_length=1)] | Pattern),
+    ]
     """Lists the files to read; each entry may be a glob pattern, and a single one needs no list."""
     format: Literal["auto", "text", "jsonl"] = "auto"
     """Sets how files are read; `auto` decides by each file's name."""

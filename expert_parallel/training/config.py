@@ -111,7 +111,7 @@ class Config(Settings):
     seed: int = Field(default=0, ge=0)
     """Seeds the initial weights, the order of the data, dropout and the routers' noise."""
     model: ModelConfig
-    """Describes the model."""
+    """Describes the model: dense without `model.moe`, a mixture of experts with it."""
     parallel: ParallelConfig = ParallelConfig()
     """Sets how the model and the data are divided over the ranks."""
     training: TrainingConfig

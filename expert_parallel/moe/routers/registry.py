@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict, Discriminator, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from expert_parallel.moe.routers.across_tokens import (
     ExpertChoiceConfig,
@@ -43,6 +43,8 @@ class RegisteredRouterConfig(RouterSettings):
     """Uses a router of your own under the name that it is registered as; its own Config checks its settings."""
 
     model_config = ConfigDict(extra="allow")
+
+    kind: str = Field(json_schema_extra={"not": {"enum": list(_OURS)}})  # for editors: else it would allow any key
 
     @model_validator(mode="after")
     def _check(self) -> "RegisteredRouterConfig":
