@@ -144,7 +144,7 @@ REFUSED_SETTINGS: dict[str, tuple[list[str], str]] = {
     ),
     "a loss twice": (
         ["model.moe.losses=[{kind: z_loss}, {kind: z_loss}]"],
-        "model.moe.losses: each kind and scope may stand once, found z_loss, z_loss",
+        "model.moe.losses: each kind and scope may occur once, found z_loss, z_loss",
     ),
     "two widths": (["model.moe.d_model=3"], "model.moe.d_model (3) differs from model.d_model (16)"),
     "heads": (
@@ -214,7 +214,7 @@ REFUSED_SETTINGS: dict[str, tuple[list[str], str]] = {
         "the override 'model.num_layers.x=3': model.num_layers is not a block of settings",
     ),
     "value is not YAML": (["seed=["], "the override 'seed=[' is not valid YAML: while parsing a flow node"),
-    "key twice": (["run={folder: a, folder: b}"], "is not valid YAML: the key 'folder' stands twice"),
+    "key twice": (["run={folder: a, folder: b}"], "is not valid YAML: the key 'folder' is given twice"),
 }
 
 
@@ -241,7 +241,7 @@ def test_training_refuses_in_the_same_words(case: str, config_file: Path) -> Non
         ("- run\n- model\n", 'must hold a mapping of settings, found ["run", "model"]'),
         ("just words", 'must hold a mapping of settings, found "just words"'),
         ("run: [", "is not valid YAML: while parsing a flow node"),
-        ("seed: 1\nrun: {folder: a}\nseed: 2\n", "is not valid YAML: the key 'seed' stands twice in"),
+        ("seed: 1\nrun: {folder: a}\nseed: 2\n", "is not valid YAML: the key 'seed' is given twice in"),
         ("seed: 1\nrun: {folder: a}\nseed: 2\n", "line 3"),
         ("seed: !!python/object/apply:os.system ['true']\n", "could not determine a constructor for the tag"),
         ("seed: \0", "is not valid YAML: unacceptable character"),

@@ -37,7 +37,8 @@ PARTS = ("products", "activation", "router", "sorting", "gathers")  # of the MoE
 
 
 class EqualCapacityTask(Settings):
-    """shapes: MoE layers; each stands beside a dense one of num_experts times its hidden size."""
+    """Compares MoE layers with dense ones. shapes: the MoE layers; the dense layer of each has num_experts times its
+    hidden size."""
 
     shapes: tuple[Shape, ...]
     dtypes: tuple[Dtype, ...] = ("float32",)

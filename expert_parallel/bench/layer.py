@@ -31,7 +31,8 @@ Say = Callable[[str], None]
 
 
 class LayerTask(Settings):
-    """threads: of each rank on the CPU. peers: their names; None: those of the shape, or all."""
+    """Times one MoE layer against its peers. threads: for each rank, on the CPU. peers: names; None: the shape's, or
+    all."""
 
     shape: Shape
     dtype: Literal["float32", "bfloat16"] = "float32"

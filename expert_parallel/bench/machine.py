@@ -48,6 +48,8 @@ Say = Callable[[str], None]
 
 
 class MachineTask(Settings):
+    """Measures the machine's matrix products, copies and exchanges."""
+
     rounds: int = 7
     threads: int = 1
 

@@ -34,6 +34,8 @@ HIERARCHICAL = {"kind": "hierarchical"}
 
 
 class OverlapTask(Settings):
+    """Times a layer with `overlap` chunks against the same layer with one."""
+
     shape: Shape
     dispatcher: Literal["all_to_all", "hierarchical"] = "all_to_all"
     overlap: int = Field(default=4, ge=2)
@@ -66,6 +68,8 @@ class OverlapResult(BaseModel):
 
 
 class NodesTask(Settings):
+    """Counts the bytes between nodes of the all-to-all and the hierarchical dispatcher."""
+
     shape: Shape
     ranks_per_node: int = Field(ge=1)
     rounds: int = 7

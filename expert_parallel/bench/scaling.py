@@ -29,8 +29,8 @@ Say = Callable[[str], None]
 
 
 class ScalingTask(Settings):
-    """shape: tokens are those of one rank in weak scaling, of all in strong. ranks: of which groups. experts: to choose
-    among, by `expert_ranks` ranks."""
+    """Times a layer on growing numbers of ranks and experts. shape: its tokens are those of one rank in weak scaling,
+    and of all ranks in strong scaling. ranks: group sizes. experts: numbers of experts, on `expert_ranks` ranks."""
 
     shape: Shape
     ranks: tuple[int, ...] = (1, 2, 4, 8)

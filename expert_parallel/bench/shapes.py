@@ -13,7 +13,8 @@ S = TypeVar("S", bound=Settings)
 
 
 class Shape(Settings):
-    """One MoE layer. tokens: of all ranks together. peers: who is measured beside ours; None: all that there are."""
+    """Holds the sizes of one MoE layer. tokens: of all ranks together. peers: names of the implementations to compare
+    with; None: all."""
 
     tokens: int = Field(ge=1)
     d_model: int = Field(ge=1)
@@ -78,7 +79,8 @@ def choose_shape(name: str, changes: Sequence[str] = (), scale: float = 1.0) -> 
 
 
 class TrainShape(Settings):
-    """A decoder whose blocks are all MoE. layer: one of its MoE layers, with the tokens of a step over all ranks."""
+    """Holds the sizes of a decoder with MoE blocks alone. layer: one MoE layer, with the tokens of a step over all
+    ranks."""
 
     layer: Shape
     num_layers: int = Field(ge=1)

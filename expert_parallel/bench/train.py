@@ -34,7 +34,8 @@ Share = Callable[[], float | None]  # returns the share of this rank's choices t
 
 
 class TrainTask(Settings):
-    """As LayerTask."""
+    """Times training steps of a decoder against its peers. threads: for each rank, on the CPU. peers: names; None:
+    all."""
 
     shape: TrainShape
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -34,7 +34,7 @@ Shapes = dict[str, list[int]]
 
 
 class Piece(Settings):
-    """A rectangle of a logical tensor: it begins at `start` and lies under `key` in `file`."""
+    """Locates a rectangular part of a logical tensor: it begins at `start` and is stored under `key` in `file`."""
 
     file: FileName
     key: str
@@ -43,7 +43,7 @@ class Piece(Settings):
 
 
 class Entry(Settings):
-    """A logical tensor. digest: of digest.py, 32 hex digits."""
+    """Describes a logical tensor and its pieces. digest: the digest of digest.py, 32 hexadecimal digits."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -58,12 +58,15 @@ class Entry(Settings):
 
 
 class FileRecord(Settings):
+    """Holds a file's size in bytes and its SHA-256 (hexadecimal)."""
+
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: Size
 
 
 class Manifest(Settings):
-    """config: the run's resolved one. layout: the one that wrote it, for people; loading takes no notice of it."""
+    """Lists the files and tensors of a checkpoint. config: the run's resolved config. layout: the layout that wrote it,
+    for readers; loading ignores it."""
 
     format: int
     step: Size
@@ -81,7 +84,7 @@ class Manifest(Settings):
         return {name: list(entry.shape) for name, entry in self.tensors.items()}
 
     def to_json(self) -> str:
-        """With its SHA-256, and a line for each tensor and file, so that `grep` is of use."""
+        """Returns the manifest as JSON with its SHA-256, one line for each tensor and file, so that `grep` works."""
         tree = sealed(self.model_dump(mode="json"))
         last = {key: tree.pop(key) for key in ("files", "tensors")}
         blocks = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in tree.items()]

@@ -57,7 +57,7 @@ class Held:
 
 
 class RankPart(Settings):
-    """What a rank's marker says: its share of the manifest. Digests are of its pieces alone."""
+    """Holds a rank's share of the manifest, as its marker file has it. Digests cover its own pieces only."""
 
     files: dict[str, FileRecord]
     tensors: dict[str, Entry]

@@ -12,6 +12,7 @@ from expert_parallel.cli.checkpoint import checkpoint
 from expert_parallel.cli.convert import convert
 from expert_parallel.cli.data import data
 from expert_parallel.cli.options import ConfigFile, LogLevel, Overrides, early_config, refusals
+from expert_parallel.cli.settings import settings
 from expert_parallel.cli.study import study
 from expert_parallel.cli.surgery import experts
 from expert_parallel.runtime.process import UserError, distributed
@@ -27,6 +28,7 @@ app.add_typer(checkpoint, name="checkpoint")
 checkpoint.add_typer(experts, name="experts")
 app.add_typer(convert, name="convert")
 app.add_typer(data, name="data")
+app.command("settings")(settings)
 app.command("study")(study)
 
 

@@ -108,7 +108,7 @@ def file_sha256(path: Path) -> str:
 
 
 class Sources(Settings):
-    """sha256: of the files' own SHA-256s, in order."""
+    """Counts the files that a token file was made from. sha256: hash of the files' SHA-256s, in order."""
 
     files: int
     bytes: int
@@ -123,7 +123,8 @@ def _plain_name(name: str) -> str:
 
 
 class TokensInfo(Settings):
-    """PREFIX.json. tokenizer: `bytes`, or the name of the tokenizer.json that lies beside it. sha256: of PREFIX.bin."""
+    """Describes a token file, as PREFIX.json. tokenizer: `bytes`, or the name of a tokenizer.json in the same folder.
+    sha256: hash of PREFIX.bin."""
 
     format: Literal["expert_parallel tokens 1"] = "expert_parallel tokens 1"
     tokenizer: Annotated[str, AfterValidator(_plain_name)]

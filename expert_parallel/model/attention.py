@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
@@ -19,19 +19,25 @@ from expert_parallel.settings import Settings
 
 
 class HeadsConfig(Settings):
-    """heads * head_size need not be d_model. `num_kv_heads` (default: all heads) must divide `num_heads`. out_bias: of
-    the last matrix; null: as `bias`. sinks: see `attend_with_sinks`. window: keys that a query sees, its own and those
-    before it."""
+    """Uses multi-head attention, or grouped-query attention with fewer key than query heads (Ainslie et al. 2023)."""
 
     kind: Literal["heads"] = "heads"
     num_heads: int = Field(ge=1)
+    """Sets the number of query heads; `num_heads` times `head_size` may differ from `d_model`."""
     num_kv_heads: Annotated[int, Field(ge=1)] | None = None
-    head_size: int = Field(ge=1)
+    """Sets the number of key and value heads, which must divide `num_heads`; null is as many as query heads."""
+    head_size: int = Field(ge=1, validation_alias=AliasChoices("head_size", "head_dim"))
+    """Sets the number of columns of each head."""
     bias: bool = False
+    """Adds a bias to the query, key and value projections, and to the output projection unless `out_bias` is set."""
     out_bias: bool | None = None
+    """Adds a bias to the output projection; null does as `bias` says."""
     qk_norm: QKNormConfig | None = None
+    """Normalizes queries and keys; null leaves them as they are."""
     sinks: bool = False
+    """Adds a learned logit of each head to every softmax, as a key without a value (Xiao et al. 2023; GPT-OSS)."""
     window: Annotated[int, Field(ge=1)] | None = None
+    """Limits each query to this many tokens, itself and those before it (sliding window); null sets no limit."""
 
     @model_validator(mode="after")
     def _check_heads(self) -> "HeadsConfig":

@@ -24,12 +24,15 @@ from expert_parallel.settings import Settings
 
 
 class Sampling(Settings):
-    """temperature 0: the likeliest token each time. top_k: of the so many likeliest alone. top_p: of the fewest
-    likeliest that together have this probability (nucleus sampling, Holtzman et al. 2019). In this order."""
+    """Sets how tokens are drawn: temperature first, then `top_k`, then `top_p`."""
 
     temperature: float = Field(default=0.0, ge=0)
+    """Divides the logits by this number before tokens are drawn; 0 always takes the most probable token."""
     top_k: int | None = Field(default=None, ge=1)
+    """Draws from this many most probable tokens only; null draws from all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draws from the fewest most probable tokens whose probabilities sum to this number (nucleus sampling, Holtzman et
+    al. 2019)."""
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from expert_parallel.model.attention import Attend, causal_attention
@@ -18,17 +18,26 @@ from expert_parallel.settings import Settings
 
 
 class LatentAttentionConfig(Settings):
-    """A head's query and key have `nope_size` columns without positions and `rope_size` with rotary ones; those of the
-    key are the same for all heads. query_rank: of the queries' own latent; null: queries are made of x."""
+    """Uses multi-head latent attention: keys and values of all heads come from one latent of each token (DeepSeek-V2,
+    2024, section 2.1)."""
 
     kind: Literal["latent"]
     num_heads: int = Field(ge=1)
-    query_rank: Annotated[int, Field(ge=1)] | None = None
-    kv_rank: int = Field(ge=1)
-    nope_size: int = Field(ge=1)
-    rope_size: int = Field(ge=1)
-    value_size: int = Field(ge=1)
+    """Sets the number of heads."""
+    query_rank: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, validation_alias=AliasChoices("query_rank", "q_lora_rank")
+    )
+    """Sets the number of columns of the queries' latent; null projects queries from the input without a latent."""
+    kv_rank: int = Field(ge=1, validation_alias=AliasChoices("kv_rank", "kv_lora_rank"))
+    """Sets the number of columns of the latent that keys and values are projected from."""
+    nope_size: int = Field(ge=1, validation_alias=AliasChoices("nope_size", "qk_nope_head_dim"))
+    """Sets the number of columns of each head's query and key without rotary positions."""
+    rope_size: int = Field(ge=1, validation_alias=AliasChoices("rope_size", "qk_rope_head_dim"))
+    """Sets the number of columns of each head's query with rotary positions; all heads share those of the key."""
+    value_size: int = Field(ge=1, validation_alias=AliasChoices("value_size", "v_head_dim"))
+    """Sets the number of columns of each head's value."""
     norm_eps: float = Field(default=1e-6, gt=0)
+    """Sets the epsilon of the latents' norms."""
     qk_norm: ClassVar[None] = None  # not a setting: the latents are normed instead
 
     @property

@@ -12,21 +12,25 @@ from expert_parallel.settings import Settings
 
 
 class LinearScaling(Settings):
-    """All frequencies divided by `factor`: position interpolation (Chen et al. 2023)."""
+    """Divides all rotary frequencies by `factor`: position interpolation (Chen et al. 2023)."""
 
     kind: Literal["linear"]
     factor: float = Field(ge=1)
+    """Divides the frequencies; it is the new context length over the original one."""
 
 
 class Llama3Scaling(Settings):
-    """Frequencies that turn less than `low_frequency_factor` times in `original_length` tokens are divided by `factor`,
-    those that turn more than `high_frequency_factor` times stay, those between are mixed (Llama 3.1)."""
+    """Divides low rotary frequencies by `factor`, keeps high ones, and interpolates between them (Llama 3.1)."""
 
     kind: Literal["llama3"]
     factor: float = Field(ge=1)
+    """Divides the low frequencies; it is the new context length over the original one."""
     low_frequency_factor: float = Field(gt=0)
+    """Divides frequencies that make fewer turns than this in `original_length` tokens."""
     high_frequency_factor: float = Field(gt=0)
+    """Keeps frequencies that make more turns than this in `original_length` tokens."""
     original_length: int = Field(ge=1)
+    """Sets the context length, in tokens, that the model was trained with before scaling."""
 
     @model_validator(mode="after")
     def _check_band(self) -> "Llama3Scaling":
@@ -39,30 +43,34 @@ class Llama3Scaling(Settings):
 
 
 class YarnScaling(Settings):
-    """YaRN (Peng et al. 2023): pairs that turn more than `beta_fast` times in `original_length` tokens stay, those that
-    turn less than `beta_slow` times are divided by `factor`, a ramp over the pairs between. truncate: the ramp begins
-    and ends at whole pairs.
-
-    cos and sin are multiplied by attention_factor. If null: 0.1 ln(factor) + 1, or with mscale and mscale_all_dim the
-    quotient of 0.1 mscale ln(factor) + 1 and the same of mscale_all_dim (DeepSeek).
-    """
+    """Divides slow rotary pairs by `factor`, keeps fast ones, and ramps between them: YaRN (Peng et al. 2023)."""
 
     kind: Literal["yarn"]
     factor: float = Field(ge=1)
+    """Divides the frequencies of slow pairs; it is the new context length over the original one."""
     original_length: int = Field(ge=1)
+    """Sets the context length, in tokens, that the model was trained with before scaling."""
     beta_fast: float = Field(default=32.0, gt=0)
+    """Keeps pairs that make more turns than this in `original_length` tokens."""
     beta_slow: float = Field(default=1.0, gt=0)
+    """Divides pairs that make fewer turns than this in `original_length` tokens."""
     attention_factor: Annotated[float, Field(gt=0)] | None = None
+    """Multiplies cos and sin; null is (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1) if both are
+    given, and else 0.1 ln(factor) + 1."""
     mscale: Annotated[float, Field(ge=0)] | None = None
+    """Sets the numerator's coefficient in the default of `attention_factor` (DeepSeek-V2)."""
     mscale_all_dim: Annotated[float, Field(ge=0)] | None = None
+    """Sets the denominator's coefficient in the default of `attention_factor`; with `kind: latent` it also scales the
+    attention logits (DeepSeek-V2)."""
     truncate: bool = True
+    """Rounds the ramp's ends to whole pairs."""
 
     @model_validator(mode="after")
     def _check_ramp(self) -> "YarnScaling":
         if self.beta_fast <= self.beta_slow:
             raise ValueError(
-                f"beta_fast ({self.beta_fast:g}) must be larger than beta_slow ({self.beta_slow:g}): of turns in "
-                "original_length tokens"
+                f"beta_fast ({self.beta_fast:g}) must be larger than beta_slow ({self.beta_slow:g}): both count turns "
+                "in original_length tokens"
             )
         return self
 
@@ -71,18 +79,21 @@ Scaling = Annotated[YarnScaling | Llama3Scaling | LinearScaling, Field(discrimin
 
 
 class RopeConfig(Settings):
-    """Rotary positions: Su et al. 2021, in the half-split form of GPT-NeoX and Llama."""
+    """Uses rotary positions (Su et al. 2021), in the half-split form of GPT-NeoX and Llama."""
 
     kind: Literal["rope"] = "rope"
     theta: float = Field(default=10000.0, gt=1)
+    """Sets the base of the rotary frequencies."""
     scaling: Scaling | None = None
+    """Scales the rotary frequencies for contexts longer than the original one; null leaves them as they are."""
 
 
 class LearnedPositionConfig(Settings):
-    """One learned vector a position, added to the embedding."""
+    """Adds a learned vector of each position to the embedding."""
 
     kind: Literal["learned"]
     max_length: int = Field(ge=1)
+    """Sets the number of positions, at least `training.sequence_length`."""
 
 
 PositionConfig = Annotated[RopeConfig | LearnedPositionConfig, Field(discriminator="kind")]

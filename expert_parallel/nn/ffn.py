@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from expert_parallel.settings import Settings
@@ -43,11 +43,14 @@ def ffn_params(d_model: int, hidden: int, activation: str, bias: bool) -> int:
 
 
 class FFNConfig(Settings):
-    """y = activation(x W_in + b_in) W_out + b_out."""
+    """Describes a feed-forward network: y = activation(x W_in + b_in) W_out + b_out."""
 
-    hidden: int = Field(ge=1)
+    hidden: int = Field(ge=1, validation_alias=AliasChoices("hidden", "ffn_hidden_size"))
+    """Sets the width between the two matrices, that of one half for gated activations."""
     activation: Activation = "swiglu"
+    """Sets the activation; `swiglu`, `geglu` and `gpt_oss` are gated (Shazeer 2020)."""
     bias: bool = False
+    """Adds biases to both matrices."""
 
     def num_params(self, d_model: int) -> int:
         return ffn_params(d_model, self.hidden, self.activation, self.bias)

@@ -23,59 +23,66 @@ Degree = Annotated[int, Field(ge=1)]
 
 
 class ReplicatedConfig(Settings):
-    """All data ranks keep all weights of their part of the model."""
+    """Replicates the weights on all data ranks."""
 
     kind: Literal["replicated"] = "replicated"
 
 
 class ShardedConfig(Settings):
-    """Weights, gradients and optimizer state are divided over the data ranks (FSDP2): dense ones over dp x cp, experts
-    over edp.
-
-    shards: over so many neighbouring ranks of dp x cp; the others hold replicas (hybrid: sharded within a node,
-    replicated between). Default: all. expert_shards: the same for edp; default: as many as lie within the ranks that
-    `shards` takes. reshard_after_forward: weights are gathered again for the backward pass: less memory, more bytes.
-    """
+    """Shards weights, gradients and optimizer state over the data ranks (FSDP2): dense ones over dp x cp, experts over
+    edp."""
 
     kind: Literal["sharded"]
     shards: Degree | None = None
+    """Shards dense weights over this many neighboring ranks of dp x cp and replicates them between (hybrid sharding);
+    null shards them over all."""
     expert_shards: Degree | None = None
+    """Shards experts over this many neighboring ranks of edp and replicates them between; null takes as many as lie
+    within the ranks of `shards`."""
     reshard_after_forward: bool = True
+    """Frees gathered weights after the forward pass and gathers them again for the backward pass: less memory, more
+    bytes sent."""
 
 
 class OneForwardOneBackwardConfig(Settings):
-    """Each rank one stage; its forward and backward passes alternate. Narayanan et al. 2021, section 2.2.1."""
+    """Gives each rank one stage and alternates forward and backward passes (Narayanan et al. 2021, section 2.2.1)."""
 
     kind: Literal["1f1b"] = "1f1b"
 
 
 class InterleavedConfig(Settings):
-    """Each rank several stages, dealt out in turn: a smaller bubble, more exchanges. Narayanan et al. 2021, 2.2.2."""
+    """Gives each rank several stages: a smaller bubble, more exchanges (Narayanan et al. 2021, section 2.2.2)."""
 
     kind: Literal["interleaved"]
     stages_per_rank: int = Field(default=2, ge=2)
+    """Sets the number of stages of each rank (Megatron-Core's virtual pipeline size)."""
 
 
 class ParallelConfig(Settings):
-    """dp and edp are what is left of the world: world = dp * cp * tp * pp = edp * ep * etp * pp.
+    """Sets the degrees of parallelism; dp and edp follow from world = dp * cp * tp * pp = edp * ep * etp * pp."""
 
-    order, expert_order: the grids' axes, outermost first.
-    """
-
-    cp: Degree = Field(default=1, description="context parallel: ranks over which each sequence is divided")
-    tp: Degree = Field(default=1, description="tensor parallel: ranks over which dense matrices are divided")
-    pp: Degree = Field(default=1, description="pipeline parallel: ranks over which the blocks are divided")
-    ep: Degree = Field(default=1, description="expert parallel: ranks over which the experts are divided")
-    etp: Degree = Field(default=1, description="expert tensor parallel: ranks over which each expert is divided")
+    cp: Degree = 1
+    """Divides each sequence over this many ranks (context parallelism)."""
+    tp: Degree = 1
+    """Divides dense matrices over this many ranks (tensor parallelism)."""
+    pp: Degree = 1
+    """Divides the blocks over this many ranks (pipeline parallelism)."""
+    ep: Degree = 1
+    """Divides the experts over this many ranks (expert parallelism)."""
+    etp: Degree = 1
+    """Divides each expert's matrices over this many ranks (expert tensor parallelism)."""
     order: list[Literal["pp", "dp", "cp", "tp"]] = Field(default_factory=lambda: list(DENSE_ORDER))  # type: ignore[arg-type]
+    """Orders the axes of the dense parts' rank grid, outermost first."""
     expert_order: list[Literal["edp", "ep", "etp"]] = Field(default_factory=lambda: list(EXPERT_ORDER))  # type: ignore[arg-type]
-    ranks_per_node: Degree | None = Field(
-        default=None, description="consecutive ranks that share a machine; default: as the launcher says"
-    )
+    """Orders the axes of the experts' rank grid, outermost first."""
+    ranks_per_node: Degree | None = None
+    """Sets the number of consecutive ranks that share a machine; null takes it from the launcher."""
     data: Annotated[ReplicatedConfig | ShardedConfig, Field(discriminator="kind")] = ReplicatedConfig()
+    """Chooses whether data ranks replicate or shard the weights."""
     pipeline: Annotated[OneForwardOneBackwardConfig | InterleavedConfig, Field(discriminator="kind")] = (
         OneForwardOneBackwardConfig()
     )
+    """Chooses the pipeline schedule."""
 
     @model_validator(mode="after")
     def _name_each_axis_once(self) -> "ParallelConfig":
@@ -92,7 +99,7 @@ class ParallelConfig(Settings):
         return self.pipeline.stages_per_rank if isinstance(self.pipeline, InterleavedConfig) else 1
 
     def degrees(self, world_size: int) -> "ParallelDegrees":
-        """ValueError where the world does not fit."""
+        """Returns the degrees of a world. Raises a ValueError if its size does not fit."""
         degrees = ParallelDegrees(
             world_size, self.cp, self.tp, self.pp, self.ep, self.etp, tuple(self.order), tuple(self.expert_order)
         )

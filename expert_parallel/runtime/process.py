@@ -56,18 +56,20 @@ CARRIERS = {
 
 
 class RuntimeConfig(Settings):
-    """backend: what carries the tensors; auto: nccl on GPUs, gloo on CPUs. mpi: the library of mpirun, through mpi4py.
-
-    timeout_seconds: how long a collective waits for a rank before it fails, in every group. rendezvous_seconds: how
-    long the ranks wait for each other at the start. wait_for_nodes_seconds: in an elastic run, how long ranks that the
-    degrees of parallelism do not fit wait for other nodes.
-    """
+    """Sets the device, the communication backend, and how long ranks wait for each other."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Sets the device that ranks compute on; `auto` takes GPUs if there are any."""
     backend: Literal["auto", "gloo", "nccl", "mpi"] = "auto"
+    """Sets the communication backend for tensors; `auto` is nccl on GPUs and gloo on CPUs, `mpi` is the library of
+    mpirun, through mpi4py."""
     timeout_seconds: float = Field(default=600.0, gt=0, le=1e6)
+    """Sets how long a collective waits for a rank before it fails, in seconds."""
     rendezvous_seconds: float = Field(default=300.0, gt=0, le=1e6)
+    """Sets how long ranks wait for each other at the start, in seconds."""
     wait_for_nodes_seconds: float = Field(default=0.0, ge=0, le=1e6)
+    """Sets how long the ranks of an elastic run wait for further nodes if the degrees of parallelism do not fit their
+    number, in seconds."""
 
 
 @dataclass(frozen=True)

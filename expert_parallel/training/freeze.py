@@ -17,19 +17,21 @@ from expert_parallel.settings import Settings
 
 
 class AllTrainable(Settings):
-    """Every weight."""
+    """Trains every weight."""
 
     kind: Literal["all"] = "all"
 
 
 class ExpertsTrainable(Settings):
-    """Some experts alone, by their global numbers, in `blocks` (default: all MoE blocks). `router: chosen` lets their
-    own rows of the router train too, and balance biases move."""
+    """Trains chosen experts and freezes all other weights."""
 
     kind: Literal["experts"]
     experts: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    """Lists the trained experts by their numbers in a layer, counted from 0."""
     blocks: list[int] | None = None
+    """Lists the MoE blocks whose experts are trained; null is all of them."""
     router: Literal["frozen", "chosen"] = "frozen"
+    """Freezes the router, or trains its rows of the chosen experts and updates the balance bias (`chosen`)."""
 
 
 TrainableConfig = Annotated[AllTrainable | ExpertsTrainable, Field(discriminator="kind")]

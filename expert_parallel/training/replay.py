@@ -38,17 +38,19 @@ class MoEPlace:
 
 
 class RecordConfig(Settings):
-    """Writes every step's choices to `folder`."""
+    """Records the experts of every token in every step."""
 
     kind: Literal["record"]
     folder: str = Field(min_length=1)
+    """Sets the folder that the record is written to."""
 
 
 class PlayConfig(Settings):
-    """Takes every step's choices from `folder`, recorded by a run with the same data, steps and MoE layers."""
+    """Replays the experts of every token from a record, made by a run with the same data, steps and MoE layers."""
 
     kind: Literal["play"]
     folder: str = Field(min_length=1)
+    """Sets the folder that the record is read from."""
 
 
 RoutingConfig = Annotated[RecordConfig | PlayConfig, Field(discriminator="kind")]

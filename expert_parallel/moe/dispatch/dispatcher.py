@@ -28,7 +28,7 @@ from expert_parallel.settings import Settings
 
 
 class LocalConfig(Settings):
-    """All experts on this rank: no exchange. Outputs are added in choice order."""
+    """Keeps all tokens on this rank, which has all experts; outputs are added in the order of the choices."""
 
     kind: Literal["local"]
     # Not settings of this kind: the values that those of the other kinds would have without an exchange.
@@ -38,41 +38,39 @@ class LocalConfig(Settings):
 
 
 class ExchangeSettings(Settings):
-    """exchange_dtype: rows travel as the model has them, or as `bfloat16` (half the bytes of float32 experts, rounded).
-
-    overlap: a pass's tokens travel in this many chunks, each while the experts compute another, forward and backward.
-    1: all at once. More pays where the exchange is slow beside the experts.
-    """
+    """Is the base class of dispatchers that exchange tokens between ranks."""
 
     exchange_dtype: Literal["model", "bfloat16"] = "model"
+    """Sends rows in the model's dtype, or rounded to bfloat16 (half the bytes of float32)."""
     overlap: int = Field(default=1, ge=1)
+    """Splits a pass into this many chunks, so that the exchange of one overlaps the experts' computation of another,
+    forward and backward."""
 
 
 class AllToAllConfig(ExchangeSettings):
-    """Variable-size all-to-all over the expert-parallel group.
-
-    `one_row_per: rank`: a token goes to a rank once, whatever its top-k. `choice`: once for each choice: more bytes,
-    and outputs bit-equal for every ep over the same tokens (on the CPU, one thread; see moe/README.md).
-    """
+    """Sends tokens by a variable-size all-to-all over the expert-parallel group."""
 
     kind: Literal["all_to_all"] = "all_to_all"
     one_row_per: Literal["rank", "choice"] = "rank"
+    """Sends a token once to each rank that has experts of it (`rank`), or once for each choice (`choice`: more bytes,
+    and outputs that are bit-equal for every ep on the CPU with one thread)."""
 
 
 class AllGatherConfig(ExchangeSettings):
-    """Every rank gets every token of the group, and returns what its experts made of those that chose them. For small
-    groups, or where most tokens go to most ranks anyway (Megatron-Core's allgather dispatcher)."""
+    """Sends every token to every rank of the expert-parallel group, for small groups or large k (Megatron-Core's
+    allgather dispatcher)."""
 
     kind: Literal["all_gather"]
     one_row_per: ClassVar[Literal["rank"]] = "rank"  # not a setting of this kind: a rank gets each row once
 
 
 class HierarchicalConfig(ExchangeSettings):
-    """Two hops: between nodes, to the rank with this one's place; then within that node. A token crosses to a node at
-    most once, and to a rank of it at most once (as Tutel's 2D all-to-all and DeepEP do)."""
+    """Sends tokens in two steps, first between nodes and then within a node, and at most once to each node (Tutel's 2D
+    all-to-all, DeepEP)."""
 
     kind: Literal["hierarchical"]
     one_row_per: Literal["rank", "choice"] = "rank"
+    """Sends a token once to each node and rank that has experts of it (`rank`), or once for each choice (`choice`)."""
 
 
 DispatcherConfig = Annotated[

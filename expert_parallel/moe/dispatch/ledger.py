@@ -23,11 +23,13 @@ _TAG_BYTES = 16
 
 
 class LedgerConfig(Settings):
-    """`counts`: choices and rows are counted and compared, always. `rows`: each row carries a tag and a content sum,
-    checked where it arrives. `breach`: whether one ends the run, or warns and goes on."""
+    """Checks that every row sent between ranks arrives, forward and backward."""
 
     kind: Literal["counts", "rows"] = "counts"
+    """Compares numbers of choices and rows (`counts`), or also a tag and a checksum of each row, 16 bytes more
+    (`rows`)."""
     breach: Literal["error", "warn"] = "error"
+    """Ends the run when a check fails (`error`), or warns and continues (`warn`)."""
 
 
 class LedgerBreach(RuntimeError):
