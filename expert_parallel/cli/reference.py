@@ -143,7 +143,8 @@ def _type(schema: JsonSchemaValue) -> tuple[str, str]:
     nonempty = "not empty" if schema.get("minLength") else ""
     pattern = f"`{schema['pattern']}`" if "pattern" in schema else ""
     allowed = ", ".join(filter(None, (lowest, above, highest, below, nonempty, pattern)))
-    return TYPES.get(schema.get("type", ""), schema.get("type", "any")), allowed
+    name = str(schema.get("type", "any"))
+    return TYPES.get(name, name), allowed
 
 
 # ---------------------------------------------------------------------------------------------------------------------

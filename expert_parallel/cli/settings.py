@@ -44,7 +44,8 @@ def reference_files() -> dict[str, str]:
 def overview() -> list[str]:
     """Returns a line for each block, and for each setting outside of blocks."""
     lines: list[str] = []
-    title, paths = "", set()
+    paths: set[str] = set()
+    title = ""
     for section in all_sections():
         if section.title != title:
             title = section.title
