@@ -526,7 +526,7 @@ YARN_SETTINGS = {"kind": "yarn", "factor": 2.0, "original_length": 16}
         ),
         (
             {"position": {"kind": "learned", "max_length": 9}, "attention": LATENT},
-            "position.kind is 'learned', but attention.kind 'latent' has rotary positions alone",
+            "position.kind is 'learned', but attention.kind 'latent' supports only rotary positions",
         ),
     ],
 )

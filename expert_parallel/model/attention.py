@@ -55,17 +55,17 @@ class HeadsConfig(Settings):
 
     @property
     def rope_columns(self) -> tuple[str, int]:
-        """What rotary positions turn: the setting, and how many columns of a head."""
+        """Returns the setting of the columns of a head that have rotary positions, and their number."""
         return "head_size", self.head_size
 
     @property
     def values_kept(self) -> int:
-        """Numbers a token that the backward pass needs: queries, keys, values, and what comes of them."""
+        """Returns the numbers per token that the backward pass needs: queries, keys, values and the heads' outputs."""
         return (2 * self.num_heads + 2 * self.kv_heads) * self.head_size
 
     @property
     def products_per_key(self) -> int:
-        """Multiplications of a token with each key that it sees, and with its value, in all heads."""
+        """Returns the multiplications of a token with each key that it attends to and its value, over all heads."""
         return 2 * self.num_heads * self.head_size
 
     def num_params(self, d_model: int) -> int:

@@ -79,7 +79,7 @@ Blocks = Annotated[AllBlocks | EveryNth | AllButFirst | ListedBlocks, Field(disc
 
 
 def _check_blocks(name: str, pattern: Blocks, num_layers: int, what: str) -> None:
-    """ValueError unless the pattern selects blocks that there are, each once. what: the setting that is for them."""
+    """Raises a ValueError unless the pattern selects existing blocks, each once. what: the setting for them."""
     blocks = pattern.blocks(num_layers)
     if len(set(blocks)) < len(blocks):
         raise ValueError(f"{name}.indices names a block twice: {blocks}")
@@ -92,7 +92,7 @@ def _check_blocks(name: str, pattern: Blocks, num_layers: int, what: str) -> Non
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """The parameters of a model or of a part of it. experts: of routed experts; dense: of everything else."""
+    """Counts the parameters of a model or of a part of it: those of routed experts, and all others (dense)."""
 
     dense: int
     experts: int
@@ -138,11 +138,11 @@ class ModelConfig(Settings):
 
     @property
     def moe_layers(self) -> list[int]:
-        """Numbers of the blocks whose feed-forward is a MoE layer."""
+        """Returns the numbers of the blocks whose feed-forward network is a MoE layer."""
         return self.moe_blocks.blocks(self.num_layers) if self.moe is not None else []
 
     def attention_of(self, layer: int) -> AttentionConfig:
-        """A block's own settings: without the window, where window_blocks leaves the block out."""
+        """Returns a block's attention settings, without the window if window_blocks does not select the block."""
         attention = self.attention
         if isinstance(attention, HeadsConfig) and layer not in self.window_blocks.blocks(self.num_layers):
             return attention.model_copy(update={"window": None})
@@ -227,7 +227,7 @@ class ModelConfig(Settings):
                 raise ValueError(f"attention.{name} ({size}) must be even for position.kind rope")
         elif not isinstance(attention, HeadsConfig):
             raise ValueError(
-                f"position.kind is {position.kind!r}, but attention.kind 'latent' has rotary positions alone"
+                f"position.kind is {position.kind!r}, but attention.kind 'latent' supports only rotary positions"
             )
         if isinstance(self.window_blocks, AllBlocks):
             return self

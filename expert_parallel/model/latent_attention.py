@@ -42,7 +42,7 @@ class LatentAttentionConfig(Settings):
 
     @property
     def key_size(self) -> int:
-        """Of a head's query and key."""
+        """Returns the number of columns of a head's query and key."""
         return self.nope_size + self.rope_size
 
     @property
@@ -51,17 +51,17 @@ class LatentAttentionConfig(Settings):
 
     @property
     def rope_columns(self) -> tuple[str, int]:
-        """What rotary positions turn: the setting, and how many columns of a head."""
+        """Returns the setting of the columns of a head that have rotary positions, and their number."""
         return "rope_size", self.rope_size
 
     @property
     def values_kept(self) -> int:
-        """Numbers a token that the backward pass needs: queries, keys, values, and what comes of them."""
+        """Returns the numbers per token that the backward pass needs: queries, keys, values and the heads' outputs."""
         return self.num_heads * 2 * (self.key_size + self.value_size)
 
     @property
     def products_per_key(self) -> int:
-        """Multiplications of a token with each key that it sees, and with its value, in all heads."""
+        """Returns the multiplications of a token with each key that it attends to and its value, over all heads."""
         return self.num_heads * (self.key_size + self.value_size)
 
     def num_params(self, d_model: int) -> int:
