@@ -206,9 +206,8 @@ class SettingsSchema(GenerateJsonSchema):
         result["description"] = _summary(block)
         required = set(result.get("required", ()))
         for name, part in list(result["properties"].items()):
-            part["description"] = _one_line(
-                part.get("description", _summary(block))
-            )  # a `kind` without a text is the class
+            # A `kind` without a text of its own has that of its class.
+            part["description"] = _one_line(part.get("description", _summary(block)))
             if alias := alias_of(block, name):
                 result["properties"][alias] = part | {"description": f"Another name of `{name}`. {part['description']}"}
                 result.setdefault("allOf", []).append(

@@ -24,7 +24,7 @@ def count_keys(keys_N: Tensor, num_keys: int) -> Tensor:
 
 def stable_argsort(keys_N: Tensor, num_keys: int) -> Tensor:
     """The order that sorts keys of 0 to num_keys - 1, equal ones as they stood; int64. On the CPU, numpy's radix sort
-    of 16-bit numbers: ten times as fast as torch's sort (moe/README.md, log)."""
+    of 16-bit numbers: ten times as fast as torch's sort (moe/MEASUREMENTS.md, log)."""
     if keys_N.device.type == "cpu" and num_keys <= 2**15:
         return torch.from_numpy(np.argsort(keys_N.to(torch.int16).numpy(), kind="stable"))
     return keys_N.argsort(stable=True)

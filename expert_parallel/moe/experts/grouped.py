@@ -58,7 +58,7 @@ def takes_grouped_mm(dtype: torch.dtype, device: torch.device, sizes: tuple[int,
 
 def choose_backend(config: ExpertsConfig, dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> str:
     """The backend that runs: the one that is set; for `auto` bmm where a CPU multiplies bfloat16, else grouped_mm where
-    it can (moe/README.md, log)."""
+    it can (moe/MEASUREMENTS.md, log)."""
     if config.backend != "auto":
         return config.backend
     if device.type == "cpu" and dtype == torch.bfloat16 and multiplies_bfloat16():

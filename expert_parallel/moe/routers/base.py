@@ -106,7 +106,8 @@ def best(ranking_TE: Tensor, k: int) -> Tensor:
 
 
 def best_one_by_one(ranking_TE: Tensor, k: int) -> Tensor:
-    """`best` for few of many on the CPU: k times the first largest that is left, by numpy (moe/README.md, log)."""
+    """`best` for few of many on the CPU: k times the first largest that is left, by numpy (log in
+    moe/MEASUREMENTS.md)."""
     num_tokens, num_experts = ranking_TE.shape
     lowest = torch.finfo(ranking_TE.dtype).min  # so that nothing is as small as what has been taken
     left_TE = ranking_TE.detach().clamp(min=lowest).contiguous().numpy()
