@@ -349,7 +349,7 @@ def fake_mesh() -> ParallelMesh:
 def test_ranks_that_write_the_same_twice_are_refused(tmp_path: Path) -> None:
     messages = run_ranks(2, save_with_a_doubled_part, tmp_path)
     assert messages[0] == messages[1]
-    assert "is doubled: the pieces at" in messages[0]
+    assert "is covered twice: the shards at" in messages[0]
     assert list(tmp_path.iterdir()) == []
 
 
