@@ -11,7 +11,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from expert_parallel.cli.options import refusals
-from expert_parallel.data.prepare import Progress
+from expert_parallel.data.prepare import PrepareProgress
 
 PLAIN_SECONDS = 10  # between two lines of progress, where there is no terminal
 
@@ -73,12 +73,12 @@ def inspect_command(
 
 
 @contextmanager
-def progress_line() -> Iterator[Callable[[Progress], None]]:
+def progress_line() -> Iterator[Callable[[PrepareProgress], None]]:
     """A line that moves, on a terminal; elsewhere a plain one every so often."""
     if not sys.stderr.isatty():
         last = begin = time.perf_counter()
 
-        def print_line(now: Progress) -> None:
+        def print_line(now: PrepareProgress) -> None:
             nonlocal last
             if time.perf_counter() - last >= PLAIN_SECONDS:
                 last = time.perf_counter()
@@ -93,12 +93,12 @@ def progress_line() -> Iterator[Callable[[Progress], None]]:
     with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task, begin = bar.add_task("reading", total=None), time.perf_counter()
 
-        def move(now: Progress) -> None:
+        def move(now: PrepareProgress) -> None:
             text = _counts(now, time.perf_counter() - begin)
             bar.update(task, completed=now.bytes_done, total=now.bytes_in_all, description=text)
 
         yield move
 
 
-def _counts(now: Progress, seconds: float) -> str:
+def _counts(now: PrepareProgress, seconds: float) -> str:
     return f"{now.num_documents:,} documents, {now.num_tokens:,} tokens, {now.num_tokens / seconds:,.0f}/s"
