@@ -526,7 +526,8 @@ def test_damage_is_refused_by_name_before_anything_is_changed(damage: str, tmp_p
     fresh = build_model(CONFIG, seed=9).state_dict()
     assert is_seen_late or all(torch.equal(tensor, fresh[name]) for name, tensor in model.state_dict().items())
     result = CliRunner().invoke(app, ["checkpoint", "verify", str(path)])
-    assert result.exit_code == 1
+    of_another_version = damage in ("the first format", "a newer format", "a config of a newer version")
+    assert result.exit_code == (2 if of_another_version else 1)
     assert message in result.stderr
 
 
@@ -733,7 +734,7 @@ def test_diff(tmp_path: Path) -> None:
     flip(second / SHARD)  # not seen, and not claimed
     result = invoke("diff", first, second)
     assert result.exit_code == 0
-    equal = f"all {COUNT} are equal, by the digests in their manifests (`checkpoint verify` reads the files)"
+    equal = f"all {COUNT} are equal according to the digests in the manifests (`checkpoint verify` reads the files)"
     assert f"tensors: {equal}\n" in result.stdout
     assert "bit for bit" not in result.stdout
     content[W_IN] = content[W_IN].clone()

@@ -340,7 +340,7 @@ def test_wrong_files_and_arguments(tmp_path: Path) -> None:
     assert message == f"error: {tmp_path}/t.json has no token '</s>' to end documents with"
     text = (tmp_path / "t.json").read_text().replace("<|endoftext|>", "<|fin|>")
     (tmp_path / "u.json").write_text(text)
-    assert "no known token that ends a document: name it with --end-token" in refused(
+    assert "no known token that ends a document: use --end-token" in refused(
         tmp_path, good, "--tokenizer", tmp_path / "u.json"
     )
     assert "4 documents, all of them empty" in refused(tmp_path, write_jsonl(tmp_path / "n.jsonl", [""] * 4))

@@ -91,6 +91,10 @@ class Manifest(Settings):
         return "{\n " + ",\n ".join(blocks) + "\n}\n"
 
 
+class UnsupportedFormatError(ValueError):
+    """Says that another version of this package wrote the manifest, which need not be damaged."""
+
+
 def sealed(tree: dict[str, Any]) -> dict[str, Any]:
     """Adds the SHA-256 of all other keys to a manifest's JSON, replacing one that is there."""
     rest = {key: value for key, value in tree.items() if key != SHA256}
@@ -108,9 +112,9 @@ def read_manifest(folder: Path) -> Manifest:
     number = tree.get("format") if isinstance(tree, dict) else None
     if not isinstance(number, int):
         raise ValueError(f"{folder}: {MANIFEST} is damaged: its format is {number!r}, not a number")
-    refuse_newer(f"{folder}: the format of {MANIFEST}", number, FORMAT)
+    _refuse_newer(f"{folder}: the format of {MANIFEST}", number, FORMAT)
     if number < FORMAT:
-        raise ValueError(
+        raise UnsupportedFormatError(
             f"{folder}: the format of {MANIFEST} is {number}, older than {FORMAT}, the oldest that this installation "
             "reads: use the expert-parallel that wrote it"
         )
@@ -125,7 +129,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(manifest.config.get("model"), dict):
         raise ValueError(f"{folder}: {MANIFEST} does not describe its model: its config has no mapping `model`")
     if isinstance(version := manifest.config.get("version"), int):
-        refuse_newer(f"{folder}: the version of the config in {MANIFEST}", version, CONFIG_VERSION)
+        _refuse_newer(f"{folder}: the version of the config in {MANIFEST}", version, CONFIG_VERSION)
     if step_of(folder) not in (None, manifest.step):
         raise ValueError(
             f"{folder} has the name of step {step_of(folder)}, its {MANIFEST} is of step {manifest.step}: "
@@ -133,6 +137,13 @@ def read_manifest(folder: Path) -> Manifest:
         )
     check_pieces(f"{folder}", manifest)
     return manifest
+
+
+def _refuse_newer(what: str, found: int, newest: int) -> None:
+    try:
+        refuse_newer(what, found, newest)
+    except ValueError as error:
+        raise UnsupportedFormatError(str(error)) from None
 
 
 def check_pieces(what: str, manifest: Manifest) -> None:

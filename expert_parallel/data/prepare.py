@@ -107,9 +107,7 @@ def prepare(
                 with writing(prefix):
                     kept.write_bytes(content)
         if known.end_id is None:
-            raise ValueError(
-                f"--tokenizer {tokenizer} has no known token that ends a document: name it with --end-token"
-            )
+            raise ValueError(f"--tokenizer {tokenizer} has no known token that ends a document: use --end-token")
         dtype = smallest_dtype(known.vocab_size)
         digests = in_order(submit, file_sha256, found, ahead=2 * workers)
         sources = Sources(

@@ -180,6 +180,7 @@ def describe(config: Config, world_size: int | None) -> str:
 
 
 def describe_memory(config: Config, degrees: ParallelDegrees) -> str:
+    """Formats the memory estimate of the rank that needs most."""
     state, gathered = state_bytes_of_rank(config, degrees), gathered_bytes_of_rank(config, degrees)
     activations = activation_bytes_of_rank(config, degrees)
     text = f"{state / GIB:.2f} GiB weights, gradients and optimizer; about {activations / GIB:.2f} GiB activations"

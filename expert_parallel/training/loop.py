@@ -325,6 +325,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Excludes the time spent inside the context."""
         begin = time.perf_counter()
         yield
         self.start += time.perf_counter() - begin
