@@ -1,4 +1,4 @@
-"""Defines the config's `data` block: what a run trains on, whether documents are kept apart, and what is held out."""
+"""The config's `data` block: what a run trains on, how documents are kept apart, and what is held out."""
 
 import platform
 from typing import Annotated, Any, Literal

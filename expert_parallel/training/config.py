@@ -1,4 +1,4 @@
-"""Defines the config of a run as a tree of the packages' config classes, and validates what no part can check alone."""
+"""A run's config is the rooms' config classes as one tree; what no room can check alone is refused here."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,7 +124,7 @@ class Config(Settings):
         if self.run.sample is not None and training.sequence_length < 2:
             raise ValueError(
                 f"run.sample is given but training.sequence_length ({training.sequence_length}) is smaller than 2: it "
-                "is the number of tokens that the model sees when it generates"
+                "is how many tokens the model sees when it writes"
             )
         if isinstance(self.parallel.pipeline, InterleavedConfig) and self.parallel.pp == 1:
             raise ValueError("parallel.pipeline.kind is 'interleaved' but parallel.pp is 1: there is no pipeline")
@@ -154,7 +154,7 @@ class Config(Settings):
         capacity, dispatcher = model.moe.capacity, model.moe.dispatcher
         if isinstance(training.routing, PlayConfig) and isinstance(capacity, LimitSettings) and capacity.pad:
             raise ValueError(
-                "model.moe.capacity.pad is true but training.routing.kind is 'play': the recorded choices may not "
+                "model.moe.capacity.pad is true but training.routing.kind is 'play': what was recorded may not "
                 "fit into this capacity; set model.moe.capacity.pad to false, the result is the same"
             )
         if training.dtype == "bfloat16" and dispatcher.exchange_dtype == "bfloat16":
@@ -180,18 +180,14 @@ class Config(Settings):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file, applies overrides (`dotted.key=value`, the value as YAML), and validates the result.
-
-    Raises ValueError: one sentence with the path of the setting.
-    """
+    """Reads, overrides (`dotted.key=value`, the value as YAML), validates. ValueError: one sentence with the path."""
     return read_settings(Config, load_tree(path, overrides), str(path))
 
 
 def read_config(tree: dict[str, Any], where: str) -> Config:
-    """Validates a tree of settings. `where` names its source in error messages."""
     return read_settings(Config, tree, where)
 
 
 def dump_config(config: Config) -> str:
-    """Returns the resolved config as YAML; `load_config` of it gives an equal config."""
+    """The resolved config as YAML; `load_config` of it gives the same config."""
     return dump_tree(config.model_dump(mode="json"))

@@ -27,7 +27,7 @@ EngineConfig = Annotated[NativeConfig | DeepSpeedConfig, Field(discriminator="ki
 
 
 def refuse_engine(engine: EngineConfig, parallel: ParallelConfig, *, dtype: str, writes_sample: bool) -> None:
-    """Raises ValueError if the engine does not support the other settings. writes_sample: `run.sample` is set."""
+    """ValueError where the engine cannot run what the other settings ask for. writes_sample: `run.sample` is given."""
     if isinstance(engine, NativeConfig):
         return
     chosen, stage = "training.engine.kind is 'deepspeed'", engine.zero_stage
@@ -35,9 +35,7 @@ def refuse_engine(engine: EngineConfig, parallel: ParallelConfig, *, dtype: str,
         raise ValueError(f"{chosen} but training.dtype is 'float64': DeepSpeed reduces gradients in float32 at most")
     for name in ("tp", "pp", "etp"):
         if (degree := getattr(parallel, name)) > 1:
-            raise ValueError(
-                f"{chosen} but parallel.{name} is {degree}: this engine supports only data and expert parallelism"
-            )
+            raise ValueError(f"{chosen} but parallel.{name} is {degree}: this engine divides data and experts alone")
     if parallel.data.kind != "replicated":
         raise ValueError(
             f"{chosen} but parallel.data.kind is {parallel.data.kind!r}: set it to 'replicated', ZeRO shards by itself "
@@ -45,8 +43,8 @@ def refuse_engine(engine: EngineConfig, parallel: ParallelConfig, *, dtype: str,
         )
     if engine.offload == "cpu" and stage == 0:
         raise ValueError(
-            "training.engine.offload is 'cpu' but training.engine.zero_stage is 0: DeepSpeed offloads what ZeRO "
-            "shards, from stage 1 on"
+            "training.engine.offload is 'cpu' but training.engine.zero_stage is 0: DeepSpeed offloads what ZeRO has "
+            "divided, from stage 1 on"
         )
     if stage < 3:
         return
