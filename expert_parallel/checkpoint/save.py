@@ -113,7 +113,7 @@ class Saver:
         try:
             work()
         except UserError as error:
-            self.say(f"{error}; training goes on")
+            self.say(f"{error}; training continues")
 
     def _start(self, step: int) -> None:
         partial = self._begin(step)
@@ -150,7 +150,7 @@ class Saver:
             yield torch.empty(shape, dtype=like.dtype, pin_memory=like.is_cuda).fill_(0)
 
     def live(self) -> list[Tensor]:
-        """Returns the tensors that this rank writes, in the order of `assigned`."""
+        """Returns the tensors that this rank writes, in the order of `local_tensors`."""
         return [self._tensor(held) for held in self.mine]
 
     def _tensor(self, held: Held) -> Tensor:

@@ -89,7 +89,7 @@ def train(config: Config, runtime: Runtime, stop: StopSignal | None = None) -> b
         if config.run.sample is not None and done == training.steps:
             run.say(f"\n--- sample {'-' * 69}\n{sample_text(run.config, run.model, run.mesh)}\n{'-' * 80}")
     if done < training.steps:
-        run.say(f"stopped on SIGUSR1 after step {done}; started again, the run goes on")
+        run.say(f"stopped on SIGUSR1 after step {done}; the same command resumes the run")
         return False
     run.say(f"done: {training.steps} steps; metrics, checkpoints and the resolved config are in {run.folder}")
     return True
