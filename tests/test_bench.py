@@ -442,13 +442,13 @@ REFUSED = {
     "an unknown shape": (["layer", "--shape", "huge"], "--shape is 'huge', it must be one of "),
     "an unknown peer": (
         ["layer", "--peers", "mask loop,megablocks"],
-        "--peers: 'megablocks' is none of ours with capacity, ",
+        "--peers: 'megablocks' is not one of ours with capacity, ",
     ),
     "more ranks than experts": (["layer", "--ranks", "9"], "9 ranks are more than the 8 experts of --shape base"),
     "no folder": (["layer", "--json", "/no/such/folder/x.json"], "--json: there is no folder /no/such/folder"),
     "MPI without mpirun": (
         ["layer", "--ranks", "2", "--transport", "mpi"],
-        "--transport mpi: ranks of our own use gloo, start them with a launcher",
+        "--transport mpi: ranks started by --ranks use gloo; use a launcher instead",
     ),
     "a scale that is none": (["layer", "--scale", "inf"], "--scale is inf, it must be a number"),
     "a folder for a file": (["layer", "--json", "/"], "--json: / is a folder"),

@@ -216,7 +216,7 @@ def test_data_held_out_must_stay(finished: Path, tmp_path: Path) -> None:
     tree = settings(copy_of(finished, tmp_path), ep=2, steps=6, every=2)
     tree["data"]["held_out"] = 0.3
     for error in run_ranks(2, run_training, 2, tree):
-        assert "is a checkpoint of another order of data: data.held_out is 0.05 there and 0.3 here" in error
+        assert "was trained on another order of data: data.held_out is 0.05 there and 0.3 here" in error
 
 
 def test_a_setting_that_is_newer_than_a_checkpoint_had_its_default() -> None:

@@ -8,6 +8,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -332,7 +334,10 @@ def test_a_checkpoint_of_another_model_is_refused(override: str, sentence: str, 
     before = (finished_run / "config.yaml").read_text()
     arguments = [f"run.folder={finished_run}", "parallel.ep=1", "training.steps=3", override]
     refused = refusal(invoke("train", finished_run / "config.yaml", *arguments))
-    assert re.search(f"step_00000002 is a checkpoint of another (model|order of data): {re.escape(sentence)}", refused)
+    assert re.search(
+        f"step_00000002 (is a checkpoint of another model|was trained on another order of data): {re.escape(sentence)}",
+        refused,
+    )
     assert (finished_run / "config.yaml").read_text() == before
 
 
@@ -448,6 +453,12 @@ def test_every_shipped_config_passes_check(path: Path) -> None:
 def test_the_console_command_is_the_module() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"expert-parallel": f"{main.__module__}:{main.__name__}"}
+
+
+def test_the_version_may_be_printed_to_a_closed_pipe() -> None:
+    command = f"set -o pipefail; (sleep 0.5; '{sys.executable}' -m expert_parallel --version) | true"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_a_process_alone_refuses_in_one_sentence(config_file: Path) -> None:

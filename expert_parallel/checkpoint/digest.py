@@ -27,8 +27,11 @@ Keys = NDArray[np.uint64]
 
 
 def digest(part: Tensor, start: Sequence[int], shape: Sequence[int]) -> int:
-    """The summand of `part`, a rectangle that begins at `start` in a logical tensor of `shape`. On the CPU, any dtype
-    of 1 to 8 bytes; an 8-byte value counts as two of 4 bytes."""
+    """Returns the digest of `part`, a rectangle that begins at `start` in a logical tensor of `shape`.
+
+    part: on the CPU, of any dtype of 1 to 8 bytes; an 8-byte value counts as two words of 4 bytes. The digests of all
+    shards of a tensor add up, modulo MODULUS, to the digest of the tensor.
+    """
     assert all(s >= 0 and s + n <= size for s, n, size in zip(start, part.shape, shape, strict=True)), (start, shape)
     if part.numel() == 0:
         return 0
@@ -48,13 +51,16 @@ def digest(part: Tensor, start: Sequence[int], shape: Sequence[int]) -> int:
 
 
 def as_text(total: int) -> str:
-    """32 hex digits."""
+    """Formats a digest as 32 hex digits."""
     return f"{total % MODULUS:032x}"
 
 
 def _runs(start: Sequence[int], part: Sequence[int], shape: Sequence[int], words: int) -> tuple[Keys, int, int]:
-    """The runs of consecutive words that the part consists of. The key of a word, its flat index * _SPREAD modulo
-    2**64, is a sum: of its run's, (R,), and of its number in the run, which goes from `first` on, `length` times."""
+    """Splits a rectangle into runs of consecutive words; returns (keys of the runs, first word, length of a run).
+
+    The key of a word is its flat index * _SPREAD modulo 2**64. It is the sum of the key of its run (returned, (R,)) and
+    of the key of its position in the run, which counts from `first`, `length` times.
+    """
     dim = len(shape) - 1
     while dim > 0 and part[dim] == shape[dim]:  # whole rows: they follow one another
         dim -= 1
@@ -70,7 +76,7 @@ def _runs(start: Sequence[int], part: Sequence[int], shape: Sequence[int], words
 
 
 def _sum_of_hashes(keys: Keys) -> int:
-    """Exact, below 2**128 times their number. Overwrites `keys`."""
+    """Returns the exact sum of the hashes, below 2**128 times their number. Overwrites `keys`."""
     scratch = np.empty_like(keys)
 
     def stir(shift: int) -> None:

@@ -24,8 +24,11 @@ Seen = Callable[[str, Tensor], None]
 
 
 def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]], seen: Seen | None = None) -> FileRecord:
-    """Writes a new file and waits until it is on disk. tensors: by key, any device and strides: one at a time is
-    copied to the CPU, made contiguous, and shown to `seen`. OSError names the file."""
+    """Writes a new safetensors file and waits until it is on disk.
+
+    tensors: (key, tensor), on any device and with any strides; one at a time is copied to the CPU, made contiguous, and
+    passed to `on_tensor`. Raises OSError, which names the file.
+    """
     header: dict[str, dict[str, object]] = {}
     end = 0
     for key, tensor in tensors:
@@ -41,7 +44,7 @@ def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]], seen: Seen 
             sha256.update(part)
             file.write(part)
         for key, tensor in tensors:
-            tensor = tensor.detach().cpu().contiguous()
+            tensor = tensor.detach().cpu().contiguous()  # device sync, if on a GPU
             if seen is not None:
                 seen(key, tensor)
             content = tensor.flatten().view(torch.uint8).numpy().data
@@ -55,7 +58,7 @@ def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]], seen: Seen 
 
 
 class TensorFile:
-    """A file opened for reading, mapped into memory. ValueError where it is no safetensors file."""
+    """Opens a safetensors file for reading, memory-mapped. Raises ValueError if it is missing or damaged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -68,12 +71,12 @@ class TensorFile:
         self.keys = set(self.file.keys())
 
     def describe(self, key: str) -> tuple[torch.dtype | None, tuple[int, ...]]:
-        """dtype (None: one that checkpoints do not have) and shape."""
+        """Returns dtype and shape of a tensor; the dtype is None if checkpoints do not support it."""
         part = self.file.get_slice(key)
         return DTYPES.get(part.get_dtype()), tuple(part.get_shape())
 
     def read(self, key: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """A rectangle. Shares the file's memory map where it can."""
+        """Reads a rectangle of a tensor. It shares the memory map where safetensors can."""
         part = self.file.get_slice(key)
         if not shape:
             return self.file.get_tensor(key)
@@ -81,7 +84,7 @@ class TensorFile:
 
 
 def check_sha256(path: Path, record: FileRecord) -> None:
-    """ValueError where the file is missing, shorter or longer, or has other bytes than the manifest says."""
+    """Raises ValueError if the file is missing or differs from the manifest in size or content."""
     if not path.is_file():
         raise ValueError(f"{path} is missing, though the manifest names it")
     if (size := path.stat().st_size) != record.bytes:

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule."""
+"""Builds the optimizer, and computes the learning-rate schedule."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -81,7 +81,7 @@ ScheduleConfig = Annotated[
 
 
 def learning_rate(optimizer: OptimizerConfig, schedule: ScheduleConfig, step: int, total_steps: int) -> float:
-    """The rate of step 0, 1, ...; a pure function, so that a resumed run needs no state."""
+    """Returns the rate of step 0, 1, ...; it is a pure function, so a resumed run needs no scheduler state."""
     if step < schedule.warmup_steps:
         return optimizer.learning_rate * (step + 1) / schedule.warmup_steps
     return optimizer.learning_rate * schedule.fraction(step, total_steps)
@@ -90,10 +90,13 @@ def learning_rate(optimizer: OptimizerConfig, schedule: ScheduleConfig, step: in
 def build_optimizer(
     config: OptimizerConfig,
     model: nn.Module,
-    trainable: TrainableConfig = AllTrainable(),  # noqa: B008 - frozen
+    trainable: TrainableConfig = AllTrainable(),  # noqa: B008 - immutable
 ) -> torch.optim.AdamW:
-    """Every parameter in exactly one group. Dense and expert ones apart, since under FSDP2 they live on different
-    meshes and a fused update takes one mesh."""
+    """Builds AdamW with every parameter in exactly one group: dense or expert, with or without weight decay.
+
+    Dense and expert parameters are apart, since under FSDP2 they are on different device meshes, and a fused update
+    takes one mesh.
+    """
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for logical in logical_parameters(model):
         decays = len(logical.shape) > 1
