@@ -115,8 +115,8 @@ class Attention(nn.Module):
     """softmax(q k^T / sqrt(head_size)) v over the keys that `sight` lets a query see. (B, T, D) of this rank's tokens
     -> (B, T, D).
 
-    rope: None where positions are not rotary. gather: where tp divides heads and tokens, the tokens T -> those S that
-    this rank's heads attend from. attend: where ranks divide the tokens, another than the default.
+    rope: None where positions are not rotary. gather_sequence: where tp divides heads and tokens, the tokens T -> those
+    S that this rank's heads attend from. attend: where ranks divide the tokens, another than the default.
     """
 
     def __init__(self, config: HeadsConfig, d_model: int, rope: RopeConfig | None) -> None:
@@ -133,11 +133,11 @@ class Attention(nn.Module):
             self.query_norm = norm(config.num_heads, self.head_size, eps)
             self.key_norm = norm(config.kv_heads, self.head_size, eps)
         self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.sinks else None
-        self.gather: Callable[[Tensor], Tensor] = identity
+        self.gather_sequence: Callable[[Tensor], Tensor] = identity
         self.attend: Attend = causal_attention
 
     def forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
-        x_BSD = self.gather(x_BTD)
+        x_BSD = self.gather_sequence(x_BTD)
         query, key, value = self.query(x_BSD), self.key(x_BSD), self.value(x_BSD)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)

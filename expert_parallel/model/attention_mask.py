@@ -5,37 +5,14 @@ and for masks.
 """
 
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from expert_parallel.model.kv_cache import KeyValueCache
 from expert_parallel.model.rotary import RopeConfig, rotation
 from expert_parallel.parallel.sequence import SequencePlace
-
-
-class KeyValueCache:
-    """Keys and values (or what a kind of attention makes them of) of the tokens so far, of the blocks of this rank.
-
-    length_B: int64, tokens of each sequence that are in it. Its owner moves it on, once all blocks have run; what
-    stands beyond is overwritten. capacity: tokens of a sequence that there is room for; behind it is one place more,
-    for the padding of a pass that goes beyond.
-    """
-
-    def __init__(self, num_sequences: int, capacity: int, device: torch.device | None = None) -> None:
-        self.num_places = capacity + 1
-        self.length_B = torch.zeros(num_sequences, dtype=torch.int64, device=device)
-        self.rows: dict[nn.Module, list[Tensor]] = {}
-
-    def extend(self, owner: nn.Module, *new: Tensor) -> list[Tensor]:
-        """Puts rows (B, heads, S, h) after the first length_B of each sequence, and returns all, (B, heads, num_places,
-        h). owner: the module whose rows they are."""
-        if owner not in self.rows:
-            self.rows[owner] = [rows.new_zeros(*rows.shape[:2], self.num_places, rows.shape[3]) for rows in new]
-        for held, rows in zip(self.rows[owner], new, strict=True):
-            place_BS = self.length_B[:, None] + torch.arange(rows.shape[2], device=rows.device)
-            place_BS = place_BS.clamp(max=self.num_places - 1)
-            held.scatter_(2, place_BS[:, None, :, None].expand_as(rows), rows)
-        return self.rows[owner]
 
 
 @dataclass(eq=False)
@@ -59,28 +36,29 @@ class Sight:
         default_factory=dict, init=False
     )
 
-    @staticmethod
+    @classmethod
     def of(
+        cls,
         place: SequencePlace,
         length: int,
         device: torch.device,
         document_BL: Tensor | None = None,
         cache: KeyValueCache | None = None,
-    ) -> "Sight":
+    ) -> Self:
         """length: of the whole rows. document_BL: int64, the whole rows' documents, never decreasing in a row."""
         index_1S = place.context(length).to(device)[None]
         if cache is not None:
             assert document_BL is None, "documents are for training"
             assert place.cp == 1, "a cache holds whole sequences"
             index_BS = cache.length_B[:, None] + index_1S
-            return Sight(index_BS, index_BS, cache.num_places, cache=cache)
+            return cls(index_BS, index_BS, cache.num_places, cache=cache)
         if document_BL is None:
-            return Sight(index_1S, index_1S, length)
+            return cls(index_1S, index_1S, length)
         index_L = torch.arange(length, device=device)
         begins_BL = torch.cat([torch.ones_like(document_BL[:, :1]), document_BL.diff(dim=1)], 1) != 0
         start_BL = torch.where(begins_BL, index_L, 0).cummax(1).values
         own_S = index_1S[0]
-        return Sight(index_1S, (index_L - start_BL)[:, own_S], length, document_BL[:, own_S], document_BL)
+        return cls(index_1S, (index_L - start_BL)[:, own_S], length, document_BL[:, own_S], document_BL)
 
     @property
     def is_causal(self) -> bool:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
-from expert_parallel.model.attention_mask import KeyValueCache
+from expert_parallel.model.kv_cache import KeyValueCache
 from expert_parallel.model.tensor_parallel import gather_logits
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.context import StepContext

@@ -76,8 +76,8 @@ class LatentAttention(nn.Module):
 
     R: rotary, in the half-split form. scale: key_size^-0.5, with YaRN times yarn_scale(factor, mscale_all_dim)^2.
 
-    gather: where tp divides heads and tokens: latents of the tokens T -> of S. gather_keys: where cp divides rows: of
-    the tokens S -> of whole rows L. attend: queries of S, keys and values of L; see Attend.
+    gather_sequence: where tp divides heads and tokens: latents of the tokens T -> of S. gather_keys: where cp divides
+    rows: of the tokens S -> of whole rows L. attend: queries of S, keys and values of L; see Attend.
     """
 
     def __init__(self, config: LatentAttentionConfig, d_model: int, rope: RopeConfig | None) -> None:
@@ -98,7 +98,7 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(config.kv_rank, config.norm_eps)
         self.kv_up = Linear(config.kv_rank, config.num_heads * (config.nope_size + config.value_size), bias=False)
         self.out = Linear(config.num_heads * config.value_size, d_model, bias=False)
-        self.gather: Callable[[Tensor], Tensor] = identity
+        self.gather_sequence: Callable[[Tensor], Tensor] = identity
         self.gather_keys: Callable[[Tensor], Tensor] = identity
         self.attend: Attend = causal_attention
 
@@ -108,7 +108,9 @@ class LatentAttention(nn.Module):
         query_BTq = self.query_norm(self.query_down(x_BTD)) if has_latent else x_BTD
         latent_BTr, rope_BTh = self.kv_down(x_BTD).split([config.kv_rank, config.rope_size], -1)
         rows = [query_BTq, self.kv_norm(latent_BTr), rope_BTh]
-        query_BSq, latent_BSr, rope_BSh = self.gather(torch.cat(rows, -1)).split([x.shape[-1] for x in rows], -1)
+        query_BSq, latent_BSr, rope_BSh = self.gather_sequence(torch.cat(rows, -1)).split(
+            [x.shape[-1] for x in rows], -1
+        )
 
         cos, sin = sight.rotation(self.rope, config.rope_size, x_BTD.dtype)
         query_up = self.query_up if has_latent else self.query

@@ -36,17 +36,17 @@ def build_model(
     recompute: Recompute = "none",
     seed: int | None = 0,
     part: Part | None = None,
-    kind: type[Transformer] = Transformer,
+    model_class: type[Transformer] = Transformer,
 ) -> Transformer:
     """A model with initial weights that depend on `seed` alone. mesh None: the whole model on this rank.
 
     seed None: weights are left as memory has them, for a checkpoint to fill. device: `meta` gives shapes alone. dtype:
     compute dtype; weights are kept in promote_types(float32, dtype). sharding: FSDP2 over mesh.dense_mesh, and over
-    mesh.expert_mesh for experts. part, kind: of a pipeline; default: the whole.
+    mesh.expert_mesh for experts. part, model_class: of a pipeline; default: the whole.
     No rank ever holds more than its own part of the weights.
     """
     with torch.device("meta"):
-        model = kind(config, dtype, mesh, recompute, part)
+        model = model_class(config, dtype, mesh, recompute, part)
         if mesh is not None:
             divide_model(model, mesh)
         model.to(torch.promote_types(torch.float32, dtype))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterleaved1F1B
 
-from expert_parallel.model.attention_mask import KeyValueCache
+from expert_parallel.model.kv_cache import KeyValueCache
 from expert_parallel.model.parallelize import build_model, split_model
 from expert_parallel.model.transformer import (
     Block,
@@ -221,8 +221,8 @@ class Pipeline(LanguageModel, nn.ModuleList):
                 fraction = sum(own, torch.zeros(blocks, experts, dtype=torch.float64, device=device))
                 fraction = all_reduce_sum(fraction, self.group)
                 for layer, terms in pooled.items():
-                    part = pooled_part(fraction, terms[name][1], num_layers)
-                    stats[layer] = replace(stats[layer], losses={**stats[layer].losses, name: part})
+                    loss = pooled_part(fraction, terms[name][1], num_layers)
+                    stats[layer] = replace(stats[layer], losses={**stats[layer].losses, name: loss})
 
 
 def _exchange(carry: Callable[..., Any], x: Tensor, group: dist.ProcessGroup, peer: int) -> None:
@@ -235,7 +235,9 @@ def build_pipeline(config: ModelConfig, mesh: ParallelMesh, *, pipeline: Pipelin
     per_rank = pipeline.stages_per_rank if isinstance(pipeline, InterleavedConfig) else 1
     parts = split_model(config, mesh.degrees.pp * per_rank)
     mine = parts[mesh.pp_rank :: mesh.degrees.pp]
-    return Pipeline([build_model(config, mesh, part=part, kind=Stage, **settings) for part in mine], mesh, pipeline)
+    return Pipeline(
+        [build_model(config, mesh, part=part, model_class=Stage, **settings) for part in mine], mesh, pipeline
+    )
 
 
 def refuse_schedule(config: PipelineConfig, pp: int, num_micro_steps: int) -> None:

@@ -198,7 +198,7 @@ def divide_attention(attention: Attention, group: dist.ProcessGroup, kv_copies: 
             setattr(attention, name, DividedNorm(norm, group, copies))
     if attention.sinks is not None:
         divide(attention, "sinks", -1, group)
-    attention.gather = partial(_gathered, group=group)
+    attention.gather_sequence = partial(_gathered, group=group)
 
 
 def divide_latent_attention(attention: LatentAttention, group: dist.ProcessGroup) -> None:
@@ -207,7 +207,7 @@ def divide_latent_attention(attention: LatentAttention, group: dist.ProcessGroup
     _divide_linear(attention.query if attention.config.query_rank is None else attention.query_up, group)
     _divide_linear(attention.kv_up, group)
     attention.out = RowParallelLinear(attention.out, group)
-    attention.gather = partial(_gathered, group=group)
+    attention.gather_sequence = partial(_gathered, group=group)
 
 
 def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -218,7 +218,7 @@ def divide_ffn(ffn: FFN, group: dist.ProcessGroup) -> None:
     """Hidden columns over the ranks."""
     _divide_linear(ffn.w_in, group, blocks=2 if ffn.activation in GATED else 1)
     ffn.w_out = RowParallelLinear(ffn.w_out, group)
-    ffn.gather = partial(_gathered, group=group)
+    ffn.gather_sequence = partial(_gathered, group=group)
 
 
 def _divide_linear(linear: nn.Linear, group: dist.ProcessGroup, blocks: int = 1, copies: int = 1) -> None:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from expert_parallel.model.attention_mask import KeyValueCache, Sight
+from expert_parallel.model.attention_mask import Sight
 from expert_parallel.model.config import ATTENTION, ModelConfig, Recompute
+from expert_parallel.model.kv_cache import KeyValueCache
 from expert_parallel.model.rotary import LearnedPositionConfig, RopeConfig
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import RouterReplay, StepContext
@@ -277,10 +278,10 @@ class Transformer(LanguageModel):
         pooled = {layer: output.pooled for layer, output in outputs.items()}
         if self.part.num_stages > 1:
             return losses, stats, pooled
-        for layer, parts in pool_layers(pooled).items():
+        for layer, terms in pool_layers(pooled).items():
             settings = pooled_losses(self.config)
-            losses[layer] |= {name: settings[name].coefficient * part for name, part in parts.items()}
-            detached = {name: part.detach() for name, part in parts.items()}
+            losses[layer] |= {name: settings[name].coefficient * term for name, term in terms.items()}
+            detached = {name: term.detach() for name, term in terms.items()}
             stats[layer] = replace(stats[layer], losses={**stats[layer].losses, **detached})
         return losses, stats, {}
 

@@ -10,7 +10,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from expert_parallel.parallel.collectives import group_rank
 from expert_parallel.parallel.degrees import (
-    ParallelConfig,
     ParallelDegrees,
     ReplicatedConfig,
     ShardedConfig,
@@ -20,17 +19,7 @@ from expert_parallel.parallel.degrees import (
     shard_counts,
 )
 
-__all__ = [
-    "Nodes",
-    "ParallelConfig",
-    "ParallelDegrees",
-    "ParallelMesh",
-    "build_mesh",
-    "build_nodes",
-    "grid",
-    "group_maker",
-    "node_grid",
-]
+__all__ = ["ParallelDegrees", "ParallelMesh", "build_mesh", "build_nodes", "group_maker", "node_grid"]
 
 
 @dataclass(frozen=True)

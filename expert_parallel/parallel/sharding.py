@@ -78,17 +78,17 @@ class Slice:
 
 
 def divide(module: nn.Module, name: str, dim: int, group: dist.ProcessGroup, blocks: int = 1, copies: int = 1) -> None:
-    """Leaves the module this rank's part of its parameter `name` alone, and notes the slice in `module.slices`.
+    """Leaves the module this rank's part of its parameter `name` alone, and notes the slice in `module.tensor_shards`.
 
     The parameter must have no values yet (meta device). The caller has checked that it can be divided."""
     full = getattr(module, name)
     assert full.is_meta, name
     part = Slice(dim, full.shape[dim], group, blocks, copies)
     setattr(module, name, nn.Parameter(part.take(full.detach()).contiguous()))
-    module.slices = {**slices_of(module), name: part}  # type: ignore[assignment]
+    module.tensor_shards = {**slices_of(module), name: part}  # type: ignore[assignment]
 
 
 def slices_of(module: nn.Module) -> dict[str, Slice]:
     """The slices of a module's own parameters, by name; whole ones are not in it."""
-    slices: dict[str, Slice] = getattr(module, "slices", {})
-    return slices
+    shards: dict[str, Slice] = getattr(module, "tensor_shards", {})
+    return shards
