@@ -1,7 +1,6 @@
-"""What the tokens of a pass see of each other: causal, within their own document, after what a cache holds.
+"""Determines which keys each query of a pass may attend to: causal, within its document, after the cached tokens.
 
-Built once a pass, from what every rank is given whole, and the same for all blocks; attention asks it for positions
-and for masks.
+It is built once per pass, from inputs that every rank has whole, and shared by all blocks.
 """
 
 from dataclasses import dataclass, field
@@ -17,12 +16,13 @@ from expert_parallel.parallel.sequence import SequencePlace
 
 @dataclass(eq=False)
 class Sight:
-    """Answers the attention of all blocks in one pass, and keeps the masks and rotations that it has made.
+    """Provides attention masks and rotary tables to all blocks of one pass, and memoises them.
 
-    index_BS: int64, where the tokens of this context rank stand in their rows, (B, S), or (1, S) where all rows are
-    alike. position_BS: where they stand in their documents, likewise: what rotary and learned positions count.
-    document_BS, key_document_BL: the documents of queries and keys; None: one a row. L: keys of a row, in the order of
-    their rows. cache: what stands before them."""
+    index_BS: int64, the index of each token of this context parallel rank in its sequence, (B, S), or (1, S) if it is
+    the same in all sequences. position_BS: likewise, the position in its document, as rotary and learned positions
+    count. num_keys: L, the number of keys of a sequence, which are in sequence order. document_BS, key_document_BL:
+    int64, the document of each query and each key; None: a sequence is one document. cache: keys of earlier tokens.
+    """
 
     index_BS: Tensor
     position_BS: Tensor
@@ -30,7 +30,7 @@ class Sight:
     document_BS: Tensor | None = None
     key_document_BL: Tensor | None = None
     cache: KeyValueCache | None = None
-    # Made when first asked for, for all blocks: masks by window, cos and sin by what they are made of.
+    # Computed on first use and shared by all blocks: masks by window, cos and sin by their arguments.
     masks: dict[int | None, Tensor] = field(default_factory=dict, init=False)
     rotations: dict[tuple[RopeConfig, int, torch.dtype], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False
@@ -45,7 +45,11 @@ class Sight:
         document_BL: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Self:
-        """length: of the whole rows. document_BL: int64, the whole rows' documents, never decreasing in a row."""
+        """Builds the context of one pass.
+
+        length: of whole sequences. document_BL: int64, the document of every token of the whole sequences,
+        non-decreasing within a sequence; not with a cache. cache: must have whole sequences (cp 1).
+        """
         index_1S = place.context(length).to(device)[None]
         if cache is not None:
             assert document_BL is None, "documents are for training"
@@ -62,26 +66,28 @@ class Sight:
 
     @property
     def is_causal(self) -> bool:
-        """Whether a query sees all keys up to its own: then no mask is needed."""
+        """Returns True if every query sees all keys up to its own position, which needs no mask."""
         return self.document_BS is None and self.cache is None
 
     def mask(self, window: int | None = None) -> Tensor | None:
-        """True where a query sees a key, bool (B or 1, 1, S, L), or None where `is_causal` says it all. window: of the
-        keys that a query sees, only so many, the last, its own among them."""
+        """Returns a mask, bool (B or 1, 1, S, L), True where a query sees a key; None if plain causal masking suffices.
+
+        window: sliding window: a query sees the last `window` keys, including the one at its own position.
+        """
         if self.is_causal and (window is None or window >= self.num_keys):
             return None
         if window not in self.masks:
             back_BSL = self.index_BS[:, :, None] - torch.arange(self.num_keys, device=self.index_BS.device)
-            sees_BSL = back_BSL >= 0
+            visible_BSL = back_BSL >= 0
             if window is not None:
-                sees_BSL = sees_BSL & (back_BSL < window)
+                visible_BSL = visible_BSL & (back_BSL < window)
             if self.document_BS is not None and self.key_document_BL is not None:
-                sees_BSL = sees_BSL & (self.document_BS[:, :, None] == self.key_document_BL[:, None, :])
-            self.masks[window] = sees_BSL[:, None]
+                visible_BSL = visible_BSL & (self.document_BS[:, :, None] == self.key_document_BL[:, None, :])
+            self.masks[window] = visible_BSL[:, None]
         return self.masks[window]
 
     def rotation(self, rope: RopeConfig, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin of these tokens' angles, (B or 1, 1, S, size / 2) each; see rotary.rotation."""
+        """Returns cos and sin of the rotary angles of these tokens, (B or 1, 1, S, size / 2) each, in `dtype`."""
         key = (rope, size, dtype)
         if key not in self.rotations:
             self.rotations[key] = rotation(rope, size, self.position_BS, dtype)

@@ -1,15 +1,15 @@
-"""The cache of keys and values that generation keeps for the tokens so far."""
+"""Keeps the keys and values of earlier tokens for generation."""
 
 import torch
 from torch import Tensor, nn
 
 
 class KeyValueCache:
-    """Keys and values (or what a kind of attention makes them of) of the tokens so far, of the blocks of this rank.
+    """Stores keys and values of all earlier tokens for the blocks of this rank; latent attention stores its latents.
 
-    length_B: int64, tokens of each sequence that are in it. Its owner moves it on, once all blocks have run; what
-    stands beyond is overwritten. capacity: tokens of a sequence that there is room for; behind it is one place more,
-    for the padding of a pass that goes beyond.
+    length_B: int64, the number of valid tokens of each sequence. The caller advances it after all blocks have run;
+    slots beyond it are overwritten. capacity: the most tokens of a sequence. One more slot takes the padding of passes
+    that go beyond the capacity.
     """
 
     def __init__(self, num_sequences: int, capacity: int, device: torch.device | None = None) -> None:
@@ -18,12 +18,12 @@ class KeyValueCache:
         self.rows: dict[nn.Module, list[Tensor]] = {}
 
     def extend(self, owner: nn.Module, *new: Tensor) -> list[Tensor]:
-        """Puts rows (B, heads, S, h) after the first length_B of each sequence, and returns all, (B, heads, num_places,
-        h). owner: the module whose rows they are."""
+        """Writes rows (B, heads, S, h) at slots length_B, length_B + 1, ... of each sequence, and returns all slots,
+        (B, heads, num_places, h). owner: the attention module that the rows belong to."""
         if owner not in self.rows:
             self.rows[owner] = [rows.new_zeros(*rows.shape[:2], self.num_places, rows.shape[3]) for rows in new]
-        for held, rows in zip(self.rows[owner], new, strict=True):
-            place_BS = self.length_B[:, None] + torch.arange(rows.shape[2], device=rows.device)
-            place_BS = place_BS.clamp(max=self.num_places - 1)
-            held.scatter_(2, place_BS[:, None, :, None].expand_as(rows), rows)
+        for cached, rows in zip(self.rows[owner], new, strict=True):
+            slot_BS = self.length_B[:, None] + torch.arange(rows.shape[2], device=rows.device)
+            slot_BS = slot_BS.clamp(max=self.num_places - 1)
+            cached.scatter_(2, slot_BS[:, None, :, None].expand_as(rows), rows)
         return self.rows[owner]
