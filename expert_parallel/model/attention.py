@@ -147,7 +147,9 @@ class Attention(nn.Module):
 
     def __init__(self, config: HeadsConfig, d_model: int, rope: RopeConfig | None) -> None:
         super().__init__()
-        self.head_size, self.window, self.rope = config.head_size, config.window, rope
+        self.head_size = config.head_size
+        self.window = config.window
+        self.rope = rope
         self.query = Linear(d_model, config.num_heads * self.head_size, bias=config.bias)
         self.key = Linear(d_model, config.kv_heads * self.head_size, bias=config.bias)
         self.value = Linear(d_model, config.kv_heads * self.head_size, bias=config.bias)

@@ -133,7 +133,9 @@ class _Decoder:
         seed: int,
     ) -> None:
         """Allocates the KV cache if it can be used. longest: the most tokens of a sequence that the model is given."""
-        self.model, self.mine, self.seed = model, mine, seed
+        self.model = model
+        self.mine = mine
+        self.seed = seed
         self.place, self.tp_group = SequencePlace.of(mesh), None if mesh is None else mesh.tp_group
         self.device = next(model.parameters()).device
         moe = model.config.moe

@@ -56,7 +56,10 @@ class Passes:
         cross_entropy: Callable[["Stage", ModelOutput, int], Tensor] | None = None,
         cache: KeyValueCache | None = None,
     ) -> None:
-        self.tokens, self.contexts, self.cross_entropy, self.cache = tokens, contexts, cross_entropy, cache
+        self.tokens = tokens
+        self.contexts = contexts
+        self.cross_entropy = cross_entropy
+        self.cache = cache
         self.stats: list[dict[int, LoadStats]] = [{} for _ in tokens]
         self.pooled: list[dict[int, Pooled]] = [{} for _ in tokens]
 
@@ -143,7 +146,9 @@ class Pipeline(LanguageModel, nn.ModuleList):
     def __init__(self, stages: Sequence[Transformer], mesh: ParallelMesh, config: PipelineConfig) -> None:
         super().__init__(stages)
         assert mesh.pp_group is not None
-        self.group, self.kind, self.place = mesh.pp_group, config.kind, SequencePlace.of(mesh)
+        self.group = mesh.pp_group
+        self.kind = config.kind
+        self.place = SequencePlace.of(mesh)
         self.config = stages[0].config
         self.schedules: dict[tuple[int, ...], Any] = {}  # by the shapes that stages exchange, see _schedule
 

@@ -110,7 +110,9 @@ class DividedNorm(RMSNorm):
 
     def __init__(self, whole: WholeNorm, group: dist.ProcessGroup, copies: int) -> None:
         super().__init__(len(whole.weight), whole.eps)
-        self.width, self.group, self.copies = len(whole.weight), group, copies
+        self.width = len(whole.weight)
+        self.group = group
+        self.copies = copies
         divide(self, "weight", -1, group, copies=copies)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -93,7 +93,9 @@ class Block(nn.Module):
         recompute: Recompute,
     ) -> None:
         super().__init__()
-        self.norm_placement, self.dropout, self.recompute = config.norm_placement, config.dropout, recompute
+        self.norm_placement = config.norm_placement
+        self.dropout = config.dropout
+        self.recompute = recompute
         norm = partial(NORMS[config.norm.kind], config.d_model, config.norm.eps)
         rope = config.position if isinstance(config.position, RopeConfig) else None
         self.attention_norm, self.ffn_norm = norm(), norm()
