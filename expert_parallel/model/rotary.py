@@ -1,4 +1,4 @@
-"""Positions: rotary ones, with the ways to stretch them over longer texts, and learned ones."""
+"""Implements rotary positions, with their extensions to longer contexts, and the settings of learned positions."""
 
 import math
 from collections.abc import Callable
@@ -102,8 +102,10 @@ PositionConfig = Annotated[RopeConfig | LearnedPositionConfig, Field(discriminat
 def rotary_frequencies(
     config: RopeConfig, size: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None
 ) -> tuple[Tensor, float]:
-    """Angle by which each pair turns from one position to the next, (size / 2), and the factor of cos and sin. size: of
-    the heads."""
+    """Returns the rotary frequencies, (size / 2), in radians per position, and a factor for cos and sin.
+
+    size: the number of rotated columns of a head, two per frequency. The factor is 1 without YaRN.
+    """
     half = size // 2
     frequency_h = config.theta ** (-torch.arange(half, device=device, dtype=dtype) / half)
     if config.scaling is None:
@@ -126,7 +128,7 @@ def _yarn(scaling: YarnScaling, theta: float, frequency_h: Tensor) -> tuple[Tens
     half = len(frequency_h)
 
     def pair_that_turns(times: float) -> float:
-        """Which pair turns so often in original_length tokens; a fraction."""
+        """Returns the (fractional) index of the pair that makes `times` turns in original_length tokens."""
         return half * math.log(scaling.original_length / (times * 2 * math.pi)) / math.log(theta)
 
     first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
@@ -149,11 +151,12 @@ def _attention_factor(scaling: YarnScaling) -> float:
 
 
 def yarn_scale(factor: float, multiplier: float = 1.0) -> float:
-    """By how much sharper attention must be over a context that is `factor` times as long: YaRN, equation 22."""
+    """Returns YaRN's factor for a context that is `factor` times as long: 0.1 multiplier ln(factor) + 1 (eq. 22)."""
     return 0.1 * multiplier * math.log(factor) + 1.0
 
 
-# kind -> (its settings, theta, plain frequencies (h / 2)) -> frequencies, factor of cos and sin.
+# Maps a scaling kind to a function of (settings, theta, unscaled frequencies (h / 2)), which returns the scaled
+# frequencies and the factor for cos and sin.
 SCALINGS: dict[str, Callable[[Any, float, Tensor], tuple[Tensor, float]]] = {
     "linear": _linear,
     "llama3": _llama3,
@@ -162,18 +165,21 @@ SCALINGS: dict[str, Callable[[Any, float, Tensor], tuple[Tensor, float]]] = {
 
 
 def rotation(config: RopeConfig, size: int, position_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of each position's angles, (B or 1, 1, S, size / 2), times the attention factor. position_BS: int64.
+    """Returns cos and sin of the angles of each position, (B or 1, 1, S, size / 2) each, times the attention factor.
 
-    Angles in float32, or float64 for float64: positions beyond 256 have no exact bfloat16.
+    position_BS: int64, (B or 1, S). dtype: of the result.
     """
-    wide = torch.promote_types(torch.float32, dtype)
-    frequency_h, factor = rotary_frequencies(config, size, wide, position_BS.device)
-    angle = position_BS.to(wide)[:, None, :, None] * frequency_h
-    return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
+    # Angles in float32 or wider: bfloat16 cannot represent integers above 256 exactly.
+    angle_dtype = torch.promote_types(torch.float32, dtype)
+    frequency_h, factor = rotary_frequencies(config, size, angle_dtype, position_BS.device)
+    angle_B1Sh = position_BS.to(angle_dtype)[:, None, :, None] * frequency_h
+    return (angle_B1Sh.cos() * factor).to(dtype), (angle_B1Sh.sin() * factor).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pair (x_i, x_{i + h/2}) of each position by its angle i. x: (B, heads, S, h); cos, sin: see
-    `rotation`."""
+    """Rotates the pair (x_i, x_{i + h/2}) of each position by its i-th angle. x: (B, heads, S, h).
+
+    cos, sin: as returned by `rotation`. Source: Su et al. 2021, in the half-split form of GPT-NeoX and Llama.
+    """
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -65,18 +65,18 @@ class Linear(nn.Linear):
 
 
 class FFN(nn.Module):
-    """Dense feed-forward network. (..., D) -> (..., D). gather: where tensor parallel divides the hidden columns, this
-    rank's tokens -> those of all its ranks."""
+    """Dense feed-forward network. (..., D) -> (..., D). gather_sequence: where tensor parallel divides the hidden
+    columns, this rank's tokens -> those of all its ranks."""
 
     def __init__(self, config: FFNConfig, d_model: int) -> None:
         super().__init__()
         self.activation = config.activation
         self.w_in = Linear(d_model, width_in(config.activation, config.hidden), bias=config.bias)
         self.w_out = Linear(config.hidden, d_model, bias=config.bias)
-        self.gather: Callable[[Tensor], Tensor] = identity
+        self.gather_sequence: Callable[[Tensor], Tensor] = identity
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w_out(ACTIVATIONS[self.activation](self.w_in(self.gather(x))))
+        return self.w_out(ACTIVATIONS[self.activation](self.w_in(self.gather_sequence(x))))
 
 
 def identity(x: Tensor) -> Tensor:

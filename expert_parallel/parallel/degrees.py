@@ -1,8 +1,8 @@
-"""Degrees of parallelism, as validated numbers, and which rank stands where. Pure arithmetic: no process groups.
+"""Validates the degrees of parallelism and computes every rank's coordinates. Pure arithmetic: no process groups.
 
-The ranks lie in two grids over the same numbers ("parallel folding", Liu et al. 2025): pp, dp, cp, tp for the dense
-parts, and within each pipeline stage edp, ep, etp for the experts. Default order: pp outermost, tp (etp) innermost, so
-that what talks most shares a node.
+The same ranks form two grids ("parallel folding", Liu et al. 2025): pp, dp, cp, tp for the dense parts, and within each
+pipeline stage edp, ep, etp for the experts. By default pp is the outermost axis and tp (etp) the innermost, so that the
+ranks that communicate most share a node.
 """
 
 import math
@@ -110,7 +110,10 @@ class ParallelConfig(Settings):
 
 @dataclass(frozen=True)
 class ParallelDegrees:
-    """world = dp * cp * tp * pp = edp * ep * etp * pp. dp and edp are derived."""
+    """Holds the degrees of parallelism of a world: world_size = dp * cp * tp * pp = edp * ep * etp * pp.
+
+    dp and edp are derived from the others. Raises ValueError where the world size is not a multiple of their product.
+    """
 
     world_size: int
     cp: int = 1
@@ -135,20 +138,22 @@ class ParallelDegrees:
 
     @property
     def dp(self) -> int:
+        """Returns the data parallel degree of the dense parts."""
         return self.world_size // (self.cp * self.tp * self.pp)
 
     @property
     def edp(self) -> int:
+        """Returns the data parallel degree of the experts."""
         return self.world_size // (self.ep * self.etp * self.pp)
 
     def __str__(self) -> str:
-        """As `dp 2, cp 1, tp 4, pp 1 | edp 4, ep 2, etp 1`."""
+        """Formats the degrees, as in `dp 2, cp 1, tp 4, pp 1 | edp 4, ep 2, etp 1`."""
         dense = ", ".join(f"{axis} {getattr(self, axis)}" for axis in ("dp", "cp", "tp", "pp"))
         return f"{dense} | " + ", ".join(f"{axis} {getattr(self, axis)}" for axis in EXPERT_ORDER)
 
 
 def rank_grids(degrees: ParallelDegrees) -> tuple[Tensor, Tensor]:
-    """The ranks as [pp, dp, cp, tp] and as [pp, edp, ep, etp], int64, from one arange: each rank's place is arithmetic.
+    """Arranges the ranks as two tensors, [pp, dp, cp, tp] and [pp, edp, ep, etp], int64.
 
     >>> rank_grids(ParallelDegrees(world_size=4, tp=2, ep=2))[0].squeeze().tolist()
     [[0, 1], [2, 3]]
@@ -162,7 +167,7 @@ def rank_grids(degrees: ParallelDegrees) -> tuple[Tensor, Tensor]:
     return dense, stages.view(degrees.pp, *sizes).permute(0, *places).contiguous()
 
 
-# Each group's name -> the grid it lies in, and the axes along which its ranks differ.
+# Maps each group's name to the axes of its grid and to the axes along which its members differ.
 GROUPS: dict[str, tuple[Order, Order]] = {
     "pp": (DENSE_ORDER, ("pp",)),
     "dp": (DENSE_ORDER, ("dp",)),
@@ -178,7 +183,7 @@ GROUPS: dict[str, tuple[Order, Order]] = {
 
 
 def grid(degrees: ParallelDegrees) -> dict[str, list[list[int]]]:
-    """The ranks of every group, by name, each in ascending order.
+    """Lists the ranks of all process groups by name; the ranks of a group are in ascending order.
 
     >>> {axis: groups for axis, groups in grid(ParallelDegrees(world_size=4, ep=2)).items() if axis in ("ep", "edp")}
     {'edp': [[0, 2], [1, 3]], 'ep': [[0, 1], [2, 3]]}
@@ -196,14 +201,14 @@ def _along(ranks: Tensor, all_axes: Order, axes: Order) -> list[list[int]]:
 
 
 def place_of(degrees: ParallelDegrees, rank: int) -> dict[str, int]:
-    """The coordinates of a rank on every axis of both grids."""
+    """Returns the coordinates of a rank on every axis of both grids."""
     dense, experts = rank_grids(degrees)
     coordinates = dict(zip(DENSE_ORDER, (dense == rank).nonzero()[0].tolist(), strict=True))
     return coordinates | dict(zip(EXPERT_ORDER, (experts == rank).nonzero()[0, 1:].tolist(), strict=True))
 
 
 def describe_grid(degrees: ParallelDegrees, holds: Callable[[dict[str, int]], str] = lambda place: "") -> str:
-    """A table: which rank stands where, and what it holds, as a function of its coordinates."""
+    """Formats a table of all ranks with their coordinates and `holds(coordinates)`, a text on what the rank holds."""
     axes = [*DENSE_ORDER, *EXPERT_ORDER]
     lines = ["rank  " + " ".join(f"{axis:>4}" for axis in axes)]
     for rank in range(degrees.world_size):
@@ -213,7 +218,8 @@ def describe_grid(degrees: ParallelDegrees, holds: Callable[[dict[str, int]], st
 
 
 def shard_counts(config: ShardedConfig, degrees: ParallelDegrees) -> tuple[int, int]:
-    """Over how many ranks dense weights are sharded, and experts."""
+    """Returns the number of FSDP2 shards of dense weights and of experts. Raises ValueError where it does not divide
+    the number of ranks that hold the same weights."""
     dense = degrees.dp * degrees.cp
     shards = config.shards or dense
     if dense % shards:
@@ -231,8 +237,10 @@ def shard_counts(config: ShardedConfig, degrees: ParallelDegrees) -> tuple[int, 
 
 
 def node_grid(degrees: ParallelDegrees, ranks_per_node: int) -> dict[str, list[list[int]]]:
-    """The ranks of every node and rail group. ValueError where an expert-parallel group does not lie on its nodes in
-    equal parts.
+    """Lists the ranks of all node groups and rail groups within the expert parallel groups.
+
+    A node group holds the ranks of an expert parallel group that share a node; a rail group holds one rank of each of
+    its nodes. Raises ValueError if an expert parallel group has different numbers of ranks on its nodes.
 
     >>> node_grid(ParallelDegrees(world_size=4, ep=4), ranks_per_node=2)
     {'node': [[0, 1], [2, 3]], 'rail': [[0, 2], [1, 3]]}
