@@ -87,9 +87,9 @@ class Ledger:
     def _wait_and_check(
         self, wait: Wait, like: Tensor, has_tags: bool, receive: Sequence[int], peers: Peers, key: ExchangeKey
     ) -> Tensor:
-        return self._checked(wait(), like, has_tags, receive, peers, key)
+        return self._check_rows(wait(), like, has_tags, receive, peers, key)
 
-    def _checked(
+    def _check_rows(
         self, arrived: Tensor, like: Tensor, has_tags: bool, receive: Sequence[int], peers: Peers, key: ExchangeKey
     ) -> Tensor:
         if has_tags:
