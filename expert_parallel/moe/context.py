@@ -2,6 +2,7 @@
 that a pass records for another one to take."""
 
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -29,13 +30,13 @@ class Choices:
         """What the router takes instead of choosing."""
         return self.routed_ids_TK, self.routed_reason_TK
 
-    @staticmethod
-    def of(index_T: Tensor, routed: "RoutingPlan", plan: "RoutingPlan") -> "Choices":
+    @classmethod
+    def of(cls, index_T: Tensor, routed: RoutingPlan, plan: RoutingPlan) -> Self:
         """Takes the choices out of the plan as it was routed, and out of what capacity left of it."""
         before, after = (routed.expert_ids_TK, routed.reason_TK), (plan.expert_ids_TK, plan.reason_TK)
-        return Choices(index_T, *before, *after, plan.padded_rows)
+        return cls(index_T, *before, *after, plan.padded_rows)
 
-    def put_into(self, routed: "RoutingPlan") -> "RoutingPlan":
+    def put_into(self, routed: RoutingPlan) -> RoutingPlan:
         """Returns the routed plan with these choices in place of its own. Padding may be other now than it was."""
         reason_TK = self.reason_TK.masked_fill(~routed.routed_TK, Reason.NOT_ROUTED)
         return replace(routed, expert_ids_TK=self.ids_TK, reason_TK=reason_TK, padded_rows=self.padded_rows)

@@ -137,7 +137,10 @@ def _rows(
     place_T = torch.searchsorted(index_G, index_T)
     there_T = place_T < len(index_G)
     row_T = order_G[place_T[there_T]]
-    rows = {name: values[row_T].to(batch.inputs_BS.device) for name, values in whole.items()}
+    rows: dict[str, Any] = {
+        field.name: whole[name][row_T].to(batch.inputs_BS.device)
+        for name, field in zip(_TENSORS, fields(Choices), strict=False)
+    }
     found = bool(there_T.all()) and torch.equal(whole["index_T"][row_T], index_T)
     tokens_G = torch.cat([part[f"{number}.tokens"] for part in parts])
-    return Choices(*rows.values()), tokens_G[row_T] if found else None
+    return Choices(**rows), tokens_G[row_T] if found else None
