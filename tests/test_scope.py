@@ -306,8 +306,8 @@ def run_wrongly_divided(rank: int, fault: str) -> str:
         ("none", "nothing"),
         (
             "lacking",
-            "StepContext.positions_S is not set: sequences are divided over 2 ranks, and it says where this one's 3 "
-            "tokens of each stand in it",
+            "StepContext.positions_S is not set: each sequence is divided over 2 ranks, so the positions of this "
+            "rank's 3 tokens in it are needed",
         ),
         ("twice", "StepContext.positions_S: two tokens of sequence 3 stand at position 2"),
         (
