@@ -41,7 +41,18 @@ from tests.launches import ROOT, assert_refused
 
 ONE = Runtime(Launch("test"), torch.device("cpu"), "gloo", timedelta(seconds=60))
 SMALL = Shape(tokens=24, d_model=16, hidden=8, num_experts=4, k=2)
-ROW_KERNELS = ("gather", "combine", "activate", "activate_backward", "slope", "dots", "weigh_")
+ROW_KERNELS = [
+    function.__name__
+    for function in (
+        cpu_ops.gather,
+        cpu_ops.combine,
+        cpu_ops.activate,
+        cpu_ops.activate_backward,
+        cpu_ops.slope,
+        cpu_ops.dots,
+        cpu_ops.weigh_,
+    )
+]
 
 
 def invoke(*arguments: str | Path) -> Result:

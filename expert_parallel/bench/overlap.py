@@ -195,7 +195,8 @@ def between_nodes(layer: MoELayer, x_TD: Tensor) -> dict[str, int]:
     log = output.stats.log
     sent = sum(total_of(log.bytes_sent, ("network",), phase) for phase in (Phase.DISPATCH, Phase.COMBINE))
     rows = total_of(log.rows_sent, ("network",), Phase.DISPATCH, is_backward=False)
-    total = all_reduce_sum(torch.tensor([sent, rows], device=x_TD.device), layer.group).tolist()
+    counts = torch.tensor([sent, rows], device=x_TD.device)
+    total = all_reduce_sum(counts, layer.dispatcher.peers.group).tolist()
     return {"bytes": total[0], "rows_out": total[1]}
 
 

@@ -22,7 +22,8 @@ from expert_parallel.data.batch import MicroBatch
 from expert_parallel.moe.context import Choices, RouterReplay, global_index
 from expert_parallel.settings import Settings
 
-_TENSORS = tuple(field.name for field in fields(Choices) if field.name != "padded_rows")
+# The names of the tensors in a file, in the order of the fields of `RecordedChoices`. Files are read by later versions.
+_TENSORS = ("index_T", "routed_ids_TK", "routed_reason_TK", "ids_TK", "reason_TK")
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ def save_choices(
     on other data is detected.
     """
     tensors = {
-        f"{micro_step}.{layer}.{name}": getattr(choices, name).cpu().contiguous()
+        f"{micro_step}.{layer}.{name}": getattr(choices, field.name).cpu().contiguous()
         for (_, micro_step, layer), choices in replay.recorded.items()
-        for name in _TENSORS
+        for name, field in zip(_TENSORS, fields(Choices), strict=False)  # the last field is no tensor
     }
     tensors |= {f"{number}.tokens": batch.inputs_BS.flatten().cpu() for number, batch in enumerate(batches)}
     path = Path(config.folder) / f"step_{step:08d}.rank_{rank:05d}.safetensors"
@@ -141,7 +142,10 @@ def _rows(
     place_T = torch.searchsorted(index_G, index_T)
     there_T = place_T < len(index_G)
     row_T = order_G[place_T[there_T]]
-    rows: dict[str, Any] = {name: values[row_T].to(batch.inputs_BS.device) for name, values in whole.items()}
+    rows: dict[str, Any] = {
+        field.name: whole[name][row_T].to(batch.inputs_BS.device)
+        for name, field in zip(_TENSORS, fields(Choices), strict=False)
+    }
     found = bool(there_T.all()) and torch.equal(whole["index_T"][row_T], index_T)
     tokens_G = torch.cat([part[f"{number}.tokens"] for part in parts])
     return Choices(**rows), tokens_G[row_T] if found else None

@@ -109,7 +109,7 @@ def keep_all(
     return plan, None
 
 
-def limit(
+def apply_capacity(
     config: FactorConfig | AbsoluteConfig, plan: RoutingPlan, batch: TokenBatch, training: bool
 ) -> tuple[RoutingPlan, int | None]:
     """The plan with what overflows marked DROPPED_CAPACITY, or REROUTED and renamed; its weights are left as they were.
@@ -181,6 +181,6 @@ def queue_order(
 
 POLICIES: dict[str, Callable[..., tuple[RoutingPlan, int | None]]] = {
     "dropless": keep_all,
-    "factor": limit,
-    "absolute": limit,
+    "factor": apply_capacity,
+    "absolute": apply_capacity,
 }
