@@ -18,7 +18,7 @@ BACKEND = "mpi4py"
 
 
 def load_mpi() -> Any:
-    """Imports mpi4py's module MPI, which initialises MPI, and returns it. Raises ValueError if it cannot be imported."""
+    """Imports the module MPI of mpi4py, which initialises MPI. Raises ValueError if it cannot be imported."""
     try:
         import mpi4py
 
