@@ -6,7 +6,7 @@ The public names are loaded at first use: `import expert_parallel` alone does no
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what _MODULES says, as type checkers read it
+if TYPE_CHECKING:  # the names of _MODULES, for type checkers
     from expert_parallel.checkpoint.load import load_checkpoint as load_checkpoint
     from expert_parallel.checkpoint.state import TorchState as TorchState
     from expert_parallel.model.config import ModelConfig as ModelConfig
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # what _MODULES says, as type checkers read it
     from expert_parallel.training.config import Config as Config
     from expert_parallel.training.config import load_config as load_config
     from expert_parallel.training.loop import train as train
-else:  # so that they find a misspelt name
+else:  # hidden from type checkers, so that they report misspelt names
 
     def __getattr__(name: str) -> Any:
         if name not in _MODULES:
@@ -47,7 +47,7 @@ else:  # so that they find a misspelt name
 __version__ = "0.1.0"
 
 _MODULES = {
-    # the layer, in a model of your own
+    # the layer, for your own model
     "MoELayer": "expert_parallel.moe.layer",
     "MoEConfig": "expert_parallel.moe.config",
     "MoEOutput": "expert_parallel.moe.types",

@@ -1,39 +1,39 @@
-"""YAML becomes a tree of any Settings class and goes back: overrides, validation, one sentence for what is wrong.
+"""Reads YAML files into Settings classes and writes them back: overrides, validation, and one sentence for each error.
 This is the only file that knows YAML."""
 
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from expert_parallel.settings import Settings
+from expert_parallel.settings import Settings, blocks_in, find_setting, use_own_names
 
 S = TypeVar("S", bound=Settings)
 
 
 class _Loader(yaml.SafeLoader):
-    """safe_load, with 3e-4 read as a number (YAML 1.2) and a key given twice refused."""
+    """Loads YAML as safe_load does, but reads 3e-4 as a number (YAML 1.2) and refuses a key that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                continue  # refused below, by its own words
+                continue  # refused below, with a message of its own
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """safe_dump, with quotes around a text that the loader would read as a number."""
+    """Dumps YAML as safe_dump does, but quotes a text that the loader would read as a number."""
 
 
 for _yaml in (_Loader, _Dumper):
@@ -42,8 +42,11 @@ for _yaml in (_Loader, _Dumper):
     )
 
 
-def load_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What a YAML file and overrides say, as it stands. ValueError where it is no mapping."""
+def load_tree(path: Path, overrides: Sequence[str] = (), block: type[Settings] = Settings) -> dict[str, Any]:
+    """Returns the mapping of a YAML file with overrides, not validated. Raises a ValueError if it is no mapping.
+
+    block: the class that the tree is for, whose aliases become own names; without it they stay.
+    """
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -52,13 +55,17 @@ def load_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ValueError(f"the config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"the config file {path} must hold a mapping of settings, found {_shown(tree)}")
+    try:
+        tree = use_own_names([block], tree)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     for override in overrides:
-        _override(tree, override)
+        _override(tree, override, block)
     return tree
 
 
 def read_settings(kind: type[S], tree: dict[str, Any], where: str) -> S:
-    """Validates. ValueError: one sentence that begins with `where` and names the path."""
+    """Validates a tree. Raises a ValueError of one sentence that begins with `where` and names the setting's path."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
@@ -66,48 +73,45 @@ def read_settings(kind: type[S], tree: dict[str, Any], where: str) -> S:
 
 
 def dump_tree(tree: dict[str, Any]) -> str:
-    """As YAML; `load_tree` of it gives the same tree."""
+    """Returns the tree as YAML, from which `load_tree` reads the same tree."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 def setting_paths(block: type[Settings], prefix: str = "") -> list[str]:
-    """Every path that a config can have, blocks included; `losses[]` is each entry of the list `losses`."""
+    """Returns every path that a config can have, blocks included; `losses[]` is each entry of the list `losses`."""
     paths = []
     for name, field in block.model_fields.items():
         paths.append(prefix + name)
-        for brackets, inner in _blocks_in(field.annotation):
+        for brackets, inner in blocks_in(field.annotation):
             paths += setting_paths(inner, f"{prefix}{name}{brackets}.")
     return list(dict.fromkeys(paths))
 
 
-def _blocks_in(annotation: Any) -> Iterator[tuple[str, type[Settings]]]:
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        yield "", annotation
-    for argument in get_args(annotation):
-        for brackets, block in _blocks_in(argument):
-            yield ("[]" if get_origin(annotation) is list else "") + brackets, block
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
+def _override(tree: dict[str, Any], override: str, block: type[Settings]) -> None:
+    """Sets one `dotted.key=value` in the tree, which has own names alone."""
+    blocks = [block]
     dotted, equals, text = override.partition("=")
     *parents, leaf = dotted.split(".")
     if not equals or not all([*parents, leaf]):
         raise ValueError(f"the override {override!r} is not of the form dotted.key=value")
-    for depth, key in enumerate(parents):
+    for depth, parent in enumerate(parents):
+        key, blocks = find_setting(blocks, tree, parent)
         if tree.get(key) is None:  # an absent block, or one that a dumped config shows as null
             tree[key] = {}
         tree = tree[key]
         if not isinstance(tree, dict):
             raise ValueError(f"the override {override!r}: {'.'.join(parents[: depth + 1])} is not a block of settings")
     try:
-        tree[leaf] = yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"the override {override!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    name, blocks = find_setting(blocks, tree, leaf)
+    tree[name] = use_own_names(blocks, value, dotted)
 
 
 def _first_sentence(error: ValidationError, tree: Any, paths: list[str]) -> str:
-    """The first thing that is wrong: `path: what, found value`, and how many more there are. A misspelt setting
-    goes first: others may be missing because of it."""
+    """Returns the first error, `path: what, found value`, and the number of further ones. A misspelled setting comes
+    first, since others may be missing because of it."""
     details = sorted(error.errors(), key=lambda detail: detail["type"] not in ("extra_forbidden", "invalid_key"))
     first, context = details[0], details[0].get("ctx", {})
     path = _user_path(first["loc"], tree, is_missing=first["type"] == "missing")
@@ -131,7 +135,7 @@ def _first_sentence(error: ValidationError, tree: Any, paths: list[str]) -> str:
 
 
 def _user_path(location: tuple[int | str, ...], tree: Any, is_missing: bool) -> str:
-    """pydantic's location without the kinds that it puts in between: capacity.factor.train is capacity.train."""
+    """Returns pydantic's location without the kinds that it inserts: capacity.factor.train is capacity.train."""
     path = ""
     for number, part in enumerate(location):
         is_entry = isinstance(tree, list) and isinstance(part, int)
@@ -144,9 +148,10 @@ def _user_path(location: tuple[int | str, ...], tree: Any, is_missing: bool) -> 
 
 
 def _with_full_paths(text: str, block: str, paths: list[str]) -> str:
-    """A block's own check names settings as the block does (`router.k`): with the block's path before each of them.
+    """Puts the block's path before each setting in the message of a block's own check, which names settings as the
+    block does (`router.k`).
 
-    A single word is a setting only where a value or a statement follows: `hidden (3)`, but not `the router learns`.
+    A single word is a setting only if a value or a statement follows: `hidden (3)`, but not `the router learns`.
     """
 
     def full(word: re.Match[str]) -> str:
@@ -159,7 +164,7 @@ def _with_full_paths(text: str, block: str, paths: list[str]) -> str:
 
 
 def _did_you_mean(path: str, paths: list[str]) -> str:
-    """The setting of this name in another block, or the one of its block that is spelt most alike."""
+    """Suggests the setting of this name in another block, or the one of its block with the most similar spelling."""
     block, _, name = re.sub(r"\[\d+\]", "[]", path).rpartition(".")
     if ".".join(filter(None, (block, name))) in paths:
         return f" (another kind of {block} has it)"
@@ -172,6 +177,6 @@ def _did_you_mean(path: str, paths: list[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """As YAML has it, in a line of bounded length."""
+    """Returns the value as YAML would have it, on one line of bounded length."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."

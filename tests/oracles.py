@@ -14,7 +14,7 @@ from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.moe.capacity.limit import limit
+from expert_parallel.moe.capacity.limit import apply_capacity
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext, TokenBatch, pass_seed, token_batch
 from expert_parallel.moe.layer import MoELayer
@@ -186,7 +186,7 @@ def compare_switch_layers(ours: MoELayer, capacity: int, num_sequences: int, num
     close(plan.logits_TE, logits_BTE.flatten(0, 1), "logits")
     close(plan.weights_TK, probability_BT1.flatten(0, 1), "probabilities")
     assert torch.equal(plan.expert_ids_TK[:, 0], choice_BT.flatten())
-    plan, _ = limit(config.capacity, plan, batch, training=True)
+    plan, _ = apply_capacity(config.capacity, plan, batch, training=True)
     assert torch.equal(dense(plan)[1], kept_BTE.flatten(0, 1).bool())
 
     actual = ours(x)

@@ -1,4 +1,4 @@
-"""Prints the table of launchers that is in the README: the first 20 steps of quickstart in float64 under each of them.
+"""Prints the table of launchers in launch/MEASUREMENTS.md: 20 steps of quickstart in float64 under each of them.
 
     python -m tests.parity_table [--mpich FOLDER] [words ...]     # words: only rows whose name has one of them
 

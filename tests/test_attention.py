@@ -16,7 +16,8 @@ from transformers.models.olmoe import modeling_olmoe
 from transformers.models.qwen3 import modeling_qwen3
 
 from expert_parallel.model.attention import Attention, HeadsConfig, causal_attention
-from expert_parallel.model.attention_mask import KeyValueCache, Sight
+from expert_parallel.model.attention_mask import Sight
+from expert_parallel.model.kv_cache import KeyValueCache
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.rotary import RopeConfig, rotary_frequencies, rotation
 from expert_parallel.model.transformer import ModelConfig, Transformer
@@ -526,7 +527,7 @@ YARN_SETTINGS = {"kind": "yarn", "factor": 2.0, "original_length": 16}
         ),
         (
             {"position": {"kind": "learned", "max_length": 9}, "attention": LATENT},
-            "position.kind is 'learned', but attention.kind 'latent' has rotary positions alone",
+            "position.kind is 'learned', but attention.kind 'latent' supports only rotary positions",
         ),
     ],
 )

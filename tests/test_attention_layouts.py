@@ -142,10 +142,10 @@ def first_heads_sinks() -> tuple[Any, str, Any]:
     def wrong(module: Any, name: str, dim: int, group: Any, *more: Any, **others: Any) -> None:
         original(module, name, dim, group, *more, **others)
         if name == "sinks":
-            part = module.slices[name]
-            object.__setattr__(part, "take", lambda full: full[: len(module.sinks)])
+            part = module.tensor_shards[name]
+            object.__setattr__(part, type(part).take.__name__, lambda full: full[: len(module.sinks)])
 
-    return tensor_parallel, "divide", wrong
+    return tensor_parallel, original.__name__, wrong
 
 
 def sinks_forgotten() -> tuple[Any, str, Any]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
+import expert_parallel.bench.peers.peers as peers_module
 from expert_parallel.bench import layer as bench_layer_module
 from expert_parallel.bench import machine as bench_machine_module
 from expert_parallel.bench import timing
@@ -29,7 +30,6 @@ from expert_parallel.bench.layer import (
     run,
 )
 from expert_parallel.bench.machine import Exchange, MachineFile, MachineTask, bench_machine, fit, read_machine
-from expert_parallel.bench.peers import peers as peers_module
 from expert_parallel.bench.peers.contender import Case, Contender, NotMeasured, build_case, installed
 from expert_parallel.bench.shapes import (
     SHAPES,
@@ -94,13 +94,13 @@ def test_shapes_can_be_changed_and_scaled() -> None:
         (
             "base",
             ["expert=3"],
-            "'expert=3' is no change of a shape: it must be NAME=VALUE with one of tokens, d_model, ",
+            "'expert=3' is not a change of a shape: it must be NAME=VALUE with one of tokens, d_model, ",
         ),
-        ("base", ["peers=dense"], "'peers=dense' is no change of a shape"),
+        ("base", ["peers=dense"], "'peers=dense' is not a change of a shape"),
         ("base", ["k=two"], "'k=two': k must be a whole number"),
-        ("base", ["k=9"], "the shape cannot be: k (9) is larger than num_experts (8)"),
-        ("base", ["tokens=0"], "the shape cannot be: tokens: input should be greater than or equal to 1"),
-        ("base", ["activation=relu"], "the shape cannot be: activation: input should be 'gelu' or 'swiglu'"),
+        ("base", ["k=9"], "the shape is invalid: k (9) is larger than num_experts (8)"),
+        ("base", ["tokens=0"], "the shape is invalid: tokens: input should be greater than or equal to 1"),
+        ("base", ["activation=relu"], "the shape is invalid: activation: input should be 'gelu' or 'swiglu'"),
     ],
 )
 def test_shapes_that_cannot_be_are_refused(name: str, changes: list[str], what: str) -> None:
@@ -374,8 +374,8 @@ def test_a_machine_file_is_what_was_measured(tmp_path: Path) -> None:
     ("text", "what"),
     [
         (None, "the machine file {path} cannot be read: No such file or directory"),
-        ("{", "{path} is no file of `bench machine`: invalid json"),
-        ("{}", "{path} is no file of `bench machine`: facts: field required"),
+        ("{", "{path} is not a file of `bench machine`: invalid json"),
+        ("{}", "{path} is not a file of `bench machine`: facts: field required"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, text: str | None, what: str) -> None:
@@ -442,13 +442,13 @@ REFUSED = {
     "an unknown shape": (["layer", "--shape", "huge"], "--shape is 'huge', it must be one of "),
     "an unknown peer": (
         ["layer", "--peers", "mask loop,megablocks"],
-        "--peers: 'megablocks' is none of ours with capacity, ",
+        "--peers: 'megablocks' is not one of ours with capacity, ",
     ),
     "more ranks than experts": (["layer", "--ranks", "9"], "9 ranks are more than the 8 experts of --shape base"),
     "no folder": (["layer", "--json", "/no/such/folder/x.json"], "--json: there is no folder /no/such/folder"),
     "MPI without mpirun": (
         ["layer", "--ranks", "2", "--transport", "mpi"],
-        "--transport mpi: ranks of our own use gloo, start them with a launcher",
+        "--transport mpi: ranks started by --ranks use gloo; use a launcher instead",
     ),
     "a scale that is none": (["layer", "--scale", "inf"], "--scale is inf, it must be a number"),
     "a folder for a file": (["layer", "--json", "/"], "--json: / is a folder"),

@@ -20,9 +20,9 @@ from expert_parallel.moe.capacity.limit import (
     AbsoluteConfig,
     DroplessConfig,
     FactorConfig,
+    apply_capacity,
     capacity_of_blocks,
     expert_capacity,
-    limit,
     queue_capacities,
 )
 from expert_parallel.moe.capacity.receive_bound import allowances, limit_received
@@ -72,7 +72,7 @@ def absolute(train: int, **options: object) -> AbsoluteConfig:
 
 def kept(config: CapacityConfig, plan: RoutingPlan, training: bool = True, **context: Any) -> list[list[bool]]:
     batch = batch_of(1, len(plan.expert_ids_TK), StepContext(**context))
-    limited, _ = limit(config, plan, batch, training)
+    limited, _ = apply_capacity(config, plan, batch, training)
     return limited.kept_TK.tolist()
 
 
@@ -256,7 +256,7 @@ def batch_of_case(case: Case) -> TokenBatch:
 @given(cases(), configs(), st.booleans())
 def test_drops_equal_a_queue_that_is_walked(priority: str, case: Case, config: CapacityConfig, training: bool) -> None:
     config = config.model_copy(update={"priority": priority})
-    limited, most = limit(config, case.plan, batch_of_case(case), training)
+    limited, most = apply_capacity(config, case.plan, batch_of_case(case), training)
     assert limited.reason_TK.tolist() == walk(config, case, training)
     assert limited.expert_ids_TK.tolist() == case.plan.expert_ids_TK.tolist()
     assert isinstance(most, int)
@@ -266,9 +266,9 @@ def test_drops_equal_a_queue_that_is_walked(priority: str, case: Case, config: C
 @given(cases(), configs())
 def test_the_ledger_counts_each_choice_once(case: Case, config: CapacityConfig) -> None:
     """Trap 15: drops are seen. routed = kept + dropped for each expert; what was not routed is nowhere; no expert keeps
-    more than `limit` says that it takes at most."""
+    more than `apply_capacity` says that it takes at most."""
     batch, plan = batch_of_case(case), case.plan
-    limited, most = limit(config, plan, batch, training=True)
+    limited, most = apply_capacity(config, plan, batch, training=True)
     counts = count_choices(plan, limited, batch.real_T)
 
     routed = [0] * case.num_experts
@@ -327,10 +327,10 @@ def test_with_probability_the_order_of_choices_only_breaks_ties() -> None:
 def test_each_sequence_has_a_capacity_of_its_own() -> None:
     """Two sequences of 4 tokens, all to expert 0, factor 0.5 and 2 experts: C = 1 for each, 2 for both together."""
     plan = make_plan([[0]] * 8, [[0.5]] * 8)
-    limited, most = limit(factor(0.5, scope="sequence"), plan, batch_of(2, 4), training=True)
+    limited, most = apply_capacity(factor(0.5, scope="sequence"), plan, batch_of(2, 4), training=True)
     assert limited.kept_TK.flatten().nonzero().flatten().tolist() == [0, 4]
     assert int(most) == 2
-    limited, most = limit(factor(0.5, scope="rank"), plan, batch_of(2, 4), training=True)
+    limited, most = apply_capacity(factor(0.5, scope="rank"), plan, batch_of(2, 4), training=True)
     assert limited.kept_TK.flatten().nonzero().flatten().tolist() == [0, 1]
     assert int(most) == 2
 
@@ -366,7 +366,9 @@ def test_capacity_larger_than_the_token_count(priority: str, num_tokens: int) ->
 @pytest.mark.parametrize("shape", [(0, 0), (0, 3), (1, 0), (2, 0)])
 def test_no_tokens(priority: str, scope: str, shape: tuple[int, int]) -> None:
     nothing = make_plan([], [], num_choices=2, num_experts=4)
-    limited, most = limit(factor(1.0, priority=priority, scope=scope), nothing, batch_of(*shape), training=True)
+    limited, most = apply_capacity(
+        factor(1.0, priority=priority, scope=scope), nothing, batch_of(*shape), training=True
+    )
     assert limited.kept_TK.shape == (0, 2)
     assert limited.reason_TK.dtype == torch.uint8
     assert int(most) == 0
@@ -387,7 +389,7 @@ def test_dropless_keeps_the_plan() -> None:
 
 def test_drops_are_marked_and_change_nothing_else() -> None:
     plan = make_plan([[0, 1]] * 3, [[0.7, 0.3]] * 3, num_choices=2)
-    limited, _ = limit(factor(0.5), plan, batch_of(1, 3), training=True)
+    limited, _ = apply_capacity(factor(0.5), plan, batch_of(1, 3), training=True)
     assert limited.reason_TK.tolist() == [[Reason.KEPT] * 2, [Reason.KEPT] * 2, [Reason.DROPPED_CAPACITY] * 2]
     assert limited.weights_TK is plan.weights_TK  # the layer renormalises, where it is asked to (trap 18)
     assert torch.equal(limited.expert_ids_TK, plan.expert_ids_TK)
@@ -399,7 +401,7 @@ def test_what_is_not_routed_takes_no_place() -> None:
     plan = make_plan([[0]] * 5, [[0.5]] * 5)
     not_routed_TK = torch.tensor([[True], [False], [True], [False], [False]])
     plan = replace(plan, reason_TK=plan.reason_TK.masked_fill(not_routed_TK, Reason.NOT_ROUTED))
-    limited, _ = limit(absolute(2), plan, batch_of(1, 5), training=True)
+    limited, _ = apply_capacity(absolute(2), plan, batch_of(1, 5), training=True)
     unrouted, dropped = int(Reason.NOT_ROUTED), int(Reason.DROPPED_CAPACITY)
     assert limited.reason_TK.flatten().tolist() == [unrouted, 0, unrouted, 0, dropped]
 
@@ -409,7 +411,7 @@ def test_padding_does_not_raise_the_capacity() -> None:
     plan = make_plan([[0]] * 8, [[0.5]] * 8)
     mask_BS = torch.tensor([[False, True] * 4])
     plan = replace(plan, reason_TK=plan.reason_TK.masked_fill(~mask_BS.view(8, 1), Reason.NOT_ROUTED))
-    limited, _ = limit(factor(1.0), plan, batch_of(1, 8, StepContext(mask_BS=mask_BS)), training=True)
+    limited, _ = apply_capacity(factor(1.0), plan, batch_of(1, 8, StepContext(mask_BS=mask_BS)), training=True)
     assert limited.kept_TK.flatten().nonzero().flatten().tolist() == [1, 3]
 
 

@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from expert_parallel.checkpoint.digest import write_tensors
 from expert_parallel.checkpoint.files import list_checkpoints, open_checkpoint
 from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.manifest import sealed
+from expert_parallel.checkpoint.tensor_files import write_tensors
 from expert_parallel.model.generation import Sampling
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.runtime.process import Launch, Runtime, UserError
@@ -221,7 +221,7 @@ def test_data_held_out_must_stay(finished: Path, tmp_path: Path) -> None:
     tree = settings(copy_of(finished, tmp_path), ep=2, steps=6, every=2)
     tree["data"]["held_out"] = 0.3
     for error in run_ranks(2, run_training, 2, tree):
-        assert "is a checkpoint of another order of data: data.held_out is 0.05 there and 0.3 here" in error
+        assert "was trained on another order of data: data.held_out is 0.05 there and 0.3 here" in error
 
 
 def test_a_setting_that_is_newer_than_a_checkpoint_had_its_default() -> None:

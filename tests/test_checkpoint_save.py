@@ -294,9 +294,9 @@ def test_a_name_that_is_taken_is_not_overwritten(tmp_path: Path) -> None:
     said, other = run_ranks(2, save_over_others, tmp_path)
     taken = [
         f"step 2 is not saved: {tmp_path}/step_00000002 exists already; the last checkpoint is step_00000004; "
-        "training goes on",
+        "training continues",
         f"step 4 is not saved: {tmp_path}/step_00000004 exists already; the last checkpoint is step_00000004; "
-        "training goes on",
+        "training continues",
     ]
     assert other == taken
     assert said == [*taken, f"saved {tmp_path}/step_00000006"]
@@ -349,7 +349,7 @@ def fake_mesh() -> ParallelMesh:
 def test_ranks_that_write_the_same_twice_are_refused(tmp_path: Path) -> None:
     messages = run_ranks(2, save_with_a_doubled_part, tmp_path)
     assert messages[0] == messages[1]
-    assert "is doubled: the pieces at" in messages[0]
+    assert "is covered twice: the shards at" in messages[0]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -388,7 +388,7 @@ def test_training_goes_on_when_the_disk_is_full(background: bool, tmp_path: Path
     (line,) = [line for line in said.splitlines() if "not saved" in line]
     assert line.startswith(f"step 4 is not saved: cannot write {folder}/partial_step_00000004_")
     assert line.endswith(
-        "/rank_00001.safetensors: No space left on device; the last checkpoint is step_00000002; training goes on"
+        "/rank_00001.safetensors: No space left on device; the last checkpoint is step_00000002; training continues"
     )
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000002", "step_00000006"]
     assert list(problems(open_checkpoint(folder))) == []
@@ -437,7 +437,7 @@ def test_a_file_that_the_system_refuses_to_grow(tmp_path: Path) -> None:
     said = child_says(small_child, tmp_path, 0.3)
     assert said[0] == f"saved {tmp_path}/step_00000001"
     assert said[1].startswith(f"step 2 is not saved: cannot write {tmp_path}/partial_step_00000002_")
-    assert said[1].endswith("File too large; the last checkpoint is step_00000001; training goes on")
+    assert said[1].endswith("File too large; the last checkpoint is step_00000001; training continues")
     assert list(problems(open_checkpoint(tmp_path))) == []
 
 
@@ -458,7 +458,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_is_full(tiny_disk: Path) -> None:
     said = child_says(small_child, tiny_disk, 0)
     assert said[0] == f"saved {tiny_disk}/step_00000001"
-    assert said[1].endswith("No space left on device; the last checkpoint is step_00000001; training goes on")
+    assert said[1].endswith("No space left on device; the last checkpoint is step_00000001; training continues")
     assert list(problems(open_checkpoint(tiny_disk))) == []
 
 

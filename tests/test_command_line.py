@@ -8,6 +8,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -144,7 +146,7 @@ REFUSED_SETTINGS: dict[str, tuple[list[str], str]] = {
     ),
     "a loss twice": (
         ["model.moe.losses=[{kind: z_loss}, {kind: z_loss}]"],
-        "model.moe.losses: each kind and scope may stand once, found z_loss, z_loss",
+        "model.moe.losses: each kind and scope may occur once, found z_loss, z_loss",
     ),
     "two widths": (["model.moe.d_model=3"], "model.moe.d_model (3) differs from model.d_model (16)"),
     "heads": (
@@ -214,7 +216,7 @@ REFUSED_SETTINGS: dict[str, tuple[list[str], str]] = {
         "the override 'model.num_layers.x=3': model.num_layers is not a block of settings",
     ),
     "value is not YAML": (["seed=["], "the override 'seed=[' is not valid YAML: while parsing a flow node"),
-    "key twice": (["run={folder: a, folder: b}"], "is not valid YAML: the key 'folder' stands twice"),
+    "key twice": (["run={folder: a, folder: b}"], "is not valid YAML: the key 'folder' is given twice"),
 }
 
 
@@ -241,7 +243,7 @@ def test_training_refuses_in_the_same_words(case: str, config_file: Path) -> Non
         ("- run\n- model\n", 'must hold a mapping of settings, found ["run", "model"]'),
         ("just words", 'must hold a mapping of settings, found "just words"'),
         ("run: [", "is not valid YAML: while parsing a flow node"),
-        ("seed: 1\nrun: {folder: a}\nseed: 2\n", "is not valid YAML: the key 'seed' stands twice in"),
+        ("seed: 1\nrun: {folder: a}\nseed: 2\n", "is not valid YAML: the key 'seed' is given twice in"),
         ("seed: 1\nrun: {folder: a}\nseed: 2\n", "line 3"),
         ("seed: !!python/object/apply:os.system ['true']\n", "could not determine a constructor for the tag"),
         ("seed: \0", "is not valid YAML: unacceptable character"),
@@ -332,7 +334,10 @@ def test_a_checkpoint_of_another_model_is_refused(override: str, sentence: str, 
     before = (finished_run / "config.yaml").read_text()
     arguments = [f"run.folder={finished_run}", "parallel.ep=1", "training.steps=3", override]
     refused = refusal(invoke("train", finished_run / "config.yaml", *arguments))
-    assert re.search(f"step_00000002 is a checkpoint of another (model|order of data): {re.escape(sentence)}", refused)
+    assert re.search(
+        f"step_00000002 (is a checkpoint of another model|was trained on another order of data): {re.escape(sentence)}",
+        refused,
+    )
     assert (finished_run / "config.yaml").read_text() == before
 
 
@@ -448,6 +453,12 @@ def test_every_shipped_config_passes_check(path: Path) -> None:
 def test_the_console_command_is_the_module() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"expert-parallel": f"{main.__module__}:{main.__name__}"}
+
+
+def test_the_version_may_be_printed_to_a_closed_pipe() -> None:
+    command = f"set -o pipefail; (sleep 0.5; '{sys.executable}' -m expert_parallel --version) | true"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_a_process_alone_refuses_in_one_sentence(config_file: Path) -> None:

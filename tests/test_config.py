@@ -1,6 +1,7 @@
-"""A config file's promises: what is read is what was written, in YAML and by override, and the surface is frozen.
+"""A config file's promises: what is read is what was written, in YAML and by override, by a setting's own name or its
+alias.
 
-What is refused, and in which words, is in test_command_line.py.
+What is refused, and in which words, is in test_command_line.py; the list of all settings in test_settings_reference.py.
 """
 
 from pathlib import Path
@@ -10,13 +11,15 @@ import pytest
 import yaml
 
 from expert_parallel.config import setting_paths
+from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.capacity.limit import DroplessConfig, FactorConfig
+from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.routers.registry import RegisteredRouterConfig
-from expert_parallel.settings import Settings
+from expert_parallel.settings import Settings, alias_of, blocks_in, changed_settings, use_own_names
+from expert_parallel.study.plan import StudyConfig
 from expert_parallel.training.config import Config, dump_config, load_config
 from tests.launches import run_configs, small_config
 
-GOLDEN = Path(__file__).with_name("settings.txt")
 SHIPPED = run_configs()
 
 
@@ -179,17 +182,132 @@ def test_a_block_may_be_replaced_whole(config_file: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The surface
+# Aliases
+
+LATENT = (
+    "model.attention={kind: latent, num_heads: 2, query_rank: 4, kv_rank: 8, nope_size: 4, rope_size: 4, value_size: 8}"
+)
+ALIASES = [  # overrides, own name, alias, a value
+    (["model.moe.router.k=2"], "model.moe.router.normalise", "model.moe.router.normalize", "false"),
+    (["model.moe.router={kind: sinkhorn, k: 2}"], "model.moe.router.normalise", "model.moe.router.normalize", "true"),
+    (
+        ["model.moe.capacity={kind: factor}"],
+        "model.moe.capacity.renormalise",
+        "model.moe.capacity.renormalize",
+        "true",
+    ),
+    (
+        ["model.moe.capacity={kind: dropless}"],
+        "model.moe.capacity.receive_bound",
+        "model.moe.capacity.max_received_factor",
+        "1.5",
+    ),
+    ([], "model.moe.experts.hidden", "model.moe.experts.ffn_hidden_size", "24"),
+    (
+        ["model.moe.shared_experts={hidden: 8}"],
+        *(f"model.moe.shared_experts.{n}" for n in ("hidden", "ffn_hidden_size")),
+        "24",
+    ),
+    ([], "model.attention.head_size", "model.attention.head_dim", "4"),
+    ([LATENT], "model.attention.query_rank", "model.attention.q_lora_rank", "6"),
+    ([LATENT], "model.attention.kv_rank", "model.attention.kv_lora_rank", "6"),
+    ([LATENT], "model.attention.nope_size", "model.attention.qk_nope_head_dim", "6"),
+    ([LATENT], "model.attention.rope_size", "model.attention.qk_rope_head_dim", "6"),
+    ([LATENT], "model.attention.value_size", "model.attention.v_head_dim", "6"),
+    ([], "training.global_batch", "training.global_batch_size", "8"),
+    ([], "training.micro_steps", "training.gradient_accumulation_steps", "2"),
+]
 
 
-def test_the_settings_are_those_of_the_golden_file() -> None:
-    command = """.venv/bin/python -c '
-from expert_parallel.config import setting_paths
-from expert_parallel.training.config import Config
-print(*setting_paths(Config), sep="\\n")' > tests/settings.txt"""
-    assert setting_paths(Config) == GOLDEN.read_text().splitlines(), (
-        f"the settings have changed: if that is wanted, update the docs, and the golden file with\n{command}"
+def aliases_of_all(block: type[Settings]) -> set[str]:
+    own = {alias for name in block.model_fields if (alias := alias_of(block, name))}
+    inner = [found for field in block.model_fields.values() for _, found in blocks_in(field.annotation)]
+    return own.union(*(aliases_of_all(found) for found in inner))
+
+
+def test_every_alias_is_in_the_table() -> None:
+    assert {alias.rpartition(".")[2] for _, _, alias, _ in ALIASES} == aliases_of_all(Config)
+
+
+@pytest.mark.parametrize(("first", "name", "alias", "value"), ALIASES, ids=lambda value: str(value))
+def test_an_alias_means_its_setting(first: list[str], name: str, alias: str, value: str, config_file: Path) -> None:
+    """As an override, over a file with either name, in a file, and in a dumped config, which has own names alone."""
+    expected = load_config(config_file, [*first, f"{name}={value}"])
+    assert load_config(config_file, [*first, f"{alias}={value}"]) == expected
+    assert expected != load_config(config_file, first), "the value is another than before"
+    before = written(config_file.parent, dump_config(load_config(config_file, first)))
+    assert load_config(before, [f"{alias}={value}"]) == expected
+    tree = yaml.safe_load(dump_config(expected))
+    *blocks, last = name.split(".")
+    block = tree
+    for key in blocks:
+        block = block[key]
+    block[alias.rpartition(".")[2]] = block.pop(last)
+    spelled = written(config_file.parent, yaml.safe_dump(tree))
+    assert load_config(spelled) == expected
+    assert load_config(spelled, [f"{name}={value}"]) == expected
+    assert dump_config(load_config(spelled)) == dump_config(expected)
+    assert changed_settings(expected.model_dump(mode="json"), load_config(spelled).model_dump(mode="json")) == []
+
+
+def test_a_later_spelling_wins(config_file: Path) -> None:
+    overrides = ["training.global_batch=4", "training.global_batch_size=8"]
+    assert load_config(config_file, overrides).training.global_batch == 8
+    assert load_config(config_file, overrides[::-1]).training.global_batch == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        (
+            "model.moe.router={normalise: true, normalize: true}",
+            "model.moe.router.normalise and model.moe.router.normalize",
+        ),
+        ("model.attention.head_dim=8", "model.attention.head_size and model.attention.head_dim"),
+    ],
+)
+def test_a_setting_is_given_by_one_name(override: str, names: str, config_file: Path) -> None:
+    key, _, value = override.partition("=")
+    *blocks, last = key.split(".")
+    tree = yaml.safe_load(config_file.read_text())
+    block = tree
+    for name in blocks:
+        block = block[name]
+    block[last] = yaml.safe_load(value)
+    path = written(config_file.parent, yaml.safe_dump(tree))
+    with pytest.raises(ValueError, match=rf"^{path}: {names} are the same setting: give one of them$"):
+        load_config(path)
+
+
+def test_a_preset_gives_way_to_an_alias() -> None:
+    tree = {"preset": "switch", "num_experts": 4, "experts": {"ffn_hidden_size": 8}}
+    moe = MoEConfig.model_validate(tree | {"router": {"k": 2, "normalize": True}})
+    assert (moe.router.normalises, moe.experts.hidden) == (True, 8)
+    with pytest.raises(ValueError, match=r"router\.normalise and router\.normalize are the same setting"):
+        MoEConfig.model_validate(tree | {"router": {"normalise": True, "normalize": True}})
+
+
+def test_a_registered_router_may_have_a_setting_of_an_aliass_name() -> None:
+    """Its settings are its own."""
+    tree = {"moe": {"router": {"kind": "mine", "normalize": 3}}}
+    assert use_own_names([ModelConfig], tree) == tree
+    assert use_own_names([ModelConfig], {"moe": {"router": {"normalize": False}}}) == {
+        "moe": {"router": {"normalise": False}}
+    }
+
+
+def test_a_studys_base_and_variants_take_aliases() -> None:
+    base = {"training": {"global_batch_size": 4}}
+    variants = {"a": {"model": {"attention": {"head_dim": 8}}}, "b": {}}
+    study = StudyConfig(
+        folder="x", base=base, reference="a", variants=variants, learning_rates=[0.1], trial_steps=1, seeds=[0]
     )
+    assert study.base == {"training": {"global_batch": 4}}
+    assert study.variants["a"].model == {"attention": {"head_size": 8}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The surface
 
 
 def test_every_dumped_setting_is_on_the_surface(config_file: Path) -> None:

@@ -345,7 +345,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     )
     refused(config_of(good), "holds 20 tokens for evaluation (data.held_out)", "31", sequence_length=30)
     tiny = {"kind": "tokens", "corpora": [{"path": good}, {"path": good, "weight": 1e-9}]}
-    refused(TokensData.model_validate(tiny), "data.corpora[1].path: its weight is 1e-09 of 1", str(PERIOD))
+    refused(TokensData.model_validate(tiny), "data.corpora[1].path: its weight is 1e-09 of a sum of 1", str(PERIOD))
     other = write_corpus(tmp_path / "other", numbered(40), {"vocab_size": 255})
     refused(
         config_of(good, other), "data.corpora[1].path has another tokenizer than data.corpora[0].path", "255", "256"
@@ -361,9 +361,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ("{", "not valid JSON"),
         ("{}", "does not describe token files: tokenizer"),
         ("[]", "does not"),
-        (described.replace('"bytes"', '"../t.json"'), "tokenizer: Value error, '../t.json' is not the plain name"),
-        (described.replace('"bytes"', '"/t.json"'), "tokenizer: Value error, '/t.json' is not the plain name"),
-        (described.replace('"bytes"', '".."'), "tokenizer: Value error, '..' is not the plain name"),
+        (described.replace("tokens 1", "tokens 2"), "the format is 2, newer than 1, the newest that this installation"),
+        (described.replace('"bytes"', '"../t.json"'), "tokenizer: Value error, '../t.json' is not a plain file name"),
+        (described.replace('"bytes"', '"/t.json"'), "tokenizer: Value error, '/t.json' is not a plain file name"),
+        (described.replace('"bytes"', '".."'), "tokenizer: Value error, '..' is not a plain file name"),
     ):
         (tmp_path / "good.json").write_text(text)
         refused(config_of(good), "data.corpora[0].path", "good.json", words)

@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 from expert_parallel.cli.app import app
 from expert_parallel.data import prepare as module
 from expert_parallel.data.indexed import open_indexed
-from expert_parallel.data.prepare import Progress, prepare
+from expert_parallel.data.prepare import PrepareProgress, prepare
 from expert_parallel.data.tokenizer import ByteTokenizer, FileTokenizer, TokensInfo, read_info, train_tokenizer
 
 TEXTS = ["one", "zwei \u2028 ü", "three\nlines\n", "", "vier " * 40, "<|endoftext|> is text here"] * 20
 
 
-def no_report(progress: Progress) -> None: ...
+def no_report(progress: PrepareProgress) -> None: ...
 
 
 def prepared(prefix: Path, *files: Path, **settings: Any) -> TokensInfo:
@@ -139,7 +139,7 @@ def test_the_json(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_jobs")
 def test_progress_adds_up(tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[PrepareProgress] = []
     files = [str(write_jsonl(tmp_path / "d.jsonl", TEXTS)), str(write_parquet(tmp_path / "e.parquet", TEXTS))]
     info = prepare(str(tmp_path / "o"), files, say=print, report=seen.append)
     assert len(seen) > 20
@@ -337,18 +337,18 @@ def test_wrong_files_and_arguments(tmp_path: Path) -> None:
     assert "is not a tokenizer.json" in refused(tmp_path, good, "--tokenizer", good)
     train_tokenizer(TEXTS, 300, tmp_path / "t.json")
     message = refused(tmp_path, good, "--tokenizer", tmp_path / "t.json", "--end-token", "</s>")
-    assert message == f"error: {tmp_path}/t.json has no token '</s>', which is to end documents"
+    assert message == f"error: {tmp_path}/t.json has no token '</s>' to end documents with"
     text = (tmp_path / "t.json").read_text().replace("<|endoftext|>", "<|fin|>")
     (tmp_path / "u.json").write_text(text)
-    assert "none of the usual tokens that end a document: --end-token" in refused(
+    assert "no known token that ends a document: use --end-token" in refused(
         tmp_path, good, "--tokenizer", tmp_path / "u.json"
     )
-    assert "4 documents, all without text" in refused(tmp_path, write_jsonl(tmp_path / "n.jsonl", [""] * 4))
+    assert "4 documents, all of them empty" in refused(tmp_path, write_jsonl(tmp_path / "n.jsonl", [""] * 4))
     result = invoke("prepare", tmp_path / "no" / "out", good)
     assert f"there is no folder {tmp_path}/no" in result.stderr
     assert invoke("prepare", tmp_path / "out", good).exit_code == 0
     assert "out.bin and" in refused(tmp_path, good)
-    assert "would be overwritten" in refused(tmp_path, good)
+    assert "exists already" in refused(tmp_path, good)
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,7 +384,7 @@ def test_two_commands_with_one_prefix(tmp_path: Path) -> None:
                 second(".bin").write_text("second")
             assert first(".bin").read_text() == "first"
 
-    with pytest.raises(ValueError, match=r"o\.bin would be overwritten"):
+    with pytest.raises(ValueError, match=r"o\.bin exists already"):
         slower()
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"o.bin": "second"}
 

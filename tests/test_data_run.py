@@ -120,7 +120,7 @@ def test_documents_and_changed_data_in_a_run(tmp_path: Path) -> None:
     pinned = json.loads((tmp_path / "one.json").read_text())["sha256"]
     _, errors, _ = run_on(2, run_tree(tmp_path, 3, corpora=[{"path": two}], sha256=pinned))
     assert len(errors) == 1
-    assert errors.pop().startswith(f"data.sha256 is {pinned} but the data have ")
+    assert errors.pop().startswith(f"data.sha256 is {pinned} but the data has ")
 
 
 def test_a_token_found_wrong_in_the_middle_ends_all_ranks_together(tmp_path: Path) -> None:

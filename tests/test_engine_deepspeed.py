@@ -405,7 +405,11 @@ TREE: dict[str, Any] = {
 # A block's changes, and what the refusal says.
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("training", {"dtype": "float64"}, "training.dtype is 'float64': DeepSpeed reduces gradients in float32"),
-    ("training", {"engine": zero(0, offload="cpu")}, "training.engine.zero_stage is 0: DeepSpeed offloads what ZeRO"),
+    (
+        "training",
+        {"engine": zero(0, offload="cpu")},
+        "training.engine.zero_stage is 0: DeepSpeed offloads only what ZeRO",
+    ),
     ("training", {"engine": zero(4)}, "Input should be 0, 1, 2 or 3"),
     ("parallel", {"tp": 2}, "training.engine.kind is 'deepspeed' but parallel.tp is 2"),
     ("parallel", {"pp": 2}, "training.engine.kind is 'deepspeed' but parallel.pp is 2"),

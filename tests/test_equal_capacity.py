@@ -41,7 +41,18 @@ from tests.launches import ROOT, assert_refused
 
 ONE = Runtime(Launch("test"), torch.device("cpu"), "gloo", timedelta(seconds=60))
 SMALL = Shape(tokens=24, d_model=16, hidden=8, num_experts=4, k=2)
-ROW_KERNELS = ("gather", "combine", "activate", "activate_backward", "slope", "dots", "weigh_")
+ROW_KERNELS = [
+    function.__name__
+    for function in (
+        cpu_ops.gather,
+        cpu_ops.combine,
+        cpu_ops.activate,
+        cpu_ops.activate_backward,
+        cpu_ops.slope,
+        cpu_ops.dots,
+        cpu_ops.weigh_,
+    )
+]
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -310,8 +321,8 @@ REFUSED = {
     ),
     "the size of an expert": (["hidden=128"], "hidden=.. is the size of an expert: give the dense layer's, with "),
     "a dtype that is none": (["--dtype", "float16"], "--dtype is 'float16', it must be one of float32, bfloat16"),
-    "more choices than experts": (["k=9"], "the shape cannot be: k (9) is larger than num_experts (8)"),
-    "another name": (["peers=dense"], "'peers=dense' is no change of a shape: "),
+    "more choices than experts": (["k=9"], "the shape is invalid: k (9) is larger than num_experts (8)"),
+    "another name": (["peers=dense"], "'peers=dense' is not a change of a shape: "),
     "no folder": (["--json", "/no/such/folder/x.json"], "--json: there is no folder /no/such/folder"),
 }
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext
-from expert_parallel.moe.dispatch.all_to_all import PassKey
 from expert_parallel.moe.dispatch.dispatcher import Dispatcher
 from expert_parallel.moe.dispatch.ledger import Ledger
+from expert_parallel.moe.dispatch.pass_fingerprint import PassKey
 from expert_parallel.moe.dispatch.permute import gather_rows
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.types import DispatchedTokens, Reason, RoutingPlan
@@ -298,8 +298,7 @@ def test_ranks_that_disagree_say_so_instead_of_hanging(name: str, what: str, sai
     for rank, text in enumerate(run_ranks(4, run_disagreement, name, what)):
         mine, other, first = (said, usual, 0) if rank == 1 else (usual, said, 1)
         assert text == (
-            f"the ranks are not in the same pass: rank {rank} brings {mine}; rank {first} brings {other} "
-            "(steps modulo 16384)"
+            f"the ranks are not in the same pass: rank {rank} has {mine}; rank {first} has {other} (steps modulo 16384)"
         )
 
 

@@ -497,7 +497,7 @@ def run_refused(rank: int, what: str) -> str:
 def test_groups_that_cannot_work_are_refused() -> None:
     said = "model.moe.experts.hidden (7) is not a multiple of parallel.etp (2)"
     assert run_ranks(2, run_refused, "columns") == [said, said]
-    said = "those whose tokens make up a micro-step include those that share its sequences"
+    said = "every rank of sequence_group must be in data_group"
     assert all(text.endswith(said) for text in run_ranks(2, run_refused, "groups"))
 
 

@@ -184,7 +184,8 @@ def test_habits_are_those_of_a_slow_count(both: tuple[str, dict[str, Any]]) -> N
         size = len(served)
         bits = sum(c / size * math.log2(c * size / (left[t] * right[f])) for (t, f), c in joint.items())
         assert habits["specialisation"]["bits"] == pytest.approx(bits)
-        assert f"<b>{habits['specialisation']['adjusted']:.0%}</b>" in page
+        adjusted = habits["specialisation"]["adjusted"]
+        assert f"<b>{adjusted:.0%}</b>" in page
 
 
 def test_loads_are_the_means_of_what_was_logged(run: Path, both: tuple[str, dict[str, Any]]) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
-from expert_parallel.model.attention_mask import KeyValueCache, Sight
+from expert_parallel.model.attention_mask import Sight
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.context_parallel import spread_attention
+from expert_parallel.model.kv_cache import KeyValueCache
 from expert_parallel.model.latent_attention import LatentAttention, LatentAttentionConfig
 from expert_parallel.model.parallelize import build_model, refuse_degrees
 from expert_parallel.model.rotary import RopeConfig

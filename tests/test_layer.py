@@ -37,7 +37,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def test_input_of_another_shape_is_refused(x: Tensor, said: str) -> None:
     with pytest.raises(ValueError, match="takes floating-point input of shape") as error:
         make_layer()(x)
-    assert str(error.value).endswith(f"it was given {said}")
+    assert str(error.value).endswith(f"the input is {said}")
     assert "(B, S, 8) or (T, 8)" in str(error.value)
 
 

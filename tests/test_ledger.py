@@ -52,14 +52,14 @@ def run_with_fault(
     layer = MoELayer(config, dist.group.WORLD, nodes=nodes_of(WORLD, 2)).double()
     generator = torch.Generator().manual_seed(rank)
     x_TD = torch.randn(12, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-    checked = Ledger._checked
+    check_rows = Ledger._check_rows
 
     def faulty(self: Ledger, arrived: Tensor, like: Tensor, tags: bool, receive: Any, peers: Any, name: Any) -> Tensor:
         hit = fault is not None and rank == VICTIM and str(name) == PREFIX[dispatcher] + purpose
         rows = FAULTS[fault](arrived) if hit and fault is not None else arrived
-        return checked(self, rows, like, tags, receive, peers, name)
+        return check_rows(self, rows, like, tags, receive, peers, name)
 
-    with mock.patch.object(Ledger, "_checked", faulty), warnings.catch_warnings(record=True) as during:
+    with mock.patch.object(Ledger, "_check_rows", faulty), warnings.catch_warnings(record=True) as during:
         warnings.simplefilter("always")
         output = layer(x_TD, StepContext(layer=LAYER, step=STEP))
         output.y.sum().backward()

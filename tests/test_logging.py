@@ -102,6 +102,17 @@ def test_what_the_terminal_shows(capsys: pytest.CaptureFixture[str]) -> None:
     assert (list(PACKAGE.handlers), PACKAGE.level, warnings.showwarning) == before
 
 
+def test_warnings_that_the_caller_captures_stay_captured() -> None:
+    logging.captureWarnings(True)
+    captured = warnings.showwarning
+    try:
+        with log_to_stderr("warning"):
+            assert warnings.showwarning is captured
+        assert warnings.showwarning is captured
+    finally:
+        logging.captureWarnings(False)
+
+
 def test_an_unknown_level_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["train", str(small_config(tmp_path)), "--log-level", "loud"])
     assert result.exit_code == 2

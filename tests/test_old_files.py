@@ -55,7 +55,7 @@ def done(*arguments: str | Path) -> str:
 
 
 def test_a_checkpoint_is_whole_and_of_the_same_run(old: Path) -> None:
-    assert "every digest is that of the manifest" in done("checkpoint", "verify", old / "run")
+    assert "all digests match the manifest" in done("checkpoint", "verify", old / "run")
     assert changes_since(open_checkpoint(old / "run"), load_config(old / "run/config.yaml")) == []
 
 

@@ -19,7 +19,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from expert_parallel.model.transformer import ModelConfig
-from expert_parallel.moe.capacity.limit import FactorConfig, expert_capacity, limit
+from expert_parallel.moe.capacity.limit import FactorConfig, apply_capacity, expert_capacity
 from expert_parallel.moe.context import pass_seed
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.routers.base import LinearRouter, TopKRouter, TopKRouterConfig
@@ -217,7 +217,7 @@ def gate(router: LinearRouter, logits_TE: Tensor, factor: float, **capacity: Any
     nn.init.eye_(router.double().weight)
     batch = batch_of(logits_TE)
     config = FactorConfig(kind="factor", train=factor, minimum=0, **capacity)
-    plan, _ = limit(config, router(logits_TE, batch), batch, training=True)
+    plan, _ = apply_capacity(config, router(logits_TE, batch), batch, training=True)
     if not config.renormalise:
         return plan
     return replace(plan, weights_TK=router.weights(plan, plan.expert_ids_TK, plan.kept_TK))

@@ -1,14 +1,27 @@
-"""What the README prints works: its Python example, on 2 ranks, as it stands there; and the paths it names exist."""
+"""What the READMEs print works: their Python examples run, the paths and pages they name exist, lines are short."""
 
-import ast
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from expert_parallel.cli.app import app
 
 ROOT = Path(__file__).parent.parent
+MAX_COLUMNS, MAX_LONG_LINES = 120, 20
+
+
+def pages() -> list[Path]:
+    """Returns all pages that git knows or would add, but not those of older versions."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
+    names = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+    return [ROOT / name for name in names if not name.startswith("tests/fixtures/") and (ROOT / name).exists()]
+
+
+PAGES = pages()
 
 
 def python_block(page: str) -> str:
@@ -16,29 +29,29 @@ def python_block(page: str) -> str:
     return code
 
 
-def test_the_layer_in_your_own_model(tmp_path: Path) -> None:
-    """As it stands, on 2 ranks; afterwards every dense gradient is the same on both, and every expert's own."""
-    code = python_block("README.md")
-    assert len([line for line in code.splitlines() if line]) <= 25
-    example = tmp_path / "example.py"
-    example.write_text(
-        code
-        + f"""
-from pathlib import Path
-dense = [p.grad.norm().item() for n, p in model.named_parameters() if not n.startswith("moe.experts.")]
-stack = list(model.moe.experts.w_in.grad.shape)
-found = [list(y.shape), min(dense) > 0, sum(dense), int(moe.stats.kept_E.sum()), stack]
-Path({str(tmp_path)!r}, f"rank{{dist.get_rank()}}").write_text(str(found))
-"""
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, str(example)], capture_output=True, text=True, timeout=300, cwd=ROOT)
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    (shape, has_gradients, norms, kept, stack), second = (
-        ast.literal_eval((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)
-    )
-    assert (shape, has_gradients, kept, stack) == ([4, 16, 32], True, 128, [4, 64, 256])
-    assert second[2] == norms
+    return done.stdout
+
+
+def without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """Returns the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", without_code(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_layer_in_your_own_model() -> None:
+    """As it stands: in ten lines, with a gradient for every weight, and nothing dropped."""
+    code = python_block("README.md")
+    assert len([line for line in code.splitlines() if line]) <= 10
+    found = run_python(f"{code}\nprint(all(weight.grad.norm() > 0 for weight in layer.parameters()), sum(kept))")
+    assert found.splitlines()[0].startswith("torch.Size([4, 16, 64]) [")
+    assert found.splitlines()[1] == "True 128"
 
 
 def test_a_router_of_your_own() -> None:
@@ -53,15 +66,47 @@ layer = MoELayer(MoEConfig.model_validate(tree))
 layer(torch.randn(6, 8)).y.sum().backward()
 print(type(layer.router).__name__, layer.router.config.temperature, float(layer.router.weight.grad.norm()) > 0)
 """
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=300, cwd=ROOT)
-    assert done.stdout == "CosineRouter 0.1 True\n", done.stderr
+    assert run_python(command) == "CosineRouter 0.1 True\n"
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("**/README.md")), ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_newcomer_starts_within_400_words() -> None:
+    first = " ".join((ROOT / "README.md").read_text().split()[:400])
+    for said in ("bash launch/quickstart.sh", "bash launch/test.sh", "Status:", "GPUs: none yet", "Use this if"):
+        assert said in first
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_named_paths_exist(page: Path) -> None:
-    if ".venv" in page.parts:
-        return
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-        assert (page.parent / target).exists(), f"{page}: {target}"
-    for target in re.findall(r"`((?:launch|configs|tests)/[\w./-]+)`", page.read_text()):
-        assert (ROOT / target).exists(), f"{page}: {target}"
+    text = page.read_text()
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text):
+        linked = page.parent / target if target else page
+        assert linked.exists(), f"{page}: {target}"
+        assert not anchor or anchor in anchors(linked), f"{page}: {target} has no heading #{anchor}"
+    for target in re.findall(r"`((?:launch|configs|tests|docker|expert_parallel)/[\w./-]+)`", text):
+        assert (ROOT / target).exists() or (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_layout_guide_is_what_check_counts() -> None:
+    """Each row's memory, which the guide rounds to a tenth of a GiB."""
+    guide = (ROOT / "launch/README.md").read_text().split("## Which layout")[1].split("\n## ")[0]
+    rows = [[cell.strip(" `") for cell in line.split("|")] for line in guide.splitlines() if line.startswith("| `")]
+    assert len(rows) == guide.count("\n| `") >= 15
+    for _, size, ranks, settings, _, memory, *_ in rows:
+        name = size.split("`")[0]
+        command = ["check", f"configs/{name}.yaml", "--world-size", ranks.replace(",", ""), *settings.split()]
+        output = CliRunner().invoke(app, command).output
+        (line,) = re.findall(r"^memory of a rank .*$", output, re.MULTILINE)
+        counted = [float(number) for number in re.findall(r"([\d.]+) GiB", line)]
+        printed = [float(number) for number in re.findall(r"[\d.]+", memory)]
+        assert printed == pytest.approx(counted, abs=0.06), f"{name} on {ranks} ranks: {line}"
+
+
+def test_lines_are_short() -> None:
+    """Outside tables and code."""
+    long = [
+        f"{page.relative_to(ROOT)}: {line[:60]}"
+        for page in PAGES
+        for line in without_code(page).splitlines()
+        if len(line) > MAX_COLUMNS and not line.startswith(("|", "    "))
+    ]
+    assert len(long) <= MAX_LONG_LINES, "\n".join(long)

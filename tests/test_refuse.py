@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     ),
     "two losses of one name": (
         ["model.moe.losses=[{kind: balance}, {kind: balance, coefficient: 0.1}]"],
-        ["model.moe.losses: each kind and scope may stand once, found balance_global, balance_global"],
+        ["model.moe.losses: each kind and scope may occur once, found balance_global, balance_global"],
     ),
     "two pooled losses of one name": (
         ["model.moe.losses=[{kind: balance, layers: pooled}, {kind: balance, layers: pooled, coefficient: 0.1}]"],

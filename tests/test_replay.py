@@ -124,7 +124,7 @@ def test_a_model_with_other_weights_takes_the_recorded_experts(
         ({"seed": 6}, "step 0 was recorded with other data (data or seed)"),
         (
             {"micro_steps": 1},
-            "4 passes through MoE layers were recorded and 2 are to be played (training.micro_steps 1, ",
+            "4 passes through MoE layers were recorded, but this run has 2 (training.micro_steps 1, ",
         ),
         ({"k": 3}, "step 0 holds 2 choices a token, model.moe.router makes 3"),
         ({"num_experts": 5}, "names expert 5, model.moe.num_experts is 5"),
@@ -150,7 +150,7 @@ def test_two_records_in_one_folder_are_told_apart(tmp_path: Path) -> None:
     train_and_read(tmp_path / "again", 1, routing=routing, steps=1)
     tree = settings(tmp_path / "refused", routing={**routing, "kind": "play"}, steps=1)
     (text,) = run_ranks(1, run_training, 1, tree)
-    assert text.endswith("step 0 was recorded twice, on different numbers of ranks: record into an empty folder")
+    assert text.endswith("step 0 was recorded twice, on different numbers of ranks: use an empty folder to record")
 
 
 def test_a_record_that_lacks_a_ranks_file_is_refused(recorded: tuple[Path, Any], tmp_path: Path) -> None:
@@ -189,4 +189,4 @@ def test_a_layer_refuses_a_replay_of_other_tokens() -> None:
 def test_an_empty_folder_is_said_to_be_empty(tmp_path: Path) -> None:
     tree = settings(tmp_path / "refused", routing={"kind": "play", "folder": str(tmp_path / "nowhere")})
     (text,) = run_ranks(1, run_training, 1, tree)
-    assert text.endswith("nowhere has no record of step 0: it holds none")
+    assert text.endswith("nowhere has no record of step 0: it is empty")

@@ -732,7 +732,7 @@ def test_a_replay_gives_a_layer_its_choices_again(case: str, monkeypatch: pytest
         plans.append(plan)
         return send(x_TD, plan, *rest)
 
-    monkeypatch.setattr(layer.dispatcher, "send", seen)
+    monkeypatch.setattr(layer.dispatcher, send.__name__, seen)
     context = context_of([0, 1, 2, 3], replay=RouterReplay())
     layer(X_BSD, context)
     for parameter in layer.router.parameters():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from expert_parallel.moe.capacity import token_scope
-from expert_parallel.moe.capacity.limit import FactorConfig, limit
+from expert_parallel.moe.capacity.limit import FactorConfig, apply_capacity
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import RouterReplay, StepContext, TokenBatch
 from expert_parallel.moe.layer import MoELayer
@@ -306,8 +306,8 @@ def run_wrongly_divided(rank: int, fault: str) -> str:
         ("none", "nothing"),
         (
             "lacking",
-            "StepContext.positions_S is not set: sequences are divided over 2 ranks, and it says where this one's 3 "
-            "tokens of each stand in it",
+            "StepContext.positions_S is not set: each sequence is divided over 2 ranks, so the positions of this "
+            "rank's 3 tokens in it are needed",
         ),
         ("twice", "StepContext.positions_S: two tokens of sequence 3 stand at position 2"),
         (
@@ -381,7 +381,7 @@ def test_any_split_of_any_sequences_gives_the_same_fates(data: st.DataObject) ->
             with mock.patch.object(token_scope, "gather_columns", gather):
                 for plan, batch in zip(plans, batches, strict=True):
                     with pytest.raises(StopIteration):
-                        limit(config, plan, batch, training=True)
+                        apply_capacity(config, plan, batch, training=True)
             lengths = [len(mine[0]) for mine in columns]
             gathered = [torch.cat(parts) for parts in zip(*columns, strict=True)]
             for rank, (plan, batch) in enumerate(zip(plans, batches, strict=True)):
@@ -389,7 +389,7 @@ def test_any_split_of_any_sequences_gives_the_same_fates(data: st.DataObject) ->
                     mock.patch.object(token_scope, "gather_columns", return_value=(gathered, lengths, 0)),
                     mock.patch.object(token_scope, "group_rank", return_value=rank),
                 ):
-                    limited, _ = limit(config, plan, batch, training=True)
+                    limited, _ = apply_capacity(config, plan, batch, training=True)
                 for number, sequence in enumerate(sequences_by_rank[rank]):
                     rows = slice(number * length, (number + 1) * length)
                     found[sequence] = (limited.expert_ids_TK[rows].tolist(), limited.reason_TK[rows].tolist())

@@ -139,7 +139,7 @@ def test_all_variants_of_a_seed_see_the_same_data(tmp_path: Path, corpus: str) -
     ("changes", "message"),
     [
         (["reference=sparse"], "reference is 'sparse', it must be one of dense, switch"),
-        (["seeds=[1, 1]"], r"seeds names one twice: \[1, 1\]"),
+        (["seeds=[1, 1]"], r"seeds lists a value twice: \[1, 1\]"),
         (["base.training.schedule={kind: cosine}"], "base.training.schedule.kind is 'cosine'"),
         (["trial_steps=3"], r"trial_steps \(3\) must be a multiple of base.evaluation.every \(2\)"),
         (["trial_steps=8"], r"trial_steps \(8\) is more than base.training.steps \(6\)"),
@@ -223,7 +223,7 @@ def test_a_rate_that_diverged_is_out_and_a_variant_without_any_is_refused(tmp_pa
         left_to_do(study)
     for run in study.trials("switch"):
         diverge(run.folder)
-    with pytest.raises(ValueError, match="all learning rates of switch have diverged, the first so: error: step 1"):
+    with pytest.raises(ValueError, match="all learning rates of switch have diverged, the first with: error: step 1"):
         best_rate(study, "switch")
 
 
@@ -237,7 +237,8 @@ def test_what_diverges_says_so_in_the_words_that_are_looked_for(tmp_path: Path, 
     study = tiny(tmp_path, corpus, "learning_rates=[1e30]", "base.training.clip_norm=null", "jobs=2")
     said: list[str] = []
     with pytest.raises(
-        ValueError, match=r"all learning rates of (dense|switch) have diverged, the first so: error: step \d: the loss"
+        ValueError,
+        match=r"all learning rates of (dense|switch) have diverged, the first with: error: step \d: the loss",
     ):
         carry_out(study, said.append, lambda text: None)
     assert any(text.startswith("diverged: ") for text in said)
@@ -289,7 +290,7 @@ def test_two_studies_do_not_work_in_one_folder(tmp_path: Path) -> None:
     study.folder.mkdir()
     with (study.folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another study, or a run that one has left behind"):
+        with pytest.raises(ValueError, match="another study, or a run that outlived one, holds the lock"):
             carry_out(study, print, print)
 
 

@@ -166,7 +166,7 @@ def test_the_commands(run: Path, tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["add", "--like", "5"], "--like names expert 5, model.moe.num_experts is 5"),
-        (["add", "--like", "a"], "--like is 'a', it must be numbers of experts"),
+        (["add", "--like", "a"], "--like is 'a', it must be a list of expert numbers"),
         (["remove", "--experts", "0,1,2,3,4"], "--experts names all 5 experts: none would stay"),
         (["remove", "--experts", "0,1,2,3"], "model.moe.router.k (2) is larger than model.moe.num_experts (1)"),
         (["merge", "--experts", "1,2", "--experts", "2,3"], "--experts names expert 2 twice"),

@@ -403,5 +403,5 @@ def test_waste_shows() -> None:
     assert wrong[0].measured == sum(wrong[0].expected.values()) + waste
     text = describe(found)
     assert f"differs by +{waste:,}" in text
-    assert text.endswith("not as the formulas say: tp = sequence")
-    assert describe(measure_on_ranks({"world": 2, "tp": 2}, {})).endswith("all axes move what the formulas say")
+    assert text.endswith("these axes differ from the formulas: tp = sequence")
+    assert describe(measure_on_ranks({"world": 2, "tp": 2}, {})).endswith("all axes send what the formulas say")

@@ -387,7 +387,7 @@ DEFECTS: dict[str, tuple[str, set[str], set[str], str]] = {
         "ep=2,micro_steps=1,recompute=block",
         {"dropout"},
         {"loss", "output"},
-        "with training.recompute 'block' than with 'none'",
+        "between training.recompute 'block' and 'none'",
     ),
     "experts in another order": ("ep=2,micro_steps=1", {"output", "loss"}, set(), "block 1 differs"),
     "experts' bias added by every rank": ("etp=2,micro_steps=1", {"output", "loss"}, set(), "block 1 differs"),
@@ -444,7 +444,7 @@ def test_layouts_are_read() -> None:
         ("ep", "'ep' is not of the form name=value"),
         ("ep=", "'ep=' is not of the form name=value"),
         ("dp=2", "'dp' is none of cp, tp, pp, ep, etp, data, shards, pipeline, micro_steps, recompute"),
-        ("ep=2,ep=4", "ep stands twice"),
+        ("ep=2,ep=4", "ep is given twice"),
         ("ep=8", "model.moe.num_experts (4) is smaller than parallel.ep (8)"),
         ("tp=3", "the world size (4) is not a multiple of parallel.tp (3)"),
         ("pp=2,micro_steps=1", "training.micro_steps (1) is smaller than parallel.pp (2)"),
@@ -518,7 +518,7 @@ def test_what_is_reduced_and_switched_off_is_said() -> None:
         "output_dropout 0.3 -> 0.0",
         "model.num_layers 12 -> 4",
         "num_experts 48 -> 24",
-        "ranks_per_node None -> 2 (as if they were two)",
+        "ranks_per_node None -> 2 (as if there were two nodes)",
         "training.dtype float32 -> float64",
         "model.moe.ledger counts -> rows",
     ):
@@ -599,7 +599,7 @@ def test_what_follows_from_an_earlier_difference_is_only_named() -> None:
         1e-9,
     )
     assert sentences[0].startswith("output of micro-step 0, block 1 differs by 1.0e-01 (rank 1) (and 1 more)")
-    assert sentences[1] == "what follows from it differs, too: update, gradient norm"
+    assert sentences[1] == "later quantities differ as a consequence: update, gradient norm"
 
 
 @pytest.mark.parametrize("width", [60, 100, 1000])
@@ -695,7 +695,7 @@ def test_the_command(config_file: Path, launcher: str) -> None:
         (["--layout", "ep=3"], "layout ep=3: the world size (4) is not a multiple of parallel.ep (3)"),
         (["--dtype", "float16"], "--dtype is 'float16', it must be one of float64, float32, bfloat16"),
         (["model.d_modl=3"], "unknown setting model.d_modl"),
-        (["model.moe.capacity={kind: dropless, receive_bound: 2}"], "depends on the layout by its nature"),
+        (["model.moe.capacity={kind: dropless, receive_bound: 2}"], "depends on the layout by definition"),
     ],
 )
 def test_the_command_refuses(config_file: Path, arguments: list[str], said: str) -> None:

@@ -51,7 +51,9 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
         names = set(archive.namelist())
         metadata = archive.read(f"expert_parallel-{__version__}.dist-info/METADATA").decode()
     source = ROOT / "expert_parallel"
-    expected = {path for pattern in ("*.py", "py.typed", "README.md") for path in source.rglob(pattern)}
+    expected = {
+        path for pattern in ("*.py", "py.typed", "README.md", "MEASUREMENTS.md") for path in source.rglob(pattern)
+    }
     own = {name for name in names if ".dist-info/" not in name}
     assert own == {str(path.relative_to(ROOT)) for path in expected}
     assert "License-Expression: Apache-2.0" in metadata

@@ -1,1 +1,1 @@
-"""Measurements that ship: ratios of things timed side by side in one run. Never part of the tests."""
+"""Measures ratios of implementations that are timed side by side in one run. No test depends on these times."""

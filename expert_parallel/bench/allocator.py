@@ -1,16 +1,18 @@
-"""The C library's allocator: blocks that were freed stay with the process, since faulting them in anew costs as much as
-the arithmetic of a layer."""
+"""Makes the C library's allocator keep freed blocks: page faults on new ones cost as much as a layer's arithmetic."""
 
 import ctypes
 
-# mallopt's numbers in glibc's malloc.h, and the values of launch/train.sh.
-TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = (-1, 1 << 30), (-2, 64 << 20), (-3, 1 << 30)
+# (number of the mallopt parameter in glibc's malloc.h, value); the values are those of launch/train.sh.
+TRIM_THRESHOLD = (-1, 1 << 30)
+TOP_PAD = (-2, 64 << 20)
+MMAP_THRESHOLD = (-3, 1 << 30)
 
 
 def keep_freed_memory() -> str:
-    """For this process, from now on: blocks below 1 GiB come from its heap, which keeps 1 GiB of what is freed.
+    """Makes this process keep freed memory from now on: blocks below 1 GiB come from its heap, which keeps up to 1 GiB
+    free.
 
-    Returns what is in force, in words: other C libraries than glibc are left as they are."""
+    Returns in words what is in force; C libraries other than glibc are left as they are."""
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return "the system's allocator as it is"

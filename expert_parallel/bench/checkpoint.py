@@ -1,5 +1,5 @@
-"""What saving costs: how long training stands still for a save in the background, beside one that it waits for, and
-beside a plain copy, a plain write and the two digests of the same bytes. Rounds are interleaved and medians compared.
+"""Measures what saving costs: how long training waits for a save in the background, compared with a blocking save, and
+with a plain copy, a plain write and both digests of the same bytes. Rounds are interleaved and medians compared.
 
     torchrun --nproc-per-node 2 -m expert_parallel bench checkpoint --megabytes 400
 """
@@ -32,12 +32,16 @@ from expert_parallel.parallel.mesh import build_mesh
 from expert_parallel.runtime.process import Runtime
 
 MEGABYTE = 10**6
-D_MODEL, HIDDEN, LAYERS = 512, 1024, 4
+D_MODEL = 512
+HIDDEN = 1024
+LAYERS = 4
 
 
 def bench_checkpoint(runtime: Runtime, megabytes: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """Medians in seconds on this rank. megabytes: of weights and moments, over all ranks, which divide the experts.
-    Writes into a folder of its own in `folder`, and removes it."""
+    """Returns medians in seconds on this rank. A collective.
+
+    megabytes: weights and optimizer state, over all ranks, which divide the experts. folder: files are written into a
+    new folder below it, which is removed."""
     place = Path(gather_text(tempfile.mkdtemp(dir=folder) if runtime.rank == 0 else "", torch.device("cpu"))[0])
     try:
         config = _model(megabytes, runtime.world_size)
@@ -58,7 +62,7 @@ def bench_checkpoint(runtime: Runtime, megabytes: int, rounds: int, folder: Path
 
         savers = {name: saver(name, name == "background") for name in ("blocking", "background")}
         times: dict[str, list[float]] = {}
-        for step in range(1, rounds + 2):  # the first stands apart
+        for step in range(1, rounds + 2):  # the first round is reported separately
             found = _round(runtime, savers, place, step)
             for name, duration in found.items():
                 times.setdefault(f"first {name}" if step == 1 else name, []).append(duration)
@@ -85,10 +89,11 @@ def bench_checkpoint(runtime: Runtime, megabytes: int, rounds: int, folder: Path
 
 
 def describe(result: dict[str, Any]) -> str:
+    """Formats the result as a table."""
     seconds, own = result["seconds"], result["bytes_of_rank_0"]
     rows = {
         "blocking save": "training waits for all of it",
-        "background stall": f"{result['stall_share']:.1%} of the blocking save: all that training waits for",
+        "background stall": f"{result['stall_share']:.1%} of the blocking save: what training waits for",
         "first background stall": "the run's first",
         "background save": "until it is on disk and has its name",
         "copy": "the same bytes, memory to memory",
@@ -108,33 +113,33 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def _round(runtime: Runtime, savers: dict[str, Saver], place: Path, step: int) -> dict[str, float]:
-    """Each kind of work once, with nothing else going on."""
+    """Runs each kind of work once and returns its seconds; nothing else runs meanwhile."""
     found = {
         "blocking save": _seconds(runtime, lambda: savers["blocking"].save(step, is_last=True)),
         "background stall": _seconds(runtime, lambda: savers["background"].save(step, is_last=True)),
     }
     found["background save"] = found["background stall"] + _seconds(runtime, savers["background"].finish)
-    live, held = savers["background"].live(), savers["background"].buffers
+    live, buffers = savers["background"].live(), savers["background"].buffers
     path = place / f"plain_{runtime.rank}"
 
     def copy() -> None:
-        for buffer, tensor in zip(held, live, strict=True):
+        for buffer, tensor in zip(buffers, live, strict=True):
             buffer.copy_(tensor)
 
     def write() -> None:
         with path.open("wb") as file:
-            for tensor in held:
+            for tensor in buffers:
                 file.write(tensor.flatten().view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
 
     def sha256() -> None:
         total = hashlib.sha256()
-        for tensor in held:
+        for tensor in buffers:
             total.update(tensor.flatten().view(torch.uint8).numpy().data)
 
     def digests() -> None:
-        for tensor in held:
+        for tensor in buffers:
             digest(tensor, [0] * tensor.dim(), tensor.shape)
 
     works: dict[str, Callable[[], None]] = {"copy": copy, "write": write, "sha256": sha256, "digest": digests}
@@ -144,7 +149,7 @@ def _round(runtime: Runtime, savers: dict[str, Saver], place: Path, step: int) -
 
 
 def _model(megabytes: int, world_size: int) -> ModelConfig:
-    """Experts for so many megabytes of weights and moments, equally many on each rank."""
+    """Returns a model whose experts come to so many megabytes of weights and moments, the same number on each rank."""
     bytes_of_expert = 3 * D_MODEL * HIDDEN * 4 * (1 + len(MOMENTS)) * LAYERS
     per_rank = max(1, round(megabytes * MEGABYTE / bytes_of_expert / world_size))
     tree = {
@@ -157,6 +162,7 @@ def _model(megabytes: int, world_size: int) -> ModelConfig:
 
 
 def _seconds(runtime: Runtime, work: Callable[[], object]) -> float:
+    """Times `work` from a barrier of all ranks until this rank is done, its device included."""
     if runtime.world_size > 1:
         dist.barrier()
     if runtime.device.type == "cuda":

@@ -1,5 +1,5 @@
-"""Equal capacity, fewer operations: a dense feed-forward network beside experts that divide its hidden columns among
-them, of which a token passes k. Whole layers, and by themselves the parts that their time goes to.
+"""Compares a dense feed-forward network with experts that divide its hidden columns among them, of which each token
+uses k: equal capacity, fewer operations. Times whole layers, and separately the parts that their time goes to.
 
     expert-parallel bench equal-capacity --hidden 2048 --hidden 8192
 """
@@ -31,13 +31,14 @@ Say = Callable[[str], None]
 HIDDEN = (1024, 2048, 4096, 8192, 16384)
 SLOW_BFLOAT16 = (
     "this CPU has no instructions for products of bfloat16: torch multiplies the dense layer's many times slower than "
-    "float32's, and the experts' are made in float32 instead; the ratio says nothing of sparsity"
+    "float32's, and the experts' are made in float32 instead, so the ratio does not measure sparsity"
 )
-PARTS = ("products", "activation", "router", "sorting", "gathers")  # the dense layer has the first two
+PARTS = ("products", "activation", "router", "sorting", "gathers")  # of the MoE layer; the dense one has the first two
 
 
 class EqualCapacityTask(Settings):
-    """shapes: MoE layers; each stands beside a dense one of num_experts times its hidden size."""
+    """Compares MoE layers with dense ones. shapes: the MoE layers; the dense layer of each has num_experts times its
+    hidden size."""
 
     shapes: tuple[Shape, ...]
     dtypes: tuple[Dtype, ...] = ("float32",)
@@ -46,9 +47,10 @@ class EqualCapacityTask(Settings):
 
 
 class Side(BaseModel):
-    """One of the two layers, forward and backward. operations: of all its products, the router's too. rate: FLOP/s of
-    `products`, the FFN's alone. parts: each timed by itself. unexplained: milliseconds that the median of the whole has
-    more than those of its parts, or fewer."""
+    """Holds the measurement of one of the two layers, forward and backward.
+
+    operations: FLOPs of all its products, the router's included. rate: FLOP/s of `products`, the feed-forward network's
+    alone. parts: each timed separately. unexplained: milliseconds of the whole's median minus those of its parts."""
 
     parameters: int
     operations: int
@@ -58,14 +60,17 @@ class Side(BaseModel):
     unexplained: float
 
     def medians(self) -> dict[str, float]:
-        """Of all parts and of what they leave unexplained; they add up to the whole's."""
+        """Returns the milliseconds of all parts and of `unexplained`, which add up to the whole."""
         return {name: times.median for name, times in self.parts.items()} | {"unexplained": self.unexplained}
 
 
 class EqualCapacityRow(BaseModel):
-    """hidden: of the dense layer. operations: the dense layer's over the MoE's. faster: the MoE, median over the rounds
-    of the ratio in a round, and its range. fullest: rows of the fullest expert over the mean. difference: of the dense
-    layer's output from that of all experts with weight 1, relative. note: why the figures say nothing, if so."""
+    """Compares the two layers in one dtype and size.
+
+    hidden: of the dense layer. operations: the dense layer's FLOPs over the MoE's. faster: time of the dense layer over
+    the MoE's, median of the ratio in each round, and its range. fullest: rows of the fullest expert over the mean.
+    difference: relative error of the dense output against all experts with weight 1. note: why the figures mean
+    nothing, if so."""
 
     dtype: Dtype
     shape: Shape
@@ -80,8 +85,8 @@ class EqualCapacityRow(BaseModel):
     note: str = ""
 
     def short(self) -> dict[str, float]:
-        """Milliseconds by which each part of the MoE exceeds the dense layer's divided by `operations`. Their sum is
-        what the MoE falls short by."""
+        """Returns the milliseconds by which each part of the MoE exceeds the dense layer's part divided by
+        `operations`. They add up to what the MoE's time exceeds the ideal by."""
         dense = self.dense.medians()
         return {name: own - dense.get(name, 0.0) / self.operations for name, own in self.moe.medians().items()}
 
@@ -94,8 +99,10 @@ class EqualCapacityResult(BaseModel):
 
 
 def choose_shapes(hidden: Sequence[int], changes: Sequence[str]) -> tuple[Shape, ...]:
-    """The base layer with `tokens=..`, `d_model=..`, ... changed, whose experts divide each hidden size. ValueError
-    where they cannot."""
+    """Returns the base layer with `tokens=..`, `d_model=..`, ... changed, once for each hidden size, which its experts
+    divide.
+
+    Raises ValueError where they cannot."""
     if any(change.partition("=")[0] == "hidden" for change in changes):
         raise ValueError("hidden=.. is the size of an expert: give the dense layer's, with --hidden")
     base = choose_shape("base", changes)
@@ -109,7 +116,7 @@ def choose_shapes(hidden: Sequence[int], changes: Sequence[str]) -> tuple[Shape,
 
 
 def choose_dtypes(names: Sequence[str]) -> tuple[Dtype, ...]:
-    """ValueError for one that is not measured."""
+    """Returns the named dtypes, each once. Raises ValueError for one that is not measured."""
     known: dict[str, Dtype] = {dtype: dtype for dtype in get_args(Dtype)}
     for name in names:
         if name not in known:
@@ -118,7 +125,7 @@ def choose_dtypes(names: Sequence[str]) -> tuple[Dtype, ...]:
 
 
 def equal_capacity_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
-    """On one rank."""
+    """Runs the benchmark on one rank. Returns the result as JSON, or the mismatch of outputs that ended it."""
     task = EqualCapacityTask.model_validate(tree, strict=False)
     facts, rows = state_facts(runtime, task.threads), []
     try:
@@ -132,6 +139,7 @@ def equal_capacity_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dic
 
 
 def bench_equal_capacity(shape: Shape, dtype: Dtype, rounds: int, runtime: Runtime) -> EqualCapacityRow:
+    """Measures one shape in one dtype."""
     layer = make_layer(shape, {"kind": "all_to_all"}, runtime).to(DTYPES[dtype])
     x_TD = draw_tokens(shape, runtime).detach().to(DTYPES[dtype]).requires_grad_()
     dense = dense_of(layer.experts)
@@ -165,7 +173,7 @@ def bench_equal_capacity(shape: Shape, dtype: Dtype, rounds: int, runtime: Runti
 
 
 def side(name: str, module: nn.Module, products: int, router: int, times: dict[str, Times]) -> Side:
-    """products, router: their operations."""
+    """Builds the measurement of the layer `name` from the times. products, router: FLOPs of each."""
     parts = {part: times[f"{name} {part}"] for part in PARTS if f"{name} {part}" in times}
     return Side(
         parameters=sum(parameter.numel() for parameter in module.parameters()),
@@ -178,30 +186,31 @@ def side(name: str, module: nn.Module, products: int, router: int, times: dict[s
 
 
 def dense_flops(shape: Shape) -> int:
-    """Of the dense layer: one expert with all hidden columns, that each token passes."""
+    """Returns the FLOPs of the dense layer: one expert with all hidden columns, which every token uses."""
     whole = shape.model_copy(update={"hidden": shape.num_experts * shape.hidden, "num_experts": 1, "k": 1})
     return layer_flops(whole, shape.activation)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Do they have the same parameters?
+# Equality of the two layers
 
 
 def dense_of(experts: GroupedExperts) -> FFN:
-    """The network whose hidden columns are those of all experts, side by side. (..., D) -> (..., D)."""
+    """Returns the network whose hidden columns are those of all experts, concatenated. (..., D) -> (..., D)."""
     config, (num_experts, hidden, d_model) = experts.config, experts.w_out.shape
     dense = FFN(FFNConfig(hidden=num_experts * hidden, activation=config.activation), d_model).to(experts.w_in)
     with torch.no_grad():
-        w_in_eDgF = experts.w_in.unflatten(2, (-1, hidden))  # g: gate and up, or one
+        w_in_eDgF = experts.w_in.unflatten(2, (-1, hidden))  # g: 2 for gate and up, else 1
         dense.w_in.weight.copy_(w_in_eDgF.permute(2, 0, 3, 1).reshape(-1, d_model))
         dense.w_out.weight.copy_(experts.w_out.flatten(0, 1).T)
     return dense
 
 
 def compare(dense: FFN, layer: MoELayer, x_TD: Tensor, tolerance: float) -> float:
-    """How far the dense layer's output is from that of all experts, each with weight 1, relative to its norm. A dense
-    layer is the sum of its slices, so they are equal but for rounding. Disagreement where they are not, or where the
-    MoE's own output is not finite."""
+    """Returns the relative error of the dense layer's output against all experts with weight 1: a dense layer is the
+    sum of its slices, so the two are equal but for rounding.
+
+    Raises `OutputMismatch` where they differ more, or where the MoE's own output is not finite."""
     tokens, experts = len(x_TD), layer.config.num_experts
     choice_TE = torch.arange(tokens * experts, device=x_TD.device).view(experts, tokens).T.contiguous()
     everyone = DispatchedTokens(
@@ -214,7 +223,10 @@ def compare(dense: FFN, layer: MoELayer, x_TD: Tensor, tolerance: float) -> floa
         ),
     )
     with torch.no_grad():
-        y_TD, slices_TD, moe_TD = dense(x_TD), layer.experts(everyone), layer(x_TD).y
+        y_TD = dense(x_TD)
+        slices_TD = layer.experts(everyone)
+        moe_TD = layer(x_TD).y
+    # Waits for the device. float64, so that the sums of squares add no rounding of their own.
     difference = float((y_TD.double() - slices_TD.double()).norm() / y_TD.double().norm())
     if not difference <= tolerance:
         raise Disagreement(
@@ -227,10 +239,11 @@ def compare(dense: FFN, layer: MoELayer, x_TD: Tensor, tolerance: float) -> floa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is printed
+# Printed text
 
 
 def describe_equal_capacity(result: EqualCapacityResult) -> str:
+    """Formats the result as tables."""
     shape = result.rows[0].shape
     experts = shape.num_experts
     lines = [
@@ -263,6 +276,7 @@ def describe_equal_capacity(result: EqualCapacityResult) -> str:
 
 
 def part_lines(row: EqualCapacityRow) -> list[str]:
+    """Formats the milliseconds and shares of the parts of both layers, and the shortfall."""
     whole = row.moe.times.median
     short = row.short()
     lines = [("dense", row.dense.medians(), row.dense.times.median), ("MoE", row.moe.medians(), whole)]

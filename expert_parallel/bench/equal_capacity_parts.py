@@ -1,4 +1,4 @@
-"""The two layers of `bench equal-capacity`, and the parts that their time goes to, each as a work of its own."""
+"""Builds the workloads of `bench equal-capacity`: the two layers, and separately the parts that their time goes to."""
 
 import time
 from functools import partial
@@ -21,7 +21,7 @@ from expert_parallel.nn.ffn import ACTIVATIONS, FFN
 
 
 class Laps:
-    """A work that notes how long each of its runs took: `measure` tells no more than their median and range."""
+    """Records the seconds of each run of a workload, since `measure` returns only median and range."""
 
     def __init__(self, work: Work, device: torch.device) -> None:
         self.whole, self.device = work, device
@@ -36,6 +36,8 @@ class Laps:
 
 
 def dense_work(dense: FFN, x_TD: Tensor) -> Work:
+    """Returns the dense layer's forward and backward pass."""
+
     def run() -> None:
         y_TD = dense(x_TD)
         y_TD.backward(torch.ones_like(y_TD))
@@ -44,12 +46,14 @@ def dense_work(dense: FFN, x_TD: Tensor) -> Work:
 
 
 def dense_parts(dense: FFN, x_TD: Tensor) -> dict[str, Work]:
-    """What autograd makes of FFN.forward: six products, and the activation there and back."""
-    x_TD, w_in, w_out = x_TD.detach(), dense.w_in.weight.detach(), dense.w_out.weight.detach()
+    """Returns what autograd computes for FFN.forward: six products, and the activation forward and backward."""
+    x_TD = x_TD.detach()
+    w_in, w_out = dense.w_in.weight.detach(), dense.w_out.weight.detach()
     activation = ACTIVATIONS[dense.activation]
     h_TF = (x_TD @ w_in.T).requires_grad_()
     a_TF = activation(h_TF).detach()
-    dy_TD, da_TF, dh_TF = torch.ones_like(x_TD), torch.randn_like(a_TF), torch.randn_like(h_TF)
+    dy_TD = torch.ones_like(x_TD)
+    da_TF, dh_TF = torch.randn_like(a_TF), torch.randn_like(h_TF)
 
     def multiply() -> None:
         torch.mm(x_TD, w_in.T)
@@ -66,7 +70,7 @@ def dense_parts(dense: FFN, x_TD: Tensor) -> dict[str, Work]:
 
 
 def moe_parts(layer: MoELayer, tokens: DispatchedTokens, x_TD: Tensor) -> dict[str, Work]:
-    """tokens: what the experts are given."""
+    """Returns the parts of the MoE layer. tokens: what the experts receive."""
     return {
         **expert_parts(layer.experts, tokens),
         "router": routing_work(layer, x_TD),
@@ -75,19 +79,23 @@ def moe_parts(layer: MoELayer, tokens: DispatchedTokens, x_TD: Tensor) -> dict[s
 
 
 def expert_parts(experts: GroupedExperts, tokens: DispatchedTokens) -> dict[str, Work]:
-    """The calls of moe/experts/fused.py, forward and backward, sorted by what they do. Where activations are made again
-    their weights are multiplied in with them, and else with the rows."""
+    """Returns the calls of moe/experts/fused.py, forward and backward, sorted by kind.
+
+    Routing weights are multiplied in the activation's kernels if activations are recomputed, and else with the rows."""
     products = PRODUCTS[choose_backend(experts.config, tokens.x_VD.dtype, tokens.x_VD.device, experts.sizes)]
     tokens = experts.laid_out(tokens, products)
-    x_VD, row_R, computed_VK, weights_R = tokens.x_VD, tokens.row_R, tokens.computed_VK, tokens.weights_R
-    w_in, w_out, activation = experts.w_in.detach(), experts.w_out.detach(), experts.config.activation
+    x_VD, weights_R = tokens.x_VD, tokens.weights_R
+    row_R, computed_VK = tokens.row_R, tokens.computed_VK
+    w_in, w_out = experts.w_in.detach(), experts.w_out.detach()
+    activation = experts.config.activation
     ops, keeps = ops_for(x_VD), keeps_outputs(x_VD, w_out)
     groups = products.groups(tokens.counts_e)
     x_RD = ops.gather(x_VD, row_R)
     h_RF = products.rows(x_RD, w_in, groups)
     a_RF = ops.activate(h_RF, activation)
     y_RD = products.rows(a_RF, w_out, groups)
-    dy_VD, dy_RD, dx_RD = torch.ones_like(x_VD), torch.ones_like(x_RD), torch.randn_like(x_RD)
+    dy_VD = torch.ones_like(x_VD)
+    dy_RD, dx_RD = torch.ones_like(x_RD), torch.randn_like(x_RD)
     da_RF, dh_RF = torch.randn_like(a_RF), torch.randn_like(h_RF)
     overwritten_RF = da_RF.clone()
 
@@ -118,15 +126,15 @@ def expert_parts(experts: GroupedExperts, tokens: DispatchedTokens) -> dict[str,
         ops.gather(x_VD, row_R)
         ops.combine(dx_RD, computed_VK)
 
-    def renew() -> None:  # else it would shrink from round to round, down to numbers that are slow
+    def renew() -> None:  # in-place kernels would shrink it every round, down to denormals, which are slow
         overwritten_RF.copy_(da_RF)
 
     return {"products": Work(multiply), "activation": Work(activate, renew), "gathers": Work(move)}
 
 
 def sorting_work(layer: MoELayer, x_TD: Tensor) -> Work:
-    """Which row goes where, the choices' weights there and back, and what is counted of the choices: what dispatcher
-    and layer do on one rank."""
+    """Returns what dispatcher and layer do on one rank: row indices, the choices' weights and their gradient, and
+    statistics."""
     with torch.no_grad():
         plan = layer.router(x_TD, token_batch(x_TD[None], StepContext(), None))
     x_TD = x_TD.detach()
@@ -143,7 +151,7 @@ def sorting_work(layer: MoELayer, x_TD: Tensor) -> Work:
 
 
 def arrived(layer: MoELayer, x_TD: Tensor) -> DispatchedTokens:
-    """What the experts are given, without a graph."""
+    """Returns the input of the experts in one forward pass, without a graph."""
     seen: list[DispatchedTokens] = []
     hook = layer.experts.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     with torch.no_grad():

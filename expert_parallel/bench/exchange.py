@@ -1,6 +1,6 @@
-"""What carries the exchange of rows: gloo beside MPI, for the all-to-all alone and for whole MoE layers.
+"""Compares gloo and MPI for the all-to-all alone and for whole MoE layers.
 
-Rounds are interleaved and medians compared, since machines are shared. Under mpirun (torchrun measures gloo alone):
+Rounds are interleaved and medians compared, since machines are shared. Run under mpirun (torchrun measures gloo alone):
 
     mpiexec -n 4 python -m expert_parallel bench exchange
 """
@@ -21,9 +21,9 @@ from expert_parallel.parallel.collectives import all_to_all_rows
 from expert_parallel.runtime.mpi.backend import BACKEND, library_line, start_mpi
 from expert_parallel.runtime.process import Runtime
 
-# Rows to each rank, and their width in float32: from counts of tokens to large batches.
+# Bytes to each rank -> (rows to each rank, width in float32): from counts of tokens to large batches.
 SIZES = {"1 KiB": (4, 64), "16 KiB": (16, 256), "256 KiB": (256, 256), "1 MiB": (1024, 256), "4 MiB": (4096, 256)}
-# base, fine: those of `bench ledger`. light: wide rows and small experts, where the exchange is most of the work.
+# base, fine: as in `bench ledger`. light: wide rows and small experts, so that the exchange dominates.
 SHAPES = {
     "base": Shape(4096, 256, 1024, 8, 2),
     "fine": Shape(1024, 256, 128, 64, 8),
@@ -33,7 +33,8 @@ MPI_LAUNCHERS = ("openmpi", "mpich")
 
 
 def bench_exchange(runtime: Runtime, rounds: int) -> dict[str, Any]:
-    """Milliseconds on this rank, by size or shape and carrier: median, smallest and largest. Two ranks or more."""
+    """Returns milliseconds on this rank, by size or shape and by transport: median, smallest and largest. Needs two
+    ranks."""
     groups = {"gloo": dist.new_group(backend="gloo", timeout=runtime.timeout)}
     library = ""
     if runtime.launch.launcher in MPI_LAUNCHERS:
@@ -64,6 +65,7 @@ def bench_exchange(runtime: Runtime, rounds: int) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> str:
+    """Formats the result as a table."""
     ranks = result["ranks"]
     lines = [
         f"{ranks} ranks, CPU, {result['threads']} threads each, torch {result['torch']}, {result['date']}; "
@@ -83,8 +85,10 @@ def describe(result: dict[str, Any]) -> str:
 def measure(
     works: dict[str, Callable[[], object]], group: dist.ProcessGroup, rounds: int, calls: int = 1
 ) -> dict[str, dict[str, float]]:
-    """Each in turn, round for round, after two rounds of warming up; from a barrier on until this rank is done.
-    calls: of short works, so many at once, since ranks leave a barrier at different times."""
+    """Times the workloads in turn, round by round after two rounds of warming up, from a barrier until this rank is
+    done.
+
+    calls: repetitions of a short workload in one timing, since ranks leave a barrier at different times."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 2):
         for name, work in works.items():
@@ -106,7 +110,7 @@ def _exchange(group: dist.ProcessGroup, rows: int, width: int) -> Callable[[], o
 
 
 def _layer(group: dist.ProcessGroup, shape: Shape) -> Callable[[], object]:
-    """One step of a layer over the group; the same weights and tokens for every carrier."""
+    """Returns one step of a layer over the group, with the same weights and tokens for every transport."""
     config = {
         "d_model": shape.d_model,
         "num_experts": shape.num_experts,

@@ -1,7 +1,7 @@
-"""The floor of a layer: the products of its experts alone, on rows that lie ready, into memory that is there.
+"""Measures a lower bound on a layer's time: the matrix products of its experts alone, on rows and outputs that already
+exist in memory.
 
-No layer that computes in the same precision with torch's own products is faster, but for what it saves by larger ones.
-"""
+A layer that computes in the same precision with torch's own products can be faster only by using larger products."""
 
 import torch
 from torch import Tensor
@@ -13,16 +13,17 @@ from expert_parallel.parallel.placement import ExpertPlacement
 
 
 class Floor:
-    """Forward and backward under balanced routing: T * K / E rows an expert (the first have one more where that does
-    not divide), three products for each of its matrices. With ranks: this rank's experts."""
+    """Runs the products of forward and backward under balanced routing: T * K / E rows per expert (one more for the
+    first ones where that does not divide), three products for each matrix. With several ranks: this rank's experts."""
 
     def __init__(self, case: Case) -> None:
         shape = case.shape
         experts = ExpertPlacement.contiguous(shape.num_experts, case.ranks).experts_on(group_rank(case.group))
         small, larger = divmod(shape.tokens * shape.k, shape.num_experts)
         self.rows_e = [small + (expert < larger) for expert in experts]
-        rows, d_model, hidden = sum(self.rows_e), shape.d_model, shape.hidden
-        self.products: list[tuple[Tensor, Tensor, Tensor]] = []  # (a, b, where a @ b goes)
+        rows = sum(self.rows_e)
+        d_model, hidden = shape.d_model, shape.hidden
+        self.products: list[tuple[Tensor, Tensor, Tensor]] = []  # (a, b, out) of out = a @ b
 
         def new(*size: int) -> Tensor:
             return torch.randn(*size, dtype=case.dtype, device=case.device)
@@ -30,13 +31,9 @@ class Floor:
         inputs = [
             (new(len(self.rows_e), d_model, hidden), new(rows, hidden)) for _ in range(matrices(case.activation) - 1)
         ]
-        x_RD, dx_RD, y_RD, dy_RD, dh_RF = (
-            new(rows, d_model),
-            new(rows, d_model),
-            new(rows, d_model),
-            new(rows, d_model),
-            new(rows, hidden),
-        )
+        x_RD, dx_RD = new(rows, d_model), new(rows, d_model)
+        y_RD, dy_RD = new(rows, d_model), new(rows, d_model)
+        dh_RF = new(rows, hidden)
         w_out_eFD = new(len(self.rows_e), hidden, d_model)
         gradients = [torch.empty_like(w_eDF) for w_eDF, _ in inputs]
         dw_out_eFD = torch.empty_like(w_out_eFD)
@@ -60,4 +57,5 @@ class Floor:
 
     @property
     def flops(self) -> int:
+        """Returns the FLOPs of one run."""
         return sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b, _ in self.products)

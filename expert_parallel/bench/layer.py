@@ -1,4 +1,4 @@
-"""One MoE layer, forward and backward, beside the peers and beside its floor, in one interleaved run.
+"""Measures one MoE layer, forward and backward, against its peers and its floor, in one interleaved run.
 
 expert-parallel bench layer --shape base --ranks 2
 """
@@ -23,15 +23,16 @@ from expert_parallel.runtime.process import Runtime
 from expert_parallel.settings import Settings
 from expert_parallel.training.config import DTYPES
 
-# Of outputs and input gradients, relative to their norms. In bfloat16 peers that take the router's scores in it choose
-# other experts for some tokens.
+# Largest relative difference of outputs and input gradients that passes. In bfloat16, peers whose router
+# computes in that dtype choose other experts for some tokens.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
 OURS = "ours"
 Say = Callable[[str], None]
 
 
 class LayerTask(Settings):
-    """threads: of each rank on the CPU. peers: their names; None: those of the shape, or all."""
+    """Times one MoE layer against its peers. threads: for each rank, on the CPU. peers: names; None: the shape's, or
+    all."""
 
     shape: Shape
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -41,9 +42,11 @@ class LayerTask(Settings):
 
 
 class Row(BaseModel):
-    """A contender. why: it was not measured, and nothing else is there. over_*: ratios of medians. rate: FLOP/s of a
-    rank, of the experts' products alone; of_product: its share of the large product's. peak: the largest of the ranks.
-    bytes_sent: of all ranks."""
+    """Holds the measurement of one implementation.
+
+    why: the reason if it was not measured; nothing else is set then. over_*: ratios of medians. rate: FLOP/s of a rank,
+    counting the experts' products alone. of_product: `rate` over that of the large product. peak: the largest of the
+    ranks. bytes_sent: over all ranks."""
 
     name: str
     activation: str = ""
@@ -62,7 +65,7 @@ class Row(BaseModel):
 
 
 class Agreement(BaseModel):
-    """Who computes what ours does, and the largest difference, relative to the norm."""
+    """Names the implementations whose outputs equal ours. largest: the largest difference, relative to the norm."""
 
     activation: str
     names: list[str]
@@ -70,9 +73,11 @@ class Agreement(BaseModel):
 
 
 class LayerResult(BaseModel):
-    """product: seconds and rate of one large product, N x N x N. fullest: rows of the fullest expert over the mean.
-    minimum_bytes: one row for each token and other rank that has an expert of it, four times (there and back, forward
-    and backward), over all ranks."""
+    """Holds the result of the benchmark.
+
+    product: times of one large product, N x N x N; product_rate in FLOP/s. fullest: rows of the fullest expert over the
+    mean. minimum_bytes: one row for each token and other rank that has an expert of it, four times (out and back,
+    forward and backward), over all ranks."""
 
     kind: Literal["layer"] = "layer"
     shape: Shape
@@ -90,11 +95,11 @@ class LayerResult(BaseModel):
 
 
 class Disagreement(ValueError):
-    """Contenders that should compute the same do not. All ranks raise it."""
+    """Says that implementations that should compute the same do not. Raised on all ranks."""
 
 
 def layer_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
-    """On every rank, whoever has started it."""
+    """Runs the benchmark on every rank. Returns the result as JSON, or the mismatch of outputs that ended it."""
     try:
         return bench_layer(LayerTask.model_validate(tree, strict=False), runtime, say).model_dump(mode="json")
     except Disagreement as error:
@@ -102,6 +107,7 @@ def layer_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, An
 
 
 def bench_layer(task: LayerTask, runtime: Runtime, say: Say = lambda text: None) -> LayerResult:
+    """Builds and compares all implementations, and then times them. A collective."""
     facts = state_facts(runtime, task.threads)
     group = dist.group.WORLD if runtime.world_size > 1 else None
     cases: dict[str, Case] = {
@@ -109,7 +115,7 @@ def bench_layer(task: LayerTask, runtime: Runtime, say: Say = lambda text: None)
         for activation in dict.fromkeys([task.shape.activation, "swiglu"])
     }
     contenders, rows = build_contenders(task, cases)
-    say(f"comparing outputs of {len(contenders)} contenders")
+    say(f"comparing outputs of {len(contenders)} implementations")
     agreements = compare(contenders, cases, TOLERANCES[task.dtype])
 
     used = [activation for activation in cases if any(row.activation == activation for row in rows)]
@@ -145,12 +151,13 @@ def bench_layer(task: LayerTask, runtime: Runtime, say: Say = lambda text: None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Contenders
+# Building
 
 
 def build_contenders(task: LayerTask, cases: dict[str, Case]) -> tuple[dict[str, tuple[Contender, Case]], list[Row]]:
-    """Those that can be measured, ours first, each with the case that it computes: the shape's activation, or SwiGLU
-    where it has no other, with ours beside it in that, too. A row for everyone."""
+    """Builds the implementations that can be measured, ours first, each with the case that it computes: the shape's
+    activation, or SwiGLU if it has no other. Adds ours in SwiGLU where a peer needs it. Returns a row for each
+    implementation asked for."""
     names = task.peers or task.shape.peers or DEFAULT
     contenders: dict[str, tuple[Contender, Case]] = {}
     rows: list[Row] = []
@@ -172,7 +179,7 @@ def build_contenders(task: LayerTask, cases: dict[str, Case]) -> tuple[dict[str,
 
 
 def try_layer(build: Adapter, case: Case) -> Contender:
-    """Builds it and runs it once."""
+    """Builds a layer and runs it once, so that one that fails is not measured."""
 
     def trial() -> Contender:
         contender = build(case)
@@ -184,12 +191,13 @@ def try_layer(build: Adapter, case: Case) -> Contender:
 
 
 def run(contender: Contender, case: Case) -> None:
-    """One step from no gradients: forward, gradients of the input and of all weights."""
+    """Runs one step from no gradients: forward, then the gradients of the input and of all weights."""
     with contender.surroundings():
         contender.forward(case.x_TD).backward(case.dy_TD)
 
 
 def clear(contender: Contender, case: Case) -> None:
+    """Removes all gradients."""
     case.x_TD.grad = None
     for parameter in contender.parameters():
         parameter.grad = None
@@ -200,11 +208,12 @@ def layer_work(contender: Contender, case: Case) -> Work:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Do they compute the same?
+# Comparison of outputs
 
 
 def compare(contenders: dict[str, tuple[Contender, Case]], cases: dict[str, Case], tolerance: float) -> list[Agreement]:
-    """Outputs and input gradients against those of ours. Disagreement, on all ranks, where one is further away."""
+    """Compares outputs and input gradients with ours. Raises `OutputMismatch`, on all ranks, where one is too far
+    away."""
     expected: dict[str, list[Tensor]] = {}
     agreements = {activation: Agreement(activation=activation, names=[], largest=0.0) for activation in cases}
     for name, (contender, case) in contenders.items():
@@ -221,8 +230,8 @@ def compare(contenders: dict[str, tuple[Contender, Case]], cases: dict[str, Case
             relative = float((sums[0] / sums[1].clamp(min=1e-30)).sqrt().max())
             if not relative <= tolerance:
                 raise Disagreement(
-                    f"{name} ({contender.computes}) and ours differ by {relative:.1e} in outputs or input gradients, "
-                    f"at most {tolerance:g} is rounding: nothing was timed"
+                    f"{name} ({contender.computes}) and ours differ by {relative:.1e} in outputs or input "
+                    f"gradients, at most {tolerance:g} is rounding: nothing was timed"
                 )
             agreement.largest = max(agreement.largest, relative)
         agreement.names.append(name)
@@ -230,12 +239,12 @@ def compare(contenders: dict[str, tuple[Contender, Case]], cases: dict[str, Case
 
 
 def is_measure(name: str, case: Case) -> bool:
-    """Whether the others of its activation are compared with it."""
+    """Returns True for ours, which others of the same activation are compared with."""
     return name in (OURS, f"{OURS}, {case.activation}")
 
 
 def outputs(contender: Contender, case: Case) -> list[Tensor]:
-    """y and the gradient of the input, of the layer that drops nothing."""
+    """Returns y and the gradient of the input, of a layer that drops nothing."""
     with contender.surroundings():
         y_TD = contender.forward_all(case.x_TD)
         y_TD.backward(case.dy_TD)
@@ -246,7 +255,7 @@ def outputs(contender: Contender, case: Case) -> list[Tensor]:
 
 
 def _square(x: Tensor) -> float:
-    return float(x.double().square().sum())
+    return float(x.double().square().sum())  # waits for the device; float64, as float32 would lose small terms
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,12 +263,13 @@ def _square(x: Tensor) -> float:
 
 
 def fill(row: Row, contender: Contender, case: Case, times: dict[str, Times], rate: float, minimum: int) -> None:
+    """Computes the figures of a row, and takes one more step to measure its memory. A collective."""
     own = times[row.name]
     ours = times[OURS if case.activation == case.shape.activation or row.name == OURS else f"{OURS}, {case.activation}"]
     row.times = own
     row.over_floor = own.median / times[f"floor, {case.activation}"].median
     row.over_ours = own.median / ours.median
-    if contender.is_compared:  # not the dense layer, whose products are others
+    if contender.is_compared:  # the dense layer has other products
         row.rate = layer_flops(case.shape, case.activation) / case.ranks / own.median * 1000
         row.of_product = row.rate / rate
     peak = peak_memory(partial(run, contender, case), lambda: _gradients(contender), case.device)
@@ -280,7 +290,8 @@ def _gradients(contender: Contender) -> list[Tensor]:
 
 
 def routed(case: Case) -> tuple[int, float]:
-    """The fewest bytes that must cross, over all ranks, and the load of the fullest expert over the mean."""
+    """Returns the fewest bytes that must cross between ranks, over all ranks, and the load of the fullest expert over
+    the mean."""
     ids_TK, ranks_TK = case.routing()
     reached = sum(int((ranks_TK == rank).any(1).sum()) for rank in range(case.ranks) if rank != group_rank(case.group))
     counts_E = torch.bincount(ids_TK.flatten(), minlength=case.shape.num_experts)

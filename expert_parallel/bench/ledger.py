@@ -1,6 +1,7 @@
-"""What the ledger costs: one MoE layer, forward and backward, with `counts`, with `rows`, and the counting alone.
+"""Measures what the ledger costs: one MoE layer, forward and backward, with `counts`, with `rows`, and the counting
+alone.
 
-Rounds are interleaved and medians compared, since machines are shared. Run it on as many ranks as you like:
+Rounds are interleaved and medians compared, since machines are shared. Runs on any number of ranks:
 
     torchrun --nproc-per-node 2 -m expert_parallel bench ledger
 """
@@ -26,7 +27,7 @@ from expert_parallel.runtime.process import Runtime
 
 @dataclass(frozen=True)
 class Shape:
-    """tokens: of all ranks. Experts are GELU, two matrices."""
+    """Names the sizes of a layer with GELU experts of two matrices. tokens: of all ranks."""
 
     tokens: int
     d_model: int
@@ -39,7 +40,7 @@ SHAPES = {"base": Shape(4096, 256, 1024, 8, 2), "fine": Shape(1024, 256, 128, 64
 
 
 def bench_ledger(runtime: Runtime, shape_name: str, rounds: int) -> dict[str, Any]:
-    """Medians in milliseconds on this rank, and their ratios."""
+    """Returns medians in milliseconds on this rank, and their ratios. A collective."""
     shape, group = SHAPES[shape_name], dist.group.WORLD if runtime.world_size > 1 else None
     x_TD = torch.randn(shape.tokens // runtime.world_size, shape.d_model, device=runtime.device, requires_grad=True)
     layers = {kind: _layer(shape, kind, group).to(runtime.device) for kind in ("counts", "rows")}
@@ -53,7 +54,7 @@ def bench_ledger(runtime: Runtime, shape_name: str, rounds: int) -> dict[str, An
     plan = layers["counts"].router(x_TD.detach(), token_batch(x_TD[None], StepContext(), None))
 
     def counting() -> None:
-        """All that `counts` does beside the layer's own work: with the reduction, which a step makes once for all
+        """Does all that `counts` adds to the layer's own work, including the reduction that a step makes once for all
         layers."""
         count_choices(plan, plan, None)
         RowCounts.of(output.stats.log)
@@ -83,6 +84,7 @@ def bench_ledger(runtime: Runtime, shape_name: str, rounds: int) -> dict[str, An
 
 
 def describe(result: dict[str, Any]) -> str:
+    """Formats the result as a table."""
     shape, ms = SHAPES[result["shape"]], result["milliseconds"]
     return "\n".join(
         [
@@ -111,7 +113,7 @@ def _layer(shape: Shape, kind: str, group: dist.ProcessGroup | None) -> MoELayer
 
 
 def _medians(parts: dict[str, Callable[[], Any]], runtime: Runtime, rounds: int) -> dict[str, float]:
-    """Milliseconds of each part, after two rounds of warming up."""
+    """Returns the median milliseconds of each part, after two rounds of warming up."""
     times: dict[str, list[float]] = {name: [] for name in parts}
     for number in range(rounds + 2):
         for name, part in parts.items():

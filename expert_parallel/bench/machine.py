@@ -1,4 +1,4 @@
-"""What a machine can do at most: rates of products, of copies, and what an exchange between ranks costs. Planning reads
+"""Measures a machine's peak rates: matrix products, copies, and the cost of an exchange between ranks. Planning reads
 the file.
 
     expert-parallel bench machine --ranks 2 --json machine.json
@@ -21,8 +21,8 @@ from expert_parallel.runtime.process import Runtime
 from expert_parallel.settings import Settings
 from expert_parallel.training.config import DTYPES
 
-# (M, K, N) of M x K times K x N: squares, then one expert's rows of the shapes base and fine-grained (CPU), mixtral and
-# qwen3-30b-a3b (GPU).
+# (M, K, N) of products M x K times K x N: squares, then those of one expert in the shapes base and fine-grained (CPU),
+# mixtral and qwen3-30b-a3b (GPU).
 CPU_PRODUCTS = [
     (256,) * 3,
     (512,) * 3,
@@ -39,25 +39,29 @@ GPU_PRODUCTS = [
     (2048, 2048, 768),
     (2048, 768, 2048),
 ]
-CPU_COPY, GPU_COPY = 64 << 20, 1 << 30  # bytes, beyond the caches
-EXCHANGES = [1 << exponent for exponent in (10, 12, 14, 16, 18, 20, 22, 24)]  # bytes that a rank sends to others
+CPU_COPY, GPU_COPY = 64 << 20, 1 << 30  # bytes, more than the caches hold
+EXCHANGES = [
+    1 << exponent for exponent in (10, 12, 14, 16, 18, 20, 22, 24)
+]  # bytes that a rank sends to all others together
 MPI_LAUNCHERS = ("openmpi", "mpich")
 Say = Callable[[str], None]
 
 
 class MachineTask(Settings):
+    """Measures the machine's matrix products, copies and exchanges."""
+
     rounds: int = 7
     threads: int = 1
 
 
 class Record(BaseModel):
-    """A block of the file; unknown keys are refused."""
+    """Validates a block of the file; refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Product(Record):
-    """One matrix product (M, K) x (K, N), while all ranks compute: of the slowest."""
+    """Holds the rate of the matrix product (M, K) x (K, N) on the slowest rank, while all ranks compute."""
 
     m: int = Field(ge=1)
     k: int = Field(ge=1)
@@ -66,8 +70,9 @@ class Product(Record):
 
 
 class Exchange(Record):
-    """An all-to-all among `ranks`: seconds = alpha + beta * bytes that a rank sends to others. measured: those pairs
-    (bytes, seconds)."""
+    """Holds the cost of an all-to-all among `ranks`: seconds = alpha + beta * bytes that a rank sends to others.
+
+    measured: the pairs (bytes, seconds) that alpha and beta were fitted to."""
 
     transport: str
     ranks: int = Field(ge=2)
@@ -77,8 +82,10 @@ class Exchange(Record):
 
 
 class MachineFile(Record):
-    """products: by dtype. copy_bytes_per_second: read and written, together. exchanges: by transport; none where one
-    rank was alone."""
+    """Holds the content of the file.
+
+    products: by dtype. copy_bytes_per_second: bytes read plus bytes written. exchanges: by transport; empty for one
+    rank."""
 
     kind: Literal["machine"] = "machine"
     version: Literal[1] = 1
@@ -90,7 +97,7 @@ class MachineFile(Record):
 
 
 def read_machine(path: Path) -> MachineFile:
-    """ValueError: one sentence with the path, where it is none of `bench machine`."""
+    """Reads a file of `bench machine`. Raises ValueError, with the path, where it is not one."""
     try:
         return MachineFile.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -100,14 +107,16 @@ def read_machine(path: Path) -> MachineFile:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             text = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"].lower()]))
-        raise ValueError(f"{path} is no file of `bench machine`: {text}") from None
+        raise ValueError(f"{path} is not a file of `bench machine`: {text}") from None
 
 
 def machine_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
+    """Runs the benchmark on every rank, and returns the result as JSON."""
     return bench_machine(MachineTask.model_validate(tree), runtime, say).model_dump(mode="json")
 
 
 def bench_machine(task: MachineTask, runtime: Runtime, say: Say = lambda text: None) -> MachineFile:
+    """Measures products, copies and exchanges. A collective."""
     facts = state_facts(runtime, task.threads)
     device, group = runtime.device, dist.group.WORLD if runtime.world_size > 1 else None
     products = {}
@@ -134,7 +143,8 @@ def bench_machine(task: MachineTask, runtime: Runtime, say: Say = lambda text: N
 def measure_products(
     dtype: torch.dtype, device: torch.device, rounds: int, group: dist.ProcessGroup | None
 ) -> list[Product]:
-    """Small products many times in a row, so that a clock's reading is not what is measured."""
+    """Measures the matrix products of this kind of device, small ones repeatedly, so that the clock's resolution is not
+    measured."""
     on_gpu = device.type == "cuda"
     sizes = GPU_PRODUCTS if on_gpu else CPU_PRODUCTS
     enough = 1e12 if on_gpu else 1e9
@@ -156,7 +166,7 @@ def _repeat(number: int, a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def carriers(runtime: Runtime) -> dict[str, dist.ProcessGroup]:
-    """The transports that can be had here: gloo anywhere, MPI where mpirun has started the ranks, NCCL between GPUs."""
+    """Returns the available transports: gloo always, MPI where mpirun has started the ranks, NCCL between GPUs."""
     if runtime.world_size == 1:
         return {}
     found = {"gloo": dist.new_group(backend="gloo", timeout=runtime.timeout)}
@@ -169,11 +179,12 @@ def carriers(runtime: Runtime) -> dict[str, dist.ProcessGroup]:
 
 
 def measure_exchanges(transport: str, group: dist.ProcessGroup, runtime: Runtime, rounds: int) -> Exchange:
+    """Measures all-to-alls of several sizes over the group, and fits alpha and beta."""
     ranks = runtime.world_size
     device = runtime.device if transport == "nccl" else torch.device("cpu")
     works, calls = {}, []
     for size in EXCHANGES:
-        rows = -(-size // (ranks - 1))  # bytes to each other rank; as many to itself
+        rows = -(-size // (ranks - 1))  # bytes to each other rank, and the same to itself
         x, counts = torch.zeros(rows * ranks, dtype=torch.uint8, device=device), [rows] * ranks
         calls.append(max(1, min(20, (1 << 20) // size)))
         works[str(size)] = Work(partial(_exchange, calls[-1], x, counts, group))
@@ -192,8 +203,8 @@ def _exchange(number: int, x: Tensor, counts: list[int], group: dist.ProcessGrou
 
 
 def fit(measured: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """alpha and beta of seconds = alpha + beta * bytes, neither below 0, by least squares of relative errors: so that
-    the short ones count as much as the long ones."""
+    """Fits seconds = alpha + beta * bytes, both at least 0, by least squares of relative errors, so that short
+    exchanges weigh as much as long ones. Returns (alpha, beta)."""
     sizes = torch.tensor([float(size) for size, _ in measured], dtype=torch.float64)
     seconds = torch.tensor([time for _, time in measured], dtype=torch.float64)
     columns = torch.stack([1 / seconds, sizes / seconds], 1)
@@ -204,6 +215,7 @@ def fit(measured: Sequence[tuple[int, float]]) -> tuple[float, float]:
 
 
 def describe_machine(result: MachineFile) -> str:
+    """Formats the file's content as text."""
     lines = [str(result.facts), f"medians of {result.rounds} rounds, of the slowest rank, while all work"]
     for dtype, products in result.products.items():
         lines += [
@@ -217,5 +229,5 @@ def describe_machine(result: MachineFile) -> str:
             f"{1e9 * exchange.beta_seconds_per_byte:.3f} ns a byte ({rate:.2f} GB/s sent by a rank)"
         )
     if not result.exchanges:
-        lines.append("all-to-all: not measured: one rank has nobody to exchange with (--ranks 2, or a launcher)")
+        lines.append("all-to-all: not measured: an exchange needs two ranks (--ranks 2, or a launcher)")
     return "\n".join(lines)

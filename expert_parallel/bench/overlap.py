@@ -1,12 +1,11 @@
-"""What the exchange costs over the link that there is: how much of it lies beneath the experts when tokens travel in
-chunks, and what crosses between nodes with the hierarchical dispatcher beside the flat one. On every rank of a
+"""Measures the exchange over a real link: how much of it is hidden behind the experts when tokens are exchanged in
+chunks, and what crosses between nodes with the hierarchical dispatcher and the flat one. Run on every rank of a
 launcher:
 
     torchrun --nnodes 2 --nproc-per-node 1 ... -m expert_parallel bench overlap
     torchrun --nnodes 2 --nproc-per-node 2 ... -m expert_parallel bench nodes --ranks-per-node 2
 
-A slow link for trying it: `tc qdisc add dev eth0 root tbf rate 400mbit burst 256kb latency 400ms` on each node.
-"""
+To try it with a slow link: `tc qdisc add dev eth0 root tbf rate 400mbit burst 256kb latency 400ms` on each node."""
 
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +34,8 @@ HIERARCHICAL = {"kind": "hierarchical"}
 
 
 class OverlapTask(Settings):
+    """Times a layer with `overlap` chunks against the same layer with one."""
+
     shape: Shape
     dispatcher: Literal["all_to_all", "hierarchical"] = "all_to_all"
     overlap: int = Field(default=4, ge=2)
@@ -43,8 +44,10 @@ class OverlapTask(Settings):
 
 
 class OverlapResult(BaseModel):
-    """Forward and backward of one layer. exchange: rows out and back, with experts that do nothing. experts: theirs
-    alone. difference: the largest of an output or gradient in chunks, relative to the largest at once."""
+    """Holds times of one layer, forward and backward.
+
+    exchange: rows out and back, with experts that do nothing. experts: this rank's alone. difference: the largest error
+    of an output or gradient in chunks, relative to the largest value at once."""
 
     kind: Literal["overlap"] = "overlap"
     facts: Facts
@@ -60,11 +63,13 @@ class OverlapResult(BaseModel):
 
     @property
     def hidden(self) -> float:
-        """Of the smaller of exchange and experts, the share that no longer takes time."""
+        """Returns the share of the shorter of exchange and experts that chunking hides."""
         return (self.at_once.median - self.in_chunks.median) / min(self.exchange.median, self.experts.median)
 
 
 class NodesTask(Settings):
+    """Counts the bytes between nodes of the all-to-all and the hierarchical dispatcher."""
+
     shape: Shape
     ranks_per_node: int = Field(ge=1)
     rounds: int = 7
@@ -72,7 +77,8 @@ class NodesTask(Settings):
 
 
 class NodesRow(BaseModel):
-    """bytes: of rows between nodes, forward and backward; rows_out: those with tokens alone. Of all ranks together."""
+    """Holds the measurement of one dispatcher. bytes: rows between nodes, forward and backward, over all ranks.
+    rows_out: the rows of those that carry tokens out in the forward pass."""
 
     times: Times
     bytes: int
@@ -88,7 +94,8 @@ class NodesResult(BaseModel):
     rows: dict[str, NodesRow]
 
     def ratio(self, flat: str) -> float:
-        """Of the bytes between nodes, hierarchical over one row a `choice`, or a `rank`."""
+        """Returns the bytes between nodes of the hierarchical dispatcher over the flat one's with a row per `choice` or
+        `rank`."""
         return self.rows["hierarchical"].bytes / self.rows[f"one row a {flat}"].bytes
 
 
@@ -97,13 +104,14 @@ class NodesResult(BaseModel):
 
 
 def overlap_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
-    """On every rank, two or more."""
+    """Runs `bench overlap` on every rank, two or more, and returns the result as JSON."""
     task = OverlapTask.model_validate(tree, strict=False)
     refuse(task.shape, runtime)
     return bench_overlap(task, runtime).model_dump(mode="json")
 
 
 def bench_overlap(task: OverlapTask, runtime: Runtime) -> OverlapResult:
+    """Measures a layer with one chunk and with several. A collective."""
     facts, group = state_facts(runtime, task.threads), dist.group.WORLD
     nodes = make_nodes(runtime, runtime.launch.local_world_size) if task.dispatcher == "hierarchical" else None
     layers = [
@@ -135,6 +143,7 @@ def bench_overlap(task: OverlapTask, runtime: Runtime) -> OverlapResult:
 
 
 def describe_overlap(result: OverlapResult) -> str:
+    """Formats the result of `bench overlap`."""
     return "\n".join(
         [
             f"{result.shape}; {result.dispatcher}, forward and backward",
@@ -154,7 +163,7 @@ def describe_overlap(result: OverlapResult) -> str:
 
 
 def nodes_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
-    """On every rank, of two nodes or more."""
+    """Runs `bench nodes` on every rank of two nodes or more, and returns the result as JSON."""
     task = NodesTask.model_validate(tree, strict=False)
     refuse(task.shape, runtime)
     if runtime.world_size % task.ranks_per_node or runtime.world_size == task.ranks_per_node:
@@ -165,6 +174,7 @@ def nodes_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, An
 
 
 def bench_nodes(task: NodesTask, runtime: Runtime) -> NodesResult:
+    """Measures the hierarchical dispatcher and two flat ones. A collective."""
     facts, nodes = state_facts(runtime, task.threads), make_nodes(runtime, task.ranks_per_node)
     kinds = {"hierarchical": HIERARCHICAL} | {f"one row a {name}": settings for name, settings in FLAT.items()}
     layers = {name: make_layer(task.shape, settings, runtime, nodes) for name, settings in kinds.items()}
@@ -177,18 +187,21 @@ def bench_nodes(task: NodesTask, runtime: Runtime) -> NodesResult:
 
 
 def between_nodes(layer: MoELayer, x_TD: Tensor) -> dict[str, int]:
-    """Of all ranks together: bytes of rows that crossed between nodes in a pass, and how many rows with tokens."""
+    """Returns, over all ranks, the bytes of rows that crossed between nodes in a step, and the rows sent out with
+    tokens."""
     output = layer(x_TD)
     output.y.backward(torch.ones_like(output.y))
     layer.zero_grad()
     log = output.stats.log
     sent = sum(total_of(log.bytes_sent, ("network",), phase) for phase in (Phase.DISPATCH, Phase.COMBINE))
     rows = total_of(log.rows_sent, ("network",), Phase.DISPATCH, is_backward=False)
-    total = all_reduce_sum(torch.tensor([sent, rows], device=x_TD.device), layer.group).tolist()
+    counts = torch.tensor([sent, rows], device=x_TD.device)
+    total = all_reduce_sum(counts, layer.dispatcher.peers.group).tolist()
     return {"bytes": total[0], "rows_out": total[1]}
 
 
 def describe_nodes(result: NodesResult) -> str:
+    """Formats the result of `bench nodes`."""
     lines = [
         f"{result.shape}; {result.ranks_per_node} ranks a node; forward and backward of a layer",
         f"{result.facts}; medians of {result.rounds} interleaved rounds, [smallest - largest], of the slowest rank",
@@ -205,25 +218,26 @@ def describe_nodes(result: NodesResult) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers and what is timed of them
+# Layers and workloads
 
 
 def refuse(shape: Shape, runtime: Runtime) -> None:
-    """UserError on all ranks."""
+    """Raises UserError, on all ranks, unless there are two ranks or more and at least one expert for each."""
     if not 1 < runtime.world_size <= shape.num_experts:
         raise UserError(
-            f"the ranks are {runtime.world_size}: two or more have something to exchange (--ranks 2, or a launcher), "
-            f"and each needs one or more of the {shape.num_experts} experts"
+            f"there are {runtime.world_size} ranks: an exchange needs two or more (--ranks 2, or a launcher), and each "
+            f"needs at least one of the {shape.num_experts} experts"
         )
 
 
 def make_nodes(runtime: Runtime, ranks_per_node: int) -> Nodes:
+    """Returns the process groups of nodes with so many ranks each."""
     degrees = ParallelDegrees(runtime.world_size, ep=runtime.world_size)
     return build_nodes(degrees, ranks_per_node, group_maker(runtime.device.type, runtime.timeout))
 
 
 def make_layer(shape: Shape, dispatcher: dict[str, Any], runtime: Runtime, nodes: Nodes | None = None) -> MoELayer:
-    """Over all ranks; the same weights whatever the dispatcher."""
+    """Builds a layer over all ranks, with the same weights for every dispatcher."""
     config = {
         "d_model": shape.d_model,
         "num_experts": shape.num_experts,
@@ -237,25 +251,27 @@ def make_layer(shape: Shape, dispatcher: dict[str, Any], runtime: Runtime, nodes
 
 
 def draw_tokens(shape: Shape, runtime: Runtime) -> Tensor:
-    """This rank's share of the tokens."""
+    """Draws this rank's share of the tokens."""
     generator = torch.Generator().manual_seed(runtime.rank)
     x_TD = torch.randn(shape.tokens // runtime.world_size, shape.d_model, generator=generator)
     return x_TD.to(runtime.device).requires_grad_()
 
 
 def step(layer: MoELayer, x_TD: Tensor) -> Tensor:
+    """Runs forward and backward, and returns y."""
     y_TD = layer(x_TD).y
     y_TD.backward(torch.ones_like(y_TD))
     return y_TD.detach()
 
 
 def clear(layer: MoELayer, x_TD: Tensor) -> None:
+    """Removes all gradients."""
     layer.zero_grad()
     x_TD.grad = None
 
 
 def outputs(layer: MoELayer, x_TD: Tensor) -> list[Tensor]:
-    """y, the gradient of the tokens, and those of all weights of this rank."""
+    """Returns y, the gradient of the tokens, and the gradients of all weights of this rank."""
     y_TD, dx_TD = step(layer, x_TD), x_TD.grad
     assert dx_TD is not None
     found = [y_TD, dx_TD, *(p.grad for p in layer.parameters() if p.grad is not None)]
@@ -264,11 +280,12 @@ def outputs(layer: MoELayer, x_TD: Tensor) -> list[Tensor]:
 
 
 def layer_work(layer: MoELayer, x_TD: Tensor) -> Work:
+    """Returns the layer's forward and backward pass."""
     return Work(partial(step, layer, x_TD), partial(clear, layer, x_TD))
 
 
 def carry_work(layer: MoELayer, x_TD: Tensor) -> Work:
-    """The rows to their experts, which give them back as they are, and back again; in both passes. Without routing."""
+    """Returns the exchange without routing and experts: rows go to their experts and back unchanged, in both passes."""
     with torch.no_grad():
         plan = layer.router(x_TD, token_batch(x_TD[None], StepContext(), layer.data_group))
 
@@ -283,7 +300,7 @@ def carry_work(layer: MoELayer, x_TD: Tensor) -> Work:
 
 
 def experts_work(layer: MoELayer, x_TD: Tensor) -> Work:
-    """This rank's experts on the rows that arrive, all at once."""
+    """Returns the work of this rank's experts on the rows that they receive, all at once."""
     seen: list[DispatchedTokens] = []
 
     def see(module: Any, arguments: tuple[DispatchedTokens, ...]) -> None:

@@ -1,7 +1,7 @@
-"""How cost grows: a layer over 1, 2, 4, 8 ranks, with as many tokens a rank (weak) or in all (strong); and routing,
-dispatch and combine of a token among more and more experts.
+"""Measures how cost grows: a layer over 1, 2, 4, 8 ranks, with a constant number of tokens per rank (weak) or in all
+(strong); and routing, dispatch and combine with a growing number of experts.
 
-All ranks are started at once and each figure is of a group of them while the others wait, so that rounds interleave.
+All ranks start at once, and a figure of fewer ranks is taken while the others wait, so that rounds interleave.
 
     expert-parallel bench scaling --ranks 8
 """
@@ -29,8 +29,8 @@ Say = Callable[[str], None]
 
 
 class ScalingTask(Settings):
-    """shape: tokens are those of one rank in weak scaling, of all in strong. ranks: of which groups. experts: to choose
-    among, by `expert_ranks` ranks."""
+    """Times a layer on growing numbers of ranks and experts. shape: its tokens are those of one rank in weak scaling,
+    and of all ranks in strong scaling. ranks: group sizes. experts: numbers of experts, on `expert_ranks` ranks."""
 
     shape: Shape
     ranks: tuple[int, ...] = (1, 2, 4, 8)
@@ -41,7 +41,7 @@ class ScalingTask(Settings):
 
 
 class ScalingRow(BaseModel):
-    """tokens: of all ranks together. work: time x busy cores, for each token, over the first row's."""
+    """Holds one number of ranks. tokens: over all ranks. work: time x busy cores per token, over the first row's."""
 
     ranks: int
     tokens: int
@@ -50,8 +50,10 @@ class ScalingRow(BaseModel):
 
 
 class ExpertsRow(BaseModel):
-    """Forward and backward. routing: without the product of tokens and router weights, which is `product`. dispatch:
-    with combine, and experts that do nothing. growth: routing, product and dispatch over the first row's."""
+    """Holds one number of experts, forward and backward.
+
+    product: of tokens and router weights. routing: the whole router, with that product. dispatch: dispatch and combine,
+    with experts that do nothing. growth: routing and dispatch over the first row's, also without the product."""
 
     num_experts: int
     product: Times
@@ -74,7 +76,7 @@ class ScalingResult(BaseModel):
 
 
 def scaling_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
-    """On every rank, as many as the largest group."""
+    """Runs the benchmark on as many ranks as the largest group has, and returns the result as JSON."""
     task = ScalingTask.model_validate(tree, strict=False)
     facts = state_facts(runtime, task.threads)
     counts = sorted({*task.ranks, task.expert_ranks})
@@ -100,6 +102,7 @@ def scaling_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, 
 def measure_ranks(
     task: ScalingTask, groups: dict[int, dist.ProcessGroup | None], runtime: Runtime, cores: int, is_weak: bool
 ) -> list[ScalingRow]:
+    """Times a layer over groups of 1, 2, ... ranks. A collective of all ranks."""
     tokens = {count: task.shape.tokens * (count if is_weak else 1) for count in task.ranks}
     works = {}
     for count in task.ranks:
@@ -120,8 +123,8 @@ def measure_ranks(
 
 
 def measure_experts(task: ScalingTask, group: dist.ProcessGroup | None, runtime: Runtime) -> list[ExpertsRow]:
-    """The tokens of the shape over the ranks of the group; this rank may be none of them. Experts compute nothing, and
-    are as small as can be."""
+    """Times routing and dispatch of the shape's tokens over the ranks of the group, for each number of experts. A
+    collective of all ranks, also those outside the group. Experts compute nothing, and are as small as possible."""
     works: dict[str, Work] = {}
     for num_experts in task.experts:
         names = [f"{part} {num_experts}" for part in ("product", "routing", "dispatch")]
@@ -159,6 +162,7 @@ def measure_experts(task: ScalingTask, group: dist.ProcessGroup | None, runtime:
 
 
 def describe_scaling(result: ScalingResult) -> str:
+    """Formats the result as tables."""
     head = f"{result.facts}; {result.cores} cores; medians of {result.rounds} interleaved rounds, of the slowest rank"
     lines = [str(result.shape), head]
     for name, rows in (("weak: tokens a rank", result.weak), ("strong: tokens in all", result.strong)):
@@ -176,10 +180,11 @@ def describe_scaling(result: ScalingResult) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is timed
+# Workloads
 
 
 def build_layer(shape: Shape, num_experts: int, group: dist.ProcessGroup | None) -> MoELayer:
+    """Builds a layer with so many experts over the group."""
     config = {
         "d_model": shape.d_model,
         "num_experts": num_experts,
@@ -190,10 +195,13 @@ def build_layer(shape: Shape, num_experts: int, group: dist.ProcessGroup | None)
 
 
 def draw(num_tokens: int, d_model: int, seed: int) -> Tensor:
+    """Draws random tokens, (num_tokens, d_model), that require a gradient."""
     return torch.randn(num_tokens, d_model, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
 def routing_work(layer: MoELayer, x_TD: Tensor) -> Work:
+    """Returns the router's forward and backward pass."""
+
     def run() -> None:
         plan = layer.router(x_TD, token_batch(x_TD[None], StepContext(), layer.data_group))
         plan.weights_TK.backward(torch.ones_like(plan.weights_TK))
@@ -202,9 +210,10 @@ def routing_work(layer: MoELayer, x_TD: Tensor) -> Work:
 
 
 def product_work(layer: MoELayer, x_TD: Tensor) -> Work:
-    """Of tokens and router weights, and the two of its backward pass."""
+    """Returns the product of tokens and router weights, and the two of its backward pass."""
     weight_ED, x_TD = layer.get_parameter("router.weight").detach(), x_TD.detach()
-    logits_TE, dx_TD, dweight_ED = x_TD @ weight_ED.T, torch.empty_like(x_TD), torch.empty_like(weight_ED)
+    logits_TE = x_TD @ weight_ED.T
+    dx_TD, dweight_ED = torch.empty_like(x_TD), torch.empty_like(weight_ED)
 
     def run() -> None:
         torch.mm(x_TD, weight_ED.T, out=logits_TE)

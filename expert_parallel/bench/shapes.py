@@ -1,8 +1,8 @@
-"""The shapes that are measured, by name, and the changes a user makes to them."""
+"""Names the shapes that are measured, and applies the changes that a user makes to them."""
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -13,7 +13,8 @@ S = TypeVar("S", bound=Settings)
 
 
 class Shape(Settings):
-    """One MoE layer. tokens: of all ranks together. peers: who is measured beside ours; None: all that there are."""
+    """Holds the sizes of one MoE layer. tokens: of all ranks together. peers: names of the implementations to compare
+    with; None: all."""
 
     tokens: int = Field(ge=1)
     d_model: int = Field(ge=1)
@@ -24,7 +25,7 @@ class Shape(Settings):
     peers: tuple[str, ...] | None = None
 
     @model_validator(mode="after")
-    def _choose(self) -> "Shape":
+    def _choose(self) -> Self:
         if self.k > self.num_experts:
             raise ValueError(f"k ({self.k}) is larger than num_experts ({self.num_experts})")
         return self
@@ -37,31 +38,33 @@ class Shape(Settings):
 
 
 def matrices(activation: str) -> int:
-    """Of an expert, D x F each."""
+    """Returns the number of matrices of an expert, D x F each."""
     return 3 if activation in GATED else 2
 
 
 def layer_flops(shape: Shape, activation: str) -> int:
-    """Of the experts alone, forward and backward, over all ranks: each of T * K rows passes each matrix three times
-    (output, gradient of the input, gradient of the weight), at 2 D F operations."""
+    """Returns the FLOPs of the experts alone, forward and backward, over all ranks: each of T * K rows passes each
+    matrix three times (output, gradient of the input, gradient of the weight), at 2 D F operations."""
     return 3 * 2 * shape.tokens * shape.k * matrices(activation) * shape.d_model * shape.hidden
 
 
 SHAPES = {
     "base": Shape(tokens=4096, d_model=256, hidden=1024, num_experts=8, k=2),
     "fine-grained": Shape(tokens=1024, d_model=256, hidden=128, num_experts=64, k=8),
-    # The base layer beside a dense one with as many parameters: what sparsity gains.
+    # The base layer and a dense one with as many parameters: what sparsity gains.
     "dense-8192": Shape(tokens=4096, d_model=256, hidden=1024, num_experts=8, k=2, peers=("dense",)),
     "mixtral": Shape(tokens=16384, d_model=4096, hidden=14336, num_experts=8, k=2, activation="swiglu"),
     "qwen3-30b-a3b": Shape(tokens=32768, d_model=2048, hidden=768, num_experts=128, k=8, activation="swiglu"),
-    # What one of 8 ranks computes: 32 of the 256 experts, with as many rows each (1024) as 8 x 4096 tokens give them.
+    # The share of one of 8 ranks: 32 of the 256 experts, with the 1024 rows each that 8 x 4096 tokens give them.
     "deepseek-v3-slice": Shape(tokens=4096, d_model=7168, hidden=2048, num_experts=32, k=8, activation="swiglu"),
 }
 
 
 def choose_shape(name: str, changes: Sequence[str] = (), scale: float = 1.0) -> Shape:
-    """The shape of this name with `tokens=..`, `d_model=..`, ... changed, or one that these give whole (`given`).
-    scale: multiplies the tokens. ValueError for what there is not."""
+    """Returns the shape of this name with `tokens=..`, `d_model=..`, ... changed, or one that these define completely
+    (`given`).
+
+    scale: multiplies the tokens. Raises ValueError for unknown names and impossible sizes."""
     if name != "given" and name not in SHAPES:
         raise ValueError(f"--shape is {name!r}, it must be one of {', '.join(SHAPES)}, given")
     if not math.isfinite(scale):
@@ -76,7 +79,8 @@ def choose_shape(name: str, changes: Sequence[str] = (), scale: float = 1.0) -> 
 
 
 class TrainShape(Settings):
-    """A decoder whose blocks are all MoE. layer: one of its MoE layers, with the tokens of a step over all ranks."""
+    """Holds the sizes of a decoder with MoE blocks alone. layer: one MoE layer, with the tokens of a step over all
+    ranks."""
 
     layer: Shape
     num_layers: int = Field(ge=1)
@@ -93,6 +97,7 @@ class TrainShape(Settings):
 
     @property
     def sequences(self) -> int:
+        """Returns the sequences of a step, over all ranks."""
         return self.layer.tokens // self.sequence_length
 
 
@@ -105,7 +110,7 @@ TRAIN_SHAPES = {
         vocab_size=256,
         sequence_length=256,
     ),
-    # 3.1 billion parameters, of which a token passes 0.76: for one GPU of 80 GB and more.
+    # 3.1 billion parameters, 0.76 billion active for a token: for one GPU of 80 GB and more.
     "3b": TrainShape(
         layer=Shape(tokens=16384, d_model=2048, hidden=768, num_experts=32, k=4, activation="swiglu"),
         num_layers=18,
@@ -118,7 +123,8 @@ TRAIN_SHAPES = {
 
 
 def choose_train_shape(name: str, changes: Sequence[str] = (), scale: float = 1.0) -> TrainShape:
-    """The shape of this name with sizes of the decoder or of its layers changed. ValueError for what there is not."""
+    """Returns the shape of this name with sizes of the decoder or of its layers changed. Raises ValueError for unknown
+    names and impossible sizes."""
     if name not in TRAIN_SHAPES:
         raise ValueError(f"--shape is {name!r}, it must be one of {', '.join(TRAIN_SHAPES)}")
     shape = TRAIN_SHAPES[name]
@@ -135,14 +141,14 @@ def choose_train_shape(name: str, changes: Sequence[str] = (), scale: float = 1.
 
 
 def _change(shape: S, changes: Sequence[str]) -> S:
-    """With NAME=VALUE each. ValueError for other names, and for values that are none."""
+    """Applies changes of the form NAME=VALUE. Raises ValueError for other names and invalid values."""
     tree = shape.model_dump()
     names = [name for name in tree if name not in ("peers", "layer")]
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals or key not in names:
             raise ValueError(
-                f"{change!r} is no change of a shape: it must be NAME=VALUE with one of {', '.join(names)}"
+                f"{change!r} is not a change of a shape: it must be NAME=VALUE with one of {', '.join(names)}"
             )
         if key != "activation" and not value.isdecimal():
             raise ValueError(f"{change!r}: {key} must be a whole number")
@@ -157,4 +163,4 @@ def _validate(kind: type[S], tree: dict[str, Any]) -> S:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         text = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"the shape cannot be: {f'{where}: ' if where else ''}{text[0].lower()}{text[1:]}") from None
+        raise ValueError(f"the shape is invalid: {f'{where}: ' if where else ''}{text[0].lower()}{text[1:]}") from None

@@ -1,4 +1,4 @@
-"""What `bench layer` and `bench train` print."""
+"""Formats the tables of `bench layer` and `bench train`."""
 
 from expert_parallel.bench.layer import LayerResult, Row
 from expert_parallel.bench.train import TrainResult
@@ -7,6 +7,7 @@ MB = 10**6
 
 
 def describe_layer(result: LayerResult) -> str:
+    """Formats the result of `bench layer`."""
     lines = [
         f"{result.shape}; {result.dtype}, forward and backward",
         str(result.facts),
@@ -29,6 +30,7 @@ def describe_layer(result: LayerResult) -> str:
 
 
 def layer_line(row: Row) -> str:
+    """Formats one implementation's row."""
     if row.times is None:
         return f"{row.name:26}not measured: {row.why}"
     assert row.over_floor is not None
@@ -45,10 +47,12 @@ def layer_line(row: Row) -> str:
 
 
 def share_cell(share: float | None) -> str:
+    """Formats a share as a cell, `-` for None."""
     return f"{'-':>9}" if share is None else f"{share:9.1%}"
 
 
 def describe_train(result: TrainResult) -> str:
+    """Formats the result of `bench train`."""
     total, active = result.parameters
     lines = [
         f"{result.shape}; {result.dtype}; {total / 1e6:,.1f} M parameters, {active / 1e6:,.1f} M for a token",

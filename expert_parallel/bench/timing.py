@@ -1,5 +1,5 @@
-"""Time and memory of works that are measured side by side: rounds interleaved over all of them, since machines are
-shared and their speed drifts; and the settings under which they are measured, the same for everyone."""
+"""Measures time and memory of workloads side by side, under the same settings for all. Rounds are interleaved over all
+of them, since machines are shared and their speed drifts."""
 
 import json
 import os
@@ -28,14 +28,14 @@ WARM_UP = 2  # rounds
 
 @dataclass(frozen=True)
 class Work:
-    """run: what is timed. clear: forgets what it leaves behind (gradients), outside the timing."""
+    """Pairs `run`, which is timed, with `clear`, which removes what it leaves (gradients) outside the timing."""
 
     run: Callable[[], object]
     clear: Callable[[], None] = lambda: None
 
 
 class Times(BaseModel):
-    """Milliseconds over the rounds; of each round, the slowest rank's."""
+    """Holds milliseconds over the rounds; a round counts its slowest rank."""
 
     median: float
     smallest: float
@@ -48,14 +48,16 @@ class Times(BaseModel):
 def measure(
     works: dict[str, Work], device: torch.device, rounds: int, group: dist.ProcessGroup | None = None
 ) -> dict[str, Times]:
-    """Each in turn, round for round, after WARM_UP rounds; from where all ranks have met until this one is done.
-    group: all ranks of the world, each of which calls it with the same names and gets the same times; None: one."""
-    seconds, meeting = torch.zeros(rounds, len(works), dtype=torch.float64), torch.zeros(1)
+    """Times the workloads in turn, round by round after the warm-up, from a barrier until this rank is done.
+
+    group: all ranks of the world, each of which passes the same names and gets the same times; None: one rank."""
+    seconds = torch.zeros(rounds, len(works), dtype=torch.float64)
+    barrier = torch.zeros(1)
     for number in range(-WARM_UP, rounds):
         for column, work in enumerate(works.values()):
             synchronise(device)
             if group is not None:
-                dist.all_reduce(meeting)  # nobody leaves it before all are there, over any carrier for the CPU
+                dist.all_reduce(barrier)  # a barrier that every CPU backend supports
             start = time.perf_counter()
             work.run()
             synchronise(device)
@@ -64,7 +66,7 @@ def measure(
                 seconds[number, column] = end - start
             work.clear()
     if group is not None:
-        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # over the world's carrier for the CPU
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # a CPU tensor, so over the world's CPU backend
     columns = (1000 * seconds).T.tolist()
     return {
         name: Times(median=statistics.median(column), smallest=min(column), largest=max(column))
@@ -73,22 +75,24 @@ def measure(
 
 
 def synchronise(device: torch.device) -> None:
+    """Waits for all work on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Peak(BaseModel):
-    """Bytes above what stood before the step. activations: the same without the gradients of weights."""
+    """Holds bytes above those allocated before the step. activations: the same without the gradients of weights."""
 
     total: int
     activations: int
 
 
 def peak_memory(run: Callable[[], object], gradients: Callable[[], Iterable[Tensor]], device: torch.device) -> Peak:
-    """Of one step. gradients: those of the weights that the step leaves, none of which stood before.
+    """Measures the peak memory of one step. gradients: returns those of the weights after the step, none of which
+    existed before.
 
-    From the allocations that torch's profiler records, on the CPU and on GPUs: what libraries allocate by themselves
-    (scratch of oneDNN, workspaces of cuBLAS after the first use) is not in it."""
+    Uses the allocations that torch's profiler records, on the CPU and on GPUs; what libraries allocate themselves
+    (scratch of oneDNN, workspaces of cuBLAS after the first use) is not included."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -107,31 +111,31 @@ def peak_memory(run: Callable[[], object], gradients: Callable[[], Iterable[Tens
         for number, event in enumerate(events)
         if event.get("name") == "[memory]" and event["args"]["Device Type"] == kind
     )
-    kept = {  # the last allocation at a gradient's address is the gradient's own
+    kept = {  # index of the allocation -> bytes; the last one at a gradient's address is the gradient's
         max(number for _, number, address, size in changes if address == pointer and size > 0): size
         for pointer, size in left.items()
         if any(address == pointer and size > 0 for _, _, address, size in changes)
     }
     total = weights = highest = highest_activations = 0
-    standing: dict[int, int] = {}
+    allocated: dict[int, int] = {}  # address -> bytes
     for _, number, address, size in changes:
         if size > 0:
-            standing[address] = size
-        elif address not in standing:
-            continue  # stood before
+            allocated[address] = size
+        elif address not in allocated:
+            continue  # allocated before the step
         else:
-            size = -standing.pop(address)
+            size = -allocated.pop(address)
         total += size
         weights += kept.get(number, 0)
         highest, highest_activations = max(highest, total), max(highest_activations, total - weights)
-    if on_gpu:  # as everyone reports it, rounded up to blocks
+    if on_gpu:  # the usual figure, which counts whole blocks of the caching allocator
         highest = torch.cuda.max_memory_allocated(device) - before
     return Peak(total=highest, activations=highest_activations)
 
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """The profiler's library says at each start and stop that it does, in C++, at no level that could be set."""
+    """Silences stderr: the profiler's C++ library prints a line at each start and stop, at no level that can be set."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -144,16 +148,16 @@ def _quiet_stderr() -> Iterator[None]:
 
 
 def slowest(values: list[float], group: dist.ProcessGroup | None) -> list[float]:
-    """Of each value, the largest over the ranks."""
+    """Returns the largest of each value over the ranks. A collective."""
     if group_size(group) == 1:
         return values
-    together = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(together, dist.ReduceOp.MAX)
-    return together.tolist()
+    largest = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
 
 
 class Facts(BaseModel):
-    """What every result says of its surroundings. device: of rank 0. threads: of each rank, on the CPU."""
+    """Holds the conditions of a measurement. device: of rank 0. threads: of each rank, on the CPU."""
 
     ranks: int
     device: str
@@ -171,7 +175,7 @@ class Facts(BaseModel):
 
 
 def state_facts(runtime: Runtime, threads: int) -> Facts:
-    """Sets threads and allocator, the same for everyone."""
+    """Sets the number of threads and the allocator, the same for every workload, and returns the conditions."""
     torch.set_num_threads(threads)
     on_gpu = runtime.device.type == "cuda"
     return Facts(

@@ -1,5 +1,5 @@
-"""A training step of a decoder, beside the peers, in one interleaved run: forward, loss, backward, sum of gradients,
-clipping, AdamW. Nobody has an auxiliary loss.
+"""Measures a training step of a decoder against the peers, in one interleaved run: forward, loss, backward, reduction
+of gradients, clipping, AdamW. No implementation has an auxiliary loss.
 
     expert-parallel bench train --shape base --ranks 2
 """
@@ -29,12 +29,13 @@ from expert_parallel.training.step import train_step
 
 OURS = "ours"
 Say = Callable[[str], None]
-Step = Callable[[Tensor, Tensor], Tensor]  # inputs_BS, targets_BS -> cross entropy, this rank's sum
-Share = Callable[[], float | None]  # of this rank's choices, what the last step has dropped
+Step = Callable[[Tensor, Tensor], Tensor]  # (inputs_BS, targets_BS) -> this rank's sum of the cross entropy
+Share = Callable[[], float | None]  # returns the share of this rank's choices that the last step dropped
 
 
 class TrainTask(Settings):
-    """As LayerTask."""
+    """Times training steps of a decoder against its peers. threads: for each rank, on the CPU. peers: names; None:
+    all."""
 
     shape: TrainShape
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -44,8 +45,10 @@ class TrainTask(Settings):
 
 
 class TrainRow(BaseModel):
-    """As a layer's Row. mfu: model FLOPs of a rank over the rate of one large product. loss: of the last step, nats a
-    token. dropped_share: of that step's choices, over layers and ranks."""
+    """Holds the measurement of one implementation, as `LayerRow` does.
+
+    mfu: model FLOP/s of a rank over the rate of one large product. loss: of the last step, nats a token. dropped_share:
+    of that step's choices, over layers and ranks."""
 
     name: str
     activation: str = ""
@@ -62,7 +65,7 @@ class TrainRow(BaseModel):
 
 
 class TrainResult(BaseModel):
-    """parameters: in all, and those that a token passes, with the shape's activation."""
+    """Holds the result of the benchmark. parameters: (total, active for a token), with the shape's activation."""
 
     kind: Literal["train"] = "train"
     shape: TrainShape
@@ -77,12 +80,14 @@ class TrainResult(BaseModel):
 
 
 def train_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
-    """On every rank, whoever has started it."""
+    """Runs the benchmark on every rank, and returns the result as JSON."""
     return bench_train(TrainTask.model_validate(tree, strict=False), runtime, say).model_dump(mode="json")
 
 
 def bench_train(task: TrainTask, runtime: Runtime, say: Say = lambda text: None) -> TrainResult:
-    facts, shape, device = state_facts(runtime, task.threads), task.shape, runtime.device
+    """Builds all models, then times their steps. A collective."""
+    facts = state_facts(runtime, task.threads)
+    shape, device = task.shape, runtime.device
     group = dist.group.WORLD if runtime.world_size > 1 else None
     cases: dict[str, Case] = {
         activation: build_case(shape.layer, activation, DTYPES[task.dtype], runtime, group)
@@ -109,10 +114,11 @@ def bench_train(task: TrainTask, runtime: Runtime, say: Say = lambda text: None)
             row.mfu = flops / runtime.world_size / row.times.median * 1000 / rate
             peak = peak_memory(partial(steps[row.name], inputs_BS, targets_BS), list, device)
             row.peak = round(slowest([peak.total], group)[0])
+            # Waits for the device; float64 and CPU, since the sum of many tokens is reported.
             total = all_reduce_sum(steps[row.name](inputs_BS, targets_BS).double().cpu(), group)
             row.loss = float(total) / shape.layer.tokens
             share = shares[row.name]()
-            if share is not None:  # on all ranks alike
+            if share is not None:  # the same on all ranks
                 dropped = torch.tensor(share, dtype=torch.float64)
                 row.dropped_share = float(all_reduce_sum(dropped, group)) / runtime.world_size
     measured = models[shape.layer.activation]
@@ -132,7 +138,8 @@ def bench_train(task: TrainTask, runtime: Runtime, say: Say = lambda text: None)
 def build_steps(
     task: TrainTask, cases: dict[str, Case], runtime: Runtime, inputs_BS: Tensor, targets_BS: Tensor
 ) -> tuple[dict[str, Step], dict[str, Share], list[TrainRow]]:
-    """Ours first, in the activation of each that is measured; a row for everyone."""
+    """Builds the steps that can be measured: ours first, and ours in each further activation. Returns the steps,
+    functions that give the last step's dropped share on this rank, and a row for each implementation asked for."""
     shape, main = task.shape, task.shape.layer.activation
     steps: dict[str, Step] = {}
     shares: dict[str, Share] = {}
@@ -167,7 +174,7 @@ def build_steps(
 
 
 def our_step(task: TrainTask, activation: str, runtime: Runtime) -> Step:
-    """The product's own training step, as a run makes it. In bfloat16 it keeps weights and moments in float32."""
+    """Returns training's own step, which keeps weights and moments in float32 when it computes in bfloat16."""
     config = our_config(task, activation, runtime.world_size)
     degrees = check_degrees(config, runtime.world_size)
     mesh, model, engine = build(config, runtime, degrees)
@@ -183,6 +190,7 @@ def our_step(task: TrainTask, activation: str, runtime: Runtime) -> Step:
 
 
 def our_config(task: TrainTask, activation: str, ranks: int) -> Config:
+    """Returns the config of a run with this shape, dtype and activation, and expert parallelism over all ranks."""
     shape, layer = task.shape, task.shape.layer
     model = {
         "vocab_size": shape.vocab_size,
@@ -202,13 +210,13 @@ def our_config(task: TrainTask, activation: str, ranks: int) -> Config:
         "dtype": task.dtype,
         "schedule": {"warmup_steps": 0},
     }
-    data = {"kind": "tokens"}  # none: the batches are given
+    data = {"kind": "tokens"}  # unused: the batches are passed in
     tree = {"run": {"folder": "none"}, "model": model, "training": training, "parallel": {"ep": ranks}, "data": data}
     return Config.model_validate(tree)
 
 
 def random_batch(shape: TrainShape, runtime: Runtime) -> tuple[Tensor, Tensor]:
-    """This rank's inputs and targets, the same at every step and for everyone."""
+    """Draws this rank's inputs and targets, (B, S) each, the same at every step and for every implementation."""
     generator = torch.Generator().manual_seed(0)
     sequences = torch.randint(shape.vocab_size, (shape.sequences, shape.sequence_length + 1), generator=generator)
     first, count = shard_bounds(shape.sequences, runtime.world_size, runtime.rank)

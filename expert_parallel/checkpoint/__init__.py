@@ -1,1 +1,1 @@
-"""Checkpoints: folders of safetensors and JSON, in logical names, the same in every layout. Nothing is pickled."""
+"""Saves and loads checkpoints: folders of safetensors and JSON, independent of the layout, without pickle."""

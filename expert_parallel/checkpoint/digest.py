@@ -1,32 +1,21 @@
-"""A digest of a logical tensor that adds over its parts, and the safetensors files that hold them.
+"""Computes a digest of a logical tensor that does not depend on how ranks shard it.
 
-However ranks cut a tensor, the sum of their digests is the same:
+The digest of a tensor is the sum of the digests of its shards:
 
     digest = sum over elements of H(flat index in the logical tensor, bits of the value), modulo 2**128
 
 H is two rounds of multiply and xor-shift over 64 bits (as the finaliser of SplitMix64, Steele et al. 2014), and a
-third one for the upper half. It finds mistakes (an expert in another's place, a part missing or counted twice, a
-wrong row), not forgers: for the bytes of a file stands its SHA-256.
+third round for the upper half. It detects mistakes (a swapped expert, a missing or duplicated shard, a wrong row), not
+tampering; for the bytes of a file there is its SHA-256.
+"""
 
-A file: 8 bytes, the length of the header; the header, JSON; the tensors one after another. It is written here and
-not by the library, so that it goes through memory once, in pieces, hashed on the way, and a full disk is an OSError
-with its number. It is read by rectangles."""
-
-import hashlib
-import json
 import math
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-
-from expert_parallel.checkpoint.folders import naming
-from expert_parallel.checkpoint.manifest import DTYPE_NAMES, DTYPES, FileRecord
 
 MODULUS = 1 << 128
 CHUNK = 1 << 15  # elements at a time: they stay in the processor's cache
@@ -38,8 +27,11 @@ Keys = NDArray[np.uint64]
 
 
 def digest(part: Tensor, start: Sequence[int], shape: Sequence[int]) -> int:
-    """The summand of `part`, a rectangle that begins at `start` in a logical tensor of `shape`. On the CPU, any dtype
-    of 1 to 8 bytes; an 8-byte value counts as two of 4 bytes."""
+    """Returns the digest of `part`, a rectangle that begins at `start` in a logical tensor of `shape`.
+
+    part: on the CPU, of any dtype of 1 to 8 bytes; an 8-byte value counts as two words of 4 bytes. The digests of all
+    shards of a tensor add up, modulo MODULUS, to the digest of the tensor.
+    """
     assert all(s >= 0 and s + n <= size for s, n, size in zip(start, part.shape, shape, strict=True)), (start, shape)
     if part.numel() == 0:
         return 0
@@ -59,13 +51,16 @@ def digest(part: Tensor, start: Sequence[int], shape: Sequence[int]) -> int:
 
 
 def as_text(total: int) -> str:
-    """32 hex digits."""
+    """Formats a digest as 32 hex digits."""
     return f"{total % MODULUS:032x}"
 
 
 def _runs(start: Sequence[int], part: Sequence[int], shape: Sequence[int], words: int) -> tuple[Keys, int, int]:
-    """The runs of consecutive words that the part consists of. The key of a word, its flat index * _SPREAD modulo
-    2**64, is a sum: of its run's, (R,), and of its number in the run, which goes from `first` on, `length` times."""
+    """Splits a rectangle into runs of consecutive words; returns (keys of the runs, first word, length of a run).
+
+    The key of a word is its flat index * _SPREAD modulo 2**64. It is the sum of the key of its run (returned, (R,)) and
+    of the key of its position in the run, which counts from `first`, `length` times.
+    """
     dim = len(shape) - 1
     while dim > 0 and part[dim] == shape[dim]:  # whole rows: they follow one another
         dim -= 1
@@ -81,7 +76,7 @@ def _runs(start: Sequence[int], part: Sequence[int], shape: Sequence[int], words
 
 
 def _sum_of_hashes(keys: Keys) -> int:
-    """Exact, below 2**128 times their number. Overwrites `keys`."""
+    """Returns the exact sum of the hashes, below 2**128 times their number. Overwrites `keys`."""
     scratch = np.empty_like(keys)
 
     def stir(shift: int) -> None:
@@ -104,76 +99,3 @@ def _sum_of_hashes(keys: Keys) -> int:
 
 def _modulo(number: int) -> np.uint64:
     return np.uint64(number % (1 << 64))
-
-
-BLOCK = 8 * 1024**2  # bytes written and hashed at a time
-
-Seen = Callable[[str, Tensor], None]
-
-
-def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]], seen: Seen | None = None) -> FileRecord:
-    """Writes a new file and waits until it is on disk. tensors: by key, any device and strides: one at a time is
-    copied to the CPU, made contiguous, and shown to `seen`. OSError names the file."""
-    header: dict[str, dict[str, object]] = {}
-    end = 0
-    for key, tensor in tensors:
-        assert key not in header, f"{key} is written twice"
-        begin, end = end, end + tensor.nbytes
-        shape = list(tensor.shape)
-        header[key] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    sha256 = hashlib.sha256()
-    with naming(path), path.open("xb") as file:
-        for part in (len(text).to_bytes(8, "little"), text):
-            sha256.update(part)
-            file.write(part)
-        for key, tensor in tensors:
-            tensor = tensor.detach().cpu().contiguous()
-            if seen is not None:
-                seen(key, tensor)
-            content = tensor.flatten().view(torch.uint8).numpy().data
-            for start in range(0, len(content), BLOCK):
-                block = content[start : start + BLOCK]
-                file.write(block)
-                sha256.update(block)
-        file.flush()
-        os.fsync(file.fileno())
-    return FileRecord(sha256=sha256.hexdigest(), bytes=8 + len(text) + end)
-
-
-class TensorFile:
-    """A file opened for reading, mapped into memory. ValueError where it is no safetensors file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if not path.is_file():
-            raise ValueError(f"{path} is missing, though the manifest names it")
-        try:
-            self.file = safe_open(path, "pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        self.keys = set(self.file.keys())
-
-    def describe(self, key: str) -> tuple[torch.dtype | None, tuple[int, ...]]:
-        """dtype (None: one that checkpoints do not have) and shape."""
-        part = self.file.get_slice(key)
-        return DTYPES.get(part.get_dtype()), tuple(part.get_shape())
-
-    def read(self, key: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """A rectangle. Shares the file's memory map where it can."""
-        part = self.file.get_slice(key)
-        if not shape:
-            return self.file.get_tensor(key)
-        return part[tuple(slice(first, first + size) for first, size in zip(start, shape, strict=True))]
-
-
-def check_sha256(path: Path, record: FileRecord) -> None:
-    """ValueError where the file is missing, shorter or longer, or has other bytes than the manifest says."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, though the manifest names it")
-    if (size := path.stat().st_size) != record.bytes:
-        raise ValueError(f"{path} is damaged: it has {size} bytes, the manifest says {record.bytes}")
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
-            raise ValueError(f"{path} is damaged: its SHA-256 differs from the manifest's")

@@ -1,22 +1,22 @@
-"""A checkpoint as others see it: opened for reading, or written by one process, tensor after tensor.
+"""Opens checkpoints for reading (`open_checkpoint`), and writes them from one process, tensor by tensor.
 
     step_00000100/
-        manifest.json             its SHA-256; step, config, layout; files with SHA-256; tensors with pieces and digests
-        rank_00000.safetensors    what rank 0 wrote
+        manifest.json             its SHA-256; step, config, layout; files with SHA-256; tensors with shards and digests
+        rank_00000.safetensors    written by rank 0
         ...
 
-Tensors are `weights/LOGICAL`, `exp_avg/LOGICAL`, `exp_avg_sq/LOGICAL`; LOGICAL as in moe/parameters.py.
+Tensors are named `weights/LOGICAL`, `exp_avg/LOGICAL` and `exp_avg_sq/LOGICAL`; moe/parameters.py defines LOGICAL.
 """
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from expert_parallel.checkpoint.digest import TensorFile, as_text, check_sha256, digest, write_tensors
+from expert_parallel.checkpoint.digest import as_text, digest
 from expert_parallel.checkpoint.folders import (
     MANIFEST,
     find_checkpoint,
@@ -39,14 +39,17 @@ from expert_parallel.checkpoint.manifest import (
     read_manifest,
 )
 from expert_parallel.checkpoint.state import expected_shapes
+from expert_parallel.checkpoint.tensor_files import TensorFile, check_sha256, write_tensors
 from expert_parallel.model.config import ModelConfig
 
 __all__ = ["Checkpoint", "CheckpointWriter", "expected_shapes", "list_checkpoints", "open_checkpoint"]
 
 
 class Checkpoint:
-    """Opened for reading; its files stay mapped into memory. ValueError, with the name, where a file that is read does
-    not hold what the manifest says."""
+    """Reads logical tensors from a checkpoint, whatever layout wrote it. Its files stay memory-mapped.
+
+    Raises ValueError, which names file and tensor, if a file does not hold what the manifest says.
+    """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
@@ -66,16 +69,16 @@ class Checkpoint:
 
     @property
     def tensors(self) -> dict[str, Entry]:
-        """By full name, `weights/...`."""
+        """Returns the metadata of each tensor by full name, such as `weights/embedding.weight`."""
         return self.manifest.tensors
 
     def read(self, name: str) -> Tensor:
-        """The whole logical tensor, in the dtype of the file."""
+        """Reads a whole logical tensor, in the dtype of the file."""
         shape = self.tensors[name].shape
         return self.read_part(name, [0] * len(shape), shape)
 
     def read_part(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """A rectangle of a logical tensor, and no more than that: from one piece, or put together from several."""
+        """Reads a rectangle of a logical tensor, and nothing outside it; assembles it if it spans several shards."""
         entry = self.tensors[name]
         stop = [first + size for first, size in zip(start, shape, strict=True)]
         assert all(last <= whole for last, whole in zip(stop, entry.shape, strict=True)), (name, start, shape)
@@ -96,7 +99,7 @@ class Checkpoint:
         return part
 
     def check_file(self, file: str) -> None:
-        """ValueError where its bytes are not those that were written, or its tensors not those of the manifest."""
+        """Raises ValueError if the file's bytes or its tensors are not those of the manifest."""
         check_sha256(self.path / file, self.manifest.files[file])
         named = set()
         for name, entry in self.tensors.items():
@@ -113,7 +116,7 @@ class Checkpoint:
         return self._files[file]
 
     def _opened(self, name: str, entry: Entry, piece: Piece) -> TensorFile:
-        """The piece's file, which holds it as the manifest says."""
+        """Opens the file that holds a shard, and checks the shard's key, dtype and shape."""
         file = self._file(piece.file)
         if piece.key not in file.keys:
             raise ValueError(f"{file.path}: {name} is missing, though the manifest names it")
@@ -126,18 +129,21 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """path: a `step_` folder, `latest`, a folder of checkpoints (then its newest) or a run. ValueError if there is none
-    or its manifest is not in order; of the files, only those are looked into that are read later."""
+    """Opens a checkpoint for reading.
+
+    path: a `step_` folder, the link `latest`, a folder of checkpoints or a run (the newest checkpoint is taken). Raises
+    ValueError if there is none or its manifest is invalid; tensor files are checked when they are read.
+    """
     found = find_checkpoint(path)
     return Checkpoint(found, read_manifest(found))
 
 
 class CheckpointWriter:
-    """Writes a checkpoint from one process: files of about `shard_bytes`, never more than one of them in memory.
+    """Writes a checkpoint from one process, in files of about `shard_bytes`; at most one of them is in memory.
 
     Use it as a context manager: leaving it by an exception removes what was written. final: step_folder(parent, step).
-    ValueError where `final` exists,
-    or a tensor is not one of the model that config["model"] describes, has another shape, comes twice or not at all.
+    Raises ValueError if `final` exists, or if a tensor is missing, given twice, of the wrong shape, or not part of the
+    model that config["model"] describes.
     """
 
     def __init__(
@@ -152,7 +158,11 @@ class CheckpointWriter:
         assert final == step_folder(final.parent, step), (final, step)
         if final.exists():
             raise ValueError(f"{final} exists already")
-        self.final, self.step, self.config, self.shard_bytes, self.layout = final, step, config, shard_bytes, layout
+        self.final = final
+        self.step = step
+        self.config = config
+        self.shard_bytes = shard_bytes
+        self.layout = layout
         self.expected = expected_shapes(ModelConfig.model_validate(config["model"]), moments=True)
         self.partial = new_partial(final)
         self.files: dict[str, FileRecord] = {}
@@ -160,20 +170,20 @@ class CheckpointWriter:
         self._shard: list[tuple[str, Tensor]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """name: in full, `weights/...`. tensor: the whole logical one, floating point, any device."""
+        """Adds a whole logical tensor. name: the full name, `weights/...`. tensor: floating point, on any device."""
         if name not in self.expected:
             raise ValueError(f"{self.final}: {name} is left over: the model has no such tensor")
         if list(tensor.shape) != self.expected[name]:
             raise ValueError(f"{self.final}: {name} has shape {list(tensor.shape)}, expected {self.expected[name]}")
         if name in self.tensors:
-            raise ValueError(f"{self.final}: {name} comes twice")
+            raise ValueError(f"{self.final}: {name} is given twice")
         if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{self.final}: {name} is {tensor.dtype}, which checkpoints do not hold")
-        held = tensor.detach().cpu().contiguous()
+        held = tensor.detach().cpu().contiguous()  # device sync, if on a GPU: shards are written from host memory
         if self._shard and sum(part.nbytes for _, part in self._shard) + held.nbytes > self.shard_bytes:
             self._write_shard()
         if held.data_ptr() == tensor.data_ptr():
-            held = held.clone()  # the caller may use its memory again
+            held = held.clone()  # the caller may reuse its memory
         self._shard.append((name, held))
         shape, start = tuple(tensor.shape), (0,) * tensor.dim()
         piece = Piece(file=self._file, key=name, start=start, shape=shape)
@@ -181,7 +191,8 @@ class CheckpointWriter:
         self.tensors[name] = Entry(dtype=tensor.dtype, shape=shape, digest=total, pieces=(piece,))
 
     def finish(self) -> Path:
-        """Checks that nothing is missing (moments all or none), writes the manifest, gives the folder its name."""
+        """Checks that no tensor is missing (moments: all or none), writes the manifest and renames the folder to
+        `final`."""
         manifest = self._manifest()
         moments = manifest.has_moments
         expected = {n: s for n, s in self.expected.items() if moments or n.startswith(f"{WEIGHTS}/")}
@@ -211,7 +222,7 @@ class CheckpointWriter:
             self.files[self._file] = write_tensors(self.partial / self._file, self._shard)
             self._shard = []
 
-    def __enter__(self) -> "CheckpointWriter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -1,7 +1,7 @@
-"""Checkpoint folders on disk: their names, how one becomes whole at a stroke, `latest`, and which of them stay.
+"""Manages the folders of checkpoints: their names, atomic renames, the link `latest`, and which ones to keep.
 
-checkpoints/step_00000100/     whole: it has a manifest from the moment that it has its name
-            latest             a relative link to the newest; it never dangles
+checkpoints/step_00000100/     complete: it gets this name only after its manifest is written
+            latest             a relative link to the newest checkpoint; it never dangles
             partial_...        being written or removed: never taken for a checkpoint
 """
 
@@ -23,28 +23,36 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def step_of(path: Path) -> int | None:
-    """The number in the name of a `step_` folder; None: another name."""
+    """Returns the step in the name of a `step_` folder, or None for any other name."""
     match = re.fullmatch(r"step_(\d+)", path.absolute().name)
     return int(match.group(1)) if match else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Oldest first, for whoever loads. ValueError where one has lost its manifest: to go on from an older one would be
-    to lose steps in silence."""
+    """Lists the complete checkpoints of a folder for loading, oldest first.
+
+    Raises ValueError if one has lost its manifest: resuming from an older one would silently lose steps.
+    """
     for path in folder.glob("step_*"):
         _refuse_lost(path)
     return whole_checkpoints(folder)
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """Those with a manifest, oldest first, for whoever saves: training does not stop for the loss of an old one."""
+    """Lists the checkpoints that have a manifest, oldest first.
+
+    Saving uses it: training does not stop because an old checkpoint is damaged.
+    """
     numbered = [(step, path) for path in folder.glob("step_*") if (step := step_of(path)) is not None]
     return [path for _, path in sorted(numbered) if (path / MANIFEST).is_file()]
 
 
 def find_checkpoint(path: Path) -> Path:
-    """path: of a checkpoint, of a link to one, of a folder of checkpoints (then its newest) or of a run. ValueError if
-    there is none, or one has lost its manifest."""
+    """Resolves a path to a checkpoint folder.
+
+    path: a checkpoint, a link to one, a folder of checkpoints or a run (the newest checkpoint is taken). Raises
+    ValueError if there is none, or if one has lost its manifest.
+    """
     if (path / MANIFEST).is_file():
         return path.resolve() if path.is_symlink() else path
     _refuse_lost(path.resolve())
@@ -55,15 +63,18 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def new_partial(final: Path) -> Path:
-    """An empty folder beside `final`, under a name that no earlier attempt has had."""
+    """Creates an empty folder next to `final`, under a name that no earlier attempt has used."""
     partial = final.parent / f"{PARTIAL}{final.name}_{secrets.token_hex(4)}"
     partial.mkdir(parents=True)
     return partial
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Gives a folder that is complete its name, by an atomic rename. ValueError where the name is taken: what stands
-    there is not of this run, which would have gone on from it, or has lost its manifest since."""
+    """Renames a complete folder to its final name, atomically.
+
+    Raises ValueError if the name is taken: that folder belongs to another run (this one would have resumed from it), or
+    has lost its manifest since.
+    """
     sync(partial)
     if os.path.lexists(final):
         raise ValueError(f"{final} exists already")
@@ -72,11 +83,11 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def point_to_newest(folder: Path) -> None:
-    """Lets `latest` point to the newest, at a stroke. Called before others are removed."""
+    """Updates the link `latest` atomically. Call it before older checkpoints are removed."""
     latest, newest = folder / LATEST, whole_checkpoints(folder)
     if not newest:
         return
-    if latest.is_dir() and not latest.is_symlink():  # a copy of a run whose links were followed
+    if latest.is_dir() and not latest.is_symlink():  # a copy of a run made with links followed
         shutil.rmtree(latest.rename(new_partial(latest) / LATEST).parent)
     link = folder / f"{PARTIAL}{LATEST}_{secrets.token_hex(4)}"
     link.symlink_to(newest[-1].name)
@@ -85,17 +96,17 @@ def point_to_newest(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int, keep_every: int | None) -> None:
-    """Removes all but the newest `keep` and those whose step is a multiple of `keep_every`."""
+    """Removes all checkpoints but the newest `keep` and those whose step is a multiple of `keep_every`."""
     for path in whole_checkpoints(folder)[:-keep]:
         step = step_of(path)
         assert step is not None, path
         if keep_every is None or step % keep_every:
-            doomed = path.rename(new_partial(path) / path.name)  # at no moment is half of it taken for whole
-            shutil.rmtree(doomed.parent)
+            removed = path.rename(new_partial(path) / path.name)  # so that a half-removed one never counts as complete
+            shutil.rmtree(removed.parent)
 
 
 def remove_partial(folder: Path) -> None:
-    """What earlier attempts left behind. Nobody may be writing."""
+    """Removes what interrupted saves left behind. No save may be in progress."""
     for path in folder.glob(f"{PARTIAL}*"):
         if path.is_symlink():
             path.unlink(missing_ok=True)
@@ -104,7 +115,7 @@ def remove_partial(folder: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """A small file, there whole or not at all."""
+    """Writes a small text file atomically: readers see the old content or the new one."""
     draft = path.with_name(f"{path.name}.draft")
     with naming(path):
         with draft.open("w", encoding="utf-8") as file:
@@ -116,7 +127,7 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """A full disk is noticed by a write that knows no name: its OSError gets that of the file."""
+    """Adds the file's path to an OSError that lacks it, as that of a write to a full disk does."""
     try:
         yield
     except OSError as error:
@@ -124,7 +135,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def sync(folder: Path) -> None:
-    """Makes the names in a folder survive a power cut."""
+    """Flushes a folder's entries to disk, so that renames survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -133,7 +144,10 @@ def sync(folder: Path) -> None:
 
 
 def _refuse_lost(path: Path) -> None:
-    """Ours have a manifest before they have their name, so it was there. A run may be removing old ones right now: they
-    are gone at a stroke, hence the second look."""
+    """Raises ValueError if a `step_` folder has no manifest.
+
+    A checkpoint gets its name only after its manifest is written, so the manifest was lost. The folder may also have
+    been pruned between the two look-ups; hence `lexists`.
+    """
     if step_of(path) is not None and not (path / MANIFEST).is_file() and os.path.lexists(path):
         raise ValueError(f"{path} has no {MANIFEST}: restore it or remove the folder")

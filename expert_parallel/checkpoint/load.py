@@ -1,4 +1,4 @@
-"""Loading into any layout: each rank reads its own rectangles, no more; together they have read what was saved."""
+"""Loads a checkpoint into any layout: each rank reads its own shards, and all ranks verify the digests together."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.runtime.process import Runtime
 
 Result = TypeVar("Result")
-Target = tuple[str, tuple[int, ...], Tensor, bool]  # full name, start, what to fill, whether this rank counts it
+Target = tuple[str, tuple[int, ...], Tensor, bool]  # full name, start, memory to fill, whether the digest counts it
 LIMB = 1 << 32
 
 
@@ -39,15 +39,15 @@ def load_checkpoint(
     *,
     weights_alone: bool = False,
 ) -> Checkpoint:
-    """Fills model and training state, whatever layout they are in.
+    """Loads weights, and optionally optimizer state, into a model of any layout.
 
-    state: weights and moments as an engine has them (`engine.state`), or a torch optimizer: `TorchState(optimizer)`.
-    state None, weights_alone, or a checkpoint without moments: the weights alone; but the state of an engine that keeps
-    weights of its own is to be given. runtime and mesh None: this process alone, with the whole model.
+    state: `engine.state`, or `TorchState(optimizer)` for a torch optimizer. Only the weights are loaded if state is
+    None, `model_only` is set, or the checkpoint has no moments; an engine that keeps its own copy of the weights must
+    pass its state in any case. runtime and mesh None: this process alone holds the whole model.
 
-    Nothing is changed unless the manifest is in order, fits the model, and all files have the bytes that were written
-    (each rank looks at a share of them). Afterwards the digests of what was read are added up over the ranks, each
-    element once: ValueError (with a runtime: UserError on all ranks) that names the tensor.
+    Nothing is modified unless the manifest is valid, the shapes match the model, and all files have the SHA-256 of the
+    manifest (each rank checks a share of them). After loading, the digests of what was read are summed over the ranks,
+    each element once; ValueError (UserError on all ranks if there is a runtime) names a tensor whose digest differs.
     """
     rank, world_size = (0, 1) if runtime is None else (runtime.rank, runtime.world_size)
 
@@ -88,8 +88,10 @@ def load_checkpoint(
 def _targets(
     model: LanguageModel, parts: tuple[str, ...], state: TrainingState | None, mesh: ParallelMesh | None
 ) -> Iterator[Target]:
-    """All that this rank holds, a rectangle of a logical tensor each. Of several ranks that hold the same, the first
-    counts it; what the state has divided is each rank's own."""
+    """Yields every tensor that this rank fills, as a rectangle of a logical tensor.
+
+    Replicated tensors enter the digest once, from the first rank that holds them; ZeRO ranges enter from their owner.
+    """
     for name, buffer in balance_biases(model):
         yield f"{WEIGHTS}/{name}", (0,) * buffer.dim(), buffer, mesh is None or mesh.stage_rank == 0
     for logical in logical_parameters(model):
@@ -104,9 +106,10 @@ def _targets(
 
 
 def _add_over_ranks(totals: dict[str, int], names: list[str], runtime: Runtime | None) -> dict[str, int]:
-    """128-bit sums as four 32-bit limbs each: their sums over the ranks fit into int64."""
+    """Sums 128-bit digests over the ranks, as four 32-bit limbs each, whose sums fit into int64."""
     limbs = [[(totals.get(name, 0) // LIMB**place) % LIMB for place in range(4)] for name in names]
     group = None if runtime is None else dist.group.WORLD
+    # int64 on the CPU (gloo): exact up to 2**31 ranks, and .tolist() needs no device sync.
     sums = all_reduce_sum(torch.tensor(limbs, dtype=torch.int64), group).tolist()
     return {
         name: sum(limb * LIMB**place for place, limb in enumerate(row)) % MODULUS
@@ -115,6 +118,7 @@ def _add_over_ranks(totals: dict[str, int], names: list[str], runtime: Runtime |
 
 
 def _compare_digests(checkpoint: Checkpoint, totals: dict[str, int], *, with_moments: bool) -> None:
+    """Raises ValueError for the first tensor whose digest differs from the manifest's."""
     for name, entry in checkpoint.tensors.items():
         if (with_moments or name.startswith(f"{WEIGHTS}/")) and totals[name] != int(entry.digest, 16):
             raise ValueError(

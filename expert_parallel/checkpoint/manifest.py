@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: which tensors it holds, in which pieces of which files, with which digests.
+"""Defines the manifest of a checkpoint: which tensors it has, in which shards of which files, with which digests.
 
-JSON that comes from outside is validated before anything else is believed: a SHA-256 of all the rest, types, names of
-files, pieces that cover each tensor exactly once.
+A manifest is untrusted input. It is validated before anything in it is used: its SHA-256, types, file names, and that
+the shards cover each tensor exactly once.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ from expert_parallel.checkpoint.folders import MANIFEST, step_of
 from expert_parallel.settings import CONFIG_VERSION, Settings, refuse_newer
 
 FORMAT = 2
-SHA256 = "sha256"  # under this key: that of all the rest
+SHA256 = "sha256"  # the key of the SHA-256 of all other keys
 WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
-# As safetensors calls them.
+# By the names that safetensors uses.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -34,7 +34,7 @@ Shapes = dict[str, list[int]]
 
 
 class Piece(Settings):
-    """A rectangle of a logical tensor: it begins at `start` and lies under `key` in `file`."""
+    """Locates a rectangular part of a logical tensor: it begins at `start` and is stored under `key` in `file`."""
 
     file: FileName
     key: str
@@ -43,7 +43,7 @@ class Piece(Settings):
 
 
 class Entry(Settings):
-    """A logical tensor. digest: of digest.py, 32 hex digits."""
+    """Describes a logical tensor and its pieces. digest: the digest of digest.py, 32 hexadecimal digits."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -58,12 +58,15 @@ class Entry(Settings):
 
 
 class FileRecord(Settings):
+    """Holds a file's size in bytes and its SHA-256 (hexadecimal)."""
+
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: Size
 
 
 class Manifest(Settings):
-    """config: the run's resolved one. layout: the one that wrote it, for people; loading takes no notice of it."""
+    """Lists the files and tensors of a checkpoint. config: the run's resolved config. layout: the layout that wrote it,
+    for readers; loading ignores it."""
 
     format: int
     step: Size
@@ -81,7 +84,7 @@ class Manifest(Settings):
         return {name: list(entry.shape) for name, entry in self.tensors.items()}
 
     def to_json(self) -> str:
-        """With its SHA-256, and a line for each tensor and file, so that `grep` is of use."""
+        """Returns the manifest as JSON with its SHA-256, one line for each tensor and file, so that `grep` works."""
         tree = sealed(self.model_dump(mode="json"))
         last = {key: tree.pop(key) for key in ("files", "tensors")}
         blocks = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in tree.items()]
@@ -91,14 +94,18 @@ class Manifest(Settings):
         return "{\n " + ",\n ".join(blocks) + "\n}\n"
 
 
+class UnsupportedFormatError(ValueError):
+    """Says that another version of this package wrote the manifest, which need not be damaged."""
+
+
 def sealed(tree: dict[str, Any]) -> dict[str, Any]:
-    """A manifest's JSON with the SHA-256 of all the rest of it, in place of one that it may have."""
+    """Adds the SHA-256 of all other keys to a manifest's JSON, replacing one that is there."""
     rest = {key: value for key, value in tree.items() if key != SHA256}
     return {SHA256: hashlib.sha256(_canonical(rest).encode()).hexdigest(), **rest}
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """ValueError: one sentence that names the folder and what is wrong."""
+    """Reads and validates a manifest. Raises ValueError: one sentence with the folder and what is wrong."""
     try:
         tree = json.loads((folder / MANIFEST).read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
         said = tree.pop(SHA256, None) if isinstance(tree, dict) else None
@@ -108,9 +115,9 @@ def read_manifest(folder: Path) -> Manifest:
     number = tree.get("format") if isinstance(tree, dict) else None
     if not isinstance(number, int):
         raise ValueError(f"{folder}: {MANIFEST} is damaged: its format is {number!r}, not a number")
-    refuse_newer(f"{folder}: the format of {MANIFEST}", number, FORMAT)
+    _refuse_newer(f"{folder}: the format of {MANIFEST}", number, FORMAT)
     if number < FORMAT:
-        raise ValueError(
+        raise UnsupportedFormatError(
             f"{folder}: the format of {MANIFEST} is {number}, older than {FORMAT}, the oldest that this installation "
             "reads: use the expert-parallel that wrote it"
         )
@@ -123,20 +130,27 @@ def read_manifest(folder: Path) -> Manifest:
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{folder}: {MANIFEST} is damaged at {where}: {first['msg']}") from None
     if not isinstance(manifest.config.get("model"), dict):
-        raise ValueError(f"{folder}: {MANIFEST} does not say what model it is of: its config has no mapping `model`")
+        raise ValueError(f"{folder}: {MANIFEST} does not describe its model: its config has no mapping `model`")
     if isinstance(version := manifest.config.get("version"), int):
-        refuse_newer(f"{folder}: the version of the config in {MANIFEST}", version, CONFIG_VERSION)
+        _refuse_newer(f"{folder}: the version of the config in {MANIFEST}", version, CONFIG_VERSION)
     if step_of(folder) not in (None, manifest.step):
         raise ValueError(
-            f"{folder} has the name of step {step_of(folder)}, its {MANIFEST} is of step {manifest.step}: rename the "
-            "folder back"
+            f"{folder} has the name of step {step_of(folder)}, its {MANIFEST} is of step {manifest.step}: "
+            "rename the folder back"
         )
     check_pieces(f"{folder}", manifest)
     return manifest
 
 
+def _refuse_newer(what: str, found: int, newest: int) -> None:
+    try:
+        refuse_newer(what, found, newest)
+    except ValueError as error:
+        raise UnsupportedFormatError(str(error)) from None
+
+
 def check_pieces(what: str, manifest: Manifest) -> None:
-    """ValueError where a tensor is not covered exactly once, or a piece lies in a file that the manifest lacks."""
+    """Raises ValueError if the shards of a tensor do not cover it exactly once, or lie in a file that is not listed."""
     places: dict[tuple[str, str], str] = {}
     for name, entry in manifest.tensors.items():
         check_cover(f"{what}: {name}", entry.shape, [(piece.start, piece.shape) for piece in entry.pieces])
@@ -149,22 +163,23 @@ def check_pieces(what: str, manifest: Manifest) -> None:
 
 
 def check_cover(what: str, shape: Sequence[int], pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
-    """ValueError unless the rectangles (start, shape) lie within `shape`, apart from each other, and fill it."""
+    """Raises ValueError unless the rectangles (start, shape) lie within `shape`, do not overlap, and fill it."""
     for start, size in pieces:
         fits = len(start) == len(size) == len(shape)
         if not fits or any(s + n > whole for s, n, whole in zip(start, size, shape, strict=True)):
-            raise ValueError(f"{what}: a piece of shape {list(size)} at {list(start)} is no part of {list(shape)}")
-    covered, whole = sum(math.prod(size) for _, size in pieces), math.prod(shape)
+            raise ValueError(f"{what}: a shard of shape {list(size)} at {list(start)} does not fit into {list(shape)}")
+    covered = sum(math.prod(size) for _, size in pieces)
+    whole = math.prod(shape)
     if covered < whole or not pieces:
-        raise ValueError(f"{what} is not whole: its pieces hold {covered} of {whole} elements")
+        raise ValueError(f"{what} is incomplete: its shards hold {covered} of {whole} elements")
     if len(pieces) > 1 and (pair := _overlapping(pieces)):
         first, second = (list(pieces[index][0]) for index in pair)
-        raise ValueError(f"{what} is doubled: the pieces at {first} and {second} overlap")
+        raise ValueError(f"{what} is covered twice: the shards at {first} and {second} overlap")
     assert covered == whole, (what, covered, whole)
 
 
 def _overlapping(pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[int, int] | None:
-    """The first two that have an element in common."""
+    """Returns the indices of the first two rectangles that overlap, or None."""
     starts = np.array([start for start, _ in pieces])
     ends = starts + np.array([size for _, size in pieces])
     for index in range(len(pieces) - 1):
@@ -175,7 +190,7 @@ def _overlapping(pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple
 
 
 def compare_shapes(what: str, found: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> None:
-    """ValueError that names the first tensor which is missing, of another shape, or left over."""
+    """Raises ValueError, which names the first tensor that is missing, has another shape, or is unexpected."""
     for name, shape in expected.items():
         if name not in found:
             raise ValueError(f"{what}: {name} is missing ({len(found)} tensors found, {len(expected)} expected)")
@@ -188,12 +203,12 @@ def compare_shapes(what: str, found: Mapping[str, list[int]], expected: Mapping[
 
 def _dtype(name: Any) -> Any:
     if isinstance(name, str) and name not in DTYPES:
-        raise ValueError(f"the dtype {name!r} is none of {', '.join(DTYPES)}")
+        raise ValueError(f"the dtype {name!r} is not one of {', '.join(DTYPES)}")
     return DTYPES.get(name, name)
 
 
 def _canonical(tree: Any) -> str:
-    """The same text for the same content, however it was spaced and ordered."""
+    """Serializes JSON so that equal content gives equal text, whatever its spacing and key order were."""
     return json.dumps(tree, sort_keys=True, separators=(",", ":"))
 
 
@@ -201,5 +216,5 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} stands twice")
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} appears twice")
     return tree

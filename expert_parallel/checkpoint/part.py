@@ -1,4 +1,4 @@
-"""What each rank writes, and how the ranks' parts add up to one manifest."""
+"""Assigns each tensor to a rank that writes it, writes a rank's shards, and merges the ranks' manifests into one."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import Tensor
 
-from expert_parallel.checkpoint.digest import MODULUS, as_text, digest, write_tensors
+from expert_parallel.checkpoint.digest import MODULUS, as_text, digest
 from expert_parallel.checkpoint.manifest import (
     MOMENTS,
     WEIGHTS,
@@ -20,6 +20,7 @@ from expert_parallel.checkpoint.manifest import (
     compare_shapes,
 )
 from expert_parallel.checkpoint.state import Range, TrainingState, balance_biases, range_pieces
+from expert_parallel.checkpoint.tensor_files import write_tensors
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.parameters import (
     LogicalParameter,
@@ -34,16 +35,19 @@ from expert_parallel.settings import Settings
 
 @dataclass(frozen=True)
 class Held:
-    """A local tensor that this rank writes. part: `weights` or a moment. first: its first_row. range: what it is of a
-    flattened one; None: not flattened."""
+    """Describes a local tensor that this rank writes.
+
+    part: `weights`, `exp_avg` or `exp_avg_sq`. first: `first_row` of the parameter. range: the flat range that this
+    rank holds (ZeRO); None: the whole local tensor.
+    """
 
     part: str
-    logical: LogicalParameter | str  # a buffer's name: whole on this rank
+    logical: LogicalParameter | str  # str: the name of a buffer, which is whole on this rank
     first: int
     range: Range | None = None
 
     def pieces(self, local: Tensor) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]:
-        """(full name, logical shape, where the piece begins, its values)."""
+        """Yields the shards of the local tensor: (full name, logical shape, start, values)."""
         if isinstance(self.logical, str):
             yield f"{self.part}/{self.logical}", tuple(local.shape), (0,) * local.dim(), local
             return
@@ -56,19 +60,23 @@ class Held:
 
 
 class RankPart(Settings):
-    """What a rank's marker says: its share of the manifest. Digests are of its pieces alone."""
+    """Holds a rank's share of the manifest, as its marker file has it. Digests cover its own pieces only."""
 
     files: dict[str, FileRecord]
     tensors: dict[str, Entry]
 
 
 def share_of_writing(model: LanguageModel, mesh: ParallelMesh, state: TrainingState | None = None) -> Iterator[Held]:
-    """What this rank writes: of what several ranks hold, each writes a part, so that they have about equally much; of
-    what the state has divided, its own. state None: nothing."""
+    """Yields the local tensors that this rank writes.
+
+    Of a parameter that several ranks hold, one rank writes it, chosen so that all write about equally many elements;
+    ranges that the state shards (ZeRO) are written by their owner. state None: all parameters are replicated or held
+    whole.
+    """
     loads: dict[tuple[bool, int], list[int]] = {}
     for logical in logical_parameters(model):
         index, count = place_among_holders(logical, mesh)
-        # All holders see the same parameters in the same order, so they come to the same shares without a word.
+        # All ranks of a group see the same parameters in the same order, so they agree without communication.
         load = loads.setdefault((logical.is_expert, count), [0] * count)
         first = first_row(logical.parameter)
         for part in (WEIGHTS, *MOMENTS):
@@ -86,7 +94,7 @@ def share_of_writing(model: LanguageModel, mesh: ParallelMesh, state: TrainingSt
 
 
 def write_part(folder: Path, rank: int, content: list[tuple[Held, Tensor]]) -> RankPart:
-    """This rank's file, and what the manifest says of it. A rank that has nothing to write writes no file."""
+    """Writes this rank's file and returns its part of the manifest. A rank without tensors writes no file."""
     file = f"rank_{rank:05d}.safetensors"
     entries: dict[str, Entry] = {}
     tensors: list[tuple[str, Tensor]] = []
@@ -111,7 +119,8 @@ def write_part(folder: Path, rank: int, content: list[tuple[Held, Tensor]]) -> R
 
 
 def add_up(manifest: Manifest, markers: list[Path], expected: Shapes) -> Manifest:
-    """The ranks' parts as one. ValueError where a tensor is missing, left over, or not covered exactly once."""
+    """Merges the manifests of all ranks. Raises ValueError if a tensor is missing, unexpected, or not covered exactly
+    once."""
     files: dict[str, FileRecord] = {}
     tensors: dict[str, Entry] = {}
     for path in markers:
@@ -127,10 +136,11 @@ def add_up(manifest: Manifest, markers: list[Path], expected: Shapes) -> Manifes
             joined = {"digest": as_text(total), "pieces": (*other.pieces, *entry.pieces)}
             tensors[name] = entry.model_copy(update=joined)
     whole = manifest.model_copy(update={"files": files, "tensors": dict(sorted(tensors.items()))})
-    compare_shapes(f"step {manifest.step}: what the ranks wrote", whole.shapes, expected)
-    check_pieces(f"step {manifest.step}: what the ranks wrote", whole)
+    compare_shapes(f"step {manifest.step}: what the ranks have written", whole.shapes, expected)
+    check_pieces(f"step {manifest.step}: what the ranks have written", whole)
     return whole
 
 
 def marker(folder: Path, rank: int) -> Path:
+    """Returns the path of a rank's manifest, whose presence says that the rank's file is complete."""
     return folder / f"rank_{rank:05d}.json"

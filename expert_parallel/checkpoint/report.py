@@ -1,4 +1,4 @@
-"""What the commands say of checkpoints: what is in one, whether it is whole, how two of them differ."""
+"""Formats what the `checkpoint` commands print: the content of a checkpoint, its damage, and how two of them differ."""
 
 import re
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from expert_parallel.settings import changed_settings
 
 
 def describe(checkpoint: Checkpoint) -> str:
-    """Step, parameters, layout, experts, tensors in groups, files."""
+    """Formats step, parameters, layout, experts, tensors (grouped by name) and files of a checkpoint."""
     manifest = checkpoint.manifest
     weights = {name.removeprefix(f"{WEIGHTS}/"): e for name, e in manifest.tensors.items() if name.startswith(WEIGHTS)}
     numbers = sum(entry.numel for entry in weights.values())
@@ -38,8 +38,11 @@ def describe(checkpoint: Checkpoint) -> str:
 
 
 def problems(checkpoint: Checkpoint) -> Iterator[str]:
-    """All that is wrong: the bytes of files, names and shapes against the config, digests of what the files hold. That
-    the manifest is in order and covers each tensor once was found out when it was opened."""
+    """Yields every problem of a checkpoint: bytes of files, names and shapes against its config, digests of the
+    content.
+
+    Opening the checkpoint has already checked that the manifest is valid and covers each tensor once.
+    """
     damaged = set()
     for file in checkpoint.manifest.files:
         try:
@@ -68,7 +71,7 @@ def problems(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def digest_of(checkpoint: Checkpoint, name: str) -> int:
-    """From the bytes of the files, piece by piece."""
+    """Computes the digest of a tensor from the files, shard by shard."""
     entry = checkpoint.tensors[name]
     parts = (
         digest(checkpoint.read_part(name, piece.start, piece.shape), piece.start, entry.shape) for piece in entry.pieces
@@ -78,15 +81,17 @@ def digest_of(checkpoint: Checkpoint, name: str) -> int:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a tensor of two checkpoints."""
+    """Says how a tensor differs between two checkpoints."""
 
     name: str
     what: str
 
 
 def differences(first: Checkpoint, second: Checkpoint) -> Iterator[Difference]:
-    """Tensors that one lacks, or that have another shape, dtype or value. Equal digests in the manifests count as
-    equal, files unread; others are read."""
+    """Yields tensors that one of two checkpoints lacks, or whose shape, dtype or values differ.
+
+    Tensors with equal digests in the manifests count as equal and are not read.
+    """
     for name in sorted(first.tensors | second.tensors, key=_weights_first):
         one, other = first.tensors.get(name), second.tensors.get(name)
         if one is None or other is None:
@@ -100,7 +105,7 @@ def differences(first: Checkpoint, second: Checkpoint) -> Iterator[Difference]:
 
 
 def headline(first: Checkpoint, second: Checkpoint) -> str:
-    """What differs beside tensors."""
+    """Formats paths, steps, layouts and config changes of two checkpoints."""
     both = {"A": first, "B": second}
     lines = [f"{letter}: {c.path}, step {c.step}, written by {c.manifest.layout}" for letter, c in both.items()]
     lines.append(f"layouts: {'the same' if first.manifest.layout == second.manifest.layout else 'different'}")
@@ -110,7 +115,7 @@ def headline(first: Checkpoint, second: Checkpoint) -> str:
 
 
 def _parts(checkpoint: Checkpoint) -> list[str]:
-    """`weights (F32)`, and the moments."""
+    """Lists the state kinds of a checkpoint with their dtypes, such as `weights (F32)`."""
     dtypes: dict[str, set[torch.dtype]] = {}
     for name, entry in checkpoint.tensors.items():
         dtypes.setdefault(name.partition("/")[0], set()).add(entry.dtype)
@@ -119,13 +124,13 @@ def _parts(checkpoint: Checkpoint) -> list[str]:
 
 
 def _expert_of(name: str) -> tuple[str, int] | None:
-    """Block and global number."""
+    """Returns (block, global expert number) of an expert's tensor, or None."""
     match = re.fullmatch(r"(.*)\.experts\.(\d+)\.\w+", name)
     return (match.group(1), int(match.group(2))) if match else None
 
 
 def _experts(weights: dict[str, Entry]) -> str:
-    """`8 in blocks 1, 3`."""
+    """Formats the number of experts of each block, such as `8 in blocks 1, 3`."""
     of_layer: dict[str, set[int]] = {}
     for layer, expert in filter(None, map(_expert_of, weights)):
         of_layer.setdefault(layer, set()).add(expert)
@@ -136,7 +141,7 @@ def _experts(weights: dict[str, Entry]) -> str:
 
 
 def _groups(weights: dict[str, Entry]) -> Iterator[tuple[str, ...]]:
-    """Tensors whose names differ by numbers alone, together: name, count, shape, numbers."""
+    """Yields table rows (name pattern, count, shape, elements) of tensors whose names differ only in numbers."""
     groups: dict[tuple[str, tuple[int, ...]], list[Entry]] = {}
     for name in sorted(weights, key=_natural):
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
@@ -150,12 +155,12 @@ def _weights_first(name: str) -> tuple[bool, list[int | str]]:
 
 
 def _natural(name: str) -> list[int | str]:
-    """Sorts block 10 behind block 9."""
+    """Returns a key that sorts block 10 after block 9."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    """The first column to the left, the others to the right."""
+    """Aligns the first column of a table to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

@@ -1,9 +1,9 @@
-"""Saving, on all ranks together: a copy to host memory is all that training waits for; a thread writes it.
+"""Saves checkpoints from all ranks: training waits for a copy to host memory, and a thread writes it to disk.
 
-    main thread    finish the last save; agree on a fresh folder; copy to host memory; train on
-    thread         write the own file, leave rank_N.json; rank 0 waits for all of these, adds them up, renames
+    main thread    finish the previous save; agree on a new folder; copy to host memory; continue training
+    thread         write this rank's file, then rank_N.json; rank 0 waits for all of these, merges them, renames
 
-Threads communicate through files alone: no collective of theirs can get between those of training.
+The threads communicate through files only, so they issue no collectives that could interleave with those of training.
 """
 
 import shutil
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -37,13 +37,13 @@ from expert_parallel.parallel.collectives import gather_text
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.runtime.process import Runtime, UserError
 
-GRACE_SECONDS = 60.0  # for a save under way when the run ends by an error
+GRACE_SECONDS = 60.0  # for a save in progress when the run ends with an exception
 
 
 class Saver:
-    """Saves weights and moments into `folder`. A context manager: leaving it waits for what is being written.
+    """Saves weights and moments into `folder`. As a context manager it waits, on leaving, for the save in progress.
 
-    config: the run's, resolved. layout: a text for people. say: what rank 0 tells the user.
+    config: the resolved config of the run. layout: a description for people. print_rank_0: prints on rank 0.
     """
 
     def __init__(
@@ -59,17 +59,25 @@ class Saver:
         layout: str,
         say: Callable[[str], None],
     ) -> None:
-        self.folder, self.model, self.state = folder, model, state
-        self.runtime, self.settings, self.say = runtime, settings, say
-        self.config, self.layout = config, layout
+        self.folder = folder
+        self.model = model
+        self.state = state
+        self.runtime = runtime
+        self.settings = settings
+        self.config = config
+        self.layout = layout
+        self.say = say
         self.expected = expected_shapes(model.config, moments=True)
         self.mine = list(share_of_writing(model, mesh, self.state))
-        self.buffers = list(self._host_memory()) if settings.background else []  # every save uses them again
+        self.buffers = list(self._host_memory()) if settings.background else []  # reused by every save
         self.attempt: Attempt | None = None
 
     def save(self, step: int, *, is_last: bool = False) -> None:
-        """Every rank calls it. A save that fails is said, and training goes on; a UserError if it was the run's last,
-        from here or from `finish`."""
+        """Saves a checkpoint; every rank must call it.
+
+        If a save fails, the failure is printed and training continues. Only the last save (here or in `finish`) raises
+        UserError.
+        """
         self._said(self.finish)
         if is_last:
             self._start(step)
@@ -77,7 +85,8 @@ class Saver:
             self._said(lambda: self._start(step))
 
     def finish(self) -> None:
-        """Waits for the save under way. UserError on all ranks if it failed on any; what it has written is removed."""
+        """Waits for the save in progress. If it failed on any rank, removes its files and raises UserError on all
+        ranks."""
         attempt, self.attempt = self.attempt, None
         if attempt is None:
             return
@@ -90,11 +99,11 @@ class Saver:
             last = f"the last checkpoint is {whole[-1].name}" if whole else "there is no checkpoint yet"
             raise UserError(f"step {attempt.manifest.step} is not saved: {error}; {last}") from None
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """By an error: what is being written may still become whole, but nobody is waited for without end."""
+        """Waits for the save in progress; after an exception at most GRACE_SECONDS, as other ranks may be gone."""
         if kind is None:
             self.finish()
         elif self.attempt is not None:
@@ -104,7 +113,7 @@ class Saver:
         try:
             work()
         except UserError as error:
-            self.say(f"{error}; training goes on")
+            self.say(f"{error}; training continues")
 
     def _start(self, step: int) -> None:
         partial = self._begin(step)
@@ -117,7 +126,8 @@ class Saver:
             self.finish()
 
     def _begin(self, step: int) -> Path:
-        """A fresh folder, made by rank 0 and told to all: what an earlier attempt left cannot get into this one."""
+        """Creates a new folder on rank 0 and sends its name to all ranks, so that files of an earlier attempt cannot
+        mix in."""
 
         def begin() -> str:
             if self.runtime.rank > 0:
@@ -132,15 +142,15 @@ class Saver:
         return self.folder / gather_text(name, torch.device("cpu"))[0]
 
     def _host_memory(self) -> Iterator[Tensor]:
-        """For a copy of what this rank writes. Touched here, so that no save waits for the system to find it."""
+        """Allocates a host buffer for every tensor that this rank writes. Touches all pages, so that no save has to."""
         for held in self.mine:
-            # Moments, which may not exist yet, have the shape and dtype of their parameter.
+            # Moments may not exist yet; they have the shape and dtype of their parameter.
             like = self._tensor(Held(WEIGHTS, held.logical, 0))
             shape = like.shape if held.range is None else (held.range.length,)
             yield torch.empty(shape, dtype=like.dtype, pin_memory=like.is_cuda).fill_(0)
 
     def live(self) -> list[Tensor]:
-        """The tensors that this rank writes, in the order of `mine`."""
+        """Returns the tensors that this rank writes, in the order of `local_tensors`."""
         return [self._tensor(held) for held in self.mine]
 
     def _tensor(self, held: Held) -> Tensor:
@@ -149,23 +159,23 @@ class Saver:
         return self.state.tensor(held.part, held.logical.parameter)
 
     def _copied(self) -> list[Tensor]:
-        """Their copies in host memory."""
+        """Copies this rank's tensors to the host buffers and returns these."""
         for buffer, tensor in zip(self.buffers, self.live(), strict=True):
             assert (buffer.shape, buffer.dtype) == (tensor.shape, tensor.dtype), (buffer.shape, tensor.shape)
             buffer.copy_(tensor, non_blocking=True)
         if self.runtime.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream().synchronize()  # the thread must not read before the copies have arrived
         return self.buffers
 
 
 @dataclass
 class Attempt:
-    """One save on one rank: what its thread writes, and what has become of it."""
+    """Runs one save on one rank: its thread, what it writes, and its outcome."""
 
     saver: Saver
     final: Path
     partial: Path
-    manifest: Manifest  # still without files and tensors
+    manifest: Manifest  # files and tensors are still empty
     content: list[tuple[Held, Tensor]]
     thread: threading.Thread = field(init=False)
     file_is_done: threading.Event = field(default_factory=threading.Event)
@@ -204,7 +214,7 @@ class Attempt:
     def _do(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except BaseException as failure:  # the main thread raises it, where all ranks agree
+        except BaseException as failure:  # the main thread raises it, together with all ranks
             self.failure = failure
 
     def _write_file(self) -> None:
@@ -213,9 +223,12 @@ class Attempt:
         write_whole(marker(self.partial, rank), part.model_dump_json())
 
     def _everyone_is_done(self) -> bool:
-        """Waits for the markers of all ranks. False: the save has been given up."""
+        """Waits until all ranks have written their files. Returns False if the save was cancelled; raises ValueError on
+        timeout."""
         world_size, limit = self.saver.runtime.world_size, self.saver.runtime.timeout.total_seconds()
-        end, pause, waiting = time.monotonic() + limit, 0.005, list(range(world_size))
+        end = time.monotonic() + limit
+        pause = 0.005  # seconds
+        waiting = list(range(world_size))
         while waiting := [rank for rank in waiting if not marker(self.partial, rank).exists()]:
             if time.monotonic() > end:
                 raise ValueError(f"rank {waiting[0]} has not written its file {limit:.0f} s after rank 0")
@@ -238,8 +251,8 @@ class Attempt:
         try:
             point_to_newest(saver.folder)
             prune(saver.folder, saver.settings.keep, saver.settings.keep_every)
-        except OSError as error:  # this one is whole all the same
-            saver.say(f"beside it, {error.filename} cannot be changed: {error.strerror}")
+        except OSError as error:  # the new checkpoint is complete all the same
+            saver.say(f"{self.final} is complete, but {error.filename} cannot be changed: {error.strerror}")
 
 
 def _reason(error: OSError) -> str:

@@ -1,5 +1,7 @@
-"""Where training has its weights and moments in memory, for saving and loading: whole tensors of a rank, or ranges
-of flattened ones (ZeRO); and which names and shapes a whole checkpoint has, from the config alone."""
+"""Locates weights and moments in memory for saving and loading: whole local tensors, or flat ranges (ZeRO).
+
+`expected_shapes` lists names and shapes of a complete checkpoint from the config alone.
+"""
 
 import math
 from collections.abc import Iterator
@@ -14,13 +16,15 @@ from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe.parameters import LogicalParameter, local_tensor, logical_parameters
 
-Rectangle = tuple[tuple[int, ...], tuple[int, ...]]  # where it begins, its shape
+Rectangle = tuple[tuple[int, ...], tuple[int, ...]]  # start, shape
 
 
 @dataclass(frozen=True)
 class Range:
-    """Consecutive elements of a parameter's tensor on this rank, flattened: `length` from `start` on. shape: of the
-    whole. No other rank has them."""
+    """Holds a range of a parameter's flattened local tensor: `length` elements from `start`. No other rank has them.
+
+    shape: of the whole local tensor.
+    """
 
     start: int
     length: int
@@ -28,27 +32,27 @@ class Range:
 
 
 class TrainingState(Protocol):
-    """part: `weights` or a moment."""
+    """Gives access to an engine's weights and optimizer state. part: `weights`, `exp_avg` or `exp_avg_sq`."""
 
     def range_of(self, part: str, parameter: nn.Parameter) -> Range | None:
-        """What of it is here; None: all, as on every rank that holds the parameter."""
+        """Returns the flat range stored on this rank (ZeRO), or None if the whole local tensor is."""
         ...
 
     def tensor(self, part: str, parameter: nn.Parameter) -> Tensor:
-        """Its memory: of the parameter's shape on this rank, or 1-dimensional if it is a range."""
+        """Returns the memory itself: in the parameter's local shape, or 1-D if it is a flat range."""
         ...
 
     def make_moments(self, step: int) -> None:
-        """All zero, as after so many steps, to be filled."""
+        """Creates zero moments for loading to fill, with the optimizer's step count set to `step`."""
         ...
 
     def finish(self) -> None:
-        """Called when weights, and moments if there are such, have been filled."""
+        """Is called after weights (and moments, if any) have been filled, to update copies derived from them."""
         ...
 
 
 class TorchState:
-    """Of a torch optimizer."""
+    """Implements TrainingState for a torch optimizer."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
@@ -63,7 +67,7 @@ class TorchState:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 state = self.optimizer.state[parameter]
-                state["step"] = torch.tensor(float(step), device=parameter.device)  # where a fused update counts
+                state["step"] = torch.tensor(float(step), device=parameter.device)  # a fused AdamW counts on the device
                 state.update({moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS})
 
     def finish(self) -> None:
@@ -73,8 +77,10 @@ class TorchState:
 def range_pieces(
     logical: LogicalParameter, values: Tensor, found: Range
 ) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """As `pieces` of parameters.py, of a range: (logical name, where it begins there, view of `values`), a rectangle
-    each. Nothing but data ranks divides the parameter."""
+    """Yields the shards in a flat range: (logical name, start, view of `values`), each a rectangle.
+
+    It corresponds to `pieces` of moe/parameters.py. Only data-parallel ranks may shard the parameter.
+    """
     assert logical.slice is None, logical.names
     shape = found.shape[1:] if logical.is_expert else found.shape
     size = math.prod(shape)
@@ -87,7 +93,7 @@ def range_pieces(
 
 
 def rectangles(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Rectangle]:
-    """Elements begin to end of a flattened tensor, in order: the end of a row, whole rows, the beginning of a row.
+    """Splits elements begin..end of a flattened tensor into rectangles: end of a row, whole rows, start of a row.
 
     >>> list(rectangles((4, 3), 2, 10))
     [((0, 2), (1, 1)), ((1, 0), (2, 3)), ((3, 0), (1, 1))]
@@ -112,6 +118,7 @@ def _in_row(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Rectangle]
 
 
 def flat_index(place: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """Returns the row-major index of a position in a tensor of `shape`."""
     index = 0
     for at, size in zip(place, shape, strict=True):
         index = index * size + at
@@ -119,7 +126,10 @@ def flat_index(place: tuple[int, ...], shape: tuple[int, ...]) -> int:
 
 
 def expected_shapes(model: ModelConfig, moments: bool) -> Shapes:
-    """By full name, `weights/blocks.3.moe.experts.17.w_in`; with those of the optimizer, or without."""
+    """Returns the shape of every tensor by full name, such as `weights/blocks.3.moe.experts.17.w_in`.
+
+    moments: also those of the optimizer.
+    """
     whole = build_model(model, device=torch.device("meta"))
     shapes = {f"{WEIGHTS}/{name}": list(bias.shape) for name, bias in balance_biases(whole)}
     parts = (WEIGHTS, *MOMENTS) if moments else (WEIGHTS,)
@@ -129,6 +139,6 @@ def expected_shapes(model: ModelConfig, moments: bool) -> Shapes:
 
 
 def balance_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers that training changes, with the names that they have in the whole model."""
+    """Yields the buffers that training changes (router balance biases), by their names in the whole model."""
     for part in model if isinstance(model, nn.ModuleList) else [model]:
         yield from ((name, buffer) for name, buffer in part.named_buffers() if name.endswith("balance_bias_E"))

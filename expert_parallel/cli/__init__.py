@@ -1,1 +1,1 @@
-"""This room holds the commands of the command line, and the options that they share."""
+"""Holds the commands of the command line, and the options that they share."""

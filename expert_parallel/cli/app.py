@@ -1,4 +1,4 @@
-"""The commands of `expert-parallel`."""
+"""Defines the command line `expert-parallel`, and its commands train, check, generate, experts and verify."""
 
 import sys
 from pathlib import Path
@@ -12,6 +12,7 @@ from expert_parallel.cli.checkpoint import checkpoint
 from expert_parallel.cli.convert import convert
 from expert_parallel.cli.data import data
 from expert_parallel.cli.options import ConfigFile, LogLevel, Overrides, early_config, refusals
+from expert_parallel.cli.settings import settings
 from expert_parallel.cli.study import study
 from expert_parallel.cli.surgery import experts
 from expert_parallel.runtime.process import UserError, distributed
@@ -27,10 +28,12 @@ app.add_typer(checkpoint, name="checkpoint")
 checkpoint.add_typer(experts, name="experts")
 app.add_typer(convert, name="convert")
 app.add_typer(data, name="data")
+app.command("settings")(settings)
 app.command("study")(study)
 
 
 def print_version(wanted: bool) -> None:
+    """Prints the version and exits, if asked to."""
     if wanted:
         print(f"expert-parallel {__version__}")
         raise typer.Exit
@@ -43,14 +46,16 @@ def expert_parallel(
         bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Mixture-of-experts training, with experts sharded over ranks."""
-    # The deepspeed launcher puts --local_rank before the command; LOCAL_RANK says the same, and is what counts.
+    """Train mixture-of-experts models, with experts sharded over ranks."""
+    # The deepspeed launcher puts --local_rank before the command; we read the same number from LOCAL_RANK.
 
 
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None, log_level: LogLevel = "warning") -> None:
-    """Train, or go on from the newest checkpoint in run.folder. Alone, or on every rank of a launcher.
-    Exit code 75 where SIGUSR1 stopped it (0 under torchrun)."""
+    """Train a model, or resume from the newest checkpoint in run.folder.
+
+    Runs on this process alone, or on every rank of a launcher. Exit code 75 if SIGUSR1 stopped it (0 under torchrun).
+    """
     from expert_parallel.training.loop import train as run
     from expert_parallel.training.resume import EXIT_CODE, stop_on_signal
 
@@ -60,7 +65,7 @@ def train(config: ConfigFile, overrides: Overrides = None, log_level: LogLevel =
         distributed(*early_config(config, overrides or [])) as runtime,
     ):
         is_done = run(runtime.together(lambda: load_config(config, overrides or [])), runtime, stop)
-    if not is_done and runtime.launch.launcher != "torchrun":  # which would take any code but 0 for a failure
+    if not is_done and runtime.launch.launcher != "torchrun":  # torchrun treats any code but 0 as a failure
         raise typer.Exit(EXIT_CODE)
 
 
@@ -69,10 +74,13 @@ def check(
     config: ConfigFile,
     overrides: Overrides = None,
     world_size: Annotated[
-        int | None, typer.Option(min=1, help="ranks; default: the fewest that fit the degrees")
+        int | None, typer.Option(min=1, help="number of ranks; default: the fewest that fit the degrees")
     ] = None,
 ) -> None:
-    """Validate a config and print what it comes to: effective values, parameters, memory per rank. Starts nothing."""
+    """Validate a config and print all effective settings, parameter counts and memory per rank.
+
+    Starts no processes.
+    """
     from expert_parallel.training.check import describe
 
     with refusals(ValueError):
@@ -81,27 +89,33 @@ def check(
 
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run: its config and checkpoints")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, with config and checkpoints")],
     overrides: Overrides = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="the text to go on from; several times: a batch")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token each time")] = 0.7,
-    top_k: Annotated[int | None, typer.Option(min=1, help="draw from so many likeliest tokens")] = None,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="draw from the likeliest that have this share")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    cache: Annotated[bool, typer.Option(help="keep keys and values of the tokens so far")] = True,
+    prompt: Annotated[list[str] | None, typer.Option(help="text to continue; repeat for a batch")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="number of tokens to generate")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="sampling temperature; 0: greedy decoding")] = 0.7,
+    top_k: Annotated[int | None, typer.Option(min=1, help="sample from the k most likely tokens; default: all")] = None,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="nucleus sampling: total probability to sample from")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="random seed of the sampling")] = 0,
+    cache: Annotated[bool, typer.Option(help="use a KV cache")] = True,
+    log_level: LogLevel = "warning",
 ) -> None:
-    """Generate text from a run's newest checkpoint, on this process alone, whatever layout trained it; or on every rank
-    under torchrun, in the run's layout or the one given (parallel.tp=2)."""
+    """Generate text from a run's newest checkpoint.
+
+    Runs on this process alone, whatever layout trained it; or on every rank under torchrun, in the run's layout or a
+    given one (such as parallel.tp=2).
+    """
     from expert_parallel.model.generation import Sampling
     from expert_parallel.training.generate import generate_from_run
 
     with (
-        refusals(ValueError, OSError),
+        refusals(ValueError, OSError, log_level=log_level),
         distributed(*early_config(run / "config.yaml", overrides or [])) as ranks,
     ):
         if top_p == 0:
-            raise UserError("--top-p is 0, it must be above 0: the share of the probability that is drawn from")
+            raise UserError("--top-p is 0, it must be above 0: the total probability of the tokens to sample from")
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         texts = generate_from_run(
             run,
@@ -119,19 +133,28 @@ def generate(
 
 @app.command("experts")
 def experts_page(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run: its config, metrics, checkpoints")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, with config, metrics and checkpoints")],
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="the page to write; default: experts.html in RUN")] = None,
-    json: Annotated[Path | None, typer.Option(help="the page's numbers, too")] = None,
-    text: Annotated[Path | None, typer.Option(help="a text to show; default: held-out text of the run's data")] = None,
-    sequences: Annotated[int | None, typer.Option(min=1, help="at most so many; default: as in evaluation")] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file to write; default: experts.html in RUN")] = None,
+    json: Annotated[Path | None, typer.Option(help="also write the report's numbers to this JSON file")] = None,
+    text: Annotated[Path | None, typer.Option(help="text file to route; default: held-out data of the run")] = None,
+    sequences: Annotated[
+        int | None, typer.Option(min=1, help="most sequences to route; default: as in evaluation")
+    ] = None,
+    log_level: LogLevel = "warning",
 ) -> None:
-    """One HTML page on what the experts of a run learned: their load over training, who takes which token of a text,
-    what each of them likes. On this process alone, whatever layout trained it."""
+    """Report in one HTML file what the experts of a run have learned.
+
+    Shows their load over training, which expert takes which token of a text, and the tokens that each takes most. Runs
+    on this process alone, whatever layout trained the run.
+    """
     from expert_parallel.report.experts import as_json, gather
     from expert_parallel.report.page import render
 
-    with refusals(ValueError, OSError), distributed(*early_config(run / "config.yaml", overrides or [])) as ranks:
+    with (
+        refusals(ValueError, OSError, log_level=log_level),
+        distributed(*early_config(run / "config.yaml", overrides or [])) as ranks,
+    ):
         report = gather(run, overrides or [], ranks, text, sequences)
         page = out or run / "experts.html"
         page.write_text(render(report), encoding="utf-8")
@@ -144,22 +167,27 @@ def experts_page(
 def verify(
     config: ConfigFile,
     overrides: Overrides = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="processes to start, without a launcher; default: 4")] = None,
-    layout: Annotated[list[str] | None, typer.Option(help="ep=4,data=sharded; several times; default: chosen")] = None,
-    dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16")] = "float64",
-    full: Annotated[bool, typer.Option("--full", help="the config's own sizes, not small ones: slow")] = False,
-    count_bytes: Annotated[bool, typer.Option("--bytes", help="print what each axis moves in a step")] = False,
+    ranks: Annotated[int | None, typer.Option(min=1, help="ranks to start if there is no launcher; default: 4")] = None,
+    layout: Annotated[
+        list[str] | None, typer.Option(help="layout such as ep=4,data=sharded; repeatable; default: a selection")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="compute dtype: float64, float32 or bfloat16")] = "float64",
+    full: Annotated[bool, typer.Option("--full", help="use the config's own sizes, not small ones (slow)")] = False,
+    count_bytes: Annotated[bool, typer.Option("--bytes", help="print the bytes sent per axis in a step")] = False,
+    log_level: LogLevel = "warning",
 ) -> None:
-    """Prove that every layout computes the same model as one rank with plain code. Starts its ranks itself on the CPU,
-    or runs on every rank under torchrun. Exit code 1 where one differs."""
+    """Verify that every layout computes the same model as one rank with simple reference code.
+
+    Starts its ranks itself on the CPU, or runs on every rank under torchrun. Exit code 1 if a layout differs.
+    """
     from expert_parallel.cli.verify import verify_command
     from expert_parallel.verify.ranks import RankError
 
     runtime_config, settings = early_config(config, overrides or [])
-    if runtime_config.device == "cuda":  # a config of a cluster can be verified on a laptop
+    if runtime_config.device == "cuda":  # so that a config for a cluster can be verified on a laptop
         runtime_config = runtime_config.model_copy(update={"device": "auto"})
     try:
-        with refusals(), distributed(runtime_config, settings) as runtime:
+        with refusals(log_level=log_level), distributed(runtime_config, settings) as runtime:
 
             def say(text: str) -> None:
                 if runtime.rank == 0:

@@ -1,4 +1,4 @@
-"""The commands `expert-parallel bench ...`."""
+"""Defines the commands `expert-parallel bench ...`."""
 
 import json
 from collections.abc import Mapping
@@ -23,14 +23,14 @@ from expert_parallel.cli.bench_options import (
 from expert_parallel.cli.options import refusals
 from expert_parallel.runtime.process import RuntimeConfig, UserError, distributed
 
-bench = typer.Typer(no_args_is_help=True, help="Measure: ratios of things timed side by side in one run.")
+bench = typer.Typer(no_args_is_help=True, help="Benchmark parts of the system, side by side in one run.")
 
 
 @bench.command("layer")
 def bench_layer(
     changes: Changes = None,
-    shape: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}; or given, with all of its sizes named")] = "base",
-    scale: Annotated[float, typer.Option(min=1e-6, help="multiplies the tokens, for a machine that is slow")] = 1.0,
+    shape: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}; or `given`, with all sizes named")] = "base",
+    scale: Annotated[float, typer.Option(min=1e-6, help="factor on the number of tokens, for slow machines")] = 1.0,
     dtype: Dtype = "float32",
     peers: Peers = None,
     rounds: Rounds = 7,
@@ -40,8 +40,10 @@ def bench_layer(
     threads: Threads = 1,
     json_file: JsonFile = None,
 ) -> None:
-    """One MoE layer, forward and backward: ours, the peers that are installed, and the floor. Starts its ranks itself,
-    or runs on every rank of a launcher. Exit code 1 where outputs disagree that should be the same."""
+    """Time one MoE layer, forward and backward: ours, other installed implementations, and a lower bound.
+
+    Starts its ranks itself, or runs on every rank of a launcher. Exit code 1 if outputs differ that should be equal.
+    """
     from expert_parallel.bench.layer import LayerResult, LayerTask, layer_task
     from expert_parallel.bench.peers.peers import PEERS
     from expert_parallel.bench.table import describe_layer
@@ -63,7 +65,7 @@ def bench_layer(
 def bench_train(
     changes: Changes = None,
     shape: Annotated[str, typer.Option(help=", ".join(TRAIN_SHAPES))] = "base",
-    scale: Annotated[float, typer.Option(min=1e-6, help="multiplies the tokens, for a machine that is slow")] = 1.0,
+    scale: Annotated[float, typer.Option(min=1e-6, help="factor on the number of tokens, for slow machines")] = 1.0,
     dtype: Dtype = "float32",
     peers: Peers = None,
     rounds: Rounds = 7,
@@ -73,8 +75,10 @@ def bench_train(
     threads: Threads = 1,
     json_file: JsonFile = None,
 ) -> None:
-    """A training step of a decoder, all blocks MoE: ours, and the peers' layers in a plain one. Starts its ranks
-    itself, or runs on every rank of a launcher."""
+    """Time a training step of a decoder with MoE in all blocks: ours, and other implementations' layers.
+
+    Starts its ranks itself, or runs on every rank of a launcher.
+    """
     from expert_parallel.bench.peers.peers import TRAINEES
     from expert_parallel.bench.table import describe_train
     from expert_parallel.bench.train import TrainResult, TrainTask, train_task
@@ -96,16 +100,19 @@ def bench_train(
 def bench_equal_capacity(
     changes: Changes = None,
     hidden: Annotated[
-        list[int] | None, typer.Option(min=1, help="of the dense layer; several can be given; default: 1024 to 16384")
+        list[int] | None, typer.Option(min=1, help="hidden size of the dense layer; repeatable; default: 1024 to 16384")
     ] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="float32 (default), bfloat16; several can be given")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32 (default) or bfloat16; repeatable")] = None,
     rounds: Rounds = 7,
     device: Device = "auto",
     threads: Threads = 1,
     json_file: JsonFile = None,
 ) -> None:
-    """A dense layer beside experts that divide its hidden columns: the same parameters, k / num_experts of the work.
-    How much faster they are, and where the rest of the time goes. On one rank."""
+    """Time a dense layer against experts that split its hidden columns.
+
+    They have the same parameters and k / num_experts of the FLOPs. Reports the speedup, and where the remaining time
+    goes. Runs on one rank.
+    """
     from expert_parallel.bench.equal_capacity import (
         HIDDEN,
         EqualCapacityResult,
@@ -137,8 +144,7 @@ def bench_machine(
     threads: Threads = 1,
     json_file: JsonFile = None,
 ) -> None:
-    """What this machine can do at most: rates of products and copies, and what an all-to-all costs over each transport.
-    Planning reads the file of --json."""
+    """Measure this machine's limits: rates of matmuls and copies, and the cost of an all-to-all per transport."""
     from expert_parallel.bench.machine import MachineFile, MachineTask, describe_machine, machine_task
 
     def plan(world: int) -> dict[str, Any]:
@@ -151,11 +157,14 @@ def bench_machine(
 
 @bench.command("ledger")
 def bench_ledger(
-    shape: Annotated[str, typer.Option(help="base or fine")] = "base",
-    rounds: Annotated[int, typer.Option(min=1, help="of which medians are taken")] = 15,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here, too")] = None,
+    shape: Annotated[str, typer.Option(help="size of the layer: base or fine")] = "base",
+    rounds: Annotated[int, typer.Option(min=1, help="measurements of each; medians are reported")] = 15,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write the results to this JSON file")] = None,
 ) -> None:
-    """What the ledger costs, on one MoE layer. Alone, or on every rank under torchrun."""
+    """Time the ledger (the check that every token is accounted for) on one MoE layer.
+
+    Runs on this process alone, or on every rank under torchrun.
+    """
     from expert_parallel.bench import ledger
 
     with refusals(OSError), distributed(RuntimeConfig()) as runtime:
@@ -175,16 +184,18 @@ def bench_ledger(
 
 @bench.command("exchange")
 def bench_exchange(
-    rounds: Annotated[int, typer.Option(min=1, help="of which medians are taken")] = 15,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here, too")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="measurements of each; medians are reported")] = 15,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write the results to this JSON file")] = None,
 ) -> None:
-    """What carries the exchange of rows, gloo beside MPI: all-to-alls of several sizes, and whole MoE layers. On every
-    rank under mpirun; under torchrun gloo alone."""
+    """Compare gloo with MPI: all-to-alls of several sizes, and whole MoE layers.
+
+    Runs on every rank under mpirun; under torchrun it measures only gloo.
+    """
     from expert_parallel.bench import exchange
 
     with refusals(OSError), distributed(RuntimeConfig(device="cpu")) as runtime:
         if runtime.world_size == 1:
-            raise UserError("one rank has nobody to exchange with: start 2 or more with mpirun, or with torchrun")
+            raise UserError("a single rank has no other rank to exchange with: start 2 or more with mpirun or torchrun")
         if json_file is not None and not json_file.parent.is_dir():
             raise UserError(f"--json: there is no folder {json_file.parent}")
         result = exchange.bench_exchange(runtime, rounds)
@@ -196,13 +207,15 @@ def bench_exchange(
 
 @bench.command("checkpoint")
 def bench_checkpoint(
-    megabytes: Annotated[int, typer.Option(min=1, help="of weights and optimizer state, over all ranks")] = 400,
-    rounds: Annotated[int, typer.Option(min=1, help="of which medians are taken")] = 5,
-    folder: Annotated[Path, typer.Option(help="on the disk to measure; what is written is removed")] = Path(),
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here, too")] = None,
+    megabytes: Annotated[int, typer.Option(min=1, help="size of weights and optimizer state, over all ranks")] = 400,
+    rounds: Annotated[int, typer.Option(min=1, help="measurements of each; medians are reported")] = 5,
+    folder: Annotated[Path, typer.Option(help="folder on the disk to measure; files are removed afterwards")] = Path(),
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write the results to this JSON file")] = None,
 ) -> None:
-    """How long training waits for a checkpoint, saved in the background or not. Alone, or on every rank under
-    torchrun."""
+    """Measure how long training waits for a checkpoint, saved in the background or not.
+
+    Runs on this process alone, or on every rank under torchrun.
+    """
     from expert_parallel.bench import checkpoint as bench
 
     with refusals(OSError), distributed(RuntimeConfig()) as runtime:
@@ -219,16 +232,18 @@ def bench_checkpoint(
 @bench.command("overlap")
 def bench_overlap(
     changes: Changes = None,
-    shape: Annotated[str, typer.Option(help="as for `bench layer`")] = "base",
-    dispatcher: Annotated[Literal["all_to_all", "hierarchical"], typer.Option()] = "all_to_all",
-    overlap: Annotated[int, typer.Option(min=2, help="chunks in which the tokens travel")] = 4,
+    shape: Annotated[str, typer.Option(help="as in `bench layer`")] = "base",
+    dispatcher: Annotated[
+        Literal["all_to_all", "hierarchical"], typer.Option(help="dispatcher to measure")
+    ] = "all_to_all",
+    overlap: Annotated[int, typer.Option(min=2, help="number of chunks to pipeline")] = 4,
     rounds: Rounds = 7,
     ranks: Ranks = None,
     device: Device = "auto",
     threads: Threads = 1,
     json_file: JsonFile = None,
 ) -> None:
-    """How much of the exchange between the ranks lies beneath the experts, over the link that there is."""
+    """Measure how much of the all-to-all overlaps with expert computation, on this machine's network."""
     from expert_parallel.bench.overlap import OverlapResult, OverlapTask, describe_overlap, overlap_task
 
     def plan(world: int) -> dict[str, Any]:
@@ -243,16 +258,16 @@ def bench_overlap(
 
 @bench.command("nodes")
 def bench_nodes(
-    ranks_per_node: Annotated[int, typer.Option(min=1)],
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="number of ranks that count as one node")],
     changes: Changes = None,
-    shape: Annotated[str, typer.Option(help="as for `bench layer`")] = "fine-grained",
+    shape: Annotated[str, typer.Option(help="as in `bench layer`")] = "fine-grained",
     rounds: Rounds = 7,
     ranks: Ranks = None,
     device: Device = "auto",
     threads: Threads = 1,
     json_file: JsonFile = None,
 ) -> None:
-    """The hierarchical dispatcher beside the flat one: time, and bytes between nodes."""
+    """Compare the hierarchical dispatcher with the flat one: time, and bytes between nodes."""
     from expert_parallel.bench.overlap import NodesResult, NodesTask, describe_nodes, nodes_task
 
     def plan(world: int) -> dict[str, Any]:
@@ -268,13 +283,16 @@ def bench_nodes(
 @bench.command("scaling")
 def bench_scaling(
     changes: Changes = None,
-    shape: Annotated[str, typer.Option(help="as for `bench layer`")] = "base",
+    shape: Annotated[str, typer.Option(help="as in `bench layer`")] = "base",
     rounds: Rounds = 5,
-    ranks: Annotated[int, typer.Option(min=2, help="of the largest group")] = 8,
+    ranks: Annotated[int, typer.Option(min=2, help="size of the largest group of ranks")] = 8,
     threads: Threads = 1,
     json_file: JsonFile = None,
 ) -> None:
-    """How cost grows with ranks, from 1 on doubled, and with the number of experts. Starts its ranks itself."""
+    """Measure how the cost grows with the number of ranks (1, 2, 4, ...) and of experts.
+
+    Starts its ranks itself.
+    """
     from expert_parallel.bench.scaling import ScalingResult, ScalingTask, describe_scaling, scaling_task
 
     def plan(world: int) -> dict[str, Any]:
@@ -290,8 +308,9 @@ def bench_scaling(
 
 
 def _peer_names(peers: str | None, known: Mapping[str, object]) -> tuple[str, ...] | None:
+    """Splits --peers into names. Raises ValueError for an unknown one."""
     names = None if peers is None else tuple(name.strip() for name in peers.split(","))
     for name in names or ():
         if name not in known:
-            raise ValueError(f"--peers: {name!r} is none of {', '.join(known)}")
+            raise ValueError(f"--peers: {name!r} is not one of {', '.join(known)}")
     return names

@@ -1,5 +1,4 @@
-"""What the commands `expert-parallel bench ...` share: their options, and where they run: on ranks that they start
-themselves, or on those of a launcher."""
+"""Defines the options of `expert-parallel bench ...`, and runs benchmarks on their own ranks or on a launcher's."""
 
 import json
 import sys
@@ -15,22 +14,26 @@ from expert_parallel.runtime.process import Runtime, RuntimeConfig, distributed
 from expert_parallel.verify.ranks import RankError, Work, run_on_ranks
 
 Changes = Annotated[
-    list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="changes of the shape, such as tokens=1024")
+    list[str] | None,
+    typer.Argument(metavar="[NAME=VALUE]...", help="sizes that override the shape's, such as tokens=1024"),
 ]
-Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="of weights and tokens")]
-Rounds = Annotated[int, typer.Option(min=1, help="of which medians are taken")]
-Ranks = Annotated[int | None, typer.Option(min=1, help="processes to start on this machine's CPU, without a launcher")]
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option()]
-Transport = Annotated[Literal["auto", "gloo", "mpi", "nccl"], typer.Option(help="mpi: under mpirun, nccl: on GPUs")]
-Threads = Annotated[int, typer.Option(min=1, help="of each rank, on the CPU")]
-Peers = Annotated[str | None, typer.Option(help="names with commas between; default: all that there are")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="write the figures here, too")]
+Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="dtype of weights and tokens")]
+Rounds = Annotated[int, typer.Option(min=1, help="measurements of each; medians are reported")]
+Ranks = Annotated[int | None, typer.Option(min=1, help="ranks to start on this machine's CPU, without a launcher")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one")]
+Transport = Annotated[
+    Literal["auto", "gloo", "mpi", "nccl"],
+    typer.Option(help="backend of the collectives; mpi needs mpirun, nccl needs GPUs"),
+]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads per rank")]
+Peers = Annotated[str | None, typer.Option(help="comma-separated other implementations; default: all installed")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the results to this JSON file")]
 
 
 def run_bench(
     work: Work, plan: Callable[[int], Any], ranks: int | None, config: RuntimeConfig, json_file: Path | None
 ) -> Any | None:
-    """What `work` finds on `plan()`: on rank 0, and None on the others. Written to json_file as well."""
+    """Runs a benchmark and returns its results on rank 0, None on the others; also writes them to json_file."""
     try:
         with refusals(OSError), distributed(config) as runtime:
             task = runtime.together(lambda: _check(plan, runtime, ranks, config, json_file))
@@ -54,14 +57,14 @@ def run_bench(
 def _check(
     plan: Callable[[int], Any], runtime: Runtime, ranks: int | None, config: RuntimeConfig, json_file: Path | None
 ) -> Any:
-    """The plan. ValueError for ranks, a transport or a file that cannot be had."""
+    """Returns the task. Raises ValueError if ranks, transport or json_file are not possible."""
     if runtime.launch.launcher != "none" and ranks not in (None, runtime.world_size):
         raise ValueError(f"--ranks is {ranks} but the launcher has started {runtime.world_size}: leave it out")
     if runtime.launch.launcher == "none" and (ranks or 1) > 1:
         if runtime.device.type == "cuda" and config.device == "cuda":
             raise ValueError(f"--ranks {ranks} starts ranks on the CPU: for GPUs start them with torchrun")
         if config.backend in ("mpi", "nccl"):
-            raise ValueError(f"--transport {config.backend}: ranks of our own use gloo, start them with a launcher")
+            raise ValueError(f"--transport {config.backend}: ranks started by --ranks use gloo; use a launcher instead")
     if json_file is not None and not json_file.parent.is_dir():
         raise ValueError(f"--json: there is no folder {json_file.parent}")
     if json_file is not None and json_file.is_dir():

@@ -1,4 +1,4 @@
-"""The commands `expert-parallel checkpoint inspect | verify | diff`."""
+"""Defines the commands `expert-parallel checkpoint inspect | verify | diff`."""
 
 import sys
 from pathlib import Path
@@ -8,17 +8,20 @@ import typer
 
 from expert_parallel.cli.options import refusals
 
-checkpoint = typer.Typer(no_args_is_help=True, help="Look into checkpoints, check them, compare them.")
+checkpoint = typer.Typer(no_args_is_help=True, help="Inspect, verify, compare and modify checkpoints.")
 
 AnyPath = Annotated[
-    Path, typer.Argument(metavar="PATH", help="a checkpoint, `latest`, a folder of checkpoints or a run (the newest)")
+    Path, typer.Argument(metavar="PATH", help="a checkpoint, or a folder of checkpoints or run folder (its newest one)")
 ]
 MOST_LINES = 40
 
 
 @checkpoint.command()
 def inspect(path: AnyPath) -> None:
-    """What a checkpoint holds, and which layout wrote it. Reads the manifest alone."""
+    """Show what a checkpoint holds, and which layout wrote it.
+
+    Reads only the manifest.
+    """
     from expert_parallel.checkpoint.files import open_checkpoint
     from expert_parallel.checkpoint.report import describe
 
@@ -28,35 +31,45 @@ def inspect(path: AnyPath) -> None:
 
 @checkpoint.command()
 def verify(path: AnyPath) -> None:
-    """Read all of a checkpoint and check it: SHA-256 of files, names and shapes against the config, each tensor there
-    once, digests computed anew. Exit code 1, and what is wrong by name, where it is not what was saved."""
+    """Verify that a checkpoint is complete and undamaged.
+
+    Checks the SHA-256 of all files, names and shapes against the config, that each tensor is there once, and
+    recomputes all digests. Exit code 1 if it is damaged (what is damaged is listed), 2 if another version of
+    expert-parallel wrote it.
+    """
     from expert_parallel.checkpoint.files import Checkpoint
     from expert_parallel.checkpoint.folders import find_checkpoint
-    from expert_parallel.checkpoint.manifest import read_manifest
+    from expert_parallel.checkpoint.manifest import UnsupportedFormatError, read_manifest
     from expert_parallel.checkpoint.report import problems
 
     with refusals(ValueError, OSError):
         found = find_checkpoint(path)
-    try:
-        opened = Checkpoint(found, read_manifest(found))
-        wrong = list(problems(opened))
-    except ValueError as error:
-        wrong = [str(error)]
+    with refusals(UnsupportedFormatError):
+        try:
+            opened = Checkpoint(found, read_manifest(found))
+            wrong = list(problems(opened))
+        except UnsupportedFormatError:
+            raise
+        except ValueError as error:
+            wrong = [str(error)]
     if wrong:
         _print_some(wrong, sys.stderr)
         raise typer.Exit(1)
     count, files = len(opened.tensors), opened.manifest.files
     size = sum(record.bytes for record in files.values())
-    print(f"{found}: whole, {count} tensors, {len(files)} files, {size:,} bytes: every digest is that of the manifest")
+    print(f"{found}: whole, {count} tensors, {len(files)} files, {size:,} bytes: all digests match the manifest")
 
 
 @checkpoint.command()
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A", help="a checkpoint, or where to find one")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="another")],
+    first: Annotated[Path, typer.Argument(metavar="A", help="a checkpoint, or a folder of checkpoints or run folder")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="another one")],
 ) -> None:
-    """Which tensors of two checkpoints differ, and by how much at most, whatever layouts wrote them. Exit code 1 where
-    one does. Compares the digests in the manifests, and reads only tensors whose digests differ."""
+    """List the tensors that differ between two checkpoints, whatever layouts wrote them.
+
+    Shows the largest absolute difference of each. Compares the digests in the manifests, and reads only tensors whose
+    digests differ. Exit code 1 if any tensor differs.
+    """
     from expert_parallel.checkpoint.files import open_checkpoint
     from expert_parallel.checkpoint.report import differences, headline
 
@@ -65,7 +78,7 @@ def diff(
         print(headline(one, other))
         found = [f"{difference.name}: {difference.what}" for difference in differences(one, other)]
     if not found:
-        equal = f"all {len(one.tensors)} are equal, by the digests in their manifests"
+        equal = f"all {len(one.tensors)} are equal according to the digests in the manifests"
         print(f"tensors: {equal} (`checkpoint verify` reads the files)")
         return
     print(f"tensors: {len(found)} of {len(one.tensors | other.tensors)} differ")
@@ -74,6 +87,7 @@ def diff(
 
 
 def _print_some(lines: list[str], stream: TextIO) -> None:
+    """Prints the first MAX_LINES lines, and how many more there are."""
     for line in lines[:MOST_LINES]:
         print(f"  {line}", file=stream)
     if len(lines) > MOST_LINES:

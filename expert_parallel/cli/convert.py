@@ -1,4 +1,7 @@
-"""`expert-parallel convert import | export | upcycle`. torch is imported inside, so that `--help` is quick."""
+"""Defines the commands `expert-parallel convert import | export | upcycle`.
+
+The commands import torch inside their functions, so that `--help` is fast.
+"""
 
 import sys
 from pathlib import Path
@@ -8,21 +11,23 @@ import typer
 
 from expert_parallel.cli.options import refusals
 
-convert = typer.Typer(no_args_is_help=True, help="Hugging Face models in and out; dense models into experts.")
+convert = typer.Typer(no_args_is_help=True, help="Import, export and upcycle models (Hugging Face format).")
 
-ShardGB = Annotated[float, typer.Option("--shard-gb", min=0.001, help="size of a file; no more than one is in memory")]
+ShardGB = Annotated[
+    float, typer.Option("--shard-gb", min=0.001, help="largest size of a file in GiB; at most one is in memory")
+]
 
 
 @convert.command("import")
 def import_command(
-    source: Annotated[Path, typer.Argument(metavar="HF_FOLDER", help="config.json and safetensors files")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="the run folder to make")],
+    source: Annotated[Path, typer.Argument(metavar="HF_FOLDER", help="folder of config.json and safetensors files")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="the run folder to create")],
     shard_gb: ShardGB = 2.0,
 ) -> None:
-    """Make a run of a Hugging Face folder: the same weights, bit by bit, and a config to edit.
+    """Create a run folder from a Hugging Face model.
 
-    Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3, gpt-oss, Llama, Qwen2, Qwen3. Refused: a key of config.json or a tensor that
-    has no place here.
+    The weights are the same bit for bit; the run's config can be edited. Supports Mixtral, Qwen3-MoE, OLMoE,
+    DeepSeek-V3, gpt-oss, Llama, Qwen2 and Qwen3. A key of config.json or a tensor that is not supported is an error.
     """
     from expert_parallel.interop.importing import import_folder
 
@@ -32,13 +37,13 @@ def import_command(
 
 @convert.command("export")
 def export_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run (its newest checkpoint) or a checkpoint")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="the Hugging Face folder to make")],
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as they are")] = None,
-    family: Annotated[str | None, typer.Option(help="default: the one that computes what the model does")] = None,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder (its newest checkpoint) or a checkpoint")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="the Hugging Face folder to create")],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: unchanged")] = None,
+    family: Annotated[str | None, typer.Option(help="model family; default: one that computes the same")] = None,
     shard_gb: ShardGB = 4.0,
 ) -> None:
-    """Make a Hugging Face folder of a checkpoint, which transformers and servers load."""
+    """Export a checkpoint as a Hugging Face model, for transformers and inference servers."""
     from expert_parallel.interop.exporting import export_run
 
     with refusals(ValueError, OSError):
@@ -48,17 +53,24 @@ def export_command(
 
 @convert.command("upcycle")
 def upcycle_command(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="a dense model: a run, a checkpoint, a HF folder")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="the run folder to make")],
-    experts: Annotated[int, typer.Option(min=2, help="copies of each dense network")],
-    k: Annotated[int, typer.Option("--k", min=1, help="copies that each token takes")] = 2,
-    noise: Annotated[float, typer.Option(min=0, help="added to each copy, in standard deviations of a matrix")] = 0.0,
-    split: Annotated[int, typer.Option(min=1, help="cut each copy's hidden columns into so many experts")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="of the router and the noise")] = 0,
-    check: Annotated[bool, typer.Option(help="compare with the dense model: needs memory for both")] = True,
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="a dense model: a run, checkpoint or Hugging Face folder")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="the run folder to create")],
+    experts: Annotated[int, typer.Option(min=2, help="copies of each feed-forward network")],
+    k: Annotated[int, typer.Option("--k", min=1, help="copies that each token is routed to")] = 2,
+    noise: Annotated[
+        float, typer.Option(min=0, help="Gaussian noise per copy, in standard deviations of each matrix")
+    ] = 0.0,
+    split: Annotated[int, typer.Option(min=1, help="split each copy's hidden columns into this many experts")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the router and the noise")] = 0,
+    check: Annotated[bool, typer.Option(help="compare outputs with the dense model; needs memory for both")] = True,
     shard_gb: ShardGB = 2.0,
 ) -> None:
-    """Turn a dense model into a mixture of experts: without noise it computes the same at first, then train it."""
+    """Upcycle a dense model into a mixture of experts, as the start of training.
+
+    Without noise it computes the same as the dense model.
+    """
     from expert_parallel.interop.upcycle import Upcycling, compare, upcycle
 
     with refusals(ValueError, OSError):

@@ -1,4 +1,4 @@
-"""`expert-parallel data`: from files to token files, and what is in them."""
+"""Defines the commands `expert-parallel data prepare | inspect`."""
 
 import sys
 import time
@@ -11,24 +11,28 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from expert_parallel.cli.options import refusals
-from expert_parallel.data.prepare import Progress
+from expert_parallel.data.prepare import PrepareProgress
 
-PLAIN_SECONDS = 10  # between two lines of progress, where there is no terminal
+PLAIN_SECONDS = 10  # between two lines of progress, if stderr is not a terminal
 
-data = typer.Typer(no_args_is_help=True, help="Prepare corpora for training (data.kind: tokens), and look at them.")
+data = typer.Typer(no_args_is_help=True, help="Prepare and inspect tokenized corpora (data.kind: tokens).")
 
 
 @data.command("prepare")
 def prepare_command(
-    prefix: Annotated[str, typer.Argument(metavar="OUT_PREFIX", help="writes OUT_PREFIX.bin, .idx, .json")],
-    files: Annotated[list[str], typer.Argument(metavar="FILES...", help="text (a document each), JSONL, parquet")],
-    tokenizer: Annotated[str, typer.Option(help="bytes, a tokenizer.json, or train:VOCAB_SIZE")] = "bytes",
-    end_token: Annotated[str | None, typer.Option(help="ends a document; default: the tokenizer's usual one")] = None,
-    field: Annotated[str, typer.Option(help="of JSONL, or column of parquet, that holds the text")] = "text",
-    format: Annotated[str, typer.Option(help="auto (by the files' names), text, jsonl or parquet")] = "auto",
-    workers: Annotated[int, typer.Option(min=1, help="processes; the output is the same for any number")] = 1,
+    prefix: Annotated[
+        str, typer.Argument(metavar="OUT_PREFIX", help="path of the outputs OUT_PREFIX.bin, .idx and .json")
+    ],
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILES...", help="text files (one document each), JSONL or parquet")
+    ],
+    tokenizer: Annotated[str, typer.Option(help="bytes, the path of a tokenizer.json, or train:VOCAB_SIZE")] = "bytes",
+    end_token: Annotated[str | None, typer.Option(help="token that ends a document; default: the tokenizer's")] = None,
+    field: Annotated[str, typer.Option(help="JSONL field or parquet column that holds the text")] = "text",
+    format: Annotated[str, typer.Option(help="auto (by the file name), text, jsonl or parquet")] = "auto",
+    workers: Annotated[int, typer.Option(min=1, help="worker processes; the output is the same for any number")] = 1,
 ) -> None:
-    """Tokenize files into Megatron's indexed format."""
+    """Tokenize files into Megatron's indexed dataset format."""
     from expert_parallel.data.prepare import prepare
 
     with refusals(ValueError):
@@ -54,18 +58,25 @@ def prepare_command(
     print(
         f"{prefix}: {info.num_documents:,} documents, {info.num_tokens:,} tokens of {info.vocab_size:,}, from "
         f"{info.sources.bytes:,} bytes in {info.sources.files:,} files; {seconds:.1f} s, "
-        f"{info.num_tokens / seconds:,.0f} tokens/s" + (f"; {left_out:,} empty documents left out" if left_out else "")
+        f"{info.num_tokens / seconds:,.0f} tokens/s" + (f"; {left_out:,} empty documents skipped" if left_out else "")
     )
     print(f"train on it with data='{{kind: tokens, corpora: [{{path: {prefix}}}]}}' model.vocab_size={info.vocab_size}")
 
 
 @data.command("inspect")
 def inspect_command(
-    prefix: Annotated[str, typer.Argument(metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx, also Megatron's")],
-    tokens: Annotated[int, typer.Option(min=0, help="of the beginning, to show")] = 40,
-    verify: Annotated[bool, typer.Option("--verify", help="read all tokens: digest, vocabulary, ends")] = False,
+    prefix: Annotated[
+        str, typer.Argument(metavar="PREFIX", help="path without .bin or .idx; also of a Megatron corpus")
+    ],
+    tokens: Annotated[int, typer.Option(min=0, help="number of tokens to show")] = 40,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read all tokens and check SHA-256, ids, and end tokens")
+    ] = False,
 ) -> None:
-    """Documents, tokens, lengths, and the first tokens. Refuses damaged files, as training does."""
+    """Show documents, tokens, lengths, and the first tokens of a corpus.
+
+    Damaged files are an error, as in training.
+    """
     from expert_parallel.data.inspect import describe
 
     with refusals(ValueError):
@@ -73,12 +84,12 @@ def inspect_command(
 
 
 @contextmanager
-def progress_line() -> Iterator[Callable[[Progress], None]]:
-    """A line that moves, on a terminal; elsewhere a plain one every so often."""
+def progress_line() -> Iterator[Callable[[PrepareProgress], None]]:
+    """Shows a progress bar on a terminal; elsewhere prints a line every PLAIN_SECONDS."""
     if not sys.stderr.isatty():
         last = begin = time.perf_counter()
 
-        def print_line(now: Progress) -> None:
+        def print_line(now: PrepareProgress) -> None:
             nonlocal last
             if time.perf_counter() - last >= PLAIN_SECONDS:
                 last = time.perf_counter()
@@ -93,12 +104,13 @@ def progress_line() -> Iterator[Callable[[Progress], None]]:
     with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task, begin = bar.add_task("reading", total=None), time.perf_counter()
 
-        def move(now: Progress) -> None:
+        def move(now: PrepareProgress) -> None:
             text = _counts(now, time.perf_counter() - begin)
             bar.update(task, completed=now.bytes_done, total=now.bytes_in_all, description=text)
 
         yield move
 
 
-def _counts(now: Progress, seconds: float) -> str:
+def _counts(now: PrepareProgress, seconds: float) -> str:
+    """Formats the counts of a progress line."""
     return f"{now.num_documents:,} documents, {now.num_tokens:,} tokens, {now.num_tokens / seconds:,.0f}/s"

@@ -1,7 +1,8 @@
-"""What the commands of all rooms share: their arguments, how they refuse, and where log records go."""
+"""Defines what all commands share: common arguments, exit codes of errors, and logging to stderr."""
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,25 +13,29 @@ import typer
 from expert_parallel.runtime.process import LaunchError, LostContact, RankFilter, RuntimeConfig, UserError
 from expert_parallel.training.config import load_config
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, for example configs/quickstart.yaml")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted.key=value, over the file")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="settings that override the file, such as training.steps=100"),
 ]
 Level = Literal["debug", "info", "warning", "error"]
-LogLevel = Annotated[Level, typer.Option(help="the least severe messages to show on stderr, on every rank")]
+LogLevel = Annotated[Level, typer.Option(help="least severe log messages to show on stderr, on every rank")]
 
 
 @contextmanager
 def refusals(*also: type[Exception], log_level: Level = "warning") -> Iterator[None]:
-    """What a user caused is one sentence on stderr and exit code 2. also: errors that only a user can cause here; any
-    other is a defect of ours, and keeps its traceback. log_level: of the package's messages, which go there, too."""
+    """Turns errors that users cause into one sentence on stderr and exit code 2.
+
+    also: further exceptions that only users can cause here; others are bugs and keep their traceback. log_level: the
+    package's log messages also go to stderr, from this level on.
+    """
     said_here: tuple[type[Exception], ...] = (LaunchError, *also)
     try:
         with log_to_stderr(log_level):
             yield
-    except UserError:  # rank 0 has said it
+    except UserError:  # rank 0 has printed it
         raise typer.Exit(2) from None
-    except LostContact:  # one of the ranks that are left has said it
+    except LostContact:  # one of the remaining ranks has printed it
         raise typer.Exit(1) from None
     except said_here as error:
         print(f"error: {error}", file=sys.stderr)
@@ -38,10 +43,12 @@ def refusals(*also: type[Exception], log_level: Level = "warning") -> Iterator[N
 
 
 def early_config(path: Path, overrides: list[str]) -> tuple[RuntimeConfig, dict[str, Any]]:
-    """What `distributed` takes: the config's runtime block, and its settings, but for where data lies, which nodes may
-    have in places of their own (what it holds is compared later). The defaults where the config is not
-    readable: then the ranks meet, agree on the error and leave together, instead of some being killed before rank 0
-    has spoken."""
+    """Returns the arguments of `distributed`: the config's runtime block, and its settings for comparison of ranks.
+
+    Paths of data are left out, as they may differ between nodes (the content is compared later). If the config cannot
+    be read, returns defaults: then the ranks connect, agree on the error and exit together, instead of some being
+    killed before rank 0 has printed it.
+    """
     try:
         config = load_config(path, overrides)
     except ValueError:
@@ -53,8 +60,7 @@ def early_config(path: Path, overrides: list[str]) -> tuple[RuntimeConfig, dict[
 
 
 class TerminalFormatter(logging.Formatter):
-    """Writes `[rank 3] WARNING expert_parallel.runtime.process: ...`, and an error as every command does: `error:
-    ...`."""
+    """Formats records as `[rank 3] WARNING expert_parallel.runtime.process: ...`, errors as `error: ...`."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record).rstrip("\n")  # Python's warnings end with a line break of their own
@@ -66,21 +72,27 @@ class TerminalFormatter(logging.Formatter):
 
 @contextmanager
 def log_to_stderr(level: Level) -> Iterator[None]:
-    """Writes the package's log records from `level` on, and Python's warnings, to stderr."""
+    """Writes the package's log records from `level` on, and Python's warnings, to stderr.
+
+    On leaving, all logging settings are as before.
+    """
     handler = logging.StreamHandler()
     handler.setLevel(level.upper())
     handler.addFilter(RankFilter())
     handler.setFormatter(TerminalFormatter())
-    package, warnings = logging.getLogger("expert_parallel"), logging.getLogger("py.warnings")
+    package, python_warnings = logging.getLogger("expert_parallel"), logging.getLogger("py.warnings")
     level_before = package.level
     package.setLevel(level.upper())
     package.addHandler(handler)
-    warnings.addHandler(handler)
+    python_warnings.addHandler(handler)
+    shown_by = warnings.showwarning
     logging.captureWarnings(True)
+    were_captured = warnings.showwarning is shown_by  # by the caller, before: then they stay captured
     try:
         yield
     finally:
-        logging.captureWarnings(False)
-        warnings.removeHandler(handler)
+        if not were_captured:
+            logging.captureWarnings(False)
+        python_warnings.removeHandler(handler)
         package.removeHandler(handler)
         package.setLevel(level_before)

@@ -1,4 +1,4 @@
-"""The command `expert-parallel study`."""
+"""Defines the command `expert-parallel study`."""
 
 import signal
 import time
@@ -15,36 +15,41 @@ from rich.live import Live
 from rich.text import Text
 
 from expert_parallel.checkpoint.folders import write_whole
-from expert_parallel.cli.options import Overrides, refusals
+from expert_parallel.cli.options import LogLevel, Overrides, refusals
 from expert_parallel.study.folder import known_data
 from expert_parallel.study.plan import Study, read_study
 from expert_parallel.study.results import StudyResult, describe, gather
 from expert_parallel.study.runner import best_rate, carry_out, finished
 from expert_parallel.study.step_times import step_times
 
-SECONDS_BETWEEN_TEXTS, SECONDS_BETWEEN_LINES = 5, 60  # on a terminal, where the text is renewed, and elsewhere
+SECONDS_BETWEEN_TEXTS, SECONDS_BETWEEN_LINES = 5, 60  # on a terminal, where the text is redrawn, and elsewhere
 
 
 def study(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, for example configs/study.yaml")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, such as configs/study.yaml")],
     overrides: Overrides = None,
     only: Annotated[
-        str | None, typer.Option(help="variants with commas between, beside the reference; default: all")
+        str | None, typer.Option(help="comma-separated variants to train besides the reference; default: all")
     ] = None,
+    log_level: LogLevel = "warning",
 ) -> None:
-    """Train a dense model and mixtures of experts with as many operations a token, and tell what each needs to reach
-    the dense one's loss. Runs unattended; started again, it goes on where it was. Writes results.json, table.md and
-    loss.png."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)  # what runs say has brackets of its own
-    with refusals(ValueError, OSError, ImportError), interrupted():
-        draw = find_plot()  # at once: a study of hours must not end for want of matplotlib
+    """Compare a dense model with mixtures of experts that use as many FLOPs per token.
+
+    Trains all of them and reports what each needs to reach the dense model's loss. If interrupted, the same command
+    resumes it. Writes results.json, table.md and loss.png.
+    """
+    console = Console(
+        highlight=False, markup=False, soft_wrap=True
+    )  # the runs' output contains brackets, which are not markup
+    with refusals(ValueError, OSError, ImportError, log_level=log_level), interrupted():
+        draw = find_plot()  # first, so that a study of hours does not fail at its end without matplotlib
         loaded = read_study(config, overrides or [], None if only is None else [n.strip() for n in only.split(",")])
         console.print(outline(loaded))
         train_all(loaded, console)
-        everything = replace(loaded, names=finished(loaded))  # also what was trained before, with another --only
+        everything = replace(loaded, names=finished(loaded))  # includes variants trained before, with another --only
         rates = {name: best_rate(everything, name) for name in everything.names}
         known_data(everything)
-        console.print("timing a step of each variant beside the reference's")
+        console.print("timing a step of each variant against the reference's")
         result = gather(everything, rates, *step_times(everything, rates))
         write_whole(loaded.folder / "results.json", result.model_dump_json(indent=1) + "\n")
         write_whole(loaded.folder / "table.md", describe(result) + "\n")
@@ -53,6 +58,7 @@ def study(
 
 
 def find_plot() -> Callable[[StudyResult, Path], None]:
+    """Returns the function that draws the plot. Raises ImportError if matplotlib is not installed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -63,18 +69,18 @@ def find_plot() -> Callable[[StudyResult, Path], None]:
 
 
 def outline(study: Study) -> str:
-    """What will be trained."""
+    """Formats what will be trained."""
     settings = study.settings
     long_runs = len(study.names) * len(settings.seeds)
     return (
         f"variants: {', '.join(study.names)}; reference: {settings.reference}\n"
         f"{len(study.names) * len(settings.learning_rates)} trials of {settings.trial_steps:,} steps, then {long_runs} "
-        f"runs of {study.steps:,} steps (some go on from trials), {settings.jobs} at a time, in {study.folder}"
+        f"runs of {study.steps:,} steps (some continue trials), {settings.jobs} at a time, in {study.folder}"
     )
 
 
 def train_all(study: Study, console: Console) -> None:
-    """With a text that is renewed on a terminal, or a line a minute elsewhere."""
+    """Runs the study, with a text that is redrawn on a terminal, or a line every minute elsewhere."""
     every = SECONDS_BETWEEN_TEXTS if console.is_terminal else SECONDS_BETWEEN_LINES
     last = [-float("inf")]
     with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
@@ -93,13 +99,13 @@ def train_all(study: Study, console: Console) -> None:
 
 @contextmanager
 def interrupted() -> Iterator[None]:
-    """SIGTERM, and a terminal that is closed, are interrupts: the runs save what they have."""
+    """Turns SIGTERM and SIGHUP into KeyboardInterrupt, on which the runs save a checkpoint."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in heard}  # under nohup a hang-up stays unheard
+    before = {number: signal.signal(number, interrupt) for number in heard}  # nohup ignores SIGHUP: keep that
     try:
         yield
     finally:

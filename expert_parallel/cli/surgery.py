@@ -1,4 +1,7 @@
-"""`expert-parallel checkpoint experts add | remove | merge`. torch is imported inside, so that `--help` is quick."""
+"""Defines the commands `expert-parallel checkpoint experts add | remove | merge`.
+
+The commands import torch inside their functions, so that `--help` is fast.
+"""
 
 import sys
 from pathlib import Path
@@ -11,25 +14,30 @@ from expert_parallel.cli.options import refusals
 if TYPE_CHECKING:
     from expert_parallel.interop.surgery import Surgery
 
-experts = typer.Typer(no_args_is_help=True, help="A checkpoint with more, fewer or merged experts in all MoE blocks.")
+experts = typer.Typer(no_args_is_help=True, help="Add, remove or merge the experts of a checkpoint.")
 
-Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="a run (its newest checkpoint) or a checkpoint")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="the run folder to make")]
-ShardGB = Annotated[float, typer.Option("--shard-gb", min=0.001, help="size of a file; no more than one is in memory")]
-Check = Annotated[bool, typer.Option(help="say the loss before and after: needs memory for both models")]
+Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="a run folder (its newest checkpoint) or a checkpoint")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="the run folder to create")]
+ShardGB = Annotated[
+    float, typer.Option("--shard-gb", min=0.001, help="largest size of a file in GiB; at most one is in memory")
+]
+Check = Annotated[bool, typer.Option(help="print the loss before and after; needs memory for both models")]
 
 
 @experts.command("add")
 def add_command(
     source: Source,
     out: Out,
-    like: Annotated[str, typer.Option(help="the experts to copy, as 3,5: a new one of each, after the old ones")],
-    noise: Annotated[float, typer.Option(min=0, help="added to the copies, in standard deviations")] = 0.01,
-    seed: Annotated[int, typer.Option(min=0, help="of the noise")] = 0,
+    like: Annotated[str, typer.Option(help="experts to copy, such as 3,5; copies come after the existing ones")],
+    noise: Annotated[float, typer.Option(min=0, help="Gaussian noise on the copies, in standard deviations")] = 0.01,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the noise")] = 0,
     shard_gb: ShardGB = 2.0,
     check: Check = True,
 ) -> None:
-    """Add experts: copies of old ones, a little apart. `training.trainable` can train them alone."""
+    """Add experts to all MoE blocks: copies of existing ones, with some noise.
+
+    training.trainable can train the new experts alone.
+    """
     from expert_parallel.interop.surgery import add
 
     with refusals(ValueError, OSError):
@@ -40,11 +48,11 @@ def add_command(
 def remove_command(
     source: Source,
     out: Out,
-    which: Annotated[str, typer.Option("--experts", help="the experts to leave out, as 3,5")],
+    which: Annotated[str, typer.Option("--experts", help="experts to remove, such as 3,5")],
     shard_gb: ShardGB = 2.0,
     check: Check = True,
 ) -> None:
-    """Leave experts out; the others keep their order and get new numbers."""
+    """Remove experts from all MoE blocks; the others keep their order and are renumbered."""
     from expert_parallel.interop.surgery import remove
 
     with refusals(ValueError, OSError):
@@ -55,11 +63,11 @@ def remove_command(
 def merge_command(
     source: Source,
     out: Out,
-    which: Annotated[list[str], typer.Option("--experts", help="experts that become one, as 3,5; several times")],
+    which: Annotated[list[str], typer.Option("--experts", help="experts to merge into one, such as 3,5; repeatable")],
     shard_gb: ShardGB = 2.0,
     check: Check = True,
 ) -> None:
-    """Make one expert of several: the mean of their weights and of their rows in the router."""
+    """Merge experts of all MoE blocks: averages their weights and their rows of the router."""
     from expert_parallel.interop.surgery import merge
 
     with refusals(ValueError, OSError):
@@ -68,6 +76,7 @@ def merge_command(
 
 
 def _count(source: Path) -> int:
+    """Returns the number of experts of a checkpoint."""
     from expert_parallel.checkpoint.files import open_checkpoint
     from expert_parallel.interop.surgery import num_experts_of
 
@@ -75,6 +84,7 @@ def _count(source: Path) -> int:
 
 
 def _operate(source: Path, out: Path, surgery: "Surgery", shard_gb: float, check: bool) -> None:
+    """Writes the changed checkpoint and, with `check`, prints the loss before and after."""
     from expert_parallel.interop.surgery import operate
     from expert_parallel.interop.upcycle import compare
 
@@ -85,6 +95,7 @@ def _operate(source: Path, out: Path, surgery: "Surgery", shard_gb: float, check
 
 
 def _numbers(text: str, option: str) -> list[int]:
+    """Parses expert numbers such as 3,5. Raises ValueError, which names the option."""
     if not all(part.strip().isascii() and part.strip().isdigit() for part in text.split(",")):
-        raise ValueError(f"{option} is {text!r}, it must be numbers of experts, as 3,5")
+        raise ValueError(f"{option} is {text!r}, it must be a list of expert numbers, such as 3,5")
     return [int(part) for part in text.split(",")]

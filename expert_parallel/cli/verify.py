@@ -1,4 +1,4 @@
-"""`expert-parallel verify`: from the command line's words to a table and an exit code."""
+"""Implements the command `expert-parallel verify`: builds what to verify, runs it, and prints the table."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -24,7 +24,10 @@ REDUCED_TIMEOUT = timedelta(seconds=120)
 def plan_verification(
     config: Config, num_ranks: int, layouts: Sequence[str], dtype: str, full: bool, one_machine: bool = True
 ) -> tuple[Plan, Reduced]:
-    """ValueError where something cannot be verified, or a layout cannot be."""
+    """Returns what to verify, and how the config was shrunk for it.
+
+    Raises ValueError if the config or a layout cannot be verified.
+    """
     if dtype not in TOLERANCES:
         raise ValueError(f"--dtype is {dtype!r}, it must be one of {', '.join(TOLERANCES)}")
     named = [Layout.parse(text) for text in layouts]
@@ -51,10 +54,12 @@ def verify_command(
     say: Say,
     count_bytes: bool = False,
 ) -> bool:
-    """Whether all layouts agree; prints the table, and with count_bytes what each axis moves. runtime: the ranks of a
-    launcher, each of which calls this, or a process alone, which starts `num_ranks` of its own on the CPU.
+    """Verifies the layouts, prints the table, and returns True if all compute the same.
 
-    UserError for what cannot be verified; RankError where a rank of our own fails."""
+    runtime: the ranks of a launcher, each of which calls this, or a single process, which starts `num_ranks` ranks on
+    the CPU. count_bytes: also print the bytes that each axis sends. Raises UserError if something cannot be verified,
+    RankError if a rank that it started fails.
+    """
     alone = runtime.launch.launcher == "none"
     world = runtime.together(lambda: _world(runtime, num_ranks))
     plan, reduced = runtime.together(lambda: plan_verification(config, world, layouts, dtype, full, alone))
@@ -84,14 +89,15 @@ def _world(runtime: Runtime, num_ranks: int | None) -> int:
 def _refuse_bytes(config: Config) -> None:
     if config.data.documents == "separate":
         raise ValueError(
-            "--bytes: data.documents is 'separate', and what losses of scope 'sequence' send depends on how many "
-            "documents a row has; the formulas are for data.documents=joined"
+            "--bytes: data.documents is 'separate': what losses of scope 'sequence' send depends on the number of "
+            "documents in a row; the formulas are for data.documents=joined"
         )
     if config.runtime.backend == "mpi":
-        raise ValueError("--bytes: runtime.backend is 'mpi', and what is counted are calls of torch's own groups")
+        raise ValueError("--bytes: runtime.backend is 'mpi', but only collectives of torch.distributed can be counted")
 
 
 def report(plan: Plan, reduced: Reduced, results: list[LayoutResult], ranks: str) -> None:
+    """Prints what was changed for the comparison, the table of results, and the verdict."""
     console = make_console()
     tolerance = TOLERANCES[plan.dtype][0]
     for title, changes in (("made smaller", reduced.changes), ("set for the comparison", reduced.settings)):
@@ -111,7 +117,7 @@ def report(plan: Plan, reduced: Reduced, results: list[LayoutResult], ranks: str
     moe = plan.config.model.moe
     has_capacity = moe is not None and not isinstance(moe.capacity, DroplessConfig)
     if has_capacity and not any(result.dropped for result in results):
-        console.print("no choice was dropped: model.moe.capacity has not been put to the test", soft_wrap=True)
+        console.print("no choice was dropped: model.moe.capacity was not tested", soft_wrap=True)
     wrong = sum(not result.passes(tolerance) for result in results)
     seconds = sum(result.seconds for result in results)
     verdict = f"{wrong} of {len(results)} layouts differ" if wrong else f"all {len(results)} layouts compute the same"
@@ -119,7 +125,7 @@ def report(plan: Plan, reduced: Reduced, results: list[LayoutResult], ranks: str
 
 
 def verify_task(task: dict[str, Any], runtime: Runtime, say: Say) -> list[dict[str, Any]]:
-    """On a rank of our own."""
+    """Verifies on a rank that `verify` has started itself."""
     layouts = [Layout.parse(text) for text in task["layouts"]]
     plan = Plan(Config.model_validate(task["config"]), layouts, task["dtype"], task["dropout"], task["bytes"])
     return [asdict(result) for result in verify(plan, runtime, say)]

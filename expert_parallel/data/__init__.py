@@ -1,1 +1,1 @@
-"""From text to the micro-batch of one data rank: preparing, blending, sampling, sharding."""
+"""Turns text into the micro-batches of each data-parallel rank: preparing, blending, sampling, sharding."""

@@ -1,9 +1,9 @@
-"""Blends: sample i of a run comes from the corpora by their weights, and from each corpus in an order of its own.
+"""Blends corpora: a run's samples are drawn from corpora by their weights, and from each in a shuffled order.
 
-Everything is a function of (seed, i), at the same small cost for any i, and nothing grows with the corpora but the
-files themselves: an epoch's order is a permutation that is computed for one window at a time, not a table of all. (A
-table takes 8 bytes a window on every rank, and is drawn anew every epoch; 100 billion tokens in sequences of 4,096 are
-200 MB. The table of a blend takes 8 MB, whatever it blends.)
+Everything is a function of (seed, sample index), at the same small cost for any index, and no table grows with the
+corpora: an epoch's order is a permutation that is computed for one window at a time. (A table would take 8 bytes per
+window on every rank, and a new one each epoch: 200 MB for 100 billion tokens in sequences of 4,096. The table of a
+blend takes 8 MB, whatever it blends.)
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,16 @@ from torch import Tensor
 from expert_parallel.data.sampler import Tokens, count_windows, evenly, too_short, windows
 from expert_parallel.nn.random import mix
 
-PERIOD = 1 << 20  # samples after which the pattern of corpora begins anew: weights are kept to a millionth
+PERIOD = 1 << 20  # samples after which the order of corpora repeats: weights are exact to one in a million
 ROUNDS = 6
 
 
 class Pattern(NamedTuple):
-    """For each place of the period: its corpus, and how many places of that corpus come before it. counts: places of
-    each corpus in a period."""
+    """Holds the order of corpora within one period of PERIOD samples.
+
+    corpus: the corpus of each sample. before: how many samples of the same corpus precede it. counts: samples of each
+    corpus per period.
+    """
 
     corpus: np.ndarray[Any, Any]
     before: np.ndarray[Any, Any]
@@ -34,7 +37,10 @@ class Pattern(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What a corpus has for training, or for evaluation. setting: that names it. file, begin: where its tokens lie."""
+    """Holds the tokens of a corpus that are for training, or those that are held out.
+
+    setting: path of the setting that names the corpus. file, begin: its tokens begin at token `begin` of `file`.
+    """
 
     setting: str
     file: Path
@@ -43,7 +49,7 @@ class Part:
     weight: float
 
     def num_windows(self, sequence_length: int, purpose: str) -> int:
-        """ValueError where there is none."""
+        """Returns the number of windows. Raises ValueError if there is none."""
         number = count_windows(self.tokens, sequence_length)
         if number < 1:
             what = f"{self.setting}: {self.file} holds"
@@ -51,11 +57,11 @@ class Part:
         return number
 
     def windows(self, sequence_length: int, order: Sequence[int], vocab_size: int) -> Tensor:
-        """int64, (len(order), S + 1). ValueError where a token is beyond the vocabulary: the embedding has no row."""
+        """Reads windows, int64, (len(order), S + 1). Raises ValueError if a token is outside the vocabulary."""
         tokens = windows(self.tokens, sequence_length, order)
         wrong = (tokens < 0) | (tokens >= vocab_size)
         if wrong.any():
-            row, column = wrong.nonzero()[0].tolist()
+            row, column = wrong.nonzero()[0].tolist()  # on the CPU, as all tensors in this package
             place = self.begin + order[row] * sequence_length + column
             raise ValueError(
                 f"{self.setting}: {self.file} holds {int(tokens[row, column])} as token {place}, model.vocab_size is "
@@ -66,7 +72,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class BlendSampler:
-    """An endless list of sequences of several corpora (Sampler), each of which goes through epochs of its own."""
+    """Draws an endless sequence of samples from several corpora, each with its own epochs (a Sampler)."""
 
     parts: Sequence[Part]
     sequence_length: int
@@ -80,8 +86,8 @@ class BlendSampler:
             if not count:
                 total = sum(part.weight for part in self.parts)
                 raise ValueError(
-                    f"{part.setting}: its weight is {part.weight:g} of {total:g} in all, it must be at least one part "
-                    f"in {PERIOD}"
+                    f"{part.setting}: its weight is {part.weight:g} of a sum of {total:g}, it must be at least "
+                    f"1/{PERIOD} of the sum"
                 )
 
     @property
@@ -93,7 +99,7 @@ class BlendSampler:
         return [part.num_windows(self.sequence_length, "training") for part in self.parts]
 
     def place_of(self, sample: int) -> tuple[int, int, int]:
-        """Corpus, epoch of the corpus, window."""
+        """Returns (corpus, epoch of the corpus, window) of a sample."""
         period, place = divmod(sample, PERIOD)
         corpus_p, before_p, counts = self.pattern
         corpus = int(corpus_p[place])
@@ -107,13 +113,13 @@ class BlendSampler:
         return torch.cat([torch.empty((0, length + 1), dtype=torch.int64), *rows])
 
     def epochs(self, num_samples: int) -> list[float]:
-        """How often so many samples go through each corpus."""
+        """Returns how many epochs of each corpus `num_samples` samples make up."""
         periods = num_samples / PERIOD
         return [periods * count / n for count, n in zip(self.pattern.counts, self.num_windows, strict=True)]
 
 
 def blended_held_out(parts: Sequence[Part], sequence_length: int, limit: int, vocab_size: int) -> Tensor:
-    """Held-out sequences of all corpora, int64, (n, S + 1): of each as many as are among the first `limit` samples."""
+    """Returns held-out sequences, int64, (n, S + 1), as many of each corpus as among the first `limit` samples."""
     corpus_p = spread(tuple(part.weight for part in parts)).corpus
     found = []
     for number, part in enumerate(parts):
@@ -125,8 +131,11 @@ def blended_held_out(parts: Sequence[Part], sequence_length: int, limit: int, vo
 
 @lru_cache(maxsize=8)
 def spread(weights: tuple[float, ...]) -> Pattern:
-    """Places in proportion to the weights, those of a corpus at equal distances: the j-th of n lies at (j + 1/2) / n of
-    the period. So is every stretch of samples in proportion, within about one sample a corpus."""
+    """Returns the order of corpora in a period: in proportion to the weights, each corpus at equal distances.
+
+    The j-th of a corpus's n samples is placed at (j + 1/2) / n of the period. So every stretch of samples is in
+    proportion, too, up to about one sample per corpus.
+    """
     shares = np.array(weights) / sum(weights) * PERIOD
     counts = np.floor(shares).astype(np.int64)
     largest_rests = np.argsort(counts - shares, kind="stable")
@@ -139,8 +148,11 @@ def spread(weights: tuple[float, ...]) -> Pattern:
 
 
 def shuffled(position: int, size: int, key: int) -> int:
-    """Position -> place, a permutation of range(size) for each key: a Feistel network (Luby and Rackoff 1988) over the
-    next power of four, gone through again while the result lies outside (cycle walking, Black and Rogaway 2002)."""
+    """Maps a position to its place in a permutation of range(size), which depends on the key.
+
+    It is a Feistel network (Luby and Rackoff 1988) over the next power of four, applied again while the result is
+    outside the range (cycle walking, Black and Rogaway 2002).
+    """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:

@@ -1,4 +1,4 @@
-"""The config's `data` block: what a run trains on, how documents are kept apart, and what is held out."""
+"""Holds the settings of the training data: where it comes from, how documents are separated, what is held out."""
 
 import platform
 from typing import Annotated, Any, Literal
@@ -7,12 +7,24 @@ from pydantic import BeforeValidator, Field
 
 from expert_parallel.settings import Settings
 
-HeldOut = Annotated[float, Field(gt=0, lt=0.5)]
 Pattern = Annotated[str, Field(min_length=1)]
-# joined: documents of a sequence see each other. separate: attention and balance losses keep them apart.
-Documents = Literal["joined", "separate"]
-# Refuses other data than these. A run fills it in, so that its own config.yaml and its checkpoints say what they saw.
-Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None
+HeldOut = Annotated[
+    float, Field(gt=0, lt=0.5, description="Keeps this fraction of the data out of training, for evaluation.")
+]
+Documents = Annotated[
+    Literal["joined", "separate"],
+    Field(
+        description="Lets tokens attend to other documents in their sequence (`joined`), or separates documents in "
+        "attention and in balance losses (`separate`)."
+    ),
+]
+Digest = Annotated[
+    Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None,
+    Field(
+        description="Refuses data with another SHA-256 (hexadecimal); a run fills it in, in its own config.yaml and "
+        "its checkpoints, so that a resumed run sees the same data."
+    ),
+]
 
 
 def _as_list(paths: Any) -> Any:
@@ -20,7 +32,7 @@ def _as_list(paths: Any) -> Any:
 
 
 class StdlibData(Settings):
-    """The sources of the running Python's standard library, as bytes: real text with nothing to download."""
+    """Trains on the sources of the running Python's standard library, as bytes: real text without a download."""
 
     kind: Literal["stdlib"]
     held_out: HeldOut = 0.05
@@ -32,12 +44,19 @@ class StdlibData(Settings):
 
 
 class FilesData(Settings):
-    """The user's own text, as bytes: a text file is one document, a JSONL line is one document (its `field`)."""
+    """Trains on text files and JSONL files, as bytes; a text file or a line of JSONL is one document."""
 
     kind: Literal["files"]
-    paths: Annotated[list[Pattern], Field(min_length=1), BeforeValidator(_as_list)]
+    paths: Annotated[
+        list[Pattern],
+        Field(min_length=1),
+        BeforeValidator(_as_list, json_schema_input_type=Annotated[list[Pattern], Field(min_length=1)] | Pattern),
+    ]
+    """Lists the files to read; each entry may be a glob pattern, and a single one needs no list."""
     format: Literal["auto", "text", "jsonl"] = "auto"
+    """Sets how files are read; `auto` decides by each file's name."""
     field: str = "text"
+    """Names the field of a JSONL line that holds the document's text."""
     held_out: HeldOut = 0.05
     documents: Documents = "joined"
     sha256: Digest = None
@@ -47,22 +66,26 @@ class FilesData(Settings):
 
 
 class CorpusSettings(Settings):
-    """A token file, PREFIX.bin and PREFIX.idx; its share of the sequences is its weight over the sum of all."""
+    """Names a token file, PREFIX.bin with PREFIX.idx, and its share of the training sequences."""
 
     path: Pattern
+    """Sets the PREFIX of the token file."""
     weight: float = Field(default=1.0, gt=0)
+    """Sets the corpus's share of the training sequences, relative to the sum of all weights."""
 
 
 class TokensData(Settings):
-    """Token files from `expert-parallel data prepare`, or Megatron's. `tokenizer` (a tokenizer.json, or `bytes`) and
-    `end_id` (the token that ends a document) are for those of Megatron, which do not say it themselves."""
+    """Trains on token files written by `expert-parallel data prepare` or by Megatron-LM."""
 
     kind: Literal["tokens"]
     corpora: list[CorpusSettings] = Field(default=[])  # an imported model, which only generates, has none
+    """Lists the token files and their weights."""
     held_out: HeldOut = 0.05
     documents: Documents = "joined"
     tokenizer: Pattern | None = None
+    """Sets the tokenizer of token files that do not name theirs (Megatron-LM's): a tokenizer.json, or `bytes`."""
     end_id: Annotated[int, Field(ge=0)] | None = None
+    """Sets the token id that ends a document in token files that do not name theirs (Megatron-LM's)."""
     sha256: Digest = None
 
 

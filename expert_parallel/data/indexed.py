@@ -1,4 +1,4 @@
-"""Token files in Megatron's indexed layout: PREFIX.bin holds token ids end to end, PREFIX.idx says where they begin.
+"""Reads and writes token files in Megatron's indexed format: PREFIX.bin holds token ids, PREFIX.idx the index.
 
 PREFIX.idx, little-endian, as megatron/core/datasets/indexed_dataset.py reads and writes it:
 
@@ -7,11 +7,11 @@ PREFIX.idx, little-endian, as megatron/core/datasets/indexed_dataset.py reads an
     uint8      code of the tokens' dtype (DTYPES)
     uint64     N: sequences
     uint64     M: documents + 1
-    int32 N    tokens of each sequence
-    int64 N    byte of PREFIX.bin with which each sequence begins: there are no gaps
-    int64 M    sequence with which each document begins, and N; a document is one sequence in most corpora
+    int32 N    tokens of each sequence (sequence_lengths)
+    int64 N    byte of PREFIX.bin at which each sequence begins (sequence_pointers); there are no gaps
+    int64 M    sequence at which each document begins, then N (document_indices); mostly one sequence per document
 
-Files stay on disk: they are memory-mapped, and opening reads the index alone.
+Files are memory-mapped; opening reads the index only.
 """
 
 import bisect
@@ -26,13 +26,16 @@ import numpy as np
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-CHUNK = 1 << 20  # sequences that are checked at a time
+CHUNK = 1 << 20  # sequences checked at a time
 
 
 @dataclass(frozen=True, eq=False)
 class IndexedTokens:
-    """tokens: all of them, end to end. lengths, begins: of each sequence, in tokens and as byte. documents: the first
-    sequence of each, and the number of sequences."""
+    """Holds a memory-mapped corpus. tokens: all token ids, concatenated.
+
+    lengths, begins: of each sequence, its tokens and its first byte. documents: the first sequence of each document,
+    then the number of sequences.
+    """
 
     path: Path
     tokens: np.ndarray[Any, Any]
@@ -49,14 +52,17 @@ class IndexedTokens:
         return len(self.documents) - 1
 
     def document_begin(self, document: int) -> int:
-        """The token with which it begins; that of the document after the last is the number of tokens."""
+        """Returns the index of a document's first token; the number of tokens for the document after the last."""
         sequence = int(self.documents[document])
         at_end = sequence == len(self.lengths)
         return self.num_tokens if at_end else int(self.begins[sequence]) // self.tokens.itemsize
 
     def held_out_begin(self, held_out: float) -> int:
-        """The token with which the held-out part begins: the fewest last documents that make up the fraction. Where
-        these are more than half of all (a lone document), it is the token instead."""
+        """Returns the index of the first held-out token.
+
+        The fewest last documents that make up the fraction are held out; if these are more than half of all tokens (a
+        single document, say), the split is within a document.
+        """
         wanted = math.ceil(held_out * self.num_tokens)
         latest = self.num_tokens - wanted
         document = bisect.bisect_right(range(self.num_documents), latest, key=self.document_begin) - 1
@@ -65,17 +71,17 @@ class IndexedTokens:
 
 
 def with_suffix(prefix: str, suffix: str) -> Path:
-    """PREFIX may hold dots."""
+    """Appends a suffix to a prefix, which may contain dots."""
     return Path(prefix + suffix)
 
 
 def smallest_dtype(vocab_size: int) -> type[np.generic]:
-    """Megatron's choice, and one byte where that will do; it reads all of them."""
+    """Returns the dtype that Megatron would choose, or uint8 if that is enough. Megatron reads all of them."""
     return np.uint8 if vocab_size <= 256 else np.uint16 if vocab_size < 65500 else np.int32
 
 
 def write_index(path: Path, dtype: type[np.generic], lengths: np.ndarray[Any, Any]) -> None:
-    """The index of documents of one sequence each. lengths: int32, tokens of each."""
+    """Writes the index of documents of one sequence each. lengths: int32, the tokens of each."""
     code = next(code for code, known in DTYPES.items() if known is dtype)
     ends = np.cumsum(lengths, dtype="<i8") * np.dtype(dtype).itemsize
     with path.open("wb") as stream:
@@ -86,7 +92,8 @@ def write_index(path: Path, dtype: type[np.generic], lengths: np.ndarray[Any, An
 
 
 def open_indexed(prefix: str) -> IndexedTokens:
-    """ValueError, with file and place, where a file is missing, cut off, or where the two do not fit each other."""
+    """Opens PREFIX.idx and PREFIX.bin. Raises ValueError, with file and position, if one is missing, truncated, or
+    invalid."""
     index, data = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
     missing = [path for path in (index, data) if not path.is_file()]
     if missing:
@@ -98,7 +105,7 @@ def open_indexed(prefix: str) -> IndexedTokens:
         with index.open("rb") as stream:
             header = stream.read(HEADER.size)
         if len(header) < HEADER.size:
-            raise ValueError(f"{index} is cut off: it has {size} bytes, its header alone takes {HEADER.size}")
+            raise ValueError(f"{index} is truncated: it has {size} bytes, its header alone takes {HEADER.size}")
         dtype, num_sequences, num_entries = _read_header(index, header, size)
         lengths = np.memmap(index, "<i4", "r", HEADER.size, (num_sequences,))
         begins = np.memmap(index, "<i8", "r", HEADER.size + lengths.nbytes, (num_sequences,))
@@ -106,7 +113,7 @@ def open_indexed(prefix: str) -> IndexedTokens:
         num_bytes = _check_sequences(index, lengths, begins, dtype.itemsize)
         _check_documents(index, documents, num_sequences)
         if data_size != num_bytes:
-            raise ValueError(f"{data} has {data_size} bytes, its index {index} comes to {num_bytes}")
+            raise ValueError(f"{data} has {data_size} bytes, its index {index} says {num_bytes}")
         if num_bytes == 0:
             raise ValueError(f"{data} is empty: its index lists {num_sequences} sequences without a token")
         return IndexedTokens(Path(prefix), np.memmap(data, dtype, "r"), lengths, begins, documents)
@@ -115,21 +122,23 @@ def open_indexed(prefix: str) -> IndexedTokens:
 
 
 def _read_header(index: Path, header: bytes, size: int) -> tuple[np.dtype[Any], int, int]:
-    """dtype of the tokens, N, M."""
+    """Parses the header; returns (dtype of the tokens, N, M)."""
     magic, version, code, num_sequences, num_entries = HEADER.unpack(header)
     if magic != MAGIC:
-        raise ValueError(f"{index} is no index of Megatron's: it begins with {magic!r}, not with {MAGIC!r}")
+        raise ValueError(f"{index} is not a Megatron index: it begins with {magic!r}, not with {MAGIC!r}")
     if version != 1:
-        raise ValueError(f"{index} is of version {version} (byte 9), only version 1 is known")
+        raise ValueError(f"{index} has version {version} (byte 9), only version 1 is supported")
     if code not in DTYPES:
         raise ValueError(f"{index} has code {code} for the tokens' dtype (byte 17), it must be one of {list(DTYPES)}")
     expected = HEADER.size + 12 * num_sequences + 8 * num_entries
     if size == expected + num_sequences and num_sequences:
-        raise ValueError(f"{index} holds a mode for each of {num_sequences} sequences: multimodal corpora are unknown")
+        raise ValueError(
+            f"{index} holds a mode for each of {num_sequences} sequences: multimodal corpora are not supported"
+        )
     if size != expected:
         raise ValueError(
-            f"{index} has {size} bytes, its counts of {num_sequences} sequences and {num_entries} entries of documents "
-            f"(bytes 18 to 33) come to {expected}"
+            f"{index} has {size} bytes, but {num_sequences} sequences and {num_entries} document entries (bytes 18 to "
+            f"33) take {expected}"
         )
     if num_sequences == 0:
         raise ValueError(f"{index} is empty: it lists 0 sequences")
@@ -137,7 +146,7 @@ def _read_header(index: Path, header: bytes, size: int) -> tuple[np.dtype[Any], 
 
 
 def _check_sequences(index: Path, lengths: np.ndarray[Any, Any], begins: np.ndarray[Any, Any], itemsize: int) -> int:
-    """Each begins where the one before ends. The bytes of all."""
+    """Checks that each sequence begins where the previous one ends; returns the total number of bytes."""
     expected = 0
     for first in range(0, len(lengths), CHUNK):
         length_n = np.asarray(lengths[first : first + CHUNK], dtype=np.int64)
@@ -148,14 +157,14 @@ def _check_sequences(index: Path, lengths: np.ndarray[Any, Any], begins: np.ndar
             place = int(wrong_n.argmax())
             raise ValueError(
                 f"{index}: sequence {first + place} of {len(lengths)} has {length_n[place]} tokens from byte "
-                f"{begin_n[place]}, it should begin at byte {expected_n[place]}, where the one before it ends"
+                f"{begin_n[place]}, it should begin at byte {expected_n[place]}, where the previous one ends"
             )
         expected = int(expected_n[-1])
     return expected
 
 
 def _check_documents(index: Path, documents: np.ndarray[Any, Any], num_sequences: int) -> None:
-    """They begin at sequence 0, never go back, and end with the last sequence."""
+    """Checks that documents begin at sequence 0, are in order, and end with the last sequence."""
     if len(documents) < 2:
         raise ValueError(f"{index} is empty: it lists {num_sequences} sequences but no document")
     before = 0
@@ -169,7 +178,7 @@ def _check_documents(index: Path, documents: np.ndarray[Any, Any], num_sequences
             place = int(wrong_n.argmax())
             raise ValueError(
                 f"{index}: document {first + place} begins with sequence {begin_n[place]} of {num_sequences}, out of "
-                f"order: the one before it begins with {begin_n[place - 1] if place else before}"
+                f"order: the previous one begins with {begin_n[place - 1] if place else before}"
             )
         before = int(begin_n[-1])
     if before != num_sequences:

@@ -1,4 +1,4 @@
-"""What token files hold, in words."""
+"""Formats what `data inspect` prints about token files."""
 
 import numpy as np
 
@@ -7,7 +7,8 @@ from expert_parallel.data.tokenizer import TokensInfo, check_info, file_sha256, 
 
 
 def describe(prefix: str, num_shown: int, verify: bool) -> str:
-    """ValueError where the files are damaged; with `verify` also where tokens are."""
+    """Formats counts, lengths and first tokens of a corpus. Raises ValueError if files (with `verify`: tokens) are
+    damaged."""
     corpus, info = open_indexed(prefix), read_info(prefix)
     begins = np.array([corpus.document_begin(number) for number in sample(corpus.num_documents)])
     ends = np.array([corpus.document_begin(number + 1) for number in sample(corpus.num_documents)])
@@ -32,13 +33,14 @@ def describe(prefix: str, num_shown: int, verify: bool) -> str:
 
 
 def sample(number: int, most: int = 100_000) -> list[int]:
-    """At most so many of the documents: the index of a large corpus need not be read for a median."""
+    """Selects at most `most` documents, evenly spaced, so that a median does not need the whole index of a large
+    corpus."""
     count = min(number, most)
     return [place * number // count for place in range(count)]
 
 
 def check_tokens(prefix: str, corpus: IndexedTokens, info: TokensInfo | None) -> str:
-    """Reads everything."""
+    """Reads all tokens and checks their range, SHA-256 and the end of each document."""
     low, high = 0, 0
     for first in range(0, corpus.num_tokens, CHUNK):
         chunk = corpus.tokens[first : first + CHUNK]

@@ -1,4 +1,4 @@
-"""The data of a run, whatever its kind: what to train on, what to evaluate on, and what it is."""
+"""Opens the data of a run, whatever its kind: a sampler for training, held-out sequences, and a description."""
 
 import hashlib
 import shutil
@@ -19,7 +19,7 @@ from expert_parallel.data.tokenizer import SEPARATOR, ByteTokenizer, Tokenizer
 
 @dataclass(frozen=True)
 class Demand:
-    """What a run asks of its data."""
+    """Holds what a run requires of its data."""
 
     sequence_length: int
     vocab_size: int
@@ -30,7 +30,10 @@ class Demand:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """config: as given, with what was found filled in: data.sha256, and the token that ends documents."""
+    """Holds the opened data of a run.
+
+    config: as given, with data.sha256 and the token that ends documents filled in.
+    """
 
     sampler: Sampler
     held_out: Tensor  # int64, (n, S + 1)
@@ -39,10 +42,10 @@ class Data:
 
 
 def open_data(config: DataConfig, demand: Demand) -> Data:
-    """ValueError where the data cannot be read, do not fit, or are others than data.sha256 says."""
+    """Opens the data. Raises ValueError if it cannot be read, does not fit the run, or does not match data.sha256."""
     data = OPENERS[config.kind](config, demand)
     if config.sha256 not in (None, found := data.config.sha256):
-        raise ValueError(f"data.sha256 is {config.sha256} but the data have {found}: they are others than these")
+        raise ValueError(f"data.sha256 is {config.sha256} but the data has {found}: it is other data")
     return data
 
 
@@ -73,7 +76,7 @@ def _open_tokens(config: TokensData, demand: Demand) -> Data:
     return Data(sampler, held_out, description, config.model_copy(update={"sha256": sha256, "end_id": end_id}))
 
 
-# A further kind of data is a config class in DataConfig and a line here.
+# To add a kind of data: a config class in DataConfig and a line here.
 OPENERS: dict[str, Callable[[Any, Demand], Data]] = {
     "stdlib": _open_text,
     "files": _open_text,
@@ -85,8 +88,10 @@ TOKENIZER_FILE = "tokenizer.json"  # in a run's folder
 
 
 def load_tokenizer(config: DataConfig, folder: Path | None = None) -> Tokenizer | None:
-    """What turns text into this data's tokens; None where a corpus of Megatron's came without. folder: of a run, which
-    keeps its tokenizer, so that it generates where its corpora are not."""
+    """Returns the tokenizer of the data, or None if a corpus of Megatron's names none.
+
+    folder: of a run, which keeps a copy of its tokenizer, so that it can generate text without its corpora.
+    """
     if not isinstance(config, TokensData):
         return ByteTokenizer()
     if folder is not None and (folder / TOKENIZER_FILE).is_file():
@@ -95,8 +100,11 @@ def load_tokenizer(config: DataConfig, folder: Path | None = None) -> Tokenizer 
 
 
 def keep_tokenizer(config: DataConfig, folder: Path) -> None:
-    """Copies the tokenizer's file into the folder of a run. Where tokens are bytes, removes one that was there: the
-    folder is a copy of another run's, or holds an imported model. Where nothing is known, leaves all as it is."""
+    """Copies the tokenizer's file into the folder of a run.
+
+    If tokens are bytes, it removes a file that is there: the folder is a copy of another run, or holds an imported
+    model. If no tokenizer is known, it changes nothing.
+    """
     name = tokens.tokenizer_name(config) if isinstance(config, TokensData) else ("bytes", None)
     if name is None:
         return

@@ -1,7 +1,8 @@
-"""Files -> token files: documents are tokenized in parallel and written in the order in which they stand in the files.
+"""Tokenizes files into token files; documents are tokenized in parallel and written in the order of the input.
 
-The input is cut into jobs by its bytes alone, and their results are written in order: the same files give the same
-bytes, whatever the number of workers. Outputs have a partial name until all of them are whole. Knows nothing of torch.
+The input is split into jobs by its bytes alone, and their results are written in order: the same files give the same
+bytes for any number of workers. Outputs have temporary names until all of them are complete. This module does not
+import torch.
 """
 
 import hashlib
@@ -32,8 +33,8 @@ from expert_parallel.data.reading import (
 from expert_parallel.data.tokenizer import Sources, Tokenizer, TokensInfo, file_sha256, open_tokenizer, train_tokenizer
 
 JOB_BYTES = 1 << 20
-TRAINING_BYTES = 1 << 30  # of text that a tokenizer is trained on; of more, every n-th job
-SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet"}  # of the format `auto`; all others are text
+TRAINING_BYTES = 1 << 30  # most text that a tokenizer is trained on
+SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet"}  # for format `auto`; other suffixes are text
 FIELD = "--field"
 
 Item = TypeVar("Item")
@@ -42,8 +43,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Piece:
-    """A text file; the lines of a JSONL file that begin at bytes first .. last - 1; row group `first` of a parquet
-    file. bytes: what it takes on disk, about."""
+    """Holds one input of a job: a text file, a byte range of a JSONL file, or a row group of a parquet file.
+
+    JSONL: the lines that begin at bytes first .. last - 1. Parquet: row group `first`. bytes: approximate size on disk.
+    """
 
     file: Path
     format: str
@@ -57,7 +60,7 @@ Job = list[Piece]
 
 @dataclass(frozen=True)
 class Tokenized:
-    """The documents of a job, end to end, each with its end token. lengths: of each, int32."""
+    """Holds the tokens of a job's documents, concatenated, each with its end token. lengths: int32, per document."""
 
     tokens: np.ndarray[Any, Any]
     lengths: np.ndarray[Any, Any]
@@ -65,7 +68,9 @@ class Tokenized:
 
 
 @dataclass(frozen=True)
-class Progress:
+class PrepareProgress:
+    """Counts what has been written so far."""
+
     bytes_done: int
     bytes_in_all: int
     num_documents: int
@@ -82,11 +87,11 @@ def prepare(
     format: str = "auto",
     workers: int = 1,
     say: Callable[[str], None],
-    report: Callable[[Progress], None],
+    report: Callable[[PrepareProgress], None],
 ) -> TokensInfo:
     """Writes PREFIX.bin, .idx, .json and, unless tokens are bytes, .tokenizer.json. tokenizer: `bytes`, the path of a
-    tokenizer.json, or `train:VOCAB_SIZE`. ValueError, with file and place, where something is wrong: then nothing is
-    left behind."""
+    tokenizer.json, or `train:VOCAB_SIZE`. Raises ValueError, with file and position, if something is wrong; then no
+    output is left."""
     found = [file for _, file in matched_files(files, "FILES")]
     jobs = list(cut(found, format))
     with outputs(prefix) as partial_name, executor(workers) as submit:
@@ -102,7 +107,7 @@ def prepare(
                 with writing(prefix):
                     kept.write_bytes(content)
         if known.end_id is None:
-            raise ValueError(f"--tokenizer {tokenizer} has none of the usual tokens that end a document: --end-token")
+            raise ValueError(f"--tokenizer {tokenizer} has no known token that ends a document: use --end-token")
         dtype = smallest_dtype(known.vocab_size)
         digests = in_order(submit, file_sha256, found, ahead=2 * workers)
         sources = Sources(
@@ -115,7 +120,7 @@ def prepare(
         results = in_order(submit, work, jobs, ahead=2 * workers)
         lengths, sha256, num_empty = write_tokens(prefix, partial_name(".bin"), jobs, results, report)
         if not len(lengths):
-            raise ValueError(f"{', '.join(map(str, found[:3]))}: {num_empty} documents, all without text")
+            raise ValueError(f"{', '.join(map(str, found[:3]))}: {num_empty} documents, all of them empty")
         info = TokensInfo(
             tokenizer="bytes" if kept is None else with_suffix(prefix, ".tokenizer.json").name,
             tokenizer_sha256=key[2],
@@ -134,7 +139,7 @@ def prepare(
 
 
 def cut(files: Iterable[Path], format: str) -> Iterator[Job]:
-    """Pieces of about JOB_BYTES; small files share a job."""
+    """Splits files into jobs of about JOB_BYTES; small files share a job."""
     job: Job = []
     for file in files:
         for piece in cut_file(file, SUFFIXES.get(file.suffix.lower(), "text") if format == "auto" else format):
@@ -147,6 +152,7 @@ def cut(files: Iterable[Path], format: str) -> Iterator[Job]:
 
 
 def cut_file(file: Path, format: str) -> Iterator[Piece]:
+    """Splits a file into parts that can be tokenized separately. Raises ValueError if it is empty."""
     size = size_of(file)
     if size == 0:
         raise ValueError(f"{file} is empty (0 bytes)")
@@ -173,7 +179,7 @@ def size_of(file: Path) -> int:
 
 
 def texts_of(piece: Piece, field: str, *, zero_ends: bool) -> Iterator[str]:
-    """zero_ends: whether a zero byte ends documents, so that none may be in a text."""
+    """Reads the documents of one input. zero_is_separator: a zero byte ends documents, so no text may contain one."""
     if piece.format == "parquet":
         yield from parquet_texts(piece.file, piece.first, field, FIELD, zero_ends=zero_ends)
     elif piece.format == "jsonl":
@@ -188,14 +194,14 @@ def texts_of(piece: Piece, field: str, *, zero_ends: bool) -> Iterator[str]:
         yield text_of_file(read_bytes(piece.file, "FILES"), str(piece.file), zero_ends=zero_ends)
 
 
-@lru_cache(maxsize=1)  # a worker gets the same with every job
+@lru_cache(maxsize=1)  # all jobs of a worker have the same tokenizer
 def tokenizer_of(name: str, end_id: int, sha256: str | None) -> Tokenizer:
-    """sha256: of the file, so that another one under its name is read anew."""
+    """Opens a tokenizer once per worker. sha256: of its file, so that a changed file is opened anew."""
     return open_tokenizer(name, end_id)
 
 
 def tokenize(job: Job, tokenizer: tuple[str, int, str | None], field: str, dtype: type[np.generic]) -> Tokenized:
-    """What a worker does. tokenizer: as tokenizer_of takes it. Documents without text are left out and counted."""
+    """Tokenizes a job, in a worker. tokenizer: arguments of `cached_tokenizer`. Empty documents are only counted."""
     known, end_id = tokenizer_of(*tokenizer), tokenizer[1]
     documents, num_empty = [], 0
     for piece in job:
@@ -211,25 +217,30 @@ def tokenize(job: Job, tokenizer: tuple[str, int, str | None], field: str, dtype
 
 
 def write_tokens(
-    prefix: str, path: Path, jobs: list[Job], results: Iterator[Tokenized], report: Callable[[Progress], None]
+    prefix: str, path: Path, jobs: list[Job], results: Iterator[Tokenized], report: Callable[[PrepareProgress], None]
 ) -> tuple[np.ndarray[Any, Any], str, int]:
-    """Lengths of all documents, SHA-256 of what was written, documents left out."""
-    digest, lengths, num_tokens, num_documents, num_empty, done = hashlib.sha256(), [], 0, 0, 0, 0
+    """Writes tokens as results arrive; returns (lengths of all documents, SHA-256, number of empty documents)."""
+    digest = hashlib.sha256()
+    lengths = []
+    num_tokens = num_documents = num_empty = done = 0
     sizes = [sum(piece.bytes for piece in job) for job in jobs]
     with writing(prefix), path.open("wb") as stream:
         for size, result in zip(sizes, results, strict=True):
             stream.write(result.tokens.data)
             digest.update(result.tokens.data)
             lengths.append(result.lengths)
-            done, num_empty = done + size, num_empty + result.num_empty
-            num_tokens, num_documents = num_tokens + len(result.tokens), num_documents + len(result.lengths)
-            report(Progress(done, sum(sizes), num_documents, num_tokens))
+            done += size
+            num_empty += result.num_empty
+            num_tokens += len(result.tokens)
+            num_documents += len(result.lengths)
+            report(PrepareProgress(done, sum(sizes), num_documents, num_tokens))
         stream.flush()
         os.fsync(stream.fileno())
     return np.concatenate(lengths), digest.hexdigest(), num_empty
 
 
 def vocabulary_wanted(tokenizer: str) -> int:
+    """Parses the size in `train:VOCAB_SIZE`. Raises ValueError if it is not a valid size."""
     size = tokenizer.removeprefix("train:")
     if not size.isdecimal() or not 257 <= int(size) <= 1 << 24:
         raise ValueError(f"--tokenizer train:{size}: the size must be a number from 257 (all bytes, and the end token)")
@@ -237,9 +248,10 @@ def vocabulary_wanted(tokenizer: str) -> int:
 
 
 def train_on(jobs: list[Job], path: Path, vocab_size: int, field: str, say: Callable[[str], None]) -> None:
+    """Trains a tokenizer on the texts, or on every n-th job if they exceed TRAINING_BYTES."""
     size = sum(piece.bytes for job in jobs for piece in job)
     every = -(-size // TRAINING_BYTES)
-    part = "all of it" if every == 1 else f"every {every}th part of it, all along"
+    part = "all of it" if every == 1 else f"1 of every {every} parts of it"
     say(f"training a tokenizer of {vocab_size:,} tokens on {size:,} bytes: {part}")
     pieces = (piece for job in jobs[::every] for piece in job)
     train_tokenizer((text for piece in pieces for text in texts_of(piece, field, zero_ends=False)), vocab_size, path)
@@ -247,8 +259,11 @@ def train_on(jobs: list[Job], path: Path, vocab_size: int, field: str, say: Call
 
 @contextmanager
 def outputs(prefix: str) -> Iterator[Callable[[str], Path]]:
-    """Gives suffix -> path under a partial name, which no other command has. When all went well they get their own
-    names, the index last, without which there is no corpus; else they are removed."""
+    """Yields a function from suffix to a temporary path, unique to this command.
+
+    On success the files are renamed, the index last, since a corpus exists only with its index. On failure they are
+    removed.
+    """
     final = {suffix: with_suffix(prefix, suffix) for suffix in (".tokenizer.json", ".bin", ".json", ".idx")}
     partials = {suffix: with_suffix(prefix, f".partial_{secrets.token_hex(4)}{suffix}") for suffix in final}
     refuse_existing(final.values())
@@ -257,7 +272,7 @@ def outputs(prefix: str) -> Iterator[Callable[[str], Path]]:
     named: list[Path] = []
     try:
         yield partials.__getitem__
-        refuse_existing(final.values())  # another command may have been quicker
+        refuse_existing(final.values())  # another command may have made them meanwhile
         with writing(prefix):
             for suffix, path in partials.items():
                 if path.exists():
@@ -272,13 +287,14 @@ def outputs(prefix: str) -> Iterator[Callable[[str], Path]]:
 
 
 def refuse_existing(paths: Iterable[Path]) -> None:
+    """Raises ValueError if any of the paths exists."""
     if there := [str(path) for path in paths if path.exists()]:
-        raise ValueError(f"{' and '.join(there)} would be overwritten: choose another OUT_PREFIX, or remove it")
+        raise ValueError(f"{' and '.join(there)} exists already: choose another OUT_PREFIX, or remove it")
 
 
 @contextmanager
 def writing(prefix: str) -> Iterator[None]:
-    """What cannot be read is a ValueError already: an OSError in here is of the output."""
+    """Turns an OSError into a ValueError about the output; errors of reading are ValueErrors already."""
     try:
         yield
     except OSError as error:
@@ -287,7 +303,7 @@ def writing(prefix: str) -> Iterator[None]:
 
 @contextmanager
 def executor(workers: int) -> Iterator[Callable[..., Future[Any]] | None]:
-    """Processes to work in; None for this one alone."""
+    """Yields the `submit` of a process pool, or None if one worker is enough: this process."""
     if workers == 1:
         yield None
         return
@@ -301,7 +317,7 @@ def executor(workers: int) -> Iterator[Callable[..., Future[Any]] | None]:
 def in_order(
     submit: Callable[..., Future[Any]] | None, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
-    """The results in the order of the items, of which so many are worked on at a time: memory stays bounded."""
+    """Yields results in the order of the items, with at most `ahead` of them in progress, which bounds the memory."""
     if submit is None:
         yield from map(work, items)
         return
@@ -314,6 +330,6 @@ def in_order(
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise ValueError("a worker was killed, perhaps for want of memory: try fewer --workers") from error
+        raise ValueError("a worker was killed, perhaps out of memory: try fewer --workers") from error
     except OSError as error:
         raise ValueError(f"workers cannot be started ({error.strerror or error}): try fewer --workers") from error

@@ -1,5 +1,4 @@
-"""Reading what people have: text, JSONL, parquet. Whatever is wrong is said with the file and the place in it. Knows
-nothing of torch."""
+"""Reads users' files: text, JSONL, parquet. Errors name the file and the position. It does not import torch."""
 
 import glob
 import json
@@ -12,10 +11,10 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def matched_files(paths: list[str], setting: str) -> list[tuple[str, Path]]:
-    """(what names it, file) for every file: the patterns in the order given, the matches of each sorted.
+    """Expands glob patterns to (setting that names the file, file): patterns in the order given, matches sorted.
 
-    As in a shell, a glob leaves out hidden files, and folders are passed through. A file that is matched twice is
-    refused: its text could be trained on and held out at once.
+    As in a shell, a glob skips hidden files. Folders that it matches are skipped. A file that is matched twice is
+    refused: its text could be in both the training and the held-out part.
     """
     found: dict[str, tuple[str, Path]] = {}
     for index, pattern in enumerate(paths):
@@ -37,6 +36,7 @@ def matched_files(paths: list[str], setting: str) -> list[tuple[str, Path]]:
 
 
 def read_bytes(file: Path, setting: str) -> bytes:
+    """Reads a file. Raises ValueError, which names the setting, if it cannot be read."""
     try:
         return file.read_bytes()
     except OSError as error:
@@ -44,7 +44,11 @@ def read_bytes(file: Path, setting: str) -> bytes:
 
 
 def refuse_other_encodings(content: bytes, where: str, offset: int) -> str:
-    """The text. `offset`: of `content` in its file. A byte order mark, which no one sees, would be trained on."""
+    """Decodes UTF-8. Raises ValueError with the offset of the error; a byte order mark is refused, as it would be
+    trained on.
+
+    offset: the position of `content` in its file.
+    """
     if offset == 0 and content.startswith(BYTE_ORDER_MARK):
         raise ValueError(f"{where} begins with a byte order mark: save the file as UTF-8 without BOM")
     try:
@@ -55,7 +59,7 @@ def refuse_other_encodings(content: bytes, where: str, offset: int) -> str:
 
 
 def text_of_file(content: bytes, where: str, *, zero_ends: bool) -> str:
-    """zero_ends: whether a zero byte ends documents, so that none may be in a text."""
+    """Decodes a text file. zero_is_separator: a zero byte ends documents, so no text may contain one."""
     text = refuse_other_encodings(content, where, offset=0)
     if zero_ends and (at := content.find(0)) >= 0:
         raise ValueError(f"{where} holds a zero byte at offset {at}: where tokens are bytes, it ends a document")
@@ -72,10 +76,12 @@ def jsonl_texts(
     first: int = 0,
     last: int | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """(line number, text) of every line that begins at a byte from `first` to before `last`; line numbers count from
-    there. A line without text is refused, not skipped; so are blank lines. An empty string is a text here.
+    """Yields (line number, text) of the lines that begin at bytes first .. last - 1; line numbers count from there.
 
-    stream: the whole file, open. setting: what names the field. zero_ends: as text_of_file takes it."""
+    Lines without the field and blank lines are refused, not skipped; an empty string is a text. stream: the whole file,
+    open. setting: names the field in errors, in which line numbers count from the start of the file. zero_is_separator:
+    see decode_text_file.
+    """
     offset, number = _next_line(stream, first, last), 0
     while (last is None or offset < last) and (line := stream.readline()):
         number += 1
@@ -90,7 +96,7 @@ def jsonl_texts(
 
 
 def _text_of_line(line: bytes, field: str, setting: str, offset: int, zero_ends: bool) -> str:
-    """Errors go on after the line's number."""
+    """Extracts the text of one line. The messages of its errors continue after the line number."""
     text = refuse_other_encodings(line, "", offset)
     try:
         record = json.loads(text)
@@ -104,6 +110,8 @@ def _text_of_line(line: bytes, field: str, setting: str, offset: int, zero_ends:
 
 
 def refuse_other_values(value: Any, field: str, setting: str, zero_ends: bool) -> str:
+    """Returns the value if it is valid text. Raises ValueError if it is of another type, or contains a forbidden
+    character."""
     if not isinstance(value, str):
         raise ValueError(f": field {field!r} ({setting}) is of type {type(value).__name__}, not a string")
     try:
@@ -117,8 +125,10 @@ def refuse_other_values(value: Any, field: str, setting: str, zero_ends: bool) -
 
 
 def _next_line(stream: BinaryIO, position: int, last: int | None) -> int:
-    """The byte at which the first line begins that begins at `position` or later; the stream stands there. Where
-    none begins before `last`, it is `last` or the file's end: each job in a long line need not read it to its end."""
+    """Seeks to the first line that begins at `position` or later and returns its offset.
+
+    If none begins before `last`, returns `last` or the end of the file, so that no job reads a long line to its end.
+    """
     if position == 0:
         return stream.seek(0)
     stream.seek(position - 1)
@@ -127,7 +137,7 @@ def _next_line(stream: BinaryIO, position: int, last: int | None) -> int:
 
 
 def _count_lines(stream: BinaryIO, end: int) -> int:
-    """Line ends before byte `end`."""
+    """Counts line ends before byte `end`."""
     stream.seek(0)
     count = 0
     while end > 0 and (chunk := stream.read(min(end, 1 << 20))):
@@ -136,7 +146,7 @@ def _count_lines(stream: BinaryIO, end: int) -> int:
 
 
 def open_parquet(file: Path) -> Any:
-    """pyarrow's ParquetFile. ValueError where it is cut off or no parquet, or where pyarrow is not installed."""
+    """Opens a parquet file with pyarrow. Raises ValueError if it is damaged, or if pyarrow is not installed."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -149,7 +159,8 @@ def open_parquet(file: Path) -> Any:
 
 
 def parquet_texts(file: Path, group: int, field: str, setting: str, *, zero_ends: bool) -> Iterator[str]:
-    """The texts of one row group. Rows are numbered from 1, over the whole file. zero_ends: as text_of_file has it."""
+    """Yields the texts of one row group. Errors number rows from 1 over the whole file. zero_is_separator: see
+    decode_text_file."""
     from pyarrow import ArrowException
 
     parquet = open_parquet(file)

@@ -1,6 +1,6 @@
-"""Sampling: from a stream of tokens to sequences.
+"""Samples sequences from a stream of tokens.
 
-Shape letters in this room: B sequences of one rank's micro-batch, S positions of a sequence.
+Shape letters in this package: B sequences of one rank's micro-batch, S positions of a sequence.
 """
 
 import hashlib
@@ -17,22 +17,22 @@ Tokens = Tensor | np.ndarray[Any, Any]  # 1-D integers, on the CPU or memory-map
 
 
 class Sampler(Protocol):
-    """An endless list of sequences, in which sample i is a function of (seed, i) and the data alone."""
+    """Draws an endless sequence of samples, in which sample i is a function of (seed, i) and the data alone."""
 
     @property
     def separator(self) -> int | None:
-        """The token that ends a document, where documents are kept apart; None where they are joined."""
+        """Returns the token that ends a document, or None if documents are joined."""
 
     def sequences(self, first: int, count: int) -> Tensor:
-        """Samples first .. first + count - 1 as int64, (count, S + 1)."""
+        """Returns samples first .. first + count - 1 as int64, (count, S + 1)."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenSampler:
-    """Of one stream that fits into memory.
+    """Samples from one stream that fits into memory (a Sampler).
 
     The tokens are cut into windows of S + 1 that overlap by one, so that each token but the first is a target once.
-    Every epoch goes through all windows in an order of its own.
+    Every epoch visits all windows in its own order.
     """
 
     tokens: Tokens
@@ -57,16 +57,16 @@ class TokenSampler:
         return int(epoch_order(self.seed, epoch, self.num_windows)[position])
 
 
-@lru_cache(maxsize=2)  # a batch may lie across two epochs
+@lru_cache(maxsize=2)  # a batch may span two epochs
 def epoch_order(seed: int, epoch: int, num_windows: int) -> Tensor:
-    """The windows in the order in which this epoch visits them."""
+    """Returns the order in which an epoch visits the windows, int64, (num_windows,)."""
     key = hashlib.sha256(f"epoch order {seed} {epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)  # the seed is a signed 64-bit
     return torch.randperm(num_windows, generator=generator)
 
 
 def held_out_sequences(tokens: Tokens, sequence_length: int, limit: int | None) -> Tensor:
-    """Windows of the held-out part from its start, as int64, (n, S + 1); at most `limit`, evenly spread over it."""
+    """Returns windows of the held-out part, int64, (n, S + 1), at most `limit`, evenly spaced."""
     there = count_windows(tokens, sequence_length)
     if there < 1:
         raise ValueError(too_short("data.held_out leaves", "bytes for evaluation", len(tokens), sequence_length))
@@ -74,7 +74,7 @@ def held_out_sequences(tokens: Tokens, sequence_length: int, limit: int | None) 
 
 
 def evenly(there: int, limit: int | None) -> list[int]:
-    """At most `limit` of so many windows."""
+    """Selects at most `limit` of `there` windows, evenly spaced."""
     assert limit is None or limit >= 1, f"limit {limit}"
     count = there if limit is None else min(limit, there)
     return [number * there // count for number in range(count)]
@@ -85,7 +85,7 @@ def count_windows(tokens: Tokens, sequence_length: int) -> int:
 
 
 def windows(tokens: Tokens, sequence_length: int, order: Sequence[int]) -> Tensor:
-    """int64, (len(order), S + 1): window w begins at token w * S. Only what it returns is read."""
+    """Reads windows, int64, (len(order), S + 1); window w begins at token w * S. Nothing else is read."""
     begins = np.array(order, dtype=np.int64)[:, None] * sequence_length
     return torch.from_numpy(np.asarray(tokens)[begins + np.arange(sequence_length + 1)].astype(np.int64))
 

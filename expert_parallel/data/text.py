@@ -1,4 +1,4 @@
-"""Text as it lies on disk, as one stream of bytes: documents in a fixed pseudo-random order, a separator between."""
+"""Loads text from disk as one stream of bytes: documents in a fixed pseudo-random order, with separators in between."""
 
 import hashlib
 import io
@@ -17,18 +17,19 @@ from expert_parallel.data.config import FilesData, StdlibData
 from expert_parallel.data.reading import jsonl_texts, matched_files, read_bytes, text_of_file
 from expert_parallel.data.tokenizer import SEPARATOR
 
-# Of the standard library's folder: what is installed, generated or a fixture rather than the library's own source.
+# Folders in the standard library's folder that are installed, generated or fixtures, rather than its own source.
 LEFT_OUT_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "_bundled"}
 
 
 class Document(NamedTuple):
-    name: str  # says which document of the corpus, never where it lies: the corpus is ordered by it
+    name: str  # identifies the document independently of its folder: the order of the corpus depends on it
     content: bytes
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Both parts are uint8, 1-D, and views of one stream of documents with a separator between each two."""
+    """Holds a corpus in memory. train, held_out: uint8, 1-D, views of one stream of documents with separators in
+    between."""
 
     train: Tensor
     held_out: Tensor
@@ -38,7 +39,7 @@ class Corpus:
 
 
 def load_corpus(config: StdlibData | FilesData) -> Corpus:
-    """Read every document, bring them in a fixed pseudo-random order, join them, hold out the end."""
+    """Reads all documents, shuffles them in a fixed pseudo-random order, joins them, and holds out the end."""
     documents = sorted(SOURCES[config.kind](config), key=lambda d: hashlib.sha256(d.name.encode()).digest())
     assert all(d.content for d in documents), "a source yields no empty documents"
     assert documents, "a source yields documents"
@@ -59,10 +60,10 @@ def load_corpus(config: StdlibData | FilesData) -> Corpus:
 
 
 def held_out_start(sizes: list[int], held_out: float) -> int:
-    """The byte of the joined stream at which the held-out part begins, given the documents' sizes in order.
+    """Returns the byte of the joined stream at which the held-out part begins. sizes: of the documents, in order.
 
-    It is the start of a document: the fewest last documents that make up the fraction are held out. Where these
-    are more than half of the stream (a lone document, or one that dwarfs the others), it is the byte instead.
+    It is the start of a document: the fewest last documents that make up the fraction are held out. If these are more
+    than half of the stream (a single document, or one much larger than the others), the split is within a document.
     """
     total = sum(sizes) + len(sizes) - 1
     wanted = math.ceil(held_out * total)
@@ -75,15 +76,17 @@ def held_out_start(sizes: list[int], held_out: float) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sources: where documents come from. A further one is a config class in DataConfig and a line in SOURCES.
+# Sources of documents. To add one: a config class in DataConfig and a line in SOURCES.
 
 
 def stdlib_documents(config: StdlibData) -> Iterator[Document]:
-    """Every .py file below the library's folder, its bytes as they are: a few are not UTF-8. Empty ones say nothing."""
+    """Yields every non-empty .py file of the standard library. Its bytes are unchanged: a few files are not UTF-8."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files: list[Path] = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in LEFT_OUT_FOLDERS]  # os.walk goes where this says
+        subfolders[:] = [
+            name for name in subfolders if name not in LEFT_OUT_FOLDERS
+        ]  # os.walk descends only into these
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
         raise ValueError(f"data.kind: stdlib found 0 .py files below {root}; give your own text with data.kind: files")
@@ -93,8 +96,10 @@ def stdlib_documents(config: StdlibData) -> Iterator[Document]:
 
 
 def file_documents(config: FilesData) -> Iterator[Document]:
-    """The documents of all matched files, named by the file's position in the sorted list and the line in it.
-    Where documents are kept apart, a zero byte within one is refused: it would end it."""
+    """Yields the documents of all matched files, named by the file's position in the list and the line.
+
+    If documents are kept apart, a zero byte within one is refused: it would end the document.
+    """
     zero_ends = config.documents == "separate"
     for position, (setting, file) in enumerate(matched_files(config.paths, "data.paths")):
         content = read_bytes(file, setting)

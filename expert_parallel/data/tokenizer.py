@@ -1,9 +1,12 @@
-"""Text <-> token ids: bytes, or a tokenizer.json of Hugging Face's `tokenizers`; and PREFIX.json, which says what lies
-beside token files that `data prepare` made, and which tokenizer made them. Knows nothing of torch: workers that
-only tokenize start quickly."""
+"""Encodes text as token ids: bytes, or a tokenizer.json of Hugging Face's `tokenizers`; and reads PREFIX.json.
+
+PREFIX.json describes token files that `data prepare` made, and their tokenizer. This module does not import torch, so
+that workers start quickly.
+"""
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
@@ -13,18 +16,20 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from expert_parallel.data.indexed import IndexedTokens, with_suffix
-from expert_parallel.settings import Settings
+from expert_parallel.settings import Settings, refuse_newer
 
+FORMAT = 1  # newest version of PREFIX.json, as TokensInfo.format has it
 VOCABULARY_SIZE = 256  # of bytes
-SEPARATOR = b"\0"  # ends a document of bytes; no byte of ordinary text
+SEPARATOR = b"\0"  # ends a document of bytes; does not occur in ordinary text
 
 END_TOKEN = "<|endoftext|>"  # of tokenizers trained here
-# What ends a document in other tokenizers, looked for in this order. A chat's end of turn is none of them.
+# Tokens that end a document in other tokenizers, in order of preference. A chat's end of turn is not one.
 END_TOKENS = (END_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>", "<|eos|>", "[EOS]")
 
 
 class Tokenizer(Protocol):
-    """vocab_size: one more than the largest id. end_id: ends a document; None where there is no such token."""
+    """Encodes and decodes text. vocab_size: the largest id + 1. end_id: ends a document; None if there is no such
+    token."""
 
     vocab_size: int
     end_id: int | None
@@ -35,6 +40,8 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
+    """Encodes text as its UTF-8 bytes; a zero byte ends a document."""
+
     vocab_size: int = VOCABULARY_SIZE
     end_id: int | None = SEPARATOR[0]
 
@@ -46,8 +53,11 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer.json. Text is only text: what looks like a special token in it becomes ordinary tokens, and nothing
-    is put before or after it. end: the token that ends documents; None for the first of END_TOKENS that it has."""
+    """Encodes with a tokenizer.json.
+
+    Special tokens in the text are encoded as ordinary text, and none are added. end: the token that ends documents;
+    None: the first of END_TOKENS in the vocabulary.
+    """
 
     def __init__(self, path: Path, end: str | int | None = None) -> None:
         try:
@@ -64,13 +74,13 @@ class FileTokenizer:
         self.end_id: int | None = end if isinstance(end, int) else None
         if isinstance(end, str):
             if end not in vocabulary:
-                raise ValueError(f"{path} has no token {end!r}, which is to end documents")
+                raise ValueError(f"{path} has no token {end!r} to end documents with")
             self.end_id = vocabulary[end]
         elif end is None:
             self.end_id = next((vocabulary[token] for token in END_TOKENS if token in vocabulary), None)
 
     def encode(self, text: str) -> list[int]:
-        # A batch of one: the library's quickest way, without the characters' offsets.
+        # A batch of one: the library's fastest call, which skips character offsets.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -78,13 +88,15 @@ class FileTokenizer:
 
 
 def open_tokenizer(name: str, end: str | int | None = None) -> Tokenizer:
-    """name: `bytes`, or the path of a tokenizer.json. ValueError where it cannot be read."""
+    """Opens a tokenizer. name: `bytes`, or the path of a tokenizer.json. Raises ValueError if it cannot be read."""
     return ByteTokenizer() if name == "bytes" else FileTokenizer(Path(name), end)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019): any text can be encoded, whatever it was trained on.
-    It may come out smaller, where the text has no more pairs to merge."""
+    """Trains byte-level BPE, which can encode any text (Sennrich et al. 2016; Radford et al. 2019).
+
+    The vocabulary is smaller than vocab_size if the text has no more pairs to merge.
+    """
     tokenizer = HuggingFaceTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -99,7 +111,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """ValueError where it cannot be read."""
+    """Returns the SHA-256 of a file in hex. Raises ValueError if it cannot be read."""
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -108,7 +120,7 @@ def file_sha256(path: Path) -> str:
 
 
 class Sources(Settings):
-    """sha256: of the files' own SHA-256s, in order."""
+    """Counts the files that a token file was made from. sha256: hash of the files' SHA-256s, in order."""
 
     files: int
     bytes: int
@@ -116,14 +128,15 @@ class Sources(Settings):
 
 
 def _plain_name(name: str) -> str:
-    """A file beside PREFIX.json: what it says leads nowhere else."""
+    """Checks that a name in PREFIX.json is a plain file name, so that it cannot point outside the folder."""
     if name in ("", ".", "..") or "/" in name or "\\" in name:
-        raise ValueError(f"{name!r} is not the plain name of a file")
+        raise ValueError(f"{name!r} is not a plain file name")
     return name
 
 
 class TokensInfo(Settings):
-    """PREFIX.json. tokenizer: `bytes`, or the name of the tokenizer.json that lies beside it. sha256: of PREFIX.bin."""
+    """Describes a token file, as PREFIX.json. tokenizer: `bytes`, or the name of a tokenizer.json in the same folder.
+    sha256: hash of PREFIX.bin."""
 
     format: Literal["expert_parallel tokens 1"] = "expert_parallel tokens 1"
     tokenizer: Annotated[str, AfterValidator(_plain_name)]
@@ -138,23 +151,29 @@ class TokensInfo(Settings):
 
 
 def read_info(prefix: str) -> TokensInfo | None:
+    """Reads PREFIX.json, or returns None if there is none. Raises ValueError if it is invalid or of a newer version."""
     path = with_suffix(prefix, ".json")
     if not path.exists():
         return None
     try:
-        return TokensInfo.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    version = re.fullmatch(r"expert_parallel tokens (\d+)", str(tree.get("format"))) if isinstance(tree, dict) else None
+    if version is not None:
+        refuse_newer(f"{path}: the format", int(version[1]), FORMAT)
+    try:
+        return TokensInfo.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{path} does not describe token files: {where}: {first['msg']}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
 def check_info(prefix: str, tokens: IndexedTokens, info: TokensInfo) -> None:
-    """PREFIX.json belongs to these token files."""
+    """Raises ValueError if the counts in PREFIX.json differ from those of the token files."""
     for what, said, found in (
         ("documents", info.num_documents, tokens.num_documents),
         ("tokens", info.num_tokens, tokens.num_tokens),
@@ -164,7 +183,8 @@ def check_info(prefix: str, tokens: IndexedTokens, info: TokensInfo) -> None:
 
 
 def named_in(prefix: str, info: TokensInfo) -> tuple[str, int]:
-    """ValueError where the tokenizer's file is not the one that made the corpus."""
+    """Returns (name or path, end_id) of the tokenizer in PREFIX.json. Raises ValueError if its file is missing or
+    another."""
     if info.tokenizer == "bytes":
         return "bytes", info.end_id
     path = Path(prefix).parent / info.tokenizer
@@ -175,7 +195,7 @@ def named_in(prefix: str, info: TokensInfo) -> tuple[str, int]:
 
 
 def check_tokenizer(path: Path, prefix: str, info: TokensInfo) -> None:
-    """The file is the tokenizer that made the corpus."""
+    """Raises ValueError if the file is not the tokenizer that made the corpus."""
     if (found := file_sha256(path)) != info.tokenizer_sha256:
         raise ValueError(
             f"{path} is not the tokenizer of {prefix}: it has sha256 {found}, "

@@ -1,5 +1,7 @@
-"""Token files of a config's blend: whether they fit each other, the settings and the model. Start-up reads PREFIX.json
-and the index; tokens are read when a batch needs them."""
+"""Opens the token files of a blend, and checks that they fit each other, the settings and the model.
+
+Start-up reads PREFIX.json and the index; tokens are read when a batch needs them.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +23,8 @@ from expert_parallel.data.tokenizer import (
 
 
 class TokenCorpus(NamedTuple):
+    """Holds one opened corpus of `data.corpora`. setting: the path of its setting, for errors."""
+
     setting: str
     weight: float
     tokens: IndexedTokens
@@ -28,7 +32,8 @@ class TokenCorpus(NamedTuple):
 
 
 def open_corpora(config: TokensData, vocab_size: int) -> list[TokenCorpus]:
-    """ValueError where a file is damaged, or where corpora, settings and model do not fit each other."""
+    """Opens all corpora. Raises ValueError if a file is damaged, or if corpora, settings and model do not fit each
+    other."""
     if not config.corpora:
         raise ValueError("data.corpora is empty: there is nothing to train on")
     corpora = []
@@ -52,22 +57,22 @@ def open_corpora(config: TokensData, vocab_size: int) -> list[TokenCorpus]:
 
 
 def end_of(config: TokensData, corpora: list[TokenCorpus]) -> int | None:
-    """The token that ends a document; None where none is known and none is needed."""
+    """Returns the token that ends a document, or None if it is unknown and not needed."""
     end_id = next((corpus.info.end_id for corpus in corpora if corpus.info is not None), config.end_id)
     if end_id is None and (tokenizer := load_tokenizer(config)) is not None:
         end_id = tokenizer.end_id
     if end_id is None and config.documents == "separate":
-        raise ValueError("data.documents is 'separate' but no token is known that ends a document: give data.end_id")
+        raise ValueError("data.documents is 'separate' but the token that ends a document is unknown: set data.end_id")
     return end_id
 
 
 def digest_of(corpus: TokenCorpus) -> str:
-    """Of the tokens, as `data prepare` wrote it down; of the index, where Megatron prepared them."""
+    """Returns the SHA-256 of the tokens from PREFIX.json, or that of the index for a corpus from Megatron."""
     return corpus.info.sha256 if corpus.info is not None else file_sha256(with_suffix(str(corpus.tokens.path), ".idx"))
 
 
 def halves(corpora: list[TokenCorpus], held_out: float) -> tuple[list[Part], list[Part]]:
-    """For training, and held out."""
+    """Splits each corpus; returns (training parts, held-out parts)."""
     train, held = [], []
     for setting, weight, indexed, _ in corpora:
         begin, file = indexed.held_out_begin(held_out), with_suffix(str(indexed.path), ".bin")
@@ -77,7 +82,7 @@ def halves(corpora: list[TokenCorpus], held_out: float) -> tuple[list[Part], lis
 
 
 def load_tokenizer(config: TokensData) -> Tokenizer | None:
-    """That of data.tokenizer, or of the corpora; None where there is neither."""
+    """Opens the tokenizer of data.tokenizer, else that of the corpora; returns None if neither names one."""
     name = tokenizer_name(config)
     try:
         return None if name is None else open_tokenizer(*name)
@@ -86,7 +91,7 @@ def load_tokenizer(config: TokensData) -> Tokenizer | None:
 
 
 def tokenizer_name(config: TokensData) -> tuple[str, int | None] | None:
-    """`bytes` or the path of a tokenizer.json, and the token that ends documents, where that is known."""
+    """Returns (`bytes` or the path of a tokenizer.json, the token that ends documents or None); None if unknown."""
     if config.tokenizer is not None:
         return config.tokenizer, config.end_id
     described = described_corpus(config)
@@ -94,14 +99,16 @@ def tokenizer_name(config: TokensData) -> tuple[str, int | None] | None:
 
 
 def described_corpus(config: TokensData) -> tuple[str, TokensInfo] | None:
-    """The first corpus at hand that has a PREFIX.json, and what that says."""
+    """Returns (prefix, PREFIX.json) of the first corpus that has a PREFIX.json, or None."""
     infos = ((entry.path, read_info(entry.path)) for entry in config.corpora)
     return next(((prefix, info) for prefix, info in infos if info is not None), None)
 
 
 def load_kept_tokenizer(config: TokensData, kept: Path) -> Tokenizer:
-    """That of a run whose folder holds `kept`, also where its corpora are not. A folder may have been copied, or its
-    model imported: the file counts only where tokens are not bytes, and where PREFIX.json, if at hand, says the same.
+    """Opens the tokenizer that a run's folder keeps in `kept`, even if its corpora are missing.
+
+    The folder may be a copy, or its model imported: so the file is ignored if tokens are bytes, and must match
+    PREFIX.json if that is available.
     """
     try:
         described, end_id = described_corpus(config), config.end_id
@@ -117,18 +124,18 @@ def load_kept_tokenizer(config: TokensData, kept: Path) -> Tokenizer:
 
 
 def _check_agreement(config: TokensData, corpora: list[TokenCorpus]) -> None:
-    """All token ids mean the same."""
+    """Raises ValueError unless all corpora, and data.tokenizer, have the same tokenizer."""
     known = [(corpus.setting, corpus.info) for corpus in corpora if corpus.info is not None]
     for setting, info in known[1:]:
         first_setting, first = known[0]
         for name in ("tokenizer_sha256", "vocab_size", "end_id"):
             if (one := getattr(info, name)) != (other := getattr(first, name)):
-                raise ValueError(f"{setting} has another tokenizer than {first_setting}: {name} {one}, not {other}")
+                raise ValueError(f"{setting} has another tokenizer than {first_setting}: {name} is {one}, not {other}")
     for setting, info in known[:1]:
         if config.end_id not in (None, info.end_id):
             raise ValueError(f"data.end_id is {config.end_id}, documents of {setting} end with {info.end_id}")
         if config.tokenizer is not None:
-            load_tokenizer(config)  # says what is wrong with the file
+            load_tokenizer(config)  # raises an error about the file, if there is one
             given = None if config.tokenizer == "bytes" else file_sha256(Path(config.tokenizer))
             if given != info.tokenizer_sha256:
-                raise ValueError(f"data.tokenizer is {config.tokenizer!r}, another tokenizer made {setting}")
+                raise ValueError(f"data.tokenizer is {config.tokenizer!r}, but another tokenizer made {setting}")

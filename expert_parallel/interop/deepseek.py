@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from expert_parallel.interop.family_tensors import DENSE, EXPERTS, dense, outside_blocks
-from expert_parallel.interop.rules import REQUIRED, TheirConfig, Tree, get, put
+from expert_parallel.interop.rules import REQUIRED, TheirConfig, Tree, get_setting, set_setting
 from expert_parallel.interop.tensor_map import SAME, Link, rotary_rows
 
 
@@ -14,10 +14,10 @@ class Groups:
     def read(self, theirs: TheirConfig, ours: Tree) -> None:
         count, limit = theirs.size("n_group"), theirs.size("topk_group")
         if count > 1:
-            put(ours, "moe.router.group_limit", {"count": count, "limit": limit, "score": "top2_sum"})
+            set_setting(ours, "moe.router.group_limit", {"count": count, "limit": limit, "score": "top2_sum"})
 
     def write(self, ours: Tree, theirs: Tree) -> None:
-        groups = get(ours, "moe.router.group_limit") or {"count": 1, "limit": 1}
+        groups = get_setting(ours, "moe.router.group_limit") or {"count": 1, "limit": 1}
         theirs |= {"n_group": groups["count"], "topk_group": groups["limit"]}
 
 
@@ -26,11 +26,11 @@ class SharedExperts:
     """DeepSeek's shared experts, as one network of their joint width."""
 
     def read(self, theirs: TheirConfig, ours: Tree) -> None:
-        hidden = theirs.size("n_shared_experts") * get(ours, "moe.experts.hidden")
-        put(ours, "moe.shared_experts", {"hidden": hidden, "activation": "swiglu"})
+        hidden = theirs.size("n_shared_experts") * get_setting(ours, "moe.experts.hidden")
+        set_setting(ours, "moe.shared_experts", {"hidden": hidden, "activation": "swiglu"})
 
     def write(self, ours: Tree, theirs: Tree) -> None:
-        shared, each = get(ours, "moe.shared_experts.hidden") or 0, get(ours, "moe.experts.hidden") or 1
+        shared, each = get_setting(ours, "moe.shared_experts.hidden") or 0, get_setting(ours, "moe.experts.hidden") or 1
         theirs["n_shared_experts"] = shared // each
 
 
@@ -42,18 +42,18 @@ class LatentHeads:
         count = theirs.size("num_attention_heads")
         if theirs.take("num_key_value_heads", default=None) not in (None, count):
             raise theirs.refuse("num_key_value_heads", f"it must be num_attention_heads ({count})")
-        put(ours, "attention", {"kind": "latent", "num_heads": count})
+        set_setting(ours, "attention", {"kind": "latent", "num_heads": count})
         for key, path in LATENT_SIZES.items():
-            put(ours, path, theirs.size(key, default=None if key == "q_lora_rank" else REQUIRED))
-        rope, nope = (get(ours, f"attention.{size}") for size in ("rope_size", "nope_size"))
+            set_setting(ours, path, theirs.size(key, default=None if key == "q_lora_rank" else REQUIRED))
+        rope, nope = (get_setting(ours, f"attention.{size}") for size in ("rope_size", "nope_size"))
         for key, value in (("head_dim", rope), ("qk_head_dim", rope + nope)):
             if theirs.take(key, default=value) != value:
                 raise theirs.refuse(key, f"it must be {value}, which follows from the sizes of a head's parts")
         theirs.take("rope_interleave", default=True)  # the table of tensors looks at it
 
     def write(self, ours: Tree, theirs: Tree) -> None:
-        theirs |= {key: get(ours, path) for key, path in LATENT_SIZES.items()}
-        theirs["num_attention_heads"] = theirs["num_key_value_heads"] = get(ours, "attention.num_heads")
+        theirs |= {key: get_setting(ours, path) for key, path in LATENT_SIZES.items()}
+        theirs["num_attention_heads"] = theirs["num_key_value_heads"] = get_setting(ours, "attention.num_heads")
 
 
 LATENT_SIZES = {

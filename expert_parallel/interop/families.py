@@ -24,8 +24,8 @@ from expert_parallel.interop.rules import (
     Tree,
     Window,
     WindowByBlock,
-    get,
-    put,
+    get_setting,
+    set_setting,
 )
 from expert_parallel.interop.tensor_map import Link
 from expert_parallel.model.attention import HeadsConfig
@@ -47,8 +47,8 @@ class Family:
         something else or do not know."""
         theirs = TheirConfig(values)
         ours: Tree = {}
-        if quantised := values.get("quantization_config"):
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        if quantized := values.get("quantization_config"):
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
             if not (method == "mxfp4" and self.architecture == "GptOssForCausalLM"):
                 raise ValueError(
                     f"config.json: quantization_config says {method!r}: save the model unquantised, then import it"
@@ -71,14 +71,14 @@ def settings(model: ModelConfig) -> Tree:
     """What decides over the logits of generation (which has no capacity limits), with defaults resolved. The rest is of
     training, of speed, or of the layout."""
     tree = model.model_dump(mode="json")
-    window_layers = model.window_blocks.blocks(model.num_layers) if get(tree, "attention.window") else []
+    window_layers = model.window_blocks.blocks(model.num_layers) if get_setting(tree, "attention.window") else []
     tree |= {"moe_layers": model.moe_layers, "window_layers": window_layers}
     for name in ("moe_blocks", "window_blocks", "dropout", "init_std"):
         tree.pop(name)
     if isinstance(model.attention, HeadsConfig):
-        put(tree, "attention.num_kv_heads", model.attention.kv_heads)
+        set_setting(tree, "attention.num_kv_heads", model.attention.kv_heads)
         if model.attention.out_bias is None:
-            put(tree, "attention.out_bias", model.attention.bias)
+            set_setting(tree, "attention.out_bias", model.attention.bias)
     if tree["moe"] is not None:
         for name in ("preset", "d_model", "capacity", "losses", "dispatcher", "ledger"):
             tree["moe"].pop(name)

@@ -13,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 GENERATION = "generation_config.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Copied as they are: text and vocabulary, and how to generate.

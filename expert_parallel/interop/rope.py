@@ -4,7 +4,7 @@ rope_scaling."""
 import math
 from dataclasses import dataclass
 
-from expert_parallel.interop.rules import REQUIRED, TheirConfig, Tree, get, put
+from expert_parallel.interop.rules import REQUIRED, TheirConfig, Tree, get_setting, set_setting
 
 SCALINGS = {  # their rope_type -> (their key, ours, what its absence means)
     "linear": (("factor", "factor", REQUIRED),),
@@ -45,10 +45,10 @@ class Rope:
         if len(kinds) > 1 or (kind != "default" and kind not in SCALINGS):
             names = ", ".join(("default", *SCALINGS))
             raise ValueError(f"config.json: rope_type is {' and '.join(map(repr, sorted(kinds)))}: we have {names}")
-        put(ours, "position", {"kind": "rope", "theta": self.default_theta if theta is None else theta})
+        set_setting(ours, "position", {"kind": "rope", "theta": self.default_theta if theta is None else theta})
         longest = theirs.size("max_position_embeddings", default=None)
         if kind != "default":
-            put(ours, "position.scaling", {"kind": kind, **_scaling(kind, found, longest)})
+            set_setting(ours, "position.scaling", {"kind": kind, **_scaling(kind, found, longest)})
         if found:
             key, value = next(iter(found.items()))
             raise ValueError(f"config.json: {key} of the rotary positions is {value!r}: it is not known for {kind!r}")
@@ -78,7 +78,7 @@ class Rope:
         return found
 
     def write(self, ours: Tree, theirs: Tree) -> None:
-        theta, scaling = get(ours, "position.theta"), get(ours, "position.scaling")
+        theta, scaling = get_setting(ours, "position.theta"), get_setting(ours, "position.scaling")
         older = None
         if scaling is not None and scaling["kind"] in SCALINGS:
             keys = {their: scaling.get(own) for their, own, _ in SCALINGS[scaling["kind"]]}

@@ -54,7 +54,7 @@ class TheirConfig:
                 raise self.refuse(key, "this key is not known here, and may change what the model computes")
 
 
-def get(tree: Tree, path: str) -> Any:
+def get_setting(tree: Tree, path: str) -> Any:
     """The value at a dotted path, None where a block on the way is absent."""
     value: Any = tree
     for key in path.split("."):
@@ -62,7 +62,7 @@ def get(tree: Tree, path: str) -> Any:
     return value
 
 
-def put(tree: Tree, path: str, value: Any) -> None:
+def set_setting(tree: Tree, path: str, value: Any) -> None:
     *parents, leaf = path.split(".")
     for key in parents:
         tree = tree.setdefault(key, {})
@@ -93,10 +93,10 @@ class Same:
         value = theirs.take(*self.names, default=self.default)
         if value is None and self.default is not None:
             raise theirs.refuse(self.names[0], "a value is needed")
-        put(ours, self.path, value)
+        set_setting(ours, self.path, value)
 
     def write(self, ours: Tree, theirs: Tree) -> None:
-        theirs[self.names[0]] = get(ours, self.path)
+        theirs[self.names[0]] = get_setting(ours, self.path)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Size(Same):
     """A whole number, 1 or more."""
 
     def read(self, theirs: TheirConfig, ours: Tree) -> None:
-        put(ours, self.path, theirs.size(*self.names, default=self.default))
+        set_setting(ours, self.path, theirs.size(*self.names, default=self.default))
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Ours:
     value: Any
 
     def read(self, theirs: TheirConfig, ours: Tree) -> None:
-        put(ours, self.path, self.value)
+        set_setting(ours, self.path, self.value)
 
     def write(self, ours: Tree, theirs: Tree) -> None:
         pass
@@ -158,11 +158,11 @@ class HeadSize:
             size = width // heads
         if not self.is_free and size * heads != width:
             raise theirs.refuse("head_dim", f"{heads} heads must make up hidden_size ({width})")
-        put(ours, "attention.head_size", size)
+        set_setting(ours, "attention.head_size", size)
 
     def write(self, ours: Tree, theirs: Tree) -> None:
         if self.is_free:
-            theirs["head_dim"] = get(ours, "attention.head_size")
+            theirs["head_dim"] = get_setting(ours, "attention.head_size")
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class QKNorm:
     kind: str
 
     def read(self, theirs: TheirConfig, ours: Tree) -> None:
-        put(ours, "attention.qk_norm", {"kind": self.kind, "eps": get(ours, "norm.eps")})
+        set_setting(ours, "attention.qk_norm", {"kind": self.kind, "eps": get_setting(ours, "norm.eps")})
 
     def write(self, ours: Tree, theirs: Tree) -> None:
         pass
@@ -195,10 +195,10 @@ class Window:
         if self.switch is not None and size is not None and first:
             raise theirs.refuse("max_window_layers", "versions of transformers differ in which blocks have a window")
         if size is not None:
-            put(ours, "attention.window", size)
+            set_setting(ours, "attention.window", size)
 
     def write(self, ours: Tree, theirs: Tree) -> None:
-        size = get(ours, "attention.window")
+        size = get_setting(ours, "attention.window")
         theirs["sliding_window"] = size
         if self.switch is not None:
             theirs[self.switch] = size is not None
@@ -229,11 +229,13 @@ class WindowByBlock:
         if blocks and size is None:
             raise theirs.refuse("sliding_window", f"layer_types gives {len(blocks)} blocks a window")
         if blocks:
-            put(ours, "attention.window", size)
-            put(ours, "window_blocks", {"kind": "list", "indices": blocks} if len(blocks) < count else {"kind": "all"})
+            set_setting(ours, "attention.window", size)
+            set_setting(
+                ours, "window_blocks", {"kind": "list", "indices": blocks} if len(blocks) < count else {"kind": "all"}
+            )
 
     def write(self, ours: Tree, theirs: Tree) -> None:
-        size, blocks = get(ours, "attention.window"), set(ours["window_layers"])
+        size, blocks = get_setting(ours, "attention.window"), set(ours["window_layers"])
         kinds = ["sliding_attention" if layer in blocks else "full_attention" for layer in range(ours["num_layers"])]
         theirs |= {"sliding_window": size, "layer_types": kinds}
         if self.switch is not None:
@@ -251,11 +253,11 @@ class SparseStep:
             raise theirs.refuse("mlp_only_layers", "it must be a list of blocks")
         blocks = [layer for layer in range(step - 1, ours["num_layers"], step) if layer not in dense]
         if len(blocks) == ours["num_layers"]:
-            put(ours, "moe_blocks", {"kind": "all"})
+            set_setting(ours, "moe_blocks", {"kind": "all"})
         elif dense:
-            put(ours, "moe_blocks", {"kind": "list", "indices": blocks})
+            set_setting(ours, "moe_blocks", {"kind": "list", "indices": blocks})
         else:
-            put(ours, "moe_blocks", {"kind": "every_nth", "n": step})
+            set_setting(ours, "moe_blocks", {"kind": "every_nth", "n": step})
 
     def write(self, ours: Tree, theirs: Tree) -> None:
         dense = set(range(ours["num_layers"])) - set(ours["moe_layers"])
@@ -268,7 +270,7 @@ class FirstDense:
 
     def read(self, theirs: TheirConfig, ours: Tree) -> None:
         k = theirs.size("first_k_dense_replace", least=0)
-        put(ours, "moe_blocks", {"kind": "all_but_first", "k": k} if k else {"kind": "all"})
+        set_setting(ours, "moe_blocks", {"kind": "all_but_first", "k": k} if k else {"kind": "all"})
 
     def write(self, ours: Tree, theirs: Tree) -> None:
         theirs["first_k_dense_replace"] = min(ours["moe_layers"], default=ours["num_layers"])
@@ -286,8 +288,8 @@ class DenseHidden:
             return
         if hidden is None:
             raise ValueError(f"config.json: {self.key} is missing, the dense blocks need it")
-        put(ours, "ffn", {"hidden": hidden, "activation": "swiglu"})
+        set_setting(ours, "ffn", {"hidden": hidden, "activation": "swiglu"})
 
     def write(self, ours: Tree, theirs: Tree) -> None:
-        if (hidden := get(ours, "ffn.hidden")) is not None:
+        if (hidden := get_setting(ours, "ffn.hidden")) is not None:
             theirs[self.key] = hidden

@@ -1,1 +1,1 @@
-"""The Megatron-style decoder, as single-device code, and how it is laid over ranks."""
+"""Holds the Megatron-style decoder as single-device code, and applies every form of parallelism to it from outside."""

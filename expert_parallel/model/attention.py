@@ -1,5 +1,9 @@
-"""Causal self-attention with heads, grouped or not; optionally with norms of queries and keys, sinks, and a window.
-Single-device code."""
+"""Implements causal self-attention with grouped heads; optionally with norms of queries and keys, sinks, and a window.
+
+Single-device code. Shape letters: B sequences, T tokens of this rank, S tokens that this rank's heads have queries of,
+L keys of a sequence, H query heads, G key and value heads, h columns of a query or key head, v of a value head, D the
+model's.
+"""
 
 import math
 from collections.abc import Callable
@@ -7,7 +11,7 @@ from typing import Annotated, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
@@ -19,19 +23,25 @@ from expert_parallel.settings import Settings
 
 
 class HeadsConfig(Settings):
-    """heads * head_size need not be d_model. `num_kv_heads` (default: all heads) must divide `num_heads`. out_bias: of
-    the last matrix; null: as `bias`. sinks: see `attend_with_sinks`. window: keys that a query sees, its own and those
-    before it."""
+    """Uses multi-head attention, or grouped-query attention with fewer key than query heads (Ainslie et al. 2023)."""
 
     kind: Literal["heads"] = "heads"
     num_heads: int = Field(ge=1)
+    """Sets the number of query heads; `num_heads` times `head_size` may differ from `d_model`."""
     num_kv_heads: Annotated[int, Field(ge=1)] | None = None
-    head_size: int = Field(ge=1)
+    """Sets the number of key and value heads, which must divide `num_heads`; null is as many as query heads."""
+    head_size: int = Field(ge=1, validation_alias=AliasChoices("head_size", "head_dim"))
+    """Sets the number of columns of each head."""
     bias: bool = False
+    """Adds a bias to the query, key and value projections, and to the output projection unless `out_bias` is set."""
     out_bias: bool | None = None
+    """Adds a bias to the output projection; null does as `bias` says."""
     qk_norm: QKNormConfig | None = None
+    """Normalizes queries and keys; null leaves them as they are."""
     sinks: bool = False
+    """Adds a learned logit of each head to every softmax, as a key without a value (Xiao et al. 2023; GPT-OSS)."""
     window: Annotated[int, Field(ge=1)] | None = None
+    """Limits each query to this many tokens, itself and those before it (sliding window); null sets no limit."""
 
     @model_validator(mode="after")
     def _check_heads(self) -> "HeadsConfig":
@@ -49,17 +59,17 @@ class HeadsConfig(Settings):
 
     @property
     def rope_columns(self) -> tuple[str, int]:
-        """What rotary positions turn: the setting, and how many columns of a head."""
+        """Returns the setting of the columns of a head that have rotary positions, and their number."""
         return "head_size", self.head_size
 
     @property
     def values_kept(self) -> int:
-        """Numbers a token that the backward pass needs: queries, keys, values, and what comes of them."""
+        """Returns the numbers per token that the backward pass needs: queries, keys, values and the heads' outputs."""
         return (2 * self.num_heads + 2 * self.kv_heads) * self.head_size
 
     @property
     def products_per_key(self) -> int:
-        """Multiplications of a token with each key that it sees, and with its value, in all heads."""
+        """Returns the multiplications of a token with each key that it attends to and its value, over all heads."""
         return 2 * self.num_heads * self.head_size
 
     def num_params(self, d_model: int) -> int:
@@ -76,52 +86,76 @@ class HeadsConfig(Settings):
 
 
 class Attend(Protocol):
-    """(B, heads, S, h), (B, kv heads, L, h), (B, kv heads, L, v) -> (B, heads, S, v). mask: see Sight.mask; None: the
-    queries are the last of the L tokens, and see the keys up to their own. sinks_H: see `attend_with_sinks`."""
+    """Computes attention of (B, H, S, h) queries over (B, G, L, h) keys and (B, G, L, v) values -> (B, H, S, v).
+
+    mask: as returned by AttentionContext.mask; None: causal, the queries belong to the last S of the L tokens.
+    sinks_H: see `attend_with_sinks`.
+    """
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, sinks_H: Tensor | None = None
+        self,
+        query_BHSh: Tensor,
+        key_BGLh: Tensor,
+        value_BGLv: Tensor,
+        mask: Tensor | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor: ...
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, sinks_H: Tensor | None = None
+    query_BHSh: Tensor,
+    key_BGLh: Tensor,
+    value_BGLv: Tensor,
+    mask: Tensor | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """softmax(query key^T / sqrt(h)) value; see Attend."""
+    """Computes softmax(query key^T / sqrt(h)) value. Shapes and arguments are those of `AttentionFn`."""
     if sinks_H is not None:
-        return attend_with_sinks(query, key, value, mask, sinks_H)
-    grouped = query.shape[1] != key.shape[1]
-    if mask is None and query.shape[2] < key.shape[2]:
-        mask = causal_lower_right(query.shape[2], key.shape[2])
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return attend_with_sinks(query_BHSh, key_BGLh, value_BGLv, mask, sinks_H)
+    grouped = query_BHSh.shape[1] != key_BGLh.shape[1]
+    if mask is None and query_BHSh.shape[2] < key_BGLh.shape[2]:
+        mask = causal_lower_right(query_BHSh.shape[2], key_BGLh.shape[2])
+    return F.scaled_dot_product_attention(
+        query_BHSh, key_BGLh, value_BGLv, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+    )
 
 
-def attend_with_sinks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks_H: Tensor) -> Tensor:
-    """As `causal_attention`, but each head's sink is one more logit in every softmax, of a key that has no value (Xiao
-    et al. 2023; gpt-oss): heads may attend to nothing. Softmax in float32 or wider."""
-    wide = torch.promote_types(torch.float32, query.dtype)
-    num_kv_heads, num_queries, num_keys = key.shape[1], query.shape[2], key.shape[2]
-    grouped = query.unflatten(1, (num_kv_heads, -1))  # (B, kv heads, heads of each, S, h)
-    logits = (grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2).to(wide) / math.sqrt(query.shape[-1])
+def attend_with_sinks(
+    query_BHSh: Tensor, key_BGLh: Tensor, value_BGLv: Tensor, mask: Tensor | None, sinks_H: Tensor
+) -> Tensor:
+    """Computes `causal_attention` with one more logit, the head's sink, in every softmax: a key without a value.
+
+    A head can so attend to nothing (Xiao et al. 2023; gpt-oss).
+    """
+    # Softmax in float32 or wider: bfloat16 logits would lose the small weights.
+    softmax_dtype = torch.promote_types(torch.float32, query_BHSh.dtype)
+    num_kv_heads, num_keys = key_BGLh.shape[1:3]
+    num_queries, head_size = query_BHSh.shape[2:]
+    query_BGgSh = query_BHSh.unflatten(1, (num_kv_heads, -1))  # g: the query heads that share a key head
+    logits_BHSL = (query_BGgSh @ key_BGLh[:, :, None].transpose(-1, -2)).flatten(1, 2)
+    logits_BHSL = logits_BHSL.to(softmax_dtype) / math.sqrt(head_size)
     if mask is None:
-        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
-    logits = logits.masked_fill(~mask, -math.inf)
-    sinks = sinks_H.to(query.dtype).to(wide)[:, None, None].expand(*logits.shape[:-1], 1)
-    weights = torch.cat([logits, sinks], -1).softmax(-1)[..., :-1].to(value.dtype)
-    return (weights.unflatten(1, (num_kv_heads, -1)) @ value[:, :, None]).flatten(1, 2)
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query_BHSh.device)
+        mask = mask.tril(num_keys - num_queries)
+    logits_BHSL = logits_BHSL.masked_fill(~mask, -math.inf)
+    # Rounded to the compute dtype first, as every other weight is.
+    sinks_BHS1 = sinks_H.to(query_BHSh.dtype).to(softmax_dtype)[:, None, None].expand(*logits_BHSL.shape[:-1], 1)
+    weights_BHSL = torch.cat([logits_BHSL, sinks_BHS1], -1).softmax(-1)[..., :-1].to(value_BGLv.dtype)
+    return (weights_BHSL.unflatten(1, (num_kv_heads, -1)) @ value_BGLv[:, :, None]).flatten(1, 2)
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(head_size)) v over the keys that `sight` lets a query see. (B, T, D) of this rank's tokens
-    -> (B, T, D).
+    """Computes softmax(q k^T / sqrt(h)) v with q, k, v and the output projected linearly. (B, T, D) -> (B, T, D).
 
-    rope: None where positions are not rotary. gather: where tp divides heads and tokens, the tokens T -> those S that
-    this rank's heads attend from. attend: where ranks divide the tokens, another than the default.
+    rope: None if positions are not rotary. gather_sequence: with tensor parallelism, gathers the T tokens of all ranks
+    to the S tokens that every rank's heads attend from. `attention_fn`: replaced by context parallelism.
     """
 
     def __init__(self, config: HeadsConfig, d_model: int, rope: RopeConfig | None) -> None:
         super().__init__()
-        self.head_size, self.window, self.rope = config.head_size, config.window, rope
+        self.head_size = config.head_size
+        self.window = config.window
+        self.rope = rope
         self.query = Linear(d_model, config.num_heads * self.head_size, bias=config.bias)
         self.key = Linear(d_model, config.kv_heads * self.head_size, bias=config.bias)
         self.value = Linear(d_model, config.kv_heads * self.head_size, bias=config.bias)
@@ -133,19 +167,24 @@ class Attention(nn.Module):
             self.query_norm = norm(config.num_heads, self.head_size, eps)
             self.key_norm = norm(config.kv_heads, self.head_size, eps)
         self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.sinks else None
-        self.gather: Callable[[Tensor], Tensor] = identity
+        self.gather_sequence: Callable[[Tensor], Tensor] = identity
         self.attend: Attend = causal_attention
 
     def forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
-        x_BSD = self.gather(x_BTD)
-        query, key, value = self.query(x_BSD), self.key(x_BSD), self.value(x_BSD)
+        """Attends over the keys that the attention context makes visible to each query."""
+        x_BSD = self.gather_sequence(x_BTD)
+        query, key, value = self.query(x_BSD), self.key(x_BSD), self.value(x_BSD)  # (B, S, heads * h) each
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key, value = (rows.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for rows in (query, key, value))
+        query_BHSh, key_BGLh, value_BGLv = (self._split_heads(rows) for rows in (query, key, value))
         if self.rope is not None:
             cos, sin = sight.rotation(self.rope, self.head_size, query.dtype)
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        if sight.cache is not None:
-            key, value = sight.cache.extend(self, key, value)
-        mixed = self.attend(query, key, value, sight.mask(self.window), self.sinks)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+            query_BHSh, key_BGLh = rotate(query_BHSh, cos, sin), rotate(key_BGLh, cos, sin)
+        if sight.cache is not None:  # until here L = S; the cache adds the keys before
+            key_BGLh, value_BGLv = sight.cache.extend(self, key_BGLh, value_BGLv)
+        y_BHSv = self.attend(query_BHSh, key_BGLh, value_BGLv, sight.mask(self.window), self.sinks)
+        return self.out(y_BHSv.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, rows: Tensor) -> Tensor:
+        """Reshapes (B, S, heads * h) to (B, heads, S, h)."""
+        return rows.unflatten(-1, (-1, self.head_size)).transpose(1, 2)

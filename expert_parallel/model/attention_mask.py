@@ -1,51 +1,28 @@
-"""What the tokens of a pass see of each other: causal, within their own document, after what a cache holds.
+"""Determines which keys each query of a pass may attend to: causal, within its document, after the cached tokens.
 
-Built once a pass, from what every rank is given whole, and the same for all blocks; attention asks it for positions
-and for masks.
+It is built once per pass, from inputs that every rank has whole, and shared by all blocks.
 """
 
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from expert_parallel.model.kv_cache import KeyValueCache
 from expert_parallel.model.rotary import RopeConfig, rotation
 from expert_parallel.parallel.sequence import SequencePlace
 
 
-class KeyValueCache:
-    """Keys and values (or what a kind of attention makes them of) of the tokens so far, of the blocks of this rank.
-
-    length_B: int64, tokens of each sequence that are in it. Its owner moves it on, once all blocks have run; what
-    stands beyond is overwritten. capacity: tokens of a sequence that there is room for; behind it is one place more,
-    for the padding of a pass that goes beyond.
-    """
-
-    def __init__(self, num_sequences: int, capacity: int, device: torch.device | None = None) -> None:
-        self.num_places = capacity + 1
-        self.length_B = torch.zeros(num_sequences, dtype=torch.int64, device=device)
-        self.rows: dict[nn.Module, list[Tensor]] = {}
-
-    def extend(self, owner: nn.Module, *new: Tensor) -> list[Tensor]:
-        """Puts rows (B, heads, S, h) after the first length_B of each sequence, and returns all, (B, heads, num_places,
-        h). owner: the module whose rows they are."""
-        if owner not in self.rows:
-            self.rows[owner] = [rows.new_zeros(*rows.shape[:2], self.num_places, rows.shape[3]) for rows in new]
-        for held, rows in zip(self.rows[owner], new, strict=True):
-            place_BS = self.length_B[:, None] + torch.arange(rows.shape[2], device=rows.device)
-            place_BS = place_BS.clamp(max=self.num_places - 1)
-            held.scatter_(2, place_BS[:, None, :, None].expand_as(rows), rows)
-        return self.rows[owner]
-
-
 @dataclass(eq=False)
 class Sight:
-    """Answers the attention of all blocks in one pass, and keeps the masks and rotations that it has made.
+    """Provides attention masks and rotary tables to all blocks of one pass, and memoises them.
 
-    index_BS: int64, where the tokens of this context rank stand in their rows, (B, S), or (1, S) where all rows are
-    alike. position_BS: where they stand in their documents, likewise: what rotary and learned positions count.
-    document_BS, key_document_BL: the documents of queries and keys; None: one a row. L: keys of a row, in the order of
-    their rows. cache: what stands before them."""
+    index_BS: int64, the index of each token of this context parallel rank in its sequence, (B, S), or (1, S) if it is
+    the same in all sequences. position_BS: likewise, the position in its document, as rotary and learned positions
+    count. num_keys: L, the number of keys of a sequence, which are in sequence order. document_BS, key_document_BL:
+    int64, the document of each query and each key; None: a sequence is one document. cache: keys of earlier tokens.
+    """
 
     index_BS: Tensor
     position_BS: Tensor
@@ -53,57 +30,64 @@ class Sight:
     document_BS: Tensor | None = None
     key_document_BL: Tensor | None = None
     cache: KeyValueCache | None = None
-    # Made when first asked for, for all blocks: masks by window, cos and sin by what they are made of.
+    # Computed on first use and shared by all blocks: masks by window, cos and sin by their arguments.
     masks: dict[int | None, Tensor] = field(default_factory=dict, init=False)
     rotations: dict[tuple[RopeConfig, int, torch.dtype], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False
     )
 
-    @staticmethod
+    @classmethod
     def of(
+        cls,
         place: SequencePlace,
         length: int,
         device: torch.device,
         document_BL: Tensor | None = None,
         cache: KeyValueCache | None = None,
-    ) -> "Sight":
-        """length: of the whole rows. document_BL: int64, the whole rows' documents, never decreasing in a row."""
+    ) -> Self:
+        """Builds the context of one pass.
+
+        length: of whole sequences. document_BL: int64, the document of every token of the whole sequences,
+        non-decreasing within a sequence; not with a cache. cache: must have whole sequences (cp 1).
+        """
         index_1S = place.context(length).to(device)[None]
         if cache is not None:
             assert document_BL is None, "documents are for training"
             assert place.cp == 1, "a cache holds whole sequences"
             index_BS = cache.length_B[:, None] + index_1S
-            return Sight(index_BS, index_BS, cache.num_places, cache=cache)
+            return cls(index_BS, index_BS, cache.num_places, cache=cache)
         if document_BL is None:
-            return Sight(index_1S, index_1S, length)
+            return cls(index_1S, index_1S, length)
         index_L = torch.arange(length, device=device)
         begins_BL = torch.cat([torch.ones_like(document_BL[:, :1]), document_BL.diff(dim=1)], 1) != 0
         start_BL = torch.where(begins_BL, index_L, 0).cummax(1).values
         own_S = index_1S[0]
-        return Sight(index_1S, (index_L - start_BL)[:, own_S], length, document_BL[:, own_S], document_BL)
+        return cls(index_1S, (index_L - start_BL)[:, own_S], length, document_BL[:, own_S], document_BL)
 
     @property
     def is_causal(self) -> bool:
-        """Whether a query sees all keys up to its own: then no mask is needed."""
+        """Returns True if every query sees all keys up to its own position, which needs no mask."""
         return self.document_BS is None and self.cache is None
 
     def mask(self, window: int | None = None) -> Tensor | None:
-        """True where a query sees a key, bool (B or 1, 1, S, L), or None where `is_causal` says it all. window: of the
-        keys that a query sees, only so many, the last, its own among them."""
+        """Returns a mask, bool (B or 1, 1, S, L), True where a query sees a key; None if plain causal masking suffices.
+
+        window: sliding window: a query sees the last `window` keys, including the one at its own position.
+        """
         if self.is_causal and (window is None or window >= self.num_keys):
             return None
         if window not in self.masks:
             back_BSL = self.index_BS[:, :, None] - torch.arange(self.num_keys, device=self.index_BS.device)
-            sees_BSL = back_BSL >= 0
+            visible_BSL = back_BSL >= 0
             if window is not None:
-                sees_BSL = sees_BSL & (back_BSL < window)
+                visible_BSL = visible_BSL & (back_BSL < window)
             if self.document_BS is not None and self.key_document_BL is not None:
-                sees_BSL = sees_BSL & (self.document_BS[:, :, None] == self.key_document_BL[:, None, :])
-            self.masks[window] = sees_BSL[:, None]
+                visible_BSL = visible_BSL & (self.document_BS[:, :, None] == self.key_document_BL[:, None, :])
+            self.masks[window] = visible_BSL[:, None]
         return self.masks[window]
 
     def rotation(self, rope: RopeConfig, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin of these tokens' angles, (B or 1, 1, S, size / 2) each; see rotary.rotation."""
+        """Returns cos and sin of the rotary angles of these tokens, (B or 1, 1, S, size / 2) each, in `dtype`."""
         key = (rope, size, dtype)
         if key not in self.rotations:
             self.rotations[key] = rotation(rope, size, self.position_BS, dtype)

@@ -1,5 +1,5 @@
-"""Settings of the decoder: its sizes, its attention by `kind:`, which of its blocks are mixtures of experts; and what
-it comes to, parameters and FLOPs, from the settings alone."""
+"""Holds the settings of the decoder (sizes, attention, which blocks are mixtures of experts), and counts its parameters
+and FLOPs from the settings alone."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -34,6 +34,8 @@ AttentionConfig = Annotated[
 
 
 class AllBlocks(Settings):
+    """Selects all blocks."""
+
     kind: Literal["all"] = "all"
 
     def blocks(self, num_layers: int) -> list[int]:
@@ -41,28 +43,33 @@ class AllBlocks(Settings):
 
 
 class EveryNth(Settings):
-    """Blocks n - 1, 2n - 1, ...: with n = 2 every other block, the second first (Switch, GLaM)."""
+    """Selects blocks n - 1, 2n - 1, ...: with n = 2 every other block, starting with the second (Switch, GLaM)."""
 
     kind: Literal["every_nth"]
     n: int = Field(ge=1)
+    """Sets the distance between two selected blocks."""
 
     def blocks(self, num_layers: int) -> list[int]:
         return list(range(self.n - 1, num_layers, self.n))
 
 
 class AllButFirst(Settings):
-    """The first k blocks stay dense (DeepSeek-V3)."""
+    """Selects all blocks but the first k (DeepSeek-V3, whose first blocks are dense)."""
 
     kind: Literal["all_but_first"]
     k: int = Field(ge=0)
+    """Sets the number of blocks at the start of the model that are not selected."""
 
     def blocks(self, num_layers: int) -> list[int]:
         return list(range(self.k, num_layers))
 
 
 class ListedBlocks(Settings):
+    """Selects the blocks with the listed numbers."""
+
     kind: Literal["list"]
     indices: list[int]
+    """Lists the numbers of the selected blocks, counted from 0."""
 
     def blocks(self, num_layers: int) -> list[int]:
         return sorted(self.indices)
@@ -72,7 +79,7 @@ Blocks = Annotated[AllBlocks | EveryNth | AllButFirst | ListedBlocks, Field(disc
 
 
 def _check_blocks(name: str, pattern: Blocks, num_layers: int, what: str) -> None:
-    """ValueError unless the pattern selects blocks that there are, each once. what: the setting that is for them."""
+    """Raises a ValueError unless the pattern selects existing blocks, each once. what: the setting for them."""
     blocks = pattern.blocks(num_layers)
     if len(set(blocks)) < len(blocks):
         raise ValueError(f"{name}.indices names a block twice: {blocks}")
@@ -85,7 +92,7 @@ def _check_blocks(name: str, pattern: Blocks, num_layers: int, what: str) -> Non
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """The parameters of a model or of a part of it. experts: of routed experts; dense: of everything else."""
+    """Counts the parameters of a model or of a part of it: those of routed experts, and all others (dense)."""
 
     dense: int
     experts: int
@@ -96,30 +103,46 @@ class ParameterCounts:
 
 
 class ModelConfig(Settings):
-    """`moe` absent: a dense model. `ffn` is the dense blocks' own; it may be absent where every block is MoE."""
+    """Describes a decoder-only transformer, dense without `moe`, and with it a mixture of experts."""
 
     vocab_size: int = Field(default=256, ge=1)
+    """Sets the number of token ids, at least 256 for data that is read as bytes."""
     num_layers: int = Field(ge=1, le=100_000)
+    """Sets the number of transformer blocks."""
     d_model: int = Field(ge=1)
+    """Sets the width of the residual stream (the hidden size)."""
     attention: AttentionConfig
+    """Describes the self-attention of every block."""
     ffn: FFNConfig | None = None
+    """Describes the feed-forward network of the dense blocks; it must be null if every block is a MoE block."""
     moe: MoEConfig | None = None
+    """Describes the MoE layer; null makes the model dense."""
     moe_blocks: Blocks = AllBlocks()
-    window_blocks: Blocks = Field(default=AllBlocks(), description="where attention.window holds; elsewhere none does")
+    """Selects the blocks whose feed-forward network is a MoE layer."""
+    window_blocks: Blocks = AllBlocks()
+    """Selects the blocks in which `attention.window` applies; the others attend to all earlier tokens."""
     norm: NormConfig = NormConfig()
+    """Describes the norms of the residual stream."""
     norm_placement: Literal["pre", "post"] = "pre"
+    """Normalizes the input of each branch and the output of the last block (`pre`), or each sum of residual stream and
+    branch (`post`)."""
     position: PositionConfig = RopeConfig()
+    """Describes how positions are encoded."""
     tied_embeddings: bool = True
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="of each block's two branches, and of the embedding")
+    """Shares one weight between the embedding and the output projection."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Sets the dropout probability of the embedding and of each block's two branches."""
     init_std: float = Field(default=0.02, gt=0)
+    """Sets the standard deviation of initial weights; matrices that write to the residual stream start with it divided
+    by sqrt(2 * num_layers)."""
 
     @property
     def moe_layers(self) -> list[int]:
-        """Numbers of the blocks whose feed-forward is a MoE layer."""
+        """Returns the numbers of the blocks whose feed-forward network is a MoE layer."""
         return self.moe_blocks.blocks(self.num_layers) if self.moe is not None else []
 
     def attention_of(self, layer: int) -> AttentionConfig:
-        """A block's own settings: without the window, where window_blocks leaves the block out."""
+        """Returns a block's attention settings, without the window if window_blocks does not select the block."""
         attention = self.attention
         if isinstance(attention, HeadsConfig) and layer not in self.window_blocks.blocks(self.num_layers):
             return attention.model_copy(update={"window": None})
@@ -204,7 +227,7 @@ class ModelConfig(Settings):
                 raise ValueError(f"attention.{name} ({size}) must be even for position.kind rope")
         elif not isinstance(attention, HeadsConfig):
             raise ValueError(
-                f"position.kind is {position.kind!r}, but attention.kind 'latent' has rotary positions alone"
+                f"position.kind is {position.kind!r}, but attention.kind 'latent' supports only rotary positions"
             )
         if isinstance(self.window_blocks, AllBlocks):
             return self

@@ -1,7 +1,7 @@
-"""Context parallel attention: each rank has the queries of its chunks of the sequence, keys and values are gathered.
+"""Implements context parallel attention: each rank keeps the queries of its two chunks and gathers all keys and values.
 
-Exact and causal. A rank's two chunks attend each to the keys up to their own end, so no rank computes more than
-another. Keys and values of grouped heads are few: gathering them moves less than a ring of them would wait for.
+It is exact and causal: each chunk attends to the keys up to its own end, so that all ranks compute equally much. Keys
+and values are all-gathered rather than sent around a ring, as Llama 3 does: with grouped heads they are small.
 """
 
 import torch
@@ -15,42 +15,62 @@ from expert_parallel.parallel.sequence import SequencePlace
 
 
 class ContextParallelAttention:
-    """In place of `causal_attention`. query, key, value: (B, heads, S / cp, ...) at the positions of `place`."""
+    """Replaces `causal_attention`. Shapes are those of `AttentionFn`, of the positions of `place` alone: S = L / cp for
+    queries, and keys and values of S tokens, too. mask: over the keys of whole sequences, (B or 1, 1, S, L)."""
 
     def __init__(self, place: SequencePlace, group: dist.ProcessGroup) -> None:
         self.place, self.group = place, group
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, sinks_H: Tensor | None = None
+        self,
+        query_BHSh: Tensor,
+        key_BGLh: Tensor,
+        value_BGLv: Tensor,
+        mask: Tensor | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
-        both = self.gather(torch.cat([key, value], -1))
-        key, value = both.split([key.shape[-1], value.shape[-1]], -1)
-        return self.over_rows(query, key, value, mask, sinks_H)
+        """Gathers keys and values in one all-gather, then attends."""
+        sizes = [key_BGLh.shape[-1], value_BGLv.shape[-1]]
+        key_BGLh, value_BGLv = self.gather(torch.cat([key_BGLh, value_BGLv], -1)).split(sizes, -1)
+        return self.over_rows(query_BHSh, key_BGLh, value_BGLv, mask, sinks_H)
 
     def gather(self, x: Tensor) -> Tensor:
-        """(..., S / cp, h) of the positions of `place` -> (..., S, h) of whole rows, in their order."""
+        """Gathers (..., L / cp, h) at the positions of `place` to (..., L, h) of whole sequences, in sequence order.
+
+        In the backward pass each rank gets the sum of all ranks' gradients for its own positions.
+        """
         gathered = GatherTokens.apply(x, self.group)
         return gathered.index_select(-2, self.place.all_contexts(gathered.shape[-2]).argsort().to(x.device))
 
     def over_rows(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, sinks_H: Tensor | None = None
+        self,
+        query_BHSh: Tensor,
+        key_BGLh: Tensor,
+        value_BGLv: Tensor,
+        mask: Tensor | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
-        """key, value: of whole rows. mask: of this rank's queries and these, see Sight.mask."""
+        """Attends from this rank's queries over keys and values of whole sequences."""
         cp, rank = self.place.cp, self.place.cp_rank
-        if query.numel() == 0:  # no sequences here; not every kernel takes none
-            return query[..., :1].expand(*query.shape[:-1], value.shape[-1])
-        chunk = key.shape[-2] // (2 * cp)
+        if query_BHSh.numel() == 0:  # no sequences on this rank: some attention kernels reject empty inputs
+            return query_BHSh[..., :1].expand(*query_BHSh.shape[:-1], value_BGLv.shape[-1])
+        chunk = key_BGLh.shape[-2] // (2 * cp)
+        ends = ((rank + 1) * chunk, (2 * cp - rank) * chunk)  # where this rank's two chunks end in the sequence
         outputs = []
-        for half, end in enumerate(((rank + 1) * chunk, (2 * cp - rank) * chunk)):
-            part = query.chunk(2, -2)[half]
-            sees = None if mask is None else mask.chunk(2, -2)[half][..., :end]
-            outputs.append(causal_attention(part, key[..., :end, :], value[..., :end, :], sees, sinks_H))
+        for half, end in enumerate(ends):
+            query = query_BHSh.chunk(2, -2)[half]
+            chunk_mask = None if mask is None else mask.chunk(2, -2)[half][..., :end]
+            key, value = key_BGLh[..., :end, :], value_BGLv[..., :end, :]
+            outputs.append(causal_attention(query, key, value, chunk_mask, sinks_H))
         return torch.cat(outputs, -2)
 
 
 def spread_attention(attention: Attention | LatentAttention, place: SequencePlace, group: dist.ProcessGroup) -> None:
-    """Positions over the ranks. Keys and values are gathered; where latents stand for those of all heads, these are,
-    and each rank makes the keys and values of whole rows of them."""
+    """Applies context parallelism to an attention module over `group`.
+
+    Heads attention gathers keys and values. Latent attention gathers its latents, which are smaller, and every rank
+    projects them to the keys and values of whole sequences.
+    """
     parallel = ContextParallelAttention(place, group)
     if isinstance(attention, LatentAttention):
         attention.gather_keys, attention.attend = parallel.gather, parallel.over_rows

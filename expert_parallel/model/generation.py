@@ -1,9 +1,8 @@
-"""Text generation in every layout: several sequences at once, greedy or drawn, with a cache of keys and values or
-without.
+"""Generates text in every layout: several sequences at once, greedily or by sampling, with a KV cache or without.
 
-What a sequence becomes depends neither on the layout, nor on the other sequences, nor on the cache: the model runs
-without capacity limits, and each token is drawn by a function of (seed, sequence, position). Shape letters: B the
-sequences of this rank, S the tokens that a pass feeds to each, V the vocabulary.
+The result for a sequence depends neither on the layout, nor on the other sequences, nor on the cache: the model runs
+without capacity limits, and each token is sampled with a function of (seed, sequence, number of the new token). Shape
+letters: B sequences of this rank, S tokens that a pass feeds to each, V vocabulary.
 """
 
 import torch
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
-from expert_parallel.model.attention_mask import KeyValueCache
+from expert_parallel.model.kv_cache import KeyValueCache
 from expert_parallel.model.tensor_parallel import gather_logits
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.context import StepContext
@@ -24,12 +23,15 @@ from expert_parallel.settings import Settings
 
 
 class Sampling(Settings):
-    """temperature 0: the likeliest token each time. top_k: of the so many likeliest alone. top_p: of the fewest
-    likeliest that together have this probability (nucleus sampling, Holtzman et al. 2019). In this order."""
+    """Sets how tokens are drawn: temperature first, then `top_k`, then `top_p`."""
 
     temperature: float = Field(default=0.0, ge=0)
+    """Divides the logits by this number before tokens are drawn; 0 always takes the most probable token."""
     top_k: int | None = Field(default=None, ge=1)
+    """Draws from this many most probable tokens only; null draws from all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draws from the fewest most probable tokens whose probabilities sum to this number (nucleus sampling, Holtzman et
+    al. 2019)."""
 
 
 @torch.no_grad()
@@ -46,14 +48,16 @@ def generate(
     mesh: ParallelMesh | None = None,
     use_cache: bool = True,
 ) -> list[list[int]]:
-    """Each prompt and up to `num_tokens` more; `end_id` ends a sequence and is its last token.
+    """Returns each prompt followed by up to `num_tokens` new tokens; `end_id` ends a sequence and is its last token.
 
-    window: tokens that the model sees at most; when they are full, the older half is forgotten. num_words: token ids
-    that are drawn, the first of the model's vocabulary; default: all. Every rank of the mesh calls it with the same
-    arguments and gets the same. Data ranks divide the sequences; whoever has a sequence's last position draws its next
-    token. Sequences that ranks divide are padded to a length that divides. The cache is not used where a sequence is
-    divided over context parallel ranks, or where routers look across tokens (expert choice): the whole window runs
-    again for each token.
+    window: the most tokens that the model is given; when it is full, the older half is dropped. `tokenizer_vocab_size`:
+    only token ids below it are generated; None: all of the model's vocabulary. Every rank of the mesh must call it with
+    the same arguments and gets the same result. Data parallel ranks split the sequences; the rank that holds the last
+    position of a sequence samples its next token. Sequences are padded to a length that context and tensor parallel
+    ranks divide. The cache is not used with context parallelism, nor with routers whose choices depend on other tokens
+    (expert choice): then the whole window runs again for each token.
+
+    Raises ValueError for empty prompts, unknown tokens, a window below 2, and logits that are not finite.
     """
     _refuse(model, prompts, window)
     model.eval()
@@ -66,13 +70,15 @@ def generate(
         for text in texts:
             text.make_room(window)
         logits = decoder.logits([texts[number] for number in mine], step)
-        choice_B = torch.zeros(len(texts), dtype=torch.int64)  # of each sequence, from the one rank that knows it
+        # Each sequence's token is known to one rank; the others add 0.
+        choice_B = torch.zeros(len(texts), dtype=torch.int64)
         for number, logits_V in logits.items():
             choice_B[number] = draw(logits_V[:num_words], sampling, seed, (number << 32) + step)
         choice_B = all_reduce_sum(choice_B.to(decoder.device), dist.group.WORLD if mesh else None)
-        if bool((choice_B < 0).any()):
-            raise ValueError("the model's logits are not finite numbers: there is nothing to draw from")
-        for text, choice in zip(texts, choice_B.tolist(), strict=True):
+        choices = choice_B.tolist()  # device synchronisation: the next pass needs the tokens
+        if min(choices) < 0:
+            raise ValueError("the model's logits are not finite numbers: no token can be sampled from them")
+        for text, choice in zip(texts, choices, strict=True):
             text.add(choice, end_id)
         if all(text.is_finished for text in texts):
             break
@@ -80,6 +86,7 @@ def generate(
 
 
 def _refuse(model: LanguageModel, prompts: list[list[int]], window: int) -> None:
+    """Raises ValueError for prompts or a window that the model cannot take."""
     if not prompts or not all(prompts):
         raise ValueError("the prompt is empty, at least one token is needed (--prompt)")
     words = model.config.vocab_size
@@ -87,32 +94,37 @@ def _refuse(model: LanguageModel, prompts: list[list[int]], window: int) -> None
         if not 0 <= min(prompt) <= max(prompt) < words:
             raise ValueError(f"the prompt has the token {max(prompt)}, model.vocab_size is {words}")
     if window < 2:
-        raise ValueError(f"the window ({window}) must be 2 tokens or more: the older half is forgotten when it is full")
+        raise ValueError(f"the window ({window}) must be 2 tokens or more: the older half is dropped when it is full")
 
 
 class _Text:
-    """A sequence that grows. The model sees tokens[start:], of which the cache holds `cached`."""
+    """Holds a growing sequence. The model is given tokens[start:]; the first `cached` of these are in the KV cache."""
 
     def __init__(self, tokens: list[int]) -> None:
-        self.tokens, self.start, self.cached, self.is_finished = tokens, 0, 0, False
+        self.tokens = tokens
+        self.start = 0
+        self.cached = 0
+        self.is_finished = False
 
     def make_room(self, window: int) -> None:
+        """Drops the older half of the tokens if there are more than `window`; the cache then starts anew."""
         if len(self.tokens) - self.start > window:
             self.start, self.cached = len(self.tokens) - max(1, window // 2), 0
 
     @property
     def fed(self) -> list[int]:
-        """What the next pass is given."""
+        """Returns the tokens that the next pass must be given."""
         return [] if self.is_finished else self.tokens[self.start + self.cached :]
 
     def add(self, token: int, end_id: int | None) -> None:
+        """Appends a token, unless the sequence has ended."""
         if not self.is_finished:
             self.tokens.append(token)
             self.is_finished = token == end_id
 
 
 class _Decoder:
-    """Passes of the model over the sequences `mine`."""
+    """Runs passes of the model over this rank's sequences, whose numbers are `mine`."""
 
     def __init__(
         self,
@@ -123,8 +135,10 @@ class _Decoder:
         use_cache: bool,
         seed: int,
     ) -> None:
-        """longest: tokens that the model may see."""
-        self.model, self.mine, self.seed = model, mine, seed
+        """Allocates the KV cache if it can be used. longest: the most tokens of a sequence that the model is given."""
+        self.model = model
+        self.mine = mine
+        self.seed = seed
         self.place, self.tp_group = SequencePlace.of(mesh), None if mesh is None else mesh.tp_group
         self.device = next(model.parameters()).device
         moe = model.config.moe
@@ -133,8 +147,11 @@ class _Decoder:
         self.cache = KeyValueCache(len(mine), longest, self.device) if use_cache else None
 
     def logits(self, texts: list[_Text], step: int) -> dict[int, Tensor]:
-        """Those after each sequence's last token, (V), on the CPU, by the number of the sequence; of the sequences
-        whose last token is here. texts: of `mine`. A pass; every rank makes it."""
+        """Runs a pass; returns the logits after each sequence's last token, (V), on the CPU, by sequence number.
+
+        Only sequences whose last position this rank holds are returned. texts: the sequences `mine`. A collective:
+        every rank must call it.
+        """
         fed = [text.fed for text in texts]
         unit = length_unit(self.place.cp, self.place.tp)
         longest = max([len(tokens) for tokens in fed], default=0)
@@ -160,20 +177,23 @@ class _Decoder:
         return self._last(output.logits, fed, length)
 
     def _last(self, logits_BSV: Tensor, fed: list[list[int]], length: int) -> dict[int, Tensor]:
-        here = {int(position): row for row, position in enumerate(self.place.context(length))}
-        rows = [(b, here[len(row) - 1]) for b, row in enumerate(fed) if len(row) - 1 in here]
+        """Selects the logits at each sequence's last position, if this rank holds it."""
+        index_of_position = {position: s for s, position in enumerate(self.place.context(length).tolist())}
+        rows = [(b, index_of_position[len(row) - 1]) for b, row in enumerate(fed) if len(row) - 1 in index_of_position]
         if not rows:
             return {}
         found = torch.stack([logits_BSV[b, s] for b, s in rows])
-        found = gather_logits(found, self.tp_group, self.model.config.vocab_size).cpu()
-        if group_rank(self.tp_group) > 0:
+        found = gather_logits(found, self.tp_group, self.model.config.vocab_size).cpu()  # sampled on the CPU, see draw
+        if group_rank(self.tp_group) > 0:  # or the token would be added once per rank
             return {}
         return {self.mine[b]: logits_V for (b, _), logits_V in zip(rows, found, strict=True)}
 
 
 def draw(logits_V: Tensor, sampling: Sampling, seed: int, index: int) -> Tensor:
-    """A token id, int64, on the CPU: a function of (seed, index). Of equals, the smaller id is the likelier. -1 where
-    logits are NaN or infinite."""
+    """Samples a token id from logits (V): a CPU tensor, int64, a function of (seed, index). -1: logits are not finite.
+
+    On the CPU and in float64, so that all devices give the same token. Equal logits are ordered by token id.
+    """
     logits_V = logits_V.double().cpu()
     if not bool(logits_V.isfinite().all()):
         return torch.tensor(-1)

@@ -1,12 +1,14 @@
-"""Multi-head latent attention: keys and values of all heads are made from one short latent a token, which is all that a
-cache holds and that ranks exchange. Single-device code. DeepSeek-V2 (2405.04434) section 2.1, DeepSeek-V3 (2412.19437).
+"""Implements multi-head latent attention: keys and values of all heads are projected from one short latent per token.
+
+Only the latents are cached and exchanged between ranks. Single-device code. Shape letters are those of attention.py,
+with r columns of a latent. Source: DeepSeek-V2 (2405.04434) section 2.1, DeepSeek-V3 (2412.19437).
 """
 
 from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from expert_parallel.model.attention import Attend, causal_attention
@@ -18,22 +20,31 @@ from expert_parallel.settings import Settings
 
 
 class LatentAttentionConfig(Settings):
-    """A head's query and key have `nope_size` columns without positions and `rope_size` with rotary ones; those of the
-    key are the same for all heads. query_rank: of the queries' own latent; null: queries are made of x."""
+    """Uses multi-head latent attention: keys and values of all heads come from one latent of each token (DeepSeek-V2,
+    2024, section 2.1)."""
 
     kind: Literal["latent"]
     num_heads: int = Field(ge=1)
-    query_rank: Annotated[int, Field(ge=1)] | None = None
-    kv_rank: int = Field(ge=1)
-    nope_size: int = Field(ge=1)
-    rope_size: int = Field(ge=1)
-    value_size: int = Field(ge=1)
+    """Sets the number of heads."""
+    query_rank: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, validation_alias=AliasChoices("query_rank", "q_lora_rank")
+    )
+    """Sets the number of columns of the queries' latent; null projects queries from the input without a latent."""
+    kv_rank: int = Field(ge=1, validation_alias=AliasChoices("kv_rank", "kv_lora_rank"))
+    """Sets the number of columns of the latent that keys and values are projected from."""
+    nope_size: int = Field(ge=1, validation_alias=AliasChoices("nope_size", "qk_nope_head_dim"))
+    """Sets the number of columns of each head's query and key without rotary positions."""
+    rope_size: int = Field(ge=1, validation_alias=AliasChoices("rope_size", "qk_rope_head_dim"))
+    """Sets the number of columns of each head's query with rotary positions; all heads share those of the key."""
+    value_size: int = Field(ge=1, validation_alias=AliasChoices("value_size", "v_head_dim"))
+    """Sets the number of columns of each head's value."""
     norm_eps: float = Field(default=1e-6, gt=0)
+    """Sets the epsilon of the latents' norms."""
     qk_norm: ClassVar[None] = None  # not a setting: the latents are normed instead
 
     @property
     def key_size(self) -> int:
-        """Of a head's query and key."""
+        """Returns the number of columns of a head's query and key."""
         return self.nope_size + self.rope_size
 
     @property
@@ -42,17 +53,17 @@ class LatentAttentionConfig(Settings):
 
     @property
     def rope_columns(self) -> tuple[str, int]:
-        """What rotary positions turn: the setting, and how many columns of a head."""
+        """Returns the setting of the columns of a head that have rotary positions, and their number."""
         return "rope_size", self.rope_size
 
     @property
     def values_kept(self) -> int:
-        """Numbers a token that the backward pass needs: queries, keys, values, and what comes of them."""
+        """Returns the numbers per token that the backward pass needs: queries, keys, values and the heads' outputs."""
         return self.num_heads * 2 * (self.key_size + self.value_size)
 
     @property
     def products_per_key(self) -> int:
-        """Multiplications of a token with each key that it sees, and with its value, in all heads."""
+        """Returns the multiplications of a token with each key that it attends to and its value, over all heads."""
         return self.num_heads * (self.key_size + self.value_size)
 
     def num_params(self, d_model: int) -> int:
@@ -68,23 +79,23 @@ class LatentAttentionConfig(Settings):
 
 
 class LatentAttention(nn.Module):
-    """(B, T, D) of this rank's tokens -> (B, T, D); S: the tokens that its heads have queries of, L: keys of a row.
+    """Computes multi-head latent attention. (B, T, D) -> (B, T, D).
 
         c_q = norm(W_query_down x)          [q | q_rope] = W_query_up c_q     each head; without query_rank: W_query x
-        c = norm(W_kv_down x), k_rope = W_kv_down x       [k | v] = W_kv_up c     each head; k_rope: of all heads
-        softmax(scale [q | R q_rope] [k | R k_rope]^T) v
+        [c' | k_rope] = W_kv_down x, c = norm(c')         [k | v] = W_kv_up c     each head; k_rope: shared by all heads
+        y = W_out softmax(scale [q | R q_rope] [k | R k_rope]^T) v
 
-    R: rotary, in the half-split form. scale: key_size^-0.5, with YaRN times yarn_scale(factor, mscale_all_dim)^2.
+    R rotates in the half-split form. scale is key_size^-0.5, with YaRN times yarn_scale(factor, mscale_all_dim)^2.
 
-    gather: where tp divides heads and tokens: latents of the tokens T -> of S. gather_keys: where cp divides rows: of
-    the tokens S -> of whole rows L. attend: queries of S, keys and values of L; see Attend.
+    gather_sequence: with tensor parallelism, gathers the latents of T tokens to those of S. gather_keys: with context
+    parallelism, gathers the latents of S tokens to those of whole sequences, L. `attention_fn`: see `AttentionFn`.
     """
 
     def __init__(self, config: LatentAttentionConfig, d_model: int, rope: RopeConfig | None) -> None:
         super().__init__()
         assert rope is not None, "ModelConfig refuses other positions"
         self.config, self.rope = config, rope
-        self.sharpness = 1.0
+        self.sharpness = 1.0  # multiplies queries, as scaled_dot_product_attention scales by key_size^-0.5 alone
         if isinstance(rope.scaling, YarnScaling):
             self.sharpness = yarn_scale(rope.scaling.factor, rope.scaling.mscale_all_dim or 0.0) ** 2
         query_columns = config.num_heads * config.key_size
@@ -98,35 +109,37 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(config.kv_rank, config.norm_eps)
         self.kv_up = Linear(config.kv_rank, config.num_heads * (config.nope_size + config.value_size), bias=False)
         self.out = Linear(config.num_heads * config.value_size, d_model, bias=False)
-        self.gather: Callable[[Tensor], Tensor] = identity
+        self.gather_sequence: Callable[[Tensor], Tensor] = identity
         self.gather_keys: Callable[[Tensor], Tensor] = identity
         self.attend: Attend = causal_attention
 
     def forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
+        """Attends over the keys that the attention context makes visible to each query."""
         config = self.config
-        has_latent = config.query_rank is not None
-        query_BTq = self.query_norm(self.query_down(x_BTD)) if has_latent else x_BTD
+        has_query_latent = config.query_rank is not None
+        query_BTq = self.query_norm(self.query_down(x_BTD)) if has_query_latent else x_BTD
         latent_BTr, rope_BTh = self.kv_down(x_BTD).split([config.kv_rank, config.rope_size], -1)
         rows = [query_BTq, self.kv_norm(latent_BTr), rope_BTh]
-        query_BSq, latent_BSr, rope_BSh = self.gather(torch.cat(rows, -1)).split([x.shape[-1] for x in rows], -1)
+        sizes = [x.shape[-1] for x in rows]
+        query_BSq, latent_BSr, rope_BSh = self.gather_sequence(torch.cat(rows, -1)).split(sizes, -1)  # one all-gather
 
         cos, sin = sight.rotation(self.rope, config.rope_size, x_BTD.dtype)
-        query_up = self.query_up if has_latent else self.query
+        query_up = self.query_up if has_query_latent else self.query
         query, query_rope = _heads(query_up(query_BSq * self.sharpness), config.nope_size, config.rope_size)
-        query = torch.cat([query, rotate(query_rope, cos, sin)], -1)
+        query_BHSh = torch.cat([query, rotate(query_rope, cos, sin)], -1)
 
         latent_B1Sr, rope_B1Sh = latent_BSr[:, None], rotate(rope_BSh[:, None], cos, sin)
         if sight.cache is not None:
             latent_B1Sr, rope_B1Sh = sight.cache.extend(self, latent_B1Sr, rope_B1Sh)
-        latent_B1Lr, rope_B1Lh = self.gather_keys(torch.cat([latent_B1Sr, rope_B1Sh], -1)).split(
-            [config.kv_rank, config.rope_size], -1
-        )
-        key, value = _heads(self.kv_up(latent_B1Lr[:, 0]), config.nope_size, config.value_size)
-        key = torch.cat([key, rope_B1Lh.expand(-1, key.shape[1], -1, -1)], -1)
-        return self.out(self.attend(query, key, value, sight.mask()).transpose(1, 2).flatten(2))
+        keys_B1L = self.gather_keys(torch.cat([latent_B1Sr, rope_B1Sh], -1))
+        latent_B1Lr, rope_B1Lh = keys_B1L.split([config.kv_rank, config.rope_size], -1)
+        key, value_BHLv = _heads(self.kv_up(latent_B1Lr[:, 0]), config.nope_size, config.value_size)
+        key_BHLh = torch.cat([key, rope_B1Lh.expand(-1, key.shape[1], -1, -1)], -1)
+        y_BHSv = self.attend(query_BHSh, key_BHLh, value_BHLv, sight.mask())
+        return self.out(y_BHSv.transpose(1, 2).flatten(2))
 
 
 def _heads(rows: Tensor, first: int, second: int) -> tuple[Tensor, Tensor]:
-    """(B, S, heads * (first + second)) -> (B, heads, S, first), (B, heads, S, second)."""
+    """Splits (B, S, heads * (first + second)) into (B, heads, S, first) and (B, heads, S, second)."""
     one, two = rows.unflatten(-1, (-1, first + second)).transpose(1, 2).split([first, second], -1)
     return one, two

@@ -1,4 +1,4 @@
-"""Builds a Transformer, or a stage of it, on a mesh: all that the single-device code of transformer.py leaves out."""
+"""Builds a Transformer or a pipeline stage on a mesh, and applies tensor, context and data parallelism to it."""
 
 import math
 import warnings
@@ -36,17 +36,17 @@ def build_model(
     recompute: Recompute = "none",
     seed: int | None = 0,
     part: Part | None = None,
-    kind: type[Transformer] = Transformer,
+    model_class: type[Transformer] = Transformer,
 ) -> Transformer:
-    """A model with initial weights that depend on `seed` alone. mesh None: the whole model on this rank.
+    """Builds a model whose initial weights depend on `seed` alone, not on the layout.
 
-    seed None: weights are left as memory has them, for a checkpoint to fill. device: `meta` gives shapes alone. dtype:
-    compute dtype; weights are kept in promote_types(float32, dtype). sharding: FSDP2 over mesh.dense_mesh, and over
-    mesh.expert_mesh for experts. part, kind: of a pipeline; default: the whole.
-    No rank ever holds more than its own part of the weights.
+    mesh: None: the whole model on this rank. sharding: FSDP2 over mesh.dense_mesh, and over mesh.expert_mesh for
+    experts. dtype: of computation; weights are kept in promote_types(float32, dtype). device: `meta` builds shapes
+    alone. seed: None leaves weights uninitialised, for a checkpoint to fill. `stage_spec`, model_class: of a pipeline
+    stage; default: the whole model. No rank ever allocates more than its own shard of the weights.
     """
-    with torch.device("meta"):
-        model = kind(config, dtype, mesh, recompute, part)
+    with torch.device("meta"):  # so that whole parameters are never allocated before they are sharded
+        model = model_class(config, dtype, mesh, recompute, part)
         if mesh is not None:
             divide_model(model, mesh)
         model.to(torch.promote_types(torch.float32, dtype))
@@ -62,7 +62,7 @@ def build_model(
 
 
 def divide_model(model: Transformer, mesh: ParallelMesh) -> None:
-    """Tensor, sequence and context parallelism."""
+    """Applies tensor, sequence and context parallelism to the blocks, the embedding and the logits."""
     tp_group, cp_group = mesh.tp_group, mesh.cp_group
     for _, block in model.local_blocks():
         if cp_group is not None:
@@ -84,23 +84,26 @@ def divide_model(model: Transformer, mesh: ParallelMesh) -> None:
 
 
 def _gather_for_logits(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """All-gathers the tokens of all tp ranks, as each computes the logits of all tokens for its vocabulary shard."""
     return GatherTokens.apply(x, group)
 
 
 def kv_copies(config: ModelConfig, degrees: ParallelDegrees) -> int:
-    """Tensor parallel ranks that hold the same key and value heads: where there are fewer heads than ranks."""
+    """Returns the number of tensor parallel ranks that hold the same key and value heads: above 1 if there are fewer
+    heads than ranks."""
     return max(1, degrees.tp // config.attention.kv_heads)
 
 
 def split_model(config: ModelConfig, num_stages: int) -> list[Part]:
-    """The blocks in equal parts, in order; the first parts have one more where they do not divide evenly."""
-    parts = torch.arange(config.num_layers).tensor_split(num_stages)
-    return [Part(range(int(p[0]), int(p[-1]) + 1), number, num_stages) for number, p in enumerate(parts)]
+    """Splits the blocks into stages of equal size, in order; if they do not divide evenly, the first have one more."""
+    blocks = torch.arange(config.num_layers).tensor_split(num_stages)
+    return [Part(range(int(b[0]), int(b[-1]) + 1), number, num_stages) for number, b in enumerate(blocks)]
 
 
 def refuse_degrees(config: ModelConfig, degrees: ParallelDegrees, stages_per_rank: int) -> None:
-    """ValueError where the model's sizes do not divide over the ranks."""
-    attention, moe, tp, etp = config.attention, config.moe, degrees.tp, degrees.etp
+    """Raises ValueError if the model's sizes do not divide over the ranks, with both numbers."""
+    attention, moe = config.attention, config.moe
+    tp, etp = degrees.tp, degrees.etp
     divided = [("model.attention.num_heads", attention.num_heads, "parallel.tp", tp)]
     if tp < attention.kv_heads:
         divided.append(("model.attention.num_kv_heads", attention.kv_heads, "parallel.tp", tp))
@@ -130,42 +133,48 @@ def refuse_degrees(config: ModelConfig, degrees: ParallelDegrees, stages_per_ran
 
 
 def shard(model: Transformer, mesh: ParallelMesh, config: ShardedConfig) -> None:
-    """FSDP2, innermost first: each MoE layer's experts over expert_mesh, all else over dense_mesh. Matrices travel in
-    the compute dtype; norms and routers, which compute in float32, in float32. Gradients are summed in float32, never
-    averaged: the loss is divided once, by the global token count.
+    """Applies FSDP2, innermost modules first: to the experts of each MoE layer over expert_mesh, to the rest over
+    dense_mesh.
+
+    Matrices are gathered in the compute dtype; norms and routers, which compute in float32, in float32. Gradients are
+    summed in float32 and never averaged: the loss is divided once, by the global token count.
     """
     assert mesh.dense_mesh is not None
     assert mesh.expert_mesh is not None
-    # Said of every matrix with a bias; nothing here works in place on what a module returns.
+    # FSDP2 warns of every linear layer with a bias; nothing in this model modifies a module's output in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
-    kept = torch.promote_types(torch.float32, model.compute_dtype)
-    lean = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=kept, cast_forward_inputs=False)
-    wide = MixedPrecisionPolicy(cast_forward_inputs=False)
+    weight_dtype = torch.promote_types(torch.float32, model.compute_dtype)
+    low = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=weight_dtype, cast_forward_inputs=False)
+    full = MixedPrecisionPolicy(cast_forward_inputs=False)  # as stored, in float32 or wider
 
-    def wrap(module: nn.Module | None, over: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    def wrap(module: nn.Module | None, device_mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
         if module is not None:
-            fully_shard(module, mesh=over, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+            fully_shard(module, mesh=device_mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
 
     for _, block in model.local_blocks():
         if block.moe is not None:
-            wrap(block.moe.experts, mesh.expert_mesh, lean)
-            wrap(block.moe.shared_experts, mesh.dense_mesh, lean)
-        wrap(block.ffn, mesh.dense_mesh, lean)
+            wrap(block.moe.experts, mesh.expert_mesh, low)
+            wrap(block.moe.shared_experts, mesh.dense_mesh, low)
+        wrap(block.ffn, mesh.dense_mesh, low)
         for module in block.attention.modules():
-            wrap(module if isinstance(module, RMSNorm) else None, mesh.dense_mesh, wide)
-        wrap(block.attention, mesh.dense_mesh, lean)
-        wrap(block, mesh.dense_mesh, wide)
-    wrap(model.final_norm, mesh.dense_mesh, wide)
-    fully_shard(model, mesh=mesh.dense_mesh, mp_policy=lean, reshard_after_forward=False)
+            wrap(module if isinstance(module, RMSNorm) else None, mesh.dense_mesh, full)
+        wrap(block.attention, mesh.dense_mesh, low)
+        wrap(block, mesh.dense_mesh, full)  # its two norms and the router
+    wrap(model.final_norm, mesh.dense_mesh, full)
+    # The root is not resharded: its tables are needed first in the backward pass.
+    fully_shard(model, mesh=mesh.dense_mesh, mp_policy=low, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            # Sum gradients: FSDP2 divides them by the number of ranks by default.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
 def init_weights(model: nn.Module, seed: int) -> None:
-    """Normal with `init_std`; the matrices that write to the residual stream divided by sqrt(2 * num_layers)
-    (GPT-2, Megatron-LM). Balance biases start at 0."""
+    """Initialises weights from a normal distribution with standard deviation `init_std`, balance biases with 0.
+
+    Matrices that write to the residual stream use init_std / sqrt(2 * num_layers) (GPT-2, Megatron-LM).
+    """
     config = model.config
     assert isinstance(config, ModelConfig)
     scaled = config.init_std / math.sqrt(2 * config.num_layers)

@@ -1,7 +1,8 @@
-"""Pipeline parallelism: the blocks in stages over ranks, run by torch.distributed.pipelining.
+"""Implements pipeline parallelism with the schedules of torch.distributed.pipelining.
 
-Between stages travel x (B, S, D) and one vector, `balance`, in which the balance losses add up from stage to stage: so
-the last stage has the whole loss, and its gradient reaches the routers of all stages. Nothing is averaged.
+Stages pass on x (B, S, D), in the compute dtype, and `balance` (N), in float32 or wider: a vector to which every stage
+adds its balance losses. So the last stage has the whole loss, and its gradient reaches the routers of all stages.
+Nothing is averaged.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterleaved1F1B
 
-from expert_parallel.model.attention_mask import KeyValueCache
+from expert_parallel.model.kv_cache import KeyValueCache
 from expert_parallel.model.parallelize import build_model, split_model
 from expert_parallel.model.transformer import (
     Block,
@@ -39,12 +40,13 @@ SCHEDULES = {"1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
 
 
 class Passes:
-    """The micro-steps of one step, and what the stages of this rank make of them.
+    """Holds the inputs of all micro-steps of one step, and collects statistics from the stages of this rank.
 
-    tokens: (B, S) each, all of one shape. cross_entropy: of a last stage, its output and the number of the micro-step,
-    the sum divided by all targets of the step; None: forward only. cache: of generation, see Transformer. stats,
-    pooled: by micro-step and MoE block.
-    A plain object, which the schedule does not take apart but hands to every stage.
+    tokens: (B, S) per micro-step, int64, all of one shape. cross_entropy: a function of (last stage, its output, number
+    of the micro-step) that returns the summed cross entropy divided by the number of targets of the step; None: forward
+    only. cache: of generation, see Transformer. stats, pooled: by micro-step and MoE block.
+
+    A plain class: the schedule would split tensors, lists and tuples into micro-batches, but passes objects on whole.
     """
 
     def __init__(
@@ -54,27 +56,37 @@ class Passes:
         cross_entropy: Callable[["Stage", ModelOutput, int], Tensor] | None = None,
         cache: KeyValueCache | None = None,
     ) -> None:
-        self.tokens, self.contexts, self.cross_entropy, self.cache = tokens, contexts, cross_entropy, cache
+        self.tokens = tokens
+        self.contexts = contexts
+        self.cross_entropy = cross_entropy
+        self.cache = cache
         self.stats: list[dict[int, LoadStats]] = [{} for _ in tokens]
         self.pooled: list[dict[int, Pooled]] = [{} for _ in tokens]
 
     @property
     def num_blocks(self) -> int:
-        """What losses of scope `sequence` look at in a micro-step: its sequences, or as many documents as they may
-        hold; the same number in all micro-steps of a step."""
+        """Returns the number of blocks over which losses of scope `sequence` are computed in each micro-step.
+
+        These are the sequences of the micro-step, or as many documents as they may hold. The number is the same in all
+        micro-steps of a step, since it determines the size of `balance`.
+        """
         per_row = max(1 if c.document_BS is None else c.documents_per_row for c in self.contexts)
         return len(self.tokens[0]) * per_row
 
 
 class Stage(Transformer):
-    """Some blocks of a Transformer, called as pipelining calls them."""
+    """Adapts a pipeline stage of a Transformer to the calls of torch.distributed.pipelining."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor | None = None, balance: Tensor | None = None, *, micro_step: Tensor, passes: Passes
     ) -> Any:
-        """x, balance: what the stage before returned; the first is given none. Returns the same, the last stage the
-        loss of the micro-step; a ModelOutput, forward only."""
-        number = int(micro_step)
+        """Runs one micro-step. Returns (x, balance) for the next stage; on the last stage the loss, a scalar.
+
+        x: (B, S, D), balance: (N): the result of the stage before; None on the first stage. micro_step: its number, a
+        CPU tensor, as the schedule splits a tensor of all numbers. Without a cross entropy (forward only) returns a
+        ModelOutput.
+        """
+        number = int(micro_step)  # on the CPU: no device synchronisation
         output = super().forward(passes.tokens[number], passes.contexts[number], x, passes.cache)
         passes.stats[number] |= output.stats
         passes.pooled[number] |= {
@@ -83,17 +95,19 @@ class Stage(Transformer):
         }
         if passes.cross_entropy is None:
             return output
-        here = self._balance_of(output, passes.num_blocks)
-        balance = here if balance is None else balance + here
+        own_balance = self._balance_of(output, passes.num_blocks)
+        balance = own_balance if balance is None else balance + own_balance
         if not self.part.is_last:
             return output.logits, balance
-        whole = self._whole_balance(balance, passes.num_blocks)
-        return passes.cross_entropy(self, output, number) + whole / len(passes.tokens)
+        balance_loss = self._whole_balance(balance, passes.num_blocks)
+        return passes.cross_entropy(self, output, number) + balance_loss / len(passes.tokens)
 
     def _balance_of(self, output: ModelOutput, num_blocks: int) -> Tensor:
-        """This stage's summand: the sum of its layers' own losses; then f and P of each loss pooled over layers."""
-        wide = torch.promote_types(torch.float32, self.compute_dtype)
-        summand = torch.zeros(balance_size(self.config, num_blocks), dtype=wide, device=output.logits.device)
+        """Returns this stage's summand of `balance`, (N): first the sum of the losses of its layers, then f and P of
+        each loss that is pooled over layers, flattened."""
+        # float32 or wider: losses are computed so, and sums over stages must not round.
+        dtype = torch.promote_types(torch.float32, self.compute_dtype)
+        summand = torch.zeros(balance_size(self.config, num_blocks), dtype=dtype, device=output.logits.device)
         for layer, losses in output.losses.items():
             terms = [term.flatten() for pair in output.pooled[layer].values() for term in pair]
             single = sum(
@@ -103,7 +117,7 @@ class Stage(Transformer):
         return summand
 
     def _whole_balance(self, balance: Tensor, num_blocks: int) -> Tensor:
-        """All stages' balance losses, as one number."""
+        """Returns the balance loss of all stages, a scalar, from `balance` (N) summed over all stages."""
         total, rest = balance[0], balance[1:]
         for name, (blocks, experts) in pooled_shapes(self.config, num_blocks).items():
             fraction, probability, rest = rest.tensor_split([blocks * experts, 2 * blocks * experts])
@@ -114,7 +128,7 @@ class Stage(Transformer):
 
 
 def pooled_shapes(config: ModelConfig, num_blocks: int) -> dict[str, tuple[int, int]]:
-    """(blocks, E) of f and P of the losses that are pooled over layers, by name."""
+    """Returns the shape (blocks, E) of f and P for each loss that is pooled over layers, by name."""
     experts = 0 if config.moe is None else config.moe.num_experts
     return {
         name: (num_blocks if loss.scope == "sequence" else 1, experts) for name, loss in pooled_losses(config).items()
@@ -122,19 +136,21 @@ def pooled_shapes(config: ModelConfig, num_blocks: int) -> dict[str, tuple[int, 
 
 
 def balance_size(config: ModelConfig, num_blocks: int) -> int:
-    """Numbers that travel for the balance losses."""
+    """Returns N, the length of the vector `balance`."""
     return 1 + sum(2 * blocks * experts for blocks, experts in pooled_shapes(config, num_blocks).values())
 
 
 class Pipeline(LanguageModel, nn.ModuleList):
-    """This rank's stages of a model. Iterating gives the stages, in order."""
+    """Runs this rank's stages of a model. Iterating yields the stages in order."""
 
     def __init__(self, stages: Sequence[Transformer], mesh: ParallelMesh, config: PipelineConfig) -> None:
         super().__init__(stages)
         assert mesh.pp_group is not None
-        self.group, self.kind, self.place = mesh.pp_group, config.kind, SequencePlace.of(mesh)
+        self.group = mesh.pp_group
+        self.kind = config.kind
+        self.place = SequencePlace.of(mesh)
         self.config = stages[0].config
-        self.schedules: dict[tuple[int, ...], Any] = {}  # by the shape of a step
+        self.schedules: dict[tuple[int, ...], Any] = {}  # by the shapes that stages exchange, see _schedule
 
     def __iter__(self) -> Iterator[Stage]:
         return iter(self._modules.values())  # type: ignore[arg-type]
@@ -147,39 +163,43 @@ class Pipeline(LanguageModel, nn.ModuleList):
         return chain.from_iterable(stage.local_blocks() for stage in self)
 
     def forward_backward(self, passes: Passes) -> None:
-        """All micro-steps of a step, forward and backward; gradients are added up."""
+        """Runs the forward and backward passes of all micro-steps of a step; gradients accumulate in `.grad`."""
         num_sequences, length = passes.tokens[0].shape
-        travels = balance_size(self.config, passes.num_blocks)
-        schedule = self._schedule(len(passes.tokens), num_sequences, length, travels)
+        size = balance_size(self.config, passes.num_blocks)
+        schedule = self._schedule(len(passes.tokens), num_sequences, length, size)
         numbers = torch.arange(len(passes.tokens))
         try:
             schedule.step(target=numbers, losses=[], return_outputs=False, micro_step=numbers, passes=passes)
         except RuntimeError as error:
-            if error.__cause__ is not None:  # pipelining wraps what a stage raises
+            if error.__cause__ is not None:  # pipelining wraps exceptions of a stage in a RuntimeError
                 raise error.__cause__ from None
             raise
         self._pool_stats(passes)
 
     def forward(self, tokens_BS: Tensor, context: StepContext, cache: KeyValueCache | None = None) -> ModelOutput:
-        """Forward alone, stage after stage, without a gradient; logits are those of the last stage."""
+        """Runs the forward pass alone, stage after stage, without gradients.
+
+        Returns the logits on the rank of the last stage, and the output (B, S, D) of its own last stage on others.
+        """
         passes = Passes([tokens_BS], [context], cache=cache)
-        num_ranks, me = group_size(self.group), group_rank(self.group)
+        num_ranks, rank = group_size(self.group), group_rank(self.group)
         length = len(self.place.own(tokens_BS.shape[1]))
         x = None
         for stage in self:
             if not stage.part.is_first:
                 shape = (len(tokens_BS), length, self.config.d_model)
                 x = torch.empty(shape, dtype=stage.compute_dtype, device=tokens_BS.device)
-                _exchange(dist.recv, x, self.group, (me - 1) % num_ranks)
+                _exchange(dist.recv, x, self.group, (rank - 1) % num_ranks)
             output: ModelOutput = stage(x, micro_step=torch.tensor(0), passes=passes)
             x = output.logits
             if not stage.part.is_last:
-                _exchange(dist.send, x, self.group, (me + 1) % num_ranks)
+                _exchange(dist.send, x, self.group, (rank + 1) % num_ranks)
         assert x is not None
         self._pool_stats(passes)
         return ModelOutput(x, {}, passes.stats[0], {})
 
     def _schedule(self, num_micro_steps: int, num_sequences: int, length: int, balance_size: int) -> Any:
+        """Returns the schedule for steps of these sizes, built once: every stage allocates receive buffers for them."""
         key = (num_micro_steps, num_sequences, length, balance_size)
         if key not in self.schedules:
             stages = [self._pipeline_stage(stage, num_sequences, length, balance_size) for stage in self]
@@ -187,19 +207,19 @@ class Pipeline(LanguageModel, nn.ModuleList):
                 stages[0] if self.kind == "1f1b" else stages,
                 n_microbatches=num_micro_steps,
                 loss_fn=lambda output, target: output,
-                scale_grads=False,
+                scale_grads=False,  # losses are divided by the targets of the whole step already
             )
         return self.schedules[key]
 
     def _pipeline_stage(self, stage: Stage, num_sequences: int, length: int, balance_size: int) -> PipelineStage:
-        """With its shapes given, so that ranks need not tell each other."""
-        wide = torch.promote_types(torch.float32, stage.compute_dtype)
+        """Builds the PipelineStage with the shapes of its inputs and outputs, or ranks would exchange them first."""
+        balance_dtype = torch.promote_types(torch.float32, stage.compute_dtype)
         shape = (num_sequences, len(self.place.own(length)), self.config.d_model)
         travels = (
             torch.empty(shape, dtype=stage.compute_dtype, device="meta", requires_grad=True),
-            torch.empty(balance_size, dtype=wide, device="meta", requires_grad=True),
+            torch.empty(balance_size, dtype=balance_dtype, device="meta", requires_grad=True),
         )
-        loss = torch.empty((), dtype=wide, device="meta", requires_grad=True)
+        loss = torch.empty((), dtype=balance_dtype, device="meta", requires_grad=True)
         return PipelineStage(
             stage,
             stage.part.number,
@@ -212,7 +232,10 @@ class Pipeline(LanguageModel, nn.ModuleList):
 
     @torch.no_grad()
     def _pool_stats(self, passes: Passes) -> None:
-        """What of a loss that is pooled over layers is each layer's, for the report: f is summed over all stages."""
+        """Adds each layer's share of the losses that are pooled over layers to its statistics.
+
+        f is all-reduced over the stages in float64. A collective over the pipeline, without gradients.
+        """
         num_layers = len(self.config.moe_layers)
         for stats, pooled in zip(passes.stats, passes.pooled, strict=True):
             for name, (blocks, experts) in pooled_shapes(self.config, passes.num_blocks).items():
@@ -221,25 +244,26 @@ class Pipeline(LanguageModel, nn.ModuleList):
                 fraction = sum(own, torch.zeros(blocks, experts, dtype=torch.float64, device=device))
                 fraction = all_reduce_sum(fraction, self.group)
                 for layer, terms in pooled.items():
-                    part = pooled_part(fraction, terms[name][1], num_layers)
-                    stats[layer] = replace(stats[layer], losses={**stats[layer].losses, name: part})
+                    loss = pooled_part(fraction, terms[name][1], num_layers)
+                    stats[layer] = replace(stats[layer], losses={**stats[layer].losses, name: loss})
 
 
-def _exchange(carry: Callable[..., Any], x: Tensor, group: dist.ProcessGroup, peer: int) -> None:
-    if x.numel():  # both sides know the shape
-        carry(x.contiguous(), dist.get_global_rank(group, peer), group=group)
+def _exchange(send_or_recv: Callable[..., Any], x: Tensor, group: dist.ProcessGroup, peer: int) -> None:
+    """Sends x to, or receives x from, rank `peer` of the group. Both sides know the shape; an empty x is not sent."""
+    if x.numel():
+        send_or_recv(x.contiguous(), dist.get_global_rank(group, peer), group=group)
 
 
 def build_pipeline(config: ModelConfig, mesh: ParallelMesh, *, pipeline: PipelineConfig, **settings: Any) -> Pipeline:
-    """This rank's stages: every pp-th, beginning with its own place. settings: build_model's."""
+    """Builds this rank's stages: every pp-th one, from its own pipeline rank on. settings: passed to build_model."""
     per_rank = pipeline.stages_per_rank if isinstance(pipeline, InterleavedConfig) else 1
-    parts = split_model(config, mesh.degrees.pp * per_rank)
-    mine = parts[mesh.pp_rank :: mesh.degrees.pp]
-    return Pipeline([build_model(config, mesh, part=part, kind=Stage, **settings) for part in mine], mesh, pipeline)
+    specs = split_model(config, mesh.degrees.pp * per_rank)[mesh.pp_rank :: mesh.degrees.pp]
+    stages = [build_model(config, mesh, part=spec, model_class=Stage, **settings) for spec in specs]
+    return Pipeline(stages, mesh, pipeline)
 
 
 def refuse_schedule(config: PipelineConfig, pp: int, num_micro_steps: int) -> None:
-    """ValueError where the schedule cannot run this many micro-steps."""
+    """Raises ValueError if the schedule cannot run this many micro-steps."""
     if isinstance(config, OneForwardOneBackwardConfig) and num_micro_steps < pp:
         raise ValueError(
             f"training.micro_steps ({num_micro_steps}) is smaller than parallel.pp ({pp}): a pipeline needs a "

@@ -1,4 +1,4 @@
-"""Positions: rotary ones, with the ways to stretch them over longer texts, and learned ones."""
+"""Implements rotary positions, with their extensions to longer contexts, and the settings of learned positions."""
 
 import math
 from collections.abc import Callable
@@ -12,21 +12,25 @@ from expert_parallel.settings import Settings
 
 
 class LinearScaling(Settings):
-    """All frequencies divided by `factor`: position interpolation (Chen et al. 2023)."""
+    """Divides all rotary frequencies by `factor`: position interpolation (Chen et al. 2023)."""
 
     kind: Literal["linear"]
     factor: float = Field(ge=1)
+    """Divides the frequencies; it is the new context length over the original one."""
 
 
 class Llama3Scaling(Settings):
-    """Frequencies that turn less than `low_frequency_factor` times in `original_length` tokens are divided by `factor`,
-    those that turn more than `high_frequency_factor` times stay, those between are mixed (Llama 3.1)."""
+    """Divides low rotary frequencies by `factor`, keeps high ones, and interpolates between them (Llama 3.1)."""
 
     kind: Literal["llama3"]
     factor: float = Field(ge=1)
+    """Divides the low frequencies; it is the new context length over the original one."""
     low_frequency_factor: float = Field(gt=0)
+    """Divides frequencies that make fewer turns than this in `original_length` tokens."""
     high_frequency_factor: float = Field(gt=0)
+    """Keeps frequencies that make more turns than this in `original_length` tokens."""
     original_length: int = Field(ge=1)
+    """Sets the context length, in tokens, that the model was trained with before scaling."""
 
     @model_validator(mode="after")
     def _check_band(self) -> "Llama3Scaling":
@@ -39,30 +43,34 @@ class Llama3Scaling(Settings):
 
 
 class YarnScaling(Settings):
-    """YaRN (Peng et al. 2023): pairs that turn more than `beta_fast` times in `original_length` tokens stay, those that
-    turn less than `beta_slow` times are divided by `factor`, a ramp over the pairs between. truncate: the ramp begins
-    and ends at whole pairs.
-
-    cos and sin are multiplied by attention_factor. If null: 0.1 ln(factor) + 1, or with mscale and mscale_all_dim the
-    quotient of 0.1 mscale ln(factor) + 1 and the same of mscale_all_dim (DeepSeek).
-    """
+    """Divides slow rotary pairs by `factor`, keeps fast ones, and ramps between them: YaRN (Peng et al. 2023)."""
 
     kind: Literal["yarn"]
     factor: float = Field(ge=1)
+    """Divides the frequencies of slow pairs; it is the new context length over the original one."""
     original_length: int = Field(ge=1)
+    """Sets the context length, in tokens, that the model was trained with before scaling."""
     beta_fast: float = Field(default=32.0, gt=0)
+    """Keeps pairs that make more turns than this in `original_length` tokens."""
     beta_slow: float = Field(default=1.0, gt=0)
+    """Divides pairs that make fewer turns than this in `original_length` tokens."""
     attention_factor: Annotated[float, Field(gt=0)] | None = None
+    """Multiplies cos and sin; null is (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1) if both are
+    given, and else 0.1 ln(factor) + 1."""
     mscale: Annotated[float, Field(ge=0)] | None = None
+    """Sets the numerator's coefficient in the default of `attention_factor` (DeepSeek-V2)."""
     mscale_all_dim: Annotated[float, Field(ge=0)] | None = None
+    """Sets the denominator's coefficient in the default of `attention_factor`; with `kind: latent` it also scales the
+    attention logits (DeepSeek-V2)."""
     truncate: bool = True
+    """Rounds the ramp's ends to whole pairs."""
 
     @model_validator(mode="after")
     def _check_ramp(self) -> "YarnScaling":
         if self.beta_fast <= self.beta_slow:
             raise ValueError(
-                f"beta_fast ({self.beta_fast:g}) must be larger than beta_slow ({self.beta_slow:g}): of turns in "
-                "original_length tokens"
+                f"beta_fast ({self.beta_fast:g}) must be larger than beta_slow ({self.beta_slow:g}): both count turns "
+                "in original_length tokens"
             )
         return self
 
@@ -71,18 +79,21 @@ Scaling = Annotated[YarnScaling | Llama3Scaling | LinearScaling, Field(discrimin
 
 
 class RopeConfig(Settings):
-    """Rotary positions: Su et al. 2021, in the half-split form of GPT-NeoX and Llama."""
+    """Uses rotary positions (Su et al. 2021), in the half-split form of GPT-NeoX and Llama."""
 
     kind: Literal["rope"] = "rope"
     theta: float = Field(default=10000.0, gt=1)
+    """Sets the base of the rotary frequencies."""
     scaling: Scaling | None = None
+    """Scales the rotary frequencies for contexts longer than the original one; null leaves them as they are."""
 
 
 class LearnedPositionConfig(Settings):
-    """One learned vector a position, added to the embedding."""
+    """Adds a learned vector of each position to the embedding."""
 
     kind: Literal["learned"]
     max_length: int = Field(ge=1)
+    """Sets the number of positions, at least `training.sequence_length`."""
 
 
 PositionConfig = Annotated[RopeConfig | LearnedPositionConfig, Field(discriminator="kind")]
@@ -91,8 +102,10 @@ PositionConfig = Annotated[RopeConfig | LearnedPositionConfig, Field(discriminat
 def rotary_frequencies(
     config: RopeConfig, size: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None
 ) -> tuple[Tensor, float]:
-    """Angle by which each pair turns from one position to the next, (size / 2), and the factor of cos and sin. size: of
-    the heads."""
+    """Returns the rotary frequencies, (size / 2), in radians per position, and a factor for cos and sin.
+
+    size: the number of rotated columns of a head, two per frequency. The factor is 1 without YaRN.
+    """
     half = size // 2
     frequency_h = config.theta ** (-torch.arange(half, device=device, dtype=dtype) / half)
     if config.scaling is None:
@@ -115,7 +128,7 @@ def _yarn(scaling: YarnScaling, theta: float, frequency_h: Tensor) -> tuple[Tens
     half = len(frequency_h)
 
     def pair_that_turns(times: float) -> float:
-        """Which pair turns so often in original_length tokens; a fraction."""
+        """Returns the (fractional) index of the pair that makes `times` turns in original_length tokens."""
         return half * math.log(scaling.original_length / (times * 2 * math.pi)) / math.log(theta)
 
     first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
@@ -138,11 +151,12 @@ def _attention_factor(scaling: YarnScaling) -> float:
 
 
 def yarn_scale(factor: float, multiplier: float = 1.0) -> float:
-    """By how much sharper attention must be over a context that is `factor` times as long: YaRN, equation 22."""
+    """Returns YaRN's factor for a context that is `factor` times as long: 0.1 multiplier ln(factor) + 1 (eq. 22)."""
     return 0.1 * multiplier * math.log(factor) + 1.0
 
 
-# kind -> (its settings, theta, plain frequencies (h / 2)) -> frequencies, factor of cos and sin.
+# Maps a scaling kind to a function of (settings, theta, unscaled frequencies (h / 2)), which returns the scaled
+# frequencies and the factor for cos and sin.
 SCALINGS: dict[str, Callable[[Any, float, Tensor], tuple[Tensor, float]]] = {
     "linear": _linear,
     "llama3": _llama3,
@@ -151,18 +165,21 @@ SCALINGS: dict[str, Callable[[Any, float, Tensor], tuple[Tensor, float]]] = {
 
 
 def rotation(config: RopeConfig, size: int, position_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of each position's angles, (B or 1, 1, S, size / 2), times the attention factor. position_BS: int64.
+    """Returns cos and sin of the angles of each position, (B or 1, 1, S, size / 2) each, times the attention factor.
 
-    Angles in float32, or float64 for float64: positions beyond 256 have no exact bfloat16.
+    position_BS: int64, (B or 1, S). dtype: of the result.
     """
-    wide = torch.promote_types(torch.float32, dtype)
-    frequency_h, factor = rotary_frequencies(config, size, wide, position_BS.device)
-    angle = position_BS.to(wide)[:, None, :, None] * frequency_h
-    return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
+    # Angles in float32 or wider: bfloat16 cannot represent integers above 256 exactly.
+    angle_dtype = torch.promote_types(torch.float32, dtype)
+    frequency_h, factor = rotary_frequencies(config, size, angle_dtype, position_BS.device)
+    angle_B1Sh = position_BS.to(angle_dtype)[:, None, :, None] * frequency_h
+    return (angle_B1Sh.cos() * factor).to(dtype), (angle_B1Sh.sin() * factor).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pair (x_i, x_{i + h/2}) of each position by its angle i. x: (B, heads, S, h); cos, sin: see
-    `rotation`."""
+    """Rotates the pair (x_i, x_{i + h/2}) of each position by its i-th angle. x: (B, heads, S, h).
+
+    cos, sin: as returned by `rotation`. Source: Su et al. 2021, in the half-split form of GPT-NeoX and Llama.
+    """
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -1,11 +1,11 @@
-"""Tensor and sequence parallelism, put on a Transformer from outside: Shoeybi et al. 2019, Korthikanti et al. 2022.
+"""Applies tensor and sequence parallelism to a Transformer: Shoeybi et al. 2019, Korthikanti et al. 2022.
 
-Between the matrices every rank has its own tokens. In front of attention and the dense feed-forwards they are gathered
-over tp; each rank computes some of the heads (of the hidden columns) of all of them; the partial outputs are summed and
-scattered back. The embedding table and the logits are divided by vocabulary.
+Outside attention and feed-forwards every rank holds its own tokens. They are all-gathered over tp in front of attention
+and dense feed-forwards; each rank computes some of the heads (or hidden columns) for all tokens; the partial outputs
+are reduce-scattered back. The embedding table and the logits are split by vocabulary.
 
-Not with DTensor's styles: gated matrices lie [gate | up] side by side, key heads may be fewer than ranks, vocabularies
-need not divide evenly, and FSDP2 shards the parts that are left here as ordinary tensors.
+DTensor's parallel styles do not fit: gated matrices hold [gate | up] side by side, there may be fewer key heads than
+ranks, vocabularies need not divide evenly, and FSDP2 shards the local tensors that remain.
 """
 
 from functools import partial
@@ -31,8 +31,7 @@ from expert_parallel.parallel.sharding import divide
 
 
 class GatherTokens(torch.autograd.Function):
-    """(..., T, D) of each rank -> (..., P * T, D), in rank order, on all of them. The gradients are summed and
-    scattered."""
+    """All-gathers (..., T, D) of each rank to (..., P * T, D) in rank order. Gradients are reduce-scattered."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -45,7 +44,7 @@ class GatherTokens(torch.autograd.Function):
 
 
 class ReduceScatterTokens(torch.autograd.Function):
-    """(..., P * T, D) of each rank -> the sum's own part (..., T, D). The gradients are gathered."""
+    """Sums (..., P * T, D) over the ranks and returns this rank's (..., T, D). Gradients are all-gathered."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -58,6 +57,7 @@ class ReduceScatterTokens(torch.autograd.Function):
 
 
 def gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All-gathers (..., T, D) along T. No gradient: see GatherTokens."""
     rows = x.movedim(-2, 0).contiguous()
     gathered = rows.new_empty(group_size(group) * rows.shape[0], *rows.shape[1:])
     all_gather_single(gathered, rows, group=group)
@@ -65,6 +65,7 @@ def gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def reduce_scatter_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Reduce-scatters (..., P * T, D) along T, in the dtype of x. No gradient: see ReduceScatterTokens."""
     rows = x.movedim(-2, 0).contiguous()
     own = rows.new_empty(rows.shape[0] // group_size(group), *rows.shape[1:])
     reduce_scatter_single(own, rows, group=group)
@@ -72,7 +73,7 @@ def reduce_scatter_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class AllReduceSum(torch.autograd.Function):
-    """The sum over the ranks, on all of them. So is the gradient: each rank has its part of the loss."""
+    """Sums over the ranks. The gradient is summed too, since each rank back-propagates its own share of the loss."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -85,8 +86,10 @@ class AllReduceSum(torch.autograd.Function):
 
 
 class RowParallelLinear(Linear):
-    """The second matrix of a pair: this rank's inputs of all tokens -> whole outputs of its own tokens. The bias is
-    added once, after the sum."""
+    """Multiplies with a matrix that is split along its input columns. (..., P * T, in / P) -> (..., T, out).
+
+    The partial outputs are reduce-scattered to each rank's own tokens; the bias is added once, after the sum.
+    """
 
     def __init__(self, whole: nn.Linear, group: dist.ProcessGroup) -> None:
         super().__init__(whole.in_features, whole.out_features, bias=whole.bias is not None, device="meta")
@@ -100,23 +103,32 @@ class RowParallelLinear(Linear):
 
 
 class DividedNorm(RMSNorm):
-    """RMS norm of rows whose columns are divided over the ranks: the mean square is of all of them. copies: neighbours
-    that have the same columns."""
+    """Computes the RMS norm of rows whose columns are split over the ranks; the mean square is over all columns.
+
+    copies: the number of consecutive ranks that hold the same columns (key heads that several ranks share).
+    """
 
     def __init__(self, whole: WholeNorm, group: dist.ProcessGroup, copies: int) -> None:
         super().__init__(len(whole.weight), whole.eps)
-        self.width, self.group, self.copies = len(whole.weight), group, copies
+        self.width = len(whole.weight)
+        self.group = group
+        self.copies = copies
         divide(self, "weight", -1, group, copies=copies)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalizes x (..., local columns) in float32 or wider, and returns it in the dtype of x."""
         wide = x.to(torch.promote_types(torch.float32, x.dtype))
+        # Shared columns enter the sum once per copy: hence the division.
         squares = AllReduceSum.apply(wide.square().sum(-1, keepdim=True), self.group) / self.copies
         return (wide * torch.rsqrt(squares / self.width + self.eps) * self.weight.to(wide.dtype)).to(x.dtype)
 
 
 class VocabularyParallelEmbedding(nn.Embedding):
-    """Looks up tokens (B, P * T) in this rank's rows of the table; zero for the others'. Returns (B, T, D) in `dtype`:
-    the sum's own part. One rank alone has a token's row, so nothing is rounded in the sum."""
+    """Looks up tokens in a table whose rows are split over the ranks. (B, P * T), int64 -> (B, T, D) in `dtype`.
+
+    Each rank contributes zeros for tokens of other ranks' rows, and the sum is reduce-scattered. Exactly one summand is
+    not zero, so nothing is rounded, in any dtype.
+    """
 
     def __init__(self, whole: nn.Embedding, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
         super().__init__(whole.num_embeddings, whole.embedding_dim, device="meta")
@@ -132,17 +144,20 @@ class VocabularyParallelEmbedding(nn.Embedding):
 
 
 def first_word(vocab_size: int, group: dist.ProcessGroup | None) -> int:
-    """The first token id of this rank's rows: parts as `tensor_split` makes them."""
+    """Returns the first token id of this rank's vocabulary shard; shards are those of `torch.tensor_split`."""
     small, larger = divmod(vocab_size, group_size(group))
     return group_rank(group) * small + min(group_rank(group), larger)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sum over tokens of log(sum over the vocabulary of exp(logit)) - logit of the target. Every rank has the same."""
+    """Sums logsumexp(logits) - logit of the target over tokens, with logits split by vocabulary: (T, V / P).
+
+    Every rank returns the same sum. The gradient of a rank's logits needs no communication.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor, group: dist.ProcessGroup, vocab_size: int) -> Tensor:
-        largest_T = logits_TV.amax(1)
+        largest_T = logits_TV.amax(1)  # subtracted, so that exp does not overflow
         dist.all_reduce(largest_T, op=dist.ReduceOp.MAX, group=group)
         shifted_TV = logits_TV - largest_T[:, None]
         local_T = targets_T - first_word(vocab_size, group)
@@ -164,8 +179,12 @@ class _CrossEntropy(torch.autograd.Function):
 def cross_entropy_sum(
     logits_BSV: Tensor, targets_BS: Tensor, group: dist.ProcessGroup | None = None, vocab_size: int = 0
 ) -> Tensor:
-    """Sum of -log p(target), nats, in float32 or wider. group: the logits are divided over it by vocabulary, and are
-    never gathered; each of its ranks returns the whole sum."""
+    """Returns the sum of -log p(target) over all tokens, in nats, a scalar in float32 or wider.
+
+    logits_BSV: (B, S, V), or (B, S, V / P) if they are split by vocabulary over `group`; they are never gathered, and
+    every rank returns the whole sum. targets_BS: int64. vocab_size: V, needed with a group.
+    """
+    # float32 or wider: a sum over thousands of tokens, each a sum over the vocabulary, would be noise in bfloat16.
     wide = logits_BSV.to(torch.promote_types(torch.float32, logits_BSV.dtype)).flatten(0, 1)
     if group is None:
         return F.cross_entropy(wide, targets_BS.flatten(), reduction="sum")
@@ -173,7 +192,7 @@ def cross_entropy_sum(
 
 
 def gather_logits(logits_BSV: Tensor, group: dist.ProcessGroup | None, vocab_size: int) -> Tensor:
-    """The whole vocabulary's, without a gradient: for generation."""
+    """All-gathers logits (..., V / P), split by vocabulary, to (..., V). No gradient; used by generation."""
     if group is None:
         return logits_BSV
     widths = [len(part) for part in torch.arange(vocab_size).tensor_split(group_size(group))]
@@ -183,11 +202,12 @@ def gather_logits(logits_BSV: Tensor, group: dist.ProcessGroup | None, vocab_siz
     return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], -1)
 
 
-# ------------------------------------------------------------------------------------------------ put on from outside
+# ------------------------------------------------------------------------------- applying it to the modules of a model
 
 
 def divide_attention(attention: Attention, group: dist.ProcessGroup, kv_copies: int) -> None:
-    """Heads over the ranks; `kv_copies` neighbours hold the same key and value heads."""
+    """Splits the heads of an attention module over `group`. kv_copies: the number of consecutive ranks that hold the
+    same key and value heads."""
     _divide_linear(attention.query, group)
     _divide_linear(attention.key, group, copies=kv_copies)
     _divide_linear(attention.value, group, copies=kv_copies)
@@ -198,31 +218,35 @@ def divide_attention(attention: Attention, group: dist.ProcessGroup, kv_copies: 
             setattr(attention, name, DividedNorm(norm, group, copies))
     if attention.sinks is not None:
         divide(attention, "sinks", -1, group)
-    attention.gather = partial(_gathered, group=group)
+    attention.gather_sequence = partial(_gathered, group=group)
 
 
 def divide_latent_attention(attention: LatentAttention, group: dist.ProcessGroup) -> None:
-    """Heads over the ranks. What is made of one token alone stays whole, is made of this rank's own tokens, and is what
-    is gathered: the gradients of these weights are of own tokens, too."""
+    """Splits the heads of a latent attention module over `group`.
+
+    The projections down to the latents stay whole on every rank. Each rank applies them to its own tokens and the
+    latents are gathered; so the gradients of these weights are of own tokens alone, and must be summed over `group`.
+    """
     _divide_linear(attention.query if attention.config.query_rank is None else attention.query_up, group)
     _divide_linear(attention.kv_up, group)
     attention.out = RowParallelLinear(attention.out, group)
-    attention.gather = partial(_gathered, group=group)
+    attention.gather_sequence = partial(_gathered, group=group)
 
 
 def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Gathers tokens, with gradients; `functools.partial` cannot bind an argument of GatherTokens.apply by name."""
     return GatherTokens.apply(x, group)
 
 
 def divide_ffn(ffn: FFN, group: dist.ProcessGroup) -> None:
-    """Hidden columns over the ranks."""
+    """Splits the hidden columns of a dense feed-forward over `group`."""
     _divide_linear(ffn.w_in, group, blocks=2 if ffn.activation in GATED else 1)
     ffn.w_out = RowParallelLinear(ffn.w_out, group)
-    ffn.gather = partial(_gathered, group=group)
+    ffn.gather_sequence = partial(_gathered, group=group)
 
 
 def _divide_linear(linear: nn.Linear, group: dist.ProcessGroup, blocks: int = 1, copies: int = 1) -> None:
-    """Outputs over the ranks."""
+    """Splits the output columns of a linear layer, and its bias, over `group`."""
     divide(linear, "weight", -2, group, blocks, copies)
     if linear.bias is not None:
         divide(linear, "bias", -1, group, blocks, copies)

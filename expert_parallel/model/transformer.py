@@ -1,7 +1,7 @@
-"""The decoder: embedding, blocks of attention and feed-forward (dense or mixture of experts), output logits.
+"""Implements the decoder: embedding, blocks of attention and feed-forward (dense or mixture of experts), output logits.
 
-Single-device code: of the mesh it takes which positions of each sequence are here, and hands it to the MoE layers;
-`parallelize.py` does the rest from outside.
+Single-device code: it uses the mesh only to look up which positions of each sequence this rank holds, and passes it to
+the MoE layers. `parallelize.py` applies all other parallelism from outside.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from expert_parallel.model.attention_mask import KeyValueCache, Sight
+from expert_parallel.model.attention_mask import Sight
 from expert_parallel.model.config import ATTENTION, ModelConfig, Recompute
+from expert_parallel.model.kv_cache import KeyValueCache
 from expert_parallel.model.rotary import LearnedPositionConfig, RopeConfig
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import RouterReplay, StepContext
@@ -28,12 +29,15 @@ from expert_parallel.nn.random import dropout, mix
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.parallel.sequence import SequencePlace
 
-Pooled = dict[str, tuple[Tensor, Tensor]]  # by loss: f and P, see losses.fractions_and_probabilities
+# By name of the loss: f and P of losses that are pooled over layers; see losses.fractions_and_probabilities.
+Pooled = dict[str, tuple[Tensor, Tensor]]
 
 
 class BlockOutput(NamedTuple):
-    """x: (B, S, D). The others: MoEOutput's; None and empty for a dense block. A tuple, so that FSDP2 sees the
-    tensors."""
+    """Holds the output x (B, S, D) of a block and the losses, stats and pooled terms of its MoEOutput.
+
+    stats is None and the others are empty for a dense block. FSDP2 finds the tensors since a tuple is a pytree.
+    """
 
     x: Tensor
     losses: dict[str, Tensor]
@@ -42,9 +46,12 @@ class BlockOutput(NamedTuple):
 
 
 class ModelOutput(NamedTuple):
-    """logits: (B, S, vocab) in the compute dtype; of a pipeline stage that is not the last, x (B, S, D) instead.
-    losses, stats: by number of the MoE block. pooled: of a stage alone, the terms of losses that are pooled over the
-    layers of all stages; a whole model has them in `losses`."""
+    """Holds the output of a model or of a pipeline stage.
+
+    logits: (B, S, vocab) in the compute dtype; of a stage that is not the last, its output x (B, S, D) instead.
+    losses, stats: by number of the MoE block. pooled: of a pipeline stage, the terms of losses that are pooled over the
+    layers of all stages; a whole model has these losses in `losses`.
+    """
 
     logits: Tensor
     losses: dict[int, dict[str, Tensor]]
@@ -54,7 +61,7 @@ class ModelOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """The blocks of one pipeline stage. The first stage has the embedding, the last the logits."""
+    """Describes one pipeline stage: its blocks and its number. The first stage embeds, the last computes logits."""
 
     blocks: range
     number: int = 0
@@ -62,15 +69,21 @@ class Part:
 
     @property
     def is_first(self) -> bool:
+        """Returns True if the stage embeds tokens."""
         return self.number == 0
 
     @property
     def is_last(self) -> bool:
+        """Returns True if the stage computes logits."""
         return self.number == self.num_stages - 1
 
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + ffn(norm(x)). Post-norm: the norms after the sums."""
+    """Computes one transformer block, (B, S, D) -> (B, S, D).
+
+    Pre-norm: x + attention(norm(x)), then x + ffn(norm(x)). Post-norm: norm(x + attention(x)), then norm(x + ffn(x)).
+    recompute: which part discards its activations and runs again in the backward pass.
+    """
 
     def __init__(
         self,
@@ -80,7 +93,9 @@ class Block(nn.Module):
         recompute: Recompute,
     ) -> None:
         super().__init__()
-        self.norm_placement, self.dropout, self.recompute = config.norm_placement, config.dropout, recompute
+        self.norm_placement = config.norm_placement
+        self.dropout = config.dropout
+        self.recompute = recompute
         norm = partial(NORMS[config.norm.kind], config.d_model, config.norm.eps)
         rope = config.position if isinstance(config.position, RopeConfig) else None
         self.attention_norm, self.ffn_norm = norm(), norm()
@@ -97,8 +112,9 @@ class Block(nn.Module):
             self.ffn = FFN(config.ffn, config.d_model)
 
     def forward(self, x: Tensor, context: StepContext, sight: Sight) -> BlockOutput:
-        # All randomness is a function of the context, so recomputation needs no saved generator state. The choices of
-        # the first pass are played back in the second.
+        """Runs the block on x (B, S, D), under activation checkpointing if `recompute` says so."""
+        # All randomness is a function of the context, so recomputation need not save generator states. The second
+        # forward pass replays the routing of the first: rounding could otherwise choose other experts.
         if self.recompute != "none" and torch.is_grad_enabled():
             context = replace(context, replay=context.replay or RouterReplay())
         if self.recompute == "block" and torch.is_grad_enabled():
@@ -132,6 +148,7 @@ class Block(nn.Module):
 
 
 def build_moe_layer(config: MoEConfig, mesh: ParallelMesh | None) -> MoELayer:
+    """Builds an MoE layer on the process groups of the mesh; None: on this rank alone."""
     if mesh is None:
         return MoELayer(config)
     return MoELayer(
@@ -145,10 +162,10 @@ def build_moe_layer(config: MoEConfig, mesh: ParallelMesh | None) -> MoELayer:
 
 
 class LanguageModel(nn.Module):
-    """A decoder as training, checkpoints and generation see it: all of it, or this rank's stages of a pipeline.
+    """Defines what training, checkpoints and generation use of a decoder: a whole one, or this rank's pipeline stages.
 
-    Called with tokens (B, S), int64, a StepContext and, in generation, a KeyValueCache; returns a ModelOutput. A class
-    rather than a Protocol, since its callers also treat it as the nn.Module that it is.
+    It is called with tokens (B, S), int64, a StepContext and, in generation, a KeyValueCache, and returns a
+    ModelOutput. It is a class rather than a Protocol because callers also use it as an nn.Module.
     """
 
     config: ModelConfig
@@ -156,21 +173,20 @@ class LanguageModel(nn.Module):
 
     @property
     def has_logits(self) -> bool:
-        """Whether the logits come out on this rank; else the output goes on to another rank's stage."""
+        """Returns True if this rank computes the logits, False if a later pipeline stage on another rank does."""
         raise NotImplementedError
 
     def local_blocks(self) -> Iterator[tuple[int, Block]]:
-        """Yields the blocks that are on this rank, with their numbers."""
+        """Yields the blocks of this rank with their numbers."""
         raise NotImplementedError
 
 
 class Transformer(LanguageModel):
-    """Tokens (B, S), int64 -> ModelOutput. Computes in `compute_dtype`, whatever dtype the weights are kept in.
+    """Implements the decoder or one pipeline stage of it. Tokens (B, S), int64 -> ModelOutput.
 
-    mesh: handed to the MoE layers; None: this rank alone. part: what of the model is here; default: all. Where ranks
-    divide sequences, each is given them whole; the logits are those of its own positions (`place.context`).
-
-    Weights are not initialised here: see `init_weights`.
+    compute_dtype: of all activations, whatever dtype the weights have. mesh: passed to the MoE layers; None: this rank
+    alone. `stage_spec`: None: the whole model. With context or sequence parallelism each rank is given whole sequences
+    and returns the logits of the positions `place.context` alone. Weights are left uninitialised: see `init_weights`.
     """
 
     def __init__(
@@ -185,14 +201,14 @@ class Transformer(LanguageModel):
         self.config, self.compute_dtype = config, compute_dtype
         self.part = part or Part(range(config.num_layers))
         self.place = SequencePlace.of(mesh)
-        self.before_logits: Callable[[Tensor], Tensor] = identity  # another one where ranks divide the vocabulary
+        self.before_logits: Callable[[Tensor], Tensor] = identity  # replaced if the vocabulary is split
         is_first, is_last = self.part.is_first, self.part.is_last
         table = partial(nn.Embedding, embedding_dim=config.d_model)
         learned = config.position if isinstance(config.position, LearnedPositionConfig) else None
         pre = config.norm_placement == "pre"
         self.embedding = table(config.vocab_size) if is_first or (is_last and config.tied_embeddings) else None
         self.position = table(learned.max_length) if learned is not None and is_first else None
-        # A block's place in the list is its number; those of other stages are None.
+        # Indexed by the number of the block, so that parameter names do not depend on the stage; None: other stages.
         self.blocks = nn.ModuleList(
             Block(config, layer, mesh, recompute) if layer in self.part.blocks else None  # type: ignore[misc]
             for layer in range(config.num_layers)
@@ -213,9 +229,13 @@ class Transformer(LanguageModel):
     def forward(
         self, tokens_BS: Tensor, context: StepContext, x: Tensor | None = None, cache: KeyValueCache | None = None
     ) -> ModelOutput:
-        """context.coordinate is this rank's, document_BS and mask_BS are of whole rows; the block number and what the
-        tokens are is filled in here. x: (B, S, D), what the stage before put out; the first stage embeds the tokens.
-        cache: the tokens come after those that it holds; its length is left to the caller."""
+        """Runs the blocks of this rank.
+
+        tokens_BS: whole sequences, int64. context: `document_BS` and `mask_BS` are of whole sequences too; the block
+        number and the tokens are filled in here. x: (B, S, D), the output of the stage before; None on the first
+        stage, which embeds the tokens. cache: holds the tokens before these; the caller advances its length. Raises
+        ValueError for more tokens than there are learned positions.
+        """
         length = tokens_BS.shape[1]
         sight = Sight.of(self.place, length, tokens_BS.device, context.document_BS, cache)
         if self.part.is_first:
@@ -234,7 +254,7 @@ class Transformer(LanguageModel):
         return ModelOutput(self._logits(x) if self.part.is_last else x, losses, stats, pooled)
 
     def _own_tokens(self, tokens_BS: Tensor, context: StepContext) -> StepContext:
-        """What the context says of whole rows, of this rank's own positions."""
+        """Returns the context with its per-token tensors restricted to the positions of this rank."""
         if self.place.is_whole:
             return replace(context, token_ids_BS=tokens_BS)
         own_S = self.place.own(tokens_BS.shape[1]).to(tokens_BS.device)
@@ -246,7 +266,7 @@ class Transformer(LanguageModel):
         )
 
     def _embed(self, tokens_BS: Tensor, context: StepContext, sight: Sight) -> Tensor:
-        """(B, S) -> (B, S, D), of this rank's own positions."""
+        """Embeds tokens (B, S) to (B, S, D) at the positions of this rank, with learned positions and dropout."""
         assert self.embedding is not None
         length, device = tokens_BS.shape[1], tokens_BS.device
         x = self.embedding(tokens_BS[:, self.place.context(length).to(device)]).to(self.compute_dtype)
@@ -271,21 +291,24 @@ class Transformer(LanguageModel):
     def _losses(
         self, outputs: dict[int, BlockOutput]
     ) -> tuple[dict[int, dict[str, Tensor]], dict[int, LoadStats], dict[int, Pooled]]:
-        """By MoE block; those that are pooled over layers, from all of them, if they are all here."""
+        """Collects losses, stats and pooled terms by MoE block.
+
+        A whole model turns the pooled terms of all layers into losses; a pipeline stage returns the terms.
+        """
         losses = {layer: dict(output.losses) for layer, output in outputs.items()}
         stats = {layer: output.stats for layer, output in outputs.items() if output.stats is not None}
         pooled = {layer: output.pooled for layer, output in outputs.items()}
         if self.part.num_stages > 1:
             return losses, stats, pooled
-        for layer, parts in pool_layers(pooled).items():
+        for layer, terms in pool_layers(pooled).items():
             settings = pooled_losses(self.config)
-            losses[layer] |= {name: settings[name].coefficient * part for name, part in parts.items()}
-            detached = {name: part.detach() for name, part in parts.items()}
+            losses[layer] |= {name: settings[name].coefficient * term for name, term in terms.items()}
+            detached = {name: term.detach() for name, term in terms.items()}
             stats[layer] = replace(stats[layer], losses={**stats[layer].losses, **detached})
         return losses, stats, {}
 
 
 def pooled_losses(config: ModelConfig) -> dict[str, BalanceLossConfig]:
-    """Those that are pooled over layers, by name, in the order of the config."""
+    """Returns the settings of the losses that are pooled over layers, by name, in the order of the config."""
     losses = [] if config.moe is None else config.moe.losses
     return {loss_name(loss): loss for loss in losses if isinstance(loss, BalanceLossConfig) and loss.layers == "pooled"}

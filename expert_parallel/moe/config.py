@@ -1,5 +1,5 @@
-"""`MoEConfig` holds the settings of one MoE layer. A preset puts a paper's routing, capacity and losses beneath
-them; combinations that cannot work, or of which one would do nothing, are refused with the reason."""
+"""Holds the settings of one MoE layer (`MoEConfig`) and the presets of papers; refuses combinations that cannot work or
+in which a setting would do nothing."""
 
 from typing import Annotated, Any
 
@@ -13,28 +13,39 @@ from expert_parallel.moe.routers.base import HashConfig, RouterSettings, TopKRou
 from expert_parallel.moe.routers.losses import LossConfig, loss_name
 from expert_parallel.moe.routers.registry import RouterConfig, router_params, router_settings
 from expert_parallel.nn.ffn import FFNConfig
-from expert_parallel.settings import Settings
+from expert_parallel.settings import Settings, use_own_names
 
 
 class MoEConfig(Settings):
-    """One MoE layer. `d_model` is set here for a layer that is used alone; in a model it comes from `model.d_model`.
-    `preset`: router, capacity and losses of a paper, beneath what is set here (see PRESETS)."""
+    """Describes an MoE layer: its router, capacity, losses, experts, and how tokens are sent to them."""
 
     preset: str | None = None
+    """Names the paper whose router, capacity and losses are the defaults of this block: `mixtral`, `olmoe`, `switch`,
+    `gshard`, `shazeer`, `v_moe`, `deepseek_v3`, `expert_choice`, `hash_layers` or `s_base`."""
     d_model: Annotated[int, Field(ge=1)] | None = None
+    """Sets the hidden size of a layer that is used alone; in a model it is `model.d_model`."""
     num_experts: int = Field(ge=1)
+    """Sets the number of routed experts, over all ranks."""
     router: RouterConfig = TopKRouterConfig()
+    """Chooses the experts of each token and their weights."""
     capacity: CapacityConfig = DroplessConfig()
+    """Limits the choices that an expert takes."""
     losses: list[LossConfig] = Field(default_factory=list)
+    """Lists the auxiliary losses of the router; each kind and scope may occur once."""
     experts: ExpertsConfig
+    """Describes the routed experts."""
     shared_experts: FFNConfig | None = None
+    """Describes a feed-forward network that every token uses besides its routed experts (DeepSeekMoE, Dai et al. 2024);
+    null has none."""
     dispatcher: DispatcherConfig = AllToAllConfig()
+    """Chooses how tokens are sent to the ranks of their experts and back."""
     ledger: LedgerConfig = LedgerConfig()
+    """Checks that no row is lost between ranks."""
 
     @model_validator(mode="before")
     @classmethod
     def _expand_preset(cls, tree: Any) -> Any:
-        return apply_preset(tree)
+        return apply_preset(use_own_names([cls], tree))
 
     @model_validator(mode="after")
     def _refuse_what_cannot_work(self) -> "MoEConfig":
@@ -44,7 +55,7 @@ class MoEConfig(Settings):
         if self.dispatcher.overlap > 1 and self.capacity.pad:
             raise ValueError(
                 f"dispatcher.overlap is {self.dispatcher.overlap} and capacity.pad is true: each chunk would be padded "
-                "to the whole capacity; set one of them back (overlap to 1, or pad to false)"
+                "to the whole capacity; set dispatcher.overlap to 1 or capacity.pad to false"
             )
         return self
 
@@ -61,31 +72,29 @@ class MoEConfig(Settings):
 def refuse_combinations(
     router: RouterSettings, capacity: CapacityConfig, losses: list[LossConfig], num_experts: int
 ) -> None:
-    """ValueError in one sentence that names the settings and their numbers."""
+    """Raises a ValueError of one sentence that names the settings and their numbers."""
     names = [loss_name(loss) for loss in losses]
     if len(set(names)) < len(names):
-        raise ValueError(f"losses: each kind and scope may stand once, found {', '.join(names)}")
+        raise ValueError(f"losses: each kind and scope may occur once, found {', '.join(names)}")
     if router.kind == "hash" and losses:
         raise ValueError(f"losses: {names[0]} would do nothing: router.kind is 'hash', which learns nothing")
     if router.kind == "expert_choice" and any(loss.kind == "balance" for loss in losses):
-        raise ValueError(
-            "losses: balance would do nothing: router.kind is 'expert_choice', which is balanced by itself"
-        )
+        raise ValueError("losses: balance would do nothing: router.kind is 'expert_choice', which is always balanced")
     if isinstance(capacity, DroplessConfig):
         return
     if router.kind == "expert_choice":
         raise ValueError(
-            f"capacity.kind is {capacity.kind!r} but router.kind is 'expert_choice', whose experts take no more than "
-            "router.train (router.eval) says: set capacity.kind to 'dropless'"
+            f"capacity.kind is {capacity.kind!r} but router.kind is 'expert_choice', whose router.train and "
+            "router.eval already limit each expert: set capacity.kind to 'dropless'"
         )
     if capacity.renormalise and not (router.normalises or isinstance(router, HashConfig)):
         raise ValueError(
-            "capacity.renormalise is true but router.normalise is false: weights that were never normalised have no "
-            "sum to keep"
+            "capacity.renormalise is true but router.normalise is false: weights that were not normalized have no "
+            "fixed sum to restore"
         )
     choices = router.num_choices(num_experts)
     if capacity.renormalise and choices == 1:
-        raise ValueError("capacity.renormalise is true but router.k is 1: the only weight is 1 or nothing as it is")
+        raise ValueError("capacity.renormalise is true but router.k is 1: the only weight is 1 anyway")
     if capacity.overflow == "reroute":
         reachable = num_experts
         if isinstance(router, TopKRouterConfig) and router.group_limit is not None:
@@ -93,7 +102,7 @@ def refuse_combinations(
         if choices >= reachable:
             raise ValueError(
                 f"capacity.overflow is 'reroute' but router.k is {choices} of the {reachable} experts that a token may "
-                "choose: there is no next best one"
+                "choose: there is no next best expert"
             )
 
 
@@ -152,7 +161,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def apply_preset(tree: Any) -> Any:
-    """The block with its preset's values beneath its own; a block of another `kind` than the preset's replaces it."""
+    """Returns the block with its preset's values as defaults; a block of another `kind` replaces the preset's."""
     if not isinstance(tree, dict) or not isinstance(tree.get("preset"), str):
         return tree  # no preset, or none that its field accepts
     if tree["preset"] not in PRESETS:
@@ -161,7 +170,7 @@ def apply_preset(tree: Any) -> Any:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """The blocks of both; where both say something, `above` does. A block of another `kind` replaces the one below."""
+    """Returns the settings of both, of `above` if both have one. A block of another `kind` replaces the one below."""
     merged = {**below, **above}
     for key in below.keys() & above.keys():
         old, new = below[key], above[key]

@@ -1,7 +1,8 @@
-"""What a pass is told beside its input (`StepContext`), what a layer makes of it (`TokenBatch`), and the choices
-that a pass records for another one to take."""
+"""Defines the inputs of a pass other than its tokens (`StepContext`), what a layer derives from them (`TokenBatch`),
+and the recording and replay of choices."""
 
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,11 @@ from expert_parallel.parallel.collectives import group_size
 
 @dataclass(frozen=True)
 class Choices:
-    """Where a layer's tokens went: as the router chose, and as they stood after capacity. ids int64, reasons uint8.
-    index_T: whose choices (see TokenBatch). padded_rows: what each expert computes, if padded to capacity."""
+    """Records a layer's choices: as the router made them, and as capacity left them.
+
+    index_T: int64, which tokens they belong to (see TokenBatch). Ids are int64, outcomes uint8 (values of `Outcome`).
+    `rows_per_expert`: see RoutingPlan.
+    """
 
     index_T: Tensor
     routed_ids_TK: Tensor
@@ -26,55 +30,58 @@ class Choices:
 
     @property
     def routed(self) -> tuple[Tensor, Tensor]:
-        """What the router takes instead of choosing."""
+        """Returns the ids and outcomes that the router takes instead of choosing."""
         return self.routed_ids_TK, self.routed_reason_TK
 
-    @staticmethod
-    def of(index_T: Tensor, routed: "RoutingPlan", plan: "RoutingPlan") -> "Choices":
-        """Takes the choices out of the plan as it was routed, and out of what capacity left of it."""
+    @classmethod
+    def of(cls, index_T: Tensor, routed: RoutingPlan, plan: RoutingPlan) -> Self:
+        """Takes the choices from the plan before and after capacity."""
         before, after = (routed.expert_ids_TK, routed.reason_TK), (plan.expert_ids_TK, plan.reason_TK)
-        return Choices(index_T, *before, *after, plan.padded_rows)
+        return cls(index_T, *before, *after, plan.padded_rows)
 
-    def put_into(self, routed: "RoutingPlan") -> "RoutingPlan":
-        """Returns the routed plan with these choices in place of its own. Padding may be other now than it was."""
+    def put_into(self, routed: RoutingPlan) -> RoutingPlan:
+        """Returns the routed plan with these choices instead of its own. Padding tokens are those of `routed`, not the
+        recorded ones."""
         reason_TK = self.reason_TK.masked_fill(~routed.routed_TK, Reason.NOT_ROUTED)
         return replace(routed, expert_ids_TK=self.ids_TK, reason_TK=reason_TK, padded_rows=self.padded_rows)
 
 
 @dataclass
 class RouterReplay:
-    """Records each pass's choices, by (step, micro-step, layer), and plays them back: a pass that is recorded here
-    takes those, any other records its own.
+    """Records the choices of each pass, by (step, micro-step, layer), and replays them: a pass that is recorded here
+    takes its recorded choices, any other records its own.
 
-    Give one to `StepContext.replay` in a first pass and again in a second. Recomputation does so by itself, so that
-    rounding cannot break ties differently. Weights are computed anew, with gradients.
+    Pass one as `StepContext.replay` in a first pass and again in a second. Recomputation does this by itself, so that
+    rounding cannot break ties differently. Weights are recomputed, with gradients.
     """
 
     recorded: dict[tuple[int, int, int], Choices] = field(default_factory=dict)
 
     def find(self, context: "StepContext") -> Choices | None:
-        """Returns what was recorded of the pass, or None."""
+        """Returns the recorded choices of the pass, or None."""
         return self.recorded.get((context.step, context.micro_step, context.layer))
 
     def record(self, context: "StepContext", choices: Choices) -> None:
-        """Keeps the choices of the pass, in place of earlier ones."""
+        """Stores the choices of the pass and replaces earlier ones."""
         self.recorded[context.step, context.micro_step, context.layer] = choices
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a forward pass is told beside its input: where in the run it stands, the key of all randomness (so that no
-    generator state is stored), and what the tokens are.
+    """Tells a forward pass where in the run it is, the key of all randomness (so that no generator state is stored),
+    and what its tokens are.
 
-    `sequence_index_B` (int64) is each sequence's index in the global batch of the micro-step; None counts this
-    rank's own sequences from 0. `positions_S` (int64): where this rank's tokens stand in their sequences, the same in
-    all of them, in any order; None: at 0, 1, ... Where sequences are divided over ranks, each rank gives its own, and
-    all of them the same sequences in the same order. `coordinate` tells apart, for dropout, the ranks that have tokens
-    of their own. `token_ids_BS` (int64): for hash routing. `mask_BS` (bool): False marks padding, which is not routed,
-    takes no capacity and is in no loss. `document_BS` (int64, from 0): which document of its row a token belongs to,
-    where rows are packed with several, at most `documents_per_row`; losses of scope `sequence` then look at each
-    document as they else do at each row. `dropless`: no capacity limits (generation: what a token becomes must not
-    depend on what else is in the pass).
+    seed, step, micro_step, layer: the key of randomness. coordinate: for dropout, distinguishes the ranks that have
+    tokens of their own.
+
+    `sequence_index_B` (int64): each sequence's index in the global batch of the micro-step; None: this rank's sequences
+    count from 0. `positions_S` (int64): the positions of this rank's tokens in their sequences, equal for all
+    sequences, in any order; None: 0, 1, ... If sequences are divided over ranks, each rank gives its own positions, and
+    all give the same sequences in the same order. `token_ids_BS` (int64): for hash routing. `mask_BS` (bool): False
+    marks padding, which is not routed, takes no capacity and is in no loss. `document_BS` (int64, from 0): the document
+    of each token in its row, if rows are packed with up to `documents_per_row` documents; losses of scope `sequence`
+    then treat each document as a sequence. `dropless`: ignores capacity (in generation, a token's output must not
+    depend on the others). `replay`: see RouterReplay.
     """
 
     seed: int = 0
@@ -94,23 +101,22 @@ class StepContext:
 
 @dataclass
 class ScopeBytes:
-    """Counts the bytes that this rank sends in one pass for decisions across ranks (capacity/token_scope.py adds to
-    it)."""
+    """Counts the bytes that this rank sends in one pass for decisions across ranks; capacity/token_scope.py adds to
+    it."""
 
     sent: int = 0
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What a layer knows of its T tokens beside their values.
+    """Describes the T tokens of a layer's input.
 
-    index_T: int64, the token's place in the global order: its sequence's index * 2^32 + its position. is_global: the
-    caller gave the sequences' indices. sequence_T: int64, the sequence's number on this rank. real_T: bool, False for
-    padding; None: all are real. ids_T: int64, the tokens themselves. group: the ranks whose tokens make up the
-    micro-step. sequence_group: those among which the tokens of these sequences are divided; None: all are here.
-    document_T: int64, the token's document among the num_documents that these sequences may hold; None: rows are not
-    packed.
-    scope_bytes: what scopes beyond this rank send to others, counted as it happens.
+    index_T: int64, the token's place in the global order: its sequence's index * 2^32 + its position. is_global: True
+    if the caller gave the sequences' indices. sequence_T: int64, the sequence's number on this rank. real_T: bool,
+    False for padding; None: no padding. ids_T: int64, token ids. group: the ranks whose tokens make up the micro-step.
+    sequence_group: the ranks over which these sequences are divided; None: they are whole. document_T: int64, the
+    token's document, of the num_documents that these sequences may hold; None: rows are not packed. scope_bytes: bytes
+    sent by scopes beyond this rank, counted as they are sent.
     """
 
     index_T: Tensor
@@ -133,8 +139,11 @@ def token_batch(
     group: dist.ProcessGroup | None,
     sequence_group: dist.ProcessGroup | None = None,
 ) -> TokenBatch:
-    """ValueError where what the context says of the tokens does not have their shape, or does not say where they
-    stand."""
+    """Builds the description of the tokens of x_BSD.
+
+    Raises a ValueError if a tensor of the context does not have the shape or dtype of these tokens, or if positions are
+    missing.
+    """
     num_sequences, length, _ = x_BSD.shape
     for name, shape, dtype in (
         ("sequence_index_B", (num_sequences,), torch.int64),
@@ -146,17 +155,18 @@ def token_batch(
         given = getattr(context, name)
         if given is not None and (tuple(given.shape) != shape or given.dtype != dtype):
             raise ValueError(
-                f"StepContext.{name} is {given.dtype} of shape {tuple(given.shape)}, the layer's input asks for "
+                f"StepContext.{name} is {given.dtype} of shape {tuple(given.shape)}, the layer's input needs "
                 f"{dtype} of shape {shape}"
             )
     if context.positions_S is None and group_size(sequence_group) > 1:
         raise ValueError(
-            f"StepContext.positions_S is not set: sequences are divided over {group_size(sequence_group)} ranks, and "
-            f"it says where this one's {length} tokens of each stand in it"
+            f"StepContext.positions_S is not set: each sequence is divided over {group_size(sequence_group)} ranks, so "
+            f"the positions of this rank's {length} tokens in it are needed"
         )
     numbers_B = torch.arange(num_sequences, device=x_BSD.device)
     sequence_B = numbers_B if context.sequence_index_B is None else context.sequence_index_B
-    document_T, per_row = None, context.documents_per_row
+    document_T = None
+    per_row = context.documents_per_row
     if context.document_BS is not None:
         document_T = (numbers_B[:, None] * per_row + context.document_BS).flatten()
     return TokenBatch(
@@ -175,16 +185,21 @@ def token_batch(
 
 
 def global_index(sequence_index_B: Tensor, length: int, positions_S: Tensor | None = None) -> Tensor:
-    """The place of each token of sequences of one length in the global order, int64 (B * length); see TokenBatch.
-    positions_S: where the tokens stand in their sequences; None: at 0, 1, ..."""
+    """Returns the place of each token in the global order, for sequences of one length; int64 (B * length), see
+    TokenBatch.
+
+    positions_S: the positions of the tokens in their sequences; None: 0, 1, ...
+    """
     if positions_S is None:
         positions_S = torch.arange(length, device=sequence_index_B.device)
     return ((sequence_index_B[:, None] << 32) + positions_S).flatten()
 
 
 def find_recorded(batch: TokenBatch, num_choices: int) -> Choices | None:
-    """Returns the choices that the context's replay has recorded of this pass; None where there are none. ValueError
-    where they are not those of these tokens, or of a router like this one."""
+    """Returns the choices that the context's replay recorded for this pass, or None.
+
+    Raises a ValueError if they belong to other tokens, or to a router with another number of choices.
+    """
     replay = batch.context.replay
     recorded = None if replay is None else replay.find(batch.context)
     if recorded is None:
@@ -194,18 +209,19 @@ def find_recorded(batch: TokenBatch, num_choices: int) -> Choices | None:
             f"StepContext.replay holds {recorded.ids_TK.shape[1]} choices a token, the router makes {num_choices} "
             "(router.k)"
         )
-    if not torch.equal(recorded.index_T, batch.index_T):
+    if not torch.equal(recorded.index_T, batch.index_T):  # the host waits for the comparison
         raise ValueError(
-            f"StepContext.replay was recorded of other tokens: {len(recorded.index_T)} of them, here are "
-            f"{len(batch.index_T)}; or their sequences have other indices, or they stand elsewhere in them"
+            f"StepContext.replay was recorded for other tokens: it has {len(recorded.index_T)}, this pass has "
+            f"{len(batch.index_T)}, or their sequence indices or positions differ"
         )
     return recorded
 
 
 def pass_seed(context: StepContext, stream: Stream) -> int:
-    """The seed of one use in one pass of one layer: the same on every rank, unlike dropout's."""
+    """Returns the seed of one stream in one pass of one layer; equal on every rank, unlike dropout's."""
     return mix(context.seed, context.step, context.micro_step, context.layer, stream)
 
 
 def dropout_seed(context: StepContext) -> int:
+    """Returns the seed of dropout in one pass of one layer, different on ranks with tokens of their own."""
     return mix(context.seed, context.step, context.micro_step, context.layer, Stream.DROPOUT, context.coordinate)

@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: route, limit, dispatch, compute, combine."""
+"""Implements the mixture-of-experts layer: route, apply capacity, dispatch, compute, combine."""
 
 import copy
 from dataclasses import replace
@@ -28,24 +28,23 @@ from expert_parallel.parallel.placement import ExpertPlacement
 
 
 class MoELayer(nn.Module):
-    """y = sum over the chosen experts of weight_i * Expert_i(x) (+ shared experts), with the experts sharded over
-    `group`.
+    """Computes y = sum over the chosen experts of weight_i * Expert_i(x) (+ shared experts), with the experts sharded
+    over `ep_group`.
 
-    group: the expert-parallel ranks; None = this rank holds every expert.
-    data_group: all ranks whose tokens make up a micro-step, for balance losses and decisions over all of them; default:
-    `group`. placement: which rank holds which expert; default: contiguous. nodes: how `group` lies on machines.
-    sequence_group: the ranks among which each sequence's tokens are divided; default: this rank has them whole (see
-    StepContext.positions_S). etp_group: the ranks among which the hidden columns of the experts are divided.
+    `ep_group`: the expert-parallel ranks; None: this rank holds every expert. data_group: all ranks whose tokens make
+    up a micro-step, for balance losses and scopes; default: `ep_group`. placement: which rank holds which expert;
+    default: contiguous. nodes: which ranks of `ep_group` share a machine. sequence_group: the ranks over which each
+    sequence is divided; default: every sequence is whole on its rank (see StepContext.positions_S). etp_group: the
+    ranks over which the hidden columns of each expert are sharded. seed: initial weights are a function of it and of
+    each weight's name; give each layer of a model a different one.
 
-    seed: initial weights are a function of it and of each weight's name; give each layer of a model one of its own.
+    Weights are float32 (or what `.double()`, `.bfloat16()` make of them). The layer computes in its input's dtype, the
+    router in promote_types(float32, that).
 
-    Weights are float32 (or what `.double()`, `.bfloat16()` make of them); the layer computes in its input's dtype,
-    the router in promote_types(float32, that).
-
-    After the backward pass the gradients of router and shared experts are this rank's part: SUM them over the ranks of
-    data_group. Gradients of experts are complete over `group`, and for what etp_group divides over that too, since the
-    rows of all their ranks were computed here; b_out, which etp_group does not divide, is to be summed over it. Where
-    other ranks hold copies of these experts, SUM over those.
+    After the backward pass the gradients of the router and of shared experts are this rank's part: SUM them over
+    data_group. Expert gradients are already summed over `ep_group`, since their ranks' rows were computed here, and
+    those of ETP-sharded weights over etp_group too. b_out is replicated over etp_group: SUM its gradient over that
+    group. Where other ranks hold copies of these experts, SUM over those as well.
     """
 
     def __init__(
@@ -68,19 +67,24 @@ class MoELayer(nn.Module):
         if (placement.num_experts, placement.num_ranks) != (config.num_experts, group_size(group)) or 0 in sizes:
             raise ValueError(
                 f"placement spreads {placement.num_experts} experts over {placement.num_ranks} ranks as {sizes}; "
-                f"there are {config.num_experts} (num_experts) and {group_size(group)} ranks, each needs one or more"
+                f"num_experts is {config.num_experts}, the group has {group_size(group)} ranks, and each rank needs at "
+                "least one expert"
             )
-        self.config, self.group, self.placement = config, group, placement
+        self.config = config
+        self.group = group
+        self.placement = placement
         self.data_group = data_group if data_group is not None else group
-        self.sequence_group, self.etp_group = sequence_group, etp_group
-        sharers, data_ranks = set(Peers.of(sequence_group).ranks), set(Peers.of(self.data_group).ranks)
-        if not sharers <= data_ranks:
+        self.sequence_group = sequence_group
+        self.etp_group = etp_group
+        sequence_ranks, data_ranks = set(Peers.of(sequence_group).ranks), set(Peers.of(self.data_group).ranks)
+        if not sequence_ranks <= data_ranks:
             raise ValueError(
-                f"sequence_group has the ranks {sorted(sharers)}, data_group {sorted(data_ranks)}: those whose tokens "
-                "make up a micro-step include those that share its sequences"
+                f"sequence_group has the ranks {sorted(sequence_ranks)} and data_group has {sorted(data_ranks)}: every "
+                "rank of sequence_group must be in data_group"
             )
-        # For capacity.pad with scope `sequence`: of the ranks of `group` that share a sequence, the first counts it.
-        self.counts_sequences = min(sharers & set(Peers.of(group).ranks)) == Peers.of(None).ranks[0]
+        # With capacity.pad and scope `sequence`, one rank of the EP group counts the capacity of each divided sequence.
+        (my_rank,) = Peers.of(None).ranks
+        self.counts_sequences = min(sequence_ranks & set(Peers.of(group).ranks)) == my_rank
         self.router = build_router(config.router, config.d_model, config.num_experts)
         self.dispatcher = Dispatcher(config.dispatcher, placement, group, nodes)
         self.experts = GroupedExperts(
@@ -93,7 +97,7 @@ class MoELayer(nn.Module):
             init_parameters(self, seed, std=lambda name: 0.02)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MoELayer":
-        """Weights are copied, process groups are shared: they cannot be."""
+        """Copies the weights and shares the process groups, which cannot be copied."""
         groups = (self.group, self.data_group, self.sequence_group, self.etp_group)
         memo |= {id(group): group for group in groups}
         copied = self.__class__.__new__(self.__class__)
@@ -102,12 +106,13 @@ class MoELayer(nn.Module):
         return copied
 
     def forward(self, x: Tensor, context: StepContext | None = None) -> MoEOutput:
-        """Routes, limits, dispatches, computes and combines.
+        """Routes, applies capacity, dispatches, computes and combines.
 
-        x: (B, S, D), or (T, D) as one sequence. Every rank of the group calls it; B and S may differ, even be 0.
+        x: (B, S, D), or (T, D) as one sequence. Every rank of the group calls it; B and S may differ between ranks and
+        be 0.
 
-        ValueError for input of another shape, and on all ranks together where they are not in the same pass. One that a
-        single rank raises (its own input is wrong) leaves the others waiting: let it end the process.
+        Raises a ValueError for input of another shape, and on all ranks together if they are not in the same pass. An
+        error on one rank alone (its own input is wrong) leaves the others waiting, so it must end the process.
         """
         context = context or StepContext()
         x_BSD = self._checked(x)
@@ -121,7 +126,8 @@ class MoELayer(nn.Module):
         losses, pooled = router_losses(self.config.losses, routed, batch)
 
         in_flight = self.dispatcher.send(x_TD, plan, ledger, context)
-        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)  # while the first rows travel
+        # Shared experts run while the first exchange is in progress.
+        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
         for chunk in in_flight.arriving():
             chunk.send_back(self.experts(chunk.tokens, dropout_seed=dropout_seed(context) + chunk.number))
         y_TD = in_flight.returned()
@@ -140,23 +146,23 @@ class MoELayer(nn.Module):
         return MoEOutput(y_TD.view(x.shape), weighted, stats, pooled)
 
     def _checked(self, x: Tensor) -> Tensor:
-        """Returns the input as (B, S, D). ValueError where it is of another shape."""
+        """Returns the input as (B, S, D). Raises a ValueError if it has another shape."""
         if not x.is_floating_point() or x.dim() not in (2, 3) or x.shape[-1] != self.config.d_model:
             raise ValueError(
                 f"the layer takes floating-point input of shape (B, S, {self.config.d_model}) or (T, "
-                f"{self.config.d_model}), d_model last; it was given {x.dtype} of shape {tuple(x.shape)}"
+                f"{self.config.d_model}), d_model last; the input is {x.dtype} of shape {tuple(x.shape)}"
             )
         return x if x.dim() == 3 else x[None]
 
     def _limit(self, routed: RoutingPlan, batch: TokenBatch, recorded: Choices | None) -> RoutingPlan:
-        """Returns the plan as capacity leaves it, or as it was recorded; records it where the context has a replay.
+        """Returns the plan after capacity, or the recorded one. Records it if the context has a replay.
 
-        Weights are computed again for what is left, where it may be other choices than the router made. Under a replay
-        that is always done, so that a pass and its repetition compute the same.
+        Weights are recomputed for the remaining choices if these can differ from the router's. Under a replay they
+        always are, so that a pass and its repetition run the same operations.
         """
         replay = batch.context.replay
         if recorded is None:
-            with torch.no_grad():
+            with torch.no_grad():  # decisions have no gradient; weights are recomputed below, with one
                 limited = self._apply_capacity(routed, batch)
             plan = replace(
                 routed,
@@ -177,11 +183,11 @@ class MoELayer(nn.Module):
         return replace(plan, weights_TK=self.router.weights(plan, plan.expert_ids_TK, counted_TK))
 
     def _apply_capacity(self, routed: RoutingPlan, batch: TokenBatch) -> RoutingPlan:
-        """Returns the plan with what has no room dropped or rerouted. Without gradients."""
+        """Returns the plan with overflowing choices dropped or rerouted. Without gradients."""
         capacity = self.config.capacity
         if batch.context.dropless:
             return routed
-        plan, most = POLICIES[capacity.kind](capacity, routed, batch, self.training)
+        plan, rows_per_expert = POLICIES[capacity.kind](capacity, routed, batch, self.training)
         if isinstance(capacity, DroplessConfig):
             if capacity.receive_bound is None:
                 return plan
@@ -189,9 +195,9 @@ class MoELayer(nn.Module):
             return limit_received(capacity.receive_bound, plan, rank_TK, self.group)
         if not capacity.pad:
             return plan
-        assert most is not None
+        assert rows_per_expert is not None
         if capacity.scope == "global" or group_size(self.group) == 1:
-            return replace(plan, padded_rows=most)
-        counts = capacity.scope != "sequence" or self.counts_sequences
-        total = all_reduce_sum(batch.index_T.new_tensor(most if counts else 0), self.group)
-        return replace(plan, padded_rows=int(total))
+            return replace(plan, padded_rows=rows_per_expert)
+        own_rows = rows_per_expert if capacity.scope != "sequence" or self.counts_sequences else 0
+        total = all_reduce_sum(batch.index_T.new_tensor(own_rows), self.group)
+        return replace(plan, padded_rows=int(total))  # the host waits: the number becomes a shape

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from expert_parallel.settings import Settings
@@ -43,11 +43,14 @@ def ffn_params(d_model: int, hidden: int, activation: str, bias: bool) -> int:
 
 
 class FFNConfig(Settings):
-    """y = activation(x W_in + b_in) W_out + b_out."""
+    """Describes a feed-forward network: y = activation(x W_in + b_in) W_out + b_out."""
 
-    hidden: int = Field(ge=1)
+    hidden: int = Field(ge=1, validation_alias=AliasChoices("hidden", "ffn_hidden_size"))
+    """Sets the width between the two matrices, that of one half for gated activations."""
     activation: Activation = "swiglu"
+    """Sets the activation; `swiglu`, `geglu` and `gpt_oss` are gated (Shazeer 2020)."""
     bias: bool = False
+    """Adds biases to both matrices."""
 
     def num_params(self, d_model: int) -> int:
         return ffn_params(d_model, self.hidden, self.activation, self.bias)
@@ -62,18 +65,18 @@ class Linear(nn.Linear):
 
 
 class FFN(nn.Module):
-    """Dense feed-forward network. (..., D) -> (..., D). gather: where tensor parallel divides the hidden columns, this
-    rank's tokens -> those of all its ranks."""
+    """Dense feed-forward network. (..., D) -> (..., D). gather_sequence: where tensor parallel divides the hidden
+    columns, this rank's tokens -> those of all its ranks."""
 
     def __init__(self, config: FFNConfig, d_model: int) -> None:
         super().__init__()
         self.activation = config.activation
         self.w_in = Linear(d_model, width_in(config.activation, config.hidden), bias=config.bias)
         self.w_out = Linear(config.hidden, d_model, bias=config.bias)
-        self.gather: Callable[[Tensor], Tensor] = identity
+        self.gather_sequence: Callable[[Tensor], Tensor] = identity
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w_out(ACTIVATIONS[self.activation](self.w_in(self.gather(x))))
+        return self.w_out(ACTIVATIONS[self.activation](self.w_in(self.gather_sequence(x))))
 
 
 def identity(x: Tensor) -> Tensor:

@@ -11,8 +11,12 @@ from expert_parallel.settings import Settings
 
 
 class NormConfig(Settings):
+    """Describes a norm over the residual stream's columns, with learned weights."""
+
     kind: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    """Sets the norm: RMSNorm (Zhang and Sennrich 2019), or LayerNorm with biases (Ba et al. 2016)."""
     eps: float = Field(default=1e-5, gt=0)
+    """Adds this epsilon under the square root."""
 
     def num_params(self, width: int) -> int:
         """Counts the weights and, of a layer norm, the biases."""
@@ -49,11 +53,13 @@ NORMS: dict[str, type[RMSNorm]] = {"rms_norm": RMSNorm, "layer_norm": LayerNorm}
 
 
 class QKNormConfig(Settings):
-    """RMS norm of queries and keys, before they are turned. per_head: of each head by itself, with one weight for all
-    (Qwen3); whole: of all heads together, before they are split (OLMoE)."""
+    """Applies RMSNorm to queries and keys, before rotary positions."""
 
     kind: Literal["per_head", "whole"]
+    """Normalizes each head by itself, with one weight for all heads (`per_head`, Qwen3), or all heads together before
+    they are split (`whole`, OLMoE)."""
     eps: float = Field(default=1e-6, gt=0)
+    """Adds this epsilon under the square root."""
 
     def num_params(self, heads: int, head_size: int) -> int:
         """Counts the weights of the one norm of so many heads' queries, or keys."""

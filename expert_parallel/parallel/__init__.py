@@ -1,1 +1,1 @@
-"""This room places the ranks in groups and exchanges rows between them. It knows no model."""
+"""Process groups, collectives and sharding. Nothing here depends on a model."""

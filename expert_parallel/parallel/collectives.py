@@ -1,6 +1,6 @@
-"""Collectives on rows, and the log of what they moved.
+"""Implements collectives on rows of tensors, and the log of the traffic that they cause.
 
-Every function takes its process group. None means one rank alone: nothing is communicated.
+Every function takes a process group; None stands for this rank alone, and nothing is communicated.
 """
 
 import math
@@ -15,19 +15,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 gave them other names.
+# torch 2.13 renamed both.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 Link = Literal["own", "node", "network"]
-# What a collective that was started returns: called once, it waits for the result. Every rank of the group starts the
-# same ones in the same order; MPI's are done when they have been started.
+# A handle to a collective in flight: call it once to wait for the result. Every rank of the group must start the same
+# collectives in the same order. With MPI the call that starts a collective already completes it.
 Wait = Callable[[], Tensor]
 
 
 class Phase(StrEnum):
-    """Names what an exchange of an MoE layer carries: numbers of rows; the choices that rows serve; rows to the
-    experts; their outputs back."""
+    """Names the four exchanges of an MoE layer: row counts, routing metadata, token rows to the experts, and expert
+    outputs back to the tokens' ranks."""
 
     COUNTS = "counts"
     METADATA = "metadata"
@@ -39,7 +39,7 @@ Hop = Literal["", "between nodes", "within the node"]
 
 
 class ExchangeKey(NamedTuple):
-    """Names one exchange of a pass. hop: which of several that rows take one after the other; "" where there is one."""
+    """Identifies one exchange of a pass. hop: the step of a hierarchical exchange, or "" if rows travel in one step."""
 
     phase: Phase
     hop: Hop = ""
@@ -47,7 +47,7 @@ class ExchangeKey(NamedTuple):
 
     @property
     def of_backward(self) -> "ExchangeKey":
-        """Returns the key of the gradients' exchange."""
+        """Returns the key of the exchange that carries the gradients back."""
         return self._replace(is_backward=True)
 
     def __str__(self) -> str:
@@ -56,9 +56,10 @@ class ExchangeKey(NamedTuple):
 
 @dataclass
 class CommLog:
-    """What this rank exchanged in one pass, by (ExchangeKey, link class): rows and bytes. `own` never left the rank.
+    """Counts the rows and bytes that this rank exchanged in one pass, by (ExchangeKey, link class).
 
-    The backward pass adds its own entries as it runs. The caller makes it, passes it down and reads it.
+    The link class `own` counts rows that never left the rank. The caller creates the log, passes it down and reads it;
+    the backward pass adds its entries as it runs.
     """
 
     rows_sent: Counter[tuple[ExchangeKey, Link]] = field(default_factory=Counter)
@@ -66,7 +67,7 @@ class CommLog:
     bytes_sent: Counter[tuple[ExchangeKey, Link]] = field(default_factory=Counter)
 
     def bytes_to_others(self, phase: Phase, *, is_backward: bool = False) -> int:
-        """Returns the bytes that left this rank, over all hops."""
+        """Returns the bytes that this rank sent to others, over all hops."""
         return total_of(self.bytes_sent, ("node", "network"), phase, is_backward)
 
 
@@ -76,8 +77,10 @@ def total_of(
     phase: Phase | None = None,
     is_backward: bool | None = None,
 ) -> int:
-    """Returns the sum of a log's counter over these links and over all hops; of every phase, and of both passes, where
-    none is named."""
+    """Sums a counter of a CommLog over the given link classes and over all hops.
+
+    phase, is_backward: None sums over all phases, or over the forward and the backward pass.
+    """
     return sum(
         number
         for (key, link), number in counter.items()
@@ -87,8 +90,11 @@ def total_of(
 
 @dataclass(frozen=True)
 class Peers:
-    """The ranks of a process group as one of them sees them. ranks: their numbers in the world. links: what lies
-    between them and this rank. group None: this rank alone."""
+    """Describes a process group from one member's point of view.
+
+    ranks: the members' global ranks. links: the link class between each member and this rank. group None: this rank
+    alone.
+    """
 
     group: dist.ProcessGroup | None
     ranks: tuple[int, ...]
@@ -96,7 +102,10 @@ class Peers:
 
     @staticmethod
     def of(group: dist.ProcessGroup | None, ranks_per_node: int | None = None) -> "Peers":
-        """ranks_per_node: consecutive ranks of the world share a node; None: all do."""
+        """Returns the members of `group` as this rank sees them.
+
+        ranks_per_node: how many consecutive global ranks share a node; None: all ranks share one.
+        """
         me = dist.get_rank() if dist.is_initialized() else 0
         ranks = (me,) if group is None else tuple(dist.get_process_group_ranks(group))
         node_size = ranks_per_node or max(*ranks, me) + 1
@@ -105,28 +114,31 @@ class Peers:
         return Peers(group, ranks, tuple(links))
 
     def __deepcopy__(self, memo: object) -> "Peers":
-        return self  # immutable, and a process group cannot be copied
+        return self  # the object is immutable, and a process group cannot be copied
 
     @property
     def size(self) -> int:
+        """Returns the number of ranks in the group."""
         return len(self.ranks)
 
     @property
     def me(self) -> int:
-        """This rank's place among them."""
+        """Returns this rank's index within the group."""
         return self.links.index("own")
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:
+    """Returns the number of ranks in `group`; 1 for None."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def group_rank(group: dist.ProcessGroup | None) -> int:
+    """Returns this rank's index within `group`; 0 for None."""
     return 0 if group is None else dist.get_rank(group)
 
 
 def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum of x over the group, in a new tensor. No gradient passes."""
+    """Returns the sum of x over the group in a new tensor, detached from autograd."""
     total = x.detach().clone()
     if group_size(group) > 1:
         dist.all_reduce(total, group=group)
@@ -134,7 +146,10 @@ def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def start_counts(counts_PC: Tensor, group: dist.ProcessGroup | None) -> Wait:
-    """Row p of the result is what rank p holds for this rank. counts_PC: (P, C), integers, any device. No gradient."""
+    """Starts an all-to-all of counts. Row p of the result holds what rank p counted for this rank.
+
+    counts_PC: (P, C), integers on any device; row p goes to rank p. No gradient.
+    """
     if group_size(group) == 1:
         return lambda: counts_PC
     counts_PC, received_PC = counts_PC.contiguous(), torch.empty_like(counts_PC, memory_format=torch.contiguous_format)
@@ -145,10 +160,12 @@ def start_counts(counts_PC: Tensor, group: dist.ProcessGroup | None) -> Wait:
 def start_all_to_all_rows(
     x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: dist.ProcessGroup | None
 ) -> Wait:
-    """Sends the first send_counts[0] rows of x to rank 0, the next send_counts[1] to rank 1, and so on.
+    """Starts an all-to-all that sends the first send_counts[0] rows of x to rank 0, the next send_counts[1] to rank 1,
+    and so on.
 
-    x: (sum(send_counts), ...), any dtype. What is waited for: (sum(receive_counts), ...), ordered by source rank. A
-    rank without rows takes part. No gradient: see moe/dispatch/exchange.py.
+    x: (sum(send_counts), ...), any dtype. The result is (sum(receive_counts), ...), ordered by source rank. A rank that
+    has no rows to send or receive must take part all the same. Gradients do not pass: moe/dispatch/exchange.py adds
+    them.
     """
     assert x.shape[0] == sum(send_counts), (x.shape, send_counts)
     if group_size(group) == 1:
@@ -161,13 +178,16 @@ def start_all_to_all_rows(
 def all_to_all_rows(
     x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: dist.ProcessGroup | None
 ) -> Tensor:
-    """start_all_to_all_rows, waited for."""
+    """Runs `start_all_to_all_rows` and waits for its result."""
     return start_all_to_all_rows(x, send_counts, receive_counts, group)()
 
 
 def start_all_gather_rows(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None) -> Wait:
-    """All ranks' rows in rank order, on every rank. counts: every rank's number of rows; sent padded to the largest.
-    x: (counts[this rank], ...), any dtype. No gradient."""
+    """Starts an all-gather of rows. The result holds the rows of all ranks in rank order, (sum(counts), ...).
+
+    x: (counts[this rank], ...), any dtype. counts: the number of rows of every rank; each rank sends max(counts) rows,
+    padded with zeros, as all-gather needs equal sizes. No gradient.
+    """
     if group_size(group) == 1:
         return lambda: x
     mine = x.new_zeros((max(counts), *x.shape[1:]))
@@ -183,34 +203,37 @@ def start_all_gather_rows(x: Tensor, counts: Sequence[int], group: dist.ProcessG
 
 
 def all_gather_rows(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
-    """start_all_gather_rows, waited for."""
+    """Runs `start_all_gather_rows` and waits for its result."""
     return start_all_gather_rows(x, counts, group)()
 
 
 def _wait(work: dist.Work, received: Tensor, sent: Tensor) -> Tensor:
-    """sent: kept until here, since it is being read."""
-    work.wait()
+    """Waits for `work` and returns `received`. sent: referenced until here, so that its memory is not reused while the
+    collective reads it."""
+    work.wait()  # NCCL: makes the current stream wait; gloo: blocks the host
     return received
 
 
 def gather_columns(columns: Sequence[Tensor], group: dist.ProcessGroup | None) -> tuple[list[Tensor], list[int], int]:
-    """All ranks' rows of each column, in rank order, on every rank; each rank's number of rows; the bytes sent.
+    """Gathers several tensors of equal length from all ranks in two collectives: lengths first, then rows as bytes.
 
-    columns: tensors of one length, which may differ between ranks and be 0. Two collectives: the lengths, then all
-    columns as bytes. No gradient.
+    columns: tensors of one length, which may differ between ranks and may be 0. Returns each column with the rows of
+    all ranks in rank order, the length on each rank, and the bytes that this rank sent. No gradient.
     """
     num_ranks, length = group_size(group), columns[0].shape[0]
     if num_ranks == 1:
         return [column.detach() for column in columns], [length], 0
+    # .tolist() synchronises with the device: the sizes of the second collective must be known on the host.
     lengths = all_gather_rows(columns[0].new_tensor([length], dtype=torch.int64), [1] * num_ranks, group).tolist()
     flat = [as_bytes(column.detach()) for column in columns]
-    rows, widths = all_gather_rows(torch.cat(flat, dim=1), lengths, group), [column.shape[1] for column in flat]
+    widths = [column.shape[1] for column in flat]
+    rows = all_gather_rows(torch.cat(flat, dim=1), lengths, group)
     result = [from_bytes(part, column) for part, column in zip(rows.split(widths, dim=1), columns, strict=True)]
     return result, lengths, (num_ranks - 1) * (max(lengths) * sum(widths) + 8)
 
 
 def as_bytes(rows: Tensor) -> Tensor:
-    """(L, ...) of any dtype -> (L, bytes of a row), uint8: the same bits."""
+    """Reinterprets rows (L, ...) of any dtype as (L, bytes per row), uint8, with the same bits."""
     width = math.prod(rows.shape[1:])
     if rows.shape[0] == 0:
         return rows.new_empty(0, width * rows.element_size(), dtype=torch.uint8)
@@ -218,21 +241,25 @@ def as_bytes(rows: Tensor) -> Tensor:
 
 
 def from_bytes(rows: Tensor, like: Tensor) -> Tensor:
-    """The inverse of as_bytes: rows of `like`'s dtype and shape. A copy: a part of a buffer may lie unaligned in it."""
+    """Inverts `as_bytes`: returns rows with the dtype and trailing shape of `like`."""
+    # clone: a slice of a buffer may start at an address that is not aligned for the wider dtype.
     return rows.flatten().clone().view(like.dtype).view(rows.shape[0], *like.shape[1:])
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether the flag is set on any rank of the world. Every rank calls it."""
+    """Returns True on all ranks if the flag is set on any rank. A collective over the world; blocks the host."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return flag
-    count = torch.tensor([int(flag)])  # on the CPU: no GPU waits for it
+    count = torch.tensor([int(flag)])  # a CPU tensor goes through gloo (or MPI): the GPU is not synchronised
     dist.all_reduce(count)
     return bool(count)
 
 
 def gather_text(text: str, device: torch.device, limit: int = 2000) -> list[str]:
-    """Every rank's text, cut to `limit` bytes, on every rank. Bytes in tensors: nothing is unpickled."""
+    """Gathers the text of every rank on every rank, in rank order, each cut to `limit` bytes.
+
+    Texts travel as uint8 tensors on `device`, as torch's all_gather_object would unpickle what it receives.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [text]
     raw = text.encode()[:limit].ljust(limit, b"\0")

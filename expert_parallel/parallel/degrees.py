@@ -1,8 +1,8 @@
-"""Degrees of parallelism, as validated numbers, and which rank stands where. Pure arithmetic: no process groups.
+"""Validates the degrees of parallelism and computes every rank's coordinates. Pure arithmetic: no process groups.
 
-The ranks lie in two grids over the same numbers ("parallel folding", Liu et al. 2025): pp, dp, cp, tp for the dense
-parts, and within each pipeline stage edp, ep, etp for the experts. Default order: pp outermost, tp (etp) innermost, so
-that what talks most shares a node.
+The same ranks form two grids ("parallel folding", Liu et al. 2025): pp, dp, cp, tp for the dense parts, and within each
+pipeline stage edp, ep, etp for the experts. By default pp is the outermost axis and tp (etp) the innermost, so that the
+ranks that communicate most share a node.
 """
 
 import math
@@ -23,59 +23,66 @@ Degree = Annotated[int, Field(ge=1)]
 
 
 class ReplicatedConfig(Settings):
-    """All data ranks keep all weights of their part of the model."""
+    """Replicates the weights on all data ranks."""
 
     kind: Literal["replicated"] = "replicated"
 
 
 class ShardedConfig(Settings):
-    """Weights, gradients and optimizer state are divided over the data ranks (FSDP2): dense ones over dp x cp, experts
-    over edp.
-
-    shards: over so many neighbouring ranks of dp x cp; the others hold replicas (hybrid: sharded within a node,
-    replicated between). Default: all. expert_shards: the same for edp; default: as many as lie within the ranks that
-    `shards` takes. reshard_after_forward: weights are gathered again for the backward pass: less memory, more bytes.
-    """
+    """Shards weights, gradients and optimizer state over the data ranks (FSDP2): dense ones over dp x cp, experts over
+    edp."""
 
     kind: Literal["sharded"]
     shards: Degree | None = None
+    """Shards dense weights over this many neighboring ranks of dp x cp and replicates them between (hybrid sharding);
+    null shards them over all."""
     expert_shards: Degree | None = None
+    """Shards experts over this many neighboring ranks of edp and replicates them between; null takes as many as lie
+    within the ranks of `shards`."""
     reshard_after_forward: bool = True
+    """Frees gathered weights after the forward pass and gathers them again for the backward pass: less memory, more
+    bytes sent."""
 
 
 class OneForwardOneBackwardConfig(Settings):
-    """Each rank one stage; its forward and backward passes alternate. Narayanan et al. 2021, section 2.2.1."""
+    """Gives each rank one stage and alternates forward and backward passes (Narayanan et al. 2021, section 2.2.1)."""
 
     kind: Literal["1f1b"] = "1f1b"
 
 
 class InterleavedConfig(Settings):
-    """Each rank several stages, dealt out in turn: a smaller bubble, more exchanges. Narayanan et al. 2021, 2.2.2."""
+    """Gives each rank several stages: a smaller bubble, more exchanges (Narayanan et al. 2021, section 2.2.2)."""
 
     kind: Literal["interleaved"]
     stages_per_rank: int = Field(default=2, ge=2)
+    """Sets the number of stages of each rank (Megatron-Core's virtual pipeline size)."""
 
 
 class ParallelConfig(Settings):
-    """dp and edp are what is left of the world: world = dp * cp * tp * pp = edp * ep * etp * pp.
+    """Sets the degrees of parallelism; dp and edp follow from world = dp * cp * tp * pp = edp * ep * etp * pp."""
 
-    order, expert_order: the grids' axes, outermost first.
-    """
-
-    cp: Degree = Field(default=1, description="context parallel: ranks over which each sequence is divided")
-    tp: Degree = Field(default=1, description="tensor parallel: ranks over which dense matrices are divided")
-    pp: Degree = Field(default=1, description="pipeline parallel: ranks over which the blocks are divided")
-    ep: Degree = Field(default=1, description="expert parallel: ranks over which the experts are divided")
-    etp: Degree = Field(default=1, description="expert tensor parallel: ranks over which each expert is divided")
+    cp: Degree = 1
+    """Divides each sequence over this many ranks (context parallelism)."""
+    tp: Degree = 1
+    """Divides dense matrices over this many ranks (tensor parallelism)."""
+    pp: Degree = 1
+    """Divides the blocks over this many ranks (pipeline parallelism)."""
+    ep: Degree = 1
+    """Divides the experts over this many ranks (expert parallelism)."""
+    etp: Degree = 1
+    """Divides each expert's matrices over this many ranks (expert tensor parallelism)."""
     order: list[Literal["pp", "dp", "cp", "tp"]] = Field(default_factory=lambda: list(DENSE_ORDER))  # type: ignore[arg-type]
+    """Orders the axes of the dense parts' rank grid, outermost first."""
     expert_order: list[Literal["edp", "ep", "etp"]] = Field(default_factory=lambda: list(EXPERT_ORDER))  # type: ignore[arg-type]
-    ranks_per_node: Degree | None = Field(
-        default=None, description="consecutive ranks that share a machine; default: as the launcher says"
-    )
+    """Orders the axes of the experts' rank grid, outermost first."""
+    ranks_per_node: Degree | None = None
+    """Sets the number of consecutive ranks that share a machine; null takes it from the launcher."""
     data: Annotated[ReplicatedConfig | ShardedConfig, Field(discriminator="kind")] = ReplicatedConfig()
+    """Chooses whether data ranks replicate or shard the weights."""
     pipeline: Annotated[OneForwardOneBackwardConfig | InterleavedConfig, Field(discriminator="kind")] = (
         OneForwardOneBackwardConfig()
     )
+    """Chooses the pipeline schedule."""
 
     @model_validator(mode="after")
     def _name_each_axis_once(self) -> "ParallelConfig":
@@ -92,7 +99,7 @@ class ParallelConfig(Settings):
         return self.pipeline.stages_per_rank if isinstance(self.pipeline, InterleavedConfig) else 1
 
     def degrees(self, world_size: int) -> "ParallelDegrees":
-        """ValueError where the world does not fit."""
+        """Returns the degrees of a world. Raises a ValueError if its size does not fit."""
         degrees = ParallelDegrees(
             world_size, self.cp, self.tp, self.pp, self.ep, self.etp, tuple(self.order), tuple(self.expert_order)
         )
@@ -103,7 +110,10 @@ class ParallelConfig(Settings):
 
 @dataclass(frozen=True)
 class ParallelDegrees:
-    """world = dp * cp * tp * pp = edp * ep * etp * pp. dp and edp are derived."""
+    """Holds the degrees of parallelism of a world: world_size = dp * cp * tp * pp = edp * ep * etp * pp.
+
+    dp and edp are derived from the others. Raises ValueError where the world size is not a multiple of their product.
+    """
 
     world_size: int
     cp: int = 1
@@ -128,20 +138,22 @@ class ParallelDegrees:
 
     @property
     def dp(self) -> int:
+        """Returns the data parallel degree of the dense parts."""
         return self.world_size // (self.cp * self.tp * self.pp)
 
     @property
     def edp(self) -> int:
+        """Returns the data parallel degree of the experts."""
         return self.world_size // (self.ep * self.etp * self.pp)
 
     def __str__(self) -> str:
-        """As `dp 2, cp 1, tp 4, pp 1 | edp 4, ep 2, etp 1`."""
+        """Formats the degrees, as in `dp 2, cp 1, tp 4, pp 1 | edp 4, ep 2, etp 1`."""
         dense = ", ".join(f"{axis} {getattr(self, axis)}" for axis in ("dp", "cp", "tp", "pp"))
         return f"{dense} | " + ", ".join(f"{axis} {getattr(self, axis)}" for axis in EXPERT_ORDER)
 
 
 def rank_grids(degrees: ParallelDegrees) -> tuple[Tensor, Tensor]:
-    """The ranks as [pp, dp, cp, tp] and as [pp, edp, ep, etp], int64, from one arange: each rank's place is arithmetic.
+    """Arranges the ranks as two tensors, [pp, dp, cp, tp] and [pp, edp, ep, etp], int64.
 
     >>> rank_grids(ParallelDegrees(world_size=4, tp=2, ep=2))[0].squeeze().tolist()
     [[0, 1], [2, 3]]
@@ -155,7 +167,7 @@ def rank_grids(degrees: ParallelDegrees) -> tuple[Tensor, Tensor]:
     return dense, stages.view(degrees.pp, *sizes).permute(0, *places).contiguous()
 
 
-# Each group's name -> the grid it lies in, and the axes along which its ranks differ.
+# Maps each group's name to the axes of its grid and to the axes along which its members differ.
 GROUPS: dict[str, tuple[Order, Order]] = {
     "pp": (DENSE_ORDER, ("pp",)),
     "dp": (DENSE_ORDER, ("dp",)),
@@ -171,7 +183,7 @@ GROUPS: dict[str, tuple[Order, Order]] = {
 
 
 def grid(degrees: ParallelDegrees) -> dict[str, list[list[int]]]:
-    """The ranks of every group, by name, each in ascending order.
+    """Lists the ranks of all process groups by name; the ranks of a group are in ascending order.
 
     >>> {axis: groups for axis, groups in grid(ParallelDegrees(world_size=4, ep=2)).items() if axis in ("ep", "edp")}
     {'edp': [[0, 2], [1, 3]], 'ep': [[0, 1], [2, 3]]}
@@ -189,14 +201,14 @@ def _along(ranks: Tensor, all_axes: Order, axes: Order) -> list[list[int]]:
 
 
 def place_of(degrees: ParallelDegrees, rank: int) -> dict[str, int]:
-    """The coordinates of a rank on every axis of both grids."""
+    """Returns the coordinates of a rank on every axis of both grids."""
     dense, experts = rank_grids(degrees)
     coordinates = dict(zip(DENSE_ORDER, (dense == rank).nonzero()[0].tolist(), strict=True))
     return coordinates | dict(zip(EXPERT_ORDER, (experts == rank).nonzero()[0, 1:].tolist(), strict=True))
 
 
 def describe_grid(degrees: ParallelDegrees, holds: Callable[[dict[str, int]], str] = lambda place: "") -> str:
-    """A table: which rank stands where, and what it holds, as a function of its coordinates."""
+    """Formats a table of all ranks with their coordinates and `holds(coordinates)`, a text on what the rank holds."""
     axes = [*DENSE_ORDER, *EXPERT_ORDER]
     lines = ["rank  " + " ".join(f"{axis:>4}" for axis in axes)]
     for rank in range(degrees.world_size):
@@ -206,7 +218,8 @@ def describe_grid(degrees: ParallelDegrees, holds: Callable[[dict[str, int]], st
 
 
 def shard_counts(config: ShardedConfig, degrees: ParallelDegrees) -> tuple[int, int]:
-    """Over how many ranks dense weights are sharded, and experts."""
+    """Returns the number of FSDP2 shards of dense weights and of experts. Raises ValueError where it does not divide
+    the number of ranks that hold the same weights."""
     dense = degrees.dp * degrees.cp
     shards = config.shards or dense
     if dense % shards:
@@ -224,8 +237,10 @@ def shard_counts(config: ShardedConfig, degrees: ParallelDegrees) -> tuple[int, 
 
 
 def node_grid(degrees: ParallelDegrees, ranks_per_node: int) -> dict[str, list[list[int]]]:
-    """The ranks of every node and rail group. ValueError where an expert-parallel group does not lie on its nodes in
-    equal parts.
+    """Lists the ranks of all node groups and rail groups within the expert parallel groups.
+
+    A node group holds the ranks of an expert parallel group that share a node; a rail group holds one rank of each of
+    its nodes. Raises ValueError if an expert parallel group has different numbers of ranks on its nodes.
 
     >>> node_grid(ParallelDegrees(world_size=4, ep=4), ranks_per_node=2)
     {'node': [[0, 1], [2, 3]], 'rail': [[0, 2], [1, 3]]}

@@ -1,4 +1,4 @@
-"""The process groups of a rank, made from the degrees of parallelism. Built once, passed down."""
+"""Builds the process groups of a rank from the degrees of parallelism. They are built once and passed down."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from expert_parallel.parallel.collectives import group_rank
 from expert_parallel.parallel.degrees import (
-    ParallelConfig,
     ParallelDegrees,
     ReplicatedConfig,
     ShardedConfig,
@@ -20,23 +19,16 @@ from expert_parallel.parallel.degrees import (
     shard_counts,
 )
 
-__all__ = [
-    "Nodes",
-    "ParallelConfig",
-    "ParallelDegrees",
-    "ParallelMesh",
-    "build_mesh",
-    "build_nodes",
-    "grid",
-    "group_maker",
-    "node_grid",
-]
+__all__ = ["ParallelDegrees", "ParallelMesh", "build_mesh", "build_nodes", "group_maker", "node_grid"]
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """How an expert-parallel group lies on machines, as one of its ranks sees it. node_group: the group's ranks on this
-    node. rail_group: on each node the one with this rank's place. None: this rank alone."""
+    """Holds the process groups of a hierarchical exchange within this rank's expert parallel group.
+
+    node_group: the members on this rank's node. rail_group: on each node, the member with this rank's index within its
+    node. None: this rank alone.
+    """
 
     ranks_per_node: int
     node_group: dist.ProcessGroup | None
@@ -45,16 +37,16 @@ class Nodes:
 
 @dataclass(frozen=True)
 class ParallelMesh:
-    """The process groups of one rank. A group of None is this rank alone.
+    """Holds the process groups of one rank. A group of None contains this rank alone.
 
-    pp_group: the stages of one pipeline. dp_group, cp_group, tp_group: along one axis of the dense grid.
-    stage_group (dp x cp x tp): all ranks of this pipeline stage; their tokens make up a micro-step.
-    dense_group (dp x cp): those that hold the same part of the dense weights.
-    sequence_group (cp x tp): those among which the same sequences are divided.
-    key_group: the neighbours in tp that hold the same key and value heads, where there are fewer heads than ranks.
-    tied_group: the first and the last stage, where they share an embedding table.
-    ep_group: the ranks among which the experts are divided; etp_group: among which each of them is; edp_group: those
-    that hold the same part of the same experts. nodes: how ep_group lies on machines.
+    pp_group: the stages of one pipeline. dp_group, cp_group, tp_group: the ranks along one axis of the dense grid.
+    stage_group (dp x cp x tp): all ranks of this pipeline stage; a micro-step consists of their tokens.
+    dense_group (dp x cp): the ranks that hold the same shard of the dense weights.
+    sequence_group (cp x tp): the ranks that split the same sequences.
+    kv_replica_group: consecutive tp ranks that hold the same key and value heads, if there are fewer heads than ranks.
+    tied_embedding_group: the first and the last stage, if they share an embedding table.
+    ep_group: the ranks over which experts are distributed. etp_group: the ranks over which each expert is split.
+    edp_group: the ranks that hold the same shard of the same experts. nodes: node and rail groups within ep_group.
     dense_mesh, expert_mesh: dense_group and edp_group for FSDP2, [shards] or [replicas, shards]; None if not sharded.
     """
 
@@ -78,37 +70,42 @@ class ParallelMesh:
 
     @property
     def dp_rank(self) -> int:
+        """Returns this rank's coordinate on the dp axis."""
         return group_rank(self.dp_group)
 
     @property
     def ep_rank(self) -> int:
+        """Returns this rank's coordinate on the ep axis."""
         return group_rank(self.ep_group)
 
     @property
     def pp_rank(self) -> int:
+        """Returns this rank's coordinate on the pp axis."""
         return group_rank(self.pp_group)
 
     @property
     def stage_rank(self) -> int:
-        """This rank's number among those that have tokens of their own: tells dropout masks apart."""
+        """Returns this rank's index within its stage, whose ranks all hold different tokens: it seeds dropout."""
         return group_rank(self.stage_group)
 
 
 def build_nodes(degrees: ParallelDegrees, ranks_per_node: int, make: Callable[..., dist.ProcessGroup | None]) -> Nodes:
-    """make: from `group_maker`. Every rank of the world calls it."""
+    """Builds the node and rail groups of this rank with `make`, from `group_builder`. Every rank must call it."""
     axes = node_grid(degrees, ranks_per_node)
     return Nodes(ranks_per_node, make(axes["node"]), make(axes["rail"]))
 
 
 def group_maker(device_type: str, timeout: timedelta) -> Callable[..., dist.ProcessGroup | None]:
-    """A function from lists of ranks to the one of these groups that this rank is in; None: in none, or alone in it.
+    """Returns a function that builds the process groups with given ranks and returns the one that contains this rank.
 
-    Builds each set of groups once, with the user's timeout, and warms it up, so that no first step waits or hangs.
+    The function returns None for a rank that is in no group or alone in its group. It builds each set of groups once,
+    and runs one collective in it, since NCCL connects lazily: the first training step would be slow, and ranks that
+    cannot reach each other would hang there. timeout: of every collective in these groups.
     """
     built: dict[str, dist.ProcessGroup | None] = {}
 
     def make(ranks: list[list[int]], alone: bool = False) -> dist.ProcessGroup | None:
-        """alone: a real group for a rank alone, too."""
+        """Builds the groups or finds them. alone: build a real group for a single rank too, as DeviceMesh needs one."""
         if max(map(len, ranks)) == 1 and not alone:
             return None
         if str(ranks) not in built:
@@ -131,11 +128,11 @@ def build_mesh(
     kv_copies: int = 1,
     tied_embeddings: bool = False,
 ) -> ParallelMesh:
-    """Every rank of the world calls it.
+    """Builds the process groups of this rank. Every rank of the world must call it with the same arguments.
 
-    ranks_per_node: default: all ranks share one. hierarchical: node and rail groups too. data: meshes for FSDP2 where
-    it is sharded. kv_copies: neighbouring tensor-parallel ranks that hold the same key and value heads.
-    tied_embeddings: the first and the last stage share a table.
+    ranks_per_node: None: all ranks share a node. hierarchical: build node and rail groups too. data: a ShardedConfig
+    also builds the device meshes for FSDP2. kv_copies: the number of consecutive tensor parallel ranks that hold the
+    same key and value heads. tied_embeddings: the first and the last stage share an embedding table.
     """
     assert degrees.world_size == dist.get_world_size(), (degrees, dist.get_world_size())
     make, ranks = group_maker(device_type, timeout), grid(degrees)
@@ -166,7 +163,8 @@ def build_mesh(
 def _fsdp_mesh(
     ranks: list[list[int]], shards: int, make: Callable[..., dist.ProcessGroup | None], device_type: str
 ) -> DeviceMesh:
-    """One mesh over this rank's group of `ranks`: [shards] where that is all of it, else [replicas, shards]."""
+    """Builds the device mesh over this rank's group of `ranks`: [shards] if `shards` covers the whole group, else
+    [replicas, shards]."""
     if shards == len(ranks[0]):
         group = make(ranks, alone=True)
         assert group is not None

@@ -1,4 +1,4 @@
-"""Which rank of the expert-parallel group holds which expert. Pure data: no tensors, no process groups."""
+"""Maps experts to the ranks of the expert parallel group. Pure data: no tensors, no process groups."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -6,10 +6,10 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """Expert -> rank, and from it expert -> slot (its place among the experts of its rank).
+    """Maps each expert to the rank that holds it, and to its slot: its index among the experts of that rank.
 
-    `rank_of_expert[i]` is the rank, 0 <= rank < num_ranks, that holds global expert i. A rank's slots follow the
-    order of its global expert numbers.
+    `rank_of_expert[i]` is the rank, 0 <= rank < num_ranks, that holds global expert i. The slots of a rank follow the
+    order of global expert numbers.
     """
 
     rank_of_expert: tuple[int, ...]
@@ -20,7 +20,8 @@ class ExpertPlacement:
 
     @staticmethod
     def contiguous(num_experts: int, num_ranks: int) -> "ExpertPlacement":
-        """The default: consecutive experts together, the first `num_experts % num_ranks` ranks hold one more.
+        """Returns the default placement: consecutive experts share a rank, the first `num_experts % num_ranks` ranks
+        hold one more. Raises ValueError if there are fewer experts than ranks.
 
         >>> ExpertPlacement.contiguous(5, 2).rank_of_expert
         (0, 0, 0, 1, 1)
@@ -36,15 +37,16 @@ class ExpertPlacement:
 
     @property
     def num_experts(self) -> int:
+        """Returns the number of experts on all ranks."""
         return len(self.rank_of_expert)
 
     def experts_on(self, rank: int) -> tuple[int, ...]:
-        """Global numbers of the experts on `rank`, in slot order."""
+        """Returns the global numbers of the experts on `rank`, in slot order."""
         return self._experts_by_rank[rank]
 
     @cached_property
     def slot_of_expert(self) -> tuple[int, ...]:
-        """Place of each expert among those of its rank."""
+        """Returns, for each global expert, its slot on its rank."""
         slots = [0] * self.num_experts
         for experts in self._experts_by_rank:
             for slot, expert in enumerate(experts):

@@ -1,8 +1,9 @@
-"""Which positions of each sequence a rank has, where sequences are divided over context and tensor parallel ranks.
+"""Computes which positions of each sequence a rank holds under context and sequence parallelism.
 
-Context parallel ranks hold two chunks each, one from the front and one from the back, so that causal attention costs
-all of them the same (Llama 3, 2024, section 3.3.2). Tensor parallel ranks divide what their context rank has into
-consecutive parts (sequence parallelism, Korthikanti et al. 2022): norms, residuals and MoE layers work on those.
+A sequence is cut into 2 cp chunks; context parallel rank r holds chunks r and 2 cp - 1 - r, so that causal attention
+costs all ranks the same (Llama 3, 2024, section 3.3.2). The tensor parallel ranks split the positions of their context
+rank into consecutive ranges (sequence parallelism, Korthikanti et al. 2022), on which norms, residuals and MoE layers
+work.
 """
 
 import math
@@ -17,7 +18,7 @@ from expert_parallel.parallel.mesh import ParallelMesh
 
 @dataclass(frozen=True)
 class SequencePlace:
-    """A rank's place among those that divide a sequence. The default has it whole."""
+    """Holds a rank's coordinates on the two axes that split sequences. The default holds whole sequences."""
 
     cp: int = 1
     cp_rank: int = 0
@@ -26,30 +27,33 @@ class SequencePlace:
 
     @staticmethod
     def of(mesh: ParallelMesh | None) -> "SequencePlace":
+        """Returns the coordinates of this rank; None: whole sequences."""
         if mesh is None:
             return SequencePlace()
         return SequencePlace(mesh.degrees.cp, group_rank(mesh.cp_group), mesh.degrees.tp, group_rank(mesh.tp_group))
 
     @property
     def is_whole(self) -> bool:
+        """Returns True if this rank holds every position."""
         return self.cp * self.tp == 1
 
     def context(self, length: int) -> Tensor:
-        """Positions of this context rank in a sequence of `length` tokens, int64 (length / cp)."""
+        """Returns the positions of this context parallel rank, int64 (length / cp), ascending."""
         if self.cp == 1:
             return torch.arange(length)
         chunks = torch.arange(length).chunk(2 * self.cp)
         return torch.cat([chunks[self.cp_rank], chunks[-1 - self.cp_rank]])
 
     def own(self, length: int) -> Tensor:
-        """Positions of this rank, int64 (length / cp / tp)."""
+        """Returns the positions of this rank alone, int64 (length / cp / tp), ascending."""
         return self.context(length).chunk(self.tp)[self.tp_rank]
 
     def all_contexts(self, length: int) -> Tensor:
-        """Positions of all context ranks, one after the other, int64 (length)."""
+        """Returns the positions of all context parallel ranks, concatenated in rank order, int64 (length)."""
         return torch.cat([SequencePlace(self.cp, rank).context(length) for rank in range(self.cp)])
 
 
 def length_unit(cp: int, tp: int) -> int:
-    """Sequences are divided evenly where their length is a multiple of this: 2 cp chunks, and tp parts of a rank's."""
+    """Returns the number that a sequence length must be a multiple of, so that all ranks hold equally many positions:
+    2 cp chunks, and tp equal ranges per context parallel rank."""
     return tp if cp == 1 else math.lcm(2 * cp, cp * tp)

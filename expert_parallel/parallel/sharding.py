@@ -1,4 +1,4 @@
-"""Which part of a logical tensor a rank holds, where tensor parallel or expert tensor parallel divides it."""
+"""Describes which shard of a logical tensor a rank holds under tensor or expert tensor parallelism."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from expert_parallel.parallel.collectives import all_gather_rows, group_rank, gr
 
 
 class Run(NamedTuple):
-    """`size` neighbours along a dimension: where they begin in a rank's part, and where in the logical tensor."""
+    """Locates `size` consecutive indices of a dimension: their start in the local shard and in the logical tensor."""
 
     local: int
     logical: int
@@ -19,8 +19,11 @@ class Run(NamedTuple):
 
 
 def runs_of_part(size: int, parts: int, index: int, blocks: int = 1) -> list[Run]:
-    """What of a dimension `size` long is in part `index` of `parts`, where each of `blocks` equal blocks is divided
-    alike, as `tensor_split` does: the first parts are longer by one where they do not divide evenly."""
+    """Returns the ranges of a dimension of length `size` that belong to shard `index` of `parts`.
+
+    The dimension consists of `blocks` equal blocks, and each block is split like `torch.tensor_split`: if it does not
+    divide evenly, the first shards are longer by one.
+    """
     block = size // blocks
     small, larger = divmod(block, parts)
     first, length = index * small + min(index, larger), small + (index < larger)
@@ -29,12 +32,13 @@ def runs_of_part(size: int, parts: int, index: int, blocks: int = 1) -> list[Run
 
 @dataclass(frozen=True)
 class Slice:
-    """Part `index` of `parts` of dimension `dim`, which is `size` long in the logical tensor.
+    """Describes this rank's shard of a tensor that is split along dimension `dim` over a process group.
 
-    dim: counted from the end (-1 is the last), so that it means the same for one expert and for a stack of them.
-    blocks: the dimension is so many equal blocks side by side ([gate | up]), each divided alike.
-    copies: so many neighbouring ranks of `group` hold the same part (a key head that several ranks share).
-    group: the ranks that hold the whole together, in order of their parts. Parts may differ by one in size.
+    dim: negative, counted from the end, so that it is the same for one expert and for a stack of experts.
+    size: the length of `dim` in the logical tensor. Shards may differ in length by one.
+    group: the ranks that hold the whole tensor between them, in order of their shards.
+    blocks: the number of equal blocks along `dim` ([gate | up] has 2), each split over the ranks separately.
+    copies: the number of consecutive ranks that hold the same shard (a key head that several ranks share).
     """
 
     dim: int
@@ -45,50 +49,56 @@ class Slice:
 
     @property
     def parts(self) -> int:
+        """Returns the number of different shards."""
         return group_size(self.group) // self.copies
 
     @property
     def index(self) -> int:
+        """Returns the number of this rank's shard."""
         return group_rank(self.group) // self.copies
 
     @property
     def runs(self) -> list[Run]:
-        """What of `dim` this rank has."""
+        """Returns the ranges of `dim` that this rank holds."""
         return runs_of_part(self.size, self.parts, self.index, self.blocks)
 
     def take(self, full: Tensor) -> Tensor:
-        """This rank's part of a tensor that is whole in `dim`."""
+        """Returns this rank's shard of a tensor that is whole along `dim`."""
         assert full.shape[self.dim] == self.size, (full.shape, self)
         return torch.cat([full.narrow(self.dim, run.logical, run.size) for run in self.runs], self.dim)
 
     def full_shape(self, local: torch.Size) -> torch.Size:
+        """Returns the shape of the logical tensor, given the shape of the local shard."""
         shape = list(local)
         shape[self.dim] = self.size
         return torch.Size(shape)
 
     def gather(self, local: Tensor) -> Tensor:
-        """The whole tensor, of which `local` is this rank's part. A collective over `group`."""
+        """Returns the whole tensor, given this rank's shard of it. A collective over `group`."""
         rows = local.movedim(self.dim, 0).contiguous()
-        sizes = [len(part) * self.blocks for part in torch.arange(self.size // self.blocks).tensor_split(self.parts)]
-        everyone = [size for size in sizes for _ in range(self.copies)]
-        gathered = all_gather_rows(rows, everyone, self.group).split(everyone)[:: self.copies]
-        blocks = [part.chunk(self.blocks) for part in gathered]
-        whole = torch.cat([parts[block] for block in range(self.blocks) for parts in blocks])
+        block_lengths = [len(shard) for shard in torch.arange(self.size // self.blocks).tensor_split(self.parts)]
+        lengths = [length * self.blocks for length in block_lengths]
+        rank_lengths = [length for length in lengths for _ in range(self.copies)]
+        shards = all_gather_rows(rows, rank_lengths, self.group).split(rank_lengths)[:: self.copies]
+        # Shard by shard -> block by block: [gate0 up0 gate1 up1] -> [gate0 gate1 up0 up1].
+        chunks = [shard.chunk(self.blocks) for shard in shards]
+        whole = torch.cat([chunk[block] for block in range(self.blocks) for chunk in chunks])
         return whole.movedim(0, self.dim)
 
 
 def divide(module: nn.Module, name: str, dim: int, group: dist.ProcessGroup, blocks: int = 1, copies: int = 1) -> None:
-    """Leaves the module this rank's part of its parameter `name` alone, and notes the slice in `module.slices`.
+    """Replaces the module's parameter `name` by this rank's shard of it and records it in `module.tensor_shards`.
 
-    The parameter must have no values yet (meta device). The caller has checked that it can be divided."""
+    The parameter must be on the meta device, as values would be lost. The caller has checked that the sizes divide.
+    """
     full = getattr(module, name)
     assert full.is_meta, name
     part = Slice(dim, full.shape[dim], group, blocks, copies)
     setattr(module, name, nn.Parameter(part.take(full.detach()).contiguous()))
-    module.slices = {**slices_of(module), name: part}  # type: ignore[assignment]
+    module.tensor_shards = {**slices_of(module), name: part}  # type: ignore[assignment]
 
 
 def slices_of(module: nn.Module) -> dict[str, Slice]:
-    """The slices of a module's own parameters, by name; whole ones are not in it."""
-    slices: dict[str, Slice] = getattr(module, "slices", {})
-    return slices
+    """Returns the shards of a module's own parameters by name, without parameters that are whole on every rank."""
+    shards: dict[str, Slice] = getattr(module, "tensor_shards", {})
+    return shards

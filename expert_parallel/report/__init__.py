@@ -1,1 +1,1 @@
-"""Pages about a run, for people: what its experts learned."""
+"""Reports what the experts of a run learned, as one HTML page."""

@@ -1,5 +1,5 @@
-"""What the experts of a run learned, gathered on one process: from its config, metrics.jsonl, newest checkpoint and
-held-out text (or another one) to a page and a JSON file."""
+"""Collects what the experts of a run learned, on one process: from its config, metrics.jsonl, newest checkpoint and
+held-out text (or another one) into a report for the page and a JSON file."""
 
 import json
 from collections.abc import Sequence
@@ -27,8 +27,10 @@ from expert_parallel.training.setup import demand_of
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """step: of the checkpoint. source: where the sample's text is from. pieces: of each of its sequences. habits: by
-    MoE block. names: of the tokens that habits speak of."""
+    """Holds everything that the page shows.
+
+    step: of the checkpoint. source: where the sample's text comes from. token_texts: those of each of its sequences.
+    habits: by MoE block. names: display names of the tokens that `habits` mention."""
 
     name: str
     config: Config
@@ -52,7 +54,8 @@ class Report:
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """windows: int64, (S + 1) each, S at most training.sequence_length. separator: as Sampler's."""
+    """Holds text to run. windows: int64, (S + 1) each, S at most training.sequence_length. separator: as in the
+    sampler."""
 
     windows: list[Tensor]
     separator: int | None
@@ -60,8 +63,10 @@ class Text:
 
 
 def gather(run: Path, overrides: Sequence[str], runtime: Runtime, text: Path | None, sequences: int | None) -> Report:
-    """ValueError for a run that there is nothing to say of: a dense one, one without a step or a checkpoint, one whose
-    data are gone. UserError where the checkpoint is at fault, or there are several ranks."""
+    """Builds the report of a run's folder.
+
+    text: a file to use instead of held-out text. sequences: at most so many. Raises ValueError for a run without
+    experts, a step or a checkpoint, and for missing data; UserError for a broken checkpoint or several ranks."""
     if runtime.world_size > 1:
         raise UserError(f"experts works on one process, {runtime.world_size} were started")
     config = run_config(run, overrides)
@@ -100,7 +105,7 @@ def gather(run: Path, overrides: Sequence[str], runtime: Runtime, text: Path | N
 
 
 def _held_out(config: Config, sequences: int | None) -> Text:
-    """Those of evaluation, or so many."""
+    """Returns the sequences of evaluation, or the given number of them."""
     demand = demand_of(config)
     data = open_data(config.data, replace(demand, held_out_sequences=sequences or demand.held_out_sequences))
     described = "; ".join(line.strip() for line in data.description.splitlines())
@@ -108,6 +113,7 @@ def _held_out(config: Config, sequences: int | None) -> Text:
 
 
 def _text(config: Config, tokenizer: Tokenizer, path: Path, sequences: int | None) -> Text:
+    """Tokenizes a file, and splits it into windows. Raises ValueError for text that the model cannot process."""
     try:
         tokens = torch.tensor(tokenizer.encode(path.read_text(encoding="utf-8")), dtype=torch.int64)
     except UnicodeDecodeError as error:
@@ -120,7 +126,7 @@ def _text(config: Config, tokenizer: Tokenizer, path: Path, sequences: int | Non
 
 
 def as_json(report: Report) -> str:
-    """The numbers of the page. Blocks are keys; experts and tokens are places in lists."""
+    """Returns the page's numbers as JSON. Blocks are keys; experts and tokens are positions in lists."""
     loads, sample = report.loads, report.sample
     tree: dict[str, Any] = {
         "run": report.name,
@@ -156,14 +162,26 @@ def as_json(report: Report) -> str:
         "habits": {
             "classes": CLASSES,
             "names": report.names,
-            "blocks": {block: asdict(habits) for block, habits in report.habits.items()},
+            "blocks": {block: _habits_tree(habits) for block, habits in report.habits.items()},
         },
     }
     return json.dumps(_without_nan(tree))
 
 
+def _habits_tree(habits: Habits) -> dict[str, Any]:
+    """Names every key, since those of the file stay when an attribute gets another name."""
+    return {
+        "count": habits.count,
+        "first_count": habits.first_count,
+        "liked": [[asdict(token) for token in of_expert] for of_expert in habits.liked],
+        "class_share": habits.class_share,
+        "overall_class_share": habits.overall_class_share,
+        "specialisation": asdict(habits.specialisation),
+    }
+
+
 def _without_nan(tree: Any) -> Any:
-    """JSON has no NaN: null."""
+    """Replaces NaN by None, since JSON has no NaN."""
     if isinstance(tree, dict):
         return {key: _without_nan(value) for key, value in tree.items()}
     if isinstance(tree, list):

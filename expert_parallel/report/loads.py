@@ -1,4 +1,5 @@
-"""How a run's tokens were spread over its experts, step after step: metrics.jsonl, averaged into a few columns."""
+"""Reads from metrics.jsonl how a run's tokens were distributed over its experts, averaged into a few columns of
+steps."""
 
 import json
 from collections.abc import Iterator
@@ -9,16 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-COLUMNS = 100  # at most
+COLUMNS = 100  # at most so many
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Loads:
-    """Each column is the mean of its steps. first_steps, last_steps: of each column. share: by MoE block,
-    (columns, experts), the share of the block's computed choices that an expert had; NaN where a column has no step.
-    dropped_share, load_cv: by MoE block, (columns). held_out_loss: the last one that was logged, and its step."""
+    """Holds means over the steps of each column.
+
+    first_steps, last_steps: of each column. share: by MoE block, (columns, experts), an expert's share of the block's
+    computed choices; NaN where a column has no step. dropped_share, load_cv: by MoE block, (columns). held_out_loss:
+    step and value of the last one logged."""
 
     first_steps: list[int]
     last_steps: list[int]
@@ -29,8 +32,10 @@ class Loads:
 
 
 def read_loads(path: Path, blocks: list[int], num_experts: int) -> Loads:
-    """path: of metrics.jsonl, which is read twice, line by line. ValueError where it is not there, is damaged, or holds
-    no step of training with the loads of these blocks and experts."""
+    """Reads the file twice, line by line, so that memory does not grow with the run.
+
+    Raises ValueError where it is missing, damaged, or holds no training step with the loads of these blocks and
+    experts."""
     names = [
         f"moe/layer_{block}/{name}"
         for block in blocks
@@ -62,7 +67,9 @@ def read_loads(path: Path, blocks: list[int], num_experts: int) -> Loads:
             counts[column] += 1
     means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
     by_block = dict(zip(blocks, np.split(means, len(blocks), axis=1), strict=True))
-    begins = [first - (-column * count // columns) for column in range(columns + 1)]  # rounded up
+    begins = [
+        first - (-column * count // columns) for column in range(columns + 1)
+    ]  # first step of each column, rounded up
     return Loads(
         first_steps=begins[:-1],
         last_steps=[begin - 1 for begin in begins[1:]],
@@ -74,7 +81,7 @@ def read_loads(path: Path, blocks: list[int], num_experts: int) -> Loads:
 
 
 def _records(path: Path) -> Iterator[Record]:
-    """Whole lines only: a run that was killed, or is training now, may have left half of one."""
+    """Yields complete lines only: a run that was killed, or is training now, may have left an incomplete one."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith("\n"):

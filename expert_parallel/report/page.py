@@ -1,4 +1,4 @@
-"""The page: one HTML file that asks for nothing else, no script in it. Every text of the run is escaped."""
+"""Renders the page: one HTML file without scripts or external resources. All text of the run is escaped."""
 
 from html import escape
 from itertools import groupby
@@ -11,11 +11,11 @@ from expert_parallel.report.loads import Loads
 from expert_parallel.report.page_sample import habits_section, text_section
 from expert_parallel.report.style import HEAT, heat, ratio_of, style_sheet
 
-ROW_PIXELS, MAP_PIXELS = 15, 320  # height of an expert's row in a heat map, and of all
+ROW_PIXELS, MAP_PIXELS = 15, 320  # largest height of an expert's row in a heat map, and of all rows together
 
 
 def render(report: Report) -> str:
-    """The whole file."""
+    """Returns the whole file."""
     title = f"What the experts of the run “{escape(report.name)}” learned"
     radios = "".join(
         f'<input type="radio" name="block" class="hidden" id="block{place}"{" checked" if place == 0 else ""}>'
@@ -124,7 +124,7 @@ def _map(block: int, loads: Loads, num_experts: int) -> str:
 
 
 def _cells(ratio_CE: NDArray[np.float64]) -> str:
-    """One path for each colour, of runs of equal cells."""
+    """Draws one path for each colour, of runs of equal cells."""
     runs: dict[int, list[str]] = {}
     for expert, row in enumerate(ratio_CE.T):
         at = 0
@@ -137,7 +137,7 @@ def _cells(ratio_CE: NDArray[np.float64]) -> str:
 
 
 def _ends(values_C: NDArray[np.float64]) -> tuple[float, float]:
-    """The first column, and the last."""
+    """Returns the first and the last column."""
     return float(values_C[0]), float(values_C[-1])
 
 

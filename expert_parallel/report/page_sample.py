@@ -1,4 +1,4 @@
-"""What the page makes of the sample: its text in the colours of its experts, and what each of them likes."""
+"""Renders the page's sections on the sample: its text coloured by expert, and what each expert prefers."""
 
 from collections.abc import Iterator
 from html import escape
@@ -10,12 +10,13 @@ from expert_parallel.report.specialization import Habits, Liked
 from expert_parallel.report.style import SLOTS, STEPS_FROM_FAIR, heat
 from expert_parallel.report.token_text import CLASSES, VISIBLE, Piece
 
-MOST_ENTRIES, FEWEST_TOKENS = 40_000, 512  # of the text: choices named in tooltips; tokens in any case
+MOST_ENTRIES = 40_000  # choices in the tooltips of the text
+FEWEST_TOKENS = 512  # tokens that are shown whatever their number of choices
 CLASS_HELP = {
     "letters": "lower case, and letters that have no case",
     "spaces": "blanks within a line",
     "indentation": "blanks at the start of a line",
-    "other": "control characters, and bytes that are no text",
+    "other": "control characters, and bytes that are not text",
 }
 
 
@@ -23,7 +24,7 @@ CLASS_HELP = {
 
 
 def text_section(report: Report) -> str:
-    """The first tokens of the sample, in the colours of their experts."""
+    """Renders the first tokens of the sample, coloured by their first expert."""
     whole = report.sample.num_tokens
     choices = sum(routing.ids_TK.shape[1] for routing in report.sample.routing.values())
     shown = min(max(MOST_ENTRIES // choices, FEWEST_TOKENS), whole)
@@ -51,7 +52,8 @@ tokens of the sample, on which the loss is {report.sample.loss:.4f} nats a token
 
 
 def _slots(habits: Habits) -> list[int]:
-    """Each expert's colour, in the order of their tokens. Where experts are more than colours, the rest are grey."""
+    """Returns the colour index of each expert, the most used first. Experts beyond the number of colours share one,
+    grey."""
     order = sorted(range(len(habits.first_count)), key=lambda expert: -habits.first_count[expert])
     return [min(order.index(expert), SLOTS) for expert in range(len(order))]
 
@@ -71,11 +73,11 @@ def _legend(place: int, report: Report, slots: list[int]) -> str:
     return f'<div class="only b{place}"><div class="legend">{"".join(chips)}</div></div>'
 
 
-Mark = tuple[list[str], list[str]]  # of a token: its classes, and a line of its tooltip for each block
+Mark = tuple[list[str], list[str]]  # (CSS classes of a token, a line of its tooltip for each block)
 
 
 def _marks(report: Report, slots: list[list[int]], count: int) -> list[Mark]:
-    """Of the first tokens."""
+    """Returns the CSS classes and tooltip lines of the first `count` tokens."""
     marks: list[Mark] = [([], []) for _ in range(count)]
     for place, block in enumerate(report.blocks):
         routing = report.sample.routing[block]
@@ -93,7 +95,8 @@ def _marks(report: Report, slots: list[list[int]], count: int) -> list[Mark]:
 
 
 def _choices(routing: Routing, count: int) -> Iterator[str]:
-    """As `expert 3 0.61, expert 1 0.39, expert 5 dropped`, the largest weight first."""
+    """Yields each token's choices as text, such as `expert 3 0.61, expert 1 0.39, expert 5 dropped`, largest weight
+    first."""
     columns = (routing.ids_TK[:count], routing.weights_TK[:count], routing.reason_TK[:count])
     for row in zip(*(values.tolist() for values in columns), strict=True):
         parts = []
@@ -106,14 +109,14 @@ def _choices(routing: Routing, count: int) -> Iterator[str]:
 
 
 def _span(piece: Piece, marks: list[Mark]) -> str:
-    """Of several tokens, the first has the say on colours."""
+    """Renders a text of one or several tokens, coloured by the first of them."""
     title = "\n".join("\n".join(lines) for _, lines in marks)
     shown = "".join(_letter(letter) for letter in piece.text)
     return f'<span class="{" ".join(marks[0][0])}" title="{escape(title)}">{shown}</span>'
 
 
 def _letter(letter: str) -> str:
-    """Line ends and the like are visible, and still do what they do."""
+    """Renders one character; line ends and other control characters become visible and keep their effect."""
     if letter == "\n" or letter == "\t":
         return f"<i>{VISIBLE[letter]}</i>{letter}"
     if letter in VISIBLE and letter != " ":
@@ -125,6 +128,7 @@ def _letter(letter: str) -> str:
 
 
 def habits_section(report: Report) -> str:
+    """Renders the section on what each expert prefers."""
     bars = "".join(_decides(place, report) for place in range(len(report.blocks)))
     tables = "".join(
         f'<div class="only b{place} scroll">{_table(report, place)}</div>' for place in range(len(report.blocks))

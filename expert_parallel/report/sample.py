@@ -1,4 +1,4 @@
-"""A sample of text through a trained model, and which experts each of its tokens went to."""
+"""Runs a sample of text through a trained model, and records the experts of each token."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +19,9 @@ from expert_parallel.moe.types import Reason, RoutingPlan
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """Of one block: every token's choices, as capacity left them. ids_TK int64, weights_TK float64 (0 where nothing was
-    computed), reason_TK uint8 (values of `Reason`), on the CPU."""
+    """Holds every token's choices in one block, after capacity was applied, on the CPU.
+
+    ids_TK: int64. weights_TK: float64, 0 where nothing was computed. reason_TK: uint8, values of `Reason`."""
 
     ids_TK: Tensor
     weights_TK: Tensor
@@ -28,23 +29,27 @@ class Routing:
 
     @property
     def computed_TK(self) -> Tensor:
+        """Returns True for choices that an expert computed."""
         return self.reason_TK <= Reason.REROUTED
 
     @property
     def dropped_TK(self) -> Tensor:
+        """Returns True for choices that were routed and then dropped."""
         return ~self.computed_TK & (self.reason_TK != Reason.NOT_ROUTED)
 
     @property
     def first_T(self) -> Tensor:
-        """int64: of the experts that computed the token, the one with the largest weight; -1: none did."""
+        """Returns, int64, the expert with the largest weight among those that computed the token; -1 if none did."""
         best_T1 = self.weights_TK.masked_fill(~self.computed_TK, -1).argmax(1, keepdim=True)
         return self.ids_TK.gather(1, best_T1)[:, 0].masked_fill(~self.computed_TK.any(1), -1)
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """sequences: int64, the tokens that the model was given. loss: nats a token. routing: by MoE block, of all
-    sequences' tokens, one after the other."""
+    """Holds the sample and its routing.
+
+    sequences: int64, the model's input tokens. loss: nats a token. routing: by MoE block, the tokens of all sequences
+    concatenated."""
 
     sequences: list[Tensor]
     loss: float
@@ -56,8 +61,8 @@ class Sample:
 
 
 def cut(tokens: Tensor, length: int) -> list[Tensor]:
-    """Windows of length + 1 that overlap by one, as those of evaluation; the last may be shorter. The last token of all
-    is a target alone."""
+    """Splits tokens into windows of length + 1 that overlap by one, as evaluation does; the last may be shorter. The
+    last token is only a target."""
     return [tokens[begin : begin + length + 1] for begin in range(0, len(tokens) - 1, length)]
 
 
@@ -65,14 +70,17 @@ def cut(tokens: Tensor, length: int) -> list[Tensor]:
 def route(
     model: Transformer, windows: Sequence[Tensor], *, batch_size: int, separator: int | None, seed: int
 ) -> Sample:
-    """As evaluation on one rank does: with its capacity, in batches of so many sequences of equal length. windows:
-    int64, (S + 1)."""
+    """Runs the model as evaluation on one rank does: with its capacity, in batches of `batch_size` sequences of equal
+    length.
+
+    windows: int64, (S + 1) each."""
     model.eval()
     device = next(model.parameters()).device
     loss, count = 0.0, 0
     found: dict[int, list[Routing]] = {layer: [] for layer in model.config.moe_layers}
     for number, rows in enumerate(_batches(windows, batch_size)):
         batch, replay = as_batch(rows, 0, separator).to(device), RouterReplay()
+        # Waits for the device: `StepContext` takes the number of documents as an int.
         packed = 1 if batch.documents_BS is None else int(batch.documents_BS.max()) + 1
         context = StepContext(
             seed,
@@ -84,7 +92,7 @@ def route(
         )
         with _watch_routers(model) as plans:
             logits = model(batch.inputs_BS, context).logits
-        loss += float(cross_entropy_sum(logits, batch.targets_BS))
+        loss += float(cross_entropy_sum(logits, batch.targets_BS))  # waits for the device, as evaluation does
         count += batch.targets_BS.numel()
         for layer, plan in plans.items():
             choices = replay.recorded[0, number, layer]
@@ -98,7 +106,7 @@ def route(
 
 
 def _batches(windows: Sequence[Tensor], size: int) -> Iterator[Tensor]:
-    """(B, S + 1), in order."""
+    """Yields batches (B, S + 1) in order, each of windows of one length."""
     begin = 0
     while begin < len(windows):
         end = begin + 1
@@ -110,7 +118,7 @@ def _batches(windows: Sequence[Tensor], size: int) -> Iterator[Tensor]:
 
 @contextmanager
 def _watch_routers(model: Transformer) -> Iterator[dict[int, RoutingPlan]]:
-    """Each router's plan of the pass that is made inside, by block: before capacity."""
+    """Records each router's plan in the forward pass of its body, by block, before capacity is applied."""
     plans: dict[int, RoutingPlan] = {}
     handles = [
         block.moe.router.register_forward_hook(partial(_keep, plans, layer))
@@ -129,11 +137,13 @@ def _keep(plans: dict[int, RoutingPlan], layer: int, router: nn.Module, inputs: 
 
 
 def _routing(model: Transformer, layer: int, limited: RoutingPlan) -> Routing:
-    """With the weights that the layer multiplies outputs by, which capacity may have changed."""
+    """Returns the plan's choices with the weights that multiply the experts' outputs, which capacity may have
+    changed."""
     moe = dict(model.local_blocks())[layer].moe
     assert moe is not None
     capacity = moe.config.capacity
     counted_TK = limited.kept_TK if isinstance(capacity, LimitSettings) and capacity.renormalise else None
     weights_TK = moe.router.weights(limited, limited.expert_ids_TK, counted_TK)
+    # float64, so that the report rounds nothing; on the CPU, to free the device's memory batch by batch.
     weights_TK = weights_TK.double().masked_fill(~limited.kept_TK, 0)
     return Routing(limited.expert_ids_TK.cpu(), weights_TK.cpu(), limited.reason_TK.cpu())

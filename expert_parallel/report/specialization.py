@@ -1,4 +1,4 @@
-"""What each expert of a block was given, in numbers: its tokens, their kinds of characters, and how far the token alone
+"""Counts what each expert of a block received: its tokens, their kinds of characters, and how far the token alone
 decides."""
 
 from dataclasses import dataclass
@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 TOP_TOKENS = 8
-MIN_TOKENS = 4  # that a token must occur to be named: fewer say little
+MIN_TOKENS = 4  # occurrences of a token that is listed: shares of fewer are noise
 SHUFFLES = 10
 
 
 @dataclass(frozen=True)
 class Liked:
-    """count: of the expert's computed choices. share: of all of them. lift: share over the token's share of all
+    """Holds a token that an expert receives more often than others do.
+
+    count: of the expert's computed choices. share: of all its choices. lift: share over the token's share of all
     experts' choices."""
 
     token: int
@@ -24,10 +26,12 @@ class Liked:
 
 @dataclass(frozen=True)
 class Specialisation:
-    """How far a token's identity decides its first expert. bits: mutual information of the two over the sample.
-    chance_bits: what is found with the experts shuffled over the tokens (a small sample of many tokens shows some
-    always). entropy_bits: of the first experts. adjusted: (bits - chance) / (entropy - chance), 0: no more than chance,
-    1: the token decides (adjusted for chance as in Vinh, Epps and Bailey 2010, by shuffling)."""
+    """Measures how far a token's identity decides its first expert, in bits over the sample.
+
+    bits: mutual information of token and first expert. chance_bits: the same with experts shuffled over the tokens,
+    which a small sample of many tokens makes positive. entropy_bits: of the first experts. adjusted: (bits - chance) /
+    (entropy - chance), 0: no more than chance, 1: the token decides (Vinh, Epps and Bailey 2010, there by a formula
+    instead of shuffling)."""
 
     bits: float
     chance_bits: float
@@ -37,9 +41,11 @@ class Specialisation:
 
 @dataclass(frozen=True)
 class Habits:
-    """Of one block. count: computed choices of each expert. first_count: tokens whose first expert it is. liked: by
-    expert. class_share: (experts, classes), rows that sum to 1, 0 for an expert without choices;
-    overall_class_share: of all choices."""
+    """Holds the statistics of one block.
+
+    count: computed choices of each expert. first_count: tokens whose first expert it is. top_tokens: by expert.
+    class_share: (experts, classes), rows sum to 1, or 0 for an expert without choices. overall_class_share: of all
+    choices."""
 
     count: list[int]
     first_count: list[int]
@@ -52,8 +58,8 @@ class Habits:
 def habits_of(
     tokens_T: Tensor, class_T: Tensor, ids_TK: Tensor, computed_TK: Tensor, first_T: Tensor, sizes: tuple[int, int]
 ) -> Habits:
-    """tokens_T, class_T, first_T (-1: no expert): int64. ids_TK: int64; computed_TK: bool, which of them count. sizes:
-    experts, classes."""
+    """Computes the statistics of a block. tokens_T, class_T, first_T (-1: no expert): int64. ids_TK: int64.
+    computed_TK: bool, the choices that count. sizes: (experts, classes)."""
     num_experts, num_classes = sizes
     token_N = tokens_T[:, None].expand_as(ids_TK)[computed_TK]
     class_N = class_T[:, None].expand_as(ids_TK)[computed_TK]
@@ -73,8 +79,8 @@ def habits_of(
 
 
 def _liked(token_N: Tensor, expert_N: Tensor, num_experts: int) -> list[list[Liked]]:
-    """Those with lift above 1, ordered by count * log(lift): what each adds to the mutual information of the expert's
-    tokens. Lift alone would name the rarest."""
+    """Returns the tokens with lift above 1 of each expert, ordered by count * log(lift), which is what each adds to the
+    mutual information of expert and token. Lift alone would rank the rarest first."""
     names, token_N = token_N.unique(return_inverse=True)
     pairs, count = (expert_N * len(names) + token_N).unique(return_counts=True)
     expert, token = pairs // max(len(names), 1), pairs % max(len(names), 1)
@@ -86,13 +92,14 @@ def _liked(token_N: Tensor, expert_N: Tensor, num_experts: int) -> list[list[Lik
     liked: list[list[Liked]] = []
     for number in range(num_experts):
         candidates = ((expert == number) & (count >= MIN_TOKENS) & (lift > 1)).nonzero().flatten()
+        # All tensors are on the CPU, so reading them waits for no device.
         best = candidates[gain[candidates].argsort(descending=True, stable=True)][:TOP_TOKENS].tolist()
         liked.append([Liked(int(names[token[i]]), int(count[i]), float(share[i]), float(lift[i])) for i in best])
     return liked
 
 
 def specialisation(tokens_T: Tensor, first_T: Tensor) -> Specialisation:
-    """tokens_T, first_T: int64, each token and its first expert."""
+    """Computes the adjusted mutual information. tokens_T, first_T: int64, each token and its first expert."""
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(len(first_T), generator=generator) for _ in range(SHUFFLES)]
     bits = mutual_information(tokens_T, first_T)
@@ -104,11 +111,12 @@ def specialisation(tokens_T: Tensor, first_T: Tensor) -> Specialisation:
 
 
 def mutual_information(a_T: Tensor, b_T: Tensor) -> float:
-    """Bits, from relative frequencies. int64, of any values from 0 on."""
+    """Returns bits, from relative frequencies. a_T, b_T: int64, at least 0."""
     pair_T = a_T * (int(b_T.max()) + 1 if len(b_T) else 1) + b_T
     return max(entropy_bits(a_T) + entropy_bits(b_T) - entropy_bits(pair_T), 0.0)
 
 
 def entropy_bits(values_T: Tensor) -> float:
+    """Returns the entropy of the values' relative frequencies, in bits."""
     share = values_T.unique(return_counts=True)[1].double() / max(len(values_T), 1)
     return float(-(share * share.log2()).sum())

@@ -1,16 +1,16 @@
-"""How the page looks: one style sheet, light and dark, and the rules that choose a block without any script."""
+"""Defines the page's style: one style sheet, light and dark, with rules that select a block without any script."""
 
 from collections.abc import Sequence
 from math import log2
 
-# A heat map has so many steps of a factor 2^(1/4) each, the middle one for the fair share.
+# A heat map has colour steps of a factor 2^(1/4) each; the middle one is the fair share.
 STEPS_FROM_FAIR = 6
 HEAT = 2 * STEPS_FROM_FAIR + 1
 
-# Fills to be written on, told apart with colour-blind eyes, too: Paul Tol's light scheme, the palest for most tokens.
+# Background colours that colour-blind readers can distinguish: Paul Tol's light scheme, the palest for most tokens.
 LIGHT = ("#99ddff", "#eedd88", "#ffaabb", "#77aadd", "#bbcc33", "#ee8866", "#44bb99", "#aaaa00")
 DARK = ("#25607d", "#6f6021", "#87435a", "#33568c", "#5b6a12", "#9a4c2e", "#17705a", "#4c4c10")
-SLOTS = len(LIGHT)  # colours; one more, grey, is for all other experts
+SLOTS = len(LIGHT)  # one more, grey, is for all other experts
 
 BASE = """
 :root { color-scheme: light dark; --page: #ffffff; --panel: #f6f7f9; --ink: #1c2024; --soft: #5d6672; --line: #dde1e6;
@@ -70,23 +70,24 @@ footer { margin-top: 40px; color: var(--soft); font-size: 13px; }
 
 
 def style_sheet(num_blocks: int) -> str:
+    """Returns the style sheet for so many MoE blocks."""
     return "\n".join([BASE, *_heat_rules(), *_slot_rules(), *(_block_rules(place) for place in range(num_blocks))])
 
 
 def heat(ratio: float) -> int:
-    """The step of a share that is `ratio` times the fair one, 0 to HEAT - 1."""
+    """Returns the colour step of a share that is `ratio` times the fair one, 0 to HEAT - 1."""
     if ratio <= 0:
         return 0
     return min(max(round(4 * log2(ratio)) + STEPS_FROM_FAIR, 0), HEAT - 1)
 
 
 def ratio_of(step: int) -> float:
-    """In the middle of a step."""
+    """Returns the ratio in the middle of a colour step."""
     return float(2 ** ((step - STEPS_FROM_FAIR) / 4))
 
 
 def _heat_rules() -> list[str]:
-    """h: fills of the heat maps. t: weaker ones, for cells with numbers in them."""
+    """Returns rules for the colour steps. h: fills of the heat maps. t: weaker ones, for cells with numbers in them."""
     rules = []
     for step in range(HEAT):
         end = "--low" if step < STEPS_FROM_FAIR else "--high"
@@ -97,6 +98,8 @@ def _heat_rules() -> list[str]:
 
 
 def _slot_rules() -> list[str]:
+    """Returns rules for the colours of experts."""
+
     def variables(colours: Sequence[str]) -> str:
         return " ".join(f"--s{slot}: {colour};" for slot, colour in enumerate(colours))
 
@@ -109,8 +112,8 @@ def _slot_rules() -> list[str]:
 
 
 def _block_rules(place: int) -> str:
-    """With the block of this place chosen: its parts are shown, each token has its slot's colour (class a, b, ... for
-    the block and the slot), and pointing at an expert in the legend fades the others' tokens."""
+    """Returns rules that apply while the block of this index is selected: its parts are shown, each token has the
+    colour of its expert, and pointing at an expert in the legend fades the others' tokens."""
     chosen, name = f"#block{place}:checked ~", f"b{place}"
     rules = [
         f"{chosen} main .only.{name} {{ display: block; }}",

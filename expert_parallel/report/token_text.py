@@ -1,4 +1,4 @@
-"""Tokens as people read them: what each shows in its text, what it is called, and what kind of character it is."""
+"""Converts tokens to readable text: what each shows in its text, its name, and its kind of character."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from expert_parallel.data.tokenizer import Tokenizer
 
 CLASSES = ("letters", "upper case", "digits", "punctuation", "spaces", "indentation", "newlines", "other")
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of half a character
-LONGEST_CHARACTER = 4  # bytes of UTF-8, so tokens at most
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # a tokenizer's text for an incomplete character
+LONGEST_CHARACTER = 4  # in bytes of UTF-8, hence also in tokens
 VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍", "\0": "␀"}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A token's text; of a character whose bytes are several tokens, all of them."""
+    """Holds the text of a token, or of several tokens that are the bytes of one character."""
 
     text: str
     num_tokens: int
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Piece]:
-    """One sequence. Each token is decoded behind the piece before it: some tokenizers drop the space that begins a
-    text."""
+    """Decodes one sequence. Each token is decoded after the previous text, since some tokenizers drop a leading
+    space."""
     found: list[Piece] = []
     before: list[int] = []
     group: list[int] = []
@@ -39,10 +39,12 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Piece]:
 
 
 def classes(found: Sequence[Piece]) -> list[int]:
-    """Of each token of one sequence, the number in CLASSES. A token of several characters is what its first one is that
-    is no blank. Blanks are indentation where nothing else stands before them in the line."""
+    """Returns the index in CHARACTER_CLASSES of each token of one sequence.
+
+    A token counts as its first character that is no blank. Blanks are indentation if only blanks precede them in the
+    line."""
     numbers: list[int] = []
-    at_line_start = False  # a sequence may begin anywhere in a line
+    at_line_start = False  # False at first: a sequence may begin anywhere in a line
     for piece in found:
         kind = _class(piece.text, at_line_start)
         numbers += [CLASSES.index(kind)] * piece.num_tokens
@@ -64,7 +66,7 @@ def _class(text: str, at_line_start: bool) -> str:
 
 
 def name_of(tokenizer: Tokenizer, token: int) -> str:
-    """Of one token, in a list: blanks are visible, half a character is its number."""
+    """Returns the display name of one token: blanks are visible, and a part of a character is shown as its number."""
     text = tokenizer.decode([token])
     if not text or UNKNOWN in text:
         return f"#{token}"

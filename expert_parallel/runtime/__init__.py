@@ -1,1 +1,1 @@
-"""This room starts a process among the others: what launchers say, where the ranks meet, MPI."""
+"""Starts torch.distributed under every launcher: reads the environment, runs the rendezvous, provides MPI."""

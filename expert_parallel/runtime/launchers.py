@@ -1,14 +1,14 @@
-"""What a launcher says of one process, in its environment variables, as a `Launch`. Pure: the mapping is passed in.
+"""Reads a launcher's environment variables into a `Launch`. Pure: the environment is passed in.
 
-| launcher | told by | the ranks meet at |
+| launcher | recognised by | address of the rendezvous |
 |---|---|---|
-| torchrun, deepspeed, others alike | RANK, WORLD_SIZE, LOCAL_RANK | MASTER_ADDR:MASTER_PORT |
-| Open MPI's mpirun | OMPI_COMM_WORLD_SIZE | a free port of rank 0's host, told through MPI |
+| torchrun, deepspeed and the like | RANK, WORLD_SIZE, LOCAL_RANK | MASTER_ADDR:MASTER_PORT |
+| Open MPI's mpirun | OMPI_COMM_WORLD_SIZE | a free port on rank 0's host, broadcast through MPI |
 | MPICH's mpiexec (hydra) | PMI_SIZE, MPI_LOCALRANKID | the same |
-| Slurm's srun, one task a rank | SLURM_STEP_ID, SLURM_STEP_NUM_TASKS | the first host, a port from the job's number |
-| none | none of these | nowhere: one process alone |
+| Slurm's srun, one task per rank | SLURM_STEP_ID, SLURM_STEP_NUM_TASKS | the first host, a port from the job id |
+| none | none of these | none: a single process |
 
-The first row that fits counts: torchrun started by srun or mpirun is torchrun.
+The first row that matches is used: torchrun started by srun or mpirun is torchrun.
 """
 
 import re
@@ -19,18 +19,22 @@ from dataclasses import dataclass
 from expert_parallel.runtime.mpi.backend import library_line, load_mpi
 
 Environment = Mapping[str, str]
-SLURM_PORTS = range(20_000, 30_000)  # below what Linux gives out by itself (32768 and up)
+SLURM_PORTS = range(20_000, 30_000)  # below the ephemeral ports of Linux (32768 and up)
 
 
 class LaunchError(ValueError):
-    """What the launcher says does not add up, or the ranks do not meet: each process that sees it says it."""
+    """Signals that the launcher's variables contradict each other, or that the rendezvous failed. Every process that
+    notices raises it."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """master: host and port at which the ranks meet; None for one process alone. serves: this process opens that port
-    (rank 0, unless torchrun's agent has). attempt: where torchrun's agent keeps one store for all its restarts, the
-    number of this one. library: the MPI in use, if any."""
+    """Describes this process as its launcher started it.
+
+    master: host and port of the rendezvous store; None for a single process. `hosts_store`: this process serves the
+    store (rank 0, unless torchrun's agent does). `restart_count`: set if torchrun's agent keeps one store for all its
+    restarts. `mpi_library`: name and version of the MPI library in use, or "".
+    """
 
     launcher: str
     rank: int = 0
@@ -44,14 +48,18 @@ class Launch:
 
 
 def read_launch(environment: Environment) -> Launch:
-    """Raises LaunchError where variables contradict each other or one is missing."""
-    for tells, read in LAUNCHERS:
-        if tells(environment):
+    """Returns the launch that the environment describes. Raises LaunchError if variables are missing or contradictory.
+
+    Under mpirun it initialises MPI and is a collective.
+    """
+    for is_used, read in LAUNCHERS:
+        if is_used(environment):
             return _checked(read(environment), environment)
-    raise AssertionError("the last one always fits")
+    raise AssertionError("the last launcher always matches")
 
 
 def _set_rank_variables(environment: Environment) -> Launch:
+    """Reads RANK, WORLD_SIZE and the like, as torchrun, deepspeed and others set them."""
     local = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environment), "WORLD_SIZE")
     launcher = "env"
     if "TORCHELASTIC_RUN_ID" in environment:
@@ -73,21 +81,25 @@ def _set_rank_variables(environment: Environment) -> Launch:
 
 
 def _open_mpi(environment: Environment) -> Launch:
+    """Reads the variables of Open MPI's mpirun."""
     names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
     return _mpi("openmpi", *(_number(environment, f"OMPI_COMM_WORLD_{name}") for name in names))
 
 
 def _mpich(environment: Environment) -> Launch:
+    """Reads the variables of MPICH's mpiexec."""
     names = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
     return _mpi("mpich", *(_number(environment, name) for name in names))
 
 
 def _mpi(launcher: str, rank: int, world_size: int, local_rank: int, local_world_size: int) -> Launch:
+    """Agrees on a rendezvous address through MPI."""
     master, library = meet_through_mpi(rank, world_size, is_one_host=local_world_size == world_size)
     return Launch(launcher, rank, world_size, local_rank, local_world_size, master, serves=rank == 0, library=library)
 
 
 def _slurm(environment: Environment) -> Launch:
+    """Reads the variables of srun. Steps of a job use different ports: the port is derived from both ids."""
     rank, node = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_NODEID")
     tasks = tasks_of_nodes(_text(environment, "SLURM_STEP_TASKS_PER_NODE"))
     if node >= len(tasks):
@@ -105,17 +117,18 @@ def _slurm(environment: Environment) -> Launch:
 
 
 def _alone(environment: Environment) -> Launch:
-    for name, cure in (
+    """Returns the launch of a single process. Raises LaunchError if a launcher has started several without ranks."""
+    for name, advice in (
         ("SLURM_NTASKS", "start the ranks with srun or torchrun (launch/slurm), or one process alone with srun -n 1"),
         ("PMI_SIZE", "start the ranks with MPICH's own mpiexec, which sets MPI_LOCALRANKID, or with torchrun"),
         ("MV2_COMM_WORLD_SIZE", "start the ranks with torchrun, one process a node"),
     ):
         if _number(environment, name, default="1") > 1:
-            raise LaunchError(f"{name} is {environment[name]} but nothing says which rank this process is: {cure}")
+            raise LaunchError(f"{name} is {environment[name]} but nothing says which rank this process is: {advice}")
     return Launch("none")
 
 
-# The first that fits counts.
+# (matches, read) of each launcher; the first that matches is used.
 LAUNCHERS: tuple[tuple[Callable[[Environment], bool], Callable[[Environment], Launch]], ...] = (
     (lambda environment: "RANK" in environment or "WORLD_SIZE" in environment, _set_rank_variables),
     (lambda environment: "OMPI_COMM_WORLD_SIZE" in environment, _open_mpi),
@@ -126,10 +139,12 @@ LAUNCHERS: tuple[tuple[Callable[[Environment], bool], Callable[[Environment], La
 
 
 def _is_step_of_tasks(environment: Environment) -> bool:
+    """Returns True if this process is one of several tasks of an srun step."""
     return "SLURM_STEP_ID" in environment and _number(environment, "SLURM_STEP_NUM_TASKS", default="1") > 1
 
 
 def _checked(launch: Launch, environment: Environment) -> Launch:
+    """Returns `launch`. Raises LaunchError if its ranks and sizes contradict each other or another launcher."""
     if not 0 <= launch.rank < launch.world_size:
         raise LaunchError(f"this process has rank {launch.rank}, which does not fit the world size {launch.world_size}")
     if not 0 <= launch.local_rank < launch.local_world_size <= launch.world_size:
@@ -137,7 +152,7 @@ def _checked(launch: Launch, environment: Environment) -> Launch:
             f"this process has local rank {launch.local_rank}, which does not fit the {launch.local_world_size} "
             f"ranks of its node and the world size {launch.world_size}"
         )
-    if launch.launcher in ("env", "deepspeed", "torchrun"):  # RANK may be left over in a shell from something else
+    if launch.launcher in ("env", "deepspeed", "torchrun"):  # RANK may be a leftover in the shell
         for starter, name in (("mpirun", "OMPI_COMM_WORLD_SIZE"), ("mpiexec", "PMI_SIZE")):
             started = _number(environment, name, default="0")
             if launch.world_size < started:
@@ -155,15 +170,17 @@ def _checked(launch: Launch, environment: Environment) -> Launch:
 
 
 def _text(environment: Environment, name: str) -> str:
+    """Returns a variable. Raises LaunchError if it is missing, naming the ones that made it necessary."""
     if name not in environment:
-        told = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-        others = [other for other in told if other in environment]
+        launcher_variables = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+        others = [other for other in launcher_variables if other in environment]
         verb = "is" if len(others) == 1 else "are"
         raise LaunchError(f"the environment variable {name} is not set, though {' and '.join(others)} {verb}")
     return environment[name]
 
 
 def _number(environment: Environment, name: str, default: str | None = None) -> int:
+    """Returns a variable as a non-negative integer. Raises LaunchError if it is none, or missing without a default."""
     value = _text(environment, name) if default is None else environment.get(name, default)
     if not re.fullmatch("[0-9]+", value):
         raise LaunchError(f"the environment variable {name} is {value!r}, expected a number")
@@ -171,6 +188,7 @@ def _number(environment: Environment, name: str, default: str | None = None) -> 
 
 
 def _port(environment: Environment, name: str) -> int:
+    """Returns a variable as a port. Raises LaunchError if it is missing or none."""
     port = _number(environment, name)
     if not 0 < port < 2**16:
         raise LaunchError(f"the environment variable {name} is {port}, a port is a number from 1 to {2**16 - 1}")
@@ -178,7 +196,7 @@ def _port(environment: Environment, name: str) -> int:
 
 
 def tasks_of_nodes(text: str) -> list[int]:
-    """Slurm's compact form: `2(x3),1` is [2, 2, 2, 1]."""
+    """Parses Slurm's compact list of tasks per node: `2(x3),1` is [2, 2, 2, 1]. Raises LaunchError if it is none."""
     tasks: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
@@ -191,14 +209,18 @@ def tasks_of_nodes(text: str) -> list[int]:
 
 
 def first_host(nodes: str) -> str:
-    """Of Slurm's compact form: `node[007-010,012],big1` is node007."""
+    """Returns the first host of Slurm's compact list: node007 of `node[007-010,012],big1`."""
     match = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes)
     assert match is not None
     return match[1] + (match[2] or "") + match[3]
 
 
 def meet_through_mpi(rank: int, world_size: int, is_one_host: bool) -> tuple[tuple[str, int], str]:
-    """Rank 0's host and a free port of it, and the library's name and version. Buffers only, no pickling."""
+    """Broadcasts rank 0's host and a free port on it. Returns (host, port), and the MPI library's name and version.
+
+    The address travels as bytes in a buffer, so that nothing is unpickled. Raises LaunchError if mpi4py is missing, or
+    uses another MPI library than the mpirun that started the ranks.
+    """
     try:
         MPI = load_mpi()
     except ValueError as error:

@@ -1,5 +1,6 @@
-"""This process among the others: torch.distributed running, a device, and one sentence where something is wrong. The
-only file that reads the environment (launchers.py knows what it means, rendezvous.py how the ranks meet).
+"""Starts and ends torch.distributed in this process, chooses its device, and reports errors of any rank on all.
+
+It is the only file that reads environment variables: launchers.py interprets them, rendezvous.py connects the ranks.
 """
 
 import logging
@@ -43,10 +44,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-CPU = torch.device("cpu")  # what the ranks tell each other before and beside training goes through gloo
+CPU = torch.device("cpu")  # control messages between ranks always use CPU tensors, so gloo (or MPI), never NCCL
 
 
-# runtime.backend -> what torch.distributed calls the carrier of tensors on the CPU, and on GPUs.
+# runtime.backend -> the torch.distributed backends for CPU tensors and for GPU tensors.
 CARRIERS = {
     "auto": ("gloo", "nccl"),
     "gloo": ("gloo", "gloo"),
@@ -56,23 +57,29 @@ CARRIERS = {
 
 
 class RuntimeConfig(Settings):
-    """backend: what carries the tensors; auto: nccl on GPUs, gloo on CPUs. mpi: the library of mpirun, through mpi4py.
-
-    timeout_seconds: how long a collective waits for a rank before it fails, in every group. rendezvous_seconds: how
-    long the ranks wait for each other at the start. wait_for_nodes_seconds: in an elastic run, how long ranks that the
-    degrees of parallelism do not fit wait for other nodes.
-    """
+    """Sets the device, the communication backend, and how long ranks wait for each other."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Sets the device that ranks compute on; `auto` takes GPUs if there are any."""
     backend: Literal["auto", "gloo", "nccl", "mpi"] = "auto"
+    """Sets the communication backend for tensors; `auto` is nccl on GPUs and gloo on CPUs, `mpi` is the library of
+    mpirun, through mpi4py."""
     timeout_seconds: float = Field(default=600.0, gt=0, le=1e6)
+    """Sets how long a collective waits for a rank before it fails, in seconds."""
     rendezvous_seconds: float = Field(default=300.0, gt=0, le=1e6)
+    """Sets how long ranks wait for each other at the start, in seconds."""
     wait_for_nodes_seconds: float = Field(default=0.0, ge=0, le=1e6)
+    """Sets how long the ranks of an elastic run wait for further nodes if the degrees of parallelism do not fit their
+    number, in seconds."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process among the others, with torch.distributed running."""
+    """Describes this process while torch.distributed is running.
+
+    backend: as passed to init_process_group. timeout: of every collective. `rendezvous`: None if the process group was
+    set up without one.
+    """
 
     launch: Launch
     device: torch.device
@@ -82,41 +89,48 @@ class Runtime:
 
     @property
     def hosts(self) -> str:
-        """As `n0 0-3, n1 4-7`."""
+        """Returns the hosts with their ranks, as in `n0 0-3, n1 4-7`."""
         return host_lines(self.meeting.cards) if self.meeting is not None else ""
 
     @property
     def rank(self) -> int:
+        """Returns this process's global rank."""
         return self.launch.rank
 
     @property
     def world_size(self) -> int:
+        """Returns the number of ranks."""
         return self.launch.world_size
 
     def together(self, work: Callable[[], Result]) -> Result:
+        """Runs `work` on this rank; if it fails on any rank, all ranks raise the same UserError."""
         return together(work)
 
 
 class UserError(Exception):
-    """One sentence for the user: what is wrong, which setting, which numbers. Every rank raises the same one."""
+    """Signals an error that the user can fix, in one sentence with the setting and the numbers. All ranks raise it."""
 
 
 class LostContact(Exception):
-    """Another rank is gone in the middle of work. One of those that notice says who."""
+    """Signals that another rank is gone or does not answer. One of the ranks that notice logs which."""
 
 
 class RankFilter(logging.Filter):
-    """Gives each log record `rank`, for a handler whose format has it: this process's in torch.distributed, or None."""
+    """Sets `rank` on log records, for formats that use it: the torch.distributed rank, or None before it runs."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if not hasattr(record, "rank"):  # said by the caller, where torch.distributed does not run yet
+        """Sets the attribute and keeps the record."""
+        if not hasattr(record, "rank"):  # set by callers that log before torch.distributed runs
             record.rank = dist.get_rank() if dist.is_initialized() else None
         return True
 
 
 def together(work: Callable[[], Result]) -> Result:
-    """Runs `work`, which communicates nothing. If it fails for a reason that a user can mend, on any rank, every
-    rank raises the same UserError: nobody goes on, and nobody waits for a rank that is gone."""
+    """Runs `work` on every rank and returns its result. A collective; `work` itself must not communicate.
+
+    If it raises ValueError or OSError on any rank, all ranks raise the same UserError, so that no rank goes on and
+    waits for one that has failed.
+    """
     result, error = None, ""
     try:
         result = work()
@@ -129,11 +143,12 @@ def together(work: Callable[[], Result]) -> Result:
 
 @contextmanager
 def distributed(config: RuntimeConfig, settings: Mapping[str, Any] | None = None) -> Iterator[Runtime]:
-    """Starts torch.distributed for this launch, and ends it on leaving.
+    """Starts torch.distributed for this launch and destroys it on exit.
 
     settings: the run's resolved config, which must be the same on all ranks. A UserError, which all ranks raise, is
-    logged by rank 0 alone, and no rank leaves before: a launcher would end the others. LaunchError: the ranks do not
-    meet. LostContact: a rank is gone; logged by one of the others."""
+    logged by rank 0 alone; no rank exits before, since the launcher would then kill the others. Raises LaunchError if
+    the rendezvous fails, and LostContact if a rank is gone, which one of the others logs.
+    """
     launch = read_launch(os.environ)
     backend = choose_backend(config)
     timeout = timedelta(seconds=config.timeout_seconds)
@@ -165,13 +180,13 @@ def distributed(config: RuntimeConfig, settings: Mapping[str, Any] | None = None
         if not is_of_communication(error):
             raise
         if not (lost := meeting.lost_ranks()):
-            raise  # all are there: a defect, or a rank that does something else
+            raise  # all ranks answer: a defect, or a rank that runs another collective
         sentence = describe_lost(launch, lost, error)
         if meeting.is_first_to_tell():
             logger.error("%s", sentence)
         raise LostContact(sentence) from error
     finally:
-        if dist.is_initialized() and (is_orderly or config.backend != "mpi"):  # MPI would wait for the others
+        if dist.is_initialized() and (is_orderly or config.backend != "mpi"):  # MPI would wait for lost ranks
             dist.destroy_process_group()
         meeting.leave(LEAVE_SECONDS if is_orderly else ANSWER_SECONDS)
         if is_orderly:
@@ -179,6 +194,7 @@ def distributed(config: RuntimeConfig, settings: Mapping[str, Any] | None = None
 
 
 def warn_of_restarts(launch: Launch, environment: Mapping[str, str]) -> None:
+    """Warns on rank 0 if torchrun may restart the ranks in a way that fails in torch 2.13."""
     shares_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if launch.rank == 0 and shares_store and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         logger.warning(
@@ -189,13 +205,13 @@ def warn_of_restarts(launch: Launch, environment: Mapping[str, str]) -> None:
 
 
 def tell_deepspeed(runtime: Runtime) -> None:
-    """What DeepSpeed reads from the environment and takes in no other way. Before its first import."""
+    """Sets the environment variables that DeepSpeed reads. Call it before DeepSpeed is first imported."""
     os.environ["LOCAL_RANK"] = str(runtime.launch.local_rank)
     os.environ["DS_ACCELERATOR"] = runtime.device.type
 
 
 def choose_backend(config: RuntimeConfig) -> str:
-    """As torch.distributed names it, for tensors on the CPU and on GPUs."""
+    """Returns the backend string of init_process_group. Raises LaunchError for NCCL without a GPU."""
     has_gpu = config.device != "cpu" and torch.cuda.is_available()
     cpu, gpu = CARRIERS[config.backend]
     if config.backend == "nccl" and not has_gpu:
@@ -204,6 +220,7 @@ def choose_backend(config: RuntimeConfig) -> str:
 
 
 def start_mpi_for(launch: Launch) -> Launch:
+    """Registers the MPI backend and returns the launch with its library. Raises LaunchError if MPI cannot be used."""
     try:
         start_mpi(launch.rank, launch.world_size)
     except ValueError as error:
@@ -212,6 +229,7 @@ def start_mpi_for(launch: Launch) -> Launch:
 
 
 def start_process_group(backend: str, launch: Launch, meeting: Meeting, timeout: timedelta) -> None:
+    """Initialises torch.distributed on the store of the rendezvous. Raises LaunchError if the ranks cannot connect."""
     store = meeting.store
     store.set_timeout(timeout)
     try:
@@ -228,18 +246,20 @@ def start_process_group(backend: str, launch: Launch, meeting: Meeting, timeout:
                 f"rank {launch.rank} met the others, but these were gone before the work began: "
                 f"{', '.join(map(str, lost))}"
             ) from error
+        hosts = host_lines(meeting.cards)
         raise LaunchError(
-            f"rank {launch.rank} met the others ({host_lines(meeting.cards)}) but cannot exchange tensors with them "
+            f"rank {launch.rank} met the others ({hosts}) but cannot exchange tensors with them "
             f"({first_line(error)}): see GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in launch/README.md"
         ) from error
 
 
 def is_of_communication(error: RuntimeError) -> bool:
-    """Whether torch.distributed raised it because another rank is gone, or does not answer in time."""
+    """Returns True if torch.distributed raised the error because a rank is gone or did not answer in time."""
     return isinstance(error, dist.DistError) or bool(re.search(r"gloo|NCCL|ProcessGroup|mpi4py", str(error)))
 
 
 def describe_lost(launch: Launch, lost: list[Card], error: RuntimeError) -> str:
+    """Formats the message of LostContact."""
     return (
         f"rank {launch.rank} lost contact in the middle of work ({first_line(error)}); ranks that do not answer: "
         f"{', '.join(map(str, lost))}. Started again, a training run goes on from its last checkpoint"
@@ -247,8 +267,10 @@ def describe_lost(launch: Launch, lost: list[Card], error: RuntimeError) -> str:
 
 
 def agree_on_device(kind: str, launch: Launch) -> torch.device:
-    """This rank's device; a UserError on all ranks if one has too few GPUs, none where others have some, or the same
-    one as another rank."""
+    """Returns this rank's device. A collective.
+
+    Raises UserError on all ranks if a node has too few GPUs, if only some ranks have a GPU, or if two share one.
+    """
     device = together(lambda: choose_device(kind, launch))
     types = gather_text(device.type, CPU)
     if len(set(types)) > 1:
@@ -265,12 +287,13 @@ def agree_on_device(kind: str, launch: Launch) -> torch.device:
 
 
 def choose_device(kind: str, launch: Launch) -> torch.device:
+    """Returns the CPU or the GPU of this local rank. Raises ValueError if there is no GPU or too few."""
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         return CPU
     if not torch.cuda.is_available():
         raise ValueError(f"runtime.device is {kind!r} but torch finds no GPU on the node of rank {launch.rank}")
     num_gpus = torch.cuda.device_count()
-    if num_gpus == 1:  # or all that the launcher lets this rank see (srun --gpus-per-task=1)
+    if num_gpus == 1:  # or the only one that the launcher makes visible (srun --gpus-per-task=1)
         return torch.device("cuda", 0)
     if launch.local_rank >= num_gpus:
         raise ValueError(

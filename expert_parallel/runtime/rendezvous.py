@@ -1,8 +1,9 @@
-"""Where the ranks meet: a store on rank 0, at which each says who it is before any process group is made; and where
-they look for each other when one is lost.
+"""Runs the rendezvous of the ranks at a store on rank 0, before any process group exists, and health checks later.
 
-What keeps them from meeting, a rank that never comes, two with one number, other code or another config on a node, is
-one sentence on all ranks, which names rank and host.
+Each rank writes its RankInfo to the store; rank 0 waits for all, compares them and writes a verdict that all ranks
+read. A missing rank, two processes with one rank, other code or another config on a node end the start with the same
+sentence on all ranks, which names rank and host. When a collective fails, the ranks look through the store for ranks
+that no longer answer.
 """
 
 import hashlib
@@ -31,16 +32,19 @@ from expert_parallel.settings import changed_settings
 
 Result = TypeVar("Result")
 POLL_SECONDS = 0.05
-ANSWER_SECONDS = 3.0  # how long a living rank may take to answer when the roll is called again
-LEAVE_SECONDS = 60.0  # how long rank 0 waits for the others at the end, since the store goes with it
-SHOWN = 8  # ranks that a sentence names
+ANSWER_SECONDS = 3.0  # how long a live rank may take to answer a health check
+LEAVE_SECONDS = 60.0  # how long rank 0 waits for the others at the end, since the store ends with its process
+SHOWN = 8  # ranks or hosts that a message lists
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a rank says of itself. settings: its resolved config, or {} where there is none."""
+    """Describes a rank to the others. settings: its resolved config, or {} without one.
+
+    It travels through the store as JSON, and ranks of other versions read it: the names of the fields must not change.
+    """
 
     rank: int
     host: str
@@ -54,7 +58,7 @@ class Card:
 
 @dataclass
 class Meeting:
-    """All ranks' cards, in rank order, and the store that they share, until they leave."""
+    """Holds the infos of all ranks, in rank order, and the store that they share until they leave."""
 
     launch: Launch
     store: dist.Store
@@ -64,11 +68,11 @@ class Meeting:
     is_store_gone: bool = False
 
     def answer_calls(self, timeout: timedelta) -> None:
-        """A thread that says "here" when another rank calls the roll; until then it waits, and costs nothing."""
+        """Starts a thread that answers the health check of another rank. Until then it blocks in the store's wait."""
         store, rank = open_store(self.launch, timeout, serves=False), self.launch.rank
 
         def answer() -> None:
-            with suppress(RuntimeError):  # the store is gone with rank 0: nobody asks
+            with suppress(RuntimeError):  # rank 0 has ended, and the store with it: nobody will ask
                 store.wait([f"called/{rank}"], timedelta(days=365))
                 if not self.is_leaving:
                     store.set(f"here/{rank}", "")
@@ -77,7 +81,10 @@ class Meeting:
         self.answering.start()
 
     def lost_ranks(self) -> list[Card]:
-        """Who does not answer within ANSWER_SECONDS: their processes or hosts are gone, stopped or cut off."""
+        """Returns the ranks that do not answer a health check in time: crashed, stopped or unreachable.
+
+        Without an answer from the store, these are rank 0, which serves it.
+        """
         others = [card for card in self.cards if card.rank != self.launch.rank]
 
         def call() -> list[Card]:
@@ -93,10 +100,10 @@ class Meeting:
             return within(2 * ANSWER_SECONDS, call)
         except RuntimeError:
             self.is_store_gone = True
-            return self.cards[:1]  # which had it
+            return self.cards[:1]  # rank 0 serves the store
 
     def is_first_to_tell(self) -> bool:
-        """True on one of the ranks that ask: so many see it, one says it. Without the store, on all."""
+        """Returns True on the first rank that calls it, so that one rank alone logs; without the store, on all."""
         if self.is_store_gone:
             return True
         try:
@@ -105,7 +112,7 @@ class Meeting:
             return True
 
     def leave(self, patience: float) -> None:
-        """The store goes with the process that serves it: that one waits `patience` seconds for the others."""
+        """Ends this rank's use of the store. The rank that serves it waits up to `patience` seconds for the others."""
         if self.answering is None or self.is_store_gone:
             return
         self.is_leaving = True
@@ -113,6 +120,7 @@ class Meeting:
             within(patience + 2 * ANSWER_SECONDS, lambda: self._say_goodbye(patience))
 
     def _say_goodbye(self, patience: float) -> None:
+        """Ends the responder thread, counts this rank as gone, and waits for the others if it serves the store."""
         assert self.answering is not None
         self.store.set(f"called/{self.launch.rank}", "")
         self.answering.join(ANSWER_SECONDS)
@@ -122,8 +130,11 @@ class Meeting:
 
 
 def within(seconds: float, work: Callable[[], Result]) -> Result:
-    """RuntimeError after `seconds`. torch's store waits without end for a server that is stopped or cut off, and for a
-    stranger at its port: so in a thread, which may have to be left behind."""
+    """Runs `work` in a thread and returns its result. Raises RuntimeError after `seconds`, or what `work` raises.
+
+    torch's store has no timeout for a server that is stopped or unreachable, or for a foreign program at its port: the
+    thread is then abandoned.
+    """
     outcome: SimpleQueue[tuple[Result | None, BaseException | None]] = SimpleQueue()
 
     def run() -> None:
@@ -143,16 +154,21 @@ def within(seconds: float, work: Callable[[], Result]) -> Result:
 
 
 def meet(launch: Launch, timeout: timedelta, settings: Mapping[str, Any] | None = None) -> Meeting:
-    """Waits for all ranks. Raises the same LaunchError on all that have come, at the latest after `timeout`.
+    """Waits for all ranks and returns their infos and the store. A collective.
 
-    settings: the resolved config of this rank, which must be the same on all."""
+    settings: the resolved config of this rank, which must be the same on all. If the rendezvous fails, all ranks that
+    have arrived raise the same LaunchError, at the latest after `timeout`.
+    """
     card = Card(launch.rank, socket.gethostname(), os.getpid(), versions(), dict(settings or {}))
     if launch.master is None:
         return Meeting(launch, dist.HashStore(), [card])
-    (host, port), rank = launch.master, {"rank": launch.rank}
+    host, port = launch.master
+    rank = {"rank": launch.rank}  # for the log format, as torch.distributed does not run yet
     logger.info("meeting %d ranks at %s:%d (%s)", launch.world_size, host, port, launch.launcher, extra=rank)
     store = open_store(launch, timeout, launch.serves)
-    deadline = time.monotonic() + timeout.total_seconds()  # from now on, so that no rank gives up before rank 0
+    deadline = (
+        time.monotonic() + timeout.total_seconds()
+    )  # counted from the open store, so that no rank gives up before rank 0
     try:
         arrival = store.add(f"arrivals/{launch.rank}", 1)
         store.set(f"cards/{launch.rank}/{arrival}", json.dumps(asdict(card)))
@@ -164,7 +180,7 @@ def meet(launch: Launch, timeout: timedelta, settings: Mapping[str, Any] | None 
         seconds_left = max(0.0, deadline - time.monotonic())
         store.wait(["verdict"], timedelta(seconds=seconds_left + ANSWER_SECONDS))
         verdict = store.get("verdict").decode()
-        if arrival > 1 and verdict == "all here":  # it came when the others had met already
+        if arrival > 1 and verdict == "all here":  # a duplicate that arrived after the verdict
             verdict = store.get("trouble").decode()
         store.add("leaving", 1)
         if verdict != "all here":
@@ -175,18 +191,21 @@ def meet(launch: Launch, timeout: timedelta, settings: Mapping[str, Any] | None 
         cards = [Card(**json.loads(raw)) for raw in store.multi_get(keys)]
         logger.info("all ranks are here: %s", host_lines(cards), extra=rank)
         return Meeting(launch, store, cards)
-    except RuntimeError as error:  # of the store: a timeout, a closed connection
+    except RuntimeError as error:  # raised by the store: a timeout or a closed connection
         raise LaunchError(
             f"rank {launch.rank} met rank 0 at {host}:{port} but then heard no more of it ({first_line(error)})"
         ) from error
 
 
 def open_store(launch: Launch, timeout: timedelta, serves: bool) -> dist.Store:
-    """Raises LaunchError if the port cannot be opened, or nothing answers there until `timeout`."""
+    """Connects to the store of the rendezvous, and serves it if `serves`.
+
+    Raises LaunchError if the port cannot be opened, or nothing answers there within `timeout`.
+    """
     assert launch.master is not None
     host, port = launch.master
     deadline = time.monotonic() + timeout.total_seconds()
-    while True:  # a container's or a node's name may take a while to be known
+    while True:  # the name of a container or node may take a while to resolve
         try:
             socket.getaddrinfo(host, port)
             break
@@ -217,7 +236,7 @@ def open_store(launch: Launch, timeout: timedelta, serves: bool) -> dist.Store:
 
 
 def versions() -> dict[str, str]:
-    """What must be the same on every rank."""
+    """Returns the versions that must be the same on every rank, by name."""
     return {
         "Python": ".".join(map(str, sys.version_info[:2])),
         "torch": torch.__version__,
@@ -228,7 +247,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def source_digest() -> str:
-    """Of the package's own files: two checkouts may have one version."""
+    """Returns a digest of the package's source files, as different checkouts may have the same version."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -237,7 +256,7 @@ def source_digest() -> str:
 
 
 def _roll_call(store: dist.Store, world_size: int, deadline: float, timeout: timedelta) -> str:
-    """Rank 0's: waits for every rank's card and compares them. What is wrong, or "" where nothing is."""
+    """Waits on rank 0 for the infos of all ranks and compares them. Returns an error message, or "" if all is well."""
     missing, cards = list(range(world_size)), {}
     while missing:
         if store.check(["trouble"]):
@@ -253,6 +272,7 @@ def _roll_call(store: dist.Store, world_size: int, deadline: float, timeout: tim
 
 
 def _absent(missing: list[int], cards: dict[int, Card], world_size: int, timeout: timedelta) -> str:
+    """Formats the message about ranks that did not arrive."""
     named = ", ".join(map(str, missing[:SHOWN])) + (" ..." if len(missing) > SHOWN else "")
     hosts = sorted({card.host for card in cards.values()})
     return (
@@ -262,18 +282,20 @@ def _absent(missing: list[int], cards: dict[int, Card], world_size: int, timeout
 
 
 def _differ(cards: dict[int, Card]) -> str:
+    """Returns a message about the first rank whose versions or settings differ from rank 0's, or ""."""
     first = cards[0]
     for card in cards.values():
         for name, version in card.versions.items():
             if version != first.versions.get(name):
                 return f"{card} runs {name} {version}, {first} runs {first.versions.get(name)}"
         if card.settings and first.settings and (changes := changed_settings(first.settings, card.settings)):
-            path, ours, theirs = changes[0]
-            return f"{card} has another config: {path} is {theirs!r} there and {ours!r} on {first}"
+            path, expected, found = changes[0]
+            return f"{card} has another config: {path} is {found!r} there and {expected!r} on {first}"
     return ""
 
 
 def _twice(first: Card, second: Card) -> str:
+    """Formats where two processes with the same rank run."""
     where = f"on host {first.host} (pids {first.pid} and {second.pid})"
     if first.host != second.host:
         where = f"on host {first.host} and on host {second.host}"
@@ -281,6 +303,7 @@ def _twice(first: Card, second: Card) -> str:
 
 
 def _card(store: dist.Store, rank: int) -> Card:
+    """Reads the info of a rank; of another version's that cannot be parsed, one that differs from all others."""
     store.wait([f"cards/{rank}/1"])
     try:
         return Card(**json.loads(store.get(f"cards/{rank}/1")))
@@ -289,23 +312,25 @@ def _card(store: dist.Store, rank: int) -> Card:
 
 
 def _let_others_read(store: dist.Store, world_size: int) -> None:
-    """The store goes with this process: those that have come read the verdict first."""
-    come = sum(store.add(f"arrivals/{rank}", 0) for rank in range(world_size))
-    _wait_until(lambda: store.add("leaving", 0) >= come, ANSWER_SECONDS)
+    """Waits until all ranks that have arrived have read the verdict, since the store ends with this process."""
+    num_arrived = sum(store.add(f"arrivals/{rank}", 0) for rank in range(world_size))
+    _wait_until(lambda: store.add("leaving", 0) >= num_arrived, ANSWER_SECONDS)
 
 
 def _wait_until(is_true: Callable[[], bool], seconds: float) -> None:
+    """Polls a condition for at most `seconds`."""
     deadline = time.monotonic() + seconds
     while not is_true() and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
 
 
 def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its type if it has none."""
     return str(error).split("\n")[0].strip() or type(error).__name__
 
 
 def host_lines(cards: list[Card]) -> str:
-    """As `n0 0-3, n1 4-7`."""
+    """Formats hosts with their ranks, as in `n0 0-3, n1 4-7`."""
     hosts: dict[str, list[int]] = {}
     for card in cards:
         hosts.setdefault(card.host, []).append(card.rank)
@@ -313,6 +338,7 @@ def host_lines(cards: list[Card]) -> str:
 
 
 def _ranges(ranks: list[int]) -> str:
+    """Formats ascending numbers as ranges: [0, 1, 2, 4] is `0-2 4`."""
     starts = [rank for rank in ranks if rank - 1 not in ranks]
     ends = [rank for rank in ranks if rank + 1 not in ranks]
     return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

@@ -1,4 +1,4 @@
-"""What a run's metrics.jsonl says: how far it is, its held-out losses, and when they reached another's."""
+"""Reads a run's metrics.jsonl: its progress, its held-out losses, and when these reach another run's."""
 
 import json
 import math
@@ -6,34 +6,38 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-END_BYTES = 1 << 23  # more than two lines of thousands of experts in each of many blocks
+END_BYTES = 1 << 23  # more than two lines, even with thousands of experts in each of many blocks
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Held-out losses, nats a token, after so many steps; step 0 is the untrained model."""
+    """Holds held-out losses, nats a token, by step; step 0 is the untrained model."""
 
     steps: list[int]
     losses: list[float]
 
     @property
     def last_step(self) -> int:
+        """Returns the last evaluated step, -1 before the first evaluation."""
         return self.steps[-1] if self.steps else -1
 
     @property
     def final(self) -> float:
+        """Returns the last loss."""
         return self.losses[-1]
 
     def at(self, step: int) -> float:
+        """Returns the loss after `step`."""
         return self.losses[self.steps.index(step)]
 
     def until(self, step: int) -> "Curve":
+        """Returns the curve up to and including `step`."""
         kept = [number for number, own in enumerate(self.steps) if own <= step]
         return Curve([self.steps[number] for number in kept], [self.losses[number] for number in kept])
 
     def reaches(self, loss: float) -> float | None:
-        """The step from which on the loss stays at or below this one, on the straight line between two evaluations.
-        None where it is above at the end."""
+        """Returns the step from which on the loss stays at or below `loss`, interpolated linearly between two
+        evaluations; None if the last loss is above it."""
         above = [number for number, own in enumerate(self.losses) if own > loss]
         if not above:
             return float(self.steps[0])
@@ -45,12 +49,14 @@ class Curve:
 
 
 def read_curve(folder: Path) -> Curve:
-    """Of a run's folder; empty before its first evaluation. Half a line at the end, of a run that goes on or was
-    killed, does not count. ValueError where a loss is no number."""
+    """Reads the curve of a run's folder, empty before its first evaluation. Raises ValueError where a loss is not
+    finite.
+
+    Ignores an incomplete last line, which a run that is training or was killed may leave."""
     steps, losses = [], []
     path = folder / "metrics.jsonl"
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        if '"eval/loss"' in line and line.endswith("\n"):  # most lines have none, and hundreds of loads
+        if '"eval/loss"' in line and line.endswith("\n"):  # skips most lines unparsed: they hold hundreds of loads
             record = json.loads(line)
             steps.append(record["step"])
             losses.append(record["eval/loss"])
@@ -60,7 +66,7 @@ def read_curve(folder: Path) -> Curve:
 
 
 def steps_done(folder: Path) -> int:
-    """From the end of the file alone: it is asked for all the time."""
+    """Returns the last logged step. Reads the end of the file alone, since it is called often."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return 0

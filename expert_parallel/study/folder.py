@@ -1,4 +1,5 @@
-"""A study's folder: what of its runs is done, one study at a time in it, and how long all sittings took."""
+"""Manages a study's folder: which of its runs are done, a lock against a second study, and the time that all sessions
+took."""
 
 import fcntl
 import re
@@ -17,12 +18,13 @@ from expert_parallel.study.curves import Curve, read_curve
 from expert_parallel.study.plan import Run, Study
 from expert_parallel.training.config import Config, load_config
 
-# What a run's own config may say otherwise than the study's: no loss depends on it.
+# Settings of a run that may differ from the study's, since no loss depends on them.
 FREE = ("training.steps", "data.sha256", "data.end_id", "run.log_every", "checkpoint.")
 
 
 def is_done(run: Run) -> bool:
-    """Whether every evaluation up to its steps is there, and it was saved then or later."""
+    """Returns True if the run has every evaluation up to its number of steps, and a checkpoint of that step or a later
+    one."""
     checkpoints = list_checkpoints(run.folder / "checkpoints")
     if not checkpoints or int(checkpoints[-1].name.rpartition("_")[2]) < run.steps:
         return False
@@ -30,28 +32,30 @@ def is_done(run: Run) -> bool:
 
 
 def has_diverged(run: Run) -> bool:
-    """Whether its last words are that a loss is no number (training/loop.py). The same settings would again."""
+    """Returns True if the run's log ends with a loss that is not finite (training/loop.py), which a repetition would
+    give again."""
     return re.match(r"error: step \d+: the loss is ", last_words(run.folder)) is not None
 
 
 def curve_of(run: Run) -> Curve:
+    """Returns the run's held-out losses up to its number of steps."""
     return read_curve(run.folder).until(run.steps)
 
 
 def loss_of(run: Run) -> float:
-    """After its steps."""
+    """Returns the held-out loss after the run's number of steps."""
     return read_curve(run.folder).at(run.steps)
 
 
 def last_words(folder: Path) -> str:
+    """Returns the last line of a run's log, with the log's path."""
     path = folder / "log.txt"
     lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()] if path.exists() else []
-    return f"{lines[-1].strip() if lines else 'it said nothing'} ({path})"
+    return f"{lines[-1].strip() if lines else 'the log is empty'} ({path})"
 
 
 def refuse_others(study: Study) -> None:
-    """ValueError where a run's folder holds one with other settings, or of another text: its losses would be of another
-    study."""
+    """Raises ValueError where a run's folder holds a run with other settings or other data."""
     for run in study.all_runs():
         then = kept_config(run)
         if then is None:
@@ -67,7 +71,8 @@ def refuse_others(study: Study) -> None:
 
 
 def known_data(study: Study) -> str | None:
-    """The digest of the text that the runs were trained on; None before the first. ValueError where they differ."""
+    """Returns the digest of the data that the runs were trained on, None before the first. Raises ValueError where they
+    differ."""
     found = {config.data.sha256: run.folder for run in study.all_runs() if (config := kept_config(run)) is not None}
     found.pop(None, None)
     if len(found) > 1:
@@ -79,27 +84,29 @@ def known_data(study: Study) -> str | None:
 
 
 def kept_config(run: Run) -> Config | None:
+    """Returns the config in the run's folder, None where there is none."""
     path = run.folder / "config.yaml"
     return load_config(path) if path.exists() else None
 
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[int]:
-    """The lock of a folder, which the runs inherit: it is held as long as one of them lives, whatever becomes of us."""
+    """Locks a folder and yields the lock's file descriptor, for the runs to inherit: the lock is held as long as one of
+    them lives, even after this process. Raises ValueError where another process holds it."""
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"another study, or a run that one has left behind, works in {folder}") from None
+            raise ValueError(f"another study, or a run that outlived one, holds the lock of {folder}") from None
         yield file.fileno()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sittings
+# Sessions
 
 
 class Sitting(BaseModel):
-    """began: seconds since 1970."""
+    """Holds one session of the command. began: seconds since 1970."""
 
     began: float
     seconds: float
@@ -110,22 +117,26 @@ Sittings = TypeAdapter(list[Sitting])
 
 
 def read_sittings(folder: Path) -> list[Sitting]:
+    """Reads all sessions of the folder. Raises ValueError where the file is damaged."""
     path = folder / "sittings.json"
     try:
         return Sittings.validate_json(path.read_bytes()) if path.exists() else []
     except ValidationError as error:
-        raise ValueError(f"{path} is damaged ({error.error_count()} errors); remove it: it only counts hours") from None
+        raise ValueError(
+            f"{path} is damaged ({error.error_count()} errors); remove it: it is only used to count hours"
+        ) from None
 
 
 @contextmanager
 def sitting(folder: Path) -> Iterator[Callable[[], None]]:
-    """Notes how long this sitting takes and of which commit it is, in a file that keeps those of before; call what it
-    yields now and then, for a sitting that is cut off."""
-    before, begin, commit = read_sittings(folder), time.time(), find_commit()
+    """Appends this session's duration and commit to the folder's file at the end. Yields a function that writes them so
+    far, to be called now and then in case the session is killed."""
+    earlier, begin = read_sittings(folder), time.time()
+    commit = find_commit()
 
     def note() -> None:
         now = Sitting(began=begin, seconds=time.time() - begin, commit=commit)
-        write_whole(folder / "sittings.json", Sittings.dump_json([*before, now], indent=1).decode() + "\n")
+        write_whole(folder / "sittings.json", Sittings.dump_json([*earlier, now], indent=1).decode() + "\n")
 
     try:
         yield note
@@ -134,7 +145,7 @@ def sitting(folder: Path) -> Iterator[Callable[[], None]]:
 
 
 def find_commit() -> str:
-    """Of this package's sources; 'unknown' where they are no git checkout."""
+    """Returns the commit of this package's sources, 'unknown' where they are no git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,14 +1,16 @@
-"""What a study trains: its settings, and the runs that they come to."""
+"""Defines a study: its settings, and the runs that follow from them."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from expert_parallel.config import load_tree, read_settings
+from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.config import merge
-from expert_parallel.settings import Settings
+from expert_parallel.settings import Settings, use_own_names
 from expert_parallel.training.config import Config, read_config
 from expert_parallel.training.optim import CosineConfig
 
@@ -16,29 +18,39 @@ Rate = Annotated[float, Field(gt=0)]
 
 
 class VariantConfig(Settings):
-    """model: over `base.model`. claim: what its paper says of it, in words for the table."""
+    """Describes a variant of a study: what it changes in the base's model."""
 
-    model: dict[str, Any] = Field(default_factory=dict)
+    model: Annotated[dict[str, Any], BeforeValidator(partial(use_own_names, [ModelConfig]))] = Field(
+        default_factory=dict
+    )
+    """Sets the `model` settings in which the variant differs from `base.model`."""
     claim: str = ""
+    """Quotes what the variant's paper claims, for the table of results."""
 
 
 class StudyConfig(Settings):
-    """A YAML file of a study.
-
-    base: the settings of a run, all but its folder, seed and learning rate. reference: the variant whose loss the
-    others are to reach. Every variant tries each learning rate for `trial_steps` with the first seed; the best, by
-    held-out loss, goes on to `base.training.steps` with all `seeds`. jobs: runs at a time, each one process.
-    """
+    """Describes a study, which compares variants of a model: each tries all learning rates, and continues with the best
+    one."""
 
     folder: str = Field(min_length=1)
-    base: dict[str, Any]
+    """Sets the folder of the study's runs and results."""
+    base: Annotated[dict[str, Any], BeforeValidator(partial(use_own_names, [Config]))]
+    """Sets the settings that all runs share: those of a run without its folder, seed and learning rate."""
     reference: str
+    """Names the variant whose loss the others have to reach."""
     variants: dict[str, VariantConfig] = Field(min_length=2)
+    """Maps the name of each variant to its changes."""
     learning_rates: list[Rate] = Field(min_length=1)
+    """Lists the learning rates that each variant tries with the first seed; the one with the lowest held-out loss
+    continues with all seeds."""
     trial_steps: int = Field(ge=1)
+    """Sets the number of steps of each learning rate's trial."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    """Lists the seeds of the full-length runs."""
     jobs: int = Field(default=1, ge=1)
+    """Sets the number of runs at a time, each in a process of its own."""
     threads: int = Field(default=1, ge=1)
+    """Sets the number of threads of each run."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> "StudyConfig":
@@ -46,14 +58,16 @@ class StudyConfig(Settings):
             raise ValueError(f"reference is {self.reference!r}, it must be one of {', '.join(self.variants)}")
         for name, values in (("seeds", self.seeds), ("learning_rates", self.learning_rates)):
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} names one twice: {values}")
+                raise ValueError(f"{name} lists a value twice: {values}")
         for name in self.variants:
             if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
-                raise ValueError(f"variants: {name!r} names a folder: letters, digits, '-', '_' and '.' alone")
+                raise ValueError(
+                    f"variants: {name!r} names a folder, so only letters, digits, '-', '_' and '.' may occur"
+                )
         return self
 
 
-# Settings of a run that a study sets itself.
+# Settings of a run that the study sets -> why `base` must not.
 OF_THE_STUDY = {
     "run.folder": "runs lie below the study's own folder",
     "seed": "the study has `seeds`",
@@ -64,7 +78,7 @@ OF_THE_STUDY = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of a study. A trial and the run that goes on from it share a folder."""
+    """Describes one training run of a study. A trial and the run that continues it share a folder."""
 
     variant: str
     rate: float
@@ -82,7 +96,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """settings, and the variants that are to be trained, the reference among them. steps: of a long run."""
+    """Holds a study's settings, and the variants to train, the reference among them. steps: of a run after the
+    trials."""
 
     settings: StudyConfig
     names: list[str]
@@ -93,7 +108,7 @@ class Study:
         return Path(self.settings.folder)
 
     def run(self, variant: str, rate: float, seed: int, steps: int) -> Run:
-        """ValueError where the variant's settings cannot work."""
+        """Returns a run with its config. Raises ValueError where the variant's settings cannot work."""
         folder = self.folder / variant / f"lr_{rate:g}" / f"seed_{seed}"
         own = {
             "run": {"folder": str(folder)},
@@ -103,14 +118,16 @@ class Study:
         return Run(variant, rate, seed, steps, _config_of(self.settings, variant, own))
 
     def trials(self, variant: str) -> list[Run]:
+        """Returns the variant's trials: each learning rate with the first seed."""
         first = self.settings.seeds[0]
         return [self.run(variant, rate, first, self.settings.trial_steps) for rate in self.settings.learning_rates]
 
     def finals(self, variant: str, rate: float) -> list[Run]:
+        """Returns the variant's runs with all seeds, at this learning rate."""
         return [self.run(variant, rate, seed, self.steps) for seed in self.settings.seeds]
 
     def all_runs(self) -> list[Run]:
-        """That could be trained, of all variants of the settings."""
+        """Returns every run that could be trained, of all variants in the settings."""
         return [
             run
             for name in self.settings.variants
@@ -125,8 +142,9 @@ def _config_of(settings: StudyConfig, variant: str, own: dict[str, Any]) -> Conf
 
 
 def read_study(path: Path, overrides: list[str], only: list[str] | None) -> Study:
-    """only: names of variants; None: all. ValueError for a study in which something cannot work."""
-    settings = read_settings(StudyConfig, load_tree(path, overrides), str(path))
+    """Reads a study's file. only: names of variants; None: all. Raises ValueError for a study in which something cannot
+    work."""
+    settings = read_settings(StudyConfig, load_tree(path, overrides, StudyConfig), str(path))
     for name in only or ():
         if name not in settings.variants:
             raise ValueError(f"--only: there is no variant {name!r}, there are {', '.join(settings.variants)}")

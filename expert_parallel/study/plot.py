@@ -1,24 +1,24 @@
-"""The curves of a study as a picture: held-out loss over steps, over time, over operations."""
+"""Plots a study: held-out loss over steps, over time, and over operations."""
 
 import statistics
 from pathlib import Path
 
 from expert_parallel.study.results import StudyResult, VariantResult
 
-# Okabe and Ito's colours, which most colour-blind readers tell apart; the reference is black.
+# The colours of Okabe and Ito, distinct for most colour-blind readers; the reference is black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A", "#7A7A7A")
 
 
 def plot(result: StudyResult, path: Path) -> None:
-    """Writes a PNG. Lines: means over seeds; bands: smallest to largest; the dashed line: the reference's loss at the
-    end. ImportError without matplotlib."""
+    """Writes a PNG. Lines are means over seeds, bands reach from the smallest to the largest, and the dashed line is
+    the reference's final loss. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13.5, 4.6), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     reference = result.variant(result.reference)
     tokens = result.tokens_of_step
-    # Each variant was timed beside the reference; the machine's speed may have drifted from one to the next.
+    # Each variant was timed together with the reference; the machine's speed may have drifted between variants.
     usual = statistics.median(variant.step_time.reference.median for variant in result.variants) / 60_000
     panels = (
         ("steps", lambda variant: 1.0),
@@ -26,7 +26,7 @@ def plot(result: StudyResult, path: Path) -> None:
         ("operations (PFLOP)", lambda variant: variant.flops * tokens / 1e15),
     )
     colours = dict(zip((v.name for v in result.variants if v is not reference), COLOURS * 9, strict=False))
-    first = result.steps // 5  # the beginning would squeeze what is to be seen
+    first = result.steps // 5  # the steep beginning would compress the rest of the plot
     for axis, (label, unit) in zip(axes, panels, strict=True):
         for variant in result.variants:
             colour, scale = colours.get(variant.name, "black"), unit(variant)
@@ -51,6 +51,6 @@ def plot(result: StudyResult, path: Path) -> None:
 
 
 def _from(variant: VariantResult, first: int) -> tuple[list[int], list[list[float]]]:
-    """(steps, losses of all seeds at each) from this step on."""
+    """Returns the steps from `first` on, and the losses of all seeds at each."""
     steps = [step for step in variant.curves[0].steps if step >= first]
     return steps, [[curve.at(step) for curve in variant.curves] for step in steps]

@@ -1,4 +1,5 @@
-"""What a study found: losses, and what each variant needed to reach the reference's, in figures and in words."""
+"""Collects the results of a study: losses, what each variant needed to reach the reference's loss, and a table in
+Markdown."""
 
 import os
 import statistics
@@ -15,8 +16,9 @@ from expert_parallel.study.step_times import StepTimes
 
 
 class Reached(BaseModel):
-    """When one seed reached the reference's final loss of the same seed. step: None where it did not. steps, time,
-    flops: the reference's, over those that this one needed."""
+    """Says when one seed reached the final loss of the reference's run with that seed.
+
+    step: None if it did not. steps, time, flops: what the reference needed over what this run needed."""
 
     seed: int
     step: float | None
@@ -26,8 +28,10 @@ class Reached(BaseModel):
 
 
 class VariantResult(BaseModel):
-    """trials: (learning rate, held-out loss after the trial; None where it diverged). curves: by seed, in the study's
-    order. flops: a token, forward and backward."""
+    """Holds the results of one variant.
+
+    trials: (learning rate, held-out loss after the trial; None if it diverged). curves: by seed, in the study's order.
+    flops: per token, forward and backward."""
 
     name: str
     claim: str
@@ -42,11 +46,12 @@ class VariantResult(BaseModel):
 
     @property
     def finals(self) -> list[float]:
+        """Returns the final loss of each seed."""
         return [curve.final for curve in self.curves]
 
 
 class StudyResult(BaseModel):
-    """not_measured: variants of the study that were left out. hours: of all sittings."""
+    """Holds the results of a study. not_measured: variants that were left out. hours: of all sessions."""
 
     reference: str
     variants: list[VariantResult]
@@ -65,11 +70,12 @@ class StudyResult(BaseModel):
     date: str
 
     def variant(self, name: str) -> VariantResult:
+        """Returns the result of the variant of this name."""
         return next(variant for variant in self.variants if variant.name == name)
 
 
 def gather(study: Study, rates: dict[str, float], step_times: dict[str, StepTimes], device: str) -> StudyResult:
-    """rates: the learning rate of each variant; step_times: of each; both hold the study's variants."""
+    """Reads the results of all runs. rates, step_times: by variant, for all variants of the study."""
     settings, sittings = study.settings, read_sittings(study.folder)
     reference = study.finals(settings.reference, rates[settings.reference])
     training, evaluation = reference[0].config.training, reference[0].config.evaluation
@@ -115,11 +121,12 @@ def gather(study: Study, rates: dict[str, float], step_times: dict[str, StepTime
 
 
 def reached(result: StudyResult, variant: VariantResult, number: int, seed: int) -> Reached:
+    """Compares one seed of a variant with the reference's run of the same seed."""
     reference = result.variant(result.reference)
     step = variant.curves[number].reaches(reference.curves[number].final)
     if step is None:
         return Reached(seed=seed, step=None)
-    steps = result.steps / max(step, 1.0)  # a reference that is worse than no training is none
+    steps = result.steps / max(step, 1.0)  # at least 1: the untrained model may already be better than the reference
     return Reached(
         seed=seed,
         step=step,
@@ -130,12 +137,13 @@ def reached(result: StudyResult, variant: VariantResult, number: int, seed: int)
 
 
 def corpus_of(folder: Path) -> str:
-    """As the run itself said it."""
+    """Returns the description of the data that the run has logged."""
     lines = (folder / "log.txt").read_text(errors="replace").splitlines()
     return next((line.removeprefix("data: ") for line in lines if line.startswith("data: ")), "unknown")
 
 
 def hardware() -> str:
+    """Returns the number and model of the CPU cores."""
     cpus, path = os.cpu_count(), Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -143,11 +151,11 @@ def hardware() -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In words
+# Printed text
 
 
 def describe(result: StudyResult) -> str:
-    """A table in Markdown, and what it stands on."""
+    """Formats a table in Markdown, and below it the conditions of the measurement."""
     lines = [
         f"Held-out loss after {result.steps:,} steps of {result.tokens_of_step:,} tokens; and what "
         f"`{result.reference}` needed over what the variant needed to come down, for good, to the loss that "
@@ -187,12 +195,13 @@ def describe(result: StudyResult) -> str:
 
 
 def spread(values: list[float], form: str) -> str:
-    """mean (smallest to largest)"""
+    """Formats the mean, and the range if there are several values."""
     text = form.format(statistics.fmean(values))
     return text if len(values) == 1 else f"{text} ({form.format(min(values))} to {form.format(max(values))})"
 
 
 def gain(result: StudyResult, variant: VariantResult, what: str) -> str:
+    """Formats how many times fewer steps, less time or fewer FLOPs (`what`) the variant needed than the reference."""
     if variant.name == result.reference:
         return "1"
     found = [getattr(one, what) for one in variant.reached]
@@ -204,13 +213,14 @@ def gain(result: StudyResult, variant: VariantResult, what: str) -> str:
 
 
 def at_edge(variant: VariantResult) -> bool:
-    """Whether the best of several learning rates was the smallest or the largest: a better one may lie beyond."""
+    """Returns True if the best of several learning rates was the smallest or largest, so that a better one may lie
+    beyond."""
     rates = [rate for rate, _ in variant.trials]
     return len(rates) > 1 and variant.rate in (min(rates), max(rates))
 
 
 def claim_line(variant: VariantResult) -> str:
-    """The paper's claim beside what was found."""
+    """Formats the paper's claim and what was measured."""
     steps = [one.steps for one in variant.reached if one.steps is not None]
     flops = [one.flops for one in variant.reached if one.flops is not None]
     if not steps:
@@ -223,6 +233,7 @@ def claim_line(variant: VariantResult) -> str:
 
 
 def trials_line(result: StudyResult) -> str:
+    """Formats the loss of every trial."""
     return "; ".join(
         f"{variant.name} "
         + ", ".join(f"{rate:g}: {'diverged' if loss is None else f'{loss:.4f}'}" for rate, loss in variant.trials)

@@ -1,8 +1,7 @@
-"""Training the runs of a study, some at a time, each in a process of its own, until all are done.
+"""Trains the runs of a study, several at a time, each in a process of its own, until all are done.
 
-What is done is read from the runs' folders, so a study that was stopped goes on where it was; a run that was stopped
-goes on from its newest checkpoint.
-"""
+What is done is read from the runs' folders, so a study that was stopped continues where it was, and a run that was
+stopped continues from its newest checkpoint."""
 
 import signal
 import subprocess
@@ -28,8 +27,8 @@ from expert_parallel.training.config import dump_config
 from expert_parallel.training.resume import EXIT_CODE as STOPPED
 
 POLL_SECONDS = 1.0
-SAVE_SECONDS = 600  # that a run has to save when the study is stopped
-# As launch/train.sh has them: the C library keeps blocks that are freed, instead of faulting them in again and again.
+SAVE_SECONDS = 600  # time that a run has to save when the study is stopped
+# As in launch/train.sh: glibc keeps freed blocks, since page faults on new ones are slow.
 ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_=1073741824", "MALLOC_TRIM_THRESHOLD_=1073741824", "MALLOC_TOP_PAD_=67108864")
 
 Say = Callable[[str], None]
@@ -38,13 +37,16 @@ Show = Callable[[Callable[[], str]], None]
 
 @dataclass(frozen=True)
 class Job:
+    """Pairs a run with its process."""
+
     run: Run
     process: subprocess.Popen[bytes]
 
 
 @dataclass
 class Progress:
-    """wanted: steps by folder of a run. first: steps that were done when this sitting began, at `began`."""
+    """Computes how far the study is. wanted: steps by folder of a run. first: steps done when this session began, at
+    `began`."""
 
     began: float
     wanted: dict[Path, int]
@@ -52,10 +54,13 @@ class Progress:
     jobs: list[Job] = field(default_factory=list)
 
     def done(self) -> int:
+        """Returns the steps done, of all runs."""
         return sum(min(steps_done(folder), wanted) for folder, wanted in self.wanted.items())
 
     def text(self) -> str:
-        done, total, seconds = self.done(), sum(self.wanted.values()), time.monotonic() - self.began
+        """Formats the progress, the estimated time left, and a line for each running job."""
+        done, total = self.done(), sum(self.wanted.values())
+        seconds = time.monotonic() - self.began
         rate = (done - self.first) / seconds if seconds > 0 else 0.0
         left = f"about {(total - done) / rate / 60:.0f} min left" if rate > 0 else "time left not known yet"
         lines = [f"{done:,} of {total:,} steps, {done / total:.0%}; {left}"]
@@ -67,9 +72,10 @@ class Progress:
 
 
 def carry_out(study: Study, say: Say, show: Show) -> dict[str, float]:
-    """Trains what is left to train; returns the learning rate of each variant. show: is given, every POLL_SECONDS, what
-    tells how far it is. ValueError where a folder holds another study's run, where another process works in it, or
-    where a run fails that the study cannot do without."""
+    """Trains what is left to train, and returns the learning rate of each variant.
+
+    show: is called every POLL_SECONDS with a function that formats the progress. Raises ValueError where a folder holds
+    a run of another study, where another process holds the lock, or where a run fails that the study depends on."""
     refuse_others(study)
     study.folder.mkdir(parents=True, exist_ok=True)
     with only_one(study.folder) as lock, sitting(study.folder) as note_time:
@@ -94,12 +100,13 @@ def carry_out(study: Study, say: Say, show: Show) -> dict[str, float]:
 
 
 def describe_end(job: Job) -> str:
-    """ValueError where the run failed for another reason than its learning rate: disk, memory, a signal."""
+    """Returns a sentence about how a run ended. Raises ValueError where it failed for another reason than divergence:
+    disk, memory, a signal."""
     run, code = job.run, job.process.returncode
     if code == 0 and is_done(run):
         return f"done: {run}, {run.steps} steps, held-out loss {loss_of(run):.4f}"
     if code == STOPPED:
-        return f"stopped from outside, goes on: {run}"
+        return f"stopped by a signal, continues: {run}"
     if code == 0:
         raise ValueError(f"{run} ended without all of its evaluations in metrics.jsonl: remove {run.folder}")
     if has_diverged(run):
@@ -108,8 +115,9 @@ def describe_end(job: Job) -> str:
 
 
 def left_to_do(study: Study) -> list[Run]:
-    """Trials first; the long runs of a variant once all of its trials are done. ValueError where a long run, or every
-    trial of a variant, has diverged."""
+    """Returns the runs to train: trials first, and a variant's long runs once all of its trials are done.
+
+    Raises ValueError where a long run, or every trial of a variant, has diverged."""
     trials, finals = list[Run](), list[Run]()
     for name in study.names:
         open_trials = [run for run in study.trials(name) if not is_done(run) and not has_diverged(run)]
@@ -120,24 +128,26 @@ def left_to_do(study: Study) -> list[Run]:
         for run in long_runs:
             if has_diverged(run):
                 raise ValueError(
-                    f"{run} has diverged after a trial that had not: {last_words(run.folder)}; leave its rate out of "
-                    "learning_rates, or the variant out with --only"
+                    f"{run} has diverged after a trial that had not: {last_words(run.folder)}; leave its rate out "
+                    "of learning_rates, or the variant out with --only"
                 )
         finals += long_runs
     return trials + finals
 
 
 def best_rate(study: Study, name: str) -> float:
-    """That of the lowest held-out loss after `trial_steps`; ValueError where no trial has come so far."""
+    """Returns the learning rate with the lowest held-out loss after `trial_steps`. Raises ValueError where all have
+    diverged."""
     losses = {run.rate: loss_of(run) for run in study.trials(name) if is_done(run)}
     if not losses:
         first = study.trials(name)[0]
-        raise ValueError(f"all learning rates of {name} have diverged, the first so: {last_words(first.folder)}")
+        raise ValueError(f"all learning rates of {name} have diverged, the first with: {last_words(first.folder)}")
     return min(losses, key=lambda rate: losses[rate])
 
 
 def steps_wanted(study: Study) -> dict[Path, int]:
-    """Of every run by its folder. Before a variant's rate is known, its long runs count as if it were the first."""
+    """Returns the number of steps of every run, by folder. Before a variant's best learning rate is known, its long
+    runs count with the first one."""
     wanted: dict[Path, int] = {}
     for name in study.names:
         trials = [run for run in study.trials(name) if not has_diverged(run)]
@@ -148,7 +158,7 @@ def steps_wanted(study: Study) -> dict[Path, int]:
 
 
 def finished(study: Study) -> list[str]:
-    """Variants of the whole study that are trained to the end, by this sitting or another, in the study's order."""
+    """Returns the variants that are trained to the end, in this session or an earlier one, in the study's order."""
     names = []
     for name in study.settings.variants:
         trials = study.trials(name)
@@ -158,12 +168,14 @@ def finished(study: Study) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One run
+# Processes
 
 
 def start(run: Run, study: Study, lock: int) -> Job:
-    """`expert-parallel train` in a session of its own: an interrupt from the terminal is the study's to pass on. On the
-    text of the runs before, if there were any: another is refused by data.sha256."""
+    """Starts `expert-parallel train` in a process session of its own, so that an interrupt from the terminal reaches
+    the study alone, which passes it on.
+
+    The digest of the earlier runs' data is set in its config, so that other data are refused."""
     run.folder.mkdir(parents=True, exist_ok=True)
     data = run.config.data.model_copy(update={"sha256": run.config.data.sha256 or known_data(study)})
     path = run.folder / "study.yaml"
@@ -182,10 +194,10 @@ def start(run: Run, study: Study, lock: int) -> Job:
 
 
 def stop(jobs: list[Job], say: Say) -> None:
-    """Each saves at the end of its step, and leaves."""
+    """Asks all jobs to save at the end of their step and exit, and waits for them."""
     alive = [job for job in jobs if job.process.poll() is None]
     if alive:
-        say(f"stopping: {len(alive)} runs save what they have")
+        say(f"stopping: {len(alive)} runs save and exit")
     for job in alive:
         job.process.send_signal(signal.SIGUSR1)
     for job in alive:

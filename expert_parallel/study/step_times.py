@@ -1,4 +1,4 @@
-"""How long a step of each variant takes, from trained models side by side in one process: the times of the runs
+"""Times a training step of each variant, from trained models side by side in one process: the times of the runs
 themselves were taken while others ran, on a machine whose speed may have changed in between."""
 
 import io
@@ -18,20 +18,22 @@ ROUNDS = 9
 
 
 class StepTimes(BaseModel):
-    """Milliseconds of a training step; the reference's, from the same rounds, beside it."""
+    """Holds milliseconds of a training step, and the reference's from the same rounds."""
 
     own: Times
     reference: Times
 
     @property
     def speed(self) -> float:
-        """Steps that this one takes in the time of one of the reference."""
+        """Returns the time of the reference's step over this one's."""
         return self.reference.median / self.own.median
 
 
 def step_times(study: Study, rates: dict[str, float], rounds: int = ROUNDS) -> tuple[dict[str, StepTimes], str]:
-    """(times by variant, the device's name). Each variant beside the reference: two models are in memory at a time.
-    The runs must be done; their checkpoints are read, and left alone."""
+    """Returns the times by variant, and the device's name. Each variant is timed together with the reference, so that
+    only two models are in memory at a time.
+
+    The runs must be done; their checkpoints are read and not changed."""
     torch.set_num_threads(study.settings.threads)
     keep_freed_memory()
     name = study.settings.reference
@@ -47,14 +49,14 @@ def step_times(study: Study, rates: dict[str, float], rounds: int = ROUNDS) -> t
 
 
 def _one_step(run: Run, runtime: Runtime) -> Work:
-    """A run's last step once more, from the weights that it left."""
-    with redirect_stdout(io.StringIO()):  # what a run says when it begins
+    """Returns a workload that repeats a run's last step, from its final weights."""
+    with redirect_stdout(io.StringIO()):  # hides what a run prints at its start
         trained = set_up(run.config, runtime)
         step = trained.resume() - 1
     batches = trained.batches(step)
 
     def one_step() -> None:
-        model, engine, mesh = trained.model, trained.engine, trained.mesh
-        train_step(model, engine, batches, run.config.training, mesh, step=step, seed=run.seed)
+        training = run.config.training
+        train_step(trained.model, trained.engine, batches, training, trained.mesh, step=step, seed=run.seed)
 
     return Work(one_step)

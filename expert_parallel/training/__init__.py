@@ -1,1 +1,1 @@
-"""Training: data, step, gradients, optimizer, checkpoints, metrics, the loop."""
+"""Trains models: the loop, steps, gradients, optimizer, engines, metrics, replay, text generation."""

@@ -1,4 +1,4 @@
-"""What a config comes to, without starting anything: effective values, parameters, memory per rank."""
+"""Computes what a config amounts to without starting a run: effective values, parameters, memory per rank."""
 
 import math
 from collections.abc import Sequence
@@ -17,15 +17,17 @@ from expert_parallel.training.engines.config import DeepSpeedConfig
 from expert_parallel.training.setup import check_degrees, demand_of, describe_degrees
 
 GIB = 1024**3
-GRID_RANKS = 64  # of larger worlds the grid is not printed
+GRID_RANKS = 64  # the grid of a larger world is not printed
 NO_DATA = "none yet: data.corpora is empty"
-MOST_BLOCKS = 8  # of more the numbers are not all printed
+MOST_BLOCKS = 8  # longer lists of blocks are abbreviated
 
 
 def state_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
-    """Weights, gradients and both Adam moments of the rank that holds most, in float32 (float64 for float64); what an
-    engine offloads counts, too. What tensor parallelism leaves whole (norms, routers, biases: little) counts as
-    divided."""
+    """Returns the bytes of weights, gradients and both Adam moments on the rank that holds most.
+
+    All are in float32 (float64 for float64 models). What an engine offloads is counted, too. Parameters that tensor
+    parallelism replicates (norms, routers, biases: few) are counted as if sharded.
+    """
     data, engine = config.parallel.data, config.training.engine
     shards, expert_shards = shard_counts(data, degrees) if isinstance(data, ShardedConfig) else (1, 1)
     largest_share = _largest_share(config, degrees, expert_shards)
@@ -48,7 +50,10 @@ def state_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
 
 
 def _largest_share(config: Config, degrees: ParallelDegrees, expert_shards: int) -> float:
-    """Of the experts, on the rank with most. FSDP2 hands out whole ones: of 2 experts on 4 ranks two have one each."""
+    """Returns the largest fraction of the experts on one rank.
+
+    FSDP2 shards whole experts: of 2 experts over 4 ranks, two ranks hold one each.
+    """
     moe = config.model.moe
     if moe is None:
         return 0.0
@@ -56,24 +61,30 @@ def _largest_share(config: Config, degrees: ParallelDegrees, expert_shards: int)
 
 
 def zero_copies(engine: DeepSpeedConfig, ranks: int) -> float:
-    """How many numbers a rank keeps for each weight that `ranks` ranks share: weight, gradient and two moments, and
-    from ZeRO 1 on another weight, the one that is updated. ZeRO divides the last three; from 2 on the gradient; in 3
-    all."""
+    """Returns how many values per weight a rank keeps if `ranks` data-parallel ranks share them (ZeRO).
+
+    There are a weight, a gradient and two moments, and from stage 1 on the float32 copy that is updated. Stage 1 shards
+    the last three, stage 2 also the gradient, stage 3 all.
+    """
     divided = {0: 0, 1: 3, 2: 4, 3: 5}[engine.zero_stage]
     kept = (4 if engine.zero_stage == 0 else 5) - divided
     return kept + divided / ranks
 
 
 def gathered_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
-    """An estimate of what FSDP2 holds whole for a while of the weights that it divides: those of one block, and the
-    tables, with their gradients, as they are computed and as they are added up; without `reshard_after_forward` the
-    weights of the other blocks, too. 0 where nothing is sharded."""
+    """Estimates the bytes of sharded weights that FSDP2 holds unsharded at a time; 0 if nothing is sharded.
+
+    They are the weights of one block and the embedding tables with their gradients, in the compute dtype and in the
+    dtype of the reduction; without `reshard_after_forward` also the weights of all other blocks.
+    """
     model, data = config.model, config.parallel.data
     if not isinstance(data, ShardedConfig):
         return 0
     share = _largest_share(config, degrees, 1)
     moe_layers, numbers = set(model.moe_layers), {}
-    for is_moe, block in {block in moe_layers: block for block in range(model.num_layers)}.items():  # one of each kind
+    for is_moe, block in {
+        block in moe_layers: block for block in range(model.num_layers)
+    }.items():  # one block of each kind
         count = model.parameter_counts(range(block, block + 1), is_first=False, is_last=False)
         numbers[is_moe] = count.dense / degrees.tp + count.experts * share / degrees.etp
     num_tables = 1 if model.tied_embeddings or degrees.pp > 1 else 2
@@ -91,24 +102,29 @@ def gathered_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
 
 
 def activation_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
-    """An estimate for one micro-step: what each block keeps for its backward pass, with balanced experts, what the
-    largest of them recomputes, and logits."""
+    """Estimates the activation bytes of the micro-steps in flight: what blocks keep for backward, recomputation,
+    logits.
+
+    Experts are assumed to be balanced. Of what blocks recompute, the largest block counts.
+    """
     model, training = config.model, config.training
     tokens = training.global_batch // training.micro_steps * training.sequence_length / degrees.dp / degrees.cp
     stages = split_model(model, degrees.pp * config.parallel.stages_per_rank)
     blocks = list(chain.from_iterable(stage.blocks for stage in stages[:: degrees.pp]))
     kept, again = zip(*(block_bytes_of_token(config, degrees, block) for block in blocks), strict=True)
-    in_flight = min(degrees.pp, training.micro_steps)  # micro-steps that the first stage keeps
+    in_flight = min(degrees.pp, training.micro_steps)  # micro-steps whose activations the first stage holds at once
     logits = model.vocab_size / degrees.tp * (DTYPES[training.dtype].itemsize + 4)
     return round(tokens * (in_flight * sum(kept) + max(again) + logits))
 
 
 def block_bytes_of_token(config: Config, degrees: ParallelDegrees, block: int) -> tuple[float, float]:
-    """What a block keeps of each token, and what it computes again for the backward pass.
+    """Returns (bytes per token that a block keeps for backward, bytes per token that it recomputes).
 
-    Attention keeps inputs, q, k, v and its output; a feed-forward its input and hidden values (twice for gated ones);
-    experts the rows of all ranks that share them; a router four numbers an expert, in float32."""
-    model, tp, moe = config.model, degrees.tp, config.model.moe
+    Attention keeps its input, q, k, v and output; a feed-forward network its input and hidden values (twice for gated
+    ones); experts the rows of all ranks that share them; a router four float32 values per expert.
+    """
+    model, moe = config.model, config.model.moe
+    tp = degrees.tp
     width = DTYPES[config.training.dtype].itemsize
     attention = (3 * model.d_model / tp + model.d_model + model.attention.values_kept / tp) * width
     if moe is None or block not in model.moe_layers:
@@ -127,13 +143,13 @@ def block_bytes_of_token(config: Config, degrees: ParallelDegrees, block: int) -
 
 
 def smallest_world(config: Config) -> int:
-    """Ranks that the degrees need."""
+    """Returns the smallest number of ranks that fits the configured degrees."""
     parallel = config.parallel
     return parallel.pp * math.lcm(parallel.cp * parallel.tp, parallel.ep * parallel.etp)
 
 
 def describe(config: Config, world_size: int | None) -> str:
-    """The text of `expert-parallel check`. Raises ValueError where the world size does not fit."""
+    """Formats the output of `expert-parallel check`. Raises ValueError if the world size does not fit."""
     degrees = check_degrees(config, world_size or smallest_world(config))
     counts, active = config.model.parameter_counts(), config.model.num_active_params()
     training, moe = config.training, config.model.moe
@@ -147,7 +163,7 @@ def describe(config: Config, world_size: int | None) -> str:
         f"{_short(counts.total)} in all, {_short(active)} active",
         f"tokens               {tokens:,} a step, {tokens * training.steps:,} in {training.steps:,} steps",
     ]
-    if isinstance(config.data, TokensData):  # other kinds would be read whole
+    if isinstance(config.data, TokensData):  # opening other kinds reads all of the data
         described = open_data(config.data, demand_of(config)).description if config.data.corpora else NO_DATA
         lines.append(f"data                 {described}")
     if moe is not None:
@@ -164,6 +180,7 @@ def describe(config: Config, world_size: int | None) -> str:
 
 
 def describe_memory(config: Config, degrees: ParallelDegrees) -> str:
+    """Formats the memory estimate of the rank that needs most."""
     state, gathered = state_bytes_of_rank(config, degrees), gathered_bytes_of_rank(config, degrees)
     activations = activation_bytes_of_rank(config, degrees)
     text = f"{state / GIB:.2f} GiB weights, gradients and optimizer; about {activations / GIB:.2f} GiB activations"
@@ -172,7 +189,7 @@ def describe_memory(config: Config, degrees: ParallelDegrees) -> str:
 
 
 def _short(number: int) -> str:
-    """As 46.70 B, 3.15 M: in billions or millions."""
+    """Formats a count in billions or millions, such as 46.70 B or 3.15 M."""
     unit, name = (1e9, "B") if number >= 1e9 else (1e6, "M")
     return f"{number / unit:,.2f} {name}"
 
@@ -184,7 +201,7 @@ def _listed(blocks: list[int]) -> str:
 
 
 def describe_holding(config: Config, degrees: ParallelDegrees, place: dict[str, int]) -> str:
-    """The blocks and experts of the rank at this place."""
+    """Formats the blocks and experts of the rank at the given mesh coordinates."""
     parts = split_model(config.model, degrees.pp * config.parallel.stages_per_rank)[place["pp"] :: degrees.pp]
     text = "blocks " + ", ".join(_span(part.blocks) for part in parts)
     moe = config.model.moe
@@ -199,7 +216,7 @@ def _span(numbers: Sequence[int]) -> str:
 
 
 def describe_capacity(config: Config, degrees: ParallelDegrees) -> str:
-    """What one expert takes of the tokens of one scope; the ranks with most tokens."""
+    """Formats the capacity of one expert for the tokens of one scope, on the ranks with most tokens."""
     moe, training = config.model.moe, config.training
     assert moe is not None
     capacity = moe.capacity

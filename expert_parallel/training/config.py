@@ -1,11 +1,11 @@
-"""A run's config is the rooms' config classes as one tree; what no room can check alone is refused here."""
+"""Joins the settings of all parts into the config of a run, and refuses combinations that no part can check alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
 from expert_parallel.checkpoint.config import CheckpointConfig
 from expert_parallel.config import dump_tree, load_tree, read_settings
@@ -29,26 +29,36 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 class TrainingConfig(Settings):
-    """`global_batch`: sequences of a step over all ranks, in `micro_steps` equal parts (gradient accumulation).
-
-    `dtype`: what the model computes in; weights, gradients and optimizer state are kept in float32, or float64 for
-    float64. `engine`: who reduces gradients and updates the weights (engines/). `trainable`: all weights, or chosen
-    experts alone (freeze.py). `routing`: record every token's experts, or play a record back (replay.py). `recompute`:
-    forget activations of the MoE layers, or of whole blocks, and compute them again in the backward pass.
-    """
+    """Sets how long and on how much data the model trains, in which precision, and how its weights are updated."""
 
     steps: int = Field(ge=1)
-    global_batch: int = Field(ge=1)
-    micro_steps: int = Field(default=1, ge=1)
+    """Sets the number of optimizer steps."""
+    global_batch: int = Field(ge=1, validation_alias=AliasChoices("global_batch", "global_batch_size"))
+    """Sets the number of sequences of a step, over all ranks and micro-steps."""
+    micro_steps: int = Field(
+        default=1, ge=1, validation_alias=AliasChoices("micro_steps", "gradient_accumulation_steps")
+    )
+    """Divides a step's batch into this many equal parts, whose gradients are accumulated."""
     sequence_length: int = Field(ge=1)
+    """Sets the length of training sequences, in tokens."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Sets the dtype that the model computes in; weights, gradients and optimizer state are float32, or float64 for
+    float64."""
     recompute: Recompute = "none"
+    """Recomputes the activations of MoE layers (`moe`) or of whole blocks (`block`) in the backward pass, to save
+    memory."""
     engine: EngineConfig = NativeConfig()
+    """Chooses the engine that reduces gradients and updates the weights."""
     routing: RoutingConfig | None = None
+    """Records the experts of every token, or replays a record; null does neither."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Clips the global L2 norm of the gradients to this number; null does not clip."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """Describes the optimizer."""
     schedule: ScheduleConfig = CosineConfig()
+    """Describes how the learning rate changes over the steps."""
     trainable: TrainableConfig = AllTrainable()
+    """Chooses the weights that are trained."""
 
     @model_validator(mode="after")
     def _divide(self) -> "TrainingConfig":
@@ -60,46 +70,65 @@ class TrainingConfig(Settings):
 
 
 class EvaluationConfig(Settings):
-    """Held-out loss every so many steps and at the end, over at most `sequences` sequences."""
+    """Sets how often the loss on held-out data is computed, and on how many sequences."""
 
     every: int = Field(default=100, ge=1)
+    """Computes the loss on held-out data every this many steps, and after the last one."""
     sequences: int = Field(default=64, ge=1)
+    """Evaluates at most this many sequences."""
 
 
 class SampleConfig(Sampling):
-    """A text generated at the end of the run."""
+    """Generates a text at the end of the run."""
 
     prompt: str = Field(min_length=1)
+    """Sets the text to continue."""
     length: int = Field(default=200, ge=1)
+    """Sets the number of tokens to generate."""
     temperature: float = Field(default=0.7, ge=0)
+    """Divides the logits by this number before tokens are drawn; 0 always takes the most probable token."""
 
 
 class RunConfig(Settings):
-    """Where the run's files go, and how often it speaks."""
+    """Sets where the run's files are written, and how often it reports."""
 
     folder: str = Field(min_length=1)
+    """Sets the folder of the run's config, metrics and checkpoints."""
     log_every: int = Field(default=10, ge=1)
+    """Prints metrics every this many steps."""
     sample: SampleConfig | None = None
+    """Describes a text to generate and print after the last step; null generates none."""
 
 
 class Config(Settings):
-    """A YAML file; its paths are attribute paths. version: of the settings' meaning; a file that has none is of 1."""
+    """Holds the settings of a run: a YAML file's paths are attribute paths of this class."""
 
     version: int = Field(default=CONFIG_VERSION, ge=1)
+    """States which version of the settings the file was written for; a newer one than the installed package knows is
+    refused."""
     run: RunConfig
+    """Sets where the run's files are written, and how often it reports."""
     seed: int = Field(default=0, ge=0)
+    """Seeds the initial weights, the order of the data, dropout and the routers' noise."""
     model: ModelConfig
+    """Describes the model: dense without `model.moe`, a mixture of experts with it."""
     parallel: ParallelConfig = ParallelConfig()
+    """Sets how the model and the data are divided over the ranks."""
     training: TrainingConfig
+    """Sets how the model is trained."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """Sets how often and on how much held-out data the model is evaluated."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """Sets when checkpoints are written and which of them are kept."""
     data: DataConfig = StdlibData(kind="stdlib")
+    """Describes the training data."""
     runtime: RuntimeConfig = RuntimeConfig()
+    """Sets the device, the communication backend, and how long ranks wait for each other."""
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_newer(cls, tree: Any) -> Any:
-        """Before all else: what a newer file says may not be known here."""
+        """Runs before all other checks, since a newer file may have settings that are unknown here."""
         version = tree.get("version") if isinstance(tree, dict) else None
         if isinstance(version, int):
             refuse_newer("version", version, CONFIG_VERSION)
@@ -124,7 +153,7 @@ class Config(Settings):
         if self.run.sample is not None and training.sequence_length < 2:
             raise ValueError(
                 f"run.sample is given but training.sequence_length ({training.sequence_length}) is smaller than 2: it "
-                "is how many tokens the model sees when it writes"
+                "bounds the tokens that the model sees when it generates"
             )
         if isinstance(self.parallel.pipeline, InterleavedConfig) and self.parallel.pp == 1:
             raise ValueError("parallel.pipeline.kind is 'interleaved' but parallel.pp is 1: there is no pipeline")
@@ -154,7 +183,7 @@ class Config(Settings):
         capacity, dispatcher = model.moe.capacity, model.moe.dispatcher
         if isinstance(training.routing, PlayConfig) and isinstance(capacity, LimitSettings) and capacity.pad:
             raise ValueError(
-                "model.moe.capacity.pad is true but training.routing.kind is 'play': what was recorded may not "
+                "model.moe.capacity.pad is true but training.routing.kind is 'play': the recorded choices may not "
                 "fit into this capacity; set model.moe.capacity.pad to false, the result is the same"
             )
         if training.dtype == "bfloat16" and dispatcher.exchange_dtype == "bfloat16":
@@ -165,7 +194,7 @@ class Config(Settings):
         return self
 
     def check_backend(self, device_type: str) -> None:
-        """ValueError where the experts' backend cannot run on this device; known for sure when the run starts."""
+        """Raises a ValueError if the experts' backend cannot run on this device, which is known when a run starts."""
         if self.model.moe is None:
             return
         experts, device = self.model.moe.experts, torch.device(device_type)
@@ -180,14 +209,16 @@ class Config(Settings):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads, overrides (`dotted.key=value`, the value as YAML), validates. ValueError: one sentence with the path."""
-    return read_settings(Config, load_tree(path, overrides), str(path))
+    """Reads a YAML file, applies overrides (`dotted.key=value`, the value as YAML), and validates the settings. Raises
+    a ValueError of one sentence that names the setting's path."""
+    return read_settings(Config, load_tree(path, overrides, Config), str(path))
 
 
 def read_config(tree: dict[str, Any], where: str) -> Config:
+    """Validates a tree of settings. Raises a ValueError of one sentence that begins with `where`."""
     return read_settings(Config, tree, where)
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML; `load_config` of it gives the same config."""
+    """Returns the resolved config as YAML, from which `load_config` reads the same config."""
     return dump_tree(config.model_dump(mode="json"))

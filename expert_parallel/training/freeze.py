@@ -1,7 +1,7 @@
-"""Training some experts while all else stays as it is, bit for bit.
+"""Trains some experts while all other weights stay unchanged, bit for bit.
 
-Frozen is: no gradient (nor a part in the gradient norm), no weight decay, no momentum. Frozen weights stay in the
-optimizer, so that checkpoints hold the same tensors whatever is frozen; memory is not saved.
+Frozen rows get no gradient (nor a share in the gradient norm), no weight decay and no momentum. They stay in the
+optimizer, so that checkpoints hold the same tensors whatever is frozen; no memory is saved.
 """
 
 from typing import Annotated, Any, Literal
@@ -17,26 +17,28 @@ from expert_parallel.settings import Settings
 
 
 class AllTrainable(Settings):
-    """Every weight."""
+    """Trains every weight."""
 
     kind: Literal["all"] = "all"
 
 
 class ExpertsTrainable(Settings):
-    """Some experts alone, by their global numbers, in `blocks` (default: all MoE blocks). `router: chosen` lets their
-    own rows of the router train too, and balance biases move."""
+    """Trains chosen experts and freezes all other weights."""
 
     kind: Literal["experts"]
     experts: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    """Lists the trained experts by their numbers in a layer, counted from 0."""
     blocks: list[int] | None = None
+    """Lists the MoE blocks whose experts are trained; null is all of them."""
     router: Literal["frozen", "chosen"] = "frozen"
+    """Freezes the router, or trains its rows of the chosen experts and updates the balance bias (`chosen`)."""
 
 
 TrainableConfig = Annotated[AllTrainable | ExpertsTrainable, Field(discriminator="kind")]
 
 
 def refuse_trainable(config: TrainableConfig, model: ModelConfig) -> None:
-    """ValueError where it names what the model does not have."""
+    """Raises ValueError if the config names experts or blocks that the model does not have."""
     if isinstance(config, AllTrainable):
         return
     if model.moe is None:
@@ -52,8 +54,10 @@ def refuse_trainable(config: TrainableConfig, model: ModelConfig) -> None:
 
 
 def frozen_rows(config: TrainableConfig, logical: LogicalParameter) -> Tensor | None:
-    """Which rows (of dimension 0: experts of a stack, rows of a router) of this rank's part of the parameter are
-    frozen, bool; None: none of them."""
+    """Returns which rows of this rank's part of a parameter are frozen (bool, (rows,)), or None if none can be.
+
+    Rows are those of dimension 0: experts of a stack, or rows of a router.
+    """
     if isinstance(config, AllTrainable):
         return None
     rows = torch.ones(logical.parameter.shape[0], dtype=torch.bool)
@@ -66,7 +70,7 @@ def frozen_rows(config: TrainableConfig, logical: LogicalParameter) -> Tensor | 
 
 
 def _experts_of_rows(config: ExpertsTrainable, logical: LogicalParameter) -> dict[int, int]:
-    """The expert that a row belongs to; empty where the parameter is neither chosen experts' nor a router's."""
+    """Maps each row to its expert; empty for parameters of neither chosen experts nor a trainable router."""
     path = logical.names[0].split(".")
     is_router = "router" in path and config.router == "chosen"
     if not (logical.is_expert or is_router) or (config.blocks is not None and int(path[1]) not in config.blocks):
@@ -77,7 +81,7 @@ def _experts_of_rows(config: ExpertsTrainable, logical: LogicalParameter) -> dic
 
 
 def freeze_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Of frozen rows 0, NaN or not."""
+    """Sets the gradients of frozen rows to 0, even where they are NaN."""
     for group in optimizer.param_groups:
         for parameter, rows in group.get("frozen_rows", {}).items():
             if parameter.grad is not None:
@@ -85,9 +89,12 @@ def freeze_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 
 def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """A hook of AdamW: what it does to a whole parameter, decay, is done here to the rows that train alone; what frozen
-    rows were moving with, from training before, is stopped. An engine that has put other tensors into the groups
-    (flattened ones) has put their rows (elements) into `frozen_rows`."""
+    """Prepares frozen parameters for AdamW's step; registered as an optimizer step pre-hook.
+
+    AdamW would decay whole parameters, so the rows that train are decayed here; moments of frozen rows, left from
+    earlier training, are set to 0. Engines that replace parameters by flat tensors must put masks of their elements
+    into `frozen_rows`.
+    """
     with torch.no_grad():
         for group in optimizer.param_groups:
             frozen = group.get("frozen_rows", {})

@@ -1,4 +1,4 @@
-"""Text from a run: its config, its newest checkpoint, its tokenizer; on one process or on ranks of any layout."""
+"""Generates text from a run: its config, newest checkpoint and tokenizer, on one process or on ranks of any layout."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ def generate_texts(
     mesh: ParallelMesh | None = None,
     use_cache: bool = True,
 ) -> list[str]:
-    """Each prompt and what comes after it. The model sees `training.sequence_length` tokens at most."""
+    """Returns each prompt with its continuation. The model sees at most the last `training.sequence_length` tokens."""
     tokenizer = run_tokenizer(config)
     tokens = generate(
         model,
@@ -46,9 +46,10 @@ def generate_texts(
 
 
 def run_tokenizer(config: Config) -> Tokenizer:
+    """Opens the tokenizer of a run. Raises ValueError if the run has none."""
     tokenizer = load_tokenizer(config.data, Path(config.run.folder))
     if tokenizer is None:
-        raise ValueError("data.tokenizer is not set: without it, text cannot be turned into the corpus's tokens")
+        raise ValueError("data.tokenizer is not set: text cannot be encoded without it")
     return tokenizer
 
 
@@ -63,8 +64,11 @@ def generate_from_run(
     seed: int,
     use_cache: bool = True,
 ) -> list[str]:
-    """Texts from the newest checkpoint of the run in the folder `run`, the same on all ranks. One process has the whole
-    model, whatever layout trained it; several have the run's layout, or what the overrides say."""
+    """Generates texts from the newest checkpoint in the folder `run`, identical on all ranks.
+
+    A single process holds the whole model, whatever layout trained it; several use the layout of the run or of the
+    overrides.
+    """
     config = runtime.together(lambda: run_config(run, overrides))
     runtime.together(lambda: run_tokenizer(config))
     mesh: ParallelMesh | None = None
@@ -89,7 +93,7 @@ def generate_from_run(
 
 
 def run_config(run: Path, overrides: Sequence[str]) -> Config:
-    """With the folder that was given: a run may have been moved."""
+    """Loads a run's config with `run.folder` set to the given folder, as the run may have been moved."""
     if not run.is_dir():
         raise ValueError(f"there is no run folder {run}")
     config = load_config(run / "config.yaml", overrides)

@@ -1,16 +1,16 @@
-"""This file reduces and norms the gradients of the native engine.
+"""Reduces, norms and clips the gradients of the native engine.
 
 The loss is divided once, by the global number of tokens, and each rank back-propagates its share of it. So every
 reduction is a SUM, and nothing is divided here.
 
-Where the gradient of an expert's weight is summed over ranks:
+The gradient of an expert's weight is summed over these groups:
 
-    over                       by
+    group                      by
     expert parallel (ep)       nothing here: each row went to its expert's rank, and the backward pass of combine brings
                                its dy there, so that the product over rows (experts/fused.py) is the whole sum
-    expert tensor (etp)        likewise: experts/tensor_parallel.py gathers the rows and their dy; b_out alone, which is
-                               whole on each rank, is summed below
-    copies of experts (edp)    reduce_gradients below; where they are sharded, FSDP2 in its backward pass
+    expert tensor (etp)        likewise: experts/tensor_parallel.py gathers the rows and their dy; only b_out, which is
+                               replicated, is summed below
+    expert data (edp)          reduce_gradients below; where they are sharded, FSDP2 in its backward pass
 """
 
 from collections.abc import Iterator
@@ -33,8 +33,10 @@ BUCKET_BYTES = 32 * 1024**2
 
 
 def reduce_gradients(model: nn.Module, mesh: ParallelMesh, *, sharded: bool) -> None:
-    """Sums the gradients of the whole step over the ranks that hold the same parameters. sharded: FSDP2 has done so
-    over the data ranks."""
+    """Sums the gradients of a step over all ranks that hold the same parameters.
+
+    sharded: FSDP2 has reduced them over the data-parallel ranks already.
+    """
     dense: list[LogicalParameter] = []
     experts: list[LogicalParameter] = []
     for logical in logical_parameters(model):
@@ -43,22 +45,26 @@ def reduce_gradients(model: nn.Module, mesh: ParallelMesh, *, sharded: bool) -> 
     if not sharded:
         _sum_in_buckets(dense, mesh.dense_group)
         _sum_in_buckets(experts, mesh.edp_group)
-    # What tp or etp does not divide (norms, routers, biases): its ranks have computed different tokens.
+    # Parameters that tp or etp replicates (norms, routers, biases): each of its ranks has computed other tokens.
     _sum_in_buckets([logical for logical in dense if logical.slice is None], mesh.tp_group)
     _sum_in_buckets([logical for logical in experts if logical.slice is None], mesh.etp_group)
-    # Key and value heads that several tp ranks hold, since there are fewer heads than ranks.
+    # Key and value heads that several tp ranks hold, if there are fewer heads than ranks.
     _sum_in_buckets([logical for logical in dense if logical.slice and logical.slice.copies > 1], mesh.key_group)
-    # The embedding table that the last pipeline stage shares with the first.
+    # The tied embedding table, of which the first and the last pipeline stage hold a copy each.
     _sum_in_buckets([logical for logical in dense if logical.names == TIED], mesh.tied_group)
 
 
 def is_first_holder(logical: LogicalParameter, mesh: ParallelMesh) -> bool:
-    """Whether this rank is the first of those that hold the same elements of a parameter."""
+    """Returns True on the first of the ranks that hold the same elements of a parameter."""
     return place_among_holders(logical, mesh)[0] == 0
 
 
 def global_norm(model: nn.Module, mesh: ParallelMesh) -> Tensor:
-    """L2 norm of the gradient of the whole model, each element counted once. float64 scalar, the same on all ranks."""
+    """Returns the L2 norm of the whole model's gradient, each element counted once.
+
+    A float64 scalar on the device, the same on all ranks.
+    """
+    # float64, so that the sum does not depend on the order of the parameters, up to the float32 that is reported.
     total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
     for logical in logical_parameters(model):
         assert logical.parameter.grad is not None
@@ -68,7 +74,7 @@ def global_norm(model: nn.Module, mesh: ParallelMesh) -> Tensor:
 
 
 def clip_gradients(model: nn.Module, norm: Tensor, limit: float) -> None:
-    """Scales all gradients by limit / norm where the norm is larger."""
+    """Scales all gradients by limit / norm if the norm exceeds the limit."""
     factor = (limit / norm).clamp(max=1.0)
     for parameter in model.parameters():
         grad = local_tensor(parameter.grad)  # type: ignore[arg-type]
@@ -76,7 +82,7 @@ def clip_gradients(model: nn.Module, norm: Tensor, limit: float) -> None:
 
 
 def _sum_in_buckets(logicals: list[LogicalParameter], group: dist.ProcessGroup | None) -> None:
-    """In place, over a group of which every rank holds the same of them."""
+    """All-reduces gradients in place. Every rank of the group must pass the same parameters in the same order."""
     if group_size(group) == 1:
         return
     grads = [local_tensor(logical.parameter.grad) for logical in logicals if logical.parameter.grad is not None]
@@ -88,7 +94,7 @@ def _sum_in_buckets(logicals: list[LogicalParameter], group: dist.ProcessGroup |
 
 
 def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive gradients of one dtype, up to BUCKET_BYTES together, or one alone."""
+    """Groups consecutive gradients of one dtype into buckets of at most BUCKET_BYTES (or a single larger gradient)."""
     bucket: list[Tensor] = []
     size = 0
     for grad in grads:

@@ -1,4 +1,4 @@
-"""A training run: `train` reads from top to bottom; what it calls stands below it."""
+"""Runs the training loop: `train`, then what it calls, in order."""
 
 import logging
 import math
@@ -37,11 +37,14 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: Config, runtime: Runtime, stop: StopSignal | None = None) -> bool:
-    """Trains to `training.steps`, going on from the newest checkpoint of `run.folder` if there is one. False if it was
-    stopped before by a signal."""
+    """Trains to `training.steps`, resuming from the newest checkpoint of `run.folder` if there is one.
+
+    Returns False if a signal stopped it earlier, else True.
+    """
     stop = stop or StopSignal()
     run = set_up(config, runtime)
-    training, tokens_of_step = config.training, config.training.global_batch * config.training.sequence_length
+    training = config.training
+    tokens_of_step = training.global_batch * training.sequence_length
 
     first_step = run.resume()
     if first_step >= training.steps:
@@ -73,7 +76,7 @@ def train(config: Config, runtime: Runtime, stop: StopSignal | None = None) -> b
             with clock.paused():
                 if done % config.evaluation.every == 0 or is_last:
                     metrics |= run.evaluate(done)
-                # Before the checkpoint: a resumed run drops what is newer than it, never the reverse.
+                # Before the checkpoint: a resumed run drops later metrics, but could not restore missing ones.
                 if writer is not None:
                     writer.write(done, done * tokens_of_step, metrics)
                 if done % config.checkpoint.every == 0 or is_last or is_stopped:
@@ -86,7 +89,7 @@ def train(config: Config, runtime: Runtime, stop: StopSignal | None = None) -> b
         if config.run.sample is not None and done == training.steps:
             run.say(f"\n--- sample {'-' * 69}\n{sample_text(run.config, run.model, run.mesh)}\n{'-' * 80}")
     if done < training.steps:
-        run.say(f"stopped on SIGUSR1 after step {done}; started again, the run goes on")
+        run.say(f"stopped on SIGUSR1 after step {done}; the same command resumes the run")
         return False
     run.say(f"done: {training.steps} steps; metrics, checkpoints and the resolved config are in {run.folder}")
     return True
@@ -94,7 +97,7 @@ def train(config: Config, runtime: Runtime, stop: StopSignal | None = None) -> b
 
 @dataclass(frozen=True)
 class Run:
-    """What a run works with on this rank."""
+    """Holds the objects that a run uses on this rank."""
 
     config: Config
     runtime: Runtime
@@ -102,8 +105,8 @@ class Run:
     model: LanguageModel
     engine: Engine
     sampler: Sampler
-    held_out: Tensor  # sequences, the same on all ranks
-    checkpoints: list[Path]  # that were there when the run began, oldest first
+    held_out: Tensor  # int64, (sequences, S + 1), the same on all ranks
+    checkpoints: list[Path]  # those that existed when the run began, oldest first
 
     @property
     def folder(self) -> Path:
@@ -111,18 +114,20 @@ class Run:
 
     @property
     def own_positions(self) -> Tensor:
-        """Of each sequence, those that this rank has."""
+        """Returns the positions of each sequence that this rank holds (int64, (S of this rank,))."""
         return SequencePlace.of(self.mesh).own(self.config.training.sequence_length)
 
     def say(self, text: str) -> None:
+        """Prints on rank 0, in one write, since the thread that saves prints, too."""
         if self.runtime.rank == 0:
-            print(f"{text}\n", end="", flush=True)  # in one piece: the thread that saves speaks, too
+            print(f"{text}\n", end="", flush=True)
 
     def resume(self) -> int:
-        """Steps done: those of the newest checkpoint, which is loaded; else 0, from other weights if there are such."""
+        """Loads the newest checkpoint, or the weights of `checkpoint.start_from`. Returns the number of steps already
+        done."""
         if self.checkpoints:
             loaded = load_checkpoint(self.checkpoints[-1], self.model, self.engine.state, self.runtime, self.mesh)
-            alone = "" if loaded.has_moments else " with its weights alone"
+            alone = "" if loaded.has_moments else " (weights only)"
             self.say(f"resumed from {loaded.path}{alone} after step {loaded.step}{self._changes(loaded)}")
             return loaded.step
         if (source := self.config.checkpoint.start_from) is not None:
@@ -138,7 +143,10 @@ class Run:
         return f"; changed: {', '.join(changes)}" if changes else ""
 
     def batches(self, step: int) -> list[MicroBatch]:
-        """Read on all ranks together: a token file may turn out damaged in the middle of a run."""
+        """Reads this rank's micro-batches of a step.
+
+        If reading fails on any rank, as a token file may be damaged, all ranks raise UserError.
+        """
         training = self.config.training
 
         def read() -> list[MicroBatch]:
@@ -158,7 +166,7 @@ class Run:
         return self.runtime.together(read)
 
     def open_replay(self, step: int, batches: list[MicroBatch]) -> RouterReplay | None:
-        """The step's routing as recorded, or an empty record to fill; None where routing is left to itself."""
+        """Loads the step's recorded routing, or makes an empty record; None if `training.routing` is not set."""
         routing = self.config.training.routing
         if isinstance(routing, PlayConfig):
             moe = self.config.model.moe
@@ -170,13 +178,14 @@ class Run:
         return None if routing is None else RouterReplay()
 
     def save_replay(self, step: int, batches: list[MicroBatch], replay: RouterReplay | None) -> None:
+        """Saves the step's routing if `training.routing.kind` is `record`."""
         routing = self.config.training.routing
         if isinstance(routing, RecordConfig) and replay is not None:
             own = [batch.at(self.own_positions) for batch in batches]
             self.runtime.together(lambda: save_choices(routing, step, self.runtime.rank, own, replay))
 
     def evaluate(self, step: int) -> Metrics:
-        """Held-out loss, in global batches of a micro-step's size; the last may leave ranks without a sequence."""
+        """Computes the held-out loss, in batches of a micro-step's size. Ranks may have no sequence of the last one."""
         size = self.config.training.global_batch // self.config.training.micro_steps
         mine = []
         for batch in self.held_out.split(size):
@@ -188,6 +197,7 @@ class Run:
         return metrics
 
     def open_saver(self) -> Saver:
+        """Creates the saver of this run's checkpoints."""
         return Saver(
             self.folder / "checkpoints",
             self.model,
@@ -202,7 +212,7 @@ class Run:
 
 
 def set_up(config: Config, runtime: Runtime) -> Run:
-    """Everything that can be wrong is found here, before any training, and on all ranks together."""
+    """Opens data and run folder and builds the model; every rank must call it. Raises UserError on failure."""
     degrees = runtime.together(lambda: wait_for_nodes(config, runtime))
     data = runtime.together(lambda: open_data(config.data, demand_of(config)))
     if len(digests := set(gather_text(str(data.config.sha256), torch.device("cpu")))) > 1:
@@ -233,8 +243,11 @@ def set_up(config: Config, runtime: Runtime) -> Run:
 
 
 def wait_for_nodes(config: Config, runtime: Runtime) -> ParallelDegrees:
-    """The degrees for the ranks that run. In an elastic run they may not fit while a node is away: then the ranks wait
-    for it; torchrun starts them all anew when it joins. ValueError where none does, or none can."""
+    """Returns the degrees for the running ranks. Raises ValueError if none fit.
+
+    In an elastic run they may not fit while a node is away. Then the ranks wait for it before they fail; torchrun
+    restarts them all when it joins.
+    """
     try:
         return check_world(config, runtime)
     except ValueError as error:
@@ -250,7 +263,11 @@ def wait_for_nodes(config: Config, runtime: Runtime) -> ParallelDegrees:
 
 
 def open_folder(config: Config, rank: int) -> list[Path]:
-    """The checkpoints to go on from. Rank 0 makes the folder and writes the resolved config, or says that it cannot."""
+    """Returns the checkpoints to resume from; rank 0 creates the folder and writes the resolved config and the
+    tokenizer.
+
+    Raises ValueError if the folder cannot be written, or if a checkpoint does not fit the config.
+    """
     folder = Path(config.run.folder)
     checkpoints = list_checkpoints(folder / "checkpoints")
     if checkpoints:
@@ -271,6 +288,7 @@ def open_folder(config: Config, rank: int) -> list[Path]:
 
 
 def sample_text(config: Config, model: LanguageModel, mesh: ParallelMesh) -> str:
+    """Generates the text that `run.sample` asks for."""
     sample = config.run.sample
     assert sample is not None
     (text,) = generate_texts(
@@ -280,6 +298,7 @@ def sample_text(config: Config, model: LanguageModel, mesh: ParallelMesh) -> str
 
 
 def refuse_nonsense(step: int, report: StepReport) -> None:
+    """Raises UserError if the loss or the gradient norm is NaN or infinite."""
     if not math.isfinite(report.loss) or not math.isfinite(report.grad_norm):
         raise UserError(
             f"step {step}: the loss is {report.loss} and the gradient norm {report.grad_norm}; the run stops, the last "
@@ -288,7 +307,7 @@ def refuse_nonsense(step: int, report: StepReport) -> None:
 
 
 class Clock:
-    """Tokens per second of training alone: evaluation and saving happen while it is paused."""
+    """Measures the tokens per second of training alone, without the time in which it is paused (evaluation, saving)."""
 
     def __init__(self, tokens_of_step: int) -> None:
         self.tokens_of_step = tokens_of_step
@@ -298,7 +317,7 @@ class Clock:
         self.steps += 1
 
     def read(self) -> Metrics:
-        """The rate since the last reading."""
+        """Returns the rate since the previous reading."""
         now = time.perf_counter()
         rate = self.steps * self.tokens_of_step / (now - self.start)
         self.start, self.steps = now, 0
@@ -306,6 +325,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Excludes the time spent inside the context."""
         begin = time.perf_counter()
         yield
         self.start += time.perf_counter() - begin

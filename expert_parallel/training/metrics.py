@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl first, TensorBoard events beside it, and a line on the terminal."""
+"""Reports a run's metrics: metrics.jsonl, TensorBoard events, and lines on the terminal."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,8 @@ Metrics = dict[str, float]
 
 
 def step_metrics(report: StepReport, prefix: str) -> Metrics:
-    """The record of one step: `train/...` or `eval/...`, `moe/...` means over layers, and each under moe/layer_<i>/."""
+    """Returns the metrics of one step: `train/...` or `eval/...`, means over layers as `moe/...`, and
+    `moe/layer_<i>/...`."""
     metrics: Metrics = {f"{prefix}/loss": report.loss}
     if prefix == "train":
         metrics |= {"train/grad_norm": report.grad_norm, "train/learning_rate": report.learning_rate}
@@ -33,8 +34,10 @@ def step_metrics(report: StepReport, prefix: str) -> Metrics:
 
 
 def _layer_metrics(totals: LayerTotals, num_layers: int) -> Metrics:
-    """A loss that is pooled over layers is shown times their number: so its mean over layers is the loss."""
-    routed, tokens = max(int(totals.routed_E.sum()), 1), max(totals.num_tokens, 1)
+    """Returns the metrics of one layer. Losses pooled over layers are scaled by their number, as a mean follows."""
+    # The totals are on the CPU (StepTotals.reduce), so these reads need no device sync.
+    routed = max(int(totals.routed_E.sum()), 1)
+    tokens = max(totals.num_tokens, 1)
     dead = (totals.kept_E + totals.rerouted_E) == 0
     metrics: Metrics = {
         "dropped_share": int(totals.dropped_E.sum()) / routed,
@@ -66,24 +69,26 @@ def _loads(totals: LayerTotals) -> Metrics:
 
 
 def coefficient_of_variation(load_E: Tensor) -> float:
-    """Standard deviation over mean of the choices per expert: 0 when balanced, sqrt(E - 1) when one takes all."""
+    """Returns standard deviation / mean of the choices per expert: 0 if balanced, sqrt(E - 1) if one takes all."""
     load_E = load_E.double()
     return float(load_E.std(correction=0) / load_E.mean().clamp(min=1e-300))
 
 
 class MetricsWriter:
-    """Writes `folder/metrics.jsonl` and `folder/tensorboard`. A resumed run forgets what was logged after its
-    checkpoint, so that each step stands once."""
+    """Writes `folder/metrics.jsonl` and `folder/tensorboard`.
+
+    A resumed run drops what was logged after its checkpoint, so that each step appears once.
+    """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         path = folder / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step]
-        write_whole(path, "".join(kept))  # at no moment empty: a kill, or a full disk, loses nothing
+        write_whole(path, "".join(kept))  # atomic: a kill or a full disk loses nothing
         self.file: TextIO = path.open("a")
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, tokens: int, metrics: Metrics) -> None:
-        """tokens: seen by the whole run so far."""
+        """Writes one step's metrics. tokens: those of the whole run so far."""
         record: dict[str, Any] = {"step": step, "tokens": tokens, **metrics}
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
@@ -96,13 +101,14 @@ class MetricsWriter:
 
 
 def _lines(path: Path) -> list[str]:
-    """Whole lines only: a run that was killed may have left half of one."""
+    """Returns the complete lines of a file: a run that was killed may have left half of one."""
     if not path.exists():
         return []
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def progress_line(step: int, total: int, metrics: Metrics) -> str:
+    """Formats the line that the terminal shows for a step."""
     parts = [f"step {step:>{len(str(total))}}/{total}"]
     shown = (
         ("train/loss", "loss", "{:.4f}"),
@@ -123,5 +129,5 @@ def progress_line(step: int, total: int, metrics: Metrics) -> str:
 
 
 def memory_metrics(device: torch.device) -> Metrics:
-    """Peak bytes allocated on a GPU; nothing on the CPU, where torch does not count."""
+    """Returns the peak of allocated GPU memory in bytes; nothing on the CPU, where torch does not count."""
     return {"perf/peak_memory_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}

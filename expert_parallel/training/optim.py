@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule."""
+"""Builds the optimizer, and computes the learning-rate schedule."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -13,28 +13,34 @@ from expert_parallel.training.freeze import AllTrainable, TrainableConfig, befor
 
 
 class OptimizerConfig(Settings):
-    """AdamW, Loshchilov and Hutter 2017. Weight decay on matrices alone: not on norms and biases."""
+    """Updates the weights with AdamW (Loshchilov and Hutter 2017)."""
 
     kind: Literal["adamw"] = "adamw"
     learning_rate: float = Field(default=3e-4, gt=0)
+    """Sets the peak learning rate, which the schedule multiplies."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2
     )
+    """Sets the decay rates of the first and the second moment."""
     eps: float = Field(default=1e-8, gt=0)
+    """Adds this epsilon to the denominator of the update."""
     weight_decay: float = Field(default=0.1, ge=0)
+    """Sets the weight decay of matrices; norms and biases have none."""
 
 
 class WarmUp(Settings):
-    """Linear, from 0 over `warmup_steps`; what comes then is the schedule's `kind`."""
+    """Is the base class of learning-rate schedules, which all begin with a linear warm-up."""
 
     warmup_steps: int = Field(default=100, ge=0)
+    """Raises the learning rate linearly from 0 to its peak over this many steps."""
 
 
 class CosineConfig(WarmUp):
-    """A half cosine down to `final_fraction` of the peak at the last step (Loshchilov and Hutter 2016)."""
+    """Decays the learning rate along half a cosine until the last step (Loshchilov and Hutter 2016)."""
 
     kind: Literal["cosine"] = "cosine"
     final_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Sets the learning rate of the last step, as a fraction of the peak."""
 
     def fraction(self, step: int, total_steps: int) -> float:
         progress = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
@@ -43,18 +49,18 @@ class CosineConfig(WarmUp):
 
 
 class InverseSqrtConfig(WarmUp):
-    """sqrt(warmup_steps / step): T5, Switch, GLaM. The run's length has no say, so a short run is the beginning of a
-    long one."""
+    """Decays the learning rate as sqrt(warmup_steps / step), whatever the run's length (T5, Switch, GLaM)."""
 
     kind: Literal["inverse_sqrt"]
     warmup_steps: int = Field(default=100, ge=1)
+    """Raises the learning rate linearly from 0 to its peak over this many steps."""
 
     def fraction(self, step: int, total_steps: int) -> float:
         return math.sqrt(self.warmup_steps / (step + 1))
 
 
 class ConstantConfig(WarmUp):
-    """The peak, to the end."""
+    """Keeps the learning rate at its peak."""
 
     kind: Literal["constant"]
 
@@ -75,7 +81,7 @@ ScheduleConfig = Annotated[
 
 
 def learning_rate(optimizer: OptimizerConfig, schedule: ScheduleConfig, step: int, total_steps: int) -> float:
-    """The rate of step 0, 1, ...; a pure function, so that a resumed run needs no state."""
+    """Returns the rate of step 0, 1, ...; it is a pure function, so a resumed run needs no scheduler state."""
     if step < schedule.warmup_steps:
         return optimizer.learning_rate * (step + 1) / schedule.warmup_steps
     return optimizer.learning_rate * schedule.fraction(step, total_steps)
@@ -84,10 +90,13 @@ def learning_rate(optimizer: OptimizerConfig, schedule: ScheduleConfig, step: in
 def build_optimizer(
     config: OptimizerConfig,
     model: nn.Module,
-    trainable: TrainableConfig = AllTrainable(),  # noqa: B008 - frozen
+    trainable: TrainableConfig = AllTrainable(),  # noqa: B008 - immutable
 ) -> torch.optim.AdamW:
-    """Every parameter in exactly one group. Dense and expert ones apart, since under FSDP2 they live on different
-    meshes and a fused update takes one mesh."""
+    """Builds AdamW with every parameter in exactly one group: dense or expert, with or without weight decay.
+
+    Dense and expert parameters are apart, since under FSDP2 they are on different device meshes, and a fused update
+    takes one mesh.
+    """
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for logical in logical_parameters(model):
         decays = len(logical.shape) > 1

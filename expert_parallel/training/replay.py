@@ -1,10 +1,9 @@
-"""Routing of a run, recorded and played back: which experts every token of every step went to, in a folder of
-safetensors.
+"""Records the routing of a run and replays it: the experts of every token of every step, in a folder of safetensors.
 
     training.routing={kind: record, folder: routing}      training.routing={kind: play, folder: routing}
 
-Each rank writes one file a step. Rows are found again by the tokens' global indices, so that a record of one layout
-plays on any other: what then differs is not the routing. Weights are computed anew from the router's scores.
+Each rank writes one file per step. Rows are matched by global token index, so a record replays on any layout, and
+routing cannot be what differs. Combine weights are recomputed from the router's scores.
 """
 
 import re
@@ -23,13 +22,13 @@ from expert_parallel.data.batch import MicroBatch
 from expert_parallel.moe.context import Choices, RouterReplay, global_index
 from expert_parallel.settings import Settings
 
-_TENSORS = tuple(field.name for field in fields(Choices) if field.name != "padded_rows")
+# The names of the tensors in a file, in the order of the fields of `RecordedChoices`. Files are read by later versions.
+_TENSORS = ("index_T", "routed_ids_TK", "routed_reason_TK", "ids_TK", "reason_TK")
 
 
 @dataclass(frozen=True)
 class MoEPlace:
-    """What a record must fit: the numbers of the MoE blocks, their experts, a token's choices, and the positions of
-    sequences that this rank has."""
+    """Holds what a record must match: MoE blocks, number of experts, choices per token, and this rank's positions."""
 
     layers: list[int]
     num_experts: int
@@ -38,17 +37,19 @@ class MoEPlace:
 
 
 class RecordConfig(Settings):
-    """Writes every step's choices to `folder`."""
+    """Records the experts of every token in every step."""
 
     kind: Literal["record"]
     folder: str = Field(min_length=1)
+    """Sets the folder that the record is written to."""
 
 
 class PlayConfig(Settings):
-    """Takes every step's choices from `folder`, recorded by a run with the same data, steps and MoE layers."""
+    """Replays the experts of every token from a record, made by a run with the same data, steps and MoE layers."""
 
     kind: Literal["play"]
     folder: str = Field(min_length=1)
+    """Sets the folder that the record is read from."""
 
 
 RoutingConfig = Annotated[RecordConfig | PlayConfig, Field(discriminator="kind")]
@@ -57,12 +58,15 @@ RoutingConfig = Annotated[RecordConfig | PlayConfig, Field(discriminator="kind")
 def save_choices(
     config: RecordConfig, step: int, rank: int, batches: Sequence[MicroBatch], replay: RouterReplay
 ) -> None:
-    """batches: of this rank's own positions alone, here and below. ValueError where the folder cannot be written. The
-    tokens are kept with their choices, so that other data are found out."""
+    """Writes the choices of one step of this rank. Raises ValueError if the folder cannot be written.
+
+    batches: only this rank's own positions, here and below. The tokens are saved with their choices, so that a replay
+    on other data is detected.
+    """
     tensors = {
-        f"{micro_step}.{layer}.{name}": getattr(choices, name).cpu().contiguous()
+        f"{micro_step}.{layer}.{name}": getattr(choices, field.name).cpu().contiguous()
         for (_, micro_step, layer), choices in replay.recorded.items()
-        for name in _TENSORS
+        for name, field in zip(_TENSORS, fields(Choices), strict=False)  # the last field is no tensor
     }
     tensors |= {f"{number}.tokens": batch.inputs_BS.flatten().cpu() for number, batch in enumerate(batches)}
     path = Path(config.folder) / f"step_{step:08d}.rank_{rank:05d}.safetensors"
@@ -76,13 +80,15 @@ def save_choices(
 
 
 def load_choices(config: PlayConfig, step: int, batches: Sequence[MicroBatch], moe: MoEPlace) -> RouterReplay:
-    """This rank's tokens of one step, from the files of all ranks that recorded it. ValueError where it is not there,
-    or was made by another run."""
+    """Loads the choices of this rank's tokens of one step, from the files of all ranks that recorded it.
+
+    Raises ValueError if the step is missing or the record does not match this run.
+    """
     files = sorted(Path(config.folder).glob(f"step_{step:08d}.rank_*.safetensors"))
     where = f"training.routing.folder: {config.folder}"
     if not files:
         known = sorted({int(re.findall(r"\d+", f.name)[0]) for f in Path(config.folder).glob("step_*.safetensors")})
-        held = f"it holds steps {known[0]} to {known[-1]}" if known else "it holds none"
+        held = f"it holds steps {known[0]} to {known[-1]}" if known else "it is empty"
         raise ValueError(f"{where} has no record of step {step}: {held}")
     try:
         parts = [load_file(file) for file in files]
@@ -93,12 +99,12 @@ def load_choices(config: PlayConfig, step: int, batches: Sequence[MicroBatch], m
     found = {key for part in parts for key in part if key.endswith(".index_T")}
     if found != expected:
         raise ValueError(
-            f"{where}: {len(found)} passes through MoE layers were recorded and {len(expected)} are to be played "
+            f"{where}: {len(found)} passes through MoE layers were recorded, but this run has {len(expected)} "
             f"(training.micro_steps {len(batches)}, MoE blocks {', '.join(map(str, moe.layers))})"
         )
     indices = torch.cat([part[min(found)] for part in parts if min(found) in part])
     if len(indices.unique()) < len(indices):
-        raise ValueError(f"{where} was recorded twice, on different numbers of ranks: record into an empty folder")
+        raise ValueError(f"{where} was recorded twice, on different numbers of ranks: use an empty folder to record")
     recorded = {}
     for number, batch in enumerate(batches):
         for layer in moe.layers:
@@ -125,16 +131,21 @@ def load_choices(config: PlayConfig, step: int, batches: Sequence[MicroBatch], m
 def _rows(
     parts: list[dict[str, Tensor]], number: int, layer: int, batch: MicroBatch, positions_S: Tensor
 ) -> tuple[Choices, Tensor | None]:
-    """The choices of this batch's tokens, and those tokens as they were recorded; None where one is missing."""
+    """Returns the choices of this batch's tokens, and the tokens as recorded, or None if any is missing."""
     key = f"{number}.{layer}"
-    parts = [part for part in parts if f"{key}.index_T" in part]  # pipeline stages have layers of their own
+    parts = [
+        part for part in parts if f"{key}.index_T" in part
+    ]  # ranks of other pipeline stages have recorded other layers
     whole = {name: torch.cat([part[f"{key}.{name}"] for part in parts]) for name in _TENSORS}
     index_T = global_index(batch.sequence_index_B.cpu(), len(positions_S), positions_S)
     index_G, order_G = whole["index_T"].sort()
     place_T = torch.searchsorted(index_G, index_T)
     there_T = place_T < len(index_G)
     row_T = order_G[place_T[there_T]]
-    rows: dict[str, Any] = {name: values[row_T].to(batch.inputs_BS.device) for name, values in whole.items()}
+    rows: dict[str, Any] = {
+        field.name: whole[name][row_T].to(batch.inputs_BS.device)
+        for name, field in zip(_TENSORS, fields(Choices), strict=False)
+    }
     found = bool(there_T.all()) and torch.equal(whole["index_T"][row_T], index_T)
     tokens_G = torch.cat([part[f"{number}.tokens"] for part in parts])
     return Choices(**rows), tokens_G[row_T] if found else None

@@ -1,8 +1,9 @@
-"""How a run stops and goes on: after SIGUSR1 at any rank, all ranks save and leave at the end of the step; later, some
-settings may differ from those that the checkpoint was written under, others are refused.
+"""Stops and resumes runs. After SIGUSR1 on any rank, all ranks save and exit at the end of the step.
 
-Batch systems send the signal before a job's time is up (Slurm: `--signal=USR1@300`). SIGTERM is left alone:
-launchers send it to the ranks that are left when one has died, which can save nothing."""
+On resuming, some settings may differ from those of the checkpoint; others are refused. Batch systems send the signal
+before a job's time is up (Slurm: `--signal=USR1@300`). SIGTERM is not handled: launchers send it to the remaining ranks
+when one has died, and these cannot save.
+"""
 
 import signal
 from collections.abc import Iterator
@@ -19,9 +20,9 @@ from expert_parallel.parallel.collectives import anywhere
 from expert_parallel.settings import changed_settings
 from expert_parallel.training.config import Config
 
-# What a run's data position is counted in.
+# Settings that determine which data a step sees.
 ORDER_OF_DATA = ("seed", "training.global_batch", "training.sequence_length", "data.held_out")
-# What may be set otherwise than where the weights were trained: no weight means another thing by it.
+# Settings that may differ from those that the weights were trained with: no weight changes its meaning.
 FREE_OF_WEIGHTS = (
     "model.dropout",
     "model.init_std",
@@ -39,21 +40,24 @@ FREE_OF_WEIGHTS = (
 
 
 def refuse_settings(checkpoint: Checkpoint, config: Config) -> None:
-    """ValueError where the run cannot go on from it: another model, another order of data. Weights alone that no step
-    has changed (an imported model's) are begun from as from another run's."""
+    """Raises ValueError if the run cannot resume from the checkpoint: another model, or another order of data.
+
+    A checkpoint of step 0 without moments (an imported model) only provides weights, so the order of data does not
+    matter.
+    """
     refuse_model(checkpoint, config)
     if checkpoint.step == 0 and not checkpoint.has_moments:
         return
     for path, old, new in changes_since(checkpoint, config):
         if path.startswith(ORDER_OF_DATA):
             raise ValueError(
-                f"{checkpoint.path} is a checkpoint of another order of data: {path} is {old!r} there and {new!r} "
+                f"{checkpoint.path} was trained on another order of data: {path} is {old!r} there and {new!r} "
                 "here; choose another run.folder, or the same setting"
             )
 
 
 def refuse_model(checkpoint: Checkpoint, config: Config) -> None:
-    """ValueError where its weights mean another thing in this run's model."""
+    """Raises ValueError if the checkpoint's weights have another meaning in this run's model."""
     for path, old, new in changes_since(checkpoint, config):
         if path.startswith("model.") and not path.startswith(FREE_OF_WEIGHTS):
             raise ValueError(
@@ -63,9 +67,12 @@ def refuse_model(checkpoint: Checkpoint, config: Config) -> None:
 
 
 def changes_since(checkpoint: Checkpoint, config: Config) -> list[tuple[str, Any, Any]]:
-    """(path, value then, value now). A model setting that did not exist then had its default."""
+    """Returns the settings that differ: (path, value then, value now).
+
+    A model setting that did not exist then counts as its default.
+    """
     then = dict(checkpoint.config)
-    with suppress(ValidationError):  # what is not understood any more is shown as it stands
+    with suppress(ValidationError):  # settings that this version does not know are compared unchanged
         then["model"] = ModelConfig.model_validate(then["model"]).model_dump(mode="json")
     return changed_settings(then, config.model_dump(mode="json"))
 
@@ -75,17 +82,18 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
 
 @dataclass
 class StopSignal:
-    """received: by this rank. A signal that comes while the ranks still meet counts, too."""
+    """Says whether this rank has received the signal, which counts even while the ranks are still starting."""
 
     received: bool = False
 
     def anywhere(self) -> bool:
-        """Whether a rank has received it. Every rank asks, at the same step."""
+        """Returns True if any rank has received the signal. A collective: every rank calls it at the same step."""
         return anywhere(self.received)
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopSignal]:
+    """Handles SIGUSR1 inside the context and records it in the StopSignal."""
     stop = StopSignal()
 
     def receive(number: int, frame: FrameType | None) -> None:

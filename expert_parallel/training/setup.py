@@ -1,4 +1,4 @@
-"""What a config comes to on the ranks that run: degrees, groups, this rank's part of the model, the engine."""
+"""Builds what a config describes: degrees, process groups, this rank's part of the model, and the engine."""
 
 from functools import partial
 
@@ -20,8 +20,10 @@ from expert_parallel.training.optim import build_optimizer
 def build(
     config: Config, runtime: Runtime, degrees: ParallelDegrees, *, initialise: bool = True
 ) -> tuple[ParallelMesh, LanguageModel, Engine]:
-    """Process groups, this rank's part of the model, and the engine that trains it. initialise: or leave the weights as
-    memory has them, for a checkpoint to fill."""
+    """Builds process groups, this rank's part of the model, and the engine.
+
+    initialize: False leaves the weights uninitialized, for a checkpoint to fill.
+    """
     training = config.training
     mesh, model = build_parts(config, runtime, degrees, initialise=initialise)
     optimizer = build_optimizer(training.optimizer, model, training.trainable)
@@ -31,7 +33,7 @@ def build(
 def build_parts(
     config: Config, runtime: Runtime, degrees: ParallelDegrees, *, initialise: bool = True
 ) -> tuple[ParallelMesh, LanguageModel]:
-    """Process groups and this rank's part of the model."""
+    """Builds process groups and this rank's part of the model."""
     moe, parallel, training = config.model.moe, config.parallel, config.training
     mesh = build_mesh(
         degrees,
@@ -57,7 +59,8 @@ def build_parts(
 
 
 def describe_degrees(config: Config, degrees: ParallelDegrees) -> str:
-    """As `dp 2, cp 1, ... | edp 4, ..., replicated`; sharded ones as shards x replicas; DeepSpeed with its ZeRO."""
+    """Formats degrees as `dp 2, cp 1, ... | edp 4, ..., replicated`, sharded ones as shards x replicas, DeepSpeed with
+    ZeRO."""
     data, engine = config.parallel.data, config.training.engine
     by_engine = f", DeepSpeed ZeRO {engine.zero_stage}" if isinstance(engine, DeepSpeedConfig) else ""
     if not isinstance(data, ShardedConfig):
@@ -68,6 +71,7 @@ def describe_degrees(config: Config, degrees: ParallelDegrees) -> str:
 
 
 def demand_of(config: Config) -> Demand:
+    """Returns what a run requires of its data."""
     training = config.training
     return Demand(
         sequence_length=training.sequence_length,
@@ -79,14 +83,16 @@ def demand_of(config: Config) -> Demand:
 
 
 def check_world(config: Config, runtime: Runtime) -> ParallelDegrees:
-    """The degrees for the ranks that run, or a ValueError that names the setting and the numbers."""
+    """Returns the degrees for the running ranks. Raises ValueError, which names the setting and the numbers."""
     config.check_backend(runtime.device.type)
     return check_degrees(config, runtime.world_size, runtime.launch.local_world_size)
 
 
 def check_degrees(config: Config, world_size: int, ranks_per_node: int | None = None) -> ParallelDegrees:
-    """The degrees for `world_size` ranks, wherever they may be. ranks_per_node: as the launcher says, if there is
-    one. ValueError where the model, the batch or the sequences do not divide over them."""
+    """Returns the degrees for `world_size` ranks, running or not. ranks_per_node: from the launcher, if there is one.
+
+    Raises ValueError if the model, the batch or the sequences do not divide over them.
+    """
     degrees = config.parallel.degrees(world_size)
     refuse_degrees(config.model, degrees, config.parallel.stages_per_rank)
     if config.model.moe is not None and config.model.moe.dispatcher.kind == "hierarchical":
@@ -96,7 +102,7 @@ def check_degrees(config: Config, world_size: int, ranks_per_node: int | None = 
     if micro < degrees.dp:
         raise ValueError(
             f"training.global_batch / training.micro_steps ({micro} sequences) is smaller than the number of data "
-            f"ranks ({degrees.dp}): some would have nothing to do"
+            f"ranks ({degrees.dp}): some ranks would have no sequence"
         )
     unit = length_unit(degrees.cp, degrees.tp)
     if training.sequence_length % unit:

@@ -1,4 +1,4 @@
-"""One training step, and evaluation: forward, backward, reduce, clip, update, and what to report of it."""
+"""Implements one training step, and evaluation: forward, backward, reduce, clip, update, report."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +27,10 @@ from expert_parallel.training.optim import learning_rate
 
 @dataclass(frozen=True)
 class StepReport:
-    """loss: cross entropy alone, nats a token, of all ranks' tokens. grad_norm: before clipping; 0 in evaluation."""
+    """Holds the results of a step. loss: cross entropy alone, nats per token, over all ranks' tokens.
+
+    grad_norm: before clipping; 0 in evaluation.
+    """
 
     loss: float
     num_tokens: int
@@ -38,10 +41,10 @@ class StepReport:
 
 @dataclass
 class StepTotals:
-    """Sums over the micro-steps of one step on this rank; one all-reduce of all layers, over all ranks and stages,
-    makes them the step's.
+    """Accumulates sums over the micro-steps of this rank; one all-reduce of all layers sums them over ranks and stages.
 
-    Add a pass after its backward pass, if it has one, so that the ledger has seen both."""
+    Add a micro-step after its backward pass, if it has one, so that its ledger covers both passes.
+    """
 
     config: ModelConfig
     step: int
@@ -49,20 +52,24 @@ class StepTotals:
     sums: Tensor | None = None
 
     def add(self, cross_entropy: Tensor, num_tokens: int, stats: dict[int, LoadStats]) -> None:
-        """cross_entropy: sum over `num_tokens` of this rank, which no other rank counts."""
+        """Adds one micro-step. cross_entropy: the sum over `num_tokens` tokens, which no other rank adds."""
         self.num_micro_steps += 1
-        head = cross_entropy.detach().double().view(1)
+        head = cross_entropy.detach().double().view(1)  # float64 holds counts exactly, up to 2**53
         empty = head.new_zeros(self._layer_size)
         layers = (
-            pack(stats[layer]) if layer in stats else empty  # a layer of another stage
+            pack(stats[layer]) if layer in stats else empty  # empty: the layer is on another pipeline stage
             for layer in self.config.moe_layers
         )
         packed = torch.cat([head, head.new_tensor([num_tokens]), *layers])
         self.sums = packed if self.sums is None else self.sums + packed
 
     def reduce(self) -> StepReport:
-        """Raises LedgerBreach on all ranks where a layer's counts do not add up, or warns, as set."""
+        """Sums over all ranks; every rank must call it.
+
+        Raises LedgerBreach on all ranks (or warns, as `model.moe.ledger` says) if a layer's counts are inconsistent.
+        """
         assert self.sums is not None
+        # .cpu() is the step's device sync for its report.
         head, rest = all_reduce_sum(self.sums, dist.group.WORLD).cpu().tensor_split([2])
         loss, num_tokens = float(head[0]), int(head[1])
         layers = {}
@@ -95,8 +102,11 @@ def train_step(
     seed: int,
     replay: RouterReplay | None = None,
 ) -> StepReport:
-    """Updates the model once. The loss is sum of cross entropy / all targets of the step, plus, for each MoE layer, the
-    mean over micro-steps of coefficient * loss. replay: choices to take, and where those made are recorded."""
+    """Makes one training step: updates the model once.
+
+    The loss is (sum of cross entropy) / (all targets of the step), plus, for each MoE layer, the mean over micro-steps
+    of coefficient * loss. replay: choices to take; those made are recorded in it.
+    """
     model.train()
     batches = list(micro_batches)
     contexts = contexts_of(batches, mesh, seed=seed, step=step, replay=replay)
@@ -122,9 +132,9 @@ def train_step(
 def contexts_of(
     batches: list[MicroBatch], mesh: ParallelMesh, *, seed: int, step: int = 0, replay: RouterReplay | None = None
 ) -> list[StepContext]:
-    """What the micro-steps of a step are told."""
+    """Returns the StepContext of each micro-step."""
     documents = [b.documents_BS for b in batches if b.documents_BS is not None and b.documents_BS.numel()]
-    most = max((int(documents_BS.max()) + 1 for documents_BS in documents), default=1)
+    most = max((int(documents_BS.max()) + 1 for documents_BS in documents), default=1)  # device sync
     return [
         StepContext(
             seed,
@@ -134,14 +144,14 @@ def contexts_of(
             mesh.stage_rank,
             batch.sequence_index_B,
             document_BS=batch.documents_BS,
-            documents_per_row=1 << (most - 1).bit_length(),  # few different numbers, since shapes come of it
+            documents_per_row=1 << (most - 1).bit_length(),  # a power of two, so that few different shapes occur
             replay=replay,
         )
         for micro_step, batch in enumerate(batches)
     ]
 
 
-# Cross entropy and number of the tokens that this rank counts; stats of the MoE blocks that are here.
+# Sum of cross entropy that this rank reports, number of its tokens, stats of the MoE blocks of this stage.
 Pass = tuple[Tensor, int, dict[int, LoadStats]]
 
 
@@ -153,7 +163,7 @@ def run_micro_steps(
     num_targets: int,
     mesh: ParallelMesh,
 ) -> Iterator[Pass]:
-    """Forward and backward, one micro-step after the other."""
+    """Runs forward and backward, one micro-step after the other."""
     for batch, context in zip(batches, contexts, strict=True):
         output = engine.forward(batch.inputs_BS, context)
         cross_entropy, counted, num_tokens = count_cross_entropy(model, output, batch, mesh)
@@ -166,7 +176,7 @@ def run_micro_steps(
 def run_pipeline(
     model: Pipeline, batches: list[MicroBatch], contexts: list[StepContext], num_targets: int, mesh: ParallelMesh
 ) -> Iterator[Pass]:
-    """Forward and backward of all micro-steps, in the order of the pipeline's schedule."""
+    """Runs forward and backward of all micro-steps, in the order of the pipeline schedule."""
     counted = [(torch.zeros((), device=batch.inputs_BS.device), 0) for batch in batches]
 
     def cross_entropy_of(stage: Stage, output: ModelOutput, number: int) -> Tensor:
@@ -183,8 +193,10 @@ def run_pipeline(
 def count_cross_entropy(
     model: LanguageModel, output: ModelOutput, batch: MicroBatch, mesh: ParallelMesh
 ) -> tuple[Tensor, Tensor, int]:
-    """The sum of cross entropy, nats, over the positions of this rank; what of it this rank counts, and of how many
-    tokens: tensor parallel ranks all have the same."""
+    """Returns (local sum of cross entropy in nats, the sum to report, its token count).
+
+    All TP ranks hold the same sum; only TP rank 0 reports it, the others report 0.
+    """
     positions_S = model.place.context(batch.targets_BS.shape[1]).to(batch.targets_BS.device)
     targets_BS = batch.targets_BS[:, positions_S]
     cross_entropy = cross_entropy_sum(output.logits, targets_BS, mesh.tp_group, model.config.vocab_size)
@@ -202,7 +214,10 @@ def evaluate(
     *,
     seed: int,
 ) -> StepReport:
-    """Mean cross entropy over all ranks' sequences. Every rank must bring the same number of batches, empty or not."""
+    """Computes the mean cross entropy over all ranks' sequences. Every rank must pass the same number of batches.
+
+    Batches may be empty.
+    """
     model.eval()
     totals = StepTotals(model.config, 0)
     batches = list(micro_batches)
@@ -218,13 +233,14 @@ def evaluate(
 
 
 def forget_gathered_weights(model: nn.Module) -> None:
-    """FSDP2 keeps weights whole after a forward pass, for a backward pass that evaluation never makes."""
+    """Reshards weights that FSDP2 keeps whole after forward, for a backward pass that evaluation does not make."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def update_balance_biases(model: LanguageModel, report: StepReport) -> None:
+    """Updates the balance biases of this rank's routers from the step's choices (DeepSeek-V3)."""
     for layer, block in model.local_blocks():
         router = None if block.moe is None else block.moe.router
         if isinstance(router, TopKRouter) and router.balance_bias_E is not None:

@@ -1,4 +1,5 @@
-"""What every rank holds against the reference: how far apart, by which factor, and where."""
+"""Compares each rank's tensors of a training step with the reference: relative error, ratio, and the rank that is
+worst."""
 
 import json
 from dataclasses import dataclass
@@ -13,18 +14,18 @@ from expert_parallel.training.loop import Run
 from expert_parallel.verify.reference import Division, LayerRecord, ReferenceStep, adamw_step
 from expert_parallel.verify.system_under_test import Seen, Tensors, place_of
 
-# dtype -> the largest relative difference that passes, and the share of the largest number among all gradients (or
-# updates) below which a tensor's own size no longer counts: a gradient that is zero but for rounding has no digits.
+# dtype -> (largest relative difference that passes, share of the largest value among all gradients, or updates, that
+# replaces a tensor's own maximum where that is smaller: a gradient that is zero but for rounding has no digits).
 TOLERANCES = {"float64": (1e-9, 1e-3), "float32": (1e-4, 1e-2), "bfloat16": (3e-1, 1e-1)}
 
-Pairs = dict[str, tuple[Tensor, Tensor]]  # by name: what a rank holds, and what is expected there
+Pairs = dict[str, tuple[Tensor, Tensor]]  # name -> (actual, expected)
 
-# Columns of the table -> the prefix of the names of what they compare. Gradients are divided by parameter group.
+# The groups of parameters whose gradients have a column of their own in the table.
 GROUPS = ("embedding", "attention", "ffn", "router", "experts", "shared experts", "norm")
 
 
 def group_of(name: str) -> str:
-    """Of a logical parameter name."""
+    """Returns the column of the table that a parameter belongs to. name: the logical name."""
     for part, group in (
         ("norm.", "norm"),
         (".router.", "router"),
@@ -39,7 +40,9 @@ def group_of(name: str) -> str:
 
 
 def expected_tensors(reference: ReferenceStep, initial: Tensors, start: Tensors) -> Tensors:
-    """All that is compared, float64, by `what/where`."""
+    """Returns every reference tensor that is compared, in float64, by the name `what/where`.
+
+    initial: weights before `perturb`. start: weights that the step starts from."""
     after = reference.weights | reference.balance_biases
     found: Tensors = {
         "loss/loss": torch.tensor([reference.loss]),
@@ -68,7 +71,9 @@ def _of_layer(layer: int, layer_record: LayerRecord | LayerTotals, dropped: int)
 
 
 def actual_tensors(run: Run, seen: Seen, before: Tensors, start: Tensors, expected: Tensors) -> Pairs:
-    """What this rank holds, each with its part of `expected`. before: its weights as the product initialised them."""
+    """Pairs each tensor of this rank with the slice of `expected` that the rank should hold.
+
+    before: this rank's weights as the model initialised them. start: weights that the step starts from."""
     report, training = seen.report, run.config.training
     found: Tensors = {
         "loss/loss": torch.tensor([report.loss]),
@@ -85,27 +90,33 @@ def actual_tensors(run: Run, seen: Seen, before: Tensors, start: Tensors, expect
         sequence_index_B, positions_S = place_of(context, value.shape[1])
         pairs[name] = (value, expected[name][sequence_index_B[:, None], positions_S])
     if training.dtype != "float64":
-        # Adam's first step is the sign of the gradient: near 0 it has no digits, so it is made of this one's gradients.
+        # Adam's first step is nearly sign(gradient), which rounding flips near 0: expect AdamW of this rank's gradient.
         for name, after in adamw_step(training, start, seen.gradients, report.grad_norm).items():
             pairs[f"update/{name}"] = (pairs[f"update/{name}"][0], after - start[name])
     return pairs
 
 
 def coverage(divisions: list[Division], shape: tuple[int, int]) -> Pairs:
-    """How many ranks hold each token of each micro-step: one."""
+    """Counts the ranks that hold each token of each micro-step, and pairs the counts with ones. shape: (sequences,
+    positions)."""
     found = {}
     for micro_step, division in enumerate(divisions):
-        held = torch.zeros(shape, dtype=torch.float64)
+        num_holders = torch.zeros(shape, dtype=torch.float64)
         for sequence_index_B, positions_S in division:
-            held[sequence_index_B[:, None], positions_S] += 1
-        found[f"output/micro-step {micro_step}, ranks that hold each token"] = (held, torch.ones_like(held))
+            num_holders[sequence_index_B[:, None], positions_S] += 1
+        found[f"output/micro-step {micro_step}, ranks that hold each token"] = (
+            num_holders,
+            torch.ones_like(num_holders),
+        )
     return found
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The worst of one tensor over all ranks. relative: max |a - b| / max |b|. ratio: of a to b, by least squares;
-    spread: what is left, so that 0 says that a is exactly ratio * b. rank: which one. None was found: held is False."""
+    """Holds the error of one tensor on the rank where it is largest.
+
+    relative: max |a - b| / max |b|. ratio: least-squares factor of a to b. residual: max |a - ratio * b| / max |b|, so
+    0 means that a is exactly ratio * b. is_present: False if no rank has the tensor."""
 
     name: str
     held: bool
@@ -116,17 +127,22 @@ class Difference:
 
     @property
     def column(self) -> str:
+        """Returns the column of the table that this tensor counts in."""
         what, _, where = self.name.partition("/")
         return f"gradient: {group_of(where)}" if what == "gradient" else what
 
 
 def compare(pairs: Pairs, expected: Tensors, floor: float) -> list[Difference]:
-    """On every rank the same list, one entry for each name of `expected` and of `pairs`. A collective."""
+    """Returns the worst difference of each name in `expected` and `pairs`; every rank gets the same list. A collective.
+
+    floor: tensors whose max |b| is below this share of the largest of their kind are compared relative to that
+    share."""
     largest: dict[str, float] = {}
     for name, value in expected.items():
         what = name.partition("/")[0]
         largest[what] = max(largest.get(what, 0.0), _largest(value))
     names = list(dict.fromkeys([*expected, *pairs]))
+    # All tensors are on the CPU here, so reading their values waits for no device.
     rows = torch.zeros(len(names), 4, dtype=torch.float64)
     for row, name in zip(rows, names, strict=True):
         if name in pairs:
@@ -148,6 +164,8 @@ def _largest(x: Tensor) -> float:
 
 
 def _measure(a: Tensor, b: Tensor, smallest: float) -> tuple[float, float, float]:
+    """Returns (relative, ratio, residual) of a against b, as defined in `TensorDifference`. smallest: lower bound of
+    max |b|."""
     if not bool(a.isfinite().all()):
         return float("inf"), float("nan"), float("inf")
     relative = _largest(a - b) / max(_largest(b), smallest, torch.finfo(torch.float64).tiny)
@@ -157,7 +175,8 @@ def _measure(a: Tensor, b: Tensor, smallest: float) -> tuple[float, float, float
 
 
 def broadcast_tensors(tensors: Tensors | None) -> Tensors:
-    """Rank 0's float64 tensors on every rank: names and shapes as JSON, then the numbers. tensors: None elsewhere."""
+    """Broadcasts rank 0's float64 tensors: names and shapes as JSON, then one flat buffer. tensors: None on other
+    ranks."""
     header = b"" if tensors is None else json.dumps({n: list(t.shape) for n, t in tensors.items()}).encode()
     text = _broadcast(torch.frombuffer(bytearray(header or b"\0"), dtype=torch.uint8))
     shapes: dict[str, list[int]] = json.loads(bytes(text.tolist()))
@@ -175,7 +194,7 @@ def _broadcast(x: Tensor) -> Tensor:
 
 
 def gather_json(value: Any) -> list[Any]:
-    """Every rank's value, small and of plain numbers and texts, on every rank."""
+    """Gathers a small JSON value of every rank onto all ranks, in rank order. A collective."""
     raw = json.dumps(value).encode()
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([len(raw)]))

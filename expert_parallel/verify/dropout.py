@@ -1,13 +1,12 @@
-"""Dropout, which the comparison switches off: its masks must differ between ranks, each of which has tokens of its own,
-and be the same where a block is computed again in the backward pass.
+"""Checks dropout masks, which the main comparison switches off: they must differ between ranks, which hold different
+tokens, and be the same when a block is recomputed in the backward pass.
 
-One more step, in which every block is given one vector in the place of every token: without dropout all tokens of all
-ranks then leave it alike, so that two ranks' outputs are equal if and only if their masks are.
-"""
+The check runs one more step in which every block receives one vector in place of every token. Without dropout all
+tokens of all ranks then have equal outputs, so outputs of two ranks are equal if and only if their masks are."""
 
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -26,7 +25,7 @@ EXPERTS = ("model.moe.experts.hidden_dropout", "model.moe.experts.output_dropout
 
 
 def dropout_of(config: Config) -> dict[str, float]:
-    """The config's own probabilities, by setting; 0.1 where there is none."""
+    """Returns the dropout probabilities to check, by setting: the config's own, or 0.1 where that is 0."""
     found = {"model.dropout": config.model.dropout}
     if config.model.moe is not None:
         experts = config.model.moe.experts
@@ -35,7 +34,7 @@ def dropout_of(config: Config) -> dict[str, float]:
 
 
 def check_dropout(config: Config, probabilities: dict[str, float], runtime: Runtime) -> list[str]:
-    """What is wrong, in sentences. A collective; the same on every rank."""
+    """Returns what is wrong as sentences, the same on every rank. A collective."""
     found = []
     for settings in (BRANCHES, EXPERTS):
         chosen = {path: probabilities[path] for path in settings if path in probabilities}
@@ -46,8 +45,8 @@ def check_dropout(config: Config, probabilities: dict[str, float], runtime: Runt
 
 
 def _with_dropout(config: Config, probabilities: dict[str, float], num_data_ranks: int) -> Config:
-    """As few micro-steps as a pipeline takes, of one sequence a data rank, without what else could tell equal tokens
-    apart."""
+    """Returns the config with these probabilities, the fewest micro-steps that a pipeline takes, one sequence per data
+    rank, and without capacity, losses and router kinds that would tell equal tokens apart."""
     tree, micro_steps = config.model_dump(mode="json"), config.parallel.pp
     tree["training"] |= {"micro_steps": micro_steps, "global_batch": num_data_ranks * micro_steps}
     tree["parallel"]["data"] = {"kind": "replicated"}
@@ -75,8 +74,8 @@ def _check(config: Config, setting: str, runtime: Runtime) -> list[str]:
     found = []
     if not all(fine for _, fine in everyone):
         found.append(
-            f"{setting}: the step is another one with training.recompute {recompute!r} than with 'none': masks must "
-            "be a function of the seed and the place alone"
+            f"{setting}: the step differs between training.recompute {recompute!r} and 'none': masks must depend on "
+            "the seed and the position alone"
         )
     pairs = [
         (one, other, same)
@@ -86,24 +85,27 @@ def _check(config: Config, setting: str, runtime: Runtime) -> list[str]:
     if pairs:
         (one, other, same), more = pairs[0], f", and so do {len(pairs) - 1} more pairs of ranks" * (len(pairs) > 1)
         found.append(
-            f"{setting}: ranks {one} and {other} have other tokens but draw the same masks in {', '.join(same)}{more}: "
-            "the rank's coordinate is missing in the seed"
+            f"{setting}: ranks {one} and {other} have different tokens but draw the same masks in "
+            f"{', '.join(same)}{more}: the rank's coordinate is missing in the seed"
         )
     return found
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """outputs: by place, of the first micro-step, each token's numbers added up."""
+    """Holds what the masks of one rank show. outputs: by place, each token's output summed over its features, first
+    micro-step."""
 
     outputs: dict[str, list[float]]
     grad_norm: float
 
-    def is_near(self, other: "Dropped") -> bool:
+    def is_near(self, other: Self) -> bool:
+        """Returns True if outputs and gradient norm are equal but for rounding."""
         alike = all(_near(seen, other.outputs[where]) for where, seen in self.outputs.items())
         return alike and _near([self.grad_norm], [other.grad_norm])
 
-    def same_masks(self, other: "Dropped") -> list[str]:
+    def same_masks(self, other: Self) -> list[str]:
+        """Returns the places at which two ranks have equal outputs, hence equal masks."""
         both = [where for where in self.outputs if where in other.outputs]
         return [where for where in both if _near(self.outputs[where], other.outputs[where])]
 
@@ -114,7 +116,7 @@ def _near(one: list[float], other: list[float]) -> bool:
 
 
 def _run(config: Config, runtime: Runtime, in_experts: bool) -> Dropped:
-    """A step in which every block is given the same vectors."""
+    """Takes one step in which every block receives the same vectors. in_experts: dropout is in the experts alone."""
     outputs: dict[str, list[float]] = {}
     generator = torch.Generator().manual_seed(config.seed)
     given_D = torch.randn(config.model.d_model, generator=generator, dtype=torch.float64)
@@ -122,7 +124,8 @@ def _run(config: Config, runtime: Runtime, in_experts: bool) -> Dropped:
     def give(block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         x, context, *rest = arguments
         if context.layer == 0 and context.micro_step == 0 and not in_experts:
-            outputs["embedding"] = (x == 0).double().cumsum(-1).sum(-1).flatten().tolist()  # which are dropped
+            # Encodes which features were dropped. Waits for the device.
+            outputs["embedding"] = (x == 0).double().cumsum(-1).sum(-1).flatten().tolist()
         return x * 0 + given_D.to(x.device), context, *rest
 
     def take(block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
@@ -137,6 +140,6 @@ def _run(config: Config, runtime: Runtime, in_experts: bool) -> Dropped:
                 block.register_forward_pre_hook(give)
                 block.register_forward_hook(take)
         mine = list(run.batches(0))
-        with system_under_test.listening([]):  # the comparison has said it
+        with system_under_test.listening([]):  # reported by the comparison already
             report = train_step(run.model, run.engine, mine, training, run.mesh, step=0, seed=seed)
     return Dropped(outputs, report.grad_norm)

@@ -1,4 +1,4 @@
-"""Sentences for a layout that differs: which tensor, by how much, by which factor, and what usually causes that."""
+"""Writes sentences for a layout that differs: which tensor, by how much, by which factor, and the usual cause."""
 
 from expert_parallel.verify.compare import GROUPS, Difference
 from expert_parallel.verify.run import LayoutResult
@@ -6,7 +6,7 @@ from expert_parallel.verify.run import LayoutResult
 EXACT = 1e-6
 MOST_BREACHES = 4
 GRADIENTS = tuple(f"gradient: {group}" for group in GROUPS)
-# Columns in the order of a step: what comes later differs because of what comes earlier.
+# Columns in the order of a step: later ones differ because earlier ones do.
 ORDER = (
     ("initial weights",),
     ("output", "dropped"),
@@ -16,7 +16,7 @@ ORDER = (
     ("update",),
 )
 ONCE = "the loss is divided once, by all tokens of the step, so that every reduction is a sum"
-# (column or "", degree, whether the number is too large by it) -> the usual cause.
+# (column or "" for any, degree, True if the value is too large by this factor) -> the usual cause.
 CAUSES: dict[tuple[str, str, bool], str] = {
     (
         "gradient: experts",
@@ -25,40 +25,44 @@ CAUSES: dict[tuple[str, str, bool], str] = {
     ): "the all-to-all's backward pass has already brought each expert the gradients of "
     f"its whole expert-parallel group; {ONCE}, and that of experts goes over edp alone",
     ("gradient: experts", "ep", False): f"it is averaged over the expert-parallel group; {ONCE}",
-    ("gradient: experts", "edp", True): f"the sum over the ranks that hold the same experts is made twice; {ONCE}",
+    ("gradient: experts", "edp", True): f"the sum over the ranks that hold the same experts is taken twice; {ONCE}",
     ("gradient: experts", "edp", False): f"it is averaged over the ranks that hold the same experts; {ONCE}",
-    ("gradient: experts", "etp", True): "each rank of the expert's tensor-parallel group adds the whole of it; one may",
+    (
+        "gradient: experts",
+        "etp",
+        True,
+    ): "each rank of the expert's tensor-parallel group adds the whole of it; one must",
     (
         "gradient: experts",
         "etp",
         False,
     ): "each rank of the expert's tensor-parallel group has a part of it, and the sum over etp is missing",
-    ("", "dp", True): f"each data rank divides by its own tokens, or the sum over dp is made twice; {ONCE}",
+    ("", "dp", True): f"each data rank divides by its own tokens, or the sum over dp is taken twice; {ONCE}",
     ("", "dp", False): f"it is averaged over the data ranks; {ONCE}",
-    ("", "cp", True): "each context rank adds the whole of it; each may add its own tokens' part alone",
+    ("", "cp", True): "each context rank adds the whole of it; each must add its own tokens' part alone",
     ("", "cp", False): f"it is averaged over the context ranks, or the sum over cp is missing; {ONCE}",
-    ("", "tp", True): "each tensor-parallel rank adds the whole of it; it is to be counted once",
+    ("", "tp", True): "each tensor-parallel rank adds the whole of it; it must be counted once",
     ("", "tp", False): "each tensor-parallel rank has a part of it, and the sum over tp is missing",
-    ("", "pp", True): "each pipeline stage adds it; it is to be counted once",
+    ("", "pp", True): "each pipeline stage adds it; it must be counted once",
     ("", "pp", False): "the sum over pipeline stages is missing",
     ("", "micro_steps", True): f"each micro-step is divided by its own tokens alone; {ONCE}",
-    ("", "micro_steps", False): f"it is divided by the number of micro-steps once too often; {ONCE}",
+    ("", "micro_steps", False): f"it is divided by the number of micro-steps twice; {ONCE}",
 }
-# Where no degree explains it: what the column says by itself.
+# The usual cause by column, where no degree explains the factor.
 HINTS = {
-    "initial weights": "they are to be a function of the seed and the logical name alone",
-    "output": "the forward pass is another one from here on",
-    "dropped": "the choice is another one, or capacity is counted over other tokens",
-    "balance loss": "f and P are to be averaged over all tokens of the loss's scope before they are multiplied",
-    **dict.fromkeys(GRADIENTS, "some tokens' parts are missing in it, or weigh more than others"),
-    "gradient norm": "the gradients agree, so some are left out or counted twice: experts count, copies do not",
-    "update": "gradients and norm agree, so clipping, weight decay, rate or optimizer differ",
+    "initial weights": "they must depend on the seed and the logical name alone",
+    "output": "the forward pass differs from here on",
+    "dropped": "the router chooses other experts, or capacity counts other tokens",
+    "balance loss": "f and P must be averaged over all tokens of the loss's scope before they are multiplied",
+    **dict.fromkeys(GRADIENTS, "some tokens' parts are missing, or weighted differently"),
+    "gradient norm": "the gradients are right, so some are left out or counted twice: experts count, copies do not",
+    "update": "gradients and norm are right, so clipping, weight decay, rate or optimizer differ",
 }
 
 
 def explain(result: LayoutResult, tolerance: float) -> list[str]:
-    """A sentence for the worst tensor of each column of the first part of the step that differs; which later ones
-    differ, too; and what ledger and dropout say."""
+    """Returns sentences: the worst tensor of each column in the first part of the step that differs, the later columns
+    that differ as a consequence, and the findings of ledger and dropout."""
     by_column: dict[str, list[Difference]] = {}
     for difference in result.wrong(tolerance):
         by_column.setdefault(difference.column, []).append(difference)
@@ -70,7 +74,7 @@ def explain(result: LayoutResult, tolerance: float) -> list[str]:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         sentences.append(f"{_what(worst)}{more}{_why(worst, result.degrees, tolerance)}")
     if by_column:
-        sentences.append(f"what follows from it differs, too: {', '.join(by_column)}")
+        sentences.append(f"later quantities differ as a consequence: {', '.join(by_column)}")
     return sentences + result.ledger[:MOST_BREACHES] + result.dropout
 
 
@@ -101,7 +105,7 @@ def _why(difference: Difference, degrees: dict[str, int], tolerance: float) -> s
 
 
 def _likely(column: str, degrees: dict[str, int]) -> list[str]:
-    """The degrees that may be at fault, most likely ones first."""
+    """Returns the degrees above 1 that may be at fault, the most likely first."""
     dense = ("dp", "cp", "tp", "pp", "micro_steps")
     experts = ("ep", "etp", "edp", "pp", "micro_steps")
     order = experts if column == "gradient: experts" else dense

@@ -1,7 +1,7 @@
-"""The bytes of one training step by parallel axis, from sizes alone: tokens between ranks, weights and gradients. The
-MoE layers' own are in formulas_moe.py. Each function is a table of model/README.md, written apart from the code that
-communicates, so that the two can be compared (traffic.py).
-"""
+"""Computes the bytes that one training step sends, by parallel axis, from sizes alone: activations, weights, gradients.
+
+formulas_moe.py has those of the MoE layers. Each function implements a table of model/README.md, independently of the
+code that communicates, so that traffic.py can compare the two."""
 
 import math
 import re
@@ -25,12 +25,12 @@ from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.parallel.placement import ExpertPlacement
 from expert_parallel.training.config import DTYPES, TrainingConfig
 
-Terms = Counter[tuple[str, str]]  # (axis, what it carries) -> bytes of all ranks together
+Terms = Counter[tuple[str, str]]  # (axis, content) -> bytes of all ranks together
 
 
 @dataclass(frozen=True)
 class Step:
-    """The sizes of a step."""
+    """Holds the sizes of a training step that its traffic depends on."""
 
     model: ModelConfig
     training: TrainingConfig
@@ -48,25 +48,27 @@ class Step:
 
     @property
     def sequences(self) -> int:
-        """Of a micro-step, all data ranks together."""
+        """Returns the sequences of a micro-step, over all data ranks."""
         return self.training.global_batch // self.training.micro_steps
 
     @property
     def tokens(self) -> int:
-        """M * N: of the whole step."""
+        """Returns M * N, the tokens of the whole step."""
         return self.training.global_batch * self.training.sequence_length
 
     @property
     def compute_width(self) -> int:
+        """Returns the bytes of an activation."""
         return DTYPES[self.training.dtype].itemsize
 
     @property
     def kept_width(self) -> int:
-        """Of weights and gradients; of the router's numbers too."""
+        """Returns the bytes of a stored weight or gradient, and of the router's numbers: float32 or wider."""
         return torch.promote_types(torch.float32, DTYPES[self.training.dtype]).itemsize
 
     @property
     def stage_ranks(self) -> int:
+        """Returns the number of ranks of one pipeline stage."""
         return self.degrees.dp * self.degrees.cp * self.degrees.tp
 
     @property
@@ -75,7 +77,7 @@ class Step:
 
     @property
     def chunks(self) -> int:
-        """In which the tokens of a pass travel."""
+        """Returns the number of chunks in which a forward pass exchanges its tokens."""
         return self.moe.dispatcher.overlap if self.degrees.ep > 1 else 1
 
     @property
@@ -84,12 +86,13 @@ class Step:
 
     @property
     def moe_passes(self) -> int:
-        """Forward passes of a MoE layer, recomputed ones too."""
+        """Returns the forward passes of a MoE layer in a step, including recomputed ones."""
         return self.training.micro_steps * (2 if self.recomputes_moe else 1)
 
     @cached_property
     def tokens_of_ranks(self) -> list[int]:
-        """Of a micro-step, by rank, in front of a MoE layer. Data ranks may have unequal numbers of sequences."""
+        """Returns the tokens of a micro-step that enter a MoE layer, by rank. Data ranks may have unequal numbers of
+        sequences."""
         degrees, found = self.degrees, []
         for rank in range(degrees.world_size):
             _, count = shard_bounds(self.sequences, degrees.dp, place_of(degrees, rank)["dp"])
@@ -103,22 +106,26 @@ def balance_losses(step: Step) -> list[BalanceLossConfig]:
 
 
 def tokens_between_ranks(step: Step) -> Terms:
-    """tp: tokens (of latent attention: latents) are gathered before attention and dense feed-forwards, partial sums
-    scattered behind them. cp: keys and values (or latents) are gathered. Backward each the other way round."""
-    model, training, degrees = step.model, step.training, step.degrees
+    """Returns the activation traffic of dense blocks and of attention.
+
+    tp: tokens (latents, for latent attention) are gathered before attention and dense feed-forward networks, and
+    partial sums are reduce-scattered after them. cp: keys and values (or latents) are gathered. Backward does the
+    reverse of each."""
+    model, training = step.model, step.training
+    degrees = step.degrees
     dense = model.num_layers - len(model.moe_layers)
     shared = len(model.moe_layers) if model.moe is not None and model.moe.shared_experts is not None else 0
-    # Recomputing stops where all that is kept is back: before the scattering that ends a block, if nothing behind it
-    # keeps a value. Shared experts do not end it: they compute while tokens travel to the others.
+    # Recomputation stops once all saved tensors are restored: before the reduce-scatter at a block's end, if nothing
+    # after it saves a tensor. Shared experts do not stop it: they overlap the exchange of the routed tokens.
     block, moe = training.recompute == "block", training.recompute == "moe"
     again = 2 if model.norm_placement == "post" or model.dropout > 0 else 1
-    exchanges = 4  # embedding: scattered; logits: gathered
-    exchanges += (2 + block) * model.num_layers  # behind attention
+    exchanges = 4  # scatter of the embedding, gather for the logits, and their backward passes
+    exchanges += (2 + block) * model.num_layers  # around attention
     exchanges += (4 + again * block) * dense + (4 + 2 * block + 2 * moe) * shared
     numbers = exchanges * model.d_model + (2 + block) * model.num_layers * _gathered_columns(model)
 
     keys_and_values = (degrees.cp - 1) * step.tokens * _key_columns(step) * step.compute_width
-    # Of queries and of keys, each token's sum of squares, where they are normed over all heads.
+    # A norm over all heads reduces one sum of squares per token, for queries and for keys.
     squares = 2 * 2 * (degrees.tp - 1) * step.tokens * step.kept_width if has_whole_norms(model) else 0
     return Counter(
         {
@@ -136,7 +143,7 @@ def has_whole_norms(model: ModelConfig) -> bool:
 
 
 def _gathered_columns(model: ModelConfig) -> int:
-    """Numbers of a token that are gathered in front of attention: the token's, or its latents (and x, if queries have
+    """Returns the numbers per token that tp gathers before attention: d_model, or the latents (and x, if queries have
     none)."""
     attention = model.attention
     if isinstance(attention, HeadsConfig):
@@ -145,19 +152,22 @@ def _gathered_columns(model: ModelConfig) -> int:
 
 
 def _key_columns(step: Step) -> int:
-    """Numbers of a token that context ranks send each other, all ranks of tp together."""
+    """Returns the numbers per token that context ranks exchange, summed over the ranks of tp."""
     attention = step.model.attention
     if not isinstance(attention, HeadsConfig):
         return step.degrees.tp * (attention.kv_rank + attention.rope_size)
-    return 2 * max(attention.kv_heads, step.degrees.tp) * attention.head_size  # fewer heads than ranks: each has one
+    return (
+        2 * max(attention.kv_heads, step.degrees.tp) * attention.head_size
+    )  # with fewer heads than ranks, each rank holds one
 
 
-def pipeline(step: Step) -> Terms:
-    """Tokens go from stage to stage, and the vector in which balance losses add up; their gradients back. For the
-    report, f of the losses that are pooled over layers is summed over the stages."""
+def pipeline_bytes(step: Step) -> Terms:
+    """Returns the traffic between pipeline stages: tokens, the accumulated balance losses, and the gradients of both.
+
+    For the report, f of losses that are pooled over layers is also summed over the stages."""
     degrees, M = step.degrees, step.training.micro_steps
     hops = 2 * (degrees.pp * step.parallel.stages_per_rank - 1)
-    pooled = 0  # numbers of f, or of P, on all ranks of a stage
+    pooled = 0  # elements of f (and of P) on all ranks of a stage
     for loss in balance_losses(step):
         if loss.layers == "pooled":
             blocks = degrees.cp * degrees.tp * step.sequences if loss.scope == "sequence" else step.stage_ranks
@@ -173,7 +183,7 @@ def pipeline(step: Step) -> Terms:
 
 # ----------------------------------------------------------------------------------------------- weights and gradients
 
-# Ends of the names of what tp divides, by rows or by columns. All else it leaves whole. Of experts, etp leaves b_out.
+# Name suffixes of the parameters that tp shards on dim 0 or on dim 1; all others are replicated, and b_out over etp.
 BY_ROWS = tuple(f"{name}.{leaf}" for name in ("query", "key", "value", "w_in") for leaf in ("weight", "bias"))
 BY_ROWS += ("attention.sinks", "attention.query_up.weight", "attention.kv_up.weight")
 WHOLE_NORMS = ("attention.query_norm.weight", "attention.key_norm.weight")
@@ -183,25 +193,29 @@ VOCABULARY = ("embedding.weight", "unembedding.weight")
 
 @dataclass(frozen=True)
 class Held:
-    """A parameter as one replica's ranks hold it. shapes: on each rank of tp; of experts, on each of ep x etp.
-    is_whole: tp (etp) does not divide it. copies: neighbours in tp with the same part."""
+    """Holds a parameter as the ranks of one replica shard it.
+
+    shapes: on each rank of tp; for experts, on each of ep x etp. is_replicated: tp (etp) does not divide it.
+    num_copies: neighbours in tp that hold the same shard."""
 
     name: str
     shapes: list[tuple[int, ...]]
     is_expert: bool = False
-    is_whole: bool = False
-    copies: int = 1
+    is_replicated: bool = False
+    num_copies: int = 1
 
     @property
-    def numbers(self) -> int:
+    def numel(self) -> int:
+        """Returns the elements over all ranks of the replica."""
         return sum(math.prod(shape) for shape in self.shapes)
 
-    def padded(self, shards: int) -> int:
-        """FSDP2 divides the first dimension, padded to a multiple of the shards."""
+    def padded_numel(self, shards: int) -> int:
+        """Returns the elements when FSDP2 pads the first dimension to a multiple of `shards`."""
         return sum(-(-rows // shards) * shards * math.prod(rest) for rows, *rest in self.shapes)
 
 
 def held_parameters(step: Step) -> Iterator[Held]:
+    """Yields every parameter of the model with its shard shapes."""
     tp = step.degrees.tp
     kv_copies = max(1, tp // step.model.attention.kv_heads)
     for name, parameter in build_model(step.model, device=torch.device("meta")).named_parameters():
@@ -211,59 +225,66 @@ def held_parameters(step: Step) -> Iterator[Held]:
         elif name in VOCABULARY:
             yield Held(name, [(len(part), *rest) for part in torch.arange(rows).tensor_split(tp)])
         elif name.endswith(BY_ROWS) or (name.endswith(WHOLE_NORMS) and has_whole_norms(step.model)):
-            copies = kv_copies if re.search(r"\.(key|value|key_norm)\.", name) else 1
-            yield Held(name, [(rows * copies // tp, *rest)] * tp, copies=copies)
+            num_copies = kv_copies if re.search(r"\.(key|value|key_norm)\.", name) else 1
+            yield Held(name, [(rows * num_copies // tp, *rest)] * tp, num_copies=num_copies)
         elif name.endswith(BY_COLUMNS):
             yield Held(name, [(rows, rest[0] // tp)] * tp)
         else:
-            yield Held(name, [(rows, *rest)] * tp, is_whole=True)
+            yield Held(name, [(rows, *rest)] * tp, is_replicated=True)
 
 
 def _held_experts(step: Step, name: str, shape: tuple[int, ...]) -> Held:
-    """shape: (E, D, F) of w_in, (E, F, D) of w_out, (E, F) of b_in, (E, D) of b_out; F is divided."""
+    """Returns the shards of an expert parameter, of shape (E, D, F) for w_in, (E, F, D) for w_out, (E, F) for b_in, (E,
+    D) for b_out; etp divides F."""
     ep, etp = step.degrees.ep, step.degrees.etp
     placement = ExpertPlacement.contiguous(shape[0], ep)
-    part, is_whole = list(shape), name.endswith("b_out")
-    if not is_whole:
+    part, is_replicated = list(shape), name.endswith("b_out")
+    if not is_replicated:
         part[1 if name.endswith("w_out") else -1] //= etp
     shapes = [(len(placement.experts_on(rank)), *part[1:]) for rank in range(ep) for _ in range(etp)]
-    return Held(name, shapes, is_expert=True, is_whole=is_whole)
+    return Held(name, shapes, is_expert=True, is_replicated=is_replicated)
 
 
-def weights(step: Step) -> Terms:
-    """Gradients are summed once a step over the ranks that hold the same part of a parameter, whatever the micro-steps;
-    sharded weights are gathered for the passes. A table that first and last stage share is on both."""
-    degrees, data, W = step.degrees, step.parallel.data, step.kept_width
+def weight_bytes(step: Step) -> Terms:
+    """Returns the traffic of weights and gradients.
+
+    Gradients are summed once a step over the ranks that hold the same shard, whatever the number of micro-steps;
+    sharded weights are gathered for the passes. The first and last stage both hold a tied embedding."""
+    degrees, data = step.degrees, step.parallel.data
+    W = step.kept_width
     terms: Terms = Counter()
-    for held in held_parameters(step):
-        axis, holders = ("edp", degrees.edp) if held.is_expert else ("dense", degrees.dp * degrees.cp)
-        divided, degree = ("etp", degrees.etp) if held.is_expert else ("tp", degrees.tp)
-        is_tied = step.model.tied_embeddings and degrees.pp > 1 and held.name == "embedding.weight"
+    for parameter in held_parameters(step):
+        axis, holders = ("edp", degrees.edp) if parameter.is_expert else ("dense", degrees.dp * degrees.cp)
+        divided, degree = ("etp", degrees.etp) if parameter.is_expert else ("tp", degrees.tp)
+        is_tied = step.model.tied_embeddings and degrees.pp > 1 and parameter.name == "embedding.weight"
         stages = 2 if is_tied else 1
         if isinstance(data, ShardedConfig):
-            shards = shard_counts(data, degrees)[1 if held.is_expert else 0]
+            shards = shard_counts(data, degrees)[1 if parameter.is_expert else 0]
             holders //= shards
-            terms.update(_sharded(step, data, held, axis, shards, stages * holders, holders))
+            terms.update(_sharded(step, data, parameter, axis, shards, stages * holders, holders))
         else:
-            terms[axis, "gradients"] += 2 * (holders - 1) * stages * held.numbers * W
-        # What is left is done by each replica for itself, by its shards together.
-        gradients = holders * held.numbers * W
-        if held.is_whole:
+            terms[axis, "gradients"] += 2 * (holders - 1) * stages * parameter.numel * W
+        # The remaining reductions run once in each replica, over its shards together.
+        gradients = holders * parameter.numel * W
+        if parameter.is_replicated:
             terms[divided, "gradients of what it leaves whole"] += 2 * (degree - 1) * gradients // degree
-        if held.copies > 1:
-            terms["key", "gradients"] += 2 * (held.copies - 1) * gradients // held.copies
+        if parameter.num_copies > 1:
+            terms["key", "gradients"] += 2 * (parameter.num_copies - 1) * gradients // parameter.num_copies
         if is_tied:
             terms["tied", "gradients"] += 2 * gradients
     return terms
 
 
-def _sharded(step: Step, data: ShardedConfig, held: Held, axis: str, shards: int, groups: int, replicas: int) -> Terms:
-    """FSDP2. groups: of `shards` ranks each, over which a copy of the parameter is divided."""
-    numbers, W = held.padded(shards), step.kept_width
+def _sharded(
+    step: Step, data: ShardedConfig, parameter: Held, axis: str, shards: int, groups: int, replicas: int
+) -> Terms:
+    """Returns the traffic of FSDP2 for one parameter. groups: number of groups of `shards` ranks that divide one copy
+    each."""
+    numbers, W = parameter.padded_numel(shards), step.kept_width
     over_shards, over_replicas = (f"{axis} shards", f"{axis} replicas") if replicas > 1 else (axis, axis)
-    # Norms and routers compute in float32 or wider, and travel so.
-    width = W if "norm." in held.name or ".router." in held.name else step.compute_width
-    gathered = groups * (shards - 1) * numbers * width * gathers(step, data, held.name)
+    # Norms and routers compute in float32 or wider, so FSDP2 gathers them in that dtype.
+    width = W if "norm." in parameter.name or ".router." in parameter.name else step.compute_width
+    gathered = groups * (shards - 1) * numbers * width * gathers(step, data, parameter.name)
     return Counter(
         {
             (over_shards, "weights"): gathered,
@@ -274,9 +295,11 @@ def _sharded(step: Step, data: ShardedConfig, held: Held, axis: str, shards: int
 
 
 def gathers(step: Step, data: ShardedConfig, name: str) -> int:
-    """How often a weight is gathered in a step: for every forward pass, and again for the backward pass where it was
-    given up in between. A pipeline keeps it from a backward pass to whatever comes next. Experts that compute tokens in
-    chunks are gathered for each chunk."""
+    """Returns how often FSDP2 gathers a weight in a step: once for every forward pass, and again for the backward pass
+    if it was resharded in between.
+
+    A pipeline keeps a weight gathered from one backward pass to the next pass. Experts that compute tokens in chunks
+    are gathered for each chunk."""
     is_outside_blocks = name in (*VOCABULARY, "position.weight")
     given_up = data.reshard_after_forward and not is_outside_blocks
     M = step.training.micro_steps

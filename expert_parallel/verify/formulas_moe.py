@@ -1,5 +1,6 @@
-"""The bytes of one training step that its MoE layers move, by parallel axis: counts for losses, what scopes look at,
-rows. See formulas.py. What routing decides is taken from the step itself."""
+"""Computes the bytes that the MoE layers of one training step send, by parallel axis: counts for losses, scopes, rows.
+
+See formulas.py. Decisions of the router are taken from the step itself."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,20 +20,24 @@ from expert_parallel.verify.formulas import Step, Terms, balance_losses
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """Rows that experts were given in a step, over layers, passes (recomputed ones too) and ranks. fullest: over groups
-    of etp instead of ranks, of each the number of its fullest rank."""
+    """Holds the rows that experts received in a step, over layers, passes (including recomputed ones) and ranks.
+
+    total: sum over ranks. max_rows: the largest number within each group of etp ranks, summed over the groups."""
 
     total: int
     fullest: int
 
 
 def losses_and_totals(step: Step) -> Terms:
-    """Counts of choices and tokens in every pass, where there are losses; once a step, over all ranks, the gradient
-    norm, cross entropy, number of tokens, and the counts of all layers."""
-    degrees, numbers = step.degrees, 3
+    """Returns the traffic of statistics: in every pass, counts of choices and tokens for losses; once a step, over all
+    ranks, the gradient norm, cross entropy, number of tokens, and the counts of all layers."""
+    degrees = step.degrees
+    numbers = 3  # gradient norm, cross entropy, number of tokens
     terms: Terms = Counter()
     if step.model.moe is not None:
-        E, num_losses, num_layers = step.moe.num_experts, len(step.moe.losses), len(step.model.moe_layers)
+        E = step.moe.num_experts
+        num_losses = len(step.moe.losses)
+        num_layers = len(step.model.moe_layers)
         numbers += num_layers * packed_size(E, num_losses)
         if num_losses:
             terms["stage", "counts for losses"] = (
@@ -46,17 +51,19 @@ def losses_and_totals(step: Step) -> Terms:
     return terms
 
 
-def scopes(step: Step) -> Terms:
-    """What capacity and routers of a scope beyond a rank look at is gathered, padded to the rank with most tokens; and
-    small agreements over ep. Once, whatever is recomputed: choices are played back."""
+def scope_bytes(step: Step) -> Terms:
+    """Returns the traffic of routers and capacities with a scope beyond one rank: gathered scores, padded to the
+    fullest rank, and small reductions over ep. Recomputation adds nothing, since it replays the recorded choices."""
     terms: Terms = Counter()
     if step.model.moe is None:
         return terms
-    capacity, router, W = step.moe.capacity, step.router, step.kept_width
-    E, K, ep = step.moe.num_experts, router.num_choices(step.moe.num_experts), step.degrees.ep
+    capacity, router = step.moe.capacity, step.router
+    E, K = step.moe.num_experts, router.num_choices(step.moe.num_experts)
+    W = step.kept_width
+    ep = step.degrees.ep
     passes = step.training.micro_steps * len(step.model.moe_layers)
-    ep_ranks = passes * step.stage_ranks  # of all groups, in all passes
-    looks: list[tuple[str, int]] = []  # scope, bytes a token
+    ep_ranks = passes * step.stage_ranks  # over all ep groups and passes
+    looks: list[tuple[str, int]] = []  # (scope, bytes per token) of each gather
     if isinstance(router, ExpertChoiceConfig | SinkhornConfig):
         looks.append((router.scope, W * E))
     if isinstance(capacity, LimitSettings):
@@ -74,21 +81,25 @@ def scopes(step: Step) -> Terms:
 
 
 def to_all_others(step: Step, axis: str, width: int, header: int, tokens: Sequence[int] | None = None) -> int:
-    """Bytes of one pass of one layer in which every rank of a group sends all others a header and its tokens, padded to
-    those of the fullest rank. tokens: by rank; None: all that it has."""
+    """Returns the bytes of one all-gather per group and layer: a header and the tokens, padded to those of the fullest
+    rank.
+
+    width: bytes per token. tokens: by rank; None: all tokens of each rank."""
     groups, tokens = grid(step.degrees)[axis], tokens or step.tokens_of_ranks
     sent = [(header + max(tokens[rank] for rank in ranks) * width) * len(ranks) for ranks in groups]
     return sum(sent) * (len(groups[0]) - 1) // step.degrees.pp
 
 
-def dispatch(step: Step, totals: LayerTotals) -> Terms:
-    """Rows of one MoE layer: out and back, forward and backward; out and back once more where it is recomputed. Beside
-    them metadata: 8 bytes a pair of ranks and 8 more a chunk, and for each choice that crosses its expert and weight.
-    How many choices share a row the ledger does not say: its bytes do."""
+def dispatch_bytes(step: Step, totals: LayerTotals) -> Terms:
+    """Returns the traffic of one MoE layer's rows: out and back, forward and backward, and once more if it is
+    recomputed.
+
+    Metadata is 8 bytes per pair of ranks, 8 more per chunk, and expert id and weight for each choice that crosses. The
+    ledger does not record how many choices share a row, so their number is derived from its bytes."""
     if step.degrees.ep == 1:
         return Counter()
     if step.moe.dispatcher.kind == "all_gather":
-        return broadcast(step, totals)
+        return all_gather_bytes(step, totals)
     hops: list[tuple[str, int, tuple[str, ...]]] = [("ep", step.degrees.ep, ("node", "network"))]
     row, choice = row_width(step), 4 + step.kept_width
     terms: Terms = Counter()
@@ -113,10 +124,12 @@ def dispatch(step: Step, totals: LayerTotals) -> Terms:
     return terms
 
 
-def broadcast(step: Step, totals: LayerTotals) -> Terms:
-    """Out go all tokens with all their choices, padded to those of the fullest rank, each chunk for itself
-    (the ledger has them without); back, and backward, what an all-to-all moves."""
-    row, M, P, header = row_width(step), step.training.micro_steps, step.degrees.ep, 8 + 4 * step.chunks
+def all_gather_bytes(step: Step, totals: LayerTotals) -> Terms:
+    """Returns the traffic of the all-gather dispatcher: out go all tokens with all their choices, padded to the fullest
+    rank, chunk by chunk (the ledger counts them unpadded); back and backward move what an all-to-all moves."""
+    row = row_width(step)
+    M, P = step.training.micro_steps, step.degrees.ep
+    header = 8 + 4 * step.chunks  # bytes of metadata per rank
     choices = step.router.num_choices(step.moe.num_experts) * (4 + step.kept_width)
     chunks_of_ranks = zip(*(chunk_sizes(tokens, step.chunks) for tokens in step.tokens_of_ranks), strict=True)
     rows = sum(to_all_others(step, "ep", row, header=0, tokens=tokens) for tokens in chunks_of_ranks)
@@ -134,20 +147,20 @@ def broadcast(step: Step, totals: LayerTotals) -> Terms:
 
 
 def row_width(step: Step) -> int:
-    """Bytes of a row between ranks; the ledger may add a tag and a sum."""
+    """Returns the bytes of a row between ranks; ledger kind `rows` adds a tag and a checksum."""
     is_narrow = step.moe.dispatcher.exchange_dtype == "bfloat16"
     number = torch.bfloat16.itemsize if is_narrow else step.compute_width
     return step.model.d_model * number + (16 if step.moe.ledger.kind == "rows" else 0)
 
 
 def gradient_width(step: Step) -> int:
-    """Of the gradient of a choice's weight, which comes back where the weight is learned."""
+    """Returns the bytes of the gradient of one routing weight, 0 for routers whose weights are not trained."""
     return 0 if isinstance(step.router, HashConfig) else step.kept_width
 
 
-def expert_tensor(step: Step, rows: ExpertRows) -> Terms:
-    """etp: rows are gathered, padded to the fullest rank's, and partial outputs go to the ranks whose rows they are;
-    their gradients the other way round. Beside them the numbers of rows of each expert."""
+def expert_tensor_bytes(step: Step, rows: ExpertRows) -> Terms:
+    """Returns the traffic of etp: rows are gathered, padded to the fullest rank, and partial outputs are reduced to the
+    ranks that own the rows; gradients go the reverse way. Counts of rows per expert are gathered as well."""
     if step.model.moe is None:
         return Counter()
     others, edp = step.degrees.etp - 1, step.degrees.edp

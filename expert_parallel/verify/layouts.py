@@ -1,4 +1,4 @@
-"""Layouts: what is said with `--layout ep=4,data=sharded`, and which ones are tried if nothing is said."""
+"""Parses layouts such as `ep=4,data=sharded`, applies them to a config, and chooses which ones to try by default."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from expert_parallel.training.config import Config
 from expert_parallel.training.setup import check_degrees
 
 DEGREES = ("cp", "tp", "pp", "ep", "etp")
-# What a layout may name, and the setting behind it.
+# Names in a layout -> settings of the config.
 SETTINGS = {
     **{degree: f"parallel.{degree}" for degree in DEGREES},
     "data": "parallel.data.kind",
@@ -26,20 +26,20 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is divided over the ranks. What it does not name: degrees are 1, weights are replicated (but with
-    `shards`, so many of them are sharded), the rest is as in the config."""
+    """Names how a step is divided over the ranks. Unnamed degrees are 1, weights are replicated (with `shards`, sharded
+    over that many ranks), and everything else is as in the config."""
 
     settings: tuple[tuple[str, str | int], ...]
 
     @property
     def name(self) -> str:
-        """As `parse` takes it; what is 1 or replicated goes without saying."""
-        said = [f"{name}={value}" for name, value in self.settings if not _by_default(name, value)]
-        return ",".join(said or [f"{name}={value}" for name, value in self.settings])
+        """Returns the text that `parse` accepts, without values that are the default."""
+        named = [f"{name}={value}" for name, value in self.settings if not _by_default(name, value)]
+        return ",".join(named or [f"{name}={value}" for name, value in self.settings])
 
     @staticmethod
     def parse(text: str) -> "Layout":
-        """ValueError: one sentence."""
+        """Parses `name=value,...`. Raises ValueError for text in another form or unknown names."""
         settings: dict[str, str | int] = {}
         for part in text.split(","):
             name, equals, value = part.strip().partition("=")
@@ -48,18 +48,19 @@ class Layout:
             if name not in SETTINGS:
                 raise ValueError(f"--layout {text}: {name!r} is none of {', '.join(SETTINGS)}")
             if name in settings:
-                raise ValueError(f"--layout {text}: {name} stands twice")
+                raise ValueError(f"--layout {text}: {name} is given twice")
             settings[name] = int(value) if value.isdecimal() else value
         return Layout(tuple(settings.items()))
 
     def apply(self, config: Config) -> Config:
-        """The config with this layout; micro-steps stay as large as they are. ValueError where the two do not fit."""
+        """Returns the config with this layout; the size of a micro-step is kept. Raises ValueError where the two do not
+        fit."""
         tree = config.model_dump(mode="json")
         named = dict(self.settings)
         values = dict.fromkeys(DEGREES, 1) | {"data": "sharded" if "shards" in named else "replicated"} | named
         for name, value in values.items():
             block, leaf = _block_of(tree, name)
-            if leaf == "kind" and block["kind"] != value:  # another kind has other settings
+            if leaf == "kind" and block["kind"] != value:  # settings of the old kind do not apply to another
                 block.clear()
             block[leaf] = value
         training = tree["training"]
@@ -76,7 +77,7 @@ class Layout:
 
 
 def _block_of(tree: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
-    """The block of a config's tree that holds a setting, and its key there."""
+    """Returns the block of a config's tree that holds a setting, and the setting's key in it."""
     *blocks, leaf = SETTINGS[name].split(".")
     for block in blocks:
         tree = tree[block]
@@ -88,7 +89,8 @@ def _by_default(name: str, value: str | int) -> bool:
 
 
 def check_layout(config: Config, layout: Layout, num_ranks: int) -> ParallelDegrees:
-    """ValueError, with the layout's name, where the product itself refuses it."""
+    """Returns the degrees of the config in this layout. Raises ValueError, with the layout's name, where training
+    refuses it."""
     try:
         return check_degrees(layout.apply(config), num_ranks)
     except ValueError as error:
@@ -96,20 +98,20 @@ def check_layout(config: Config, layout: Layout, num_ranks: int) -> ParallelDegr
 
 
 def own_layout(tree: dict[str, Any]) -> Layout:
-    """That of a config's tree."""
+    """Returns the layout that a config's tree describes."""
     blocks = {name: _block_of(tree, name) for name in SETTINGS}
     found = {name: block.get(leaf) for name, (block, leaf) in blocks.items()}
     return Layout(tuple((name, value) for name, value in found.items() if value is not None))
 
 
 def choose_layouts(config: Config, own: Layout, num_ranks: int, micro_steps: Sequence[int]) -> list[Layout]:
-    """The user's own layout, if it fits the ranks, and few others, such that each two values of two names that can
-    stand together do so once. Greedy: always the layout with most pairs that are still missing."""
+    """Chooses the config's own layout, if it fits the ranks, and a small set that covers every pair of values of two
+    names at least once (pairwise testing). Greedy: always adds the layout that covers the most missing pairs."""
     candidates = [(layout, _pairs(layout)) for layout in _candidates(num_ranks, micro_steps)]
     missing = set().union(*(pairs for _, pairs in candidates))
     chosen = [own] if _fits(config, own, num_ranks) else []
     missing -= _pairs(own) if chosen else set()
-    # What a layout adds only ever falls: those whose old number is the largest are counted anew, until one stays it.
+    # Lazy greedy: the number of missing pairs that a layout covers only decreases, so recount only the current best.
     best = [(-len(pairs), number) for number, (_, pairs) in enumerate(candidates)]
     heapify(best)
     while best and missing:
@@ -155,5 +157,5 @@ def _fits(config: Config, layout: Layout, num_ranks: int) -> bool:
 
 
 def accumulations(num_ranks: int) -> tuple[int, int]:
-    """Two numbers of micro-steps to try: without accumulation, and with enough for a pipeline."""
+    """Returns two numbers of micro-steps to try: 1, and enough for a pipeline."""
     return 1, max(2, min(num_ranks, 4))

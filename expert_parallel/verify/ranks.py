@@ -1,8 +1,7 @@
-"""Ranks of our own, where no launcher has started any: processes on this machine's CPU with gloo between them.
+"""Starts ranks as processes on this machine's CPU with gloo between them, where no launcher has started any.
 
-Each is forked from a server that has imported everything once. What they say comes over pipes as JSON; the first that
-fails, or dies, ends the others.
-"""
+Each rank is forked from a server that has imported everything once. Ranks report over pipes as JSON; the first that
+fails or dies ends the others."""
 
 import json
 import multiprocessing
@@ -20,18 +19,19 @@ import torch.distributed as dist
 
 from expert_parallel.runtime.process import CPU, Launch, Runtime, UserError
 
-# Runs on every rank: (what to do, this rank's runtime, a way to speak to the user) -> the result, as JSON has it.
+# Runs on every rank: (task, this rank's runtime, progress function) -> a result that JSON can hold.
 Work = Callable[[Any, Runtime, Callable[[str], None]], Any]
 
 
 class RankError(Exception):
-    """One sentence: in which layout which rank failed, and why."""
+    """Says in one sentence in which layout which rank failed, and why."""
 
 
 def run_on_ranks(num_ranks: int, work: Work, task: Any, say: Callable[[str], None], timeout: timedelta) -> Any:
-    """The result of rank 0. work: a function of a module. task: anything that JSON can hold.
+    """Runs `work(task, runtime, progress function)` on new processes and returns the result of rank 0.
 
-    Raises UserError with what the ranks refuse together, RankError where one fails."""
+    fn: a function at module level. task: any JSON value. Raises UserError for what all ranks refuse, RankError where
+    one fails."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([work.__module__])
     connections: list[Connection] = []
@@ -55,8 +55,8 @@ def run_on_ranks(num_ranks: int, work: Work, task: Any, say: Callable[[str], Non
 
 
 def _listen(connections: list[Connection], processes: list[Any], say: Callable[[str], None]) -> Any:
-    """Until rank 0 has a result, or any has failed."""
-    said = "the start"
+    """Waits until rank 0 has a result or any rank has failed, and passes progress on to `say`."""
+    last_progress = "the start"
     while True:
         for ready in wait(connections):
             rank = connections.index(ready)  # type: ignore[arg-type]
@@ -64,18 +64,21 @@ def _listen(connections: list[Connection], processes: list[Any], say: Callable[[
                 kind, value = json.loads(connections[rank].recv_bytes())
             except (EOFError, OSError):
                 processes[rank].join()
-                raise RankError(f"{said}: rank {rank} ended with exit code {processes[rank].exitcode}") from None
+                raise RankError(
+                    f"{last_progress}: rank {rank} ended with exit code {processes[rank].exitcode}"
+                ) from None
             if kind == "result":
                 return value
             if kind == "refused":
                 raise UserError(value)
             if kind == "failed":
-                raise RankError(f"{said}: rank {rank} failed: {value}")
-            said = value
+                raise RankError(f"{last_progress}: rank {rank} failed: {value}")
+            last_progress = value
             say(value)
 
 
 def _serve(work: Work, task: str, place: tuple[int, int, str, float], connection: Connection) -> None:
+    """Runs one rank and reports over its pipe; the process then waits to be killed."""
     rank, num_ranks, store, seconds = place
 
     def tell(kind: str, value: Any) -> None:

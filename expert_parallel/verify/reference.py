@@ -1,9 +1,8 @@
-"""A whole training step on one rank in float64, slow and obviously right: what every layout is compared with.
+"""Computes a whole training step on one rank in float64, slow and simple: what every layout is compared with.
 
-Written from the formulas, without any parallel code and without any code of model/, training/ or the fast MoE layer:
-plain attention, plain cross entropy, gradients by autograd, AdamW by hand; the MoE layers are moe/reference/layer.py.
-Here B are the sequences of a whole micro-step, V the vocabulary; the other letters are those of moe/types.py.
-"""
+Written from the formulas, without any parallel code and without code of model/, training/ or the fast MoE layer: plain
+attention, plain cross entropy, gradients by autograd, AdamW by hand; the MoE layers are moe/reference/layer.py. Here B
+are the sequences of a whole micro-step and V the vocabulary; the other letters are those of moe/types.py."""
 
 import math
 from collections.abc import Callable
@@ -19,14 +18,16 @@ from expert_parallel.moe.reference.routing import NOT_ROUTED, blocks, collect, r
 from expert_parallel.verify.reference_attention import attention, linear, positions
 
 Parameters = dict[str, Tensor]
-# For each rank of one pipeline stage: which sequences of a micro-step it holds, and which positions of them (int64).
+# For each rank of one pipeline stage: the sequences of a micro-step that it holds, and their positions (int64).
 Division = list[tuple[Tensor, Tensor]]
 
 
 @dataclass
 class LayerRecord:
-    """One MoE block over a step. losses: mean over micro-steps, before coefficients. Counts: of the whole step;
-    routed_E by the expert first chosen, kept_E (kept and rerouted) by the expert reached."""
+    """Accumulates the statistics of one MoE block over a step.
+
+    losses: mean over micro-steps, before coefficients. routed_E: choices by the expert first chosen. kept_E: choices by
+    the expert reached, kept and rerouted ones."""
 
     losses: dict[str, float] = field(default_factory=dict)
     routed_E: Tensor | None = None
@@ -36,7 +37,9 @@ class LayerRecord:
 
 @dataclass
 class ReferenceStep:
-    """loss: mean cross entropy, nats a token. gradients: before clipping. outputs: by (micro-step, block), (B, S, D).
+    """Holds everything that a reference step computes.
+
+    loss: mean cross entropy, nats a token. gradients: before clipping. outputs: by (micro-step, block), (B, S, D).
     balance_biases: after the step, by logical name."""
 
     loss: float
@@ -57,13 +60,12 @@ def reference_step(
     seed: int,
     separator: int | None = None,
 ) -> ReferenceStep:
-    """Step 0 of a run. model: a ModelConfig without dropout. training: a TrainingConfig.
+    """Computes step 0 of a run. model: a ModelConfig without dropout. training: a TrainingConfig.
 
-    parameters: logical name -> float64, with the balance biases (`....router.balance_bias_E`). sequences_GS: int64
-    (global_batch, sequence_length + 1), in global order. division: of each micro-step, which are alike; it matters
-    to settings with scope `rank` alone. seed: of the routers' random numbers. separator: the token that ends a
-    document, where documents are kept apart.
-    """
+    parameters: logical name -> float64, including the balance biases (`....router.balance_bias_E`). sequences_GS: int64
+    (global_batch, sequence_length + 1), in global order. partition: which rank holds which tokens of a micro-step; only
+    settings with scope `rank` depend on it. seed: of the routers' random numbers. separator: the token that ends a
+    document, where documents are kept apart."""
     biases = {name: value for name, value in parameters.items() if name.endswith("balance_bias_E")}
     weights = {name: p.detach().clone().requires_grad_() for name, p in parameters.items() if name not in biases}
     step = ReferenceStep(0.0, 0.0, {}, {}, {}, {}, {layer: LayerRecord() for layer in model.moe_layers})
@@ -93,7 +95,7 @@ def reference_step(
 
 
 def documents(tokens_BS: Tensor, separator: int) -> Tensor:
-    """How many separators stand before each token of its row."""
+    """Counts the separators before each token of its row: int64 (B, S), the index of the token's document."""
     found = torch.zeros_like(tokens_BS)
     for b, row in enumerate(tokens_BS.tolist()):
         for s in range(len(row)):
@@ -102,8 +104,8 @@ def documents(tokens_BS: Tensor, separator: int) -> Tensor:
 
 
 def adamw_step(training: Any, weights: Parameters, gradients: Parameters, grad_norm: float) -> Parameters:
-    """The weights after the first step of a run: clipping, then AdamW (Loshchilov and Hutter 2017, algorithm 2) at the
-    schedule's first rate; no decay of vectors."""
+    """Returns the weights after the first step of a run: clipping, then AdamW (Loshchilov and Hutter 2017, algorithm 2)
+    at the schedule's first rate, without decay of 1-D parameters."""
     optimizer, limit = training.optimizer, training.clip_norm
     rate = optimizer.learning_rate / max(1, training.schedule.warmup_steps)
     beta1, beta2 = optimizer.betas
@@ -123,7 +125,7 @@ def adamw_step(training: Any, weights: Parameters, gradients: Parameters, grad_n
 
 @dataclass
 class Pass:
-    """auxiliary: sum over MoE blocks and losses of coefficient * loss."""
+    """Holds the result of a forward pass. auxiliary: sum over MoE blocks and losses of coefficient * loss."""
 
     logits_BSV: Tensor
     auxiliary: Tensor
@@ -132,7 +134,7 @@ class Pass:
 def _forward(
     model: Any, weights: Parameters, tokens_BS: Tensor, division: Division, context: StepContext, step: ReferenceStep
 ) -> Pass:
-    """Writes outputs, losses and counts into `step`."""
+    """Runs the model on one micro-step, and writes outputs, losses and counts into `step`."""
     document_BS = torch.zeros_like(tokens_BS) if context.document_BS is None else context.document_BS
     x_BSD = weights["embedding.weight"][tokens_BS]
     if model.position.kind == "learned":
@@ -211,7 +213,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _cross_entropy(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    """-log of the target's probability, (B, S)."""
+    """Returns -log of the target's probability, (B, S)."""
     chosen = logits_BSV.gather(-1, targets_BS[..., None])[..., 0]
     largest = logits_BSV.detach().amax(-1)
     return largest + torch.log(torch.exp(logits_BSV - largest[..., None]).sum(-1)) - chosen
@@ -222,8 +224,7 @@ def _cross_entropy(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
 
 @dataclass
 class Sight:
-    """What a router did with a micro-step, for losses that are pooled over layers: f and P of each block of tokens,
-    (blocks, E), by loss."""
+    """Holds f and P of each block of tokens, (blocks, E), by loss, for balance losses that are pooled over layers."""
 
     fraction_bE: dict[str, Tensor]
     probability_bE: dict[str, Tensor]
@@ -238,7 +239,8 @@ def _moe(
     context: StepContext,
     step: ReferenceStep,
 ) -> tuple[Tensor, Tensor, Sight]:
-    """y; the sum of coefficient * loss over the losses of this layer alone; what the pooled ones need."""
+    """Runs one MoE block. Returns y, the sum of coefficient * loss over its own losses, and the terms of pooled
+    losses."""
     ranks = []
     for sequence_index_B, positions_S in division:
         here = (sequence_index_B[:, None], positions_S)
@@ -277,7 +279,7 @@ def _add_loss(record: LayerRecord, loss: Any, value: Tensor) -> None:
 
 
 def _look(config: Any, weights: Parameters, ranks: list[RankTokens], context: StepContext) -> Sight:
-    """Routes once more, since reference_layer does not tell its probabilities."""
+    """Routes once more for the pooled losses, since `reference_layer` does not return its probabilities."""
     sight = Sight({}, {})
     pooled = [loss for loss in config.losses if _is_pooled(loss)]
     if not pooled:
@@ -301,7 +303,8 @@ def _look(config: Any, weights: Parameters, ranks: list[RankTokens], context: St
 
 
 def _pooled_losses(config: Any, sights: dict[int, Sight], step: ReferenceStep) -> Tensor:
-    """coefficient * E * mean over blocks of sum_e f_e P_e, with f and P averaged over the layers first."""
+    """Returns the sum of coefficient * E * mean over blocks of sum_e f_e P_e, with f and P averaged over the layers
+    first."""
     total = torch.zeros((), dtype=torch.float64)
     for loss in config.losses:
         if not _is_pooled(loss):

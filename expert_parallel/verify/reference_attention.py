@@ -1,6 +1,5 @@
-"""Attention for reference.py, in float64, slow and obviously right: head by head, with every mask written out and every
-angle computed by itself. Without any code of model/.
-"""
+"""Computes attention for reference.py in float64, slow and simple: head by head, with explicit masks and angles,
+without any code of model/."""
 
 import math
 from collections.abc import Callable
@@ -13,14 +12,18 @@ Parameters = dict[str, Tensor]
 
 
 def attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, document_BS: Tensor | None = None) -> Tensor:
-    """(B, S, D) -> (B, S, D). weights: of this block's attention. document_BS: which document of its row a token is of,
-    int64; None: one a row. A token sees its own document alone, and counts positions from where that begins."""
+    """Applies attention to x_BSD, (B, S, D) -> (B, S, D). weights: those of this block's attention.
+
+    document_BS: int64, the document of each token in its row; None: one document a row. A token attends to its own
+    document alone, and positions count from the document's beginning."""
     if document_BS is None:
         document_BS = torch.zeros(x_BSD.shape[:2], dtype=torch.int64)
     return ATTENTION[model.attention.kind](model, layer, weights, x_BSD, document_BS)
 
 
 def heads_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, document_BS: Tensor) -> Tensor:
+    """Computes multi-head attention with grouped keys, sliding window, QK norm, rotary positions and sinks, as
+    configured."""
     config, size = model.attention, model.attention.head_size
     window = config.window if layer in model.window_blocks.blocks(model.num_layers) else None
     sees_BSS, position_BS = sees(document_BS, window), positions(document_BS)
@@ -45,9 +48,11 @@ def heads_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, 
 
 
 def latent_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, document_BS: Tensor) -> Tensor:
-    """DeepSeek-V2 (2405.04434), equations 9 to 13 and 37 to 47."""
-    config, position_BS, sees_BSS = model.attention, positions(document_BS), sees(document_BS)
-    nope, rope, value_size = config.nope_size, config.rope_size, config.value_size
+    """Computes multi-head latent attention: DeepSeek-V2 (2405.04434), equations 9 to 13 and 37 to 47."""
+    config = model.attention
+    position_BS, sees_BSS = positions(document_BS), sees(document_BS)
+    nope, rope = config.nope_size, config.rope_size
+    value_size = config.value_size
     if config.query_rank is None:
         query = linear(weights, "query", x_BSD)
     else:
@@ -72,7 +77,7 @@ def latent_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor,
     return linear(weights, "out", torch.cat(heads, -1))
 
 
-# kind -> (model, block, its weights, x (B, S, D), documents (B, S)) -> (B, S, D)
+# kind -> function of (model, block, its weights, x (B, S, D), documents (B, S)) that returns (B, S, D)
 ATTENTION: dict[str, Callable[[Any, int, Parameters, Tensor, Tensor], Tensor]] = {
     "heads": heads_attention,
     "latent": latent_attention,
@@ -80,7 +85,9 @@ ATTENTION: dict[str, Callable[[Any, int, Parameters, Tensor, Tensor], Tensor]] =
 
 
 def sees(document_BS: Tensor, window: int | None = None) -> Tensor:
-    """Whether the first token sees the second, bool (B, S, S)."""
+    """Returns a bool mask (B, S, S): True where the query (dim 1) may attend to the key (dim 2).
+
+    window: the last `window` keys, including the query's own position; None: all before it."""
     num_rows, length = document_BS.shape
     found = torch.zeros(num_rows, length, length, dtype=torch.bool)
     for b in range(num_rows):
@@ -92,7 +99,7 @@ def sees(document_BS: Tensor, window: int | None = None) -> Tensor:
 
 
 def positions(document_BS: Tensor) -> Tensor:
-    """Counted from the beginning of each document."""
+    """Returns each token's position within its document, int64 (B, S)."""
     found = torch.zeros_like(document_BS)
     for b, row in enumerate(document_BS.tolist()):
         for s in range(1, len(row)):
@@ -101,7 +108,8 @@ def positions(document_BS: Tensor) -> Tensor:
 
 
 def rotate(x_BSh: Tensor, position: Any, position_BS: Tensor) -> Tensor:
-    """Turns each pair (x_i, x_{i + h/2}) of a token by its position * the pair's frequency. position: a RopeConfig."""
+    """Rotates each pair (x_i, x_{i + h/2}) of a token by its position times the pair's frequency. position: a
+    RopeConfig."""
     half = x_BSh.shape[-1] // 2
     columns: list[Tensor] = [x_BSh[..., i] for i in range(2 * half)]
     stretch = _stretch(position.scaling)
@@ -114,7 +122,7 @@ def rotate(x_BSh: Tensor, position: Any, position_BS: Tensor) -> Tensor:
 
 
 def _frequency(position: Any, i: int, half: int) -> float:
-    """Of pair i, as the papers have it; kept: the share that is not divided by the factor."""
+    """Returns the frequency of pair i, scaled as in the papers. kept: the share that is not divided by the factor."""
     scaling, frequency = position.scaling, float(position.theta) ** (-i / half)
     if scaling is None:
         return frequency
@@ -140,6 +148,7 @@ def _frequency(position: Any, i: int, half: int) -> float:
 
 
 def _stretch(scaling: Any) -> float:
+    """Returns the factor of YaRN (2309.00071) on queries and keys; 1 for other scalings."""
     if scaling is None or scaling.kind != "yarn":
         return 1.0
     if scaling.attention_factor is not None:
@@ -151,13 +160,14 @@ def _stretch(scaling: Any) -> float:
 
 
 def _norm(config: Any, size: int, weight: Tensor, x: Tensor) -> Tensor:
-    """per_head: each head's columns by themselves, with one weight for all; whole: all columns together."""
+    """Applies RMSNorm to each head with shared weights (`per_head`), or to all columns together (`whole`)."""
     if config.kind == "whole":
         return rms_norm(x, weight, config.eps)
     return torch.cat([rms_norm(head, weight, config.eps) for head in x.split(size, -1)], -1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Computes RMSNorm (1910.07467) over the last dimension."""
     return x / torch.sqrt((x**2).mean(-1, keepdim=True) + eps) * weight
 
 

@@ -1,4 +1,4 @@
-"""The verification, as every rank runs it: one layout after the other, from top to bottom."""
+"""Runs the verification on every rank: one layout after the other."""
 
 import time
 from collections.abc import Callable
@@ -35,8 +35,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is verified. config: as reduced, in float64. dropout: the user's own probabilities, by setting. bytes:
-    whether those that each axis moves are counted, too."""
+    """Names what is verified.
+
+    config: the shrunk config, in float64. dropout: the user's probabilities, by setting. bytes: also counts the bytes
+    that each axis sends."""
 
     config: Config
     layouts: list[Layout]
@@ -47,8 +49,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class LayoutResult:
-    """differences: of every tensor, the worst over the ranks. dropped, routed: choices of the step. ledger, dropout:
-    what is wrong, in sentences. degrees: numbers that a ratio may be. bytes: of each axis; empty if not counted."""
+    """Holds the outcome of one layout.
+
+    differences: the worst of each tensor over the ranks. dropped, routed: choices of the step. ledger, dropout:
+    findings, in sentences. degrees: candidates for a wrong factor. bytes: traffic of each axis; empty if not
+    counted."""
 
     layout: str
     differences: list[Difference]
@@ -63,15 +68,48 @@ class LayoutResult:
     bytes: list[AxisBytes] = field(default_factory=list)
 
     def wrong(self, tolerance: float) -> list[Difference]:
+        """Returns the differences above the tolerance, and tensors that no rank has."""
         return [d for d in self.differences if not d.held or not d.relative <= tolerance]
 
     def passes(self, tolerance: float) -> bool:
+        """Returns True if nothing differs."""
         counts_agree = all(axis.agrees for axis in self.bytes)
         return not self.wrong(tolerance) and not self.ledger and not self.dropout and counts_agree
 
 
+@dataclass
+class Oracle:
+    """Computes the reference step on rank 0, once for all layouts that share it, and broadcasts it.
+
+    initial: weights as one rank initialises them. start: weights that the step starts from."""
+
+    config: Config
+    runtime: Runtime
+    initial: Tensors
+    start: Tensors
+    known: dict[tuple[int, str], Tensors] = field(default_factory=dict)
+
+    def step(self, config: Config, sequences_GS: Tensor, division: Division) -> Tensors:
+        """Returns the tensors that the config's step should give. A collective."""
+        training = config.training
+        if not _looks_at_ranks(config):
+            size = len(sequences_GS) // training.micro_steps
+            division = [(torch.arange(size), torch.arange(sequences_GS.shape[1] - 1))]
+
+        def compute() -> Tensors:
+            separator = system_under_test.separator(config)
+            step = reference_step(config.model, training, self.start, sequences_GS, division, config.seed, separator)
+            return expected_tensors(step, self.initial, self.start)
+
+        key = (training.micro_steps, repr([[numbers.tolist() for numbers in place] for place in division]))
+        if key not in self.known:
+            self.known[key] = _from_rank_0(self.runtime, compute)
+        return self.known[key]
+
+
 def verify(plan: Plan, runtime: Runtime, say: Say = lambda text: None) -> list[LayoutResult]:
-    """Every rank calls it, and gets the same results."""
+    """Verifies every layout. Called by all ranks, which get the same results. Raises UserError for a layout that cannot
+    be."""
     for layout in plan.layouts:
         runtime.together(lambda layout=layout: check_layout(plan.config, layout, runtime.world_size))  # type: ignore[misc]
     initial = _from_rank_0(runtime, lambda: system_under_test.whole_model(plan.config))
@@ -83,7 +121,8 @@ def verify(plan: Plan, runtime: Runtime, say: Say = lambda text: None) -> list[L
     return results
 
 
-def verify_layout(plan: Plan, layout: Layout, runtime: Runtime, oracle: "Oracle") -> LayoutResult:
+def verify_layout(plan: Plan, layout: Layout, runtime: Runtime, oracle: Oracle) -> LayoutResult:
+    """Takes one step in the layout, and compares it with the reference. A collective."""
     began = time.perf_counter()
     config = layout.apply(plan.config)
     sequences_GS = system_under_test.random_sequences(config)
@@ -94,7 +133,7 @@ def verify_layout(plan: Plan, layout: Layout, runtime: Runtime, oracle: "Oracle"
         expected = oracle.step(config, sequences_GS, divisions[0])
         pairs, breaches = _take_step(run, mine, replay, oracle, expected)
     if plan.dtype != "float64":
-        # The choices of float64 are played back: near ties fall differently in fewer digits.
+        # Replays the float64 step's choices, since near ties of scores break differently in a narrower dtype.
         config = config.model_copy(update={"training": config.training.model_copy(update={"dtype": plan.dtype})})
         with system_under_test.set_up(config, runtime, sequences_GS) as run:
             pairs, breaches = _take_step(run, mine, replay, oracle, expected)
@@ -120,9 +159,11 @@ def _take_step(
     run: system_under_test.Run,
     mine: list[system_under_test.MicroBatch],
     replay: RouterReplay | None,
-    oracle: "Oracle",
+    oracle: Oracle,
     expected: Tensors,
 ) -> tuple[Pairs, list[str]]:
+    """Takes a step from the reference's start. Returns this rank's tensors with the expected ones, and the ledger's
+    errors."""
     before = system_under_test.read(run.model)
     system_under_test.write(run.model, oracle.start)
     seen = system_under_test.take_step(run, mine, replay)
@@ -130,6 +171,7 @@ def _take_step(
 
 
 def _count_bytes(config: Config, runtime: Runtime, sequences_GS: Tensor) -> list[AxisBytes]:
+    """Takes one more step on a new model, and counts what it sends."""
     with system_under_test.set_up(config, runtime, sequences_GS) as run:
         batches = list(run.batches(0))
         return measure_step(
@@ -137,51 +179,24 @@ def _count_bytes(config: Config, runtime: Runtime, sequences_GS: Tensor) -> list
         )
 
 
-@dataclass
-class Oracle:
-    """What the reference says; rank 0 computes it, once for all layouts that ask the same. initial: weights as one rank
-    initialises them. start: those of the step."""
-
-    config: Config
-    runtime: Runtime
-    initial: Tensors
-    start: Tensors
-    known: dict[tuple[int, str], Tensors] = field(default_factory=dict)
-
-    def step(self, config: Config, sequences_GS: Tensor, division: Division) -> Tensors:
-        training = config.training
-        if not _looks_at_ranks(config):
-            size = len(sequences_GS) // training.micro_steps
-            division = [(torch.arange(size), torch.arange(sequences_GS.shape[1] - 1))]
-
-        def compute() -> Tensors:
-            separator = system_under_test.separator(config)
-            step = reference_step(config.model, training, self.start, sequences_GS, division, config.seed, separator)
-            return expected_tensors(step, self.initial, self.start)
-
-        key = (training.micro_steps, repr([[numbers.tolist() for numbers in place] for place in division]))
-        if key not in self.known:
-            self.known[key] = _from_rank_0(self.runtime, compute)
-        return self.known[key]
-
-
 def _from_rank_0(runtime: Runtime, compute: Callable[[], Tensors]) -> Tensors:
     return broadcast_tensors(compute() if runtime.rank == 0 else None)
 
 
 def stirred(initial: Tensors, seed: int) -> Tensors:
-    """Vectors begin at 0 or 1: stirred, so that each bias and norm matters."""
+    """Adds noise to 1-D parameters: they are initialised to 0 or 1, so errors in biases and norms would not show."""
     generator = torch.Generator().manual_seed(seed)
     start = {}
     for name, value in initial.items():
         size = 0.01 if name.endswith("balance_bias_E") else 0.2
         noise = size * torch.randn(value.shape, generator=generator)
-        start[name] = (value + noise if value.dim() == 1 else value).float().double()  # as every dtype holds it
+        start[name] = (value + noise if value.dim() == 1 else value).float().double()  # exact in float32 and wider
     return start
 
 
 def _gather_divisions(run: system_under_test.Run, mine: list[system_under_test.MicroBatch]) -> list[Division]:
-    """Of each micro-step, over the ranks of the first pipeline stage."""
+    """Returns, for each micro-step, the sequences and positions of every rank of the first pipeline stage. A
+    collective."""
     places = [[numbers.tolist() for numbers in place] for place in system_under_test.places(run, mine)]
     everyone = gather_json({"stage": run.mesh.pp_rank, "places": places})
     first = [rank["places"] for rank in everyone if rank["stage"] == 0]
@@ -192,7 +207,7 @@ def _gather_divisions(run: system_under_test.Run, mine: list[system_under_test.M
 
 
 def _looks_at_ranks(config: Config) -> bool:
-    """Whether a setting has scope `rank`, so that the reference needs to know which rank has which token."""
+    """Returns True if a setting has scope `rank`, so that the reference depends on which rank holds which token."""
     moe = config.model.moe
     if moe is None:
         return False
@@ -203,4 +218,5 @@ def _looks_at_ranks(config: Config) -> bool:
 
 
 def _sum(expected: Tensors, what: str) -> int:
+    """Sums the expected counts whose names end with `what`."""
     return int(sum(float(value.sum()) for name, value in expected.items() if name.endswith(what)))

@@ -1,5 +1,5 @@
-"""The config that is verified: the user's own with what would disturb the comparison switched off and, unless in full,
-made small, keeping what matters: routers, capacity, losses, norms, biases, activations, the pattern of MoE blocks."""
+"""Derives the config that is verified: the user's own without what would disturb the comparison and, unless in full
+size, shrunk. Routers, capacity, losses, norms, biases, activations and the pattern of MoE blocks are kept."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,30 +10,38 @@ from expert_parallel.parallel.degrees import ParallelConfig
 from expert_parallel.training.config import Config
 from expert_parallel.verify.layouts import Layout, accumulations, own_layout
 
-# Small, but all different, and multiples of 8, as grouped products want them.
+# Small, all different, and multiples of 8, which grouped matrix products require.
 SIZES = {"model.d_model": 16, "model.ffn.hidden": 48, "model.moe.experts.hidden": 32}
-SHARED_HIDDEN, HEAD_SIZE, MOST_KV_HEADS, MOST_HEADS_A_GROUP, MOST_EXPERTS = 24, 4, 4, 4, 16
+SHARED_HIDDEN = 24
+HEAD_SIZE = 4
+MOST_KV_HEADS = 4
+MOST_HEADS_A_GROUP = 4
+MOST_EXPERTS = 16
 LATENT_SIZES = {"num_heads": 8, "query_rank": 12, "kv_rank": 8, "nope_size": 6, "rope_size": 4, "value_size": 5}
-WINDOW, ORIGINAL_LENGTH = 3, 64  # some tokens are outside of windows, some pairs of columns within a scaling's ramp
-INIT_STD, CLIP_NORM, LEARNING_RATE, EPS = 0.3, 0.1, 0.01, 1e-4
+WINDOW = 3  # shorter than a sequence, so that it masks some tokens
+ORIGINAL_LENGTH = 64  # so that some frequencies lie within the ramp of a rotary scaling
+INIT_STD = 0.3
+CLIP_NORM = 0.1
+LEARNING_RATE = 0.01
+EPS = 1e-4
 
 
 @dataclass
 class Draft:
-    """A config's tree, and what has been changed in it."""
+    """Edits a config's tree, and records what it changed."""
 
     tree: dict[str, Any]
     changes: list[str] = field(default_factory=list)
 
     def get(self, path: str) -> Any:
-        """None where a block on the way is absent."""
+        """Returns the value at a dotted path, None where a block on the way is absent."""
         here: Any = self.tree
         for key in path.split("."):
             here = None if here is None else here.get(key)
         return here
 
     def put(self, path: str, value: Any, why: str = "") -> None:
-        """Where the config has this setting, with another value."""
+        """Sets the value at a dotted path and records the change; does nothing where the config has no such setting."""
         parent, _, leaf = path.rpartition(".")
         block = self.get(parent)
         if block is None or leaf not in block or block[leaf] == value:
@@ -42,6 +50,7 @@ class Draft:
         block[leaf] = value
 
     def at_most(self, path: str, limit: int) -> None:
+        """Reduces the value at a dotted path to `limit`, if it is set."""
         value = self.get(path)
         if value is not None:
             self.put(path, min(value, limit))
@@ -53,8 +62,8 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Reduced:
-    """config: without its layout, which is `own`. changes: what was made smaller. settings: what was set for the
-    comparison."""
+    """Holds the derived config. config: without its layout, which is `own`. changes: sizes that were reduced. settings:
+    values that were set for the comparison."""
 
     config: Config
     own: Layout
@@ -63,12 +72,14 @@ class Reduced:
 
 
 def reduce_config(config: Config, num_ranks: int, full: bool, one_machine: bool = True) -> Reduced:
-    """ValueError for what cannot be verified. one_machine: the ranks are processes of one."""
+    """Derives the config to verify on `num_ranks` ranks. one_machine: all ranks are processes of one machine.
+
+    Raises ValueError for a config that cannot be verified."""
     _refuse(config)
     draft, small = Draft(config.model_dump(mode="json")), Draft({})
     _switch_off(draft)
     if one_machine and draft.get("model.moe.dispatcher.kind") == "hierarchical" and num_ranks % 2 == 0:
-        draft.put("parallel.ranks_per_node", num_ranks // 2, "as if they were two")
+        draft.put("parallel.ranks_per_node", num_ranks // 2, "as if there were two nodes")
     if not full:
         small = Draft(draft.tree)
         _make_small(small, num_ranks)
@@ -81,20 +92,20 @@ def _refuse(config: Config) -> None:
     moe = config.model.moe
     if moe is not None and moe.capacity.receive_bound is not None:
         raise ValueError(
-            "model.moe.capacity.receive_bound: which tokens it drops depends on the layout by its nature, so there is "
+            "model.moe.capacity.receive_bound: which tokens it drops depends on the layout by definition, so there is "
             "nothing to compare; set it to null to verify the rest"
         )
 
 
 def _switch_off(draft: Draft) -> None:
-    elsewhere = "in a column of its own"
+    elsewhere = "checked separately"
     draft.put("model.dropout", 0.0, elsewhere)
     draft.put("model.moe.experts.hidden_dropout", 0.0, elsewhere)
     draft.put("model.moe.experts.output_dropout", 0.0, elsewhere)
     draft.put("model.moe.experts.backend", "auto")
     draft.put("model.moe.dispatcher.exchange_dtype", "model", "it rounds")
     draft.put("model.moe.ledger", {"kind": "rows", "breach": "warn"})
-    draft.put("training.engine", {"kind": "native"}, "layouts are proved with it")
+    draft.put("training.engine", {"kind": "native"}, "verify supports no other")
     draft.put("training.routing", None)
     draft.put("training.trainable", {"kind": "all"})
     draft.put("training.dtype", "float64")
@@ -109,7 +120,7 @@ def _make_small(draft: Draft, num_ranks: int) -> None:
     for path, size in {**SIZES, "model.vocab_size": VOCABULARY_SIZE, "training.sequence_length": length}.items():
         draft.at_most(path, size)
     draft.at_most("model.position.max_length", length + 3)
-    draft.put("model.init_std", INIT_STD, "so that gradients are no noise")
+    draft.put("model.init_std", INIT_STD, "so that gradients are larger than rounding")
     if draft.get("training.clip_norm") is not None:
         draft.put("training.clip_norm", CLIP_NORM, "so that it clips")
     _fewer_blocks(draft)
@@ -117,7 +128,7 @@ def _make_small(draft: Draft, num_ranks: int) -> None:
         draft.put(f"parallel.data.{shards}", None)
     SMALL_ATTENTION[draft.get("model.attention.kind")](draft)
     draft.at_most("model.position.scaling.original_length", ORIGINAL_LENGTH)
-    micro_batch = num_ranks + 1  # no number of data ranks divides it, so that they get unequal numbers of tokens
+    micro_batch = num_ranks + 1  # not divisible by any number of data ranks, so that they get unequal numbers of tokens
     draft.at_most("training.micro_steps", accumulations(num_ranks)[1])
     draft.put("training.global_batch", draft.get("training.micro_steps") * micro_batch)
     if draft.get("model.moe") is not None:
@@ -149,7 +160,8 @@ SMALL_ATTENTION = {"heads": _small_heads, "latent": _small_latent}
 
 
 def _fewer_blocks(draft: Draft) -> None:
-    """A multiple of 4, for pipeline stages, with two MoE blocks or more, if there are as many."""
+    """Reduces the number of blocks to a multiple of 4, for pipeline stages, with at least two MoE blocks if there are
+    as many."""
     pattern, num_layers = draft.get("model.moe_blocks"), draft.get("model.num_layers")
     kind, enough = pattern["kind"], 4
     if kind == "every_nth":
@@ -167,14 +179,14 @@ def _fewer_blocks(draft: Draft) -> None:
 
 
 def _make_moe_small(draft: Draft, tokens: dict[str, int]) -> None:
-    """tokens: about how many each scope has."""
+    """Shrinks the MoE settings. tokens: the approximate number of tokens in each scope."""
     moe = "model.moe"
     k, groups = draft.get(f"{moe}.router.k") or 1, draft.get(f"{moe}.router.group_limit.count") or 1
     fewest = max(MOST_EXPERTS, 2 * k, 4 * groups)
     draft.at_most(f"{moe}.num_experts", math.ceil(fewest / groups) * groups)
     draft.at_most(f"{moe}.shared_experts.hidden", SHARED_HIDDEN)
     if draft.get(f"{moe}.capacity.kind") == "factor":
-        draft.put(f"{moe}.capacity.minimum", 0, "of few tokens it would keep all")
+        draft.put(f"{moe}.capacity.minimum", 0, "it would keep all of so few tokens")
     if draft.get(f"{moe}.capacity.kind") == "absolute":
         mean = tokens[draft.get(f"{moe}.capacity.scope")] * k / draft.get(f"{moe}.num_experts")
         draft.at_most(f"{moe}.capacity.train", math.ceil(1.25 * mean))

@@ -1,5 +1,6 @@
-"""One training step of the product in a layout, and what a rank can see of it. All that verify knows of how the
-product builds a model and gives a rank its tokens stands here."""
+"""Runs one training step of the real model in a layout, and captures what a rank can observe of it.
+
+Everything that verify knows of how training builds a model and gives a rank its tokens is in this file."""
 
 import warnings
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class GivenSequences(TokenSampler):
-    """In place of samples of a text."""
+    """Yields fixed sequences in place of samples of a text."""
 
     given_GS: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -42,8 +43,8 @@ class GivenSequences(TokenSampler):
 
 @contextmanager
 def set_up(config: Config, runtime: Runtime, sequences_GS: Tensor) -> Iterator[Run]:
-    """As a training run is set up, without its text and its folder. sequences_GS: those of step 0, (global_batch,
-    sequence_length + 1)."""
+    """Sets up a training run without its data and folder. sequences_GS: those of step 0, (global_batch, sequence_length
+    + 1)."""
     degrees = runtime.together(lambda: check_world(config, runtime))
     mesh, model, engine = build(config, runtime, degrees)
     length = config.training.sequence_length
@@ -54,8 +55,7 @@ def set_up(config: Config, runtime: Runtime, sequences_GS: Tensor) -> Iterator[R
 
 
 def _forget(mesh: ParallelMesh) -> None:
-    """Ends the process groups, each of which holds sockets and threads; but not those of DTensors, which torch keeps
-    in caches."""
+    """Destroys the process groups, which hold sockets and threads, except those of DTensors, which torch caches."""
     meshes = [over for over in (mesh.dense_mesh, mesh.expert_mesh) if over is not None]
     kept = {id(group) for over in meshes for group in over.get_all_groups()}
     for held in [*vars(mesh).values(), *vars(mesh.nodes).values()]:
@@ -65,42 +65,47 @@ def _forget(mesh: ParallelMesh) -> None:
 
 
 def separator(config: Config) -> int | None:
-    """The token that ends a document, where documents are kept apart."""
+    """Returns the token that ends a document where documents are kept apart, else None."""
     return 0 if config.data.documents == "separate" else None
 
 
 def random_sequences(config: Config) -> Tensor:
-    """(global_batch, sequence_length + 1). No two documents begin alike, and none with one token twice: what has seen
-    nothing but one token, at whatever position, is equal but for rounding, and a tie falls differently on other
-    layouts. A row is a document, or several, which end at random."""
-    training, words, end = config.training, config.model.vocab_size, separator(config)
+    """Draws the tokens of a step, int64 (global_batch, sequence_length + 1). A row is one document, or several that end
+    at random places.
+
+    No two documents begin alike, and none begins with one token twice: tokens whose context is one repeated token have
+    equal scores but for rounding, and such ties break differently in other layouts."""
+    training = config.training
+    vocab_size = config.model.vocab_size
+    end = separator(config)
     generator = torch.Generator().manual_seed(config.seed)
     shape = (training.global_batch, training.sequence_length + 1)
-    tokens_GS = torch.randint(0, words, shape, generator=generator)
+    tokens_GS = torch.randint(0, vocab_size, shape, generator=generator)
     begins_GS = torch.zeros(shape, dtype=torch.bool)
     begins_GS[:, 0] = True
     if end is not None:
-        tokens_GS = torch.randint(1, words, shape, generator=generator)
+        tokens_GS = torch.randint(1, vocab_size, shape, generator=generator)
         for place in range(1, shape[1] - 1):
             ends_G = (torch.rand(shape[0], generator=generator) < 0.3) & ~begins_GS[:, place]
             tokens_GS[ends_G, place] = end
             begins_GS[ends_G, place + 1] = True
-    first = torch.randperm(words, generator=generator)
+    first = torch.randperm(vocab_size, generator=generator)
     first = first if end is None else first[first != end]
     tokens_GS[begins_GS] = first.repeat(-(-int(begins_GS.sum()) // len(first)))[: int(begins_GS.sum())]
     for place in range(1, shape[1]):
         follows_G = begins_GS[:, place - 1] & (tokens_GS[:, place] == tokens_GS[:, place - 1])
-        tokens_GS[follows_G, place] = 1 + tokens_GS[follows_G, place] % (words - 1)
+        tokens_GS[follows_G, place] = 1 + tokens_GS[follows_G, place] % (vocab_size - 1)
     return tokens_GS
 
 
 def whole_model(config: Config) -> Tensors:
-    """The initial weights and balance biases of the model on one rank, by logical name, float64."""
+    """Returns the initial weights and balance biases of the model on one rank, by logical name, in float64."""
     return read(build_model(config.model, dtype=torch.float64, seed=config.seed))
 
 
 def read(model: nn.Module) -> Tensors:
-    """The weights that this rank holds, whole, and the balance biases. Collectives where they are divided."""
+    """Returns the full weights of the parameters that this rank holds a shard of, and the balance biases. A collective
+    if weights are sharded."""
     found: Tensors = {}
     for logical in logical_parameters(model):
         found |= logical.whole(logical.parameter.detach())
@@ -108,6 +113,7 @@ def read(model: nn.Module) -> Tensors:
 
 
 def write(model: nn.Module, start: Tensors) -> None:
+    """Copies `start` into the model's parameters and balance biases, each rank its own shard."""
     for logical in logical_parameters(model):
         logical.fill(logical.parameter, [start[name] for name in logical.names])
     for name, buffer in _balance_biases(model):
@@ -120,16 +126,17 @@ def _balance_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _on_host(tensors: Tensors) -> Tensors:
+    # Waits for the device. float64 holds every dtype's values exactly; a copy, since the step overwrites its tensors.
     return {name: tensor.detach().to("cpu", torch.float64, copy=True) for name, tensor in tensors.items()}
 
 
 def places(run: Run, mine: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
-    """Of each micro-step: which sequences this rank has a part of, and which of their positions."""
+    """Returns, for each micro-step, the sequences of which this rank has a part, and their positions on this rank."""
     return [(batch.sequence_index_B.cpu(), run.own_positions) for batch in mine]
 
 
 def place_of(context: StepContext, length: int) -> tuple[Tensor, Tensor]:
-    """The same, as a block is told it."""
+    """Returns the sequences and positions that a block was called with, as `token_indices` has them."""
     assert context.sequence_index_B is not None
     positions_S = torch.arange(length) if context.positions_S is None else context.positions_S
     return context.sequence_index_B.cpu(), positions_S.cpu()
@@ -137,8 +144,8 @@ def place_of(context: StepContext, length: int) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Seen:
-    """What a rank saw of a step. gradients: before clipping. outputs: by (micro-step, block), with what the block was
-    told. breaches: what the ledger said."""
+    """Holds what one rank observed of a step. gradients: before clipping. outputs: by (micro-step, block), each with
+    the block's context. ledger_errors: the ledger's messages."""
 
     report: StepReport
     gradients: Tensors = field(default_factory=dict)
@@ -148,7 +155,7 @@ class Seen:
 
 
 def take_step(run: Run, mine: list[MicroBatch], replay: RouterReplay | None = None) -> Seen:
-    """Step 0, by the product's own train_step, with hooks that look on."""
+    """Takes step 0 by training's own `train_step`, with hooks that record gradients and outputs."""
     seen = Seen(StepReport(0.0, 0, {}))
 
     def see_block(block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
@@ -161,7 +168,7 @@ def take_step(run: Run, mine: list[MicroBatch], replay: RouterReplay | None = No
             seen.gradients |= _on_host(logical.whole(logical.parameter.grad))
 
     hooks = [block.register_forward_hook(see_block) for block in run.model.modules() if isinstance(block, Block)]
-    assert isinstance(run.engine, NativeEngine), "layouts are proved with the native engine"
+    assert isinstance(run.engine, NativeEngine), "verify supports the native engine only"
     hooks.append(run.engine.optimizer.register_step_pre_hook(see_gradients))
     training, seed = run.config.training, run.config.seed
     with listening(seen.breaches):
@@ -169,7 +176,7 @@ def take_step(run: Run, mine: list[MicroBatch], replay: RouterReplay | None = No
     for hook in hooks:
         hook.remove()
     norm, limit = seen.report.grad_norm, training.clip_norm
-    if limit is not None and norm > limit:  # the step has scaled them
+    if limit is not None and norm > limit:  # the step has clipped gradients in place: undo it
         seen.gradients = {name: grad * (norm / limit) for name, grad in seen.gradients.items()}
     seen.weights = read(run.model)
     return seen
@@ -177,7 +184,8 @@ def take_step(run: Run, mine: list[MicroBatch], replay: RouterReplay | None = No
 
 @contextmanager
 def listening(breaches: list[str]) -> Iterator[None]:
-    """The ledger's breaches, which the config lets it say as warnings, so that the rest is compared all the same."""
+    """Collects the ledger's errors, which it reports as warnings here, so that the rest of the step is compared as
+    well."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         yield
@@ -189,7 +197,7 @@ def listening(breaches: list[str]) -> Iterator[None]:
 
 
 def backend(config: Config, runtime: Runtime) -> str:
-    """What multiplies the experts' matrices."""
+    """Returns the name of the backend that multiplies the experts' matrices, `none` for a dense model."""
     moe = config.model.moe
     if moe is None:
         return "none"

@@ -1,4 +1,4 @@
-"""What the user sees: the table, and a sentence for each column in which a layout differs."""
+"""Prints the table of differences, and a sentence for each column in which a layout differs."""
 
 from collections.abc import Sequence
 
@@ -25,9 +25,9 @@ TITLES = {
 
 
 def show(results: Sequence[LayoutResult], tolerance: float, console: Console) -> None:
-    """The largest relative difference of each column to the reference, one line a layout; then what is wrong.
+    """Prints the largest relative difference of each column, one line a layout, then what is wrong.
 
-    A terminal too narrow for it has the layouts numbered, and the columns in several tables."""
+    In a terminal too narrow for the table, layouts are numbered and the columns are split over several tables."""
     columns = _columns(results, tolerance)
     names = [result.layout for result in results]
     if not _fits(_table(names, columns), console):
@@ -49,7 +49,7 @@ def show(results: Sequence[LayoutResult], tolerance: float, console: Console) ->
 
 
 def make_console() -> Console:
-    """As wide as the terminal; where the output goes into a file or pipe, as wide as it wants to be."""
+    """Returns a console as wide as the terminal, or as wide as the text if the output goes into a file or pipe."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=1000)
 

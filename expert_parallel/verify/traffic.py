@@ -1,7 +1,8 @@
-"""The bytes that each parallel axis moves in a training step: counted where torch's collectives are called, beside what
-the formulas of model/README.md (formulas.py) make of the sizes alone.
+"""Measures the bytes that each parallel axis sends in a training step, where torch's collectives are called, and
+compares them with the formulas of model/README.md (formulas.py).
 
-Counted is what leaves a rank by the usual algorithms, whatever the backend really does, with P ranks in the group:
+Counts what leaves a rank by the usual algorithms, whatever the backend really does, with P ranks in the group:
+
     all-gather      (P - 1) * its part         all-reduce    2 (P - 1) / P * the tensor
     reduce-scatter  (P - 1) / P * the tensor   all-to-all    the rows for others
     send            the tensor
@@ -32,14 +33,21 @@ from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.training.config import TrainingConfig
 from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.step import train_step
-from expert_parallel.verify.formulas import Step, Terms, pipeline, tokens_between_ranks, weights
-from expert_parallel.verify.formulas_moe import ExpertRows, dispatch, expert_tensor, losses_and_totals, scopes
+from expert_parallel.verify.formulas import Step, Terms, pipeline_bytes, tokens_between_ranks, weight_bytes
+from expert_parallel.verify.formulas_moe import (
+    ExpertRows,
+    dispatch_bytes,
+    expert_tensor_bytes,
+    losses_and_totals,
+    scope_bytes,
+)
 
 
 @dataclass(frozen=True)
 class AxisBytes:
-    """Of all ranks together, in one step. axes: more than one where they have the same ranks, and share their groups.
-    expected: by what is carried, as `tp: tokens`."""
+    """Holds the bytes of one axis, of all ranks in one step.
+
+    axes: several if they have the same ranks and share their groups. expected: by content, such as `tp: tokens`."""
 
     axes: tuple[str, ...]
     num_ranks: int
@@ -48,6 +56,7 @@ class AxisBytes:
 
     @property
     def agrees(self) -> bool:
+        """Returns True if the measured bytes are those of the formulas."""
         return self.measured == sum(self.expected.values())
 
 
@@ -62,12 +71,12 @@ def measure_step(
     step: int,
     seed: int,
 ) -> list[AxisBytes]:
-    """Takes a training step, which changes the weights, and counts what it moves; of a pipeline the second of two,
-    since the first sends some words more. Every rank calls it; all get the same, axes that move nothing left out.
+    """Takes a training step, which changes the weights, and counts what it sends; in a pipeline the second of two
+    steps, since the first sends additional shape messages.
 
-    The arguments are train_step's; parallel: as the mesh was built from it. NotImplementedError where a step calls a
-    collective that is not known here.
-    """
+    Called by every rank; all get the same result, without axes that send nothing. The arguments are those of
+    `train_step`; parallel: the config that the mesh was built from. Raises NotImplementedError for a collective that is
+    not in the table."""
     if isinstance(model, Pipeline):
         train_step(model, engine, micro_batches, training, mesh, step=step, seed=seed)
     rows_of_passes, hooks = _watch_experts(model)
@@ -93,17 +102,23 @@ def measure_step(
 
 
 def expected_bytes(step: Step, layers: dict[int, LayerTotals], rows: ExpertRows) -> dict[str, dict[str, int]]:
-    """By axis and by what is carried, all ranks together. What routing decides is taken from the step itself: layers,
-    the totals of its report, and rows.
+    """Returns the formulas' bytes by axis and content, over all ranks. Decisions of the router are taken from the step
+    itself: layers (the totals of its report) and rows.
 
-    Not in the formulas: a sharded pipeline of more than three stages a rank, whose weights torch gathers oftener.
-    """
+    The formulas leave out a sharded pipeline of more than three stages a rank, whose weights torch gathers more
+    often."""
     terms: Terms = Counter()
-    for part in (tokens_between_ranks(step), pipeline(step), weights(step), losses_and_totals(step), scopes(step)):
+    for part in (
+        tokens_between_ranks(step),
+        pipeline_bytes(step),
+        weight_bytes(step),
+        losses_and_totals(step),
+        scope_bytes(step),
+    ):
         terms.update(part)
     for totals in layers.values():
-        terms.update(dispatch(step, totals))
-    terms.update(expert_tensor(step, rows))
+        terms.update(dispatch_bytes(step, totals))
+    terms.update(expert_tensor_bytes(step, rows))
     by_axis: dict[str, dict[str, int]] = {}
     for (axis, what), number in terms.items():
         by_axis.setdefault(axis, {})[what] = number
@@ -111,7 +126,7 @@ def expected_bytes(step: Step, layers: dict[int, LayerTotals], rows: ExpertRows)
 
 
 def describe(found: list[AxisBytes]) -> str:
-    """A table: measured bytes and the formulas' beside each other, and below each axis what it carries."""
+    """Formats a table of measured bytes and the formulas' next to each other, and below each axis what it sends."""
     lines = ["bytes that leave a rank in one training step, all ranks together", ""]
     width = max([len(" = ".join(axis.axes)) for axis in found] + [4]) + 2
     lines.append(f"{'axis':<{width}}{'ranks':>5}{'measured':>18}{'formula':>18}")
@@ -121,7 +136,10 @@ def describe(found: list[AxisBytes]) -> str:
         lines.append(f"{' = '.join(axis.axes):<{width}}{axis.num_ranks:>5}{axis.measured:>18,}{expected:>18,}{verdict}")
         lines += [f"{'':<{width}}{'':>23}{n:>18,}  {what}" for what, n in axis.expected.items()]
     wrong = [" = ".join(axis.axes) for axis in found if not axis.agrees]
-    lines += ["", f"not as the formulas say: {', '.join(wrong)}" if wrong else "all axes move what the formulas say"]
+    lines += [
+        "",
+        f"these axes differ from the formulas: {', '.join(wrong)}" if wrong else "all axes send what the formulas say",
+    ]
     return "\n".join(lines)
 
 
@@ -129,19 +147,20 @@ def describe(found: list[AxisBytes]) -> str:
 
 
 def _size(x: Any) -> int:
-    """Bytes of a tensor, or of all tensors of a list."""
+    """Returns the bytes of a tensor, or of all tensors of a list."""
     return x.numel() * x.element_size() if isinstance(x, Tensor) else sum(_size(part) for part in x)
 
 
 def _rows_to_others(arguments: Sequence[Any], num_ranks: int, me: int) -> int:
-    """all_to_all_single: (output, input, group, output splits, input splits); no splits: equal ones."""
+    """Returns the bytes that all_to_all_single sends to other ranks. Arguments: output, input, group, output splits,
+    input splits; without splits all parts are equal."""
     x, splits = arguments[1], arguments[4]
     if not splits:
         return _size(x) * (num_ranks - 1) // num_ranks
     return 0 if len(x) == 0 else _size(x) // len(x) * (sum(splits) - splits[me])
 
 
-# c10d operator -> (arguments, P, this rank's place) -> P times the bytes that leave this rank: a whole number.
+# c10d operator -> (arguments, P, this rank's index) -> P times the bytes that leave this rank, which is an integer.
 SENT: dict[str, Callable[[Sequence[Any], int, int], int]] = {
     "allreduce_": lambda a, P, me: 2 * (P - 1) * _size(a[0]),
     "allreduce_coalesced_": lambda a, P, me: 2 * (P - 1) * _size(a[0]),
@@ -160,8 +179,9 @@ SENT: dict[str, Callable[[Sequence[Any], int, int], int]] = {
 
 
 class CountBytes(TorchDispatchMode):
-    """While it is entered, adds up what this rank sends, by the name of the process group: `sent[name] / P` bytes. Sees
-    all collectives that go through torch.distributed: FSDP2's too, and those of a backward pass."""
+    """Counts what this rank sends while the mode is active, by name of the process group: `sent[name] / P` bytes.
+
+    Sees all collectives that go through torch.distributed, also those of FSDP2 and of the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,12 +189,12 @@ class CountBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # let it come down to plain tensors, and to its collectives
+            return NotImplemented  # DTensor then dispatches to plain tensors, whose collectives are counted
         name = func.overloadpacket.__name__
         if func.namespace in ("c10d", "_c10d_functional") and name != "wait_tensor":
             if func.namespace != "c10d" or name not in SENT:
                 raise NotImplementedError(f"bytes of {func.namespace}::{name} are not counted: add it to SENT")
-            # Groups travel in a box. It is the first box; a later one holds the kind of reduction.
+            # The process group is the first boxed script object; a later one holds the reduce op.
             boxed = next(argument for argument in args if isinstance(argument, torch.ScriptObject))
             group = dist.ProcessGroup.unbox(boxed)
             self.sent[str(group.group_name)] += SENT[name](args, group.size(), group.rank())
@@ -183,8 +203,8 @@ class CountBytes(TorchDispatchMode):
 
 @contextmanager
 def counting() -> Iterator[CountBytes]:
-    """torch cannot make a CausalBias, which context parallel attention uses, inside a dispatch mode: here it is made
-    outside of it."""
+    """Counts collectives in its body. torch cannot create a CausalBias, which context parallel attention uses, inside a
+    dispatch mode, so it is created with the mode disabled."""
 
     def make_outside(kind: type, *_: Any) -> Tensor:
         with _disable_current_modes():
@@ -202,8 +222,10 @@ Groups = dict[str, dist.ProcessGroup | None]
 
 
 def axis_groups(mesh: ParallelMesh) -> Groups:
-    """Every group that a step may use, by the name of its axis. None: this rank alone. `nodes`, `node`: the two hops of
-    hierarchical dispatch. Where weights are sharded over some of the ranks only, FSDP2 has groups of its own."""
+    """Returns every group that a step may use, by name of its axis; None stands for this rank alone.
+
+    `nodes`, `node`: the two exchanges of hierarchical dispatch. Where weights are sharded over some of the ranks only,
+    FSDP2 has groups of its own."""
     names = ("tp", "cp", "pp", "ep", "etp", "edp", "dense", "stage", "sequence", "key", "tied")
     groups: Groups = {name: getattr(mesh, f"{name}_group") for name in names}
     groups |= {"nodes": mesh.nodes.rail_group, "node": mesh.nodes.node_group}
@@ -214,14 +236,14 @@ def axis_groups(mesh: ParallelMesh) -> Groups:
 
 
 def _same_ranks(groups: Groups, axis: str) -> list[str]:
-    """The axes that share this one's group, itself included: the mesh builds one for each set of ranks."""
+    """Returns the axes that share this one's group, itself included: the mesh builds one group for each set of
+    ranks."""
     group = groups[axis]
     return [axis] if group is None else [other for other in groups if groups[other] is group]
 
 
 def _over_all_ranks(sent: Counter[str], groups: Groups, device: torch.device) -> tuple[list[int], list[int]]:
-    """Bytes of all ranks, and the size of a group, by axis in the order of `groups`; those of several axes with one
-    group under the first of them."""
+    """Returns, by axis, the bytes of all ranks and the number of ranks. A collective."""
     bytes_A = torch.zeros(len(groups), dtype=torch.int64, device=device)
     sizes_A = torch.ones_like(bytes_A)
     axes = list(groups)
@@ -229,19 +251,19 @@ def _over_all_ranks(sent: Counter[str], groups: Groups, device: torch.device) ->
         str(group.group_name): axes.index(_same_ranks(groups, axis)[0]) for axis, group in groups.items() if group
     }
     for name, total in sent.items():
-        assert name in number_of or not total, f"a collective over a group ({name}) that is no axis of the mesh"
+        assert name in number_of or not total, f"a collective over a group ({name}) that is not an axis of the mesh"
         if total:
             bytes_A[number_of[name]] += total
     for axis, group in groups.items():
         sizes_A[axes.index(axis)] = group_size(group)
     dist.all_reduce(bytes_A)
     dist.all_reduce(sizes_A, op=dist.ReduceOp.MAX)
-    return (bytes_A // sizes_A).tolist(), sizes_A.tolist()
+    return (bytes_A // sizes_A).tolist(), sizes_A.tolist()  # waits for the device
 
 
 def _watch_experts(model: LanguageModel) -> tuple[dict[int, list[int]], list[Any]]:
-    """By MoE block: how many rows this rank's experts are given, pass after pass, recomputed ones too; and the hooks
-    that note it."""
+    """Registers hooks that record, by MoE block, how many rows this rank's experts receive in each pass, including
+    recomputed ones. Returns the lists and the hooks."""
     rows: dict[int, list[int]] = {}
     hooks = []
     for layer, block in model.local_blocks():
@@ -256,7 +278,7 @@ def _note_rows(noted: list[int], experts: GroupedExperts, inputs: tuple[Any, ...
 
 
 def _expert_rows(rows_of_passes: dict[int, list[int]], mesh: ParallelMesh, device: torch.device) -> ExpertRows:
-    """Of all ranks together."""
+    """Sums the recorded rows over all ranks. A collective."""
     rows = torch.zeros(2, dtype=torch.int64, device=device)
     for passes in rows_of_passes.values():
         mine = torch.tensor(passes, dtype=torch.int64, device=device)
@@ -265,5 +287,5 @@ def _expert_rows(rows_of_passes: dict[int, list[int]], mesh: ParallelMesh, devic
             dist.all_reduce(fullest, op=dist.ReduceOp.MAX, group=mesh.etp_group)
         rows += torch.stack([mine.sum(), fullest.sum()])
     dist.all_reduce(rows)
-    total, fullest_everywhere = rows.tolist()
+    total, fullest_everywhere = rows.tolist()  # waits for the device
     return ExpertRows(total, fullest_everywhere // mesh.degrees.etp)

@@ -1,1 +1,1 @@
-"""The implementations that ours is measured beside: one file a peer, all of them in `peers.PEERS`."""
+"""Adapts the implementations that ours is measured against: one file each, all of them in `PEERS`."""

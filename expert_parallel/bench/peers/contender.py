@@ -1,4 +1,4 @@
-"""What each contender is given, and what it must say of itself."""
+"""Defines what every measured implementation receives, and the interface that it provides."""
 
 import io
 import warnings
@@ -22,13 +22,16 @@ T = TypeVar("T")
 
 
 class NotMeasured(Exception):
-    """Why a peer cannot be measured here: it is not installed, or cannot do what is asked."""
+    """Says why a peer cannot be measured here: it is not installed, or does not support what is asked."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """router_ED: everyone's. w_in_eDF ([gate | up] side by side where gated: (e, D, 2F)), w_out_eFD: of this rank's
-    experts. The same numbers whatever the ranks, of size 1 in all outputs."""
+    """Holds the weights of the layer, the same numbers for any number of ranks, scaled so that outputs have a size near
+    1.
+
+    router_ED: all experts. w_in_eDF ([gate | up] concatenated where gated: (e, D, 2F)), w_out_eFD: this rank's
+    experts."""
 
     router_ED: Tensor
     w_in_eDF: Tensor
@@ -37,8 +40,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Case:
-    """A layer to build and what it is run on. group: the ranks that divide tokens and experts; None: one rank.
-    x_TD: this rank's tokens, a leaf; dy_TD: the gradient of the output."""
+    """Describes a layer to build and its input.
+
+    group: the ranks that divide tokens and experts; None: one rank. x_TD: this rank's tokens, a leaf. dy_TD: the
+    gradient of the output."""
 
     shape: Shape
     activation: str
@@ -55,77 +60,81 @@ class Case:
         return group_size(self.group)
 
     def routing(self) -> tuple[Tensor, Tensor]:
-        """Of this rank's tokens the experts, (T, K), and the ranks that hold them; on the CPU."""
+        """Returns the experts of this rank's tokens, (T, K), and the ranks that hold them, both on the CPU."""
         with torch.no_grad():
+            # float32, as the router computes.
             logits_TE = self.x_TD.float() @ self.weights.router_ED.float().T
-        ids_TK = logits_TE.topk(self.shape.k).indices.cpu()
+        ids_TK = logits_TE.topk(self.shape.k).indices.cpu()  # waits for the device
         placement = ExpertPlacement.contiguous(self.shape.num_experts, self.ranks)
         return ids_TK, torch.tensor(placement.rank_of_expert)[ids_TK]
 
     def bytes_of_choices(self) -> int:
-        """What this rank's tokens cost where each choice on another rank is a row, there and back, forward and
+        """Returns the bytes that this rank sends if each choice on another rank is a row, out and back, forward and
         backward."""
         _, ranks_TK = self.routing()
         return 4 * int((ranks_TK != group_rank(self.group)).sum()) * self.shape.d_model * self.dtype.itemsize
 
     def one_rank(self) -> None:
+        """Raises `NotMeasured` on more than one rank."""
         if self.ranks > 1:
             raise NotMeasured("on one rank only: it does not divide experts over ranks")
 
     def even_experts(self) -> int:
-        """Experts of each rank."""
+        """Returns the number of experts on each rank. Raises `NotMeasured` where they do not divide evenly."""
         if self.shape.num_experts % self.ranks:
             raise NotMeasured(f"its {self.shape.num_experts} experts must divide evenly over {self.ranks} ranks")
         return self.shape.num_experts // self.ranks
 
 
 class Contender:
-    """One layer. forward: (T, D) -> (T, D). computes: in words, for the table. is_compared: whether its outputs must be
-    those of ours. Whoever has a capacity overrides forward_all and dropped_share; who knows what it sends, bytes_sent.
-    """
+    """Wraps one layer for the benchmark.
+
+    computes: a description for the table. is_compared: True if its outputs must equal ours. An implementation with a
+    capacity overrides `forward_all` and `dropped_share`; one whose traffic is known overrides `bytes_sent`."""
 
     is_compared = True
 
     def __init__(self, module: nn.Module, computes: str, version: str = "") -> None:
-        self.module: Any = module  # of others, whose attributes have no types
+        self.module: Any = module  # Any: the attributes of the peers' modules have no types
         self.computes, self.version = computes, version
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """Computes the layer, (T, D) -> (T, D)."""
         return self.module(x_TD)
 
     def forward_all(self, x_TD: Tensor) -> Tensor:
-        """The same without dropping anything, to be compared."""
+        """Computes the layer without dropping any choice, for the comparison of outputs."""
         return self.forward(x_TD)
 
     def surroundings(self) -> AbstractContextManager[None]:
-        """In which it runs, forward and backward."""
+        """Returns the context in which forward and backward run."""
         return nullcontext()
 
     def dropped_share(self) -> float:
-        """Of this rank's choices in the last forward pass."""
+        """Returns the share of this rank's choices that the last forward pass dropped."""
         return 0.0
 
     def bytes_sent(self) -> int | None:
-        """To other ranks in the last step, forward and backward; None: not known."""
+        """Returns the bytes that this rank sent in the last step, forward and backward; None: not known."""
         return None
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.module.parameters())
 
     def replicated(self) -> list[nn.Parameter]:
-        """Those that all ranks hold: all but the experts."""
+        """Returns the parameters that all ranks hold: all but the experts."""
         return [parameter for name, parameter in self.module.named_parameters() if "experts" not in name]
 
 
 def attempt(trial: Callable[[], T]) -> T:
-    """What `trial` builds. NotMeasured on all ranks where it fails on one: a peer's own trouble is no reason to measure
-    nobody. It may raise anything."""
+    """Returns what `trial` builds. Raises `NotMeasured` on all ranks if it fails on one, with any exception, so that a
+    failing peer does not end the benchmark. A collective."""
     result, why = None, ""
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # what they say of what else could be installed
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # peers print what could be installed as well
             warnings.simplefilter("ignore")
             result = trial()
-    except NotMeasured:  # on all ranks alike
+    except NotMeasured:  # raised by all ranks together
         raise
     except Exception as error:
         text = (str(error).strip() or "no message").splitlines()[0]
@@ -137,7 +146,8 @@ def attempt(trial: Callable[[], T]) -> T:
 
 
 def first_that_fits(build: Callable[[Case], T], cases: Sequence[Case]) -> tuple[T, Case]:
-    """The first case that it can do. NotMeasured with the reason of each where there is none."""
+    """Builds with the first case that is supported, and returns both. Raises `NotMeasured` with all reasons if none
+    is."""
     reasons = []
     for case in cases:
         try:
@@ -148,7 +158,7 @@ def first_that_fits(build: Callable[[Case], T], cases: Sequence[Case]) -> tuple[
 
 
 def installed(package: str, extra: str = "bench") -> str:
-    """Its version. NotMeasured where it is not there."""
+    """Returns the version of an installed package. Raises `NotMeasured` where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -159,8 +169,9 @@ def installed(package: str, extra: str = "bench") -> str:
 def build_case(
     shape: Shape, activation: str, dtype: torch.dtype, runtime: Runtime, group: dist.ProcessGroup | None
 ) -> Case:
-    """Tokens and weights are functions of their numbers alone."""
-    device, rank, ranks = runtime.device, group_rank(group), group_size(group)
+    """Builds weights and tokens that depend on seeds and indices alone."""
+    device = runtime.device
+    rank, ranks = group_rank(group), group_size(group)
     placement = ExpertPlacement.contiguous(shape.num_experts, ranks)
     d_model, hidden = shape.d_model, shape.hidden
 

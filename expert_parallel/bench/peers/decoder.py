@@ -1,7 +1,6 @@
-"""A plain decoder in which each peer's MoE layers are trained: what one writes around them in PyTorch.
+"""Builds a plain PyTorch decoder in which each peer's MoE layers are trained.
 
-Pre-norm, rotary positions, SDPA attention, one table for embedding and logits, as ours.
-"""
+It has what ours has: pre-norm, rotary positions, SDPA attention, and tied embeddings."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,10 +15,10 @@ from expert_parallel.bench.shapes import TrainShape
 
 
 class Trainee:
-    """A model that is trained. step: one training step on (inputs_BS, targets_BS); returns this rank's sum of the
-    cross entropy. parameters: of this rank; replicated: those of them that all ranks hold, whose gradients are summed.
-    surroundings: in which forward and backward run. layers: its MoE layers, where they are known.
-    """
+    """Trains a model.
+
+    logits: (B, S) tokens -> (B, S, V). replicated_parameters: those that all ranks hold, whose gradients are summed
+    over ranks. execution_context: context in which forward and backward run. layers: its MoE layers, where known."""
 
     def __init__(
         self,
@@ -32,31 +31,36 @@ class Trainee:
         surroundings: Callable[[], AbstractContextManager[None]] = nullcontext,
         layers: Sequence[Contender] = (),
     ) -> None:
-        self.model, self.logits, self.replicated, self.surroundings = model, logits, replicated, surroundings
-        self.case, self.computes, self.version, self.layers = case, computes, version, layers
+        self.model, self.logits = model, logits
+        self.replicated = replicated
+        self.surroundings = surroundings
+        self.case, self.layers = case, layers
+        self.computes, self.version = computes, version
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step(self, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
+        """Takes one training step on (inputs_BS, targets_BS), and returns this rank's sum of the cross entropy."""
         with self.surroundings():
-            logits = self.logits(inputs_BS).flatten(0, 1).float()
+            logits = self.logits(inputs_BS).flatten(0, 1).float()  # the loss is float32 in every dtype, as in ours
             loss = F.cross_entropy(logits, targets_BS.flatten(), reduction="sum")
             (loss / self.case.shape.tokens).backward()
         self._sum_gradients()
-        # Of this rank's gradients: the norm over all ranks, which ours takes, would cost it one number more to send.
+        # The norm of this rank's gradients alone: the norm over all ranks, as ours has it, would add an all-reduce.
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     def dropped_share(self) -> float | None:
-        """Of this rank's choices in the last step, over its layers; None where these are not known."""
+        """Returns the share of this rank's choices that the last step dropped, over its layers; None where these are
+        not known."""
         if not self.layers:
             return None
         return sum(layer.dropped_share() for layer in self.layers) / len(self.layers)
 
     def _sum_gradients(self) -> None:
-        """Over the ranks, in one piece."""
+        """Sums the gradients of replicated parameters over the ranks, in one flat buffer."""
         if self.case.group is None:
             return
         gradients = [parameter.grad for parameter in self.replicated if parameter.grad is not None]
@@ -67,6 +71,8 @@ class Trainee:
 
 
 class Attention(nn.Module):
+    """Computes causal self-attention with rotary positions."""
+
     def __init__(self, d_model: int, num_heads: int, head_size: int) -> None:
         super().__init__()
         self.num_heads, self.head_size = num_heads, head_size
@@ -87,14 +93,15 @@ def _rotate(x: Tensor, cos_Sh: Tensor, sin_Sh: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """moe: a contender's layer, whose forward takes (T, D)."""
+    """Applies pre-norm attention and a MoE layer, both with a residual. moe: an implementation, whose forward takes (T,
+    D)."""
 
     def __init__(self, shape: TrainShape, moe: Contender) -> None:
         super().__init__()
         d_model = shape.layer.d_model
         self.attention_norm, self.moe_norm = nn.RMSNorm(d_model), nn.RMSNorm(d_model)
         self.attention = Attention(d_model, shape.num_heads, shape.head_size)
-        self.moe_module, self.moe = moe.module, moe.forward  # the module for its parameters
+        self.moe_module, self.moe = moe.module, moe.forward  # as a submodule, so that its parameters are found
 
     def forward(self, x_BSD: Tensor, cos_Sh: Tensor, sin_Sh: Tensor) -> Tensor:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_Sh, sin_Sh)
@@ -102,6 +109,8 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Stacks the blocks between an embedding and tied logits."""
+
     def __init__(self, shape: TrainShape, layers: Sequence[Contender]) -> None:
         super().__init__()
         self.embedding = nn.Embedding(shape.vocab_size, shape.layer.d_model)
@@ -122,14 +131,14 @@ class Decoder(nn.Module):
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Initial weights that all ranks draw alike."""
+    """Seeds torch's generator in its body, so that all ranks draw the same initial weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
 
 
 def build_decoder(shape: TrainShape, build: Callable[[Case], Contender], case: Case) -> Trainee:
-    """With MoE layers of one peer, all built alike. In bfloat16 weights and moments are, too."""
+    """Builds a decoder with MoE layers of one peer. In bfloat16, weights and moments are bfloat16 as well."""
     layers = [build(case) for _ in range(shape.num_layers)]
     with seeded(), torch.device(case.device):
         model = Decoder(shape, layers)

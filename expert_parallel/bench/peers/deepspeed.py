@@ -1,4 +1,4 @@
-"""DeepSpeed's MoE layer, with expert parallelism over the ranks; and the same with Tutel's kernels."""
+"""Wraps DeepSpeed's MoE layer, with expert parallelism over the ranks, with its own kernels or Tutel's."""
 
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ MIN_CAPACITY = 4
 
 
 class Expert(nn.Module):
-    """DeepSpeed copies it for each expert."""
+    """Computes one expert; DeepSpeed copies the module for each."""
 
     def __init__(self, d_model: int, hidden: int, activation: str) -> None:
         super().__init__()
@@ -29,13 +29,15 @@ class Expert(nn.Module):
 
 
 class DeepSpeedLayer(Contender):
+    """Runs DeepSpeed's layer with its capacity."""
+
     def __init__(self, module: nn.Module, case: Case, computes: str, version: str) -> None:
         super().__init__(module, computes, version)
         self.case, self.counts_E = case, torch.zeros(case.shape.num_experts)
 
     @property
     def capacity(self) -> int:
-        """As its `_capacity` has it: rows of an expert from each rank."""
+        """Returns the rows of an expert from each rank, as DeepSpeed's `_capacity` computes them."""
         shape, tokens = self.case.shape, len(self.case.x_TD)
         return max(MIN_CAPACITY, -(-tokens * shape.k // shape.num_experts))
 
@@ -44,7 +46,7 @@ class DeepSpeedLayer(Contender):
         return y_TD
 
     def forward_all(self, x_TD: Tensor) -> Tensor:
-        """With what its drop_tokens=False sets."""
+        """Computes the layer with what `drop_tokens=False` sets in DeepSpeed."""
         gate = self.module.deepspeed_moe.gate
         gate.drop_tokens = False
         try:
@@ -53,19 +55,20 @@ class DeepSpeedLayer(Contender):
             gate.drop_tokens = True
 
     def dropped_share(self) -> float:
-        """Its counts are those before it drops."""
+        """Returns the dropped share from DeepSpeed's counts, which are taken before it drops."""
         dropped = (self.counts_E - self.capacity).clamp(min=0).sum()
         return float(dropped / self.counts_E.sum())
 
     def bytes_sent(self) -> int:
-        """Its padded buffers, there and back, forward and backward."""
+        """Returns the bytes of its padded buffers, out and back, forward and backward."""
         shape, ranks = self.case.shape, self.case.ranks
         rows = shape.num_experts * self.capacity * (ranks - 1) // ranks
         return 4 * rows * shape.d_model * self.case.dtype.itemsize
 
 
 def start_deepspeed(runtime: Runtime) -> None:
-    """Its communication, over the process groups that are there. NotMeasured where it is not installed."""
+    """Starts DeepSpeed's communication over the existing process groups. Raises `NotMeasured` where it is not
+    installed."""
     installed(PACKAGE)
     tell_deepspeed(runtime)
     import deepspeed
@@ -79,7 +82,7 @@ def start_deepspeed(runtime: Runtime) -> None:
 
 
 def build_moe(case: Case, use_tutel: bool) -> nn.Module:
-    """Its layer, with weights as they come. Its groups come of ranks alone: another layer's are the same."""
+    """Builds DeepSpeed's layer with its own initial weights. Layers of the same ranks share their process groups."""
     from deepspeed.moe.layer import MoE
 
     shape = case.shape
@@ -92,7 +95,7 @@ def build_moe(case: Case, use_tutel: bool) -> nn.Module:
             k=shape.k,
             capacity_factor=CAPACITY_FACTOR,
             min_capacity=MIN_CAPACITY,
-            top2_2nd_expert_sampling=False,  # which would choose another second expert than ours
+            top2_2nd_expert_sampling=False,  # sampling would choose other second experts than ours
             use_rts=False,
             use_tutel=use_tutel,
         )
@@ -102,6 +105,7 @@ def build_moe(case: Case, use_tutel: bool) -> nn.Module:
 
 
 def build(case: Case, use_tutel: bool = False) -> Contender:
+    """Builds the layer with the case's weights."""
     version = installed(PACKAGE)
     if use_tutel:
         version = f"{version}, Tutel {installed('tutel', extra='')}"

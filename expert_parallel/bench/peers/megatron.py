@@ -1,4 +1,4 @@
-"""Megatron-Core's MoE layer, dropless, with its all-to-all dispatcher."""
+"""Wraps Megatron-Core's MoE layer, dropless, with its all-to-all dispatcher."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,16 +15,19 @@ PACKAGE = "megatron-core"
 
 
 class MegatronLayer(Contender):
+    """Runs Megatron-Core's layer."""
+
     def __init__(self, module: nn.Module, case: Case, computes: str, version: str) -> None:
         super().__init__(module, computes, version)
         self.case = case
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        y, _ = self.module(x_TD[:, None])  # it takes (S, B, D)
+        y, _ = self.module(x_TD[:, None])  # Megatron-Core's layout is (S, B, D)
         return y[:, 0]
 
     def bytes_sent(self) -> int:
-        """A row for each choice on another rank, there and back, forward and backward; without its weights."""
+        """Returns the bytes of a row for each choice on another rank, out and back, forward and backward, without its
+        weights."""
         return self.case.bytes_of_choices()
 
     def surroundings(self) -> AbstractContextManager[None]:
@@ -32,7 +35,7 @@ class MegatronLayer(Contender):
 
 
 class NoStream:
-    """Stands for a CUDA stream on a CPU, where nothing runs beside anything."""
+    """Replaces a CUDA stream on a CPU, where work is not asynchronous."""
 
     def wait_stream(self, other: Any) -> None: ...
     def record_event(self) -> "NoStream":
@@ -43,8 +46,11 @@ class NoStream:
 
 @contextmanager
 def on_this_device(device: torch.device) -> Iterator[None]:
-    """It asks torch for the current CUDA device and streams, wherever it runs. On a CPU: the CPU, and none. And the
-    sizes that it takes from the GPU as numpy's arrays it leaves as tensors on a CPU, which no collective takes."""
+    """Lets Megatron-Core run on a CPU, where it asks torch for the current CUDA device and streams: patches these
+    calls.
+
+    Megatron-Core converts sizes to numpy arrays on a GPU but leaves them as tensors on a CPU, which its collectives
+    refuse; they are converted here as well."""
     if device.type == "cuda":
         yield
         return
@@ -65,6 +71,7 @@ def _as_on_gpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False)
 
 
 def build(case: Case) -> Contender:
+    """Builds the layer with the case's weights."""
     version = installed(PACKAGE)
     num_local = case.even_experts()
     with on_this_device(case.device):
@@ -80,6 +87,7 @@ def build(case: Case) -> Contender:
 
 
 def build_moe(case: Case) -> nn.Module:
+    """Builds Megatron-Core's layer with its own initial weights."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.moe import moe_utils
@@ -87,7 +95,7 @@ def build_moe(case: Case) -> nn.Module:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     shape = case.shape
-    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 asks for it, and has it with Transformer Engine alone
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 reads it, but defines it only with Transformer Engine
         moe_utils.te_general_gemm = None
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(expert_model_parallel_size=case.ranks)
@@ -113,6 +121,6 @@ def build_moe(case: Case) -> nn.Module:
         perform_initialization=False,
         bf16=case.dtype == torch.bfloat16,
     )
-    # Without Transformer Engine, which needs CUDA: its own modules, one expert after the other.
+    # Transformer Engine needs CUDA; without it Megatron-Core computes one expert after the other.
     spec = get_moe_module_spec(use_te=False, num_experts=shape.num_experts, moe_grouped_gemm=False)
     return MoELayer(config, spec.submodules)

@@ -1,4 +1,4 @@
-"""Ours: MoELayer, as a model has it; and with a capacity, beside the peers that have one."""
+"""Wraps our `MoELayer`, as a model uses it, and with a capacity, for comparison with peers that have one."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ CAPACITY_FACTOR = 1.0
 
 
 class Ours(Contender):
-    """All bytes that the layer's log counts: rows, and what travels beside them."""
+    """Runs our layer. `bytes_sent` counts everything that the layer's log counts: rows and metadata."""
 
     def __init__(self, layer: MoELayer, computes: str) -> None:
         super().__init__(layer, computes, __version__)
@@ -43,11 +43,12 @@ class Ours(Contender):
 
 
 def build_ours(case: Case) -> Contender:
+    """Builds our dropless layer."""
     return _build(case, {"kind": "dropless"}, f"dropless, {case.activation}")
 
 
 def build_with_capacity(case: Case) -> Contender:
-    """Who is dropped: as in GShard, by position, second choices after first ones."""
+    """Builds our layer with a capacity that drops by position, second choices after first ones, as GShard does."""
     capacity = {"kind": "factor", "train": CAPACITY_FACTOR}
     return _build(case, capacity, f"capacity {CAPACITY_FACTOR:g}, {case.activation}")
 

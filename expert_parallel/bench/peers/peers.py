@@ -1,4 +1,4 @@
-"""All contenders by name. An adapter takes the case and gives a Contender, or raises NotMeasured with the reason."""
+"""Lists all peers by name, with functions that build their layers, or raise `NotMeasured` with the reason."""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +30,7 @@ PEERS: dict[str, Adapter] = {
 }
 DEFAULT = tuple(name for name in PEERS if name != "dense")
 
-# What is trained: the layers of a peer in a plain decoder, or a peer's own model.
+# Models for `bench train`: a peer's layers in a plain decoder, or a peer's own model.
 TrainAdapter = Callable[[TrainShape, Case], Trainee]
 TRAINEES: dict[str, TrainAdapter] = {
     **{name: partial(_in_decoder, PEERS[name]) for name in DEFAULT if name != "one-hot einsum"},

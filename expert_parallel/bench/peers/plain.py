@@ -1,4 +1,4 @@
-"""Plain PyTorch, always there: the loop over experts with masks, the one-hot einsum of GShard, and a dense layer."""
+"""Implements peers in plain PyTorch: a loop over experts with masks, GShard's one-hot einsum, and a dense layer."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ LARGEST_ONE_HOT = 4e9  # bytes
 
 
 class PlainLayer(nn.Module):
-    """Top-k of a softmax, weights that sum to 1 (with k 1: the score itself), as ours; one parameter an expert."""
+    """Routes by the top-k of a softmax with weights that sum to 1 (for k = 1: the score itself), as ours does; one
+    parameter per expert."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -22,14 +23,16 @@ class PlainLayer(nn.Module):
         self.w_out = nn.ParameterList(weights.w_out_eFD.clone().unbind(0))
 
     def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """weights_TK, float32, and expert_ids_TK."""
+        """Returns weights_TK, float32, and expert_ids_TK."""
+        # float32 scores, as in our router.
         scores_TE = (x_TD.float() @ self.router_ED.float().T).softmax(-1)
         weights_TK, ids_TK = scores_TE.topk(self.k)
         return (weights_TK / weights_TK.sum(-1, keepdim=True) if self.k > 1 else weights_TK), ids_TK
 
 
 class MaskLoop(PlainLayer):
-    """What a first implementation looks like: each expert takes its tokens out by a mask and adds its outputs in."""
+    """Computes the layer as a first implementation does: each expert selects its tokens by a mask and adds its
+    outputs."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
         weights_TK, ids_TK = self.route(x_TD)
@@ -42,15 +45,15 @@ class MaskLoop(PlainLayer):
 
 
 class OneHotEinsum(PlainLayer):
-    """GShard (Lepikhin et al. 2020): buffers of `capacity` rows an expert, filled and emptied by products with one-hot
-    tensors (T, E, C). capacity: what the fullest expert needs, so that nothing is dropped."""
+    """Computes the layer as GShard does (Lepikhin et al. 2020): products with one-hot tensors (T, E, C) fill and empty
+    a buffer of C rows for each expert. C is what the fullest expert needs, so that nothing is dropped."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
         weights_TK, ids_TK = self.route(x_TD)
         num_experts = len(self.router_ED)
         chosen_TKE = F.one_hot(ids_TK, num_experts)
         place_TKE = (chosen_TKE.flatten(0, 1).cumsum(0) - 1).view_as(chosen_TKE)
-        capacity = int(chosen_TKE.sum((0, 1)).max())
+        capacity = int(chosen_TKE.sum((0, 1)).max())  # waits for the device
         place_TK = (place_TKE * chosen_TKE).sum(-1)
         slot_TKC = F.one_hot(place_TK, capacity).float()
         combine_TEC = torch.einsum("tk,tke,tkc->tec", weights_TK, chosen_TKE.float(), slot_TKC).to(x_TD.dtype)
@@ -61,7 +64,7 @@ class OneHotEinsum(PlainLayer):
 
 
 class Dense(nn.Module):
-    """One network with the hidden columns of all experts, which every token passes."""
+    """Computes one network with the hidden columns of all experts, which every token uses."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -80,26 +83,30 @@ class Dense(nn.Module):
 
 
 class DenseContender(Contender):
+    """Runs the dense network, whose outputs are not compared with the others'."""
+
     is_compared = False
 
 
 def build_mask_loop(case: Case) -> Contender:
+    """Builds the loop over experts."""
     case.one_rank()
     return Contender(MaskLoop(case), f"dropless, {case.activation}", f"torch {torch.__version__}")
 
 
 def build_einsum(case: Case) -> Contender:
+    """Builds the one-hot einsum. Raises `NotMeasured` where its tensors would be too large."""
     case.one_rank()
     one_hot = 4 * case.shape.tokens**2 * case.shape.k  # bytes of (T, E, C) in float32, with C = T * k / E
     if one_hot > LARGEST_ONE_HOT:
-        raise NotMeasured(f"one of its one-hot tensors would have {one_hot / 1e9:.0f} GB, of which it makes several")
+        raise NotMeasured(f"each of its one-hot tensors would take {one_hot / 1e9:.0f} GB")
     return Contender(
         OneHotEinsum(case), f"padded to the fullest expert, {case.activation}", f"torch {torch.__version__}"
     )
 
 
 def build_dense(case: Case) -> Contender:
-    """Each rank its own tokens."""
+    """Builds the dense layer; each rank computes its own tokens."""
     hidden = case.shape.num_experts * case.shape.hidden
     computes = f"dense, hidden {hidden}, {case.activation}"
     return DenseContender(Dense(case), computes, f"torch {torch.__version__}")

@@ -1,4 +1,4 @@
-"""torchtitan's MoE layer, with its all-to-all dispatcher where there are ranks."""
+"""Wraps torchtitan's MoE layer, with its all-to-all dispatcher on several ranks."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,27 +16,30 @@ PACKAGE = "torchtitan"
 
 
 class TitanLayer(Contender):
+    """Runs torchtitan's layer."""
+
     def __init__(self, module: nn.Module, case: Case, computes: str, version: str) -> None:
         super().__init__(module, computes, version)
         self.case = case
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.module(x_TD[None])[0]  # it takes (B, L, D)
+        return self.module(x_TD[None])[0]  # torchtitan's layout is (B, L, D)
 
     @contextmanager
     def surroundings(self) -> Iterator[None]:
-        """Its router asks for autocast to float32, of which torch warns on a CPU."""
+        """Silences torch's warning that the router's autocast to float32 has no effect on a CPU."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "In CPU autocast")
             yield
 
     def bytes_sent(self) -> int:
-        """A row for each choice on another rank, there and back, forward and backward."""
+        """Returns the bytes of a row for each choice on another rank, out and back, forward and backward."""
         return self.case.bytes_of_choices()
 
 
 def in_own_dtype(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Its experts cast to bfloat16 whatever they are given. For float32, these casts do nothing."""
+    """Disables casts to bfloat16 in torchtitan's experts, which cast whatever they receive, so that they compute in
+    float32."""
 
     @wraps(forward)
     def run(*arguments: Any) -> Tensor:
@@ -47,6 +50,7 @@ def in_own_dtype(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def build(case: Case) -> Contender:
+    """Builds the layer with the case's weights."""
     version = installed(PACKAGE)
     if case.activation != "swiglu":
         raise NotMeasured("its experts are SwiGLU")
@@ -65,7 +69,7 @@ def build(case: Case) -> Contender:
 
 
 def build_moe(case: Case, num_local: int) -> nn.Module:
-    """Built with this rank's experts, as its own parallelize() would leave them to a rank."""
+    """Builds torchtitan's layer with this rank's experts, as its own parallelize() would leave them on a rank."""
     from torch.distributed.device_mesh import DeviceMesh
     from torchtitan.distributed.utils import set_spmd_backend
     from torchtitan.models.common.linear import Linear
@@ -73,7 +77,7 @@ def build_moe(case: Case, num_local: int) -> nn.Module:
     from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
     shape = case.shape
-    set_spmd_backend("partial_dtensor")  # its default takes the mesh of a whole model
+    set_spmd_backend("partial_dtensor")  # the default backend needs the mesh of a whole model
     config = MoE.Config(
         num_experts=shape.num_experts,
         routed_experts=RoutedExperts.Config(
@@ -91,7 +95,7 @@ def build_moe(case: Case, num_local: int) -> nn.Module:
     )
     with torch.device(case.device):
         layer = config.build().to(case.dtype)
-    layer.tokens_per_expert_E = layer.tokens_per_expert_E.float()
+    layer.tokens_per_expert_E = layer.tokens_per_expert_E.float()  # counts, which bfloat16 would round
     if case.group is not None:
         mesh = DeviceMesh.from_group(case.group, case.device.type)
         layer.routed_experts.token_dispatcher.wire_meshes(ep_mesh=mesh)

@@ -1,5 +1,5 @@
-"""Hugging Face transformers: Mixtral's MoE block, with its loop over experts or torch's grouped product; and a whole
-model of them."""
+"""Wraps Hugging Face transformers: Mixtral's MoE block, with a loop over experts or torch's grouped product, and a
+whole Mixtral model."""
 
 from functools import partial
 from typing import Any
@@ -15,12 +15,14 @@ PACKAGE = "transformers"
 
 
 class MixtralBlock(Contender):
+    """Runs Mixtral's block."""
+
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.module(x_TD[None])[0]  # it takes (B, S, D)
+        return self.module(x_TD[None])[0]  # transformers' layout is (B, S, D)
 
 
 def build_mixtral(case: Case, kind: str) -> Contender:
-    """kind: of its `experts_implementation`."""
+    """Builds Mixtral's block with the case's weights. kind: its `experts_implementation`."""
     version = installed(PACKAGE)
     case.one_rank()
     if case.activation != "swiglu":
@@ -37,7 +39,7 @@ def build_mixtral(case: Case, kind: str) -> Contender:
         num_local_experts=shape.num_experts,
         num_experts_per_tok=shape.k,
     )
-    config._experts_implementation = kind  # which a whole model would set from the config
+    config._experts_implementation = kind  # private: a whole model sets it from its config
     with torch.device(case.device):
         block = MixtralSparseMoeBlock(config).to(case.dtype)
     with torch.no_grad():
@@ -52,7 +54,7 @@ build_grouped_mm = partial(build_mixtral, kind="grouped_mm")
 
 
 def build_model(shape: TrainShape, case: Case) -> Trainee:
-    """MixtralForCausalLM, with all experts on every rank: data parallel alone."""
+    """Builds a MixtralForCausalLM with all experts on every rank, so data parallel only."""
     version = installed(PACKAGE)
     if case.activation != "swiglu":
         raise NotMeasured("its experts are SwiGLU")

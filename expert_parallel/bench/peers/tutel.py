@@ -1,4 +1,4 @@
-"""Tutel's MoE layer. Not on the package index: built from github.com/microsoft/tutel (NO_CUDA=1 for a CPU)."""
+"""Wraps Tutel's MoE layer. Tutel is not on PyPI: build it from github.com/microsoft/tutel (NO_CUDA=1 for a CPU)."""
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,15 @@ CAPACITY_FACTOR = 1.0
 
 
 class TutelLayer(Contender):
+    """Runs Tutel's layer with its capacity."""
+
     def __init__(self, module: nn.Module, case: Case, computes: str, version: str) -> None:
         super().__init__(module, computes, version)
         self.case = case
 
     @property
     def capacity(self) -> int:
-        """Rows of an expert from each rank, as its extract_critical has it."""
+        """Returns the rows of an expert from each rank, as Tutel's extract_critical computes them."""
         shape = self.case.shape
         return shape.k * int(CAPACITY_FACTOR * -(-len(self.case.x_TD) // shape.num_experts))
 
@@ -25,7 +27,7 @@ class TutelLayer(Contender):
         return self.module(x_TD)
 
     def forward_all(self, x_TD: Tensor) -> Tensor:
-        """Factor 0: the capacity that the fullest expert needs."""
+        """Computes the layer with factor 0, which is the capacity that the fullest expert needs."""
         (gate,) = self.module.gates
         gate.capacity_factor = 0.0
         try:
@@ -34,19 +36,20 @@ class TutelLayer(Contender):
             gate.capacity_factor = CAPACITY_FACTOR
 
     def dropped_share(self) -> float:
-        """Its counts are of the choices before it drops."""
+        """Returns the dropped share from Tutel's counts, which are taken before it drops."""
         counts_E = self.module.dispatch_count
         assert isinstance(counts_E, Tensor)
         return float((counts_E - self.capacity).clamp(min=0).sum() / counts_E.sum())
 
     def bytes_sent(self) -> int:
-        """Its padded buffers, there and back, forward and backward."""
+        """Returns the bytes of its padded buffers, out and back, forward and backward."""
         shape, ranks = self.case.shape, self.case.ranks
         rows = shape.num_experts * self.capacity * (ranks - 1) // ranks
         return 4 * rows * shape.d_model * self.case.dtype.itemsize
 
 
 def build(case: Case) -> Contender:
+    """Builds the layer with the case's weights."""
     version = installed(PACKAGE, extra="")
     if case.activation != "gelu":
         raise NotMeasured("its own experts have two matrices, without a gate")

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from torch import Tensor
 
 from expert_parallel.moe.capacity.reroute import reroute
@@ -25,67 +25,63 @@ from expert_parallel.settings import Settings
 
 
 class DroplessConfig(Settings):
-    """Every choice reaches its expert (MegaBlocks; Gale et al. 2022).
-
-    `receive_bound`: no rank computes more than ceil(receive_bound * choices of the expert-parallel group / ranks), so
-    that one hot expert cannot exhaust its memory; what is beyond is dropped and counted apart (see receive_bound.py).
-    """
+    """Sends every choice to its expert, without a capacity (MegaBlocks, Gale et al. 2022)."""
 
     kind: Literal["dropless"] = "dropless"
-    receive_bound: float | None = Field(default=None, ge=1)
+    receive_bound: float | None = Field(
+        default=None, ge=1, validation_alias=AliasChoices("receive_bound", "max_received_factor")
+    )
+    """Drops choices beyond ceil(receive_bound * choices of the expert-parallel group / its ranks) on a rank, which
+    bounds its memory; null drops nothing."""
     # Not settings of this kind: no tokens share a capacity, and there is none to pad to.
     scope: ClassVar[None] = None
     pad: ClassVar[bool] = False
 
 
 class LimitSettings(Settings):
-    """What `factor` and `absolute` share. An expert's choices queue up; those beyond its capacity overflow.
-
-    scope: whose tokens share one capacity: this `rank`'s (most systems), each `sequence`'s (transformers' Switch), or
-    those of all ranks (`global`: the same tokens drop on every layout).
-
-    priority: who stands first. `position`: the earlier token. `random`: by lot (by position in evaluation), a number
-    for each token (DeepSpeed's random token selection). `batch_priority`: the token with the largest score (V-MoE,
-    Riquelme et al. 2021). `probability`: the choice with the largest score, whichever choice of its token it is
-    (Megatron-Core's probs). Ties by position.
-
-    first_choices_first: all first choices queue before all second ones (GShard, Switch, V-MoE), else token by token
-    (DeepSpeed's top-k); with `probability` it only breaks ties.
-
-    overflow: `drop`, or `reroute`: each choice beyond capacity takes, in the order of the queue, its token's next best
-    expert that still has room; dropped where there is none.
-
-    renormalise: the weights of what is kept sum to 1 again (DeepSpeed's top-2), else they stay as they were
-    (Megatron-Core).
-
-    pad: each expert computes capacity rows, the empty ones zeros: static shapes.
-    """
+    """Is the base class of limits on the choices of an expert: they form a queue, and overflow beyond its capacity."""
 
     scope: Scope = "rank"
+    """Sets the tokens that share one capacity: this `rank`'s (most systems), each `sequence`'s (transformers' Switch),
+    or those of all ranks (`global`: every layout drops the same tokens)."""
     priority: Literal["position", "probability", "batch_priority", "random"] = "position"
+    """Orders an expert's queue by token position, by the choice's score (`probability`, Megatron-Core's probs), by the
+    token's largest score (`batch_priority`, V-MoE, Riquelme et al. 2021), or at random in training (DeepSpeed's random
+    token selection); ties go by position."""
     first_choices_first: bool = True
+    """Queues all first choices before all second ones (GShard, Switch, V-MoE), or token by token (DeepSpeed's top-k);
+    with `priority: probability` it only breaks ties."""
     overflow: Literal["drop", "reroute"] = "drop"
-    renormalise: bool = False
+    """Drops choices beyond capacity, or sends them to the token's next best expert that has room (`reroute`)."""
+    renormalise: bool = Field(default=False, validation_alias=AliasChoices("renormalise", "renormalize"))
+    """Scales the weights of a token's kept choices to sum to 1 again (DeepSpeed's top-2), or leaves them
+    (Megatron-Core)."""
     pad: bool = False
+    """Pads each expert's rows with zeros to its capacity, for static shapes."""
     receive_bound: ClassVar[None] = None  # not a setting of these kinds
 
 
 class FactorConfig(LimitSettings):
-    """Each expert takes at most C = max(minimum, ceil(factor * T * k / E)) choices of a scope's T tokens
-    (GShard, Lepikhin et al. 2020; Switch, Fedus et al. 2021, eq. 3)."""
+    """Limits each expert to max(minimum, ceil(factor * T * k / E)) choices of a scope's T tokens (GShard, Lepikhin et
+    al. 2020; Switch, Fedus et al. 2021, eq. 3)."""
 
     kind: Literal["factor"]
     train: float = Field(default=1.25, gt=0)
+    """Sets the capacity factor in training."""
     eval: float = Field(default=2.0, gt=0)
+    """Sets the capacity factor in evaluation."""
     minimum: int = Field(default=4, ge=0)
+    """Sets the smallest capacity of an expert, in choices of a scope."""
 
 
 class AbsoluteConfig(LimitSettings):
-    """Each expert takes at most so many choices of a scope's tokens, however many there are."""
+    """Limits each expert to a fixed number of choices of a scope's tokens."""
 
     kind: Literal["absolute"]
     train: int = Field(ge=1)
+    """Sets the capacity in training, in choices of a scope."""
     eval: int = Field(ge=1)
+    """Sets the capacity in evaluation, in choices of a scope."""
 
 
 CapacityConfig = Annotated[DroplessConfig | FactorConfig | AbsoluteConfig, Field(discriminator="kind")]
@@ -113,7 +109,7 @@ def keep_all(
     return plan, None
 
 
-def limit(
+def apply_capacity(
     config: FactorConfig | AbsoluteConfig, plan: RoutingPlan, batch: TokenBatch, training: bool
 ) -> tuple[RoutingPlan, int | None]:
     """The plan with what overflows marked DROPPED_CAPACITY, or REROUTED and renamed; its weights are left as they were.
@@ -185,6 +181,6 @@ def queue_order(
 
 POLICIES: dict[str, Callable[..., tuple[RoutingPlan, int | None]]] = {
     "dropless": keep_all,
-    "factor": limit,
-    "absolute": limit,
+    "factor": apply_capacity,
+    "absolute": apply_capacity,
 }

@@ -1,8 +1,8 @@
-"""Dispatchers: take each token to the experts of its plan, and bring the outputs back, added up.
+"""Implements dispatchers, which send each token to the experts of its plan and return the sum of their outputs.
 
-A dispatcher is a list of exchanges (all_to_all.py), through which rows go in chunks (chunk.py), and the sorting of what
-has arrived by local expert. It owns no parameters and keeps nothing between passes. `DISPATCHERS` maps each `kind:` to
-the function that lists its exchanges.
+A dispatcher is a list of exchanges (all_to_all.py, all_gather.py), through which rows move in chunks (chunk.py); the
+last step groups received rows by local expert. It has no parameters and keeps no state between passes. `DISPATCHERS`
+maps each `kind:` to the function that builds its exchanges.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.dispatch.all_gather import AllGatherExchange
-from expert_parallel.moe.dispatch.all_to_all import AllToAllExchange, Metadata, PassKey, agree
+from expert_parallel.moe.dispatch.all_to_all import AllToAllExchange
+from expert_parallel.moe.dispatch.base import Exchange, Metadata
 from expert_parallel.moe.dispatch.chunk import Chunk, chunk_sizes, join, split
 from expert_parallel.moe.dispatch.ledger import Ledger
+from expert_parallel.moe.dispatch.pass_fingerprint import PassKey, agree
 from expert_parallel.moe.dispatch.permute import NO_ROW, count_keys, gather_rows, inverse, padded_places, stable_argsort
 from expert_parallel.moe.dispatch.row_index import IndexTable, RowChoices, choices_of, row_table, without_nowhere
 from expert_parallel.moe.types import DispatchedTokens, RoutingPlan
@@ -28,51 +30,49 @@ from expert_parallel.settings import Settings
 
 
 class LocalConfig(Settings):
-    """All experts on this rank: no exchange. Outputs are added in choice order."""
+    """Keeps all tokens on this rank, which has all experts; outputs are added in the order of the choices."""
 
     kind: Literal["local"]
-    # Not settings of this kind: the values that those of the other kinds would have without an exchange.
+    # Not settings of this kind, but the values that the settings of the other kinds have without an exchange.
     exchange_dtype: ClassVar[Literal["model"]] = "model"
     overlap: ClassVar[int] = 1
     one_row_per: ClassVar[Literal["rank"]] = "rank"
 
 
 class ExchangeSettings(Settings):
-    """exchange_dtype: rows travel as the model has them, or as `bfloat16` (half the bytes of float32 experts, rounded).
-
-    overlap: a pass's tokens travel in this many chunks, each while the experts compute another, forward and backward.
-    1: all at once. More pays where the exchange is slow beside the experts.
-    """
+    """Is the base class of dispatchers that exchange tokens between ranks."""
 
     exchange_dtype: Literal["model", "bfloat16"] = "model"
+    """Sends rows in the model's dtype, or rounded to bfloat16 (half the bytes of float32)."""
     overlap: int = Field(default=1, ge=1)
+    """Splits a pass into this many chunks, so that the exchange of one overlaps the experts' computation of another,
+    forward and backward."""
 
 
 class AllToAllConfig(ExchangeSettings):
-    """Variable-size all-to-all over the expert-parallel group.
-
-    `one_row_per: rank`: a token goes to a rank once, whatever its top-k. `choice`: once for each choice: more bytes,
-    and outputs bit-equal for every ep over the same tokens (on the CPU, one thread; see moe/README.md).
-    """
+    """Sends tokens by a variable-size all-to-all over the expert-parallel group."""
 
     kind: Literal["all_to_all"] = "all_to_all"
     one_row_per: Literal["rank", "choice"] = "rank"
+    """Sends a token once to each rank that has experts of it (`rank`), or once for each choice (`choice`: more bytes,
+    and outputs that are bit-equal for every ep on the CPU with one thread)."""
 
 
 class AllGatherConfig(ExchangeSettings):
-    """Every rank gets every token of the group, and returns what its experts made of those that chose them. For small
-    groups, or where most tokens go to most ranks anyway (Megatron-Core's allgather dispatcher)."""
+    """Sends every token to every rank of the expert-parallel group, for small groups or large k (Megatron-Core's
+    allgather dispatcher)."""
 
     kind: Literal["all_gather"]
     one_row_per: ClassVar[Literal["rank"]] = "rank"  # not a setting of this kind: a rank gets each row once
 
 
 class HierarchicalConfig(ExchangeSettings):
-    """Two hops: between nodes, to the rank with this one's place; then within that node. A token crosses to a node at
-    most once, and to a rank of it at most once (as Tutel's 2D all-to-all and DeepEP do)."""
+    """Sends tokens in two steps, first between nodes and then within a node, and at most once to each node (Tutel's 2D
+    all-to-all, DeepEP)."""
 
     kind: Literal["hierarchical"]
     one_row_per: Literal["rank", "choice"] = "rank"
+    """Sends a token once to each node and rank that has experts of it (`rank`), or once for each choice (`choice`)."""
 
 
 DispatcherConfig = Annotated[
@@ -80,10 +80,11 @@ DispatcherConfig = Annotated[
 ]
 
 
-Exchanges = list[AllToAllExchange]
+Exchanges = list[Exchange]
 
 
 def local_exchanges(config: LocalConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None) -> Exchanges:
+    """Returns no exchanges. Raises a ValueError if other ranks have experts."""
     if placement.num_ranks > 1:
         raise ValueError(
             f"model.moe.dispatcher.kind 'local' cannot reach the experts of other ranks: parallel.ep is "
@@ -95,6 +96,7 @@ def local_exchanges(config: LocalConfig, placement: ExpertPlacement, group: Any,
 def all_to_all_exchanges(
     config: AllToAllConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None
 ) -> Exchanges:
+    """Returns one all-to-all over the group."""
     peers = Peers.of(group, nodes.ranks_per_node if nodes else None)
     return [AllToAllExchange(peers, placement.rank_of_expert, config.one_row_per == "rank", _dtype(config))]
 
@@ -102,6 +104,7 @@ def all_to_all_exchanges(
 def all_gather_exchanges(
     config: AllGatherConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None
 ) -> Exchanges:
+    """Returns one all-gather over the group."""
     peers = Peers.of(group, nodes.ranks_per_node if nodes else None)
     return [AllGatherExchange(peers, placement.rank_of_expert, True, _dtype(config))]
 
@@ -109,15 +112,20 @@ def all_gather_exchanges(
 def hierarchical_exchanges(
     config: HierarchicalConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None
 ) -> Exchanges:
-    if placement.num_ranks == 1:  # a model alone takes the config of any layout
+    """Returns two all-to-alls: between nodes, among ranks with the same index in their node; then within the node.
+
+    Raises a ValueError if the nodes are not known.
+    """
+    if placement.num_ranks == 1:  # a model on one rank accepts the config of any layout
         nodes = Nodes(1, None, None)
     if nodes is None:
-        raise ValueError("model.moe.dispatcher.kind 'hierarchical' needs to know the nodes: give the layer `nodes`")
+        raise ValueError("model.moe.dispatcher.kind 'hierarchical' needs the nodes: pass `nodes` to the layer")
     between, within = Peers.of(nodes.rail_group, nodes.ranks_per_node), Peers.of(nodes.node_group, nodes.ranks_per_node)
     assert between.size * within.size == placement.num_ranks, (between, within, placement)
-    merge, dtype = config.one_row_per == "rank", _dtype(config)
+    merge = config.one_row_per == "rank"
+    dtype = _dtype(config)
     node_of_expert = [rank // within.size for rank in placement.rank_of_expert]
-    place_of_expert = [rank % within.size for rank in placement.rank_of_expert]
+    place_of_expert = [rank % within.size for rank in placement.rank_of_expert]  # the index of its rank in the node
     return [
         AllToAllExchange(between, node_of_expert, merge, dtype, "between nodes"),
         AllToAllExchange(within, place_of_expert, merge, dtype, "within the node"),
@@ -125,6 +133,7 @@ def hierarchical_exchanges(
 
 
 def _dtype(config: ExchangeSettings) -> torch.dtype | None:
+    """Returns the dtype of rows in transit; None: unchanged."""
     return None if config.exchange_dtype == "model" else torch.bfloat16
 
 
@@ -137,9 +146,10 @@ DISPATCHERS: dict[str, Callable[..., Exchanges]] = {
 
 
 class Dispatcher:
-    """Takes tokens to their experts and their outputs back, by `exchanges` one after the other.
+    """Sends tokens to their experts and returns the outputs, through `exchanges`, one after the other.
 
-    group: the ranks over which `placement` spreads the experts; None: all are here. nodes: how they lie on machines.
+    group: the ranks over which `placement` spreads the experts; None: all experts are here. nodes: which ranks share a
+    machine.
     """
 
     def __init__(
@@ -156,7 +166,7 @@ class Dispatcher:
         self.num_chunks = config.overlap if self.exchanges else 1
         self.expert_ids = placement.experts_on(group_rank(group))
         self.num_experts = placement.num_experts
-        self.slot_of_expert_E1 = IndexTable([*placement.slot_of_expert, len(self.expert_ids)])  # the last for NOWHERE
+        self.slot_of_expert_E1 = IndexTable([*placement.slot_of_expert, len(self.expert_ids)])  # last: NOWHERE
         self.expert_of_slot_e = IndexTable(self.expert_ids)
 
     @property
@@ -166,41 +176,44 @@ class Dispatcher:
         return [self.slot_of_expert_E1, self.expert_of_slot_e, *exchanges]
 
     def send(self, x_TD: Tensor, plan: RoutingPlan, ledger: Ledger, context: StepContext) -> "RowsInFlight":
-        """Agrees with the other ranks on what travels, and sends the first rows.
+        """Checks that all ranks are in the same pass, exchanges metadata, and starts sending the first rows.
 
-        The caller serves each chunk of rows that `arriving` yields, then asks for what has `returned`. ValueError, on
-        all ranks together, where they are not in the same pass.
+        The caller computes each chunk that `receive_chunks` yields, then calls `combine`. Raises a ValueError, on all
+        ranks together, if they are not in the same pass.
         """
         num_choices, sizes = plan.expert_ids_TK.shape[1], chunk_sizes(len(x_TD), self.num_chunks)
         parts = (split(x, sizes) for x in (plan.expert_ids_TK, plan.kept_TK, plan.weights_TK))
         choices = [choices_of(*chunk) for chunk in zip(*parts, strict=True)]
         chunks = [Chunk(number, x_LD, self.exchanges, ledger) for number, x_LD in enumerate(split(x_TD, sizes))]
         needs_grad = x_TD.requires_grad and torch.is_grad_enabled()
-        key = PassKey(x_TD.shape[1], x_TD.dtype, num_choices, needs_grad, context)
-        in_flight = RowsInFlight(self, chunks, plan.padded_rows, key, ledger)
+        fingerprint = PassKey(x_TD.shape[1], x_TD.dtype, num_choices, needs_grad, context)
+        in_flight = RowsInFlight(self, chunks, plan.padded_rows, fingerprint, ledger)
         if self.exchanges:
-            if len(self.exchanges) > 1:  # each asks its own ranks alone: others would wait for one that has raised
-                agree(key, self.peers, x_TD.device)
+            if len(self.exchanges) > 1:  # an exchange checks its own ranks alone; the others would wait forever
+                agree(fingerprint, self.peers, x_TD.device)
             in_flight.plan_exchange(self.exchanges[0], choices)
         else:
             self._count_own_rows(len(x_TD), ledger)
             if plan.padded_rows is None and not plan.is_whole:
                 choices = [without_nowhere(chunk) for chunk in choices]
             in_flight.metadata = LocalChoices(choices)
-        chunks[0].advance()  # the first rows need not wait for the rest of the plan
+        chunks[0].advance()  # before the metadata of later exchanges is known
         return in_flight
 
     def _count_own_rows(self, num_rows: int, ledger: Ledger) -> None:
-        """Counts every row as this rank's own: all experts are here."""
+        """Counts every row as staying on this rank, which has all experts."""
         for phase in (Phase.DISPATCH, Phase.COMBINE):
             ledger.count_rows([num_rows], [num_rows], self.peers, ExchangeKey(phase))
 
     def assign(self, choices: RowChoices, num_choices: int, padded_rows: int | None) -> tuple[DispatchedTokens, Tensor]:
-        """Returns which arriving row each local expert computes for which choice, without the rows, which have yet to
-        come; and how many choices each serves, int64 (e)."""
+        """Groups the choices of received rows by local expert, before the rows themselves have arrived.
+
+        Returns the DispatchedTokens without rows, and the number of choices of each local expert, int64 (e).
+        num_choices: K. `rows_per_expert`: see RoutingPlan.
+        """
         num_local = len(self.expert_ids)
         slot_N = self.slot_of_expert_E1(choices.expert_N)
-        counts_e = served_e = count_keys(slot_N, num_local + 1)[:num_local]
+        counts_e = choices_e = count_keys(slot_N, num_local + 1)[:num_local]
         if padded_rows is None:
             choice_R = stable_argsort(slot_N, num_local)
             place_N = inverse(choice_R)
@@ -210,59 +223,66 @@ class Dispatcher:
             counts_e = slot_N.new_full((num_local,), padded_rows)
             place_N, choice_R = padded_places(slot_N, num_local, padded_rows)
             row_N1 = torch.cat([choices.row_N, choices.row_N.new_full((1,), NO_ROW)])
-            row_R = row_N1[choice_R]  # NO_ROW takes the last
+            row_R = row_N1[choice_R]  # NO_ROW is -1 and reads the last entry
             weights_R = gather_rows(choices.weight_N, choice_R[:, None], place_N[:, None])
         computed_VK = row_table(choices, place_N, min(num_choices, num_local))
-        return DispatchedTokens(weights_R[:0, None], row_R, computed_VK, counts_e, weights_R), served_e
+        no_rows_VD = weights_R[:0, None]
+        return DispatchedTokens(no_rows_VD, row_R, computed_VK, counts_e, weights_R), choices_e
 
     def by_global_expert(self, counts_e: Tensor) -> Tensor:
-        """Returns counts of this rank's experts among those of all; 0 for the others."""
-        return counts_e.new_zeros(self.num_experts).scatter_(0, self.expert_of_slot_e.on(counts_e.device), counts_e)
+        """Returns the counts of this rank's experts indexed by global expert, int64 (E); 0 for the experts of other
+        ranks."""
+        expert_e = self.expert_of_slot_e.on(counts_e.device)
+        return counts_e.new_zeros(self.num_experts).scatter_(0, expert_e, counts_e)
 
 
 class LocalChoices:
-    """Stands for Metadata where rows do not travel, and gives the choices as they are."""
+    """Provides the choices as they are, on a rank that exchanges no rows."""
 
     def __init__(self, choices: list[RowChoices]) -> None:
         self.choices = choices
 
     def arrived(self) -> list[RowChoices]:
+        """Returns the choices of each chunk."""
         return self.choices
 
 
 class RowsInFlight:
-    """Takes the rows of one pass to their experts and back in chunks, so that the exchange of one chunk overlaps the
-    experts' work on another.
+    """Moves the chunks of one pass through dispatch and combine, so that the exchange of one chunk overlaps the
+    experts' computation of another.
 
-    With two chunks and one exchange (D to the experts, C the experts, M back; + starts an exchange, - waits for it):
+    With two chunks and one exchange (D: dispatch, C: compute, M: combine; + starts an exchange, - waits for it):
 
         forward     +D1 -D1 +D2 C1 +M1 -D2 C2 +M2 -M1 -M2     D2 overlaps C1, M1 overlaps C2
         backward    +M2 +M1 -M2 C2 +D2 -M1 C1 -D2 +D1 -D1     M1 overlaps C2, D2 overlaps C1
 
-    The forward order is that of `arriving` and `returned`. The backward order is the forward order reversed, which is
-    how autograd runs what is ready: each - of the forward pass starts the exchange of gradients, each + waits for it.
+    `receive_chunks` and `combine` run the forward order. Autograd runs ready nodes in reverse order of creation, hence
+    the backward order: each - of the forward pass starts the exchange of gradients, and each + waits for it.
     """
 
     metadata: Metadata
 
     def __init__(
-        self, dispatcher: Dispatcher, chunks: list[Chunk], padded_rows: int | None, key: PassKey, ledger: Ledger
+        self, dispatcher: Dispatcher, chunks: list[Chunk], padded_rows: int | None, fingerprint: PassKey, ledger: Ledger
     ) -> None:
-        self.dispatcher, self.chunks, self.padded_rows = dispatcher, chunks, padded_rows
-        self.key, self.ledger = key, ledger
+        self.dispatcher = dispatcher
+        self.chunks = chunks
+        self.padded_rows = padded_rows
+        self.fingerprint = fingerprint
+        self.ledger = ledger
 
-    def plan_exchange(self, exchange: AllToAllExchange, choices: list[RowChoices]) -> None:
-        """Tells every chunk how its rows travel. The choices that they serve are then under way."""
-        routes, self.metadata = exchange.plan(choices, self.key, self.ledger)
+    def plan_exchange(self, exchange: Exchange, choices: list[RowChoices]) -> None:
+        """Gives every chunk its route through the exchange, and starts sending the choices of its rows."""
+        routes, self.metadata = exchange.plan(choices, self.fingerprint, self.ledger)
         for chunk, route in zip(self.chunks, routes, strict=True):
             chunk.routes.append(route)
 
     def arriving(self) -> Iterator[Chunk]:
-        """Sends the remaining rows, and yields each chunk for the experts when its rows have arrived.
+        """Sends the remaining rows, and yields each chunk for the experts once its rows have been received.
 
-        Before each chunk is yielded, every chunk under way moves one exchange on, the oldest first, and another one
-        leaves, so that rows travel while the experts compute. Outputs are waited for when the experts have computed one
-        more chunk.
+        Before each chunk is yielded, every chunk in progress advances by one exchange, the oldest first, and another
+        chunk starts, so that rows are in transit while the experts compute. Outputs are waited for only after the
+        experts have computed one more chunk.
         """
         self._assign_to_experts()
         num_sent = 1
@@ -276,10 +296,10 @@ class RowsInFlight:
             yield chunk
 
     def returned(self) -> Tensor:
-        """Waits for the outputs. Returns y_TD, in the order of the tokens: the sum of each token's weighted outputs.
+        """Waits for the outputs. Returns y_TD, in token order: the sum of each token's weighted outputs.
 
-        Its order is fixed: choice order within a rank (the experts have added those up), then rank order (hierarchical:
-        the ranks of a node, then nodes); with `one_row_per: choice`, choice order.
+        The order of summation is fixed: by choice within a rank (the experts have summed those), then by rank
+        (hierarchical: the ranks of a node, then nodes); with `one_row_per: choice`, by choice alone.
         """
         while not all(chunk.is_home for chunk in self.chunks):
             for chunk in self.chunks:
@@ -287,11 +307,12 @@ class RowsInFlight:
         return join([chunk.rows for chunk in self.chunks])
 
     def _assign_to_experts(self) -> None:
-        """Plans the later exchanges, and assigns the rows that will arrive to this rank's experts."""
+        """Exchanges the metadata of the later exchanges, and groups the rows that will be received by local expert."""
         for exchange in self.dispatcher.exchanges[1:]:
             self.plan_exchange(exchange, self.metadata.arrived())
-        served = []
+        choices_per_chunk = []
         for chunk, choices in zip(self.chunks, self.metadata.arrived(), strict=True):
-            chunk.assigned, served_e = self.dispatcher.assign(choices, self.key.num_choices, self.padded_rows)
-            served.append(served_e)
-        self.computed_E = self.dispatcher.by_global_expert(torch.stack(served).sum(0))
+            num_choices = self.fingerprint.num_choices
+            chunk.assigned, choices_e = self.dispatcher.assign(choices, num_choices, self.padded_rows)
+            choices_per_chunk.append(choices_e)
+        self.computed_E = self.dispatcher.by_global_expert(torch.stack(choices_per_chunk).sum(0))

@@ -1,4 +1,4 @@
-"""Exchanges of rows between ranks that autograd sees: each is started and finished apart, in the backward pass too."""
+"""Runs collectives inside autograd, each split into a start and a finish, in the backward pass too."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
@@ -14,57 +14,58 @@ Outputs = Tensor | tuple[Tensor, ...]
 
 
 class SplitSizes(NamedTuple):
-    """Says how many rows go to each rank of a group, and how many come from each."""
+    """Holds the number of rows sent to each rank of a group, and received from each."""
 
     send: list[int]
     receive: list[int]
 
     @property
     def reversed(self) -> "SplitSizes":
-        """Returns the sizes of the way back."""
+        """Returns the sizes of the opposite direction."""
         return SplitSizes(self.receive, self.send)
 
 
 class AsyncCollective:
-    """Runs one collective, and in the backward pass that of its gradient, each in two halves with other work between.
+    """Runs one collective, and in the backward pass that of its gradient, each in two halves with other work between
+    them.
 
-        forward     start:   begin(x)               ...     finish:  wait for what arrives
-        backward    finish:  begin_backward(grad)   ...     start:   wait for the gradient of x
+        forward     start:   launch(x)               ...     finish:  wait for the result
+        backward    finish:  launch_backward(grad)   ...     start:   wait for the gradient of x
 
-    Autograd runs nodes that are ready in the reverse order of their making. So whatever is computed between `start` and
-    `finish` overlaps the exchange in both passes. A subclass says what the two passes exchange.
+    Autograd runs ready nodes in the reverse order of their creation, so whatever is computed between `start` and
+    `finish` overlaps the exchange in both passes. A subclass defines the two exchanges.
     """
 
     def begin(self, x: Tensor) -> Wait:
-        """Starts the exchange of the forward pass."""
+        """Starts the exchange of the forward pass. x: detached."""
         raise NotImplementedError
 
     def begin_backward(self, grad: Tensor) -> Wait:
-        """Starts the exchange of the backward pass: of the gradient of what arrived."""
+        """Starts the exchange of the backward pass. grad: the gradient of the (first) output."""
         raise NotImplementedError
 
     def unpack(self, arrived: Tensor) -> Outputs:
-        """Returns the outputs, made of what arrived. The first has a gradient; others are integers."""
+        """Converts the received tensor to the outputs. Only the first output has a gradient; others are integers."""
         return arrived
 
     def unpack_backward(self, arrived: Tensor) -> Tensor:
-        """Returns the gradient of x, made of what arrived."""
+        """Converts the tensor received in the backward pass to the gradient of x."""
         return arrived
 
     def start(self, x: Tensor) -> Self:
-        """Starts the exchange of x."""
+        """Starts the exchange of x. Returns itself."""
         self._token = _Node.apply(x, self._start_forward, self._finish_backward)
         return self
 
     def finish(self) -> Any:
-        """Waits for what arrives. Called once."""
+        """Waits for the exchange and returns the outputs. Called once."""
         token = self._token
-        del self._token  # the token's node holds this object, which must not hold the node
+        del self._token  # its autograd node holds this object: a reference cycle otherwise
         return _Node.apply(token, self._finish_forward, self._start_backward)
 
     def _start_forward(self, x: Tensor) -> Tensor:
-        self._wait = self.begin(x.detach())  # a backend's thread may hold what it sent, which would hold the graph
-        return x.new_empty(0)  # the token, which ties the node of `finish` to that of `start`
+        self._wait = self.begin(x.detach())  # detached: a backend's thread may keep its input, and so the graph, alive
+        return x.new_empty(0)  # the token: an empty tensor that makes the node of `finish` depend on that of `start`
 
     def _finish_forward(self, token: Tensor) -> Outputs:
         return self.unpack(self._waited())
@@ -78,12 +79,12 @@ class AsyncCollective:
 
     def _waited(self) -> Tensor:
         wait = self._wait
-        del self._wait  # it holds what was sent
+        del self._wait  # it keeps the sent tensor alive
         return wait()
 
 
 class _Node(torch.autograd.Function):
-    """Takes one step in the forward pass, and another one in the backward pass."""
+    """Runs one function in the forward pass and another in the backward pass."""
 
     @staticmethod
     def forward(
@@ -92,7 +93,7 @@ class _Node(torch.autograd.Function):
         ctx.backward_step = backward_step
         outputs = forward_step(x)
         if isinstance(outputs, Tensor):
-            return outputs.detach()  # what arrived may be x itself, where a rank is alone
+            return outputs.detach()  # on a single rank the result may be x itself
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -103,13 +104,18 @@ class _Node(torch.autograd.Function):
 
 
 class AsyncAllToAll(AsyncCollective):
-    """Exchanges rows, which the ledger accounts for. The gradient is the same all-to-all the other way round."""
+    """Exchanges rows, which the ledger accounts for. Its gradient is the all-to-all in the opposite direction."""
 
     def __init__(self, ledger: Ledger, sizes: SplitSizes, peers: Peers, key: ExchangeKey) -> None:
-        self.ledger, self.sizes, self.peers, self.key = ledger, sizes, peers, key
+        self.ledger = ledger
+        self.sizes = sizes
+        self.peers = peers
+        self.key = key
 
     def begin(self, x: Tensor) -> Wait:
+        """Starts the all-to-all of the rows."""
         return self.ledger.all_to_all(x, *self.sizes, self.peers, self.key)
 
     def begin_backward(self, grad: Tensor) -> Wait:
+        """Starts the all-to-all of the rows' gradients."""
         return self.ledger.all_to_all(grad, *self.sizes.reversed, self.peers, self.key.of_backward)

@@ -1,8 +1,9 @@
-"""The ledger of exchanges: every row that leaves a rank is accounted for where it arrives, forward and backward.
+"""Implements the ledger, which accounts for every row that leaves a rank on the rank that receives it, forward and
+backward.
 
-One `Ledger` lives as long as one forward pass of one layer and the backward pass that belongs to it. `counts` compares
-numbers of rows and is always on. `rows` sends 16 more bytes with each row: a tag (source rank, number of the row among
-those for this destination) and the sum of the row's bits; the receiver checks both and names what it finds.
+A `Ledger` lives for one forward pass of one layer and its backward pass. `counts` compares numbers of rows and is
+always on. `rows` sends 16 more bytes with each row: a tag (source rank, and the index of the row among those for this
+destination) and the sum of the row's bits; the receiver checks both and names every faulty row.
 """
 
 import math
@@ -23,20 +24,25 @@ _TAG_BYTES = 16
 
 
 class LedgerConfig(Settings):
-    """`counts`: choices and rows are counted and compared, always. `rows`: each row carries a tag and a content sum,
-    checked where it arrives. `breach`: whether one ends the run, or warns and goes on."""
+    """Checks that every row sent between ranks arrives, forward and backward."""
 
     kind: Literal["counts", "rows"] = "counts"
+    """Compares numbers of choices and rows (`counts`), or also a tag and a checksum of each row, 16 bytes more
+    (`rows`)."""
     breach: Literal["error", "warn"] = "error"
+    """Ends the run when a check fails (`error`), or warns and continues (`warn`)."""
 
 
 class LedgerBreach(RuntimeError):
-    """A row or a choice was lost, doubled, swapped or altered on its way."""
+    """Reports that a row or a choice was lost, doubled, swapped or altered between ranks."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """layer, step: what messages name. log: rows and bytes, by exchange and link class; backward passes add to it."""
+    """Wraps the collectives that move rows, and accounts for their rows and bytes.
+
+    layer, step: named in messages. log: rows and bytes, by exchange and link class; the backward pass adds to it.
+    """
 
     config: LedgerConfig = field(default_factory=LedgerConfig)
     layer: int = 0
@@ -46,9 +52,9 @@ class Ledger:
     def all_to_all(
         self, x: Tensor, send: Sequence[int], receive: Sequence[int], peers: Peers, key: ExchangeKey
     ) -> Wait:
-        """Starts an all-to-all of rows, without a gradient. Waiting for it checks what has arrived.
+        """Starts an all-to-all of rows, without gradient. The returned function waits for the rows and checks them.
 
-        x: (sum(send), ...), by destination. What arrives: (sum(receive), ...), by source.
+        x: (sum(send), ...), ordered by destination. The result: (sum(receive), ...), ordered by source.
         """
         self.count_rows(send, receive, peers, key)
         tags = _tags(send, peers, x.device) if self.config.kind == "rows" else None
@@ -57,10 +63,10 @@ class Ledger:
         return partial(self._wait_and_check, wait, x[:0], tags is not None, receive, peers, key)
 
     def all_gather(self, x: Tensor, counts: Sequence[int], peers: Peers, key: ExchangeKey) -> Wait:
-        """Starts an all-gather of every rank's rows, without a gradient. Waiting for it checks what has arrived.
+        """Starts an all-gather of all ranks' rows, without gradient. The returned function waits for the rows and
+        checks them.
 
-        counts: each rank's number of rows. Their bytes are counted here; which of the rows are taken, and so the rows,
-        the caller counts.
+        counts: the number of rows of each rank. Only bytes are counted here; the caller counts the rows that it keeps.
         """
         send = [counts[peers.me]] * peers.size
         tags = _tags(send[:1], peers, x.device) if self.config.kind == "rows" else None
@@ -71,13 +77,13 @@ class Ledger:
     def all_to_all_metadata(
         self, x: Tensor, send: Sequence[int], receive: Sequence[int], peers: Peers, key: ExchangeKey
     ) -> Wait:
-        """Starts an all-to-all of what describes rows, without a gradient. Only its bytes are counted."""
+        """Starts an all-to-all of metadata, without gradient. Only its bytes are counted."""
         self.count_bytes(x, send, peers, key)
         return collectives.start_all_to_all_rows(x, send, receive, peers.group)
 
     def _tagged(self, x: Tensor, tags: Tensor | None, send: Sequence[int], peers: Peers, key: ExchangeKey) -> Tensor:
-        """Returns the rows as they are sent, their bytes counted: with tags, as bytes with tag and content sum behind
-        each."""
+        """Returns the rows as they are sent, and counts their bytes. With tags: uint8, each row followed by its tag and
+        bit sum."""
         rows = x if tags is None else torch.cat([as_bytes(x), as_bytes(tags), as_bytes(_bit_sums(x))], dim=1)
         self.count_bytes(rows, send, peers, key)
         return rows
@@ -85,24 +91,28 @@ class Ledger:
     def _wait_and_check(
         self, wait: Wait, like: Tensor, has_tags: bool, receive: Sequence[int], peers: Peers, key: ExchangeKey
     ) -> Tensor:
-        return self._checked(wait(), like, has_tags, receive, peers, key)
+        """Waits for the rows, and returns them without tags, after checking them."""
+        return self._check_rows(wait(), like, has_tags, receive, peers, key)
 
-    def _checked(
+    def _check_rows(
         self, arrived: Tensor, like: Tensor, has_tags: bool, receive: Sequence[int], peers: Peers, key: ExchangeKey
     ) -> Tensor:
+        """Returns the rows without their tags, and reports missing, additional and altered ones."""
         if has_tags:
             arrived = self._check_tags(arrived, like, receive, peers, key)
         if len(arrived) != sum(receive):
-            if not has_tags:  # with tags it has been said, by name
+            if not has_tags:  # with tags, every such row has been reported already
                 me = peers.ranks[peers.me]
                 self.report(f"{key}: rank {me} was to receive {sum(receive)} rows and received {len(arrived)}")
-            self.log.rows_received[key, "own"] += len(arrived) - sum(receive)  # so that no total adds up
+            # Counted, so that the totals of check_conservation do not add up either.
+            self.log.rows_received[key, "own"] += len(arrived) - sum(receive)
+            # With breach: warn the pass continues, on as many rows as were expected.
             arrived = torch.cat([arrived, arrived.new_zeros(sum(receive), *arrived.shape[1:])])[: sum(receive)]
         return arrived
 
     def _check_tags(self, arrived: Tensor, x: Tensor, receive: Sequence[int], peers: Peers, key: ExchangeKey) -> Tensor:
-        """The rows without their tags. Looks at each row's tag and sum, on the host, and reports the first wrong
-        one."""
+        """Returns the rows without their tags, and reports rows whose tag or bit sum is wrong. The host waits for the
+        result."""
         content, tags, sums = arrived.split([arrived.shape[1] - _TAG_BYTES, 8, 8], dim=1)
         rows, number = from_bytes(content, x), torch.empty(0, dtype=torch.int64)
         tag_V, sum_V = from_bytes(tags, number), from_bytes(sums, number)
@@ -113,8 +123,11 @@ class Ledger:
         altered_V = _bit_sums(rows).flatten() != sum_V
         if len(tag_V) == len(expected_V) and not bool(wrong_V.any()) and not bool(altered_V.any()):
             return rows
-        me, found = peers.ranks[peers.me], set()
-        for tag in sorted(set(expected_V.tolist()) - set(tag_V.tolist())):
+        me = peers.ranks[peers.me]
+        found = set()
+        for tag in sorted(
+            set(expected_V.tolist()) - set(tag_V.tolist())
+        ):  # from here on the host may wait: a row is wrong
             found.add((tag, "was lost"))
         for tag in tag_V[torch.isin(tag_V, expected_V)].tolist():
             if int((tag_V == tag).sum()) > 1:
@@ -124,38 +137,39 @@ class Ledger:
         if not found:
             found |= {(tag, "is out of order") for tag in expected_V[wrong_V].tolist()}
         found |= {(tag, "was altered") for tag in tag_V[altered_V].tolist()}
-        said = [f"rank {tag >> 32} -> rank {me}, row {tag & 0xFFFFFFFF} {what}" for tag, what in sorted(found)]
-        self.report(f"{key}: {'; '.join(said[:4])}{f'; and {len(said) - 4} more' if len(said) > 4 else ''}")
+        faults = [f"rank {tag >> 32} -> rank {me}, row {tag & 0xFFFFFFFF} {what}" for tag, what in sorted(found)]
+        self.report(f"{key}: {'; '.join(faults[:4])}{f'; and {len(faults) - 4} more' if len(faults) > 4 else ''}")
         return rows
 
     def count_rows(self, send: Sequence[int], receive: Sequence[int], peers: Peers, key: ExchangeKey) -> None:
-        """Adds to the log how many rows go to each rank, and come from it."""
+        """Adds the rows sent to each rank, and received from it, to the log."""
         for peer, link in enumerate(peers.links):
             self.log.rows_sent[key, link] += send[peer]
             self.log.rows_received[key, link] += receive[peer]
 
     def report(self, what: str) -> None:
-        """Raises LedgerBreach, or warns, as set."""
+        """Raises a LedgerBreach, or warns, as `config.breach` says."""
         text = f"ledger: layer {self.layer}, step {self.step}, {what}"
         if self.config.breach == "error":
             raise LedgerBreach(text)
         warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def count_bytes(self, rows: Tensor, send: Sequence[int], peers: Peers, key: ExchangeKey) -> None:
-        """Adds to the log the bytes of send[p] of these rows for each rank p."""
+        """Adds the bytes of send[p] rows like these for each rank p to the log."""
         row_bytes = math.prod(rows.shape[1:]) * rows.element_size()
         for peer, link in enumerate(peers.links):
             self.log.bytes_sent[key, link] += send[peer] * row_bytes
 
 
 def _tags(send: Sequence[int], peers: Peers, device: torch.device) -> Tensor:
-    """(U, 1) int64: this rank's number in the upper half, below it the row's place among those of its destination."""
+    """Returns (U, 1) int64: this rank's number in the upper 32 bits, the index of the row for its destination in the
+    lower."""
     me = peers.ranks[peers.me]
     return torch.cat([(me << 32) + torch.arange(count, device=device) for count in send])[:, None]
 
 
 def _bit_sums(rows: Tensor) -> Tensor:
-    """(L, 1) int64: each row's bits as integers of its dtype's width, added up with wrap-around."""
+    """Returns (L, 1) int64: the sum, with wrap-around, of each row's bits, read as integers of its dtype's width."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
     if rows.numel() == 0:
         return torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device)

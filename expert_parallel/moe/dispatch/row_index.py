@@ -1,13 +1,13 @@
-"""Index maths of an exchange, without communication: which rows travel to which ranks.
+"""Implements the index arithmetic of an exchange, without communication: which rows are sent to which ranks.
 
-Except in `without_nowhere`, the host does not wait for the number of dropped choices: tensors have the size of all
-choices, and what goes nowhere stands last. An example, for two ranks with experts 0, 1 | 2, 3 and three tokens with two
+Except in `without_dropped`, the host does not wait for the number of dropped choices: tensors have the size of all
+choices, and dropped ones come last. An example, for two ranks with experts 0, 1 | 2, 3 and three tokens with two
 choices each, of which t1's second is dropped:
 
-    RowChoices   row_N 0 0 1 1 2 2, expert_N 2 0 3 NOWHERE 1 3
-    Order        choices by destination: rank 0: t0 e0, t2 e1; rank 1: t0 e2, t1 e3, t2 e3; nowhere: t1
-    Travel       token_U 0 2 0 1 2 (each token once to a rank); rows_L, where a token's rows are when they come back:
-                 t0: 0 2, t1: NO_ROW 3, t2: 1 4
+    `ChoicesByRow`   row_N 0 0 1 1 2 2, expert_N 2 0 3 `NO_EXPERT` 1 3
+    `ChoicesByRank`  rank 0: t0 e0, t2 e1; rank 1: t0 e2, t1 e3, t2 e3; dropped: t1
+    `SendIndex`      token_U 0 2 0 1 2 (each token once to a rank); rows_L, the indices in token_U of each token:
+                     t0: 0 2, t1: NO_ROW 3, t2: 1 4
 """
 
 from collections.abc import Callable, Sequence
@@ -18,34 +18,35 @@ from torch import Tensor, nn
 
 from expert_parallel.moe.dispatch.permute import NO_ROW, count_keys, inverse, stable_argsort
 
-# The expert of a choice that does not travel. As an index it reads the last entry: tables that are read with it (names
-# in E1) have one more than there are experts. NO_ROW, of the same value, stands in tables of rows.
+# The expert of a dropped choice. As an index it reads the last entry: tables that are read with it (names in E1) have
+# one entry more than there are experts. NO_ROW has the same value and is used in tables of rows.
 NOWHERE = -1
 
 
 class IndexTable(nn.Module):
-    """Holds a constant table of integers on the device of the module it belongs to.
+    """Holds a constant table of integers on the device of the module to which it belongs.
 
-    values: int64, one of them for each key. Not a buffer: DistributedDataParallel would overwrite it with rank 0's, and
-    `to_empty` would lose its values.
+    values: int64, one for each key. Not a buffer: DistributedDataParallel would overwrite it with rank 0's values, and
+    `to_empty` would lose them.
     """
 
     def __init__(self, values: Sequence[int]) -> None:
         super().__init__()
-        self.values = torch.tensor(values, device="cpu")  # even where a model is built on the meta device
+        self.values = torch.tensor(values, device="cpu")  # even if the model is built on the meta device
 
     def forward(self, key_N: Tensor) -> Tensor:
         """Returns the value of each key."""
         return self.on(key_N.device)[key_N]
 
     def on(self, device: torch.device) -> Tensor:
-        """Returns all values. They are on the device already, unless its weights came there without their modules being
-        told, as `fully_shard` moves them."""
+        """Returns all values on a device. They are moved here only if the weights were moved without `Module.to`, as
+        `fully_shard` does."""
         if self.values.device != device:
             self.values = self.values.to(device)
         return self.values
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IndexTable":
+        """Moves the values with the module, but not to the meta device, and never casts them."""
         device = fn(self.values).device
         if device.type != "meta":
             self.values = self.values.to(device)
@@ -54,8 +55,10 @@ class IndexTable(nn.Module):
 
 @dataclass(frozen=True)
 class RowChoices:
-    """The choices of L rows: sorted by row, within a row in the order of choice. row_N, expert_N: int64; expert_N is
-    NOWHERE where a choice was dropped."""
+    """Lists the choices of L rows, sorted by row, within a row in choice order.
+
+    row_N, expert_N: int64; expert_N is `NO_EXPERT` for a dropped choice. weight_N: router dtype. num_rows: L.
+    """
 
     row_N: Tensor
     expert_N: Tensor
@@ -64,7 +67,7 @@ class RowChoices:
 
 
 def choices_of(expert_ids_TK: Tensor, kept_TK: Tensor, weights_TK: Tensor) -> RowChoices:
-    """A row is a token."""
+    """Lists the choices of T tokens, with one row for each token."""
     num_tokens, num_choices = expert_ids_TK.shape
     row_T1 = torch.arange(num_tokens, device=expert_ids_TK.device)[:, None]
     expert_TK = expert_ids_TK.masked_fill(~kept_TK, NOWHERE)
@@ -72,7 +75,7 @@ def choices_of(expert_ids_TK: Tensor, kept_TK: Tensor, weights_TK: Tensor) -> Ro
 
 
 def without_nowhere(choices: RowChoices) -> RowChoices:
-    """The choices that travel. The host waits for their number."""
+    """Removes dropped choices. The host waits for their number."""
     if choices.expert_N.is_cpu and bool((choices.expert_N != NOWHERE).all()):
         return choices
     choice_N = (choices.expert_N != NOWHERE).nonzero().squeeze(1)
@@ -83,9 +86,11 @@ def without_nowhere(choices: RowChoices) -> RowChoices:
 
 @dataclass(frozen=True)
 class Order:
-    """Choices by destination, within one by row; last those that go nowhere. choice_N: which choice stands where.
-    rank_N: its destination, P for nowhere. first_N: bool, where a travelling row begins. rows_P, choices_P: to each
-    destination. Integers are int64."""
+    """Lists choices by destination rank, within one by row; dropped choices come last. Integers are int64.
+
+    choice_N: the choice at each position. rank_N: its destination, P if dropped. first_N: bool, True where a sent row
+    begins. rows_P, choices_P: rows and choices for each destination.
+    """
 
     choice_N: Tensor
     rank_N: Tensor
@@ -95,12 +100,12 @@ class Order:
 
 
 def order_choices(choices: RowChoices, rank_N: Tensor, num_ranks: int, merge: bool) -> Order:
-    """Orders choices by destination.
+    """Sorts choices by destination rank.
 
-    rank_N: the destination of each, num_ranks where it goes nowhere. merge: choices of one row at one destination share
-    a travelling row, else each has its own.
+    rank_N: the destination of each choice, num_ranks if it is dropped. `dedup`: choices of one row with the same
+    destination share a sent row; otherwise each has its own.
 
-    row-major (t0: e5 e1)(t1: e0 e1)  ->  rank-major (r0: t0 e1)(r0: t1 e0 e1)(r1: t0 e5)
+        by row (t0: e5 e1)(t1: e0 e1)  ->  by rank (r0: t0 e1)(r0: t1 e0 e1)(r1: t0 e5)
     """
     choice_N = stable_argsort(rank_N, num_ranks + 1)
     rank_N = rank_N.index_select(0, choice_N)
@@ -115,9 +120,12 @@ def order_choices(choices: RowChoices, rank_N: Tensor, num_ranks: int, merge: bo
 
 @dataclass(frozen=True)
 class Travel:
-    """Which rows travel. token_U: the row of x behind each, sorted by destination. rows_L: (L, width), the travelling
-    rows of each row of x in the order in which they are added up on return; NO_ROW adds nothing. place_N: where each
-    choice stands in the order of travel. Of token_U and of the order the first U and N' are real."""
+    """Holds which rows are sent, and where each row's outputs return to.
+
+    token_U: the row of x that each sent row copies, sorted by destination. rows_L: (L, width), the sent rows of each
+    row of x, in the order in which their outputs are summed; NO_ROW adds nothing. place_N: the position of each choice
+    in `ChoicesByRank`. token_U has N entries, of which the first U are valid, since the host does not know U yet.
+    """
 
     token_U: Tensor
     rows_L: Tensor
@@ -125,37 +133,40 @@ class Travel:
 
 
 def plan_travel(choices: RowChoices, order: Order, width: int, merge: bool) -> Travel:
-    """width: choices of a row, at most."""
-    place_N, num_ranks = inverse(order.choice_N), len(order.rows_P)
+    """Computes which rows are sent. width: the largest number of choices of a row."""
+    place_N = inverse(order.choice_N)
+    num_ranks = len(order.rows_P)
     row_N = choices.row_N.index_select(0, order.choice_N)
     if not merge:
-        real_N = torch.where(choices.expert_N == NOWHERE, NO_ROW, place_N)
-        return Travel(row_N, row_table(choices, real_N, width), place_N)
-    travel_N = order.first_N.cumsum(0) - 1
-    token_U = torch.empty_like(row_N).scatter_(0, travel_N, row_N)
+        sent_N = torch.where(choices.expert_N == NOWHERE, NO_ROW, place_N)
+        return Travel(row_N, row_table(choices, sent_N, width), place_N)
+    sent_N = order.first_N.cumsum(0) - 1  # the sent row of each choice
+    token_U = torch.empty_like(row_N).scatter_(0, sent_N, row_N)
     rows_L = row_N.new_full((choices.num_rows, num_ranks + 1), NO_ROW)
-    rows_L.view(-1).scatter_(0, row_N * (num_ranks + 1) + order.rank_N, travel_N)
+    rows_L.view(-1).scatter_(0, row_N * (num_ranks + 1) + order.rank_N, sent_N)
     return Travel(token_U, _at_most(rows_L[:, :num_ranks], width), place_N)
 
 
 def row_table(choices: RowChoices, value_N: Tensor, width: int) -> Tensor:
-    """(L, width): row l lists the values of its choices, in their order; NO_ROW fills it up. width: the most that a
-    row has."""
-    if len(value_N) == choices.num_rows * width:  # as tokens have them
+    """Returns (L, width): row l lists the values of its choices, in their order; NO_ROW fills the rest.
+
+    width: the largest number of choices of a row.
+    """
+    if len(value_N) == choices.num_rows * width:  # every row has `width` choices
         return value_N.view(-1, width)
     table = value_N.new_full((choices.num_rows * width,), NO_ROW)
     return table.scatter_(0, choices.row_N * width + columns(choices), value_N).view(-1, width)
 
 
 def columns(choices: RowChoices) -> Tensor:
-    """The place of each choice in its row."""
+    """Returns the index of each choice among those of its row, int64 (N)."""
     counts_L = count_keys(choices.row_N, choices.num_rows)
     start_L = counts_L.cumsum(0) - counts_L
     return torch.arange(len(choices.row_N), device=choices.row_N.device) - start_L.index_select(0, choices.row_N)
 
 
 def _at_most(table: Tensor, width: int) -> Tensor:
-    """The table in at most `width` columns, which hold all that is in a row of it, in the same order."""
+    """Moves the entries of each row to the front and returns the first `width` columns, in which all of them fit."""
     if table.shape[1] <= width:
         return table
     present = table != NO_ROW

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from expert_parallel.moe.dispatch.permute import NO_ROW, gather_rows
@@ -24,22 +24,25 @@ from expert_parallel.settings import Settings
 
 
 class ExpertsConfig(Settings):
-    """Expert_i(x) = activation(x W_in + b_in) W_out + b_out, each with its own weights.
+    """Describes the routed experts, each activation(x W_in + b_in) W_out + b_out with its own weights."""
 
-    `backend`: what multiplies (grouped_gemm.py). `auto` takes bmm for bfloat16 on CPUs that multiply it, else
-    grouped_mm where torch has it for the dtype and sizes, else the loop.
-    """
-
-    hidden: int = Field(ge=1)
+    hidden: int = Field(ge=1, validation_alias=AliasChoices("hidden", "ffn_hidden_size"))
+    """Sets the width between an expert's two matrices, that of one half for gated activations."""
     activation: Activation = "swiglu"
+    """Sets the activation; `swiglu`, `geglu` and `gpt_oss` are gated (Shazeer 2020)."""
     bias: bool = False
-    hidden_dropout: float = Field(default=0.0, ge=0, lt=1, description="after the activation (Switch expert dropout)")
-    output_dropout: float = Field(default=0.0, ge=0, lt=1, description="after the second matrix")
+    """Adds biases to both matrices of each expert."""
+    hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Sets the dropout probability after the activation (Switch's expert dropout)."""
+    output_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Sets the dropout probability after the second matrix."""
     backend: Literal["auto", "loop", "grouped_mm", "bmm"] = "auto"
+    """Chooses how experts multiply; `auto` takes bmm for bfloat16 on CPUs that multiply it, else grouped_mm if torch
+    supports the dtype and sizes, else a loop over the experts."""
 
     @property
     def is_plain(self) -> bool:
-        """Two products and an activation, nothing else: what fused.py computes."""
+        """Returns True for two products and an activation alone, which fused.py computes."""
         return not (self.bias or self.hidden_dropout or self.output_dropout)
 
     def num_params(self, d_model: int) -> int:
@@ -55,7 +58,7 @@ def takes_grouped_mm(dtype: torch.dtype, device: torch.device, sizes: tuple[int,
 
 def choose_backend(config: ExpertsConfig, dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> str:
     """The backend that runs: the one that is set; for `auto` bmm where a CPU multiplies bfloat16, else grouped_mm where
-    it can (moe/README.md, log)."""
+    it can (moe/MEASUREMENTS.md, log)."""
     if config.backend != "auto":
         return config.backend
     if device.type == "cpu" and dtype == torch.bfloat16 and multiplies_bfloat16():

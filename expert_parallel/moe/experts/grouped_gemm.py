@@ -55,7 +55,7 @@ class Run(NamedTuple):
     rows: int
 
 
-# What a product costs beside its own operations, in operations: bfloat16 with AVX512-BF16 (moe/README.md, log).
+# What a product costs beside its own operations, in operations: bfloat16 with AVX512-BF16 (moe/MEASUREMENTS.md, log).
 CALL_FLOPS = 2.5e6
 
 
@@ -114,7 +114,7 @@ def even_out(counts_e: Tensor, product_size: int) -> Tensor:
 
 def _as_dtype(x: Tensor, product: Callable[[Tensor, Tensor], Tensor], y: Tensor) -> Tensor:
     """product(x, y), computed in float32 where this CPU has no instructions for products of 16-bit numbers: torch's are
-    then several times slower than float32's (moe/README.md, log)."""
+    then several times slower than float32's (moe/MEASUREMENTS.md, log)."""
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not multiplies_bfloat16():
         return product(x.float(), y.float()).to(x.dtype)
     return product(x, y)

@@ -4,7 +4,7 @@ moe/capacity/token_scope.py)."""
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from torch import Tensor
 
 from expert_parallel.moe.capacity.limit import expert_capacity
@@ -24,20 +24,26 @@ from expert_parallel.moe.types import Reason, RoutingPlan
 
 
 class ExpertChoiceConfig(RouterSettings):
-    """Each expert takes its C = ceil(factor * T / E) best tokens of the scope, so the load is equal by construction;
-    a token may get many experts or none. Zhou et al. 2022, eq. 1-3: weights are softmax scores over the experts.
+    """Lets each expert choose its ceil(factor * T / E) best of the scope's T tokens, with softmax scores as weights
+    (Zhou et al. 2022, eq. 1-3).
 
-    Whether a token is taken depends on the tokens after it: a causal model sees the future, in training, and
-    differs in generation. Refused in this project's decoder unless `accept_future_tokens` is true.
+    All E experts have equal load; a token may get many experts or none. Choices depend on later tokens, so a causal
+    model sees the future in training and differs in generation.
     """
 
     kind: Literal["expert_choice"]
-    train: float = Field(default=2.0, gt=0, description="the factor: experts of a token, on average")
+    train: float = Field(default=2.0, gt=0)
+    """Sets the factor in training: the mean number of experts of a token."""
     eval: float = Field(default=2.0, gt=0)
+    """Sets the factor in evaluation: the mean number of experts of a token."""
     scope: Scope = "rank"
+    """Sets the tokens that an expert chooses from: this `rank`'s, each `sequence`'s, or all ranks' (`global`)."""
     scale: float = Field(default=1.0, gt=0)
+    """Multiplies every weight by this number."""
     bias: bool = False
+    """Adds a learned bias to the router's logits."""
     accept_future_tokens: bool = False
+    """Allows this router in a causal model, where the choice of a token depends on later tokens."""
 
     def num_choices(self, num_experts: int) -> int:
         return num_experts
@@ -89,21 +95,25 @@ def _best_tokens(scores_GE: Tensor, view: View, capacity_b: Tensor) -> Tensor:
 
 
 class SinkhornConfig(LinearSettings):
-    """In training the choice is the k largest of a doubly normalised matrix, which spreads the tokens over the experts
-    (S-BASE, Clark et al. 2022; Megatron-Core's sinkhorn); in evaluation the k largest logits. Weights are the chosen
-    experts' scores: S-BASE softmax, Megatron-Core sigmoid for k = 1.
+    """Sends each token to k experts, in training by logits that Sinkhorn's algorithm has balanced over the experts
+    (S-BASE, Clark et al. 2022; Megatron-Core's sinkhorn).
 
-    Rows and columns are normalised in turn until the columns' factors change by `tolerance` on average, or
-    `max_iterations` times.
+    Evaluation takes the k largest logits. Rows and columns of exp(logits) are normalized in turn.
     """
 
     kind: Literal["sinkhorn"]
     k: int = Field(default=1, ge=1)
+    """Sets the number of experts that each token is sent to."""
     score: Score = "softmax"
-    normalise: bool = False
+    """Turns logits into the chosen experts' weights: `softmax` (S-BASE), or `sigmoid` (Megatron-Core, k = 1)."""
+    normalise: bool = Field(default=False, validation_alias=AliasChoices("normalise", "normalize"))
+    """Divides each token's weights by their sum, so that they sum to 1."""
     scope: Scope = "rank"
+    """Sets the tokens that are balanced together: this `rank`'s, each `sequence`'s, or all ranks' (`global`)."""
     tolerance: float = Field(default=1e-4, gt=0)
+    """Stops the iteration when the columns' factors change by less than this on average."""
     max_iterations: int = Field(default=100, ge=1)
+    """Stops the iteration after this many rounds."""
 
 
 class SinkhornRouter(LinearRouter):

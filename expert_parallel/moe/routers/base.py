@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from expert_parallel.moe.context import TokenBatch, pass_seed
@@ -25,31 +25,32 @@ Score = Literal["softmax", "sigmoid"]
 
 
 class RouterSettings(Settings):
-    """What every router's config class has."""
+    """Is the base class of every router's settings."""
 
     kind: str
 
     @property
     def normalises(self) -> bool:
-        """True if a token's weights sum to 1. A registered router may have a setting `normalise` of its own."""
+        """Returns True if a token's weights sum to 1. A registered router may define `normalise` itself."""
         return getattr(self, "normalise", False)
 
     def num_choices(self, num_experts: int) -> int:
-        """K of its plans."""
+        """Returns K, the number of choices of each token in the router's plans."""
         raise NotImplementedError
 
     def experts_per_token(self, num_experts: int) -> float:
-        """On average, in training, before drops."""
+        """Returns the mean number of experts of a token in training, before drops."""
         return self.num_choices(num_experts)
 
     def refuse(self, num_experts: int) -> None:
-        """ValueError where these settings cannot work with this many experts."""
+        """Raises a ValueError if these settings cannot work with this many experts."""
 
 
 class TokenChoiceSettings(RouterSettings):
-    """Each token takes k experts."""
+    """Is the base class of routers that choose k experts for each token."""
 
     k: int = Field(default=2, ge=1)
+    """Sets the number of experts that each token is sent to."""
 
     def num_choices(self, num_experts: int) -> int:
         return self.k
@@ -65,12 +66,14 @@ class TokenChoiceSettings(RouterSettings):
 
 
 class LinearSettings(TokenChoiceSettings):
-    """`normalise: true` lets the weights of the chosen experts sum to 1. For softmax scores this is the same as
-    taking the softmax after the choice."""
+    """Is the base class of routers whose logits are a learned linear function of the token."""
 
-    normalise: bool = True
-    scale: float = Field(default=1.0, gt=0, description="multiplies every weight (DeepSeek-V3: 2.5)")
-    bias: bool = Field(default=False, description="a learned bias on the logits")
+    normalise: bool = Field(default=True, validation_alias=AliasChoices("normalise", "normalize"))
+    """Divides each token's weights by their sum, so that they sum to 1 (for softmax scores: softmax after top-k)."""
+    scale: float = Field(default=1.0, gt=0)
+    """Multiplies every weight by this number (DeepSeek-V3: 2.5)."""
+    bias: bool = False
+    """Adds a learned bias to the router's logits."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ def best(ranking_TE: Tensor, k: int) -> Tensor:
 
 
 def best_one_by_one(ranking_TE: Tensor, k: int) -> Tensor:
-    """`best` for few of many on the CPU: k times the first largest that is left, by numpy (moe/README.md, log)."""
+    """`best` for few of many on the CPU: k times the first largest that is left, by numpy (log in
+    moe/MEASUREMENTS.md)."""
     num_tokens, num_experts = ranking_TE.shape
     lowest = torch.finfo(ranking_TE.dtype).min  # so that nothing is as small as what has been taken
     left_TE = ranking_TE.detach().clamp(min=lowest).contiguous().numpy()
@@ -219,30 +223,28 @@ class LinearRouter(Router):
 
 
 class GroupLimitConfig(Settings):
-    """A token chooses within its `limit` best of `count` groups of consecutive experts: groups that lie on one node or
-    rank bound how far a token travels. A group's score is the sum of its two best experts' (DeepSeek-V3), or its
-    best one's (DeepSeek-V2, device-limited)."""
+    """Limits each token to the experts of its best groups; groups on one node or rank bound its traffic."""
 
     count: int = Field(ge=1)
+    """Divides the experts into this many groups of consecutive ones."""
     limit: int = Field(ge=1)
+    """Sets the number of groups that a token may choose experts from."""
     score: Literal["top2_sum", "max"] = "top2_sum"
+    """Scores a group by the sum of its two best experts (DeepSeek-V3), or by its best one (DeepSeek-V2)."""
 
 
 class TopKRouterConfig(LinearSettings):
-    """Token choice: each token takes its k best experts.
-
-    `score: softmax` is Mixtral, OLMoE, GShard and Switch; `sigmoid` is DeepSeek-V3.
-    """
+    """Sends each token to the k experts with the largest scores."""
 
     kind: Literal["top_k"] = "top_k"
     score: Score = "softmax"
-    jitter: float = Field(
-        default=0.0, ge=0, lt=1, description="training: inputs times uniform(1 - jitter, 1 + jitter) (Switch: 0.01)"
-    )
-    balance_bias_rate: float = Field(
-        default=0.0, ge=0, description="step of the selection bias that balances without a loss; 0 = off (DeepSeek-V3)"
-    )
+    """Turns logits into scores: `softmax` (Mixtral, OLMoE, GShard, Switch), or `sigmoid` (DeepSeek-V3)."""
+    jitter: float = Field(default=0.0, ge=0, lt=1)
+    """Multiplies the router's inputs by uniform(1 - jitter, 1 + jitter) in training (Switch: 0.01)."""
+    balance_bias_rate: float = Field(default=0.0, ge=0)
+    """Sets the step of the selection bias that balances without a loss (DeepSeek-V3: 0.001); 0 has no such bias."""
     group_limit: GroupLimitConfig | None = None
+    """Limits each token to its best groups of experts; null sets no limit."""
 
     def refuse(self, num_experts: int) -> None:
         super().refuse(num_experts)
@@ -322,12 +324,13 @@ class TopKRouter(LinearRouter):
 
 
 class HashConfig(TokenChoiceSettings):
-    """Each token id has k experts of its own, by a hash of (seed, id, expert); weights 1 / k; nothing is learned.
-    Hash Layers (Roller et al. 2021), random hash. Needs token ids: `StepContext.token_ids_BS`."""
+    """Sends each token id to k fixed experts with weights 1 / k, by a hash (Hash Layers, Roller et al. 2021)."""
 
     kind: Literal["hash"]
     k: int = Field(default=1, ge=1)
+    """Sets the number of experts that each token is sent to."""
     seed: int = Field(default=0, ge=0)
+    """Seeds the hash."""
 
 
 class HashRouter(Router):

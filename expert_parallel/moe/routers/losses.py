@@ -20,33 +20,33 @@ from expert_parallel.settings import Settings
 
 
 class BalanceLossConfig(Settings):
-    """E * sum over experts of f_e * P_e: 1 when balanced. f_e: share of the choices that fall on expert e; P_e: mean
-    probability of e. Fedus et al. 2021, eq. 4-6.
+    """Adds the load-balancing loss E * sum over experts of f_e * P_e, which is 1 when balanced (Fedus et al. 2021, eq.
+    4-6).
 
-    `scope`: the tokens over which f and P are averaged before they are multiplied. `global`: all ranks' tokens of
-    the micro-step, the same as one rank that sees them as one batch. `rank`: each rank's own, then the mean over
-    ranks. `sequence`: each sequence's own, then the mean over all sequences (DeepSeek-V3, eq. 17-20); where rows are
-    packed with documents that see nothing of each other, each document's own, as if it had a row to itself.
-
-    `choices`: f counts `all` k choices of a token (transformers' Mixtral, which does not divide by k: its coefficient
-    is ours / k), or the `first` alone (GShard, DeepSpeed's top-2).
-
-    `layers`: `each` MoE layer its own f * P, or `pooled`: f and P are averaged over all MoE layers of the model before
-    they are multiplied (transformers' load_balancing_loss_func). A pooled loss is the sum of its layers' parts.
+    f_e is the share of the choices that fall on expert e, P_e the mean probability of e. `scope: global` equals one
+    rank that sees all tokens as one batch. With `data.documents: separate`, `scope: sequence` averages over documents.
     """
 
     kind: Literal["balance"]
     coefficient: float = Field(default=0.01, gt=0)
+    """Multiplies the loss; transformers' Mixtral does not divide by k, so its coefficient is this one / k."""
     scope: Literal["global", "rank", "sequence"] = "global"
+    """Averages f and P over the tokens of a micro-step on all ranks (`global`), on each `rank`, or in each `sequence`
+    (DeepSeek-V3, eq. 17-20), and then the losses of ranks or sequences."""
     choices: Literal["all", "first"] = "all"
+    """Counts all k choices of a token in f (transformers' Mixtral), or the first alone (GShard, DeepSpeed's top-2)."""
     layers: Literal["each", "pooled"] = "each"
+    """Computes the loss of each MoE layer by itself, or once from f and P averaged over all MoE layers (transformers'
+    load_balancing_loss_func)."""
 
 
 class ZLossConfig(Settings):
-    """Mean over tokens of (log sum exp logits)^2, over all ranks' tokens of the micro-step. Zoph et al. 2022, eq. 5."""
+    """Adds the router z-loss, the mean of (log sum exp logits)^2 over the tokens of a micro-step on all ranks (Zoph et
+    al. 2022, eq. 5)."""
 
     kind: Literal["z_loss"]
     coefficient: float = Field(default=0.001, gt=0)
+    """Multiplies the loss."""
     scope: ClassVar[Literal["global"]] = "global"  # not a setting: it is a mean over all tokens
 
 

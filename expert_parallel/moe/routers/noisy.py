@@ -17,16 +17,14 @@ from expert_parallel.nn.random import Stream
 
 
 class NoisyTopKConfig(LinearSettings):
-    """Top-k of noisy logits, in training alone.
-
-    `noise: learned` adds N(0, 1) * softplus(x W_noise) to the logits that scores and choice come from (Shazeer et al.
-    2017, eq. 4). `normal` adds N(0, std^2) (V-MoE, Riquelme et al. 2021: std 1 / num_experts, the default). `gumbel`
-    moves the choice alone, so that expert 1 is a draw from the softmax (DeepSpeed's RSample).
-    """
+    """Sends each token to the k experts with the largest logits, to which training adds noise."""
 
     kind: Literal["noisy_top_k"]
     noise: Literal["learned", "normal", "gumbel"] = "learned"
-    std: float | None = Field(default=None, gt=0, description="of noise: normal; default: 1 / num_experts")
+    """Adds N(0, 1) * softplus(x W_noise) (`learned`, Shazeer et al. 2017, eq. 4) or N(0, std^2) (`normal`, V-MoE,
+    Riquelme et al. 2021) to the logits; `gumbel` changes the choice but no weight (DeepSpeed's RSample)."""
+    std: float | None = Field(default=None, gt=0)
+    """Sets the standard deviation of `noise: normal`; null is 1 / num_experts."""
 
     def refuse(self, num_experts: int) -> None:
         super().refuse(num_experts)
@@ -61,17 +59,18 @@ class NoisyTopKRouter(LinearRouter):
 
 
 class GShardConfig(LinearSettings):
-    """Top-2 whose second expert is random, in training alone.
-
-    `second: proportional` takes it with probability min(1, g2 / threshold), where g2 is its weight after normalising
-    the two: GShard (Lepikhin et al. 2020, algorithm 1) has threshold 0.5, Mesh TensorFlow 0.2. `gumbel` always takes
-    one, drawn from the softmax without the first (DeepSpeed's top2_2nd_expert_sampling). In evaluation: the two best.
-    """
+    """Sends each token to its two best experts, and in training chooses the second one at random (GShard, Lepikhin et
+    al. 2020, algorithm 1)."""
 
     kind: Literal["gshard"]
     k: Literal[2] = 2
+    """Sets the number of experts that each token is sent to, always 2."""
     second: Literal["proportional", "gumbel"] = "proportional"
+    """Uses the second expert with probability min(1, g2 / threshold), g2 being its share of the two weights
+    (`proportional`), or draws it from the other experts' softmax (`gumbel`, DeepSpeed's top2_2nd_expert_sampling)."""
     threshold: float = Field(default=0.5, gt=0, le=1)
+    """Sets the share of the weights from which `second: proportional` always uses the second expert (GShard: 0.5, Mesh
+    TensorFlow: 0.2)."""
 
 
 class GShardRouter(LinearRouter):

@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict, Discriminator, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from expert_parallel.moe.routers.across_tokens import (
     ExpertChoiceConfig,
@@ -40,9 +40,11 @@ _OURS = tuple(ROUTERS)
 
 
 class RegisteredRouterConfig(RouterSettings):
-    """A router that is not one of ours: `kind` names it, and its own Config checks the rest."""
+    """Uses a router of your own under the name that it is registered as; its own Config checks its settings."""
 
     model_config = ConfigDict(extra="allow")
+
+    kind: str = Field(json_schema_extra={"not": {"enum": list(_OURS)}})  # for editors: else it would allow any key
 
     @model_validator(mode="after")
     def _check(self) -> "RegisteredRouterConfig":
@@ -56,7 +58,7 @@ class RegisteredRouterConfig(RouterSettings):
         return self
 
     def resolve(self) -> RouterSettings:
-        """The router's own settings."""
+        """Returns the router's own settings."""
         return ROUTERS[self.kind].Config.model_validate(self.model_dump())
 
     def num_choices(self, num_experts: int) -> int:

@@ -1,1 +1,1 @@
-"""This room carries torch.distributed over MPI, as one more backend beside gloo and nccl."""
+"""Provides MPI as a backend of torch.distributed, next to gloo and nccl."""

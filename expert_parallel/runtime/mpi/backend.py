@@ -1,10 +1,10 @@
-"""MPI as a carrier of torch.distributed, under the backend name "mpi4py": torch's own "mpi" is not in its wheels.
+"""Registers MPI as a torch.distributed backend named "mpi4py": torch's own "mpi" backend is not in its wheels.
 
 start_mpi(rank, world_size)          # checks, then registers the backend with torch
 dist.init_process_group(BACKEND, store=store, rank=rank, world_size=world_size, timeout=timeout)
 ...
 dist.destroy_process_group()
-finish_mpi()                         # where all ranks come to their end; see there
+finish_mpi()                         # only if all ranks end in order; see there
 """
 
 import sys
@@ -18,13 +18,13 @@ BACKEND = "mpi4py"
 
 
 def load_mpi() -> Any:
-    """mpi4py's module MPI, with MPI started. The only place that imports it first. ValueError where it cannot be."""
+    """Imports the module MPI of mpi4py, which initialises MPI. Raises ValueError if it cannot be imported."""
     try:
         import mpi4py
 
         mpi4py.rc.finalize = False  # see finish_mpi
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no MPI library
         raise ValueError(
             f"mpi4py cannot be used ({str(error).splitlines()[0]}): pip install 'expert-parallel[mpi]'"
         ) from error
@@ -32,10 +32,10 @@ def load_mpi() -> Any:
 
 
 def start_mpi(rank: int, world_size: int) -> None:
-    """Starts MPI and registers it with torch.distributed; called once more, it checks again.
+    """Initialises MPI and registers it with torch.distributed. Further calls only check again.
 
-    ValueError where mpi4py or the library is missing, lets one thread alone communicate, or sees other ranks than
-    `rank` of `world_size`: so it is where no mpirun, or that of another library, has started the processes.
+    Raises ValueError if mpi4py or an MPI library is missing, if the library lets only one thread communicate, or if it
+    sees other ranks than `rank` of `world_size`, as when no mpirun, or another library's, started the processes.
     """
     try:
         MPI = load_mpi()
@@ -52,7 +52,7 @@ def start_mpi(rank: int, world_size: int) -> None:
             f"runtime.backend is 'mpi' and this process is rank {rank} but rank {world.rank} of MPI's COMM_WORLD: "
             "the numbers of mpirun count, unset RANK"
         )
-    # Backward passes of GPUs communicate on a thread of autograd's, and the watchdog ends the job from its own.
+    # autograd communicates from its own threads in the backward pass, and the watchdog aborts the job from another.
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise ValueError(
             f"runtime.backend is 'mpi' but {library_line()} gives thread level {MPI.Query_thread()}, needed is "
@@ -66,17 +66,17 @@ def start_mpi(rank: int, world_size: int) -> None:
 
 
 def library_line() -> str:
-    """As "Open MPI v5.0.11, COMM_WORLD of 4"."""
+    """Returns the library's name and version and the world size, as in "Open MPI v5.0.11, COMM_WORLD of 4"."""
     MPI = load_mpi()
     name = MPI.Get_library_version().splitlines()[0].split(",")[0].replace("Version:", "")
     return f"{' '.join(name.split())}, COMM_WORLD of {MPI.COMM_WORLD.size}"
 
 
 def finish_mpi() -> None:
-    """MPI_Finalize, which waits for all ranks: for those that come to an orderly end together. Nothing without MPI.
+    """Calls MPI_Finalize, which waits for all ranks. Does nothing if MPI was never initialised.
 
-    A rank that fails alone must not call it: it would wait for the others, and they for this rank in a collective, for
-    ever. It just exits with a code that is not 0: mpirun sees that MPI_Finalize was not called, and ends the job.
+    A rank that fails alone must not call it: it would wait for the others, and they for it in a collective, for ever.
+    It must exit with a code other than 0 instead: mpirun then sees that MPI_Finalize is missing and ends the job.
     """
     if "mpi4py.MPI" in sys.modules:
         MPI = load_mpi()

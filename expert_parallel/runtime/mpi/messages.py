@@ -1,4 +1,4 @@
-"""Tensors as MPI sees them: an address, a count and a datatype. Nothing is copied here and nothing is pickled."""
+"""Describes tensors to MPI as address, count and datatype, without copying or pickling them."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -7,10 +7,10 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-# MPI before its version 4 counts with int, and Open MPI 5 still does. What is longer goes as blocks of elements.
+# MPI before version 4, and Open MPI 5, count elements with an int. Longer tensors are sent as blocks of elements.
 MAX_COUNT = 2**31 - 1
 
-# How elements travel. MPI has no 2-byte floats: they travel as bits, and are reduced as in WIDER.
+# The MPI datatype of each dtype. MPI has no 2-byte floats: they are sent as bits, and reduced in the dtypes of WIDER.
 DATATYPES: dict[torch.dtype, MPI.Datatype] = {
     torch.float64: MPI.DOUBLE,
     torch.float32: MPI.FLOAT,
@@ -26,12 +26,15 @@ DATATYPES: dict[torch.dtype, MPI.Datatype] = {
     torch.bool: MPI.UINT8_T,
 }
 
-# What these are reduced in. Sums of 2-byte floats are rounded once, at their end.
+# The dtypes in which these are reduced: sums of 2-byte floats are so rounded once, at the end.
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.bool: torch.uint8}
 
 
 def message(x: Tensor, blocks: int = 1) -> list[object]:
-    """x: contiguous, any shape. blocks: the equal parts that MPI sees in it, such as one for each rank."""
+    """Returns MPI's description of a contiguous tensor, seen as `blocks` equal blocks (one per rank in all-to-all).
+
+    Raises ValueError if its elements do not divide.
+    """
     count, rest = divmod(x.numel(), blocks)
     if rest:
         raise ValueError(f"a tensor of {x.numel()} elements does not divide over {blocks} ranks")
@@ -41,7 +44,8 @@ def message(x: Tensor, blocks: int = 1) -> list[object]:
 
 
 def rows_message(x: Tensor, rows: Sequence[int]) -> list[object]:
-    """x: contiguous, (sum(rows), ...): the first rows[0] rows are for, or from, rank 0, and so on."""
+    """Returns MPI's description of a contiguous tensor (sum(rows), ...) whose first rows[0] rows belong to rank 0, and
+    so on. Raises ValueError if the rows do not add up."""
     count, size = x.shape[0], x.numel()
     if sum(rows) != count:
         raise ValueError(f"splits {list(rows)} come to {sum(rows)} rows, the tensor has {count}")
@@ -53,7 +57,7 @@ def rows_message(x: Tensor, rows: Sequence[int]) -> list[object]:
 
 @cache
 def contiguous(count: int, dtype: torch.dtype) -> MPI.Datatype:
-    """`count` elements as one."""
+    """Returns a datatype of `count` consecutive elements, which may be more than an int can count."""
     element = DATATYPES[dtype]
     if count <= MAX_COUNT:
         return element.Create_contiguous(count).Commit()
@@ -64,5 +68,5 @@ def contiguous(count: int, dtype: torch.dtype) -> MPI.Datatype:
 
 
 def _buffer(x: Tensor) -> MPI.buffer:
-    # By address: takes every dtype and tensors with a gradient, and a GPU's memory where MPI knows it.
+    # From the address: this works for every dtype, tensors that require grad, and GPU memory with a CUDA-aware MPI.
     return MPI.buffer.fromaddress(x.data_ptr(), x.nbytes)

@@ -1,8 +1,8 @@
-"""A process group of torch.distributed over an MPI communicator. The one file that knows how torch asks a group, and
-under which names in its versions.
+"""Implements a torch.distributed process group over an MPI communicator.
 
-Collectives are done when they return, with async_op=True, too: on a CPU every core computes, so that nothing is gained
-by overlap. send and recv return at once, as pipelines need it.
+It is the one file that depends on which methods torch calls on a group, and on their names in different versions.
+Collectives are complete when they return, even with async_op=True: on a CPU all cores compute, so that overlap gains
+nothing. send and recv return at once, as pipelines need it.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from expert_parallel.runtime.mpi import messages
 from expert_parallel.runtime.mpi.messages import WIDER, message, rows_message
 from expert_parallel.runtime.mpi.watchdog import Watchdog
 
-# AVG is a sum and a division.
+# AVG is computed as a sum and a division.
 REDUCTIONS = {
     dist.ReduceOp.SUM: MPI.SUM,
     dist.ReduceOp.AVG: MPI.SUM,
@@ -33,7 +33,7 @@ REDUCTIONS = {
 
 
 def group_maker(watchdog: Watchdog) -> Callable[[Any, Any], "MPIGroup"]:
-    """What torch calls for the default group, and on the members of each further one."""
+    """Returns the factory that torch calls to create the default group, and every further group on its members."""
 
     def make(options: Any, _: Any) -> MPIGroup:
         world, ranks = MPI.COMM_WORLD, options.global_ranks_in_group
@@ -44,7 +44,7 @@ def group_maker(watchdog: Watchdog) -> Callable[[Any, Any], "MPIGroup"]:
 
 
 def takes_gpu_pointers() -> bool:
-    """Whether the MPI library says that it reads and writes GPU memory (Open MPI's and MPICH's extension)."""
+    """Returns True if the MPI library is CUDA-aware, by an extension of Open MPI and MPICH; False if it has none."""
     try:
         return bool(ctypes.CDLL(MPI.__file__).MPIX_Query_cuda_support())
     except AttributeError:
@@ -52,7 +52,11 @@ def takes_gpu_pointers() -> bool:
 
 
 class Call(dist.Work):
-    """What torch waits for. request None: done. keep: what MPI reads or writes until then. finish: run once, after."""
+    """Implements torch's Work handle over an MPI request.
+
+    request: None: already complete. keep: the tensor that MPI reads or writes until then, kept alive. finish: called
+    once after completion. watch: returns a watchdog for the time of waiting.
+    """
 
     def __init__(
         self,
@@ -62,9 +66,13 @@ class Call(dist.Work):
         watch: Callable[[], Watchdog] | None = None,
     ) -> None:
         super().__init__()
-        self.request, self.keep, self.finish, self.watch = request, keep, finish, watch
+        self.request = request
+        self.keep = keep
+        self.finish = finish
+        self.watch = watch
 
     def wait(self, timeout: timedelta | None = None) -> bool:
+        """Blocks until the request is complete; the watchdog's timeout applies, not `timeout`."""
         if self.request is not None and self.watch is not None:
             with self.watch():
                 self.request.Wait()
@@ -72,6 +80,7 @@ class Call(dist.Work):
         return True
 
     def is_completed(self) -> bool:
+        """Tests for completion without blocking."""
         if self.request is not None and self.request.Test():
             self._done()
         return self.request is None
@@ -81,23 +90,26 @@ class Call(dist.Work):
         self.finish()
 
 
-ProcessGroup: Any = dist.ProcessGroup  # untyped: its methods have other names in other versions
+ProcessGroup: Any = dist.ProcessGroup  # untyped: the names of its methods depend on the version of torch
 
 
 class MPIGroup(ProcessGroup):
-    """Tensors may be strided, and on a GPU. Each method is what torch.distributed's function of that name documents."""
+    """Implements each method as torch.distributed documents the function of that name. Tensors may be strided and on a
+    GPU."""
 
     def __init__(self, comm: MPI.Intracomm, ranks: Sequence[int], timeout: timedelta, watchdog: Watchdog) -> None:
-        """ranks: the members' numbers in the world. timeout: how long a call may take; then the job ends."""
+        """Wraps `comm`. ranks: the members' global ranks. timeout: of every call, after which the job is aborted."""
         super().__init__(comm.rank, comm.size)
-        self.comm, self.seconds, self.watchdog = comm, timeout.total_seconds(), watchdog
+        self.comm = comm
+        self.seconds = timeout.total_seconds()
+        self.watchdog = watchdog
         self.members = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
         self.gpu_pointers = takes_gpu_pointers()
         self.done = Call()
         self.sending: list[Call] = []
         self.its_name = self.its_description = ""
 
-    # -- what torch asks about the group ------------------------------------------------------------------------------
+    # -- names and settings of the group ------------------------------------------------------------------------------
 
     def getBackendName(self) -> str:
         return "mpi4py"
@@ -121,7 +133,7 @@ class MPIGroup(ProcessGroup):
         self.seconds = timeout.total_seconds()
 
     def shutdown(self) -> None:
-        """All members call it. A program may make more groups than MPI has communicators."""
+        """Frees the communicator, as MPI has a limited number of them. All members must call it."""
         self.comm.Free()
 
     # -- one tensor to all, or all to one -----------------------------------------------------------------------------
@@ -153,7 +165,7 @@ class MPIGroup(ProcessGroup):
                 output.copy_(part.view(output.shape))
         return self.done
 
-    def barrier(self, opts: Any = None) -> Call:  # torch gives it by this name
+    def barrier(self, opts: Any = None) -> Call:  # torch passes it under this name
         with self._watch("barrier"):
             self.comm.Barrier()
         return self.done
@@ -179,7 +191,7 @@ class MPIGroup(ProcessGroup):
     def all_gather_single(self, output: Tensor, input: Tensor, options: Any = None) -> Call:
         source, target = self._readable(input), self._writable(output)
         own = target.data_ptr() + self.comm.rank * source.nbytes
-        sent = MPI.IN_PLACE if source.data_ptr() == own else message(source)  # FSDP2 gathers into its input's memory
+        sent = MPI.IN_PLACE if source.data_ptr() == own else message(source)  # FSDP2 gathers in place
         with self._watch("all_gather_single"):
             self.comm.Allgather(sent, message(target, self.comm.size))
         return self._finish(output, target)
@@ -197,7 +209,7 @@ class MPIGroup(ProcessGroup):
                 part.copy_(received.view(part.shape))
         return self.done
 
-    # -- sums and the like --------------------------------------------------------------------------------------------
+    # -- reductions ---------------------------------------------------------------------------------------------------
 
     def allreduce(self, tensors: list[Tensor], options: Any) -> Call:
         for x in tensors:
@@ -236,12 +248,14 @@ class MPIGroup(ProcessGroup):
             self.reduce_scatter_single(output, x, options)
         return self.done
 
-    # -- one to one ---------------------------------------------------------------------------------------------------
+    # -- point to point -----------------------------------------------------------------------------------------------
 
     def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> Call:
         source = self._readable(tensors[0])
         call = self._call("send", self.comm.Isend(message(source), rank, tag), source)
-        self.sending = [other for other in self.sending if not other.is_completed()] + [call]  # holds what MPI reads
+        self.sending = [other for other in self.sending if not other.is_completed()] + [
+            call
+        ]  # keeps their buffers alive
         return call
 
     def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> Call:
@@ -260,25 +274,29 @@ class MPIGroup(ProcessGroup):
     # -- memory -------------------------------------------------------------------------------------------------------
 
     def _readable(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """x as MPI can read it: contiguous, in memory that MPI reaches; x itself where it is so."""
+        """Returns x in contiguous memory that MPI can read, in `dtype` if given; x itself if it already is.
+
+        GPU tensors are copied to pinned host memory unless MPI is CUDA-aware.
+        """
         if x.is_cuda and not self.gpu_pointers:
             return torch.empty(x.shape, dtype=dtype or x.dtype, pin_memory=True).copy_(x)
         source = x.contiguous() if dtype is None else x.to(dtype).contiguous()
-        if x.is_cuda:  # MPI knows nothing of streams
+        if x.is_cuda:  # MPI does not see CUDA streams: x must have been computed before it reads
             torch.cuda.current_stream(x.device).synchronize()
         return source
 
     def _writable(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Memory for what comes to be x: x itself where MPI can write to it. For `_finish`."""
+        """Returns memory for MPI to write the result for x to; x itself if possible. `_copy_back` completes it."""
         if x.is_cuda and not self.gpu_pointers:
             return torch.empty(x.shape, dtype=dtype or x.dtype, pin_memory=True)
         if x.is_cuda:
-            torch.cuda.current_stream(x.device).synchronize()
+            torch.cuda.current_stream(x.device).synchronize()  # no kernel may still read x's memory
         if x.is_contiguous() and dtype is None:
             return x
         return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
     def _finish(self, x: Tensor, written: Tensor) -> Call:
+        """Copies the result into x if MPI wrote to other memory."""
         if written is not x:
             x.detach().copy_(written)
         return self.done
@@ -296,7 +314,7 @@ class MPIGroup(ProcessGroup):
 
 
 def _reduction(options: Any) -> MPI.Op:
-    """NotImplementedError for what MPI has no operation for."""
+    """Returns the MPI operation of torch's reduction. Raises NotImplementedError if there is none."""
     op = REDUCTIONS.get(options.reduceOp.op)
     if op is None:
         raise NotImplementedError(f"{options.reduceOp.op} over MPI")

@@ -1,4 +1,4 @@
-"""A timeout for calls that have none: MPI waits for ever for a rank that does not come."""
+"""Adds a timeout to MPI calls, which have none: they wait for a missing rank for ever."""
 
 import logging
 import math
@@ -12,15 +12,20 @@ logger = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """A thread that looks at the call under way. on_timeout: what ends this process, and so the job."""
+    """Watches the MPI call in progress from a thread. on_timeout: must end the process; it is called once."""
 
     def __init__(self, on_timeout: Callable[[], object]) -> None:
-        self.on_timeout, self.deadline, self.call, self.seconds = on_timeout, math.inf, "", 0.0
+        self.on_timeout = on_timeout
+        self.deadline = math.inf
+        self.call = ""
+        self.seconds = 0.0
         threading.Thread(target=self._watch, name="watch MPI", daemon=True).start()
 
     def watch(self, call: str, seconds: float) -> "Watchdog":
-        """For `with`: what is done in it has so many seconds. call: its name, for the message."""
-        self.call, self.seconds, self.deadline = call, seconds, time.monotonic() + seconds
+        """Returns a context manager whose body must end within `seconds`. call: its name, for the message."""
+        self.call = call
+        self.seconds = seconds
+        self.deadline = time.monotonic() + seconds
         return self
 
     def __enter__(self) -> None:

@@ -1,1 +1,1 @@
-"""What turns micro-steps into an update of the weights: PyTorch alone, or DeepSpeed."""
+"""Engines update the weights from micro-steps: PyTorch alone (native), or DeepSpeed."""

@@ -1,4 +1,4 @@
-"""`ENGINES` builds the engine that `training.engine.kind` names."""
+"""Builds the engine that `training.engine.kind` names (`ENGINES`)."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ def build_deepspeed(
     runtime: Runtime,
     config: TrainingConfig,
 ) -> Engine:
-    """UserError where on any rank DeepSpeed is not there, or is another version."""
+    """Builds the DeepSpeed engine. Raises UserError if DeepSpeed is missing on any rank, or has another version."""
     tell_deepspeed(runtime)
     engine = runtime.together(load_deepspeed)
     assert isinstance(model, Transformer), "a pipeline is refused with the config"
@@ -38,7 +38,7 @@ def build_deepspeed(
 
 def load_deepspeed() -> Callable[..., Engine]:
     try:
-        from expert_parallel.training.engines import deepspeed  # takes seconds, and may not be there
+        from expert_parallel.training.engines import deepspeed  # takes seconds to import, and is optional
     except ModuleNotFoundError as error:
         raise ValueError(
             f"training.engine.kind is 'deepspeed' but the package {error.name} is not installed: pip install "
@@ -49,5 +49,5 @@ def load_deepspeed() -> Callable[..., Engine]:
 
 
 Builder = Callable[[LanguageModel, torch.optim.Optimizer, ParallelMesh, Runtime, TrainingConfig], Engine]
-# training.engine.kind -> its builder. Every rank of the world calls it.
+# Maps training.engine.kind to its builder, which every rank of the world must call.
 ENGINES: dict[str, Builder] = {"native": build_native, "deepspeed": build_deepspeed}

@@ -1,4 +1,4 @@
-"""Settings of the training engines, and what each cannot do."""
+"""Holds the settings of the training engines, and refuses what an engine cannot run."""
 
 from typing import Annotated, Literal
 
@@ -9,25 +9,26 @@ from expert_parallel.settings import Settings
 
 
 class NativeConfig(Settings):
-    """PyTorch, with the reductions of grads.py; weights replicated or sharded as `parallel.data` says."""
+    """Trains with PyTorch; weights are replicated or sharded as `parallel.data` says."""
 
     kind: Literal["native"] = "native"
 
 
 class DeepSpeedConfig(Settings):
-    """DeepSpeed, with ZeRO (Rajbhandari et al. 2020). zero_stage: what is divided over the data ranks: 1 the moments, 2
-    gradients too, 3 weights too. offload: moments and weights to update live in host memory."""
+    """Trains with DeepSpeed and its ZeRO (Rajbhandari et al. 2020)."""
 
     kind: Literal["deepspeed"]
     zero_stage: Literal[0, 1, 2, 3] = 0
+    """Shards nothing (0), optimizer state (1), also gradients (2), or also weights (3) over the data ranks."""
     offload: Literal["none", "cpu"] = "none"
+    """Keeps optimizer state and the weights that it updates on the device, or in host memory (`cpu`)."""
 
 
 EngineConfig = Annotated[NativeConfig | DeepSpeedConfig, Field(discriminator="kind")]
 
 
 def refuse_engine(engine: EngineConfig, parallel: ParallelConfig, *, dtype: str, writes_sample: bool) -> None:
-    """ValueError where the engine cannot run what the other settings ask for. writes_sample: `run.sample` is given."""
+    """Raises a ValueError if the engine cannot run the other settings. writes_sample: `run.sample` is given."""
     if isinstance(engine, NativeConfig):
         return
     chosen, stage = "training.engine.kind is 'deepspeed'", engine.zero_stage
@@ -35,7 +36,9 @@ def refuse_engine(engine: EngineConfig, parallel: ParallelConfig, *, dtype: str,
         raise ValueError(f"{chosen} but training.dtype is 'float64': DeepSpeed reduces gradients in float32 at most")
     for name in ("tp", "pp", "etp"):
         if (degree := getattr(parallel, name)) > 1:
-            raise ValueError(f"{chosen} but parallel.{name} is {degree}: this engine divides data and experts alone")
+            raise ValueError(
+                f"{chosen} but parallel.{name} is {degree}: this engine supports data and expert parallelism only"
+            )
     if parallel.data.kind != "replicated":
         raise ValueError(
             f"{chosen} but parallel.data.kind is {parallel.data.kind!r}: set it to 'replicated', ZeRO shards by itself "
@@ -43,8 +46,8 @@ def refuse_engine(engine: EngineConfig, parallel: ParallelConfig, *, dtype: str,
         )
     if engine.offload == "cpu" and stage == 0:
         raise ValueError(
-            "training.engine.offload is 'cpu' but training.engine.zero_stage is 0: DeepSpeed offloads what ZeRO has "
-            "divided, from stage 1 on"
+            "training.engine.offload is 'cpu' but training.engine.zero_stage is 0: DeepSpeed offloads only what ZeRO "
+            "shards, from stage 1 on"
         )
     if stage < 3:
         return

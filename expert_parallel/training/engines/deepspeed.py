@@ -1,8 +1,8 @@
-"""DeepSpeed as engine: our model, data, schedule and checkpoints; its reductions, ZeRO and optimizer step.
+"""Adapts DeepSpeed as an engine: our model, data, schedule and checkpoints; its reductions, ZeRO and optimizer step.
 
-DeepSpeed knows experts by its own MoE layer alone. Ours it would take for replicated: broadcast rank 0's over all ranks
-at the start, average them at every step, and say nothing. So they are marked here, and their groups registered. All
-that reaches into DeepSpeed stands in this file and in zero.py; both were written for version 0.19.8.
+DeepSpeed recognises experts only by its own MoE layer. It would take ours for replicated parameters: broadcast them
+from rank 0 at the start and average them at every step, without an error. So they are marked here, and their groups
+registered. Only this file and zero.py use DeepSpeed's internals; both were written for version 0.19.8.
 """
 
 import logging
@@ -33,7 +33,7 @@ VERSION = "0.19.8"
 
 
 class PlainOutput(nn.Module):
-    """The model with an output that DeepSpeed's hooks find the tensors of: tuples and dicts, no dataclass."""
+    """Returns the model's output as a tuple: DeepSpeed's hooks find tensors in tuples and dicts, not in dataclasses."""
 
     def __init__(self, model: Transformer) -> None:
         nn.Module.__init__(self)
@@ -45,8 +45,10 @@ class PlainOutput(nn.Module):
 
 
 class WithExperts(PlainOutput, MoE):
-    """The same, recognised as a model with experts: by being one of DeepSpeed's MoE layers, of which it has nothing
-    else. Its groups are registered when DeepSpeed asks its MoE layers for theirs."""
+    """Makes DeepSpeed treat the model as one with experts, by being an instance of DeepSpeed's MoE layer.
+
+    It uses nothing else of that class. Its groups are registered when DeepSpeed asks MoE layers to create theirs.
+    """
 
     def __init__(self, model: Transformer, num_experts: int, name: str, ep_group: Any, edp_group: Any) -> None:
         PlainOutput.__init__(self, model)
@@ -60,7 +62,7 @@ class WithExperts(PlainOutput, MoE):
 
 
 class DeepSpeedEngine:
-    """Trains a model with DeepSpeed's ZeRO: an Engine (engine.py)."""
+    """Trains a model with DeepSpeed's ZeRO; implements Engine (engine.py)."""
 
     def __init__(
         self,
@@ -70,12 +72,16 @@ class DeepSpeedEngine:
         runtime: Runtime,
         config: TrainingConfig,
     ) -> None:
-        """optimizer: of `build_optimizer`; it is taken over. Every rank of the world calls it."""
+        """Initializes DeepSpeed; every rank of the world must call it. optimizer: from `build_optimizer`; it is taken
+        over."""
         assert isinstance(config.engine, DeepSpeedConfig)
         set_up_deepspeed(runtime)
-        self.model, self.optimizer, self.mesh = model, optimizer, mesh
-        self.stage, self.clip_norm = config.engine.zero_stage, config.clip_norm
-        # ZeRO-3 always averages over all ranks: times their number is a sum again. (By a power of two it is exact.)
+        self.model = model
+        self.optimizer = optimizer
+        self.mesh = mesh
+        self.stage = config.engine.zero_stage
+        self.clip_norm = config.clip_norm
+        # ZeRO-3 always averages over all ranks; the factor turns the mean into a sum (exact for powers of two).
         self.loss_factor = float(runtime.world_size) if self.stage == 3 else 1.0
         freeze_by_hooks(optimizer)
         frozen = [group["frozen_rows"] for group in optimizer.param_groups]
@@ -104,19 +110,19 @@ class DeepSpeedEngine:
         return ModelOutput(*self.engine(inputs_BS, context))
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        # scale_wrt_gas: DeepSpeed would divide by the number of micro-steps; the loss is divided once, already.
+        # scale_wrt_gas: DeepSpeed would divide by the number of micro-steps; the loss is divided by all tokens already.
         self.engine.backward(loss * self.loss_factor, scale_wrt_gas=False)
         if not is_last:
-            self.engine.step()  # counts the micro-step, no more
+            self.engine.step()  # between micro-steps it only counts
 
     def update(self, rate: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self.stage > 0:
             self.engine.step()
-            return float(self.engine.get_global_grad_norm())
-        # Without ZeRO, DeepSpeed clips by the mean over all ranks of each rank's norm, which is none of a model whose
-        # experts are divided. Gradients are whole here, so ours serves.
+            return float(self.engine.get_global_grad_norm())  # device sync: the loop reports the norm
+        # Without ZeRO, DeepSpeed clips by the mean of the ranks' norms, which is wrong if experts are sharded.
+        # Gradients are not sharded here, so our own norm and clipping apply.
         norm = global_norm(self.model, self.mesh)
         if self.clip_norm is not None:
             clip_gradients(self.model, norm, self.clip_norm)
@@ -125,6 +131,7 @@ class DeepSpeedEngine:
 
 
 def refuse_version() -> None:
+    """Raises ValueError if another version of DeepSpeed is installed."""
     if deepspeed.__version__.split("+")[0] != VERSION:
         raise ValueError(
             f"training.engine.kind is 'deepspeed' but DeepSpeed {deepspeed.__version__} is installed: the engine needs "
@@ -133,42 +140,46 @@ def refuse_version() -> None:
 
 
 def set_up_deepspeed(runtime: Runtime) -> None:
+    """Silences DeepSpeed's log and, on the CPU, disables its compiled operators."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed uses them
     if runtime.device.type == "cpu":
-        # Its all-reduce for ranks of one machine is compiled at first use, for half a minute, with a compiler that may
-        # not be there; gloo's serves. So it is told, unprobed, that this machine can build nothing.
+        # DeepSpeed would compile a shared-memory all-reduce at first use, which takes half a minute and needs a
+        # compiler. gloo's is enough, so we declare all of its operators incompatible without probing.
         deepspeed.ops.__compatible_ops__ = {}
 
 
 def mark_experts(
     model: Transformer, optimizer: torch.optim.Optimizer, mesh: ParallelMesh, runtime: Runtime
 ) -> PlainOutput:
-    """Tells DeepSpeed by which ranks the dense parameters are shared, and by which the experts.
+    """Tells DeepSpeed which ranks share the dense parameters, and which the experts.
 
-    What it goes by: `allreduce` and `group_name` of a parameter, `moe` and `name` of an optimizer's group, and its
-    registry of groups by these names. With ep 1 experts are replicated as all else is, and nothing is marked.
+    DeepSpeed reads `allreduce` and `group_name` of a parameter, `moe` and `name` of an optimizer group, and its
+    registry of groups by these names. With ep 1 experts are replicated like all other parameters, and nothing is
+    marked.
     """
     degrees, make = mesh.degrees, group_maker(runtime.device.type, runtime.timeout)
     world = make([list(range(degrees.world_size))], alone=True)
-    groups._WORLD_GROUP = world  # its own would not have the user's timeout
+    groups._WORLD_GROUP = world  # DeepSpeed's own would not have the user's timeout
     groups._EXPERT_PARALLEL_GROUP = {}
     groups._EXPERT_DATA_PARALLEL_GROUP = {}
     if degrees.ep == 1:
         return PlainOutput(model)
-    name = f"ep_size_{degrees.ep}"  # it parses this
+    name = f"ep_size_{degrees.ep}"  # DeepSpeed parses this name
     experts: set[Any] = {logical.parameter for logical in logical_parameters(model) if logical.is_expert}
     for parameter in experts:
-        parameter.allreduce, parameter.group_name = False, name
+        parameter.allreduce = False
+        parameter.group_name = name
     for group in optimizer.param_groups:
         if group["params"][0] in experts:
-            group["moe"], group["name"] = True, name
+            group["moe"] = True
+            group["name"] = name
     ranks = grid(degrees)
     return WithExperts(model, len(experts), name, make(ranks["ep"], alone=True), make(ranks["edp"], alone=True))
 
 
 def freeze_by_hooks(optimizer: torch.optim.Optimizer) -> None:
-    """Of frozen rows the gradient is 0 before DeepSpeed sees it."""
+    """Registers hooks that set the gradients of frozen rows to 0 before DeepSpeed reads them."""
     for group in optimizer.param_groups:
         for parameter, rows in group["frozen_rows"].items():
             mask = rows.view(-1, *[1] * (parameter.dim() - 1))
@@ -176,8 +187,11 @@ def freeze_by_hooks(optimizer: torch.optim.Optimizer) -> None:
 
 
 def prepare_for_gathering(module: PlainOutput, model: Transformer) -> None:
-    """For ZeRO-3, which gathers weights as modules begin: whole blocks at once, since within one, dataclasses hide
-    tensors from its hooks; and the table of the logits, which its module's forward does not use, with the whole."""
+    """Tells ZeRO-3 which weights to gather together, as it gathers them when a module's forward pass begins.
+
+    Blocks are gathered whole, since dataclasses inside them hide tensors from its hooks; the table of the logits, which
+    its own module's forward does not use, is gathered with the model.
+    """
     deepspeed.utils.set_z3_leaf_modules(module, [Block])
     table = model.embedding if model.unembedding is None else model.unembedding
     assert table is not None
@@ -185,7 +199,7 @@ def prepare_for_gathering(module: PlainOutput, model: Transformer) -> None:
 
 
 def deepspeed_settings(config: TrainingConfig, *, on_gpu: bool) -> dict[str, Any]:
-    """The model casts by itself, so that DeepSpeed sees float32 alone."""
+    """Returns DeepSpeed's config. The model casts by itself, so that DeepSpeed sees float32 only."""
     assert isinstance(config.engine, DeepSpeedConfig)
     stage, clips = config.engine.zero_stage, config.clip_norm is not None
     zero: dict[str, Any] = {
@@ -193,17 +207,17 @@ def deepspeed_settings(config: TrainingConfig, *, on_gpu: bool) -> dict[str, Any
         "overlap_comm": False,
         "reduce_bucket_size": BUCKET_BYTES // 4,
         "allgather_bucket_size": BUCKET_BYTES // 4,
-        "memory_efficient_linear": False,  # would replace torch's linear for the whole process
+        "memory_efficient_linear": False,  # True would replace torch's linear in the whole process
     }
     if config.engine.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # counted for its own log alone, as are batches
+        "train_micro_batch_size_per_gpu": 1,  # only used by DeepSpeed's own log
         "gradient_accumulation_steps": config.micro_steps,
         # Each rank has back-propagated its share of the global loss. (ZeRO-3 refuses "sum".)
         "gradient_allreduce_op": "mean" if stage == 3 else "sum",
         "gradient_clipping": config.clip_norm if clips and stage > 0 else 0.0,
         "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,  # its own Adam is compiled at first use
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own Adam would be compiled at first use
         "steps_per_print": None,
     }

@@ -1,4 +1,4 @@
-"""`Engine` is what a training step asks of whatever updates the weights."""
+"""Defines `Engine`, the interface between a training step and whatever updates the weights."""
 
 from typing import Protocol
 
@@ -10,26 +10,29 @@ from expert_parallel.moe.context import StepContext
 
 
 class Engine(Protocol):
-    """Runs a model on micro-batches and updates its weights once a step.
+    """Runs a model on micro-batches and updates its weights once per step.
 
-    Each rank back-propagates its own tokens' share of the global loss, so that an engine sums gradients, whatever its
-    library does by default; of gradients and moments it keeps what it will, where it will.
+    Each rank back-propagates its own tokens' share of the global loss, so an engine must sum gradients over ranks,
+    whatever its library does by default. Where gradients and optimizer state live is up to the engine.
     """
 
     @property
     def state(self) -> TrainingState:
-        """Weights and moments, for checkpoints."""
+        """Returns access to weights and moments, for checkpoints."""
         ...
 
     def forward(self, inputs_BS: Tensor, context: StepContext) -> ModelOutput:
-        """In training or evaluation, as the model is set."""
+        """Runs the model, in training or evaluation mode as `model.train()` or `model.eval()` has set it."""
         ...
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Adds up the gradients of the micro-steps. is_last: the step's last."""
+        """Accumulates the gradients of one micro-step. is_last: this is the last one of the step."""
         ...
 
     def update(self, rate: float) -> float:
-        """One step of the optimizer with this learning rate. Returns the norm of the whole model's gradient before
-        clipping, each element counted once; the same on all ranks."""
+        """Makes one optimizer step with this learning rate and clears the gradients.
+
+        Returns the L2 norm of the whole model's gradient before clipping, each element counted once; the same on all
+        ranks.
+        """
         ...

@@ -1,4 +1,4 @@
-"""The native engine is PyTorch alone, with our own reductions, norm and clipping."""
+"""Implements the native engine: PyTorch alone, with our own reductions, norm and clipping."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from expert_parallel.training.grads import clip_gradients, global_norm, reduce_g
 
 
 class NativeEngine:
-    """Trains a model with a torch optimizer: an Engine (engine.py). clip_norm: None does not clip."""
+    """Trains a model with a torch optimizer; implements Engine (engine.py). clip_norm: None disables clipping."""
 
     def __init__(
         self,
@@ -22,7 +22,10 @@ class NativeEngine:
         mesh: ParallelMesh,
         clip_norm: float | None,
     ) -> None:
-        self.model, self.optimizer, self.mesh, self.clip_norm = model, optimizer, mesh, clip_norm
+        self.model = model
+        self.optimizer = optimizer
+        self.mesh = mesh
+        self.clip_norm = clip_norm
 
     @property
     def state(self) -> TrainingState:
@@ -33,7 +36,7 @@ class NativeEngine:
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(is_last)
+            self.model.set_requires_gradient_sync(is_last)  # reduce once per step, after the last micro-step
         loss.backward()
 
     def update(self, rate: float) -> float:
@@ -46,8 +49,9 @@ class NativeEngine:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return float(norm)  # device sync: the loop reports the norm
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Returns True if FSDP2 shards any module of the model."""
     return any(isinstance(module, FSDPModule) for module in model.modules())

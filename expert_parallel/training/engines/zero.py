@@ -1,7 +1,8 @@
-"""Where ZeRO keeps what this rank updates: ranges of flattened parameters, one after the other in flat tensors.
+"""Locates what ZeRO stores on this rank: ranges of flattened parameters, concatenated in flat tensors.
 
-Stages 1 and 2 flatten each group of the optimizer over its data ranks (experts: over those that hold the same ones) and
-keep moments and a copy of the weights of one part. Stage 3 cuts each parameter for itself, and its weights with it.
+Stages 1 and 2 flatten each optimizer group over its data-parallel ranks (experts: over the EDP ranks); a rank keeps the
+moments and a float32 copy of the weights of its partition. Stage 3 partitions each parameter separately, weights
+included.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from expert_parallel.checkpoint.state import Range
 
 @dataclass(frozen=True)
 class Place:
-    """Of this rank's range of a parameter. flat: what the optimizer updates; offset: where the range begins there."""
+    """Locates this rank's range of a parameter: it begins at `offset` in `flat`, which the optimizer updates."""
 
     flat: Tensor
     offset: int
@@ -25,10 +26,12 @@ class Place:
 
 
 class ZeroState:
-    """A TrainingState. zero: DeepSpeed's optimizer, around `optimizer`."""
+    """Implements TrainingState for ZeRO. zero: DeepSpeed's optimizer, which wraps `optimizer`."""
 
     def __init__(self, zero: Any, optimizer: torch.optim.Optimizer, stage: int) -> None:
-        self.zero, self.optimizer, self.stage = zero, optimizer, stage
+        self.zero = zero
+        self.optimizer = optimizer
+        self.stage = stage
         self.flats: list[Tensor] = (
             zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
         )
@@ -46,13 +49,14 @@ class ZeroState:
         return flat.detach().narrow(0, place.offset, place.range.length)
 
     def place(self, parameter: Any) -> Place:
+        """Returns where this rank's range of the parameter is stored."""
         if self.stage == 3:
             number, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = size * dist.get_rank(parameter.ds_process_group)
-            length = min(size, max(0, parameter.ds_numel - start))  # the last ranks' parts may be padded
+            length = min(size, max(0, parameter.ds_numel - start))  # the partitions of the last ranks may be padded
             return Place(self.flats[number], offset, Range(start, length, tuple(parameter.ds_shape)))
         mapping = parameter._hp_mapping
-        if mapping is None:  # all of it is on other ranks
+        if mapping is None:  # other ranks hold all of it
             return Place(self.flats[0], 0, Range(0, 0, tuple(parameter.shape)))
         here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
         flat = self.flats[mapping.param_group_index]
@@ -61,12 +65,11 @@ class ZeroState:
     def make_moments(self, step: int) -> None:
         for flat in self.flats:
             state = self.optimizer.state[flat]
-            state["step"] = torch.tensor(float(step), device=flat.device)  # where a fused update counts
+            state["step"] = torch.tensor(float(step), device=flat.device)  # a fused AdamW counts on the device
             state.update({moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS})
 
     def finish(self) -> None:
-        """The copies of the weights follow what was filled: in stage 3 those that it computes with, else those that it
-        updates."""
+        """Updates copies of the loaded weights: compute weights in stage 3, float32 copies in stages 1 and 2."""
         if self.stage < 3:
             self.zero.refresh_fp32_params()
             return
@@ -76,8 +79,10 @@ class ZeroState:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
     def flatten_rows(self, rows_of: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """parameter -> bool, of its rows; to flat tensor -> bool, of its elements. A flat tensor that holds nothing but
-        padding has none."""
+        """Converts masks of frozen rows (by parameter) to masks of elements (by flat tensor), both bool.
+
+        A flat tensor without elements of these parameters is not in the result.
+        """
         masks: dict[Tensor, Tensor] = {}
         for parameter, rows in rows_of.items():
             place = self.place(parameter)

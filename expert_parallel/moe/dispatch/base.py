@@ -1,0 +1,134 @@
+"""Defines what the exchanges of a dispatch share: the interface, the combine, and the packing of messages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from expert_parallel.moe.dispatch.exchange import AsyncAllToAll, AsyncCollective, SplitSizes
+from expert_parallel.moe.dispatch.ledger import Ledger
+from expert_parallel.moe.dispatch.pass_fingerprint import PassKey
+from expert_parallel.moe.dispatch.permute import NO_ROW, gather_rows
+from expert_parallel.moe.dispatch.row_index import IndexTable, Order, RowChoices, Travel, order_choices
+from expert_parallel.parallel.collectives import ExchangeKey, Hop, Peers, Phase
+
+
+@dataclass(frozen=True)
+class ChunkRoute:
+    """Describes how the rows of one chunk cross one exchange.
+
+    token_U: int64, the row of x that each sent row copies, sorted by destination. rows_L: int64 (L, width), the sent
+    rows of each row of x, in the order in which their outputs are summed; NO_ROW fills the rest. sizes: rows sent and
+    received.
+    """
+
+    token_U: Tensor
+    rows_L: Tensor
+    sizes: SplitSizes
+
+
+class Metadata(Protocol):
+    """Provides the choices that received rows serve. They may still be in transit when the first rows leave."""
+
+    def arrived(self) -> list[RowChoices]:
+        """Waits for the choices of each chunk. Called once."""
+        ...
+
+
+class Exchange:
+    """Sends rows to the ranks of a group that lead to their experts, and returns the outputs to where the rows came
+    from.
+
+    peers: the ranks of the group. rank_of_expert: the rank of the group that leads to each expert. `dedup`: choices of
+    one row with the same destination share a sent row. exchange_dtype: the dtype of rows in transit; None: unchanged.
+    hop: the name of this exchange if rows take several, one after the other.
+    """
+
+    def __init__(
+        self,
+        peers: Peers,
+        rank_of_expert: Sequence[int],
+        merge: bool,
+        exchange_dtype: torch.dtype | None,
+        hop: Hop = "",
+    ) -> None:
+        self.peers = peers
+        self.merge = merge
+        self.exchange_dtype = exchange_dtype
+        self.hop: Hop = hop
+        self.rank_of_expert_E1 = IndexTable([*rank_of_expert, peers.size])  # the last entry is read for NOWHERE
+
+    def plan(
+        self, chunks: Sequence[RowChoices], fingerprint: PassKey, ledger: Ledger
+    ) -> tuple[list[ChunkRoute], Metadata]:
+        """Exchanges counts and starts sending metadata. Returns the route of each chunk, and the metadata, still in
+        transit.
+
+        chunks: the choices of each chunk's rows. Raises a ValueError, on every rank of the group, if the ranks are not
+        in the same pass.
+        """
+        raise NotImplementedError
+
+    def start(self, x_LD: Tensor, route: ChunkRoute, ledger: Ledger) -> AsyncCollective:
+        """Starts sending rows to the ranks that lead to their experts. Their order of arrival is by source rank."""
+        raise NotImplementedError
+
+    def start_back(self, y_VD: Tensor, route: ChunkRoute, ledger: Ledger) -> AsyncCollective:
+        """Starts returning the outputs of received rows to the ranks that sent them; see `combine`."""
+        key = self.exchange_key(Phase.COMBINE)
+        return AsyncAllToAll(ledger, route.sizes.reversed, self.peers, key).start(self._narrow(y_VD))
+
+    def add_up(self, y_UD: Tensor, route: ChunkRoute) -> Tensor:
+        """Returns y_LD: for each row, the sum of the outputs that were returned for it, in a fixed order."""
+        return gather_rows(y_UD, route.rows_L, route.token_U)
+
+    def exchange_key(self, phase: Phase) -> ExchangeKey:
+        """Returns the key of one of its phases in the log and in messages."""
+        return ExchangeKey(phase, self.hop)
+
+    def _order(self, chunks: Sequence[RowChoices]) -> list[Order]:
+        return [
+            order_choices(choices, self.rank_of_expert_E1(choices.expert_N), self.peers.size, self.merge)
+            for choices in chunks
+        ]
+
+    def _narrow(self, x: Tensor) -> Tensor:
+        return x if self.exchange_dtype is None else x.to(self.exchange_dtype)
+
+
+def departing(choices: RowChoices, order: Order, travel: Travel, count: int) -> tuple[Tensor, Tensor]:
+    """Returns tags and weights of the first `count` choices in sending order.
+
+    Tags are int32: the expert, and in the lowest bit whether a row begins. Weights have a gradient.
+    """
+    choice_N = order.choice_N[:count]
+    inverse_N1 = torch.where(travel.place_N < count, travel.place_N, NO_ROW)[:, None]
+    tag_N = choices.expert_N[choice_N] << 1 | order.first_N[:count]
+    return tag_N.to(torch.int32), gather_rows(choices.weight_N, choice_N, inverse_N1)
+
+
+def by_peer(parts: Sequence[Tensor], sizes: Sequence[SplitSizes]) -> Tensor:
+    """Joins the messages of all chunks, each ordered by destination, into one, ordered by destination, then by
+    chunk."""
+    if len(parts) == 1:
+        return parts[0]
+    blocks_CP = [part.split(chunk.send) for part, chunk in zip(parts, sizes, strict=True)]
+    return torch.cat([block for blocks_C in zip(*blocks_CP, strict=True) for block in blocks_C])
+
+
+def by_chunk(message: Tensor, sizes: Sequence[SplitSizes]) -> list[Tensor]:
+    """Splits a received message, ordered by source, then by chunk, into one for each chunk, ordered by source."""
+    if len(sizes) == 1:
+        return [message]
+    blocks = message.split(
+        [count for counts_C in zip(*(chunk.receive for chunk in sizes), strict=True) for count in counts_C]
+    )
+    return [torch.cat(blocks[chunk :: len(sizes)]) for chunk in range(len(sizes))]
+
+
+def total_sizes(sizes: Sequence[SplitSizes]) -> SplitSizes:
+    """Returns the split sizes of all chunks together."""
+    send, receive = zip(*sizes, strict=True)
+    return SplitSizes(*([sum(counts) for counts in zip(*table, strict=True)] for table in (send, receive)))

@@ -1,0 +1,69 @@
+"""Checks that all ranks of a pass run the same pass, by a fingerprint that is sent with the counts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from expert_parallel.moe.context import StepContext
+from expert_parallel.parallel.collectives import Peers, all_gather_rows
+
+
+@dataclass(frozen=True)
+class PassKey:
+    """Describes what all ranks of a pass must have in common. `encoded` fits in two 31-bit integers.
+
+    width: D. needs_grad: True if the pass has a backward pass. context: of it, the layer, micro-step and step count.
+    """
+
+    width: int
+    dtype: torch.dtype
+    num_choices: int
+    needs_grad: bool
+    context: StepContext
+
+    DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)  # encoded as their index
+
+    @property
+    def words(self) -> list[int]:
+        """Packs the fields into two integers; large values wrap around."""
+        shape = (
+            self.width % 2**17
+            | self.needs_grad << 17
+            | self.DTYPES.index(self.dtype) << 18
+            | self.num_choices % 2**9 << 22
+        )
+        c = self.context
+        return [shape, c.layer % 2**10 | c.micro_step % 2**7 << 10 | c.step % 2**14 << 17]
+
+    @staticmethod
+    def say(words: Sequence[int]) -> str:
+        """Describes encoded fields in words, for error messages."""
+        shape, place = words
+        dtype = PassKey.DTYPES[min(shape >> 18 & 15, 3)]
+        return (
+            f"rows of {shape % 2**17} {str(dtype).removeprefix('torch.')} {'with' if shape >> 17 & 1 else 'without'} "
+            f"gradient, {shape >> 22} choices a token, "
+            f"layer {place % 2**10}, micro-step {place >> 10 & 127}, step {place >> 17}"
+        )
+
+
+def agree(fingerprint: PassKey, peers: Peers, device: torch.device) -> None:
+    """Raises a ValueError on every rank of `peers` if one is in another pass. One small collective, for which the host
+    waits."""
+    words = torch.tensor([fingerprint.words], dtype=torch.int32, device=device)
+    refuse_disagreement(all_gather_rows(words, [1] * peers.size, peers.group).tolist(), fingerprint, peers)
+
+
+def refuse_disagreement(words_P2: Sequence[Sequence[int]], fingerprint: PassKey, peers: Peers) -> None:
+    """Raises a ValueError on every rank if one is in another pass; it names both, instead of a hang or misread rows.
+
+    `encoded_P2`: the encoded fingerprint of each rank.
+    """
+    for peer, words in enumerate(words_P2):
+        if list(words) != fingerprint.words:
+            raise ValueError(
+                f"the ranks are not in the same pass: rank {peers.ranks[peers.me]} has "
+                f"{PassKey.say(fingerprint.words)}; "
+                f"rank {peers.ranks[peer]} has {PassKey.say(words)} (steps modulo 16384)"
+            )
