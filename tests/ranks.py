@@ -29,7 +29,7 @@ _server.set_forkserver_preload(
     [
         "expert_parallel.training.loop",
         "expert_parallel.verify.run",
-        "expert_parallel.moe.reference.layer",
+        "expert_parallel.moe.reference.reference_layer",
         "expert_parallel.training.engines.deepspeed",
         "functorch.compile",
         "pytest",
