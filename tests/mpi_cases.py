@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from expert_parallel.moe.config import MoEConfig
-from expert_parallel.moe.dispatch.exchange import AsyncAllToAll, SplitSizes
+from expert_parallel.moe.dispatch.async_collective import AsyncAllToAll, SplitSizes
 from expert_parallel.moe.dispatch.ledger import Ledger
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.parallel.collectives import ExchangeKey, Peers, Phase, all_gather_single, reduce_scatter_single

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from expert_parallel.runtime.launchers import Launch
-from expert_parallel.runtime.mpi.backend import BACKEND, finish_mpi, load_mpi, start_mpi
+from expert_parallel.runtime.mpi.backend import BACKEND, finalize_mpi, load_mpi, start_mpi
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.config import load_config
 from expert_parallel.training.loop import train
@@ -48,11 +48,11 @@ def cases(folder: Path) -> None:
 
 def wrong_sizes() -> str:
     """Arithmetic alone: the memory is never touched."""
-    from expert_parallel.runtime.mpi.messages import contiguous, message
+    from expert_parallel.runtime.mpi.messages import buffer_spec, contiguous_datatype
 
-    _, count, datatype = message(torch.empty(2**31 + 20, dtype=torch.uint8), blocks=4)
-    found = [count, datatype.Get_size(), contiguous(7, torch.bfloat16).Get_size()]
-    long = contiguous(2**33 + 5, torch.float32)
+    _, count, datatype = buffer_spec(torch.empty(2**31 + 20, dtype=torch.uint8), blocks=4)
+    found = [count, datatype.Get_size(), contiguous_datatype(7, torch.bfloat16).Get_size()]
+    long = contiguous_datatype(2**33 + 5, torch.float32)
     found += [long.Get_size(), *long.Get_extent()]
     expected = [1, 2**29 + 5, 14, 4 * (2**33 + 5), 0, 4 * (2**33 + 5)]
     return "" if found == expected else f"{found} is not {expected}"
@@ -96,4 +96,4 @@ ROLES = {"cases": cases, "runs": runs, "fail": fail, "hang": hang}
 if __name__ == "__main__":
     ROLES[sys.argv[1]](Path(sys.argv[2]))
     dist.destroy_process_group()
-    finish_mpi()
+    finalize_mpi()

@@ -14,7 +14,7 @@ from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.moe.capacity.limit import apply_capacity
+from expert_parallel.moe.capacity.policies import apply_capacity
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext, TokenBatch, pass_seed, token_batch
 from expert_parallel.moe.layer import MoELayer

@@ -16,16 +16,16 @@ from transformers.models.olmoe import modeling_olmoe
 from transformers.models.qwen3 import modeling_qwen3
 
 from expert_parallel.model.attention import Attention, HeadsConfig, causal_attention
-from expert_parallel.model.attention_mask import Sight
-from expert_parallel.model.kv_cache import KeyValueCache
+from expert_parallel.model.attention_mask import AttentionContext
+from expert_parallel.model.kv_cache import KVCache
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.model.rotary import RopeConfig, rotary_frequencies, rotation
+from expert_parallel.model.rotary import RopeConfig, rope_cos_sin, rotary_frequencies
 from expert_parallel.model.transformer import ModelConfig, Transformer
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.layer import MoELayer
-from expert_parallel.parallel.sequence import SequencePlace
-from expert_parallel.verify.reference_attention import _frequency, _stretch
+from expert_parallel.parallel.sequence import SequenceShard
+from expert_parallel.verify.reference_attention import _attention_factor, _rope_frequency
 from tests.peers import peers_in_float64
 
 LENGTH, D = 9, 12
@@ -39,8 +39,8 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def sight_of(length: int, cache: KeyValueCache | None = None) -> Sight:
-    return Sight.of(SequencePlace(), length, torch.device("cpu"), cache=cache)
+def sight_of(length: int, cache: KVCache | None = None) -> AttentionContext:
+    return AttentionContext.of(SequenceShard(), length, torch.device("cpu"), cache=cache)
 
 
 # ---------------------------------------------------------------------------------------------------- rotary positions
@@ -138,8 +138,8 @@ def test_frequencies_are_transformers(name: str, size: int, theta: float) -> Non
     actual, factor = rotary_frequencies(rope, size)
     close(actual, expected)
     assert factor == pytest.approx(their_factor, rel=1e-14)
-    close([_frequency(rope, i, size // 2) for i in range(size // 2)], expected.tolist())
-    assert _stretch(rope.scaling) == pytest.approx(their_factor, rel=1e-14)
+    close([_rope_frequency(rope, i, size // 2) for i in range(size // 2)], expected.tolist())
+    assert _attention_factor(rope.scaling) == pytest.approx(their_factor, rel=1e-14)
 
 
 def test_scalings_change_something() -> None:
@@ -154,17 +154,21 @@ def test_scalings_change_something() -> None:
 
 
 def test_the_factor_multiplies_cos_and_sin() -> None:
-    cos, sin = rotation(rope_of("yarn, short"), 8, torch.arange(5)[None], torch.float64)
+    cos, sin = rope_cos_sin(rope_of("yarn, short"), 8, torch.arange(5)[None], torch.float64)
     close(cos.square() + sin.square(), torch.full_like(cos, 1.25**2))
 
 
 def test_angles_are_computed_once_a_pass() -> None:
-    sight, rope = sight_of(5), rope_of("yarn")
-    assert sight.rotation(rope, 8, torch.float64)[0] is sight.rotation(rope_of("yarn"), 8, torch.float64)[0]
-    assert sight.rotation(rope, 8, torch.float32)[0].dtype == torch.float32
-    assert sight.rotation(rope, 16, torch.float64)[0].shape == (1, 1, 5, 8)
+    attention_context, rope = sight_of(5), rope_of("yarn")
+    assert (
+        attention_context.rope_cos_sin(rope, 8, torch.float64)[0]
+        is attention_context.rope_cos_sin(rope_of("yarn"), 8, torch.float64)[0]
+    )
+    assert attention_context.rope_cos_sin(rope, 8, torch.float32)[0].dtype == torch.float32
+    assert attention_context.rope_cos_sin(rope, 16, torch.float64)[0].shape == (1, 1, 5, 8)
     assert not torch.equal(
-        sight.rotation(rope_of("none"), 8, torch.float64)[0], sight.rotation(rope, 8, torch.float64)[0]
+        attention_context.rope_cos_sin(rope_of("none"), 8, torch.float64)[0],
+        attention_context.rope_cos_sin(rope, 8, torch.float64)[0],
     )
 
 
@@ -421,14 +425,14 @@ def test_pieces_through_a_cache_are_one_pass(name: str) -> None:
     """4 tokens, one, the rest; and rows of unequal length, of which one is a token ahead."""
     model, tokens = model_of(**FEATURES[name]), tokens_of(2)
     expected = model(tokens, StepContext()).logits
-    cache = KeyValueCache(2, LENGTH + 2)
+    cache = KVCache(2, LENGTH + 2)
     for part in tokens.split([4, 1, LENGTH - 5], 1):
         first = int(cache.length_B[0])
         actual = model(part, StepContext(), cache=cache).logits
         cache.length_B += part.shape[1]
         close(actual, expected[:, first : first + part.shape[1]])
 
-    cache, ahead = KeyValueCache(2, LENGTH + 2), torch.tensor([3, 2])
+    cache, ahead = KVCache(2, LENGTH + 2), torch.tensor([3, 2])
     model(tokens[:, :3], StepContext(), cache=cache)
     cache.length_B += ahead
     ragged = torch.stack([row[start : start + 4] for row, start in zip(tokens, ahead.tolist(), strict=True)])

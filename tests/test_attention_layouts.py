@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from expert_parallel.cli.verify import plan_verification
+from expert_parallel.cli.verify import build_verification_spec
 from expert_parallel.model import attention, tensor_parallel
-from expert_parallel.model.attention_mask import Sight
+from expert_parallel.model.attention_mask import AttentionContext
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.nn import norms
 from expert_parallel.parallel.collectives import group_size
@@ -20,7 +20,7 @@ from expert_parallel.training.config import Config
 from expert_parallel.verify.compare import TOLERANCES
 from expert_parallel.verify.explain import explain
 from expert_parallel.verify.run import verify
-from expert_parallel.verify.traffic import describe
+from expert_parallel.verify.traffic import format_axis_bytes
 from tests.ranks import run_ranks
 from tests.test_traffic import README, measure_on_ranks
 from tests.test_verify import runtime_of
@@ -78,7 +78,7 @@ def run_verification(
     rank: int, world: int, layouts: list[str], family: str, defect: str = "none"
 ) -> dict[str, tuple[set[str], list[str]]]:
     """By layout: the columns that differ, and the sentences."""
-    plan, _ = plan_verification(Config.model_validate(tree_of(family)), world, layouts, "float64", full=False)
+    plan, _ = build_verification_spec(Config.model_validate(tree_of(family)), world, layouts, "float64", full=False)
     with defect_of(defect):
         results = verify(plan, runtime_of(rank, world))
     tolerance = TOLERANCES["float64"][0]
@@ -126,24 +126,24 @@ def no_sum_of_norm_gradients() -> tuple[Any, str, Any]:
 
 
 def copies_counted_twice() -> tuple[Any, str, Any]:
-    original = tensor_parallel.DividedNorm.__init__
+    original = tensor_parallel.TensorParallelRMSNorm.__init__
 
     def wrong(self: Any, whole: Any, group: Any, copies: int) -> None:
         original(self, whole, group, copies)
         self.copies = 1
 
-    return tensor_parallel.DividedNorm, "__init__", wrong
+    return tensor_parallel.TensorParallelRMSNorm, "__init__", wrong
 
 
 def first_heads_sinks() -> tuple[Any, str, Any]:
     """Every rank takes the sinks of the first rank's heads."""
-    original = tensor_parallel.divide
+    original = tensor_parallel.shard_parameter
 
     def wrong(module: Any, name: str, dim: int, group: Any, *more: Any, **others: Any) -> None:
         original(module, name, dim, group, *more, **others)
         if name == "sinks":
             part = module.tensor_shards[name]
-            object.__setattr__(part, type(part).take.__name__, lambda full: full[: len(module.sinks)])
+            object.__setattr__(part, type(part).narrow_to_shard.__name__, lambda full: full[: len(module.sinks)])
 
     return tensor_parallel, original.__name__, wrong
 
@@ -159,8 +159,8 @@ def sinks_forgotten() -> tuple[Any, str, Any]:
 
 
 def window_one_too_wide() -> tuple[Any, str, Any]:
-    original = Sight.mask
-    return Sight, "mask", lambda self, window=None: original(self, None if window is None else window + 1)
+    original = AttentionContext.mask
+    return AttentionContext, "mask", lambda self, window=None: original(self, None if window is None else window + 1)
 
 
 def window_everywhere() -> tuple[Any, str, Any]:
@@ -211,7 +211,7 @@ def test_what_is_moved_is_what_the_formulas_say(name: str) -> None:
     family, layout = BYTES[name]
     dense = {"moe_blocks": {"kind": "all"}, "ffn": None}
     found = measure_on_ranks(layout, {**dense, **FAMILIES[family]})
-    assert all(axis.agrees for axis in found), describe(found)
+    assert all(axis.matches for axis in found), format_axis_bytes(found)
     labels = {label for axis in found for label in axis.expected}
     assert ("tp: norms of queries and keys" in labels) is (family == "olmoe")
     for label in labels:
@@ -232,7 +232,7 @@ def test_what_is_made_small_still_has_the_family_s_parts(family: str) -> None:
     if family == "gpt-oss":
         tree["model"]["window_blocks"] = {"kind": "list", "indices": list(range(0, 24, 2))}
         tree["model"]["position"]["scaling"] = {**YARN, "original_length": 4096}
-    plan, _ = plan_verification(Config.model_validate(tree), 4, ["ep=4"], "float64", full=False)
+    plan, _ = build_verification_spec(Config.model_validate(tree), 4, ["ep=4"], "float64", full=False)
     small, length = plan.config.model, plan.config.training.sequence_length
     assert small.attention.kind == "heads"
     assert small.attention.qk_norm == ModelConfig.model_validate(tree["model"]).attention.qk_norm

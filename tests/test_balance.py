@@ -37,7 +37,7 @@ from expert_parallel.moe.routers.losses import (
     update_balance_bias,
     z_loss,
 )
-from expert_parallel.moe.types import Reason, RoutingPlan
+from expert_parallel.moe.types import Outcome, RoutingPlan
 from tests.peers import peers_in_float64
 from tests.ranks import run_ranks
 
@@ -49,9 +49,11 @@ def make_plan(logits_TE: Tensor, k: int = 1, score: str = "softmax") -> RoutingP
     scores_TE = logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
     probabilities_TE = logits_TE.softmax(-1) if score == "softmax" else F.logsigmoid(logits_TE).softmax(-1)
     expert_ids_TK = logits_TE.detach().topk(k).indices
-    reason_TK = torch.full_like(expert_ids_TK, Reason.KEPT, dtype=torch.uint8)
+    outcome_TK = torch.full_like(expert_ids_TK, Outcome.KEPT, dtype=torch.uint8)
     weights_TK = scores_TE.gather(1, expert_ids_TK)
-    return RoutingPlan(logits_TE, scores_TE, probabilities_TE, expert_ids_TK, weights_TK, reason_TK, logits_TE.shape[1])
+    return RoutingPlan(
+        logits_TE, scores_TE, probabilities_TE, expert_ids_TK, weights_TK, outcome_TK, logits_TE.shape[1]
+    )
 
 
 def plan_of_probabilities(*probabilities: list[float]) -> RoutingPlan:
@@ -222,7 +224,7 @@ def run_divided_sequences(rank: int, choices: str) -> tuple[float, Tensor]:
     mask_BS = torch.tensor([[True] * 4, [False, True, True, True], [False] * 4])[:, positions_S]
     mine_BSE = logits(12, 5).view(3, 4, 5)[:, positions_S].requires_grad_()
     plan = make_plan(mine_BSE.flatten(0, 1), 2)
-    plan = replace(plan, reason_TK=plan.reason_TK.masked_fill(~mask_BS.view(-1, 1), Reason.NOT_ROUTED))
+    plan = replace(plan, outcome_TK=plan.outcome_TK.masked_fill(~mask_BS.view(-1, 1), Outcome.NOT_ROUTED))
     context = StepContext(mask_BS=mask_BS, positions_S=positions_S)
     batch = token_batch(mine_BSE, context, dist.group.WORLD, dist.group.WORLD)
     share = loss_of(balance_of("sequence", choices=choices), plan, batch)
@@ -285,7 +287,7 @@ def test_count_micro_step() -> None:
     step = count_micro_step([], plan, batch_of(plan, 2))
     assert step.counts["sequence"].tolist() == [[1, 1, 0, 1, 0, 0, 1], [0, 1, 1, 0, 0, 1, 1]]
     assert (step.num_blocks["global"], step.num_blocks["rank"], int(step.num_blocks["sequence"])) == (1, 1, 2)
-    masked = replace(plan, reason_TK=torch.tensor([[0, 0], [4, 4]], dtype=torch.uint8))
+    masked = replace(plan, outcome_TK=torch.tensor([[0, 0], [4, 4]], dtype=torch.uint8))
     step = count_micro_step([], masked, batch_of(plan, 2, torch.tensor([[True], [False]])))
     assert step.counts["global"].tolist() == [[1, 1, 0, 1, 0, 0, 1]]
     assert int(step.num_blocks["sequence"]) == 1  # the other is padding alone
@@ -442,7 +444,7 @@ def pooled_loss(layers: list[Tensor], k: int, mask_BS: Tensor | None = None) -> 
         plan = make_plan(logits_TE, k)
         if mask_BS is not None:
             unrouted_TK = ~mask_BS.flatten()[:, None]
-            plan = replace(plan, reason_TK=plan.reason_TK.masked_fill(unrouted_TK, Reason.NOT_ROUTED))
+            plan = replace(plan, outcome_TK=plan.outcome_TK.masked_fill(unrouted_TK, Outcome.NOT_ROUTED))
         _, terms[number] = router_losses([POOLED], plan, batch_of(plan, 3, mask_BS))
     return torch.stack([parts["balance_global_pooled"] for parts in pool_layers(terms).values()]).sum()
 
@@ -543,7 +545,7 @@ def test_padding_is_in_no_loss(config: BalanceLossConfig | ZLossConfig) -> None:
     padded, cut = logits(8, 5).requires_grad_(), logits(8, 5)[mask_BS.flatten()].requires_grad_()
     plan = make_plan(padded, 2)
     unrouted_TK = ~mask_BS.flatten()[:, None]
-    plan = replace(plan, reason_TK=plan.reason_TK.masked_fill(unrouted_TK, Reason.NOT_ROUTED))
+    plan = replace(plan, outcome_TK=plan.outcome_TK.masked_fill(unrouted_TK, Outcome.NOT_ROUTED))
     actual = loss_of(config, plan, batch_of(plan, 2, mask_BS))
     if isinstance(config, BalanceLossConfig) and config.scope == "sequence":
         halves = [make_plan(part, 2) for part in cut.split([4, 2])]
@@ -572,7 +574,7 @@ def test_a_layers_losses_leave_padding_out(scope: str) -> None:
 
 def test_a_micro_step_of_padding_alone_costs_nothing() -> None:
     mask_BS, logits_TE = torch.zeros(2, 3, dtype=torch.bool), logits(6, 5).requires_grad_()
-    plan = replace(make_plan(logits_TE), reason_TK=torch.full((6, 1), Reason.NOT_ROUTED, dtype=torch.uint8))
+    plan = replace(make_plan(logits_TE), outcome_TK=torch.full((6, 1), Outcome.NOT_ROUTED, dtype=torch.uint8))
     losses = [loss_of(config, plan, batch_of(plan, 2, mask_BS)) for config in (*map(balance_of, SCOPES), Z_LOSS)]
     assert [float(loss.detach()) for loss in losses] == [0.0] * 4
     torch.stack(losses).sum().backward()

@@ -15,32 +15,39 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
-import expert_parallel.bench.peers.peers as peers_module
+import expert_parallel.bench.peers.registry as peers_module
 from expert_parallel.bench import layer as bench_layer_module
 from expert_parallel.bench import machine as bench_machine_module
 from expert_parallel.bench import timing
 from expert_parallel.bench.floor import Floor
 from expert_parallel.bench.layer import (
-    Disagreement,
     LayerResult,
     LayerTask,
+    OutputMismatch,
     bench_layer,
-    build_contenders,
+    build_implementations,
     compare,
     run,
 )
-from expert_parallel.bench.machine import Exchange, MachineFile, MachineTask, bench_machine, fit, read_machine
-from expert_parallel.bench.peers.contender import Case, Contender, NotMeasured, build_case, installed
+from expert_parallel.bench.machine import (
+    AllToAllMeasurement,
+    MachineProfile,
+    MachineTask,
+    bench_machine,
+    fit_alpha_beta,
+    read_machine,
+)
+from expert_parallel.bench.peers.implementation import Case, Implementation, NotMeasured, build_case, installed_version
 from expert_parallel.bench.shapes import (
     SHAPES,
     TRAIN_SHAPES,
-    Shape,
+    LayerShape,
     choose_shape,
     choose_train_shape,
     layer_flops,
 )
-from expert_parallel.bench.table import describe_layer, describe_train
-from expert_parallel.bench.timing import Work, measure, peak_memory
+from expert_parallel.bench.table import format_layer_result, format_train_result
+from expert_parallel.bench.timing import Workload, measure, peak_memory
 from expert_parallel.bench.train import TrainTask, bench_train, our_config, random_batch
 from expert_parallel.cli.app import app
 from expert_parallel.model.parallelize import build_model
@@ -48,7 +55,7 @@ from expert_parallel.runtime.process import Launch, Runtime
 from tests.launches import ROOT, assert_refused
 from tests.ranks import run_ranks
 
-SMALL = Shape(tokens=24, d_model=16, hidden=8, num_experts=4, k=2)
+SMALL = LayerShape(tokens=24, d_model=16, hidden=8, num_experts=4, k=2)
 ONE = Runtime(Launch("test"), torch.device("cpu"), "gloo", timedelta(seconds=60))
 SMALL_DECODER = ["num_layers=2", "num_heads=2", "head_size=8", "sequence_length=8", "vocab_size=32"]
 SMALL_LAYER = ["tokens=32", "d_model=16", "hidden=8", "num_experts=4"]
@@ -60,7 +67,7 @@ def on_rank(rank: int, world_size: int) -> Runtime:
     return Runtime(launch, torch.device("cpu"), "gloo", timedelta(seconds=60))
 
 
-def small_case(activation: str = "gelu", shape: Shape = SMALL) -> Case:
+def small_case(activation: str = "gelu", shape: LayerShape = SMALL) -> Case:
     return build_case(shape, activation, torch.float32, ONE, None)
 
 
@@ -83,7 +90,7 @@ def test_shapes_can_be_changed_and_scaled() -> None:
     assert choose_shape("base") == SHAPES["base"]
     assert choose_shape("mixtral", ["tokens=100", "activation=gelu"], 0.5).tokens == 50
     given = choose_shape("given", ["tokens=6", "d_model=4", "hidden=5", "num_experts=3", "k=2"])
-    assert given == Shape(tokens=6, d_model=4, hidden=5, num_experts=3, k=2)
+    assert given == LayerShape(tokens=6, d_model=4, hidden=5, num_experts=3, k=2)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +123,7 @@ def test_a_decoder_has_whole_sequences() -> None:
 
 def test_flops_by_hand() -> None:
     """6 tokens, 2 choices: 12 rows; an expert has two matrices of 4 x 5, each in three products of 2 * 20 a row."""
-    shape = Shape(tokens=6, d_model=4, hidden=5, num_experts=3, k=2)
+    shape = LayerShape(tokens=6, d_model=4, hidden=5, num_experts=3, k=2)
     assert layer_flops(shape, "gelu") == 12 * 2 * 3 * 40
     assert layer_flops(shape, "swiglu") == 12 * 3 * 3 * 40
 
@@ -173,16 +180,16 @@ def test_the_large_model_has_three_billion_parameters() -> None:
 def test_rounds_are_interleaved_and_clearing_is_not_timed() -> None:
     clock, log = [0.0], []
 
-    def work(name: str, seconds: float) -> Work:
+    def work(name: str, seconds: float) -> Workload:
         def take(what: str, duration: float) -> None:
             log.append(f"{what} {name}")
             clock[0] += duration * len(log)
 
-        return Work(lambda: take("run", seconds), lambda: take("clear", 1000.0))
+        return Workload(lambda: take("run", seconds), lambda: take("clear", 1000.0))
 
     with mock.patch.object(timing.time, "perf_counter", side_effect=lambda: clock[0]):
         times = measure({"a": work("a", 1.0), "b": work("b", 2.0)}, torch.device("cpu"), rounds=3)
-    assert log == ["run a", "clear a", "run b", "clear b"] * (timing.WARM_UP + 3)
+    assert log == ["run a", "clear a", "run b", "clear b"] * (timing.WARM_UP_ROUNDS + 3)
     # The log is 8 long after the warm-up: a runs as its entry 9, 13 and 17, b as 11, 15 and 19.
     assert (times["a"].smallest, times["a"].median, times["a"].largest) == (9000, 13000, 17000)
     assert (times["b"].smallest, times["b"].median, times["b"].largest) == (22000, 30000, 38000)
@@ -195,7 +202,7 @@ def time_of_rank(rank: int) -> list[float]:
         clock[0] += 1 + rank
 
     with mock.patch.object(time, "perf_counter", side_effect=lambda: clock[0]):
-        times = measure({"work": Work(work)}, torch.device("cpu"), 2, dist.group.WORLD)
+        times = measure({"work": Workload(work)}, torch.device("cpu"), 2, dist.group.WORLD)
     return [times["work"].smallest, times["work"].largest]
 
 
@@ -244,33 +251,33 @@ def test_a_perturbed_weight_is_found() -> None:
     """A hundredth more in one matrix of one expert; without it all agree."""
     task = LayerTask(shape=SMALL, peers=("mask loop", "one-hot einsum"))
     cases = {activation: small_case(activation) for activation in ("gelu", "swiglu")}
-    contenders, rows = build_contenders(task, cases)
-    (agreement,) = compare(contenders, cases, 1e-4)
+    implementations, rows = build_implementations(task, cases)
+    (agreement,) = compare(implementations, cases, 1e-4)
     assert agreement.names == ["ours", "mask loop", "one-hot einsum"]
     assert 0 < agreement.largest < 1e-5
     assert [row.name for row in rows] == agreement.names
     with torch.no_grad():
-        contenders["mask loop"][0].module.w_out[3] *= 1.01
-    with pytest.raises(Disagreement, match=r"^mask loop \(dropless, gelu\) and ours differ by .* nothing was timed$"):
-        compare(contenders, cases, 1e-4)
+        implementations["mask loop"][0].module.w_out[3] *= 1.01
+    with pytest.raises(OutputMismatch, match=r"^mask loop \(dropless, gelu\) and ours differ by .* nothing was timed$"):
+        compare(implementations, cases, 1e-4)
 
 
 def test_a_wrong_gradient_is_found() -> None:
     """Outputs that agree are not enough."""
     cases = {"gelu": small_case()}
-    contenders, _ = build_contenders(LayerTask(shape=SMALL, peers=("mask loop",)), cases)
-    loop = contenders["mask loop"][0]
+    implementations, _ = build_implementations(LayerTask(shape=SMALL, peers=("mask loop",)), cases)
+    loop = implementations["mask loop"][0]
     right = loop.forward
     loop.forward = lambda x_TD: right(x_TD * 1.1 - (x_TD * 0.1).detach())  # type: ignore[method-assign]
-    with pytest.raises(Disagreement):
-        compare(contenders, cases, 1e-4)
+    with pytest.raises(OutputMismatch):
+        compare(implementations, cases, 1e-4)
 
 
-def no_such_package(case: Case) -> Contender:
-    raise NotMeasured(f"{installed('no-such-package')} cannot be")
+def no_such_package(case: Case) -> Implementation:
+    raise NotMeasured(f"{installed_version('no-such-package')} cannot be")
 
 
-def breaks(case: Case) -> Contender:
+def breaks(case: Case) -> Implementation:
     raise RuntimeError("no such kernel\nand more")
 
 
@@ -283,7 +290,7 @@ def test_who_is_missing_or_breaks_is_not_measured_and_never_won(monkeypatch: pyt
     assert rows["broken"].why == "it fails with RuntimeError: no such kernel"
     for name in ("missing", "broken"):
         assert rows[name].times is rows[name].over_ours is rows[name].over_floor is rows[name].peak is None
-        (line,) = [line for line in describe_layer(result).splitlines() if line.startswith(name)]
+        (line,) = [line for line in format_layer_result(result).splitlines() if line.startswith(name)]
         assert line.split(maxsplit=1)[1] == f"not measured: {rows[name].why}"
     assert rows["mask loop"].times is not None
 
@@ -306,7 +313,7 @@ def test_a_result_is_complete_and_is_what_its_json_says() -> None:
         assert row.peak is not None
         assert row.peak.total >= row.peak.activations > 24 * 16 * 4, "more than the output"
         assert row.bytes_sent is None
-    assert "same outputs: ours, mask loop (gelu; largest difference" in describe_layer(result)
+    assert "same outputs: ours, mask loop (gelu; largest difference" in format_layer_result(result)
     assert 1 <= result.fullest < 4
 
 
@@ -341,17 +348,17 @@ def test_disagreement_ends_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_alpha_and_beta_are_found() -> None:
     sizes = [1 << 10, 1 << 14, 1 << 20, 1 << 24]
-    alpha, beta = fit([(size, 2e-4 + 3e-10 * size) for size in sizes])
+    alpha, beta = fit_alpha_beta([(size, 2e-4 + 3e-10 * size) for size in sizes])
     assert alpha == pytest.approx(2e-4)
     assert beta == pytest.approx(3e-10)
-    alpha, beta = fit([(1000, 1e-3), (2000, 2.5e-3)])  # which a line would meet below 0
+    alpha, beta = fit_alpha_beta([(1000, 1e-3), (2000, 2.5e-3)])  # which a line would meet below 0
     assert alpha == 0
     assert beta > 0
 
 
 def machine_on_rank(rank: int) -> str:
     with (
-        mock.patch.object(bench_machine_module, "CPU_PRODUCTS", [(8, 8, 8), (4, 8, 16)]),
+        mock.patch.object(bench_machine_module, "CPU_MATMULS", [(8, 8, 8), (4, 8, 16)]),
         mock.patch.object(bench_machine_module, "CPU_COPY", 1 << 16),
         mock.patch.object(bench_machine_module, "EXCHANGES", [1 << 10, 1 << 16]),
     ):
@@ -359,7 +366,7 @@ def machine_on_rank(rank: int) -> str:
 
 
 def test_a_machine_file_is_what_was_measured(tmp_path: Path) -> None:
-    first, second = (MachineFile.model_validate_json(text) for text in run_ranks(2, machine_on_rank))
+    first, second = (MachineProfile.model_validate_json(text) for text in run_ranks(2, machine_on_rank))
     assert first.products == second.products
     assert [(p.m, p.k, p.n) for p in first.products["bfloat16"]] == [(8, 8, 8), (4, 8, 16)]
     (exchange,) = first.exchanges
@@ -389,9 +396,9 @@ def test_other_files_are_refused(tmp_path: Path, text: str | None, what: str) ->
 
 def test_unknown_keys_of_a_machine_file_are_refused() -> None:
     exchange = {"transport": "gloo", "ranks": 2, "alpha_seconds": 0.0, "beta_seconds_per_byte": 0.0, "measured": []}
-    assert Exchange.model_validate(exchange)
+    assert AllToAllMeasurement.model_validate(exchange)
     with pytest.raises(ValueError, match="speed"):
-        Exchange.model_validate({**exchange, "speed": 1})
+        AllToAllMeasurement.model_validate({**exchange, "speed": 1})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -415,7 +422,7 @@ def test_the_ranks_share_the_batch() -> None:
 def train_on_rank(rank: int, world_size: int) -> list[float]:
     task = TrainTask(shape=SMALL_TRAIN, rounds=1, peers=("transformers model",))
     result = bench_train(task, on_rank(rank, world_size))
-    assert "MixtralForCausalLM" in describe_train(result)
+    assert "MixtralForCausalLM" in format_train_result(result)
     for row in result.rows:
         assert row.times is not None, row.why
         flops = 32 * our_config(task, row.activation, world_size).model.flops_per_token(8)
@@ -493,17 +500,17 @@ def test_the_readme_names_every_field() -> None:
     from expert_parallel.bench import layer, machine, train
 
     for kind in (
-        timing.Facts,
+        timing.Environment,
         layer.LayerResult,
-        layer.Row,
-        layer.Agreement,
+        layer.LayerRow,
+        layer.OutputMatch,
         timing.Times,
-        timing.Peak,
+        timing.PeakMemory,
         train.TrainResult,
         train.TrainRow,
-        machine.MachineFile,
-        machine.Product,
-        machine.Exchange,
+        machine.MachineProfile,
+        machine.MatmulMeasurement,
+        machine.AllToAllMeasurement,
     ):
         for field in kind.model_fields:
             assert f"`{field}`" in page, f"{kind.__name__}.{field}"

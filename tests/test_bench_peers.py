@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from expert_parallel.bench.layer import LayerResult
-from expert_parallel.bench.peers.peers import DEFAULT, PEERS, TRAINEES
+from expert_parallel.bench.peers.registry import DEFAULT_PEERS, PEERS, TRAIN_PEERS
 from expert_parallel.bench.train import TrainResult
 from tests.launches import start
 
@@ -46,7 +46,7 @@ def test_every_peer_is_measured_or_says_why_not(tmp_path: Path, ranks: int) -> N
     result = LayerResult.model_validate(json.loads(measured("layer", tmp_path, "--ranks", str(ranks))), strict=False)
     rows = {row.name: row for row in result.rows}
     agree = {name for agreement in result.agreements for name in agreement.names}
-    for name in DEFAULT:
+    for name in DEFAULT_PEERS:
         if not is_installed(name):
             assert f"{PACKAGES[name]} is not installed" in rows[name].why, rows[name]
         elif ranks > 1 and name in ONE_RANK:
@@ -71,7 +71,7 @@ def test_every_peer_is_trained_or_says_why_not(tmp_path: Path) -> None:
     changes = ["num_layers=2", "num_heads=2", "head_size=8", "sequence_length=16", "vocab_size=32"]
     result = TrainResult.model_validate(json.loads(measured("train", tmp_path, *changes)), strict=False)
     rows = {row.name: row for row in result.rows}
-    for name in TRAINEES:
+    for name in TRAIN_PEERS:
         assert (rows[name].times is not None) == is_installed(name), rows[name]
         if rows[name].times is None:
             assert f"{PACKAGES[name]} is not installed" in rows[name].why
@@ -84,4 +84,4 @@ def test_every_peer_is_trained_or_says_why_not(tmp_path: Path) -> None:
 
 def test_the_dense_layer_stands_only_where_it_is_asked_for() -> None:
     assert "dense" in PEERS
-    assert "dense" not in DEFAULT
+    assert "dense" not in DEFAULT_PEERS

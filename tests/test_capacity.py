@@ -15,23 +15,23 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from expert_parallel.moe.capacity import receive_bound
-from expert_parallel.moe.capacity.limit import (
+from expert_parallel.moe.capacity.policies import (
     POLICIES,
     AbsoluteConfig,
     DroplessConfig,
     FactorConfig,
     apply_capacity,
-    capacity_of_blocks,
+    block_capacities,
     expert_capacity,
     queue_capacities,
 )
-from expert_parallel.moe.capacity.receive_bound import allowances, limit_received
+from expert_parallel.moe.capacity.receive_bound import apply_receive_bound, send_quotas
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.conservation import count_choices
 from expert_parallel.moe.context import StepContext, TokenBatch, pass_seed, token_batch
-from expert_parallel.moe.experts.grouped_gemm import PRODUCTS
+from expert_parallel.moe.experts.grouped_gemm import GROUPED_GEMMS
 from expert_parallel.moe.layer import MoELayer
-from expert_parallel.moe.types import Reason, RoutingPlan
+from expert_parallel.moe.types import Outcome, RoutingPlan
 from expert_parallel.nn import random
 from expert_parallel.nn.random import Stream
 
@@ -53,7 +53,7 @@ def make_plan(
         probabilities_TE=scores_TE,
         expert_ids_TK=expert_ids_TK,
         weights_TK=torch.ones(expert_ids_TK.shape, dtype=torch.float64),
-        reason_TK=torch.full_like(expert_ids_TK, Reason.KEPT, dtype=torch.uint8),
+        outcome_TK=torch.full_like(expert_ids_TK, Outcome.KEPT, dtype=torch.uint8),
         num_experts=num_experts,
     )
 
@@ -102,13 +102,13 @@ def test_expert_capacity(
     """Of a number, and of several blocks."""
     assert expert_capacity(capacity_factor, 0, num_tokens, num_choices, num_experts) == capacity
     config, sizes = factor(capacity_factor, minimum=0), [num_tokens, 0, num_tokens]
-    assert capacity_of_blocks(config, sizes, num_choices, num_experts, training=True) == [capacity, 0, capacity]
+    assert block_capacities(config, sizes, num_choices, num_experts, training=True) == [capacity, 0, capacity]
 
 
 def test_the_minimum_holds_where_the_factor_gives_less() -> None:
     for num_tokens, capacity in ((8, 4), (64, 8), (0, 4)):
         assert expert_capacity(1.0, 4, num_tokens, num_choices=1, num_experts=8) == capacity
-    assert capacity_of_blocks(factor(1.0, minimum=4), [8, 64, 0], 1, 8, training=True) == [4, 8, 4]
+    assert block_capacities(factor(1.0, minimum=4), [8, 64, 0], 1, 8, training=True) == [4, 8, 4]
 
 
 @NAIVE
@@ -129,14 +129,14 @@ def test_factors_of_many_digits_do_not_overflow(factor: float) -> None:
 
 def test_a_receive_bound_of_many_digits_does_not_overflow() -> None:
     """Each of 2 ranks wants 12288 and 4096: 32768 in all, 16384 a rank; 4/3 of it is 21845.33, of 24576 wanted."""
-    allowed = allowances(torch.tensor([[12288, 4096]] * 2), 4 / 3)
+    allowed = send_quotas(torch.tensor([[12288, 4096]] * 2), 4 / 3)
     assert allowed.tolist() == [[10923, 4096], [10923, 4096]]
 
 
 def test_absolute_capacity_does_not_ask_for_the_number_of_tokens() -> None:
     config, sizes = absolute(3, eval=5), [1, 64, 0]
-    assert capacity_of_blocks(config, sizes, 2, 4, training=True) == [3, 3, 3]
-    assert capacity_of_blocks(config, sizes, 2, 4, training=False) == [5, 5, 5]
+    assert block_capacities(config, sizes, 2, 4, training=True) == [3, 3, 3]
+    assert block_capacities(config, sizes, 2, 4, training=False) == [5, 5, 5]
 
 
 @pytest.mark.parametrize("capacities", [[], [4], [4, 4, 4], [1, 0, 5]])
@@ -181,7 +181,7 @@ class Case:
     def plan(self) -> RoutingPlan:
         plan = make_plan(self.ids, self.scores, self.num_choices, self.num_experts)
         not_routed_TK = ~torch.tensor(self.routed, dtype=torch.bool).view(-1, self.num_choices)
-        return replace(plan, reason_TK=plan.reason_TK.masked_fill(not_routed_TK, Reason.NOT_ROUTED))
+        return replace(plan, outcome_TK=plan.outcome_TK.masked_fill(not_routed_TK, Outcome.NOT_ROUTED))
 
     @property
     def context(self) -> StepContext:
@@ -222,7 +222,7 @@ def walk(config: CapacityConfig, case: Case, training: bool) -> list[list[int]]:
     lots = random.uniform(pass_seed(case.context, Stream.PRIORITY), batch_of_case(case).index_T, 1)[:, 0]
     line = []
     for t, row in enumerate(case.ids):
-        reasons.append([Reason.KEPT if was_routed else Reason.NOT_ROUTED for was_routed in case.routed[t]])
+        reasons.append([Outcome.KEPT if was_routed else Outcome.NOT_ROUTED for was_routed in case.routed[t]])
         rank_of_token = {"random": float(lots[t]) if training else 0.0, "batch_priority": -max(case.scores[t])}
         for k in range(len(row)):
             place = (rank_of_token.get(config.priority, 0.0), t)
@@ -243,7 +243,7 @@ def walk(config: CapacityConfig, case: Case, training: bool) -> list[list[int]]:
             queue = (block, case.ids[t][k])
             taken[queue] = taken.get(queue, 0) + 1
             if taken[queue] > capacity:
-                reasons[t][k] = Reason.DROPPED_CAPACITY
+                reasons[t][k] = Outcome.DROPPED_CAPACITY
     return reasons
 
 
@@ -257,7 +257,7 @@ def batch_of_case(case: Case) -> TokenBatch:
 def test_drops_equal_a_queue_that_is_walked(priority: str, case: Case, config: CapacityConfig, training: bool) -> None:
     config = config.model_copy(update={"priority": priority})
     limited, most = apply_capacity(config, case.plan, batch_of_case(case), training)
-    assert limited.reason_TK.tolist() == walk(config, case, training)
+    assert limited.outcome_TK.tolist() == walk(config, case, training)
     assert limited.expert_ids_TK.tolist() == case.plan.expert_ids_TK.tolist()
     assert isinstance(most, int)
 
@@ -282,7 +282,7 @@ def test_the_ledger_counts_each_choice_once(case: Case, config: CapacityConfig) 
     assert not counts["dropped_receive_bound_E"].any()
     assert int(counts["num_tokens"]) == sum(case.real)
     nobody = [real and not any(row) for real, row in zip(case.real, limited.kept_TK.tolist(), strict=True)]
-    assert int(counts["num_unserved"]) == sum(nobody)
+    assert int(counts["num_tokens_without_expert"]) == sum(nobody)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ def test_no_tokens(priority: str, scope: str, shape: tuple[int, int]) -> None:
         factor(1.0, priority=priority, scope=scope), nothing, batch_of(*shape), training=True
     )
     assert limited.kept_TK.shape == (0, 2)
-    assert limited.reason_TK.dtype == torch.uint8
+    assert limited.outcome_TK.dtype == torch.uint8
     assert int(most) == 0
 
 
@@ -390,7 +390,7 @@ def test_dropless_keeps_the_plan() -> None:
 def test_drops_are_marked_and_change_nothing_else() -> None:
     plan = make_plan([[0, 1]] * 3, [[0.7, 0.3]] * 3, num_choices=2)
     limited, _ = apply_capacity(factor(0.5), plan, batch_of(1, 3), training=True)
-    assert limited.reason_TK.tolist() == [[Reason.KEPT] * 2, [Reason.KEPT] * 2, [Reason.DROPPED_CAPACITY] * 2]
+    assert limited.outcome_TK.tolist() == [[Outcome.KEPT] * 2, [Outcome.KEPT] * 2, [Outcome.DROPPED_CAPACITY] * 2]
     assert limited.weights_TK is plan.weights_TK  # the layer renormalises, where it is asked to (trap 18)
     assert torch.equal(limited.expert_ids_TK, plan.expert_ids_TK)
     assert plan.kept_TK.all()  # the plan that came in is as it was
@@ -400,17 +400,17 @@ def test_what_is_not_routed_takes_no_place() -> None:
     """Two places at expert 0. Tokens 0 and 2 did not take it: 1 and 3 have them, 4 is dropped."""
     plan = make_plan([[0]] * 5, [[0.5]] * 5)
     not_routed_TK = torch.tensor([[True], [False], [True], [False], [False]])
-    plan = replace(plan, reason_TK=plan.reason_TK.masked_fill(not_routed_TK, Reason.NOT_ROUTED))
+    plan = replace(plan, outcome_TK=plan.outcome_TK.masked_fill(not_routed_TK, Outcome.NOT_ROUTED))
     limited, _ = apply_capacity(absolute(2), plan, batch_of(1, 5), training=True)
-    unrouted, dropped = int(Reason.NOT_ROUTED), int(Reason.DROPPED_CAPACITY)
-    assert limited.reason_TK.flatten().tolist() == [unrouted, 0, unrouted, 0, dropped]
+    unrouted, dropped = int(Outcome.NOT_ROUTED), int(Outcome.DROPPED_CAPACITY)
+    assert limited.outcome_TK.flatten().tolist() == [unrouted, 0, unrouted, 0, dropped]
 
 
 def test_padding_does_not_raise_the_capacity() -> None:
     """4 of 8 tokens are real: with factor 1 and 2 experts C is 2, not 4."""
     plan = make_plan([[0]] * 8, [[0.5]] * 8)
     mask_BS = torch.tensor([[False, True] * 4])
-    plan = replace(plan, reason_TK=plan.reason_TK.masked_fill(~mask_BS.view(8, 1), Reason.NOT_ROUTED))
+    plan = replace(plan, outcome_TK=plan.outcome_TK.masked_fill(~mask_BS.view(8, 1), Outcome.NOT_ROUTED))
     limited, _ = apply_capacity(factor(1.0), plan, batch_of(1, 8, StepContext(mask_BS=mask_BS)), training=True)
     assert limited.kept_TK.flatten().nonzero().flatten().tolist() == [1, 3]
 
@@ -501,7 +501,7 @@ def test_renormalised_weights_by_hand() -> None:
     output = weighing_layer(capacity=capacity)(x_TD)
     expected = [[2 / 3, 1 / 3, 0], [1, 0, 0], [0, 0, 1], [0, 5 / 8, 3 / 8], [0, 0, 0]]
     torch.testing.assert_close(output.y, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-15)
-    assert int(output.stats.num_unserved) == 1
+    assert int(output.stats.num_tokens_without_expert) == 1
 
     (output.y * torch.arange(3)).sum().backward()
     assert x_TD.grad is not None
@@ -543,7 +543,7 @@ def test_renormalised_weights_sum_to_the_scale_or_to_nothing(score: str, level: 
     x_TD = (draw(24, 6).float() * 2 + level).requires_grad_()
     output = layer(x_TD)
     total_T, kept_T = output.y.detach().sum(1), (output.y.detach() != 0).any(1)
-    assert 0 < int(output.stats.num_unserved) == int((~kept_T).sum())
+    assert 0 < int(output.stats.num_tokens_without_expert) == int((~kept_T).sum())
     torch.testing.assert_close(total_T, 2.5 * kept_T.float(), rtol=1e-5, atol=1e-5)
     output.y.square().sum().backward()
     assert x_TD.grad is not None
@@ -669,8 +669,8 @@ def test_a_padded_expert_sees_static_shapes(
         seen.append((len(x_RK), sizes))
         return plain.rows(x_RK, weight_eKN, sizes)
 
-    plain = PRODUCTS["loop"]
-    monkeypatch.setitem(PRODUCTS, "loop", replace(plain, rows=record))
+    plain = GROUPED_GEMMS["loop"]
+    monkeypatch.setitem(GROUPED_GEMMS, "loop", replace(plain, rows=record))
     layer = random_layer({**capacity, "pad": True})
     loads = [layer(draw(2, 5, 8, seed=seed)).stats.computed_E.tolist() for seed in range(4)]
     assert seen == [(4 * rows, [rows] * 4)] * 8
@@ -688,7 +688,7 @@ def test_allowances(data: st.DataObject, num_ranks: int, bound: float) -> None:
     fit is cut to the bound exactly, each source's share within one of its part."""
     row = st.lists(st.integers(0, 12), min_size=num_ranks, max_size=num_ranks)
     wanted = data.draw(st.lists(row, min_size=num_ranks, max_size=num_ranks))
-    allowed = allowances(torch.tensor(wanted), bound).tolist()
+    allowed = send_quotas(torch.tensor(wanted), bound).tolist()
     most = -(-Fraction(str(bound)) * sum(map(sum, wanted)) // num_ranks)
     for rank in range(num_ranks):
         asked, given_ = [row[rank] for row in wanted], [row[rank] for row in allowed]
@@ -704,9 +704,9 @@ def test_allowances(data: st.DataObject, num_ranks: int, bound: float) -> None:
 def test_allowances_by_hand() -> None:
     """20 choices, 2 ranks, bound 1: 10 a rank. Rank 0 is wanted by 9 + 5: 10 * 9 // 14 = 6 and 10 * 5 // 14 = 3, and
     the one left over goes to the first source. Rank 1 is wanted by 1 + 5: all fit."""
-    assert allowances(torch.tensor([[9, 1], [5, 5]]), 1.0).tolist() == [[7, 1], [3, 5]]
-    assert allowances(torch.tensor([[9, 1], [5, 5]]), 1.25).tolist() == [[9, 1], [4, 5]]  # 12 of 14
-    assert allowances(torch.tensor([[9, 1], [5, 5]]), 1.4).tolist() == [[9, 1], [5, 5]]
+    assert send_quotas(torch.tensor([[9, 1], [5, 5]]), 1.0).tolist() == [[7, 1], [3, 5]]
+    assert send_quotas(torch.tensor([[9, 1], [5, 5]]), 1.25).tolist() == [[9, 1], [4, 5]]  # 12 of 14
+    assert send_quotas(torch.tensor([[9, 1], [5, 5]]), 1.4).tolist() == [[9, 1], [5, 5]]
 
 
 def test_beyond_the_bound_first_choices_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -717,12 +717,12 @@ def test_beyond_the_bound_first_choices_go_first(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(receive_bound, "group_rank", lambda group: 1)
     monkeypatch.setattr(receive_bound, "all_gather_rows", lambda x, counts, group: torch.cat([others[None], x]))
     plan = make_plan([[0, 1], [2, 0], [1, 2], [3, 1], [2, 3]], [[0.6, 0.4]] * 5, num_choices=2, num_experts=4)
-    limited = limit_received(1.0, plan, torch.tensor([0, 0, 1, 1])[plan.expert_ids_TK], group=None)
-    beyond = limited.reason_TK == Reason.DROPPED_RECEIVE_BOUND
+    limited = apply_receive_bound(1.0, plan, torch.tensor([0, 0, 1, 1])[plan.expert_ids_TK], group=None)
+    beyond = limited.outcome_TK == Outcome.DROPPED_RECEIVE_BOUND
     assert beyond.nonzero().tolist() == [[1, 1], [3, 1]]
     assert int(limited.kept_TK.sum()) == 8
 
 
 def test_one_rank_alone_is_never_bound() -> None:
     plan = make_plan([[0]] * 9, [[0.9]] * 9)
-    assert limit_received(1.0, plan, torch.zeros_like(plan.expert_ids_TK), group=None).kept_TK.all()
+    assert apply_receive_bound(1.0, plan, torch.zeros_like(plan.expert_ids_TK), group=None).kept_TK.all()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from expert_parallel.checkpoint.files import list_checkpoints, open_checkpoint
 from expert_parallel.checkpoint.load import load_checkpoint
-from expert_parallel.checkpoint.manifest import sealed
+from expert_parallel.checkpoint.manifest import add_checksum
 from expert_parallel.checkpoint.tensor_files import write_tensors
 from expert_parallel.model.generation import Sampling
 from expert_parallel.model.parallelize import build_model
@@ -23,7 +23,7 @@ from expert_parallel.runtime.process import Launch, Runtime, UserError
 from expert_parallel.training.config import Config
 from expert_parallel.training.generate import generate_from_run
 from expert_parallel.training.loop import train
-from expert_parallel.training.resume import changes_since
+from expert_parallel.training.resume import changed_since_checkpoint
 from tests.layouts import parallel_config
 from tests.ranks import run_ranks
 
@@ -87,8 +87,8 @@ class StoppingRuntime(Runtime):
         super().__init__(**fields)
         object.__setattr__(self, "saves_left", saves_left)
 
-    def together(self, work: Any) -> Any:
-        result = super().together(work)
+    def run_on_all_ranks(self, work: Any) -> Any:
+        result = super().run_on_all_ranks(work)
         if work.__name__ == "wait_for_commit":
             self.saves_left[0] -= 1  # type: ignore[attr-defined]
             if self.saves_left[0] == 0:  # type: ignore[attr-defined]
@@ -223,9 +223,9 @@ def test_a_setting_that_is_newer_than_a_checkpoint_had_its_default() -> None:
     config = Config.model_validate(settings(Path("runs/none")))
     then = config.model_dump(mode="json")
     del then["model"]["norm_placement"], then["model"]["moe"]["capacity"]
-    assert changes_since(SimpleNamespace(config=then), config) == []  # type: ignore[arg-type]
+    assert changed_since_checkpoint(SimpleNamespace(config=then), config) == []  # type: ignore[arg-type]
     then["model"]["norm_placement"] = "post"
-    changed = changes_since(SimpleNamespace(config=then), config)  # type: ignore[arg-type]
+    changed = changed_since_checkpoint(SimpleNamespace(config=then), config)  # type: ignore[arg-type]
     assert changed == [("model.norm_placement", "post", "pre")]
 
 
@@ -297,7 +297,7 @@ def rewrite(path: Path, change: Any) -> None:
         start, shape = [0] * tensor.dim(), list(tensor.shape)
         piece = {"file": file.name, "key": name, "start": start, "shape": shape}
         tree["tensors"].setdefault(name, {"dtype": "F64", "shape": shape, "digest": "0" * 32, "pieces": [piece]})
-    (path / "manifest.json").write_text(json.dumps(sealed(tree)))
+    (path / "manifest.json").write_text(json.dumps(add_checksum(tree)))
 
 
 DAMAGES = [damage_flip, damage_truncate, damage_remove, damage_manifest, damage_tensor_left_out, damage_tensor_added]

@@ -20,26 +20,26 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from expert_parallel.checkpoint import digest as digests
-from expert_parallel.checkpoint.digest import MODULUS, as_text, digest
+from expert_parallel.checkpoint.digest import MODULUS, digest, format_digest
 from expert_parallel.checkpoint.files import Checkpoint, CheckpointWriter, expected_shapes, open_checkpoint
 from expert_parallel.checkpoint.folders import (
+    complete_checkpoints,
     list_checkpoints,
-    new_partial,
-    point_to_newest,
+    make_partial_folder,
     prune,
     publish,
-    remove_partial,
-    whole_checkpoints,
+    remove_partial_folders,
+    update_latest_link,
 )
 from expert_parallel.checkpoint.load import load_checkpoint
-from expert_parallel.checkpoint.manifest import Entry, Manifest, Piece, check_pieces, sealed
-from expert_parallel.checkpoint.report import problems
+from expert_parallel.checkpoint.manifest import Manifest, ShardMetadata, TensorMetadata, add_checksum, check_shards
+from expert_parallel.checkpoint.report import find_problems
 from expert_parallel.checkpoint.tensor_files import write_tensors
 from expert_parallel.cli.app import app
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe.parameters import LogicalParameter, pieces
-from expert_parallel.parallel.sharding import Slice
+from expert_parallel.parallel.sharding import TensorShard
 
 MODEL: dict[str, Any] = {
     "vocab_size": 300,
@@ -128,14 +128,14 @@ def test_digest_sees_what_has_moved() -> None:
     assert len({expected, *(digest(x, (0, 0), (4, 4)) for x in (changed, swapped, whole.mT))}) == 4
     zeros = torch.zeros(2, 2)
     assert digest(zeros, (0, 0), (2, 2)) != digest(zeros.where(torch.eye(2) == 0, -0.0), (0, 0), (2, 2)), "bits count"
-    assert len(as_text(1)) == 32
+    assert len(format_digest(1)) == 32
 
 
 # -------------------------------------------------------------------------------------------------------------- pieces
 
 
 @dataclass(frozen=True)
-class PartOf(Slice):
+class PartOf(TensorShard):
     """A slice that needs no ranks."""
 
     number: int = 0
@@ -179,7 +179,7 @@ def test_pieces_cover_each_logical_tensor_once(layout: dict[str, Any]) -> None:
     written = {name: torch.zeros(shape) for name in names}
     dim, blocks, parts = layout["slice"] or (-1, 1, 1)
     for number in range(parts):
-        # [block 0 | block 1 | ...], each divided alike: cut here by tensor_split, there by runs_of_part
+        # [block 0 | block 1 | ...], each divided alike: cut here by tensor_split, there by shard_segments
         local = torch.cat([block.tensor_split(parts, dim)[number] for block in stack.chunk(blocks, dim)], dim)
         held = PartOf(dim, shape[dim], None, blocks, number=number, of=parts) if layout["slice"] else None  # type: ignore[arg-type]
         logical = LogicalParameter(nn.Parameter(local), names, experts is not None, held)
@@ -227,7 +227,7 @@ def cut_up(path: Path, name: str, cuts: list[list[int]]) -> Path:
         part = whole[tuple(slice(low, high) for low, high in box)]
         start, shape = tuple(low for low, _ in box), tuple(part.shape)
         parts.append((f"{name}@{number}", part))
-        cut.append(Piece(file="cut.safetensors", key=f"{name}@{number}", start=start, shape=shape))
+        cut.append(ShardMetadata(file="cut.safetensors", key=f"{name}@{number}", start=start, shape=shape))
     record = write_tensors(path / "cut.safetensors", parts)
     entries = {**opened.tensors, name: entry.model_copy(update={"pieces": tuple(cut)})}
     files = {**opened.manifest.files, "cut.safetensors": record}
@@ -251,8 +251,8 @@ def test_what_is_written_is_read(moments: bool, tmp_path: Path) -> None:
             assert (entry.shape, entry.dtype) == (tuple(tensor.shape), tensor.dtype)
             assert found.dtype == tensor.dtype
             assert torch.equal(found, tensor), name
-            assert entry.digest == as_text(digest(tensor, [0] * tensor.dim(), tensor.shape))
-    assert list(problems(open_checkpoint(path))) == []
+            assert entry.digest == format_digest(digest(tensor, [0] * tensor.dim(), tensor.shape))
+    assert list(find_problems(open_checkpoint(path))) == []
 
 
 def test_the_library_reads_our_files(tmp_path: Path) -> None:
@@ -283,11 +283,11 @@ def test_any_rectangle_is_read_from_any_pieces(data: st.DataObject) -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("expert_parallel.checkpoint.tensor_files.TensorFile.read", read)
-            part = opened.read_part(name, (top, left), (bottom - top + 1, right - left + 1))
+            part = opened.read_slice(name, (top, left), (bottom - top + 1, right - left + 1))
         assert torch.equal(part, content[name][top : bottom + 1, left : right + 1])
         assert sum(seen) == part.numel()
         stray = f"{folder}/step_00000000/shard_00000.safetensors holds {name}, which the manifest does not name"
-        assert list(problems(opened)) == [stray]
+        assert list(find_problems(opened)) == [stray]
 
 
 def test_the_writer_holds_one_shard(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_the_writer_holds_one_shard(tmp_path: Path) -> None:
             assert sum(part.nbytes for _, part in writer._shard) <= max(3000, largest)
             tensor.zero_()  # the writer has its own
         path = writer.finish()
-    assert list(problems(open_checkpoint(path))) == []
+    assert list(find_problems(open_checkpoint(path))) == []
     assert open_checkpoint(path).read("weights/embedding.weight").abs().sum() > 0
 
 
@@ -354,7 +354,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any], *, seal: bool = Tr
     file = path / "manifest.json"
     tree = json.loads(file.read_text())
     change(tree)
-    file.write_text(json.dumps(sealed(tree) if seal else tree))
+    file.write_text(json.dumps(add_checksum(tree) if seal else tree))
 
 
 def flip(path: Path) -> None:
@@ -549,19 +549,20 @@ def test_a_manifest_that_covers_something_twice_or_not_at_all() -> None:
 
     def manifest(*boxes: tuple[tuple[int, int], tuple[int, int]]) -> Manifest:
         held = tuple(
-            Piece(file="a.safetensors", key=str(n), start=start, shape=shape) for n, (start, shape) in enumerate(boxes)
+            ShardMetadata(file="a.safetensors", key=str(n), start=start, shape=shape)
+            for n, (start, shape) in enumerate(boxes)
         )
-        entry = Entry(dtype=torch.float32, shape=(4, 4), digest="0" * 32, pieces=held)
+        entry = TensorMetadata(dtype=torch.float32, shape=(4, 4), digest="0" * 32, pieces=held)
         files = {"a.safetensors": {"sha256": "0" * 64, "bytes": 1}}
         tree = {"format": 2, "step": 0, "config": {}, "layout": "", "files": files, "tensors": {"x": entry}}
         return Manifest.model_validate(tree)
 
     quarters = [((0, 0), (2, 2)), ((0, 2), (2, 2)), ((2, 0), (2, 2)), ((2, 2), (2, 2))]
-    check_pieces("it", manifest(*quarters))
+    check_shards("it", manifest(*quarters))
     with pytest.raises(ValueError, match="it: x is incomplete: its shards hold 12 of 16 elements"):
-        check_pieces("it", manifest(*quarters[:3]))
+        check_shards("it", manifest(*quarters[:3]))
     with pytest.raises(ValueError, match=r"it: x is covered twice: the shards at \[0, 0\] and \[1, 1\] overlap"):
-        check_pieces("it", manifest(*quarters[:3], ((1, 1), (2, 2))))
+        check_shards("it", manifest(*quarters[:3], ((1, 1), (2, 2))))
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
@@ -587,14 +588,14 @@ def test_other_names_are_no_checkpoints(tmp_path: Path) -> None:
     content = tensors()
     path = write(tmp_path, content, 3)
     (tmp_path / "step_x").mkdir()
-    stale = new_partial(tmp_path / "step_00000009")
+    stale = make_partial_folder(tmp_path / "step_00000009")
     (stale / "manifest.json").write_text((path / "manifest.json").read_text())
     assert list_checkpoints(tmp_path) == [path]
     assert open_checkpoint(tmp_path / "latest").path == path
     publish(stale, tmp_path / "step_00000009")
     assert list_checkpoints(tmp_path) == [path, tmp_path / "step_00000009"]
-    new_partial(tmp_path / "step_00000009")
-    remove_partial(tmp_path)
+    make_partial_folder(tmp_path / "step_00000009")
+    remove_partial_folders(tmp_path)
     assert not list(tmp_path.glob("partial_*"))
 
 
@@ -621,14 +622,14 @@ def test_a_checkpoint_without_its_manifest_is_refused(lost: str, tmp_path: Path)
     with pytest.raises(ValueError, match=r"has no manifest\.json"):
         list_checkpoints(folder)
     assert open_checkpoint(paths[1]).step == 6, "it was named, and is whole"
-    assert whole_checkpoints(folder) == [other for other in paths if other != path]
+    assert complete_checkpoints(folder) == [other for other in paths if other != path]
     prune(folder, keep=1, keep_every=None)
-    point_to_newest(folder)
+    update_latest_link(folder)
     newest = paths[1] if lost == "newest" else paths[2]
     assert (folder / "latest").readlink() == Path(newest.name)
     assert sorted(p.name for p in folder.iterdir()) == sorted({"latest", newest.name, path.name})
     with pytest.raises(ValueError, match=f"{path.name} exists already"):
-        publish(new_partial(path), path)
+        publish(make_partial_folder(path), path)
 
 
 def test_a_folder_under_another_steps_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -655,7 +656,7 @@ def test_one_that_is_being_removed_is_not_lost(tmp_path: Path, monkeypatch: pyte
     def glob(folder: Path, pattern: str) -> list[Path]:
         found = list(original(folder, pattern))
         if paths[0].exists():
-            paths[0].rename(new_partial(paths[0]) / "old")
+            paths[0].rename(make_partial_folder(paths[0]) / "old")
         return found
 
     monkeypatch.setattr(Path, "glob", glob)
@@ -756,4 +757,4 @@ def test_a_checkpoint_is_a_class_of_what_it_says(tmp_path: Path) -> None:
     """A part beyond the tensor is our own mistake."""
     opened: Checkpoint = open_checkpoint(write(tmp_path, tensors()))
     with pytest.raises(AssertionError):
-        opened.read_part(W_IN, (8, 0), (16, 16))
+        opened.read_slice(W_IN, (8, 0), (16, 16))

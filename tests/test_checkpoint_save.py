@@ -21,20 +21,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expert_parallel.checkpoint import part as parts
 from expert_parallel.checkpoint import save as saving
+from expert_parallel.checkpoint import shards as parts
 from expert_parallel.checkpoint.config import CheckpointConfig
 from expert_parallel.checkpoint.files import Checkpoint, list_checkpoints, open_checkpoint
 from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.manifest import MOMENTS
-from expert_parallel.checkpoint.report import differences, problems
-from expert_parallel.checkpoint.save import Saver
+from expert_parallel.checkpoint.report import compare_checkpoints, find_problems
+from expert_parallel.checkpoint.save import CheckpointSaver
 from expert_parallel.checkpoint.state import TorchState, balance_biases
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe.parameters import local_tensor, logical_parameters
 from expert_parallel.parallel.degrees import ParallelDegrees
-from expert_parallel.parallel.mesh import Nodes, ParallelMesh
+from expert_parallel.parallel.mesh import NodeGroups, ParallelMesh
 from expert_parallel.runtime.process import Launch, Runtime, UserError
 from tests.layouts import build_on
 from tests.ranks import _server, run_ranks
@@ -110,12 +110,22 @@ def state_of(model: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [tensor.clone() for tensor in found]
 
 
-def make_saver(folder: Path, built: Any, said: list[str] | None = None, **changes: Any) -> Saver:
+def make_saver(folder: Path, built: Any, said: list[str] | None = None, **changes: Any) -> CheckpointSaver:
     runtime, mesh, model, optimizer = built
-    say = (lambda text: None) if said is None else said.append
+    print_rank_0 = (lambda text: None) if said is None else said.append
     config = {"model": MODEL}
     settings = CheckpointConfig(**changes)
-    return Saver(folder, model, TorchState(optimizer), mesh, runtime, settings, config=config, layout="a test", say=say)
+    return CheckpointSaver(
+        folder,
+        model,
+        TorchState(optimizer),
+        mesh,
+        runtime,
+        settings,
+        config=config,
+        layout="a test",
+        print_rank_0=print_rank_0,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- any layout
@@ -136,15 +146,15 @@ def load_into(rank: int, layout: dict[str, Any], folder: Path) -> tuple[int, int
     """Bytes held, bytes read, bytes of the largest single reading."""
     runtime, mesh, model, optimizer = build(rank, layout)
     seen: list[int] = []
-    original = Checkpoint.read_part
+    original = Checkpoint.read_slice
 
-    def read_part(checkpoint: Checkpoint, name: str, start: Any, shape: Any) -> Tensor:
+    def read_slice(checkpoint: Checkpoint, name: str, start: Any, shape: Any) -> Tensor:
         values = original(checkpoint, name, start, shape)
         seen.append(values.nbytes)
         return values
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoint, "read_part", read_part)
+        patch.setattr(Checkpoint, "read_slice", read_slice)
         loaded = load_checkpoint(folder, model, TorchState(optimizer), runtime, mesh)
     assert loaded.step == 5
     found = state_of(model, optimizer)
@@ -167,8 +177,8 @@ def test_every_layout_writes_the_same_and_reads_any(layout: dict[str, Any], save
     world = layout["world"]
     sizes = run_ranks(world, save_from, layout, tmp_path)
     opened, reference = open_checkpoint(tmp_path), open_checkpoint(saved)
-    assert list(problems(opened)) == []
-    assert list(differences(opened, reference)) == [], "every digest is that of one rank alone"
+    assert list(find_problems(opened)) == []
+    assert list(compare_checkpoints(opened, reference)) == [], "every digest is that of one rank alone"
     assert {n: e.digest for n, e in opened.tensors.items()} == {n: e.digest for n, e in reference.tensors.items()}
     name = "exp_avg/blocks.1.moe.experts.4.w_in"
     assert torch.equal(opened.read(name), drawn(name, (16, 16)))
@@ -191,14 +201,14 @@ def test_two_experts_swapped_in_reading_are_found(saved: Path) -> None:
 
 def load_with_defect(rank: int, layout: dict[str, Any], folder: Path) -> str:
     runtime, mesh, model, optimizer = build(rank, layout)
-    original = Checkpoint.read_part
+    original = Checkpoint.read_slice
 
     def wrong(checkpoint: Checkpoint, name: str, start: Any, shape: Any) -> Tensor:
         name = name.replace("weights/blocks.1.moe.experts.4.w_out", "weights/blocks.1.moe.experts.5.w_out")
         return original(checkpoint, name, start, shape)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoint, "read_part", wrong)
+        patch.setattr(Checkpoint, "read_slice", wrong)
         try:
             load_checkpoint(folder, model, TorchState(optimizer), runtime, mesh)
         except UserError as error:
@@ -215,14 +225,14 @@ def save_and_train_on(rank: int, folder: Path, background: bool) -> tuple[bool, 
     model, optimizer = built[2:]
     fill(model, optimizer)
     may_write, came_back, said = threading.Event(), False, []
-    original = saving.write_part
+    original = saving.write_rank_file
 
     def late(*arguments: Any) -> Any:
         assert may_write.wait(20 if background else 0.2) is background
         return original(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "write_part", late)
+        patch.setattr(saving, "write_rank_file", late)
         with make_saver(folder, built, said, background=background) as saver:
             saver.save(5)
             came_back = not list_checkpoints(folder)
@@ -239,7 +249,7 @@ def test_what_is_saved_is_what_was_there(background: bool, saved: Path, tmp_path
     results = run_ranks(2, save_and_train_on, tmp_path, background)
     assert [came_back for came_back, _ in results] == [background, background]
     assert results[0][1] == [f"saved {tmp_path}/step_00000005"]
-    assert list(differences(open_checkpoint(tmp_path), open_checkpoint(saved))) == []
+    assert list(compare_checkpoints(open_checkpoint(tmp_path), open_checkpoint(saved))) == []
 
 
 def save_after_others(rank: int, folder: Path) -> None:
@@ -268,7 +278,7 @@ def test_leftovers_do_not_get_in_and_the_right_ones_stay(tmp_path: Path) -> None
     ]
     assert (tmp_path / "latest").readlink() == Path("step_00000010")
     for path in list_checkpoints(tmp_path):
-        assert list(problems(open_checkpoint(path))) == []
+        assert list(find_problems(open_checkpoint(path))) == []
         assert sorted(file.name for file in path.iterdir()) == [
             "manifest.json",
             "rank_00000.safetensors",
@@ -328,8 +338,8 @@ def save_with_a_doubled_part(rank: int, folder: Path) -> str:
     fill(*built[2:])
     with make_saver(folder, built) as saver:
         if rank == 1:
-            saver.mine = list(parts.share_of_writing(built[2], fake_mesh()))
-        saver.buffers = list(saver._host_memory())
+            saver.local_tensors = list(parts.assign_writers(built[2], fake_mesh()))
+        saver.buffers = list(saver._allocate_buffers())
         try:
             saver.save(5, is_last=True)
             saver.finish()
@@ -342,7 +352,7 @@ def fake_mesh() -> ParallelMesh:
     """Of one rank alone, without torch.distributed."""
     names = ["pp", "dp", "cp", "tp", "stage", "dense", "sequence", "key", "tied", "ep", "etp", "edp"]
     groups: dict[str, Any] = {f"{name}_group": None for name in names}
-    nodes = Nodes(1, None, None)
+    nodes = NodeGroups(1, None, None)
     return ParallelMesh(degrees=ParallelDegrees(1), rank=0, **groups, nodes=nodes, dense_mesh=None, expert_mesh=None)
 
 
@@ -361,9 +371,9 @@ def fill_disk(rank: int, tree: dict[str, Any], failing: list[int]) -> tuple[str,
     import contextlib
     import io
 
-    original, count = saving.write_part, [0]
+    original, count = saving.write_rank_file, [0]
 
-    def write_part(folder: Path, rank: int, content: Any) -> Any:
+    def write_rank_file(folder: Path, rank: int, content: Any) -> Any:
         count[0] += 1
         if rank == 1 and count[0] in failing:
             path = folder / "rank_00001.safetensors"
@@ -372,7 +382,7 @@ def fill_disk(rank: int, tree: dict[str, Any], failing: list[int]) -> tuple[str,
         return original(folder, rank, content)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
-        patch.setattr(saving, "write_part", write_part)
+        patch.setattr(saving, "write_rank_file", write_rank_file)
         error = run_training(rank, 2, tree)
     return error, said.getvalue()
 
@@ -391,7 +401,7 @@ def test_training_goes_on_when_the_disk_is_full(background: bool, tmp_path: Path
         "/rank_00001.safetensors: No space left on device; the last checkpoint is step_00000002; training continues"
     )
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000002", "step_00000006"]
-    assert list(problems(open_checkpoint(folder))) == []
+    assert list(find_problems(open_checkpoint(folder))) == []
 
 
 @pytest.mark.parametrize("background", [True, False])
@@ -410,7 +420,7 @@ def small_child(folder: Path, megabytes_of_files: float, connection: Any) -> Non
     """Saves, under a limit on the size of files: the third save fails."""
     torch.set_num_threads(1)
     saver, said = lone_saver(folder), []
-    saver.say = said.append
+    saver.print_rank_0 = said.append
     saver.save(1)
     saver.finish()
     if megabytes_of_files:
@@ -438,7 +448,7 @@ def test_a_file_that_the_system_refuses_to_grow(tmp_path: Path) -> None:
     assert said[0] == f"saved {tmp_path}/step_00000001"
     assert said[1].startswith(f"step 2 is not saved: cannot write {tmp_path}/partial_step_00000002_")
     assert said[1].endswith("File too large; the last checkpoint is step_00000001; training continues")
-    assert list(problems(open_checkpoint(tmp_path))) == []
+    assert list(find_problems(open_checkpoint(tmp_path))) == []
 
 
 @pytest.fixture
@@ -459,13 +469,13 @@ def test_a_disk_that_is_full(tiny_disk: Path) -> None:
     said = child_says(small_child, tiny_disk, 0)
     assert said[0] == f"saved {tiny_disk}/step_00000001"
     assert said[1].endswith("No space left on device; the last checkpoint is step_00000001; training continues")
-    assert list(problems(open_checkpoint(tiny_disk))) == []
+    assert list(find_problems(open_checkpoint(tiny_disk))) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------- kills
 
 
-def lone_saver(folder: Path) -> Saver:
+def lone_saver(folder: Path) -> CheckpointSaver:
     """One process, no torch.distributed: about 0.6 MB."""
     tree = {**MODEL, "vocab_size": 1000, "d_model": 32}
     model = build_model(ModelConfig.model_validate(tree), dtype=torch.float32)
@@ -475,8 +485,16 @@ def lone_saver(folder: Path) -> Saver:
     runtime = Runtime(Launch("test"), torch.device("cpu"), "gloo", timedelta(seconds=60))
     settings, config = CheckpointConfig(keep=2), {"model": tree}
     state = TorchState(optimizer)
-    return Saver(
-        folder, model, state, fake_mesh(), runtime, settings, config=config, layout="a test", say=lambda text: None
+    return CheckpointSaver(
+        folder,
+        model,
+        state,
+        fake_mesh(),
+        runtime,
+        settings,
+        config=config,
+        layout="a test",
+        print_rank_0=lambda text: None,
     )
 
 
@@ -510,7 +528,7 @@ def test_killed_at_any_moment_of_saving(tmp_path: Path) -> None:
         process.join()
         in_the_middle += bool(list(tmp_path.glob("partial_*")))
         for path in list_checkpoints(tmp_path):
-            assert list(problems(opened := open_checkpoint(path))) == [], number
+            assert list(find_problems(opened := open_checkpoint(path))) == [], number
             assert (opened.read("weights/final_norm.weight") == opened.step).all()
         assert open_checkpoint(tmp_path).step >= newest
         newest = open_checkpoint(tmp_path).step

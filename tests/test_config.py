@@ -12,11 +12,11 @@ import yaml
 
 from expert_parallel.config import setting_paths
 from expert_parallel.model.config import ModelConfig
-from expert_parallel.moe.capacity.limit import DroplessConfig, FactorConfig
+from expert_parallel.moe.capacity.policies import DroplessConfig, FactorConfig
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.routers.registry import RegisteredRouterConfig
 from expert_parallel.settings import Settings, alias_of, blocks_in, changed_settings, use_own_names
-from expert_parallel.study.plan import StudyConfig
+from expert_parallel.study.definition import StudyConfig
 from expert_parallel.training.config import Config, dump_config, load_config
 from tests.launches import run_configs, small_config
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from expert_parallel.moe.config import MoEConfig
-from expert_parallel.moe.experts.grouped_gemm import PRODUCTS
+from expert_parallel.moe.experts.grouped_gemm import GROUPED_GEMMS
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.training.config import load_config
 
@@ -49,7 +49,7 @@ def test_backends_agree_in_bfloat16() -> None:
     rows = torch.randn(128, 64, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(6, 64, 96, device="cuda", dtype=torch.bfloat16)
     grads = []
-    for products in PRODUCTS.values():
+    for products in GROUPED_GEMMS.values():
         x, w = rows.clone().requires_grad_(), weight.clone().requires_grad_()
         y = products.rows(x, w, products.groups(counts_e))
         (y.float() * torch.arange(96, device="cuda")).sum().backward()

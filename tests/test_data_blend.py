@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from expert_parallel.data.batch import MicroBatch, held_out_batch, micro_batch, number_documents
-from expert_parallel.data.blend import PERIOD, BlendSampler, Part, blended_held_out, shuffled, spread
+from expert_parallel.data.blend import PERIOD, BlendSampler, CorpusSplit, blend_pattern, blended_held_out, permute_index
 from expert_parallel.data.config import DataConfig, FilesData, TokensData
 from expert_parallel.data.indexed import write_index
-from expert_parallel.data.open import Data, Demand, keep_tokenizer, load_tokenizer, open_data
+from expert_parallel.data.open import DataRequirements, RunData, load_tokenizer, open_data, save_tokenizer
 from expert_parallel.data.tokenizer import (
     ByteTokenizer,
     FileTokenizer,
@@ -32,17 +32,17 @@ from expert_parallel.data.tokenizer import (
 END = 0
 
 
-def part(tokens: np.ndarray[Any, Any], weight: float = 1.0, number: int = 0) -> Part:
-    return Part(f"data.corpora[{number}].path", Path(f"c{number}.bin"), 0, tokens, weight)
+def part(tokens: np.ndarray[Any, Any], weight: float = 1.0, number: int = 0) -> CorpusSplit:
+    return CorpusSplit(f"data.corpora[{number}].path", Path(f"c{number}.bin"), 0, tokens, weight)
 
 
 def blend(windows: list[int], weights: list[float], length: int = 4, seed: int = 0) -> BlendSampler:
     """Corpora whose tokens say which corpus and place they are: 1,000,000 * corpus + place."""
-    parts = [
+    splits = [
         part(np.arange(number * length + 1) + 1_000_000 * corpus, weight, corpus)
         for corpus, (number, weight) in enumerate(zip(windows, weights, strict=True))
     ]
-    return BlendSampler(parts, length, seed, vocab_size=10**9)
+    return BlendSampler(splits, length, seed, vocab_size=10**9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,30 +52,30 @@ def blend(windows: list[int], weights: list[float], length: int = 4, seed: int =
 @pytest.mark.parametrize("size", [*range(1, 34), 255, 256, 257, 1000])
 def test_shuffled_is_a_permutation(size: int) -> None:
     for key in (0, 1, 2**62 + 5):
-        assert sorted(shuffled(position, size, key) for position in range(size)) == list(range(size))
+        assert sorted(permute_index(position, size, key) for position in range(size)) == list(range(size))
 
 
 def test_shuffled_shuffles() -> None:
     size = 2000
-    table = np.array([[shuffled(position, size, key) for position in range(size)] for key in range(10)])
+    table = np.array([[permute_index(position, size, key) for position in range(size)] for key in range(10)])
     assert len({tuple(order) for order in table}) == 10
     # As of random permutations: about one in all stays, or is followed by its neighbour, and there is no trend.
     assert (table == np.arange(size)).sum() < 30
     assert (np.diff(table, axis=1) == 1).sum() < 30
     for order in table:
         assert abs(np.corrcoef(order, np.arange(size))[0, 1]) < 0.09
-    first = np.array([shuffled(0, size, key) for key in range(2000)])
+    first = np.array([permute_index(0, size, key) for key in range(2000)])
     counts = np.bincount(first * 10 // size, minlength=10)
     assert ((counts - 200) ** 2 / 200).sum() < 30  # chi-squared of 9 degrees: 28 has probability 0.001
     # Frozen, so that a change of the order, which breaks resumption, is a decision.
-    assert [shuffled(position, 10, 7) for position in range(10)] == [2, 8, 7, 3, 9, 5, 6, 4, 0, 1]
+    assert [permute_index(position, 10, 7) for position in range(10)] == [2, 8, 7, 3, 9, 5, 6, 4, 0, 1]
 
 
 @pytest.mark.parametrize(
     "weights", [(1.0,), (0.7, 0.3), (1.0, 1.0, 1.0), (5.0, 1e-5), (0.5, 0.25, 0.125, 0.0625, 1e-4), (3.0, 2.0, 2.0)]
 )
 def test_every_stretch_is_in_proportion(weights: tuple[float, ...]) -> None:
-    pattern, total = spread(weights), sum(map(Fraction, weights))
+    pattern, total = blend_pattern(weights), sum(map(Fraction, weights))
     assert sum(pattern.counts) == PERIOD
     for number, weight in enumerate(weights):
         exact = Fraction(weight) / total * PERIOD
@@ -88,7 +88,7 @@ def test_every_stretch_is_in_proportion(weights: tuple[float, ...]) -> None:
 
 def test_a_pattern_by_hand() -> None:
     """In the middle of equal stretches: A at 1/8, 3/8, 5/8, 7/8 of four samples, B at 1/2."""
-    corpus = spread((4.0, 1.0)).corpus[:10].tolist()
+    corpus = blend_pattern((4.0, 1.0)).corpus[:10].tolist()
     assert corpus == [0, 0, 1, 0, 0, 0, 0, 1, 0, 0]
 
 
@@ -102,7 +102,7 @@ def test_every_corpus_goes_through_whole_epochs(windows: list[int], weights: lis
     sampler = blend(windows, weights[: len(windows)], seed=seed)
     seen: dict[int, list[int]] = {}
     for sample in range(300):
-        corpus, epoch, window = sampler.place_of(sample)
+        corpus, epoch, window = sampler.locate(sample)
         assert epoch == len(seen.setdefault(corpus, [])) // windows[corpus]
         seen[corpus].append(window)
     for corpus, order in seen.items():
@@ -111,7 +111,7 @@ def test_every_corpus_goes_through_whole_epochs(windows: list[int], weights: lis
             assert sorted(order[first : first + size]) == list(range(size)), "each window once an epoch"
     rows = sampler.sequences(0, 300)
     for row, sample in zip(rows.tolist(), range(300), strict=True):
-        corpus, _, window = sampler.place_of(sample)
+        corpus, _, window = sampler.locate(sample)
         assert row == [1_000_000 * corpus + window * 4 + column for column in range(5)]
 
 
@@ -119,7 +119,7 @@ def test_epochs_corpora_and_seeds_have_orders_of_their_own() -> None:
     orders = set()
     for seed in (0, 1):
         sampler = blend([30, 30], [1.0, 1.0], seed=seed)
-        places = [sampler.place_of(sample) for sample in range(180)]
+        places = [sampler.locate(sample) for sample in range(180)]
         for corpus in (0, 1):
             for epoch in (0, 1, 2):
                 orders.add(tuple(window for *where, window in places if where == [corpus, epoch]))
@@ -129,11 +129,11 @@ def test_epochs_corpora_and_seeds_have_orders_of_their_own() -> None:
 
 def test_no_sample_is_lost_at_a_period_and_far_ones_are_cheap() -> None:
     sampler = blend([7, 1000], [1.0, 3.0])
-    counts = Counter(sampler.place_of(sample)[0] for sample in range(PERIOD - 4000, PERIOD + 4000))
+    counts = Counter(sampler.locate(sample)[0] for sample in range(PERIOD - 4000, PERIOD + 4000))
     assert abs(counts[0] - 2000) <= 2
     # Far out: the count of all before it, by formula, and the same row however it is asked for.
     far = 10**9 * PERIOD + 12345
-    corpus, epoch, window = sampler.place_of(far)
+    corpus, epoch, window = sampler.locate(far)
     before = 10**9 * sampler.pattern.counts[corpus] + int((sampler.pattern.corpus[:12345] == corpus).sum())
     assert epoch == before // [7, 1000][corpus]
     assert sampler.sequences(far - 1, 3)[1].tolist() == sampler.sequences(far, 1)[0].tolist()
@@ -203,10 +203,10 @@ def test_documents_travel_with_a_batch() -> None:
     assert batch.documents_BS.dtype == torch.int64
     assert batch.documents_BS.tolist() == [[0, 0, 0, 1, 1, 1, 1, 2]] * 2
     assert batch.targets_BS[0].tolist() == [9, 0, 8, 8, 8, 0, 7, 7]
-    some = batch.at(torch.tensor([1, 3, 7])).to(torch.device("cpu"))
+    some = batch.select_positions(torch.tensor([1, 3, 7])).to(torch.device("cpu"))
     assert some.documents_BS is not None
     assert some.documents_BS.tolist() == [[0, 1, 2]] * 2
-    assert MicroBatch(*[batch.inputs_BS] * 3).at(torch.tensor([0])).documents_BS is None
+    assert MicroBatch(*[batch.inputs_BS] * 3).select_positions(torch.tensor([0])).documents_BS is None
     shares = [held_out_batch(separate.sequences(0, 2), 3, rank, 0) for rank in range(3)]
     assert [share.sequence_index_B.tolist() for share in shares] == [[0], [1], []]
     assert torch.equal(torch.cat([s.documents_BS for s in shares if s.documents_BS is not None]), batch.documents_BS)
@@ -251,11 +251,11 @@ def config_of(*paths: str, **more: Any) -> TokensData:
     return TokensData.model_validate({"kind": "tokens", "corpora": corpora, **more})
 
 
-DEMAND = Demand(sequence_length=8, vocab_size=256, held_out_sequences=6, num_samples=100, seed=1)
+DEMAND = DataRequirements(sequence_length=8, vocab_size=256, held_out_sequences=6, num_samples=100, seed=1)
 
 
-def opened(config: Any, **changes: Any) -> Data:
-    return open_data(config, Demand(**{**vars(DEMAND), **changes}))
+def opened(config: Any, **changes: Any) -> RunData:
+    return open_data(config, DataRequirements(**{**vars(DEMAND), **changes}))
 
 
 def refused(config: Any, *words: str, **changes: Any) -> None:
@@ -300,8 +300,8 @@ def test_training_and_held_out_are_disjoint(tmp_path: Path) -> None:
 
 def test_held_out_sequences_follow_the_weights(tmp_path: Path) -> None:
     tokens = [np.full(1000, 1), np.full(1000, 2), np.full(1000, 3)]
-    parts = [part(tokens[number], weight, number) for number, weight in enumerate((6.0, 3.0, 1.0))]
-    held_out = blended_held_out(parts, 9, 20, vocab_size=4)
+    splits = [part(tokens[number], weight, number) for number, weight in enumerate((6.0, 3.0, 1.0))]
+    held_out = blended_held_out(splits, 9, 20, vocab_size=4)
     assert Counter(held_out[:, 0].tolist()) == {1: 12, 2: 6, 3: 2}
     few = blended_held_out([part(np.arange(31), 1.0), part(np.arange(1000), 1.0)], 10, 20, 1000)
     assert len(few) == 3 + 10, "a corpus that has fewer gives what it has"
@@ -398,12 +398,12 @@ def test_the_tokenizer_of_a_run(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("some text é \u2028")) == "some text é \u2028"
     run = tmp_path / "run"
     run.mkdir()
-    keep_tokenizer(given_file, run)
+    save_tokenizer(given_file, run)
     (tmp_path / "t.json").unlink()
     kept = load_tokenizer(given_file, run)
     assert kept is not None
     assert kept.encode("some text") == tokenizer.encode("some text")
-    keep_tokenizer(FilesData(kind="files", paths=["a"]), tmp_path)
+    save_tokenizer(FilesData(kind="files", paths=["a"]), tmp_path)
     assert not (tmp_path / "tokenizer.json").exists()
     assert json.loads((run / "tokenizer.json").read_text())["version"]
 
@@ -425,7 +425,7 @@ def test_a_tokenizer_left_in_a_run_of_bytes_is_not_its_own(tmp_path: Path, copie
         run = tmp_path / "copy"
         shutil.copytree(copied_run, run)
         assert isinstance(load_tokenizer(config, run), ByteTokenizer)
-        keep_tokenizer(config, run)
+        save_tokenizer(config, run)
         assert not (run / "tokenizer.json").exists(), "nor is it exported"
         run.rmdir()
 
@@ -436,7 +436,7 @@ def test_the_tokenizer_of_an_imported_run(tmp_path: Path, copied_run: Path) -> N
     before = Path(own).read_bytes()
     megatron = write_corpus(tmp_path / "m", numbered(4))
     for config in (config_of(end_id=7), config_of(megatron, end_id=7), config_of(megatron, tokenizer=own, end_id=7)):
-        keep_tokenizer(config, copied_run)
+        save_tokenizer(config, copied_run)
         assert Path(own).read_bytes() == before
         kept = load_tokenizer(config, copied_run)
         assert isinstance(kept, FileTokenizer)
@@ -453,7 +453,7 @@ def test_the_kept_tokenizer_is_compared_with_the_corpus(tmp_path: Path, copied_r
         load_tokenizer(config_of(prefix), copied_run)
     for word in (f"{copied_run}/tokenizer.json", f"{prefix}.json says {info.tokenizer_sha256}"):
         assert word in str(caught.value)
-    keep_tokenizer(config_of(prefix), copied_run)
+    save_tokenizer(config_of(prefix), copied_run)
     (tmp_path / "p.tokenizer.json").unlink()
     kept = load_tokenizer(config_of(prefix), copied_run)
     assert isinstance(kept, FileTokenizer)

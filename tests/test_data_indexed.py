@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expert_parallel.data.indexed import DTYPES, open_indexed, smallest_dtype, write_index
+from expert_parallel.data.indexed import DTYPES, open_indexed_dataset, smallest_dtype, write_index
 
 # Three documents of 2 + 1, 4 and 1 tokens, the first of two sequences; as megatron-core's IndexedDatasetBuilder wrote
 # it (0.16.1, dtype uint16: add_document([7, 8, 9], [2, 1]), add_document([1, 2, 3, 4], [4]), add_document([500], [1])).
@@ -28,14 +28,14 @@ def written(folder: Path, index: bytes = IDX, data: bytes = BIN) -> str:
 
 def refused(prefix: str, *words: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are looked at
-        open_indexed(prefix)
+        open_indexed_dataset(prefix)
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
 
 
 def test_bytes_by_hand_are_read(tmp_path: Path) -> None:
-    corpus = open_indexed(written(tmp_path))
+    corpus = open_indexed_dataset(written(tmp_path))
     assert corpus.tokens.tolist() == [7, 8, 9, 1, 2, 3, 4, 500]
     assert corpus.tokens.dtype == np.uint16
     assert (corpus.num_documents, corpus.num_tokens) == (3, 8)
@@ -63,7 +63,7 @@ def test_every_dtype(tmp_path: Path, code: int) -> None:
     write_index(tmp_path / "c.idx", DTYPES[code], np.array([2, 1], np.int32))
     assert (tmp_path / "c.idx").read_bytes()[17] == code
     (tmp_path / "c.bin").write_bytes(values.tobytes())
-    assert open_indexed(str(tmp_path / "c")).tokens.tolist() == [1, 2, 100]
+    assert open_indexed_dataset(str(tmp_path / "c")).tokens.tolist() == [1, 2, 100]
 
 
 def test_the_smallest_dtype() -> None:
@@ -81,7 +81,7 @@ def test_whole_documents_are_held_out(
     folder = tmp_path_factory.mktemp("c")
     write_index(folder / "c.idx", np.uint8, np.array(lengths, np.int32))
     (folder / "c.bin").write_bytes(bytes(sum(lengths)))
-    begin, total = open_indexed(str(folder / "c")).held_out_begin(held_out), sum(lengths)
+    begin, total = open_indexed_dataset(str(folder / "c")).held_out_begin(held_out), sum(lengths)
     begins = [sum(lengths[:number]) for number in range(len(lengths))]
     fewest = max(b for b in begins if total - b >= held_out * total)
     if 2 * (total - fewest) > total:
@@ -158,7 +158,7 @@ def test_a_wrong_sequence_is_found_in_every_chunk(tmp_path: Path, monkeypatch: p
     write_index(tmp_path / "c.idx", np.uint8, lengths)
     (tmp_path / "c.bin").write_bytes(bytes(int(lengths.sum())))
     good = (tmp_path / "c.idx").read_bytes()
-    assert open_indexed(str(tmp_path / "c")).num_tokens == 66
+    assert open_indexed_dataset(str(tmp_path / "c")).num_tokens == 66
     for place in range(11):
         (tmp_path / "c.idx").write_bytes(replaced(good, 34 + 4 * 11 + 8 * place, struct.pack("<q", 70)))
         refused(str(tmp_path / "c"), f"sequence {place} of 11", "from byte 70")
@@ -173,7 +173,7 @@ def test_opening_reads_the_index_alone(tmp_path: Path, monkeypatch: pytest.Monke
     write_index(tmp_path / "c.idx", np.int32, np.full(16, length, np.int32))
     with (tmp_path / "c.bin").open("wb") as stream:
         stream.truncate(16 * length * 4)
-    corpus = open_indexed(str(tmp_path / "c"))
+    corpus = open_indexed_dataset(str(tmp_path / "c"))
     assert corpus.num_tokens == 16 * length
     assert corpus.held_out_begin(0.05) == 15 * length
     assert corpus.tokens[15 * length : 15 * length + 4].tolist() == [0] * 4

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from expert_parallel.cli.app import app
 from expert_parallel.data import prepare as module
-from expert_parallel.data.indexed import open_indexed
+from expert_parallel.data.indexed import open_indexed_dataset
 from expert_parallel.data.prepare import PrepareProgress, prepare
 from expert_parallel.data.tokenizer import ByteTokenizer, FileTokenizer, TokensInfo, read_info, train_tokenizer
 
@@ -29,11 +29,11 @@ def no_report(progress: PrepareProgress) -> None: ...
 
 def prepared(prefix: Path, *files: Path, **settings: Any) -> TokensInfo:
     said: list[str] = []
-    return prepare(str(prefix), [str(file) for file in files], say=said.append, report=no_report, **settings)
+    return prepare(str(prefix), [str(file) for file in files], print_message=said.append, report=no_report, **settings)
 
 
 def documents(prefix: Path) -> list[list[int]]:
-    corpus = open_indexed(str(prefix))
+    corpus = open_indexed_dataset(str(prefix))
     bounds = [corpus.document_begin(number) for number in range(corpus.num_documents + 1)]
     return [corpus.tokens[begin:end].tolist() for begin, end in itertools.pairwise(bounds)]
 
@@ -100,10 +100,10 @@ def test_jobs_in_a_long_line_do_not_read_it_to_its_end(tmp_path: Path, monkeypat
 
     content = json.dumps({"text": "x" * 9000}).encode() + b'\n{"text": "y"}\n'
     (tmp_path / "d.jsonl").write_bytes(content)
-    pieces = list(module.cut_file(tmp_path / "d.jsonl", "jsonl"))
+    pieces = list(module.split_file(tmp_path / "d.jsonl", "jsonl"))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", lambda path, mode: Counted(content))
-        texts = [text for piece in pieces for text in module.texts_of(piece, "text", zero_ends=True)]
+        texts = [text for piece in pieces for text in module.read_texts(piece, "text", zero_is_separator=True)]
     assert texts == ["x" * 9000, "y"]
     assert len(pieces) > 90
     assert read[0] < 3 * len(content)
@@ -141,11 +141,11 @@ def test_the_json(tmp_path: Path) -> None:
 def test_progress_adds_up(tmp_path: Path) -> None:
     seen: list[PrepareProgress] = []
     files = [str(write_jsonl(tmp_path / "d.jsonl", TEXTS)), str(write_parquet(tmp_path / "e.parquet", TEXTS))]
-    info = prepare(str(tmp_path / "o"), files, say=print, report=seen.append)
+    info = prepare(str(tmp_path / "o"), files, print_message=print, report=seen.append)
     assert len(seen) > 20
     assert all(a.bytes_done <= b.bytes_done and a.num_tokens <= b.num_tokens for a, b in itertools.pairwise(seen))
     assert (seen[-1].num_documents, seen[-1].num_tokens) == (info.num_documents, info.num_tokens)
-    assert seen[-1].bytes_done == seen[-1].bytes_in_all
+    assert seen[-1].bytes_done == seen[-1].total_bytes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,9 +378,9 @@ def test_two_commands_with_one_prefix(tmp_path: Path) -> None:
     """The quicker one's files stay whole; the other's are removed."""
 
     def slower() -> None:
-        with module.outputs(str(tmp_path / "o")) as first:
+        with module.atomic_outputs(str(tmp_path / "o")) as first:
             first(".bin").write_text("first")
-            with module.outputs(str(tmp_path / "o")) as second:
+            with module.atomic_outputs(str(tmp_path / "o")) as second:
                 second(".bin").write_text("second")
             assert first(".bin").read_text() == "first"
 
@@ -449,4 +449,4 @@ def test_lengths_by_hand(tmp_path: Path) -> None:
     prepared(tmp_path / "o", tmp_path / "d.jsonl")
     shown = invoke("inspect", tmp_path / "o").stdout
     assert "lengths     2 to 10 tokens, median 4, mean 5.0" in shown
-    assert np.array_equal(open_indexed(str(tmp_path / "o")).lengths, [2, 4, 4, 10])
+    assert np.array_equal(open_indexed_dataset(str(tmp_path / "o")).lengths, [2, 4, 4, 10])

@@ -27,7 +27,7 @@ def prepared(folder: Path, name: str, count: int, first: str) -> str:
     texts = [f"{first}{number:06}" for number in range(count)]
     (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     files = [str(folder / f"{name}.jsonl")]
-    prepare(str(folder / name), files, say=lambda text: None, report=lambda progress: None)
+    prepare(str(folder / name), files, print_message=lambda text: None, report=lambda progress: None)
     return str(folder / name)
 
 
@@ -53,9 +53,9 @@ def recorded_run(rank: int, world: int, tree: dict[str, Any]) -> tuple[list[tupl
     """(step, tokens, documents) of every sequence that this rank trains on, what stopped the run, what it said."""
     runtime = Runtime(Launch("test", rank, world, rank, world), torch.device("cpu"), "gloo", timedelta(seconds=60))
     seen: list[tuple[int, list[int], Any]] = []
-    read = loop.Run.batches
+    read = loop.TrainingRun.batches
 
-    def recorded(run: loop.Run, step: int) -> list[MicroBatch]:
+    def recorded(run: loop.TrainingRun, step: int) -> list[MicroBatch]:
         batches = read(run, step)
         for batch in batches:
             rows = torch.cat([batch.inputs_BS, batch.targets_BS[:, -1:]], dim=1).tolist()
@@ -63,7 +63,7 @@ def recorded_run(rank: int, world: int, tree: dict[str, Any]) -> tuple[list[tupl
             seen.extend((step, row, document) for row, document in zip(rows, documents, strict=True))
         return batches
 
-    loop.Run.batches = recorded  # type: ignore[method-assign]
+    loop.TrainingRun.batches = recorded  # type: ignore[method-assign]
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
@@ -71,7 +71,7 @@ def recorded_run(rank: int, world: int, tree: dict[str, Any]) -> tuple[list[tupl
     except UserError as error:
         return seen, str(error), said.getvalue()
     finally:
-        loop.Run.batches = read  # type: ignore[method-assign]
+        loop.TrainingRun.batches = read  # type: ignore[method-assign]
     return seen, "", said.getvalue()
 
 

@@ -1,5 +1,5 @@
-"""The MoE layer on real ranks against moe/reference/layer.py: values, input gradients, every parameter's gradient, in
-float64.
+"""The MoE layer on real ranks against moe/reference/reference_layer.py, in float64: values, input gradients and the
+gradient of every parameter.
 
 Every router x policy x dispatcher x ep, with scenarios made from the router's bias, the ranks' token counts and the
 token ids; each case asserts that it is what it says. Row counts are checked over all ranks, forward and backward.
@@ -25,11 +25,11 @@ from expert_parallel.moe.dispatch.dispatcher import LocalConfig
 from expert_parallel.moe.dispatch.ledger import Ledger
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.reference.layer import RankTokens, ReferenceOutput, reference_layer
+from expert_parallel.moe.reference.reference_layer import RankTokens, ReferenceOutput, reference_layer
 from expert_parallel.moe.routers.losses import loss_name
-from expert_parallel.moe.types import Reason
+from expert_parallel.moe.types import Outcome
 from expert_parallel.nn.random import mix, uniform
-from expert_parallel.parallel.mesh import Nodes, ParallelDegrees, build_nodes, group_maker
+from expert_parallel.parallel.mesh import NodeGroups, ParallelDegrees, build_node_groups, group_builder
 from expert_parallel.parallel.placement import ExpertPlacement
 from tests.pairwise import all_cases, pairwise_cases
 from tests.ranks import run_ranks
@@ -223,9 +223,9 @@ def make_placement(case: dict[str, Any], config: MoEConfig) -> ExpertPlacement:
 
 
 @cache
-def nodes_of(world_size: int, ranks_per_node: int) -> Nodes:
+def nodes_of(world_size: int, ranks_per_node: int) -> NodeGroups:
     degrees = ParallelDegrees(world_size, ep=world_size)
-    return build_nodes(degrees, ranks_per_node, group_maker("cpu", timedelta(seconds=120)))
+    return build_node_groups(degrees, ranks_per_node, group_builder("cpu", timedelta(seconds=120)))
 
 
 def upstream(y: Tensor, rank: int) -> Tensor:
@@ -306,15 +306,15 @@ def compare(case: dict[str, Any], results: list[dict[str, Any]]) -> None:
 def check_ledger(case: dict[str, Any], reference: ReferenceOutput, totals: LayerTotals, rows: list[Any]) -> None:
     """The layer's counts add up (check_conservation has seen to that on the ranks) and are the reference's own."""
     assert totals.breaches() == []
-    reasons = torch.cat([reason_TK.flatten() for reason_TK in reference.reasons])
+    outcomes = torch.cat([outcome_TK.flatten() for outcome_TK in reference.outcomes])
     assert totals.routed_E.tolist() == reference.routed_E
     assert (totals.kept_E + totals.rerouted_E).tolist() == reference.kept_E
     for reason, counts_E in (
-        (Reason.REROUTED, totals.rerouted_E),
-        (Reason.DROPPED_CAPACITY, totals.dropped_capacity_E),
-        (Reason.DROPPED_RECEIVE_BOUND, totals.dropped_receive_bound_E),
+        (Outcome.REROUTED, totals.rerouted_E),
+        (Outcome.DROPPED_CAPACITY, totals.dropped_capacity_E),
+        (Outcome.DROPPED_RECEIVE_BOUND, totals.dropped_receive_bound_E),
     ):
-        assert int(counts_E.sum()) == int((reasons == reason).sum()), reason
+        assert int(counts_E.sum()) == int((outcomes == reason).sum()), reason
     sent, received, returned = (sum(getattr(r, name) for r in rows) for name in ("sent", "received", "returned"))
     assert sent == received == returned
     if not case["dispatcher"].startswith("hierarchical"):
@@ -326,16 +326,16 @@ def rows_that_cross(case: dict[str, Any], reference: ReferenceOutput) -> int:
     owner = make_placement(case, make_config(case)).rank_of_expert
     crossings = [
         (rank, token, owner[expert])
-        for rank, (ids_TK, reason_TK) in enumerate(zip(reference.expert_ids, reference.reasons, strict=True))
-        for token, choice in (reason_TK <= Reason.REROUTED).nonzero().tolist()
+        for rank, (ids_TK, outcome_TK) in enumerate(zip(reference.expert_ids, reference.outcomes, strict=True))
+        for token, choice in (outcome_TK <= Outcome.REROUTED).nonzero().tolist()
         if owner[expert := int(ids_TK[token, choice])] != rank
     ]
     return len(crossings) if "row a choice" in case["dispatcher"] else len(set(crossings))
 
 
 def check_scenario(case: dict[str, Any], reference: ReferenceOutput) -> None:
-    reasons = torch.cat([reason_TK.flatten() for reason_TK in reference.reasons])
-    routed = int((reasons != Reason.NOT_ROUTED).sum())
+    outcomes = torch.cat([outcome_TK.flatten() for outcome_TK in reference.outcomes])
+    routed = int((outcomes != Outcome.NOT_ROUTED).sum())
     dropped = sum(int(d.sum()) for d in reference.dropped)
     num_tokens = sum(len(d) for d in reference.dropped)
     skewed = case["scenario"] == "random" and case["router"] not in ("sinkhorn", "sinkhorn global", "top-1")
@@ -347,11 +347,11 @@ def check_scenario(case: dict[str, Any], reference: ReferenceOutput) -> None:
         case "expert without tokens":
             assert reference.routed_E[1] == 0
         case "padding":
-            assert bool((torch.cat(reference.reasons) == Reason.NOT_ROUTED).all(1).any()) or case["ep"] == 1
+            assert bool((torch.cat(reference.outcomes) == Outcome.NOT_ROUTED).all(1).any()) or case["ep"] == 1
         case "random" if skewed and CAPACITIES[case["capacity"]] == _FACTOR:
             assert 0.02 <= dropped / routed <= 0.5, dropped / routed
         case "random" if skewed and "reroute" in case["capacity"]:
-            assert int((reasons == Reason.REROUTED).sum()) > 0
+            assert int((outcomes == Outcome.REROUTED).sum()) > 0
     if case["capacity"] == "dropless":
         assert dropped == 0
 
@@ -394,7 +394,7 @@ def test_layer_equals_reference_in_every_combination(ep: int) -> None:
 
 
 def run_with_defect(rank: int, defect: str, case: dict[str, Any]) -> dict[str, Any]:
-    import expert_parallel.moe.capacity.limit as capacity
+    import expert_parallel.moe.capacity.policies as capacity
 
     rows, metadata, order = Ledger.all_to_all, Ledger.all_to_all_metadata, capacity.queue_order
 

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expert_parallel.data.batch import MicroBatch, shard_bounds
-from expert_parallel.model.attention_mask import Sight
+from expert_parallel.model.attention_mask import AttentionContext
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import ModelConfig, Transformer
 from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.parallel.sequence import SequencePlace
+from expert_parallel.parallel.sequence import SequenceShard
 from expert_parallel.training.config import TrainingConfig
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.optim import build_optimizer
@@ -174,15 +174,17 @@ def test_packed_documents_are_what_they_are_alone_in_every_layout(name: str, lay
 def test_documents_by_hand() -> None:
     """Positions begin anew, and so does what is seen; windows look no further than the document."""
     documents = torch.tensor([[0, 0, 0, 1, 1, 2]])
-    sight = Sight.of(SequencePlace(), 6, torch.device("cpu"), documents)
-    assert sight.position_BS.tolist() == [[0, 1, 2, 0, 1, 0]]
-    seen = sight.mask()
+    attention_context = AttentionContext.of(SequenceShard(), 6, torch.device("cpu"), documents)
+    assert attention_context.position_BS.tolist() == [[0, 1, 2, 0, 1, 0]]
+    seen = attention_context.mask()
     assert seen is not None
     assert [row.nonzero().flatten().tolist() for row in seen[0, 0]] == [[0], [0, 1], [0, 1, 2], [3], [3, 4], [5]]
-    seen = sight.mask(2)
+    seen = attention_context.mask(2)
     assert seen is not None
     assert [row.nonzero().flatten().tolist() for row in seen[0, 0]] == [[0], [0, 1], [1, 2], [3], [3, 4], [5]]
-    divided = Sight.of(SequencePlace(cp=3, cp_rank=1), 6, torch.device("cpu"), documents)  # has positions 1 and 4
+    divided = AttentionContext.of(
+        SequenceShard(cp=3, cp_rank=1), 6, torch.device("cpu"), documents
+    )  # has positions 1 and 4
     assert divided.position_BS.tolist() == [[1, 1]]
     seen = divided.mask()
     assert seen is not None

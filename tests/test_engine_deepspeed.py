@@ -16,13 +16,13 @@ from torch import Tensor
 
 from expert_parallel.checkpoint.config import CheckpointConfig
 from expert_parallel.checkpoint.load import load_checkpoint
-from expert_parallel.checkpoint.save import Saver
+from expert_parallel.checkpoint.save import CheckpointSaver
 from expert_parallel.checkpoint.state import rectangles
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.runtime.launchers import Launch
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.training import loop
-from expert_parallel.training.check import describe, state_bytes_of_rank
+from expert_parallel.training.check import format_config_report, state_bytes_per_rank
 from expert_parallel.training.config import DTYPES, Config, TrainingConfig, load_config
 from expert_parallel.training.engines.build import ENGINES
 from expert_parallel.training.optim import build_optimizer
@@ -122,16 +122,16 @@ def change_engine(patch: pytest.MonkeyPatch, defect: str) -> None:
     """ZeRO-3 gathers the smallest weights, too, as it does those of real models."""
     from expert_parallel.training.engines import deepspeed as engine
 
-    original = engine.deepspeed_settings
+    original = engine.deepspeed_config
 
     def settings(*arguments: Any, **named: Any) -> dict[str, Any]:
         found = original(*arguments, **named)
         found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return found
 
-    patch.setattr(engine, "deepspeed_settings", settings)
+    patch.setattr(engine, "deepspeed_config", settings)
     if defect == "experts are not marked":
-        patch.setattr(engine, "mark_experts", lambda model, *_: engine.PlainOutput(model))
+        patch.setattr(engine, "mark_experts", lambda model, *_: engine.TupleOutput(model))
 
 
 def train(
@@ -241,7 +241,7 @@ def test_the_defect_of_experts_that_are_not_marked_is_found() -> None:
 def save(run: OneRun, folder: Path, step: int) -> None:
     settings = CheckpointConfig(background=True)
     about: dict[str, Any] = {"config": {"model": MODEL}, "layout": "a test", "say": lambda text: None}
-    with Saver(folder, run.model, run.engine.state, run.mesh, run.runtime, settings, **about) as saver:
+    with CheckpointSaver(folder, run.model, run.engine.state, run.mesh, run.runtime, settings, **about) as saver:
         saver.save(step, is_last=True)
 
 
@@ -296,7 +296,7 @@ def begin_from_weights(rank: int, engine: dict[str, Any], folder: Path) -> list[
     layout = EP1 if engine.get("zero_stage") == 3 else EP2
     run = OneRun(rank, layout, training_config(engine))
     path = folder / "step_00000003"
-    load_checkpoint(path, run.model, run.engine.state, run.runtime, run.mesh, weights_alone=True)
+    load_checkpoint(path, run.model, run.engine.state, run.runtime, run.mesh, model_only=True)
     return [run.step(step)[0] for step in range(3)]
 
 
@@ -417,12 +417,12 @@ def test_check_names_the_engine_and_its_memory() -> None:
     def config(engine: dict[str, Any]) -> Config:
         return Config.model_validate({**TREE, "parallel": parallel, "training": {**TREE["training"], "engine": engine}})
 
-    text = describe(config(zero(2)), 4)
+    text = format_config_report(config(zero(2)), 4)
     assert "edp 2, ep 2, etp 1, replicated, DeepSpeed ZeRO 2\n" in text
     counts = config(NATIVE).model.parameter_counts()
     degrees = config(NATIVE).parallel.degrees(4)
-    assert state_bytes_of_rank(config(zero(2)), degrees) == 4 * (counts.dense * 2 + counts.experts // 2 * 3)
-    assert state_bytes_of_rank(config(zero(0)), degrees) == state_bytes_of_rank(config(NATIVE), degrees)
+    assert state_bytes_per_rank(config(zero(2)), degrees) == 4 * (counts.dense * 2 + counts.experts // 2 * 3)
+    assert state_bytes_per_rank(config(zero(0)), degrees) == state_bytes_per_rank(config(NATIVE), degrees)
 
 
 # ---------------------------------------------------------------------------------------------- by the command line

@@ -19,28 +19,34 @@ from expert_parallel.bench.equal_capacity import (
     SLOW_BFLOAT16,
     EqualCapacityResult,
     EqualCapacityRow,
-    Side,
+    LayerMeasurement,
     bench_equal_capacity,
     choose_shapes,
     compare,
     dense_flops,
-    dense_of,
+    equivalent_dense,
 )
-from expert_parallel.bench.equal_capacity_parts import Laps, arrived, dense_parts, dense_work, expert_parts
-from expert_parallel.bench.layer import Disagreement
-from expert_parallel.bench.overlap import layer_work, make_layer
-from expert_parallel.bench.shapes import Shape, layer_flops
-from expert_parallel.bench.timing import Times, Work
+from expert_parallel.bench.equal_capacity_parts import (
+    TimedWorkload,
+    capture_expert_input,
+    dense_parts,
+    dense_workload,
+    expert_parts,
+)
+from expert_parallel.bench.layer import OutputMismatch
+from expert_parallel.bench.overlap import layer_workload, make_layer
+from expert_parallel.bench.shapes import LayerShape, layer_flops
+from expert_parallel.bench.timing import Times, Workload
 from expert_parallel.cli.app import app
 from expert_parallel.moe.config import MoEConfig
-from expert_parallel.moe.experts.grouped_gemm import PRODUCTS, Products
+from expert_parallel.moe.experts.grouped_gemm import GROUPED_GEMMS, GroupedGemm
 from expert_parallel.moe.experts.kernels import cpu_ops
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.runtime.process import Launch, Runtime
 from tests.launches import ROOT, assert_refused
 
 ONE = Runtime(Launch("test"), torch.device("cpu"), "gloo", timedelta(seconds=60))
-SMALL = Shape(tokens=24, d_model=16, hidden=8, num_experts=4, k=2)
+SMALL = LayerShape(tokens=24, d_model=16, hidden=8, num_experts=4, k=2)
 ROW_KERNELS = [
     function.__name__
     for function in (
@@ -48,8 +54,8 @@ ROW_KERNELS = [
         cpu_ops.combine,
         cpu_ops.activate,
         cpu_ops.activate_backward,
-        cpu_ops.slope,
-        cpu_ops.dots,
+        cpu_ops.activation_grad,
+        cpu_ops.row_dots,
         cpu_ops.weigh_,
     )
 ]
@@ -66,7 +72,7 @@ def _threads_as_before() -> object:
     torch.set_num_threads(before)
 
 
-def small_layer(shape: Shape = SMALL) -> tuple[MoELayer, Tensor]:
+def small_layer(shape: LayerShape = SMALL) -> tuple[MoELayer, Tensor]:
     layer = make_layer(shape, {"kind": "all_to_all"}, ONE)
     return layer, torch.randn(shape.tokens, shape.d_model, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
@@ -88,7 +94,7 @@ def test_a_dense_layer_is_the_sum_of_its_slices(activation: str) -> None:
         layer.get_parameter("router.weight").zero_()
         for weight in (layer.experts.w_in, layer.experts.w_out):
             weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64))
-    dense = dense_of(layer.experts)
+    dense = equivalent_dense(layer.experts)
     x_TD = torch.randn(24, 16, generator=generator, dtype=torch.float64).requires_grad_()
     dy_TD = torch.randn(24, 16, generator=generator, dtype=torch.float64)
 
@@ -116,11 +122,13 @@ def test_a_dense_layer_is_the_sum_of_its_slices(activation: str) -> None:
 def test_other_parameters_are_found() -> None:
     """A hundredth more in one expert's second matrix."""
     layer, x_TD = small_layer()
-    dense = dense_of(layer.experts)
+    dense = equivalent_dense(layer.experts)
     assert compare(dense, layer, x_TD, 1e-5) < 1e-6
     with torch.no_grad():
         layer.experts.w_out[3] *= 1.01
-    with pytest.raises(Disagreement, match=r"^the dense layer and all experts with weight 1 differ by .*: nothing was"):
+    with pytest.raises(
+        OutputMismatch, match=r"^the dense layer and all experts with weight 1 differ by .*: nothing was"
+    ):
         compare(dense, layer, x_TD, 1e-5)
 
 
@@ -128,8 +136,8 @@ def test_outputs_that_are_not_finite_are_found() -> None:
     layer, x_TD = small_layer()
     with torch.no_grad():
         layer.get_parameter("router.weight").fill_(torch.nan)
-    with pytest.raises(Disagreement, match=r"^the MoE layer's output is not finite"):
-        compare(dense_of(layer.experts), layer, x_TD, 1e-5)
+    with pytest.raises(OutputMismatch, match=r"^the MoE layer's output is not finite"):
+        compare(equivalent_dense(layer.experts), layer, x_TD, 1e-5)
 
 
 def test_what_disagrees_ends_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,9 +166,11 @@ def test_counts_by_hand() -> None:
     assert row.moe.rate == 24 * 6 * 512 / row.moe.parts["products"].median * 1000
     assert list(row.dense.parts) == ["products", "activation"]
     assert list(row.moe.parts) == ["products", "activation", "router", "sorting", "gathers"]
-    for side in (row.dense, row.moe):
-        assert sum(side.medians().values()) == pytest.approx(side.times.median)
-    assert sum(row.short().values()) == pytest.approx(row.moe.times.median - row.dense.times.median / row.operations)
+    for measurement in (row.dense, row.moe):
+        assert sum(measurement.medians().values()) == pytest.approx(measurement.times.median)
+    assert sum(row.shortfall().values()) == pytest.approx(
+        row.moe.times.median - row.dense.times.median / row.operations
+    )
     low, high = row.faster_range
     assert low <= row.faster <= high
     assert 1 <= row.fullest <= 2, "24 of 48 rows at most over a mean of 12"
@@ -169,12 +179,12 @@ def test_counts_by_hand() -> None:
 def test_the_shapes_of_the_claim() -> None:
     """8 experts of an eighth each, of which a token passes 2. A size that is given twice is measured once."""
     first, second = choose_shapes([8192, 1024, 8192], ["tokens=512"])
-    assert first == Shape(tokens=512, d_model=256, hidden=1024, num_experts=8, k=2)
+    assert first == LayerShape(tokens=512, d_model=256, hidden=1024, num_experts=8, k=2)
     assert second == first.model_copy(update={"hidden": 128})
     assert dense_flops(first) == 4 * layer_flops(first, "gelu") == 12 * 512 * 256 * 8192
 
 
-def flops(work: Work) -> int:
+def flops(work: Workload) -> int:
     with FlopCounterMode(display=False) as counter:
         work.run()
     work.clear()
@@ -186,9 +196,9 @@ def test_the_dense_products_are_those_of_the_layer(activation: str) -> None:
     """As torch counts them, product by product."""
     shape = SMALL.model_copy(update={"activation": activation})
     layer, x_TD = small_layer(shape)
-    dense = dense_of(layer.experts)
+    dense = equivalent_dense(layer.experts)
     parts = dense_parts(dense, x_TD)
-    assert flops(dense_work(dense, x_TD)) == flops(parts["products"]) == dense_flops(shape)
+    assert flops(dense_workload(dense, x_TD)) == flops(parts["products"]) == dense_flops(shape)
     assert flops(parts["activation"]) == 0
     assert x_TD.grad is None
 
@@ -212,13 +222,13 @@ def test_the_experts_parts_are_what_a_layer_calls(
 
     for name in ROW_KERNELS:
         monkeypatch.setattr(cpu_ops, name, noted(name, getattr(cpu_ops, name)))
-    for kind, products in PRODUCTS.items():
-        noted_products = Products(*(noted(name, getattr(products, name)) for name in ("groups", "rows", "sums")))
-        monkeypatch.setitem(PRODUCTS, kind, noted_products)
-    layer_work(layer, x_TD).run()
+    for kind, products in GROUPED_GEMMS.items():
+        noted_products = GroupedGemm(*(noted(name, getattr(products, name)) for name in ("groups", "rows", "sums")))
+        monkeypatch.setitem(GROUPED_GEMMS, kind, noted_products)
+    layer_workload(layer, x_TD).run()
     in_layer = calls.copy()
     calls.clear()
-    parts = expert_parts(layer.experts, arrived(layer, x_TD))  # whose products are noted
+    parts = expert_parts(layer.experts, capture_expert_input(layer, x_TD))  # whose products are noted
     calls.clear()
     for part in parts.values():
         part.run()
@@ -230,7 +240,7 @@ def test_repeated_runs_compute_the_same() -> None:
     """What a part overwrites is renewed after each run."""
     layer, x_TD = small_layer()
     seen: list[Tensor] = []
-    parts = expert_parts(layer.experts, arrived(layer, x_TD))
+    parts = expert_parts(layer.experts, capture_expert_input(layer, x_TD))
     backward = cpu_ops.activate_backward
 
     def keep(h: Tensor, g_RF: Tensor, *rest: Any) -> Any:
@@ -252,7 +262,7 @@ def test_laps_are_the_seconds_of_each_run(monkeypatch: pytest.MonkeyPatch) -> No
         clock[0] += 1 + len(laps.seconds)
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
-    laps = Laps(Work(work), torch.device("cpu"))
+    laps = TimedWorkload(Workload(work), torch.device("cpu"))
     timing.measure({"work": laps.work}, torch.device("cpu"), 3)
     assert laps.seconds == [1, 2, 3, 4, 5]
 
@@ -260,24 +270,26 @@ def test_laps_are_the_seconds_of_each_run(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_falls_short_by_hand() -> None:
     """Of 100 ms a half would be 50; the MoE takes 70."""
 
-    def side(whole: float, unexplained: float, **parts: float) -> Side:
+    def measurement(whole: float, unexplained: float, **parts: float) -> LayerMeasurement:
         times = {name: Times(median=ms, smallest=ms, largest=ms) for name, ms in {"whole": whole, **parts}.items()}
         own = {name: times[name] for name in parts}
-        return Side(parameters=1, operations=1, times=times["whole"], rate=1.0, parts=own, unexplained=unexplained)
+        return LayerMeasurement(
+            parameters=1, operations=1, times=times["whole"], rate=1.0, parts=own, unexplained=unexplained
+        )
 
     row = EqualCapacityRow(
         dtype="float32",
         shape=SMALL,
         hidden=32,
-        dense=side(100, 2, products=90, activation=8),
-        moe=side(70, -1, products=51, activation=6, router=14),
+        dense=measurement(100, 2, products=90, activation=8),
+        moe=measurement(70, -1, products=51, activation=6, router=14),
         operations=2,
         faster=10 / 7,
         faster_range=(1.4, 1.5),
         fullest=1.1,
         difference=0.0,
     )
-    assert row.short() == {"products": 6, "activation": 2, "router": 14, "unexplained": -2}
+    assert row.shortfall() == {"products": 6, "activation": 2, "router": 14, "unexplained": -2}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,7 +297,7 @@ def test_what_falls_short_by_hand() -> None:
 
 
 def test_the_command_prints_and_writes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(equal_capacity, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(equal_capacity, "has_bfloat16_gemm", lambda: False)
     path = tmp_path / "equal.json"
     sizes = ["tokens=64", "d_model=32", "num_experts=4"]
     options = ["--hidden", "64", "--hidden", "128", "--dtype", "bfloat16", "--dtype", "float32", "--rounds", "2"]
@@ -309,7 +321,7 @@ def test_the_command_prints_and_writes_the_same(tmp_path: Path, monkeypatch: pyt
 
 
 def test_on_a_cpu_with_instructions_for_bfloat16_nothing_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(equal_capacity, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(equal_capacity, "has_bfloat16_gemm", lambda: True)
     assert not bench_equal_capacity(SMALL, "bfloat16", 1, ONE).note
 
 
@@ -335,6 +347,6 @@ def test_what_cannot_be_measured_is_refused(case: str) -> None:
 
 def test_the_readme_names_every_field() -> None:
     page = (ROOT / "expert_parallel/bench/README.md").read_text()
-    for kind in (EqualCapacityResult, EqualCapacityRow, Side):
+    for kind in (EqualCapacityResult, EqualCapacityRow, LayerMeasurement):
         for field in kind.model_fields:
             assert f"`{field}`" in page, f"{kind.__name__}.{field}"

@@ -13,18 +13,18 @@ from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.dispatch.dispatcher import Dispatcher
 from expert_parallel.moe.dispatch.ledger import Ledger
-from expert_parallel.moe.dispatch.pass_fingerprint import PassKey
+from expert_parallel.moe.dispatch.pass_fingerprint import PassFingerprint
 from expert_parallel.moe.dispatch.permute import gather_rows
 from expert_parallel.moe.layer import MoELayer
-from expert_parallel.moe.types import DispatchedTokens, Reason, RoutingPlan
-from expert_parallel.parallel.collectives import ExchangeKey, Link, Phase, total_of
+from expert_parallel.moe.types import DispatchedTokens, Outcome, RoutingPlan
+from expert_parallel.parallel.collectives import ExchangeKey, LinkClass, Phase, sum_traffic
 from expert_parallel.parallel.placement import ExpertPlacement
 from tests.ranks import run_ranks
 from tests.test_dispatch import DISPATCHERS, nodes_of
 
 NUM_EXPERTS, D_MODEL, TOP_K = 16, 8, 4
 ACROSS = [name for name in DISPATCHERS if name != "local"]
-OTHERS: tuple[Link, ...] = ("node", "network")
+OTHERS: tuple[LinkClass, ...] = ("node", "network")
 RANKS_PER_NODE = {2: 1, 4: 2, 8: 4}
 
 
@@ -43,9 +43,9 @@ def make_plan(rank: int, num_tokens: int, weight: float = 1.0) -> RoutingPlan:
     generator = torch.Generator().manual_seed(rank)
     ids_TK = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator)[:TOP_K] for _ in range(num_tokens)])
     dropped_TK = torch.rand(num_tokens, TOP_K, generator=generator) < 0.2
-    reason_TK = dropped_TK.to(torch.uint8) * Reason.DROPPED_CAPACITY
+    outcome_TK = dropped_TK.to(torch.uint8) * Outcome.DROPPED_CAPACITY
     blank = torch.zeros(num_tokens, NUM_EXPERTS)
-    return RoutingPlan(blank, blank, blank, ids_TK, torch.full((num_tokens, TOP_K), weight), reason_TK, NUM_EXPERTS)
+    return RoutingPlan(blank, blank, blank, ids_TK, torch.full((num_tokens, TOP_K), weight), outcome_TK, NUM_EXPERTS)
 
 
 def carry(
@@ -62,10 +62,10 @@ def carry(
         y_RD = (x_RD * tokens.weights_R[:, None]).to(x_RD.dtype)
         return gather_rows(y_RD, tokens.computed_VK, tokens.row_R)
 
-    in_flight = dispatcher.send(x_TD, plan, ledger, StepContext())
-    for chunk in in_flight.arriving():
-        chunk.send_back(compute(chunk.tokens))
-    return in_flight.returned(), arrived, in_flight.computed_E[list(dispatcher.expert_ids)]
+    pending = dispatcher.dispatch(x_TD, plan, ledger, StepContext())
+    for chunk in pending.receive_chunks():
+        chunk.start_combine(compute(chunk.tokens))
+    return pending.combine(), arrived, pending.computed_E[list(dispatcher.expert_ids)]
 
 
 def run_dispatch(rank: int, name: str, world_size: int) -> dict[str, Any]:
@@ -167,11 +167,11 @@ def test_hierarchical_crosses_to_a_node_at_most_once(world_size: int) -> None:
 def test_all_gather_sends_every_token_and_returns_what_was_chosen(world_size: int) -> None:
     results = run_ranks(world_size, run_dispatch, "all_gather", world_size)
     for rank, result in enumerate(results):
-        returned = {
+        combine = {
             (source, t) for source, other in enumerate(results) for t, d in to_others(other, source) if d == rank
         }
         assert result["log"].bytes_to_others(Phase.DISPATCH) == (12 + rank) * (world_size - 1) * D_MODEL * 4
-        assert result["log"].bytes_to_others(Phase.COMBINE) == len(returned) * D_MODEL * 4
+        assert result["log"].bytes_to_others(Phase.COMBINE) == len(combine) * D_MODEL * 4
 
 
 def run_wide(rank: int, name: str) -> dict[str, Any]:
@@ -187,8 +187,8 @@ def test_metadata_is_under_two_percent_of_wide_rows(name: str) -> None:
     here."""
     for result in run_ranks(4, run_wide, name):
         log = result["log"]
-        beside = sum(total_of(log.bytes_sent, OTHERS, phase) for phase in (Phase.METADATA, Phase.COUNTS))
-        payload = sum(total_of(log.bytes_sent, OTHERS, phase) for phase in (Phase.DISPATCH, Phase.COMBINE))
+        beside = sum(sum_traffic(log.bytes_sent, OTHERS, phase) for phase in (Phase.METADATA, Phase.COUNTS))
+        payload = sum(sum_traffic(log.bytes_sent, OTHERS, phase) for phase in (Phase.DISPATCH, Phase.COMBINE))
         assert 0 < beside < 0.02 * payload
         assert log.bytes_to_others(Phase.COUNTS) <= 4 * NUM_EXPERTS * 3
 
@@ -215,7 +215,7 @@ def test_rows_travel_as_bfloat16_between_float32_experts(name: str) -> None:
         torch.testing.assert_close(result["back"], result["expected"], rtol=2**-7, atol=1e-6)
         log = result["log"]
         for phase in (Phase.COMBINE,) if name.startswith("all_gather") else (Phase.DISPATCH, Phase.COMBINE):
-            sent = total_of(log.rows_sent, OTHERS, phase)
+            sent = sum_traffic(log.rows_sent, OTHERS, phase)
             assert log.bytes_to_others(phase) == sent * D_MODEL * 2 > 0, (rank, phase)
 
 
@@ -275,7 +275,7 @@ def run_disagreement(rank: int, name: str, what: str) -> str:
     dispatcher, _ = make_dispatcher(name, rank, 4)
     try:
         x_TD = torch.zeros(6, width, dtype=dtype, requires_grad=what == "gradient" and rank == 1)
-        dispatcher.send(x_TD, make_plan(rank, 6), Ledger(), context)
+        dispatcher.dispatch(x_TD, make_plan(rank, 6), Ledger(), context)
     except ValueError as error:
         return str(error)
     return "nothing"
@@ -303,9 +303,9 @@ def test_ranks_that_disagree_say_so_instead_of_hanging(name: str, what: str, sai
 
 
 def test_the_key_of_a_pass_survives_the_wire() -> None:
-    key = PassKey(7168, torch.bfloat16, 8, True, StepContext(step=16383, micro_step=127, layer=1023))
-    assert all(0 <= word < 2**31 for word in key.words)
-    assert PassKey.say(key.words) == (
+    key = PassFingerprint(7168, torch.bfloat16, 8, True, StepContext(step=16383, micro_step=127, layer=1023))
+    assert all(0 <= word < 2**31 for word in key.encoded)
+    assert PassFingerprint.decode(key.encoded) == (
         "rows of 7168 bfloat16 with gradient, 8 choices a token, layer 1023, micro-step 127, step 16383"
     )
 
@@ -320,7 +320,7 @@ def rows_between_nodes(rank: int, name: str) -> int:
     )
     layer = MoELayer(config, dist.group.WORLD, nodes=nodes_of(4, 2))
     x_TD = torch.randn(200, 8, generator=torch.Generator().manual_seed(rank))
-    return total_of(layer(x_TD).stats.log.bytes_sent, ("network",), Phase.DISPATCH)
+    return sum_traffic(layer(x_TD).stats.log.bytes_sent, ("network",), Phase.DISPATCH)
 
 
 def test_hierarchical_sends_a_quarter_of_a_row_a_choice_between_nodes() -> None:

@@ -1,5 +1,6 @@
 """Experts whose columns are divided over ranks (etp), and sequences whose tokens are (sequence group), on real ranks
-against moe/reference/layer.py: values, input gradients, every parameter's gradient, losses and counts, in float64."""
+against moe/reference/reference_layer.py, in float64: values, input gradients, the gradient of every parameter, losses
+and counts."""
 
 import copy
 import zlib
@@ -21,14 +22,14 @@ from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.conservation import check_conservation
 from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.dispatch.dispatcher import LocalConfig
-from expert_parallel.moe.experts import grouped, tensor_parallel
-from expert_parallel.moe.experts.tensor_parallel import add_up_at_ranks, gather_from_ranks
+from expert_parallel.moe.experts import expert_tensor_parallel, grouped
+from expert_parallel.moe.experts.expert_tensor_parallel import all_gather_by_expert, reduce_scatter_by_expert
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.reference.layer import RankTokens, ReferenceOutput, reference_layer
+from expert_parallel.moe.reference.reference_layer import RankTokens, ReferenceOutput, reference_layer
 from expert_parallel.moe.routers import losses as balance
 from expert_parallel.moe.routers.losses import loss_name
-from expert_parallel.moe.types import Reason
+from expert_parallel.moe.types import Outcome
 from expert_parallel.parallel.collectives import group_rank, group_size
 from expert_parallel.parallel.placement import ExpertPlacement
 from tests.pairwise import pairwise_cases
@@ -279,12 +280,12 @@ def compare(case: dict[str, Any], results: list[dict[str, Any]], sharded: bool =
 def test_layer_equals_reference(case: dict[str, Any]) -> None:
     world_size = LAYOUTS[case["layout"]][0]
     reference = compare(case, run_ranks(world_size, run_layer, case))
-    reasons = torch.cat([reason_TK.flatten() for reason_TK in reference.reasons])
-    moved = (reasons != Reason.KEPT) & (reasons != Reason.NOT_ROUTED)
+    outcomes = torch.cat([outcome_TK.flatten() for outcome_TK in reference.outcomes])
+    moved = (outcomes != Outcome.KEPT) & (outcomes != Outcome.NOT_ROUTED)
     if case["capacity"] not in ("dropless", "batch priority global") and case["scenario"] == "random":
         assert 0.02 <= float(moved.double().mean()) <= 0.6
     if case["scenario"] == "no tokens":
-        assert len(reasons) == 0
+        assert len(outcomes) == 0
 
 
 # ------------------------------------------------------------------------------------------- the suite can fail
@@ -314,14 +315,14 @@ def run_with_defect(rank: int, defect: str) -> dict[str, Any]:
 
     defects: dict[str, tuple[Any, str, Any]] = {
         "b_out added by every rank": (grouped, "_add_bias", bias_of_every_rank),
-        "outputs not added up": (grouped, "add_up_at_ranks", own_part),
+        "outputs not added up": (grouped, "reduce_scatter_by_expert", own_part),
         "input gradients not added up": (
-            tensor_parallel._Gather,
+            expert_tensor_parallel._AllGather,
             "backward",
             staticmethod(lambda ctx, grad: (own_part(grad, ctx.rows), None)),
         ),
         "rows not grouped by expert": (
-            tensor_parallel,
+            expert_tensor_parallel,
             "sort_by_expert",
             lambda slot, e: (torch.arange(len(slot)), slot.bincount(minlength=e)),
         ),
@@ -380,8 +381,8 @@ def run_rows(rank: int, counts: list[list[int]]) -> tuple[list[Any], ...]:
     """Rows that name their source: rank, expert, number."""
     mine = [[rank, expert, number] for expert, count in enumerate(counts[rank]) for number in range(count)]
     x_RD = torch.tensor(mine, dtype=torch.float64).view(-1, 3).requires_grad_()
-    x_GD, everyones_e, gathered = gather_from_ranks(x_RD, torch.tensor(counts[rank]), dist.group.WORLD)
-    y_RD = add_up_at_ranks(x_GD * 10.0**rank, gathered)
+    x_GD, everyones_e, gathered = all_gather_by_expert(x_RD, torch.tensor(counts[rank]), dist.group.WORLD)
+    y_RD = reduce_scatter_by_expert(x_GD * 10.0**rank, gathered)
     (grad,) = torch.autograd.grad(y_RD.sum(), x_RD)
     return x_GD.tolist(), everyones_e.tolist(), y_RD.tolist(), grad.tolist()
 
@@ -400,8 +401,8 @@ def test_rows_of_all_ranks_by_expert_and_their_sums_back(counts: list[list[int]]
 
 def run_sums(rank: int, values: list[float], dtype: torch.dtype) -> tuple[list[float], torch.dtype]:
     x_RD, counts_e = torch.ones(1, 1, dtype=dtype), torch.tensor([1])
-    x_GD, _, gathered = gather_from_ranks(x_RD, counts_e, dist.group.WORLD)
-    y_RD = add_up_at_ranks(x_GD * values[rank], gathered)
+    x_GD, _, gathered = all_gather_by_expert(x_RD, counts_e, dist.group.WORLD)
+    y_RD = reduce_scatter_by_expert(x_GD * values[rank], gathered)
     return y_RD.flatten().tolist(), y_RD.dtype
 
 

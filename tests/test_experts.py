@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from expert_parallel.moe.experts import grouped as experts_module
 from expert_parallel.moe.experts.grouped import ExpertsConfig, GroupedExperts, choose_backend
-from expert_parallel.moe.experts.grouped_gemm import CALL_FLOPS, PRODUCTS, even_out, runs_of
+from expert_parallel.moe.experts.grouped_gemm import CALL_FLOPS, GROUPED_GEMMS, expert_spans, pad_group_sizes
 from expert_parallel.moe.parameters import init_parameters, logical_parameters
 from expert_parallel.moe.types import DispatchedTokens
 from expert_parallel.nn.ffn import FFN, FFNConfig
@@ -47,7 +47,7 @@ def make_rows(counts: list[int], dtype: torch.dtype = torch.float64) -> tuple[Te
 
 
 def run(experts: GroupedExperts, x_RD: Tensor, counts_e: Tensor, weights_R: Tensor, seed: int = 0) -> Tensor:
-    return experts(DispatchedTokens.of_rows(x_RD, counts_e, weights_R), dropout_seed=seed)
+    return experts(DispatchedTokens.from_grouped_rows(x_RD, counts_e, weights_R), dropout_seed=seed)
 
 
 # Written from the papers: Nair and Hinton 2010; Hendrycks and Gimpel 2016 (with erf); Shazeer 2020.
@@ -110,7 +110,7 @@ def test_one_expert_is_the_dense_network(activation: str, bias: bool) -> None:
 def test_all_products_equal_the_loop_in_float64(counts: list[int], dtype: torch.dtype) -> None:
     """The loop in float32 and bfloat16, too. Trap 20: zero-size groups have broken such products."""
     results = {}
-    for backend, compute_dtype in [("loop", torch.float64), *((backend, dtype) for backend in PRODUCTS)]:
+    for backend, compute_dtype in [("loop", torch.float64), *((backend, dtype) for backend in GROUPED_GEMMS)]:
         experts = make_experts(dtype=dtype, bias=True, backend=backend).to(compute_dtype)
         x_RD, counts_e, weights_R = make_rows(counts, dtype)
         x_RD = x_RD.to(compute_dtype).requires_grad_()
@@ -122,7 +122,7 @@ def test_all_products_equal_the_loop_in_float64(counts: list[int], dtype: torch.
         gradients = {name: parameter.grad for name, parameter in experts.named_parameters()}
         results[backend, compute_dtype] = {"y": y_RD.detach(), "x": x_RD.grad, **gradients}
     exact = results["loop", torch.float64]
-    for backend in PRODUCTS:
+    for backend in GROUPED_GEMMS:
         for name, value in results[backend, dtype].items():
             wanted = exact[name]
             assert value is not None
@@ -132,7 +132,7 @@ def test_all_products_equal_the_loop_in_float64(counts: list[int], dtype: torch.
             assert bool((error <= TOLERANCE[dtype] * scale).all()), (backend, name, float(error.max()), scale)
 
 
-@pytest.mark.parametrize("backend", PRODUCTS)
+@pytest.mark.parametrize("backend", GROUPED_GEMMS)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 def test_an_expert_without_tokens_has_a_zero_gradient(backend: str, counts: list[int]) -> None:
     """Trap 6: never None, or weight decay would skip it; and never what an unwritten buffer holds (trap 20)."""
@@ -144,7 +144,7 @@ def test_an_expert_without_tokens_has_a_zero_gradient(backend: str, counts: list
             assert bool((parameter.grad[expert] == 0).all()) is (count == 0), (name, expert)
 
 
-@pytest.mark.parametrize("backend", PRODUCTS)
+@pytest.mark.parametrize("backend", GROUPED_GEMMS)
 def test_rows_of_one_expert_do_not_depend_on_the_others(backend: str) -> None:
     """Each row carries its expert's number through an expert that scales by its own: a shifted offset is seen."""
     experts = make_experts(num_experts=4, dtype=torch.float32, activation="relu", backend=backend)
@@ -196,7 +196,7 @@ def test_float32_weights_serve_a_bfloat16_input() -> None:
 def test_choose_backend(
     dtype: torch.dtype, device: str, sizes: tuple[int, ...], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts_module, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(experts_module, "has_bfloat16_gemm", lambda: True)
     assert choose_backend(ExpertsConfig(hidden=HIDDEN), dtype, torch.device(device), sizes) == backend
 
 
@@ -204,7 +204,7 @@ def test_choose_backend(
 def test_where_bfloat16_is_multiplied_in_float32(
     sizes: tuple[int, ...], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts_module, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(experts_module, "has_bfloat16_gemm", lambda: False)
     assert choose_backend(ExpertsConfig(hidden=HIDDEN), torch.bfloat16, torch.device("cpu"), sizes) == backend
 
 
@@ -217,20 +217,22 @@ def test_neighbours_run_where_the_zeros_cost_less_than_a_product() -> None:
     alone; 27 joins it for 3. Who has no rows gets none, though 2 would be cheap; 8 beside 2 would be, too, but
     6 of 16 rows are too many zeros."""
     counts_e, size = torch.tensor([8, 5, 9, 30, 27, 0, 0, 2, 8]), int(CALL_FLOPS / 2 / 10)
-    assert even_out(counts_e, size).tolist() == [9, 9, 9, 30, 30, 0, 0, 2, 8]
-    assert runs_of(even_out(counts_e, size)) == [(3, 9), (2, 30), (2, 0), (1, 2), (1, 8)]
-    assert even_out(counts_e, 10**9).tolist() == counts_e.tolist()
-    assert runs_of(counts_e) == [(1, 8), (1, 5), (1, 9), (1, 30), (1, 27), (2, 0), (1, 2), (1, 8)]
+    assert pad_group_sizes(counts_e, size).tolist() == [9, 9, 9, 30, 30, 0, 0, 2, 8]
+    assert expert_spans(pad_group_sizes(counts_e, size)) == [(3, 9), (2, 30), (2, 0), (1, 2), (1, 8)]
+    assert pad_group_sizes(counts_e, 10**9).tolist() == counts_e.tolist()
+    assert expert_spans(counts_e) == [(1, 8), (1, 5), (1, 9), (1, 30), (1, 27), (2, 0), (1, 2), (1, 8)]
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 40), max_size=12), st.integers(0, 60))
 def test_zeros_are_bounded(counts: list[int], affordable: int) -> None:
     """By half of the rows, and by what each join may cost. Nobody loses a row."""
-    evened = even_out(torch.tensor(counts, dtype=torch.int64), int(CALL_FLOPS / 2 / max(affordable, 0.01))).tolist()
+    evened = pad_group_sizes(
+        torch.tensor(counts, dtype=torch.int64), int(CALL_FLOPS / 2 / max(affordable, 0.01))
+    ).tolist()
     assert len(evened) == len(counts)
     assert all(more >= count and bool(more) == bool(count) for more, count in zip(evened, counts, strict=True))
-    joins, zeros = len(counts) - len(runs_of(torch.tensor(evened))), sum(evened) - sum(counts)
+    joins, zeros = len(counts) - len(expert_spans(torch.tensor(evened))), sum(evened) - sum(counts)
     assert 2 * zeros <= sum(counts)
     assert zeros <= affordable * joins + 1e-3 * len(counts)
 

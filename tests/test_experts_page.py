@@ -20,14 +20,14 @@ from expert_parallel.data.open import open_data
 from expert_parallel.data.tokenizer import ByteTokenizer, open_tokenizer, train_tokenizer
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe.context import StepContext
-from expert_parallel.moe.types import Reason
+from expert_parallel.moe.types import Outcome
 from expert_parallel.report.loads import COLUMNS, read_loads
-from expert_parallel.report.sample import Routing, cut
-from expert_parallel.report.specialization import habits_of, mutual_information, specialisation
-from expert_parallel.report.style import HEAT, STEPS_FROM_FAIR, heat, ratio_of
-from expert_parallel.report.token_text import CLASSES, classes, name_of, pieces
+from expert_parallel.report.sample import SampleRouting, split_windows
+from expert_parallel.report.specialization import compute_expert_stats, mutual_information, specialization
+from expert_parallel.report.style import HEAT, STEPS_FROM_FAIR, heat, step_ratio
+from expert_parallel.report.token_text import CHARACTER_CLASSES, character_classes, display_name, token_texts
 from expert_parallel.training.config import load_config
-from expert_parallel.training.setup import demand_of
+from expert_parallel.training.setup import data_requirements
 from tests.ranks import run_ranks
 from tests.test_checkpoint import run_training
 
@@ -98,7 +98,7 @@ def slow_routing(run: Path) -> dict[int, list[list[tuple[int, float, bool]]]]:
         moe = model.blocks[block].moe  # type: ignore[union-attr]
         moe.register_forward_pre_hook(lambda _, given, block=block: inputs.update({block: given[0]}))  # type: ignore[union-attr]
     found: dict[int, list[list[tuple[int, float, bool]]]] = {block: [] for block in BLOCKS}
-    for rows in open_data(config.data, demand_of(config)).held_out.split(4):
+    for rows in open_data(config.data, data_requirements(config)).held_out.split(4):
         with torch.no_grad():
             model(rows[:, :-1], StepContext(sequence_index_B=torch.arange(len(rows))))
         for block in BLOCKS:
@@ -123,7 +123,7 @@ def test_routing_is_that_of_a_slow_model(run: Path, both: tuple[str, dict[str, A
     slow = slow_routing(run)
     for block in BLOCKS:
         ours = numbers["sample"]["blocks"][str(block)]
-        computed = [[fate <= Reason.REROUTED for fate in row] for row in ours["fate"]]
+        computed = [[fate <= Outcome.REROUTED for fate in row] for row in ours["fate"]]
         assert ours["experts"] == [[e for e, _, _ in row] for row in slow[block]]
         assert computed == [[c for _, _, c in row] for row in slow[block]]
         expected = [[w if c else 0 for _, w, c in row] for row in slow[block]]
@@ -150,16 +150,16 @@ def test_habits_are_those_of_a_slow_count(both: tuple[str, dict[str, Any]]) -> N
     page, numbers = both
     text = [token for sequence in numbers["sample"]["sequences"] for token in sequence]
     for block in BLOCKS:
-        routing, habits = (numbers[part]["blocks"][str(block)] for part in ("sample", "habits"))
+        routing, expert_stats = (numbers[part]["blocks"][str(block)] for part in ("sample", "habits"))
         pairs = [
             (token, expert)
             for token, chosen, fates in zip(text, routing["experts"], routing["fate"], strict=True)
             for expert, fate in zip(chosen, fates, strict=True)
-            if fate == Reason.KEPT
+            if fate == Outcome.KEPT
         ]
         both_of, token_of = Counter(pairs), Counter(token for token, _ in pairs)
         expert_of = Counter(expert for _, expert in pairs)
-        assert habits["count"] == [expert_of[e] for e in range(EXPERTS)]
+        assert expert_stats["count"] == [expert_of[e] for e in range(EXPERTS)]
         for expert in range(EXPERTS):
             lift = {
                 token: (count / expert_of[expert]) / (token_of[token] / len(pairs))
@@ -168,23 +168,23 @@ def test_habits_are_those_of_a_slow_count(both: tuple[str, dict[str, Any]]) -> N
             }
             gain = {token: both_of[token, expert] * math.log(value) for token, value in lift.items() if value > 1}
             best = sorted(gain, key=lambda token: -gain[token])[:8]
-            liked = habits["liked"][expert]
-            assert [gain[one["token"]] for one in liked] == pytest.approx([gain[token] for token in best])
-            for one in liked:
+            top_tokens = expert_stats["liked"][expert]
+            assert [gain[one["token"]] for one in top_tokens] == pytest.approx([gain[token] for token in best])
+            for one in top_tokens:
                 assert one["count"] == both_of[one["token"], expert]
                 assert one["share"] == pytest.approx(one["count"] / expert_of[expert])
                 assert one["lift"] == pytest.approx(lift[one["token"]])
             digits = sum(count for (token, e), count in both_of.items() if e == expert and chr(token).isdigit())
-            share = habits["class_share"][expert][CLASSES.index("digits")]
+            share = expert_stats["class_share"][expert][CHARACTER_CLASSES.index("digits")]
             assert share == pytest.approx(digits / expert_of[expert])
-        assert sum(len(liked) for liked in habits["liked"]) > EXPERTS, "something to compare"
+        assert sum(len(top_tokens) for top_tokens in expert_stats["liked"]) > EXPERTS, "something to compare"
 
         served = [(token, first) for token, first in zip(text, routing["first"], strict=True) if first >= 0]
         joint, left, right = Counter(served), Counter(t for t, _ in served), Counter(f for _, f in served)
         size = len(served)
         bits = sum(c / size * math.log2(c * size / (left[t] * right[f])) for (t, f), c in joint.items())
-        assert habits["specialisation"]["bits"] == pytest.approx(bits)
-        adjusted = habits["specialisation"]["adjusted"]
+        assert expert_stats["specialisation"]["bits"] == pytest.approx(bits)
+        adjusted = expert_stats["specialisation"]["adjusted"]
         assert f"<b>{adjusted:.0%}</b>" in page
 
 
@@ -276,16 +276,16 @@ def test_the_text_and_its_marks(both: tuple[str, dict[str, Any]]) -> None:
     text = [token for sequence in numbers["sample"]["sequences"] for token in sequence]
     assert "".join(shown for shown, _ in page.tokens) == bytes(text).decode()
     for place, block in enumerate(BLOCKS):
-        routing, habits = (numbers[part]["blocks"][str(block)] for part in ("sample", "habits"))
-        order = sorted(range(EXPERTS), key=lambda e: -habits["first_count"][e])
+        routing, expert_stats = (numbers[part]["blocks"][str(block)] for part in ("sample", "habits"))
+        order = sorted(range(EXPERTS), key=lambda e: -expert_stats["first_count"][e])
         for number, (_, attributes) in enumerate(page.tokens):
             first, fates = routing["first"][number], routing["fate"][number]
             expected = {f"b{place}-none"} if first < 0 else {f"b{place}-{order.index(first)}"}
-            expected |= {f"b{place}-part"} if first >= 0 and Reason.DROPPED_CAPACITY in fates else set()
+            expected |= {f"b{place}-part"} if first >= 0 and Outcome.DROPPED_CAPACITY in fates else set()
             assert {name for name in attributes["class"].split() if name.startswith(f"b{place}-")} == expected
             line = attributes["title"].split("\n")[place]
             assert line.startswith(f"block {block}: ")
-            assert line.count("dropped") == fates.count(Reason.DROPPED_CAPACITY)
+            assert line.count("dropped") == fates.count(Outcome.DROPPED_CAPACITY)
             if first >= 0:
                 assert line.startswith(f"block {block}: expert {first} {max(routing['weights'][number]):.2f}")
     assert any("b0-none" in attributes["class"] for _, attributes in page.tokens)
@@ -323,18 +323,18 @@ def test_fewer_sequences(run: Path, tmp_path: Path) -> None:
 
 def test_first_is_the_heaviest_that_computed() -> None:
     ids_TK = torch.tensor([[3, 1], [2, 0], [1, 2], [0, 3]])
-    kept, rerouted, dropped, no = Reason.KEPT, Reason.REROUTED, Reason.DROPPED_CAPACITY, Reason.NOT_ROUTED
-    reason_TK = torch.tensor([[kept, kept], [dropped, rerouted], [dropped, dropped], [kept, no]], dtype=torch.uint8)
+    kept, rerouted, dropped, no = Outcome.KEPT, Outcome.REROUTED, Outcome.DROPPED_CAPACITY, Outcome.NOT_ROUTED
+    outcome_TK = torch.tensor([[kept, kept], [dropped, rerouted], [dropped, dropped], [kept, no]], dtype=torch.uint8)
     weights_TK = torch.tensor([[0.4, 0.6], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
-    routing = Routing(ids_TK, weights_TK, reason_TK)
+    routing = SampleRouting(ids_TK, weights_TK, outcome_TK)
     assert routing.first_T.tolist() == [1, 0, -1, 0]
     assert routing.dropped_TK.any(1).tolist() == [False, True, True, False]
 
 
 def test_windows_overlap_by_one() -> None:
-    found = [window.tolist() for window in cut(torch.arange(8), 3)]
+    found = [window.tolist() for window in split_windows(torch.arange(8), 3)]
     assert found == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7]]
-    assert [window.tolist() for window in cut(torch.arange(7), 3)] == found[:2]
+    assert [window.tolist() for window in split_windows(torch.arange(7), 3)] == found[:2]
 
 
 def test_mutual_information_by_hand() -> None:
@@ -349,28 +349,30 @@ def test_specialisation_is_adjusted_for_chance() -> None:
     """Half of the tokens stand in the sample once: unadjusted, experts drawn by lot would look like 60%."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.cat([torch.arange(1000), torch.randint(1000, 1300, (1000,), generator=generator)])
-    by_lot = specialisation(tokens, torch.randint(8, (2000,), generator=generator))
+    by_lot = specialization(tokens, torch.randint(8, (2000,), generator=generator))
     assert by_lot.bits / by_lot.entropy_bits > 0.5
     assert by_lot.adjusted < 0.03
-    by_token = specialisation(tokens, tokens % 8)
+    by_token = specialization(tokens, tokens % 8)
     assert by_token.adjusted == pytest.approx(1)
     assert by_token.bits == pytest.approx(by_token.entropy_bits)
-    mixed = specialisation(tokens, torch.where(torch.rand(2000, generator=generator) < 0.5, tokens % 8, 0))
+    mixed = specialization(tokens, torch.where(torch.rand(2000, generator=generator) < 0.5, tokens % 8, 0))
     assert 0.1 < mixed.adjusted < 0.9
-    assert specialisation(tokens, torch.zeros_like(tokens)).adjusted == 0, "one expert for all: nothing to decide"
+    assert specialization(tokens, torch.zeros_like(tokens)).adjusted == 0, "one expert for all: nothing to decide"
 
 
 def test_a_block_that_computes_nothing() -> None:
     none = torch.zeros(3, 2, dtype=torch.bool)
     ids_TK, text = torch.zeros(3, 2, dtype=torch.int64), torch.tensor([1, 2, 3])
-    habits = habits_of(text, torch.zeros_like(text), ids_TK, none, torch.full((3,), -1), (4, 2))
-    assert habits.count == [0] * 4
-    assert habits.liked == [[]] * 4
-    assert habits.specialisation.adjusted == 0
+    expert_stats = compute_expert_stats(text, torch.zeros_like(text), ids_TK, none, torch.full((3,), -1), (4, 2))
+    assert expert_stats.count == [0] * 4
+    assert expert_stats.top_tokens == [[]] * 4
+    assert expert_stats.specialization.adjusted == 0
 
 
 def kinds(text: str) -> list[str]:
-    return [CLASSES[number] for number in classes(pieces(ByteTokenizer(), list(text.encode())))]
+    return [
+        CHARACTER_CLASSES[number] for number in character_classes(token_texts(ByteTokenizer(), list(text.encode())))
+    ]
 
 
 def test_kinds_of_characters() -> None:
@@ -385,27 +387,27 @@ def test_pieces_of_a_trained_tokenizer(tmp_path: Path) -> None:
     train_tokenizer(["the cat and\n    the dog the the and"] * 5, 270, tmp_path / "tokenizer.json")
     tokenizer = open_tokenizer(str(tmp_path / "tokenizer.json"))
     ids = tokenizer.encode(text)
-    found = pieces(tokenizer, ids)
+    found = token_texts(tokenizer, ids)
     assert "".join(piece.text for piece in found) == text
     assert sum(piece.num_tokens for piece in found) == len(ids)
     assert max(piece.num_tokens for piece in found) > 1 < max(len(piece.text) for piece in found)
-    assert len(classes(found)) == len(ids)
-    assert name_of(tokenizer, tokenizer.encode(" the")[0]) == "␣the"
+    assert len(character_classes(found)) == len(ids)
+    assert display_name(tokenizer, tokenizer.encode(" the")[0]) == "␣the"
 
 
 def test_names_of_bytes() -> None:
-    assert [name_of(ByteTokenizer(), byte) for byte in b"a \n\x01\xff"] == ["a", "␣", "↵", "\\x01", "#255"]
+    assert [display_name(ByteTokenizer(), byte) for byte in b"a \n\x01\xff"] == ["a", "␣", "↵", "\\x01", "#255"]
 
 
 def test_half_a_character_at_the_end() -> None:
-    found = pieces(ByteTokenizer(), list("ab日".encode())[:-1])
+    found = token_texts(ByteTokenizer(), list("ab日".encode())[:-1])
     assert [(piece.text, piece.num_tokens) for piece in found] == [("a", 1), ("b", 1), ("\N{REPLACEMENT CHARACTER}", 2)]
 
 
 def test_steps_of_the_scale() -> None:
     assert (heat(1.0), heat(0.0), heat(99.0)) == (STEPS_FROM_FAIR, 0, HEAT - 1)
-    assert [heat(ratio_of(step)) for step in range(HEAT)] == list(range(HEAT))
-    assert ratio_of(STEPS_FROM_FAIR + 4) == 2
+    assert [heat(step_ratio(step)) for step in range(HEAT)] == list(range(HEAT))
+    assert step_ratio(STEPS_FROM_FAIR + 4) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expert_parallel.moe.dispatch.permute import NO_ROW, gather_rows, inverse
+from expert_parallel.moe.dispatch.permute import NO_ROW, gather_rows, inverse_permutation
 from expert_parallel.moe.experts import grouped_gemm
 from expert_parallel.moe.experts.fused import fused_experts
 from expert_parallel.moe.experts.grouped import ExpertsConfig, GroupedExperts
-from expert_parallel.moe.experts.grouped_gemm import PRODUCTS
+from expert_parallel.moe.experts.grouped_gemm import GROUPED_GEMMS
 from expert_parallel.moe.types import DispatchedTokens
 from expert_parallel.nn.ffn import ACTIVATIONS
 
@@ -131,20 +131,20 @@ def test_rows_of_zeros_change_nothing(activation: str, choices: list[list[int]],
     results = []
     for backend in ("bmm", "loop"):
         experts = make_experts(activation, backend=backend, hidden=hidden)
-        laid_out = experts.laid_out(tokens, PRODUCTS[backend])
+        pad_for_backend = experts.pad_for_backend(tokens, GROUPED_GEMMS[backend])
         if backend == "bmm" and choices is CHOICES["some rows fewer"]:
-            assert laid_out.counts_e.tolist() == [2, 2, 2, 2], "so that there are some"
+            assert pad_for_backend.counts_e.tolist() == [2, 2, 2, 2], "so that there are some"
         results.append(with_gradients(experts(tokens), tokens, experts))
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("hidden", [HIDDEN, 8])
-@pytest.mark.parametrize("backend", PRODUCTS)
+@pytest.mark.parametrize("backend", GROUPED_GEMMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_in_short_numbers(dtype: torch.dtype, backend: str, hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against float64 of the same rounded numbers, on processors that multiply bfloat16 and on those that do not."""
     for multiplies in (True, False):
-        monkeypatch.setattr(grouped_gemm, "multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
+        monkeypatch.setattr(grouped_gemm, "has_bfloat16_gemm", lambda multiplies=multiplies: multiplies)
         results = []
         for compute in (dtype, torch.float64):
             tokens = make_tokens(CHOICES["several a row"], dtype)
@@ -217,7 +217,7 @@ def test_what_needs_no_gradient_gets_none(frozen: str) -> None:
 def test_wider_matrices_are_rounded_to_the_rows_dtype() -> None:
     """float32 master weights serve bfloat16 rows, and get float32 gradients."""
     tokens, experts = learning(make_tokens([[0, 1], [2, 3]], torch.bfloat16)), make_experts("gelu", torch.float32)
-    y_VD = fused_experts(tokens, experts.w_in, experts.w_out, "gelu", PRODUCTS["loop"])
+    y_VD = fused_experts(tokens, experts.w_in, experts.w_out, "gelu", GROUPED_GEMMS["loop"])
     y_VD.sum().backward()
     assert y_VD.dtype == torch.bfloat16
     assert experts.w_in.grad is not None
@@ -226,7 +226,7 @@ def test_wider_matrices_are_rounded_to_the_rows_dtype() -> None:
 
 @given(st.permutations(range(7)))
 def test_inverse(order: list[int]) -> None:
-    assert [order[place] for place in inverse(torch.tensor(order)).tolist()] == list(range(7))
+    assert [order[place] for place in inverse_permutation(torch.tensor(order)).tolist()] == list(range(7))
 
 
 @settings(deadline=None)
@@ -254,7 +254,7 @@ def test_gradients_that_nobody_needs_are_not_computed(needed: str, hidden: int) 
     for name, leaf in leaves.items():
         leaf.requires_grad_(name == needed)
     y_VD = experts(tokens)
-    loop, calls = PRODUCTS["loop"], list[str]()
+    loop, calls = GROUPED_GEMMS["loop"], list[str]()
 
     def counted(name: str) -> Any:
         def call(*args: Any) -> Tensor:
@@ -265,7 +265,7 @@ def test_gradients_that_nobody_needs_are_not_computed(needed: str, hidden: int) 
         return call
 
     assert y_VD.grad_fn is not None
-    y_VD.grad_fn.products = grouped_gemm.Products(loop.groups, counted("rows"), counted("sums"))
+    y_VD.grad_fn.gemm = grouped_gemm.GroupedGemm(loop.groups, counted("rows"), counted("sums"))
     (found,) = torch.autograd.grad(y_VD.sum(), leaves[needed])
     (expected,) = torch.autograd.grad(plainly(experts, tokens).sum(), leaves[needed])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
@@ -274,7 +274,7 @@ def test_gradients_that_nobody_needs_are_not_computed(needed: str, hidden: int) 
     assert (calls.count("rows"), calls.count("sums")) == wanted
 
 
-@pytest.mark.parametrize("backend", PRODUCTS)
+@pytest.mark.parametrize("backend", GROUPED_GEMMS)
 def test_autocast_has_no_say(backend: str) -> None:
     tokens, experts = (
         make_tokens(CHOICES["several a row"], torch.float32),

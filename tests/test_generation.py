@@ -215,6 +215,8 @@ def test_what_cannot_work_is_refused(prompts: list[list[int]], window: int, word
 def test_only_the_tokenizers_tokens_are_drawn() -> None:
     """Of a vocabulary that is larger than it."""
     model = build_model(ModelConfig.model_validate(model_tree()), seed=3)
-    (text,) = generate(model, [[1]], num_tokens=50, window=16, sampling=Sampling(temperature=5.0), num_words=10)
+    (text,) = generate(
+        model, [[1]], num_tokens=50, window=16, sampling=Sampling(temperature=5.0), tokenizer_vocab_size=10
+    )
     assert len(text) == 51
     assert max(text) == 9

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from expert_parallel.cli.verify import plan_verification
+from expert_parallel.cli.verify import build_verification_spec
 from expert_parallel.interop.importing import import_folder
 from expert_parallel.model.generation import generate
 from expert_parallel.runtime.process import CPU, Launch, Runtime
@@ -39,7 +39,7 @@ def imported(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[st
 
 def verified(rank: int, tree: dict[str, Any], layouts: list[str]) -> list[str]:
     """What is wrong."""
-    plan, _ = plan_verification(Config.model_validate(tree), 2, layouts, "float64", full=False)
+    plan, _ = build_verification_spec(Config.model_validate(tree), 2, layouts, "float64", full=False)
     results = verify(plan, Runtime(Launch("verify", rank, 2, rank, 2), CPU, "gloo", timedelta(seconds=180)))
     wrong = [result for result in results if not result.passes(TOLERANCES["float64"][0])]
     return [sentence for result in wrong for sentence in (result.layout, *explain(result, 1e-9), *result.ledger)]

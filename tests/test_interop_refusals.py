@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from expert_parallel.interop.exporting import choose_family, export_run, their_config
+from expert_parallel.interop.exporting import choose_family, export_config, export_run
 from expert_parallel.interop.families import FAMILIES
 from expert_parallel.interop.folder import CONFIG, INDEX, SINGLE
-from expert_parallel.interop.hf_model import HuggingFaceModel, model_of
+from expert_parallel.interop.hf_model import HuggingFaceModel, read_model_config
 from expert_parallel.interop.importing import import_folder
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.context import StepContext
@@ -208,7 +208,7 @@ def test_every_key_counts(originals: Callable[[str], Path]) -> None:
         for key in values:
             renamed = {(f"{key}_odd" if other == key else other): value for other, value in values.items()}
             with pytest.raises(ValueError, match=r"config\.json: "):
-                model_of(FAMILIES[family], renamed)
+                read_model_config(FAMILIES[family], renamed)
 
 
 # The config.json files of published models, as older versions of transformers wrote them.
@@ -313,7 +313,7 @@ def test_older_config(originals: Callable[[str], Path], name: str) -> None:
     experts = {} if family in ("llama", "qwen2") else {"num_experts_per_tok": 2}
     older = {"model_type": family, "hidden_act": "silu", **experts, **same, **OLDER[name]}
     newer = json.loads((originals(name) / CONFIG).read_text())
-    assert model_of(FAMILIES[family], older) == model_of(FAMILIES[family], newer)
+    assert read_model_config(FAMILIES[family], older) == read_model_config(FAMILIES[family], newer)
 
 
 # --------------------------------------------------------------------------------------------------------------- export
@@ -384,18 +384,18 @@ def test_an_origin_that_says_another_model_is_not_written(originals: Callable[[s
     """What it says beside the computation stays; of what we write, nothing is packed or brings code."""
     origin = json.loads((originals("mixtral") / CONFIG).read_text())
     origin |= {"bos_token_id": 7, "auto_map": {"AutoModel": "code.py"}}
-    model = model_of(FAMILIES["mixtral"], origin)
+    model = read_model_config(FAMILIES["mixtral"], origin)
     run = {"training": {"sequence_length": 9}}
-    same = their_config("mixtral", model, origin, run)
+    same = export_config("mixtral", model, origin, run)
     assert same == {key: value for key, value in origin.items() if key != "auto_map"}
     assert model.moe is not None
     router = model.moe.router.model_copy(update={"k": 3})
     other = model.model_copy(update={"moe": model.moe.model_copy(update={"router": router})})
-    changed = their_config("mixtral", other, origin, run)
+    changed = export_config("mixtral", other, origin, run)
     assert (changed["num_experts_per_tok"], changed["bos_token_id"]) == (3, 7)
     assert changed["max_position_embeddings"] == origin["max_position_embeddings"]
     assert "auto_map" not in changed
-    assert model_of(FAMILIES["mixtral"], changed) == other
+    assert read_model_config(FAMILIES["mixtral"], changed) == other
 
 
 def test_dtype_and_shards(theirs: Path, tmp_path: Path) -> None:

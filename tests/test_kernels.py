@@ -1,5 +1,5 @@
 """The row kernels: torch's against loops and autograd, Triton's in its interpreter against torch's, all of them in one
-small layer against moe/reference/layer.py, and Triton's compiled for GPUs that need not be here.
+small layer against moe/reference/reference_layer.py, and Triton's compiled for GPUs that need not be here.
 
 Triton decides when it is imported whether it interprets, so each way has a process of its own.
 """
@@ -26,8 +26,8 @@ from torch import Tensor
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.dispatch.permute import NO_ROW
 from expert_parallel.moe.experts.kernels import cpu_ops, ops_for, torch_ops
-from expert_parallel.moe.reference.layer import reference_layer
-from expert_parallel.nn.ffn import ACTIVATIONS, GATED, width_in
+from expert_parallel.moe.reference.reference_layer import reference_layer
+from expert_parallel.nn.ffn import ACTIVATIONS, GATED, w_in_columns
 
 NAMES = ("gather", "weigh_", "activate", "activate_backward", "combine")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -163,7 +163,7 @@ def test_activations_equal_autograd(all_ops: Any, activation: str) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_nan_stays_one(all_ops: Any, activation: str) -> None:
-    h_RF2 = torch.full((1, width_in(activation, 1)), math.nan)
+    h_RF2 = torch.full((1, w_in_columns(activation, 1)), math.nan)
     assert all_ops.activate(h_RF2, activation).isnan().all()
 
 
@@ -226,7 +226,7 @@ def calls_of(
         ("combine", (x_LD, rows_VK, None), True),
     ]
     for activation in ACTIVATIONS:
-        h_RF2 = 4 * torch.randn(num_rows, width_in(activation, width), generator=generator, dtype=torch.float64)
+        h_RF2 = 4 * torch.randn(num_rows, w_in_columns(activation, width), generator=generator, dtype=torch.float64)
         g_RF = torch.randn(num_rows, width, generator=generator, dtype=torch.float64).to(dtype)
         calls.append(("activate", (h_RF2.to(dtype), activation), False))
         calls.append(("activate", (h_RF2.to(dtype), activation, weights_R), False))
@@ -337,7 +337,7 @@ def test_a_layer_equals_the_reference(all_ops: Any, activation: str) -> None:
         }
     )
     torch.manual_seed(0)
-    shapes = {"w_in": (5, width_in(activation, 3)), "w_out": (3, 5)}
+    shapes = {"w_in": (5, w_in_columns(activation, 3)), "w_out": (3, 5)}
     shapes = {"router.weight": (4, 5)} | {
         f"experts.{e}.{name}": shape for e in range(4) for name, shape in shapes.items()
     }

@@ -13,19 +13,19 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
-from expert_parallel.model.attention_mask import Sight
+from expert_parallel.model.attention_mask import AttentionContext
 from expert_parallel.model.config import ModelConfig
-from expert_parallel.model.context_parallel import spread_attention
-from expert_parallel.model.kv_cache import KeyValueCache
+from expert_parallel.model.context_parallel import apply_cp_to_attention
+from expert_parallel.model.kv_cache import KVCache
 from expert_parallel.model.latent_attention import LatentAttention, LatentAttentionConfig
-from expert_parallel.model.parallelize import build_model, refuse_degrees
+from expert_parallel.model.parallelize import build_model, validate_degrees
 from expert_parallel.model.rotary import RopeConfig
-from expert_parallel.model.tensor_parallel import divide_latent_attention
+from expert_parallel.model.tensor_parallel import apply_tp_to_latent_attention
 from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.parameters import init_parameters, logical_parameters
 from expert_parallel.parallel.degrees import ParallelDegrees
 from expert_parallel.parallel.mesh import ParallelMesh, build_mesh
-from expert_parallel.parallel.sequence import SequencePlace
+from expert_parallel.parallel.sequence import SequenceShard
 from expert_parallel.training.grads import reduce_gradients
 from expert_parallel.verify.reference_attention import attention as reference_attention
 from tests.peers import peers_in_float64
@@ -91,7 +91,7 @@ def close(actual: Any, expected: Any) -> None:
 def run_whole(config: ModelConfig, documents_BS: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """On one rank: output, gradient of x, gradients of the weights."""
     attention, x = fill(make(config)), draw(BATCH, LENGTH, D).requires_grad_()
-    y = attention(x, Sight.of(SequencePlace(), LENGTH, CPU, documents_BS))
+    y = attention(x, AttentionContext.of(SequenceShard(), LENGTH, CPU, documents_BS))
     y.backward(draw(BATCH, LENGTH, D, seed=1))
     return y.detach(), gradient(x), {name: gradient(p) for name, p in attention.named_parameters()}
 
@@ -165,7 +165,7 @@ def test_equals_deepseek_v3(query_rank: int | None, scaling: Any, interleave: bo
             other.data[rows] = own.data
         mask = torch.full((length, length), float("-inf"), dtype=torch.float64).triu(1)[None, None]
         expected, _ = peer(their_x, rotary(their_x, torch.arange(length)[None]), mask)
-    actual = ours(x, Sight.of(SequencePlace(), length, CPU))
+    actual = ours(x, AttentionContext.of(SequenceShard(), length, CPU))
     close(actual, expected)
     upstream = draw(2, length, D, seed=3)
     actual.backward(upstream)
@@ -179,10 +179,10 @@ def test_equals_deepseek_v3(query_rank: int | None, scaling: Any, interleave: bo
 def test_scale_with_yarn_by_hand() -> None:
     """DeepSeek-V3: factor 40, mscale_all_dim 1: (0.1 ln 40 + 1)^2 times 192^-0.5; without mscale_all_dim no more."""
     deepseek = {"kind": "yarn", "factor": 40.0, "original_length": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
-    assert make(model_config(scaling=deepseek)).sharpness == pytest.approx(1.8738542363)
-    assert make(model_config(scaling={**deepseek, "mscale_all_dim": None})).sharpness == 1.0
-    assert make(model_config(scaling={**deepseek, "mscale_all_dim": 0.0})).sharpness == 1.0
-    assert make(model_config()).sharpness == 1.0
+    assert make(model_config(scaling=deepseek)).query_scale == pytest.approx(1.8738542363)
+    assert make(model_config(scaling={**deepseek, "mscale_all_dim": None})).query_scale == 1.0
+    assert make(model_config(scaling={**deepseek, "mscale_all_dim": 0.0})).query_scale == 1.0
+    assert make(model_config()).query_scale == 1.0
 
 
 @pytest.mark.parametrize("scaling", [None, YARN], ids=["plain", "yarn"])
@@ -208,7 +208,7 @@ def test_pieces_through_the_cache_equal_one_pass(query_rank: int | None) -> None
     """Pieces of 3, 1 and 4 tokens; of each the cache holds a latent and the key's turned columns, of no head."""
     model = build_model(model_config(query_rank, YARN), dtype=torch.float64, seed=1)
     tokens = torch.randint(0, 17, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    cache = KeyValueCache(BATCH, capacity=LENGTH + 2)
+    cache = KVCache(BATCH, capacity=LENGTH + 2)
     pieces = []
     with torch.no_grad():
         for piece in tokens.split([3, 1, 4], 1):
@@ -234,21 +234,21 @@ def divided(
     """Which positions this rank has, output and input gradient of these, each whole gradient, summed as training sums
     them, and the names of what tp divides."""
     mesh, config = mesh_of(dist.get_world_size(), tp, cp), model_config(query_rank, YARN)
-    place, attention = SequencePlace.of(mesh), make(config)
+    place, attention = SequenceShard.of(mesh), make(config)
     if mesh.cp_group is not None:
-        spread_attention(attention, place, mesh.cp_group)
+        apply_cp_to_attention(attention, place, mesh.cp_group)
     if mesh.tp_group is not None:
-        divide_latent_attention(attention, mesh.tp_group)
+        apply_tp_to_latent_attention(attention, mesh.tp_group)
     fill(attention)
     own_T = place.own(LENGTH)
     x = draw(BATCH, LENGTH, D)[:, own_T].requires_grad_()
-    y = attention(x, Sight.of(place, LENGTH, CPU, documents_BS))
+    y = attention(x, AttentionContext.of(place, LENGTH, CPU, documents_BS))
     y.backward(draw(BATCH, LENGTH, D, seed=1)[:, own_T])
     reduce_gradients(attention, mesh, sharded=False)
     grads, sliced = {}, []
     for logical in logical_parameters(attention):
         grads |= logical.whole(gradient(logical.parameter))
-        sliced += logical.names if logical.slice is not None else ()
+        sliced += logical.names if logical.tensor_shard is not None else ()
     return own_T, y.detach(), gradient(x), grads, sliced
 
 
@@ -271,13 +271,13 @@ def test_each_layout_computes_the_whole(tp: int, cp: int, query_rank: int | None
 def without_sequences(rank: int) -> None:
     """As a data rank may, in evaluation."""
     mesh = mesh_of(4, 2, 2)
-    place, attention = SequencePlace.of(mesh), make(model_config())
+    place, attention = SequenceShard.of(mesh), make(model_config())
     assert mesh.cp_group is not None
     assert mesh.tp_group is not None
-    spread_attention(attention, place, mesh.cp_group)
-    divide_latent_attention(attention, mesh.tp_group)
+    apply_cp_to_attention(attention, place, mesh.cp_group)
+    apply_tp_to_latent_attention(attention, mesh.tp_group)
     fill(attention)
-    assert attention(draw(0, 2, D), Sight.of(place, LENGTH, CPU)).shape == (0, 2, D)
+    assert attention(draw(0, 2, D), AttentionContext.of(place, LENGTH, CPU)).shape == (0, 2, D)
 
 
 def test_ranks_without_sequences() -> None:
@@ -298,4 +298,4 @@ def test_refusals_name_the_setting() -> None:
     with pytest.raises(ValidationError, match="window_blocks"):
         model_config(window_blocks={"kind": "every_nth", "n": 2})
     with pytest.raises(ValueError, match=r"model\.attention\.num_heads \(4\) is not a multiple of parallel\.tp \(3\)"):
-        refuse_degrees(model_config(), ParallelDegrees(3, tp=3), 1)
+        validate_degrees(model_config(), ParallelDegrees(3, tp=3), 1)

@@ -6,7 +6,14 @@ from types import SimpleNamespace
 import pytest
 
 from expert_parallel.runtime import launchers
-from expert_parallel.runtime.launchers import SLURM_PORTS, Launch, LaunchError, first_host, read_launch, tasks_of_nodes
+from expert_parallel.runtime.launchers import (
+    SLURM_PORTS,
+    Launch,
+    LaunchError,
+    parse_first_host,
+    parse_tasks_per_node,
+    read_launch,
+)
 
 ENV = {
     "RANK": "5",
@@ -44,7 +51,7 @@ MPI_VARIABLES = [(environment, name) for environment in (OPEN_MPI, MPICH) for na
 @pytest.fixture
 def mpi_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        launchers, "meet_through_mpi", lambda rank, size, is_one_host: ((f"node0 of {size}", 4321), "An MPI 5.0")
+        launchers, "mpi_rendezvous", lambda rank, size, is_one_host: ((f"node0 of {size}", 4321), "An MPI 5.0")
     )
 
 
@@ -56,16 +63,18 @@ def without(environment: dict[str, str], name: str) -> dict[str, str]:
     ("launcher", "environment"), [("env", ENV), ("torchrun", TORCHRUN), ("deepspeed", DEEPSPEED)], ids=str
 )
 def test_those_that_set_rank(launcher: str, environment: dict[str, str]) -> None:
-    assert read_launch(environment) == Launch(launcher, 5, 8, 1, 4, ("node0", 29500), serves=False)
+    assert read_launch(environment) == Launch(launcher, 5, 8, 1, 4, ("node0", 29500), hosts_store=False)
     first = environment | {"RANK": "0", "LOCAL_RANK": "0"}
-    assert read_launch(first).serves
-    assert not read_launch(first | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).serves, "torchrun's agent has the port"
+    assert read_launch(first).hosts_store
+    assert not read_launch(first | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).hosts_store, (
+        "torchrun's agent has the port"
+    )
 
 
 @pytest.mark.usefixtures("mpi_of_two")
 @pytest.mark.parametrize(("launcher", "environment"), [("openmpi", OPEN_MPI), ("mpich", MPICH)], ids=str)
 def test_mpi(launcher: str, environment: dict[str, str]) -> None:
-    expected = Launch(launcher, 1, 2, 1, 2, ("node0 of 2", 4321), serves=False, library="An MPI 5.0")
+    expected = Launch(launcher, 1, 2, 1, 2, ("node0 of 2", 4321), hosts_store=False, mpi_library="An MPI 5.0")
     assert read_launch(environment) == expected
     # mpirun in a Slurm job starts its daemons by srun: what srun says is of them, not of the ranks
     assert read_launch(environment | SLURM) == expected
@@ -73,11 +82,11 @@ def test_mpi(launcher: str, environment: dict[str, str]) -> None:
 
 def test_slurm() -> None:
     port = SLURM_PORTS[17 * 7 + 2]
-    assert read_launch(SLURM) == Launch("slurm", 3, 5, 1, 3, ("gpu007", port), serves=False)
+    assert read_launch(SLURM) == Launch("slurm", 3, 5, 1, 3, ("gpu007", port), hosts_store=False)
     assert read_launch(SLURM | {"PMI_RANK": "3", "PMI_SIZE": "5"}).launcher == "slurm", "srun --mpi=pmi2"
     assert read_launch(SLURM | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4000"}).master == ("10.0.0.7", 4000)
     first = SLURM | {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
-    assert read_launch(first) == Launch("slurm", 0, 5, 0, 2, ("gpu007", port), serves=True)
+    assert read_launch(first) == Launch("slurm", 0, 5, 0, 2, ("gpu007", port), hosts_store=True)
     assert read_launch(first | {"SLURM_STEP_ID": "3"}).master != read_launch(first).master, "steps run at one time"
     assert read_launch(SLURM | TORCHRUN).launcher == "torchrun"
 
@@ -86,7 +95,7 @@ def test_slurm() -> None:
     ("text", "tasks"), [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("1,3,1(x2)", [1, 3, 1, 1])], ids=str
 )
 def test_tasks_of_nodes(text: str, tasks: list[int]) -> None:
-    assert tasks_of_nodes(text) == tasks
+    assert parse_tasks_per_node(text) == tasks
 
 
 @pytest.mark.parametrize(
@@ -102,7 +111,7 @@ def test_tasks_of_nodes(text: str, tasks: list[int]) -> None:
     ],
 )
 def test_first_host(nodes: str, first: str) -> None:
-    assert first_host(nodes) == first
+    assert parse_first_host(nodes) == first
 
 
 @pytest.mark.parametrize(

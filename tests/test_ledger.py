@@ -131,18 +131,20 @@ def run_with_lost_choice(rank: int, doubled: bool) -> tuple[str, list[int]]:
     """One rank's dispatcher forgets a choice, or sends one twice, before anything is counted."""
     config = MoEConfig.model_validate({"d_model": 8, "num_experts": 8, "router": {"k": 3}, "experts": {"hidden": 4}})
     layer = MoELayer(config, dist.group.WORLD)
-    choices_of = row_index.choices_of
+    choices_by_row = row_index.choices_by_row
 
-    def forgetful(*plan: Tensor) -> row_index.RowChoices:
-        choices = choices_of(*plan)
+    def forgetful(*plan: Tensor) -> row_index.ChoicesByRow:
+        choices = choices_by_row(*plan)
         if not doubled:
-            choices.expert_N[-1] = row_index.NOWHERE
+            choices.expert_N[-1] = row_index.NO_EXPERT
             return choices
         kept = [*range(len(choices.row_N)), -1]
         parts = (choices.row_N[kept], choices.expert_N[kept], choices.weight_N[kept])
-        return row_index.RowChoices(*parts, choices.num_rows)
+        return row_index.ChoicesByRow(*parts, choices.num_rows)
 
-    with mock.patch("expert_parallel.moe.dispatch.dispatcher.choices_of", forgetful if rank == 0 else choices_of):
+    with mock.patch(
+        "expert_parallel.moe.dispatch.dispatcher.choices_by_row", forgetful if rank == 0 else choices_by_row
+    ):
         x_TD = torch.randn(12, 8, generator=torch.Generator().manual_seed(rank))
         stats = layer(x_TD, StepContext(layer=LAYER, step=STEP)).stats
     try:
@@ -216,6 +218,6 @@ def test_totals_that_do_not_add_up_are_put_in_words() -> None:
 def test_totals_are_what_the_pass_was() -> None:
     totals = totals_of_a_layer()
     assert totals.num_tokens == 10
-    assert totals.num_unserved == 0
+    assert totals.num_tokens_without_expert == 0
     assert int(totals.routed_E.sum()) == int(totals.computed_E.sum()) == 20
     assert 0 < totals.entropy / totals.num_tokens <= torch.log(torch.tensor(4.0)).item()

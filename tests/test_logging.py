@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from expert_parallel.cli.app import app
 from expert_parallel.cli.options import log_to_stderr
 from expert_parallel.runtime.launchers import Launch
-from expert_parallel.runtime.process import RankFilter, RuntimeConfig, UserError, distributed, warn_of_restarts
+from expert_parallel.runtime.process import RankFilter, RuntimeConfig, UserError, distributed, warn_about_restarts
 from tests.launches import LAUNCHER_VARIABLES, small_config, start
 from tests.ranks import run_ranks
 
@@ -63,8 +63,8 @@ def test_a_record_has_the_rank() -> None:
 
 def test_before_torch_distributed_runs_the_launchers_rank_is_in_it() -> None:
     with Kept() as kept:
-        warn_of_restarts(Launch("torchrun", 0, 2), RESTARTS)
-        warn_of_restarts(Launch("torchrun", 1, 2), RESTARTS)  # one rank is enough
+        warn_about_restarts(Launch("torchrun", 0, 2), RESTARTS)
+        warn_about_restarts(Launch("torchrun", 1, 2), RESTARTS)  # one rank is enough
     assert [record.rank for record in kept.records] == [0]  # type: ignore[attr-defined]
     assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in kept.records[0].getMessage()
 
@@ -72,7 +72,7 @@ def test_before_torch_distributed_runs_the_launchers_rank_is_in_it() -> None:
 @pytest.mark.usefixtures("no_launcher")
 def test_a_users_handler_is_given_what_the_commands_print(capfd: pytest.CaptureFixture[str]) -> None:
     with Kept() as kept, pytest.raises(UserError), distributed(RuntimeConfig(device="cpu")) as runtime:
-        runtime.together(lambda: int("x"))
+        runtime.run_on_all_ranks(lambda: int("x"))
     (record,) = kept.records
     assert (record.name, record.levelno, record.rank) == ("expert_parallel.runtime.process", logging.ERROR, 0)  # type: ignore[attr-defined]
     assert record.getMessage() == "invalid literal for int() with base 10: 'x'"

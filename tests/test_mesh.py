@@ -18,9 +18,9 @@ from expert_parallel.parallel.degrees import (
     ParallelConfig,
     ParallelDegrees,
     ShardedConfig,
-    describe_grid,
-    grid,
-    place_of,
+    format_rank_table,
+    rank_coordinates,
+    ranks_by_group,
     shard_counts,
 )
 from expert_parallel.parallel.mesh import build_mesh
@@ -66,11 +66,11 @@ def degrees_of_any_kind(draw: st.DrawFn) -> ParallelDegrees:
 @given(degrees_of_any_kind())
 def test_groups_are_those_of_the_coordinates(degrees: ParallelDegrees) -> None:
     """Two ranks share a group exactly if their coordinates on all axes but the group's are equal."""
-    places = [place_of(degrees, rank) for rank in range(degrees.world_size)]
+    places = [rank_coordinates(degrees, rank) for rank in range(degrees.world_size)]
     dense_axes, expert_axes = {"pp", "dp", "cp", "tp"}, {"pp", "edp", "ep", "etp"}
     moving = {name: {name} for name in ("pp", "dp", "cp", "tp", "edp", "ep", "etp")}
     moving |= {"stage": {"dp", "cp", "tp"}, "dense": {"dp", "cp"}, "sequence": {"cp", "tp"}}
-    for name, groups in grid(degrees).items():
+    for name, groups in ranks_by_group(degrees).items():
         fixed = sorted((expert_axes if name in ("edp", "ep", "etp") else dense_axes) - moving[name])
         expected: dict[tuple[int, ...], list[int]] = {}
         for rank, place in enumerate(places):
@@ -84,7 +84,7 @@ def test_places_count_up_in_the_order_of_the_axes(degrees: ParallelDegrees) -> N
     """The rank is its coordinates read as a number, the outermost axis first; the experts' within its stage."""
     seen = [0] * degrees.pp
     for rank in range(degrees.world_size):
-        place, number = place_of(degrees, rank), 0
+        place, number = rank_coordinates(degrees, rank), 0
         for axis in degrees.order:
             number = number * getattr(degrees, axis) + place[axis]
         assert number == rank
@@ -97,12 +97,12 @@ def test_places_count_up_in_the_order_of_the_axes(degrees: ParallelDegrees) -> N
 
 def test_folding_by_hand() -> None:
     """8 ranks, dp 4 x tp 2, ep 4 x edp 2: an expert-parallel group spans two data and two tensor parallel ranks."""
-    groups = grid(ParallelDegrees(8, tp=2, ep=4))
+    groups = ranks_by_group(ParallelDegrees(8, tp=2, ep=4))
     assert groups["tp"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert groups["dense"] == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert groups["ep"] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert groups["edp"] == [[0, 4], [1, 5], [2, 6], [3, 7]]
-    lines = describe_grid(ParallelDegrees(8, tp=2, ep=4)).splitlines()
+    lines = format_rank_table(ParallelDegrees(8, tp=2, ep=4)).splitlines()
     assert lines[0].split() == ["rank", "pp", "dp", "cp", "tp", "edp", "ep", "etp"]
     assert lines[6].split() == ["5", "0", "2", "0", "1", "1", "1", "0"]
 
@@ -154,11 +154,11 @@ def test_a_mesh_of_4096_ranks_without_processes() -> None:
     assert ranks["stage_group"] == list(range(1024, 1536))
     assert ranks["dense_group"] == [1024 + 8 * i + 2 for i in range(64)]
     assert ranks["sequence_group"] == list(range(1232, 1248))
-    assert ranks["key_group"] == list(range(1232, 1236))
+    assert ranks["kv_replica_group"] == list(range(1232, 1236))
     assert ranks["ep_group"] == list(range(1216, 1280))
     assert ranks["edp_group"] == [1024 + 64 * i + 18 for i in range(8)]
     assert "etp_group" not in ranks
-    assert "tied_group" not in ranks  # neither the first nor the last stage
+    assert "tied_embedding_group" not in ranks  # neither the first nor the last stage
     assert mesh.dense_mesh is not None
     assert mesh.dense_mesh.mesh.tolist() == [[1024 + 8 * (8 * r + s) + 2 for s in range(8)] for r in range(8)]
     assert mesh.expert_mesh is not None

@@ -9,8 +9,8 @@ from torch import Tensor
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.reference.layer import reference_layer
 from expert_parallel.moe.reference.minimal import moe_layer
+from expert_parallel.moe.reference.reference_layer import reference_layer
 
 T, D, E, F, K = 48, 6, 5, 7, 2
 

@@ -14,9 +14,9 @@ from transformers.models.llama import modeling_llama
 
 from expert_parallel.model import transformer
 from expert_parallel.model.attention import Attention, HeadsConfig
-from expert_parallel.model.attention_mask import Sight
+from expert_parallel.model.attention_mask import AttentionContext
 from expert_parallel.model.parallelize import build_model, init_weights
-from expert_parallel.model.rotary import RopeConfig, rotate, rotation
+from expert_parallel.model.rotary import RopeConfig, apply_rope, rope_cos_sin
 from expert_parallel.model.transformer import ModelConfig, ModelOutput, Recompute, Transformer
 from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.experts import grouped as experts
@@ -25,7 +25,7 @@ from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.nn.norms import LayerNorm, RMSNorm
 from expert_parallel.parallel.placement import ExpertPlacement
-from expert_parallel.parallel.sequence import SequencePlace
+from expert_parallel.parallel.sequence import SequenceShard
 from tests.peers import peers_in_float64
 
 VOCABULARY, D_MODEL, LENGTH = 17, 8, 6
@@ -63,12 +63,12 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-12) -> None:
 
 def turned(x: Tensor, theta: float) -> Tensor:
     """At positions 0, 1, ..."""
-    return rotate(x, *rotation(RopeConfig(theta=theta), x.shape[-1], torch.arange(x.shape[2])[None], x.dtype))
+    return apply_rope(x, *rope_cos_sin(RopeConfig(theta=theta), x.shape[-1], torch.arange(x.shape[2])[None], x.dtype))
 
 
-def plain(length: int) -> Sight:
+def plain(length: int) -> AttentionContext:
     """One document a row, causal."""
-    return Sight.of(SequencePlace(), length, torch.device("cpu"))
+    return AttentionContext.of(SequenceShard(), length, torch.device("cpu"))
 
 
 def logical_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -219,15 +219,15 @@ def feed_forward(block: Any, x: Tensor, layer: int) -> Tensor:
 
 def hand_written(model: Transformer, tokens_BS: Tensor) -> Tensor:
     """The formulas of the two norm placements over the model's own parts."""
-    x, sight = model.embedding.weight[tokens_BS], plain(tokens_BS.shape[1])
+    x, attention_context = model.embedding.weight[tokens_BS], plain(tokens_BS.shape[1])
     if model.position is not None:
         x = x + model.position.weight[: tokens_BS.shape[1]]
     for layer, block in enumerate(model.blocks):
         if model.config.norm_placement == "pre":
-            x = x + block.attention(block.attention_norm(x), sight)
+            x = x + block.attention(block.attention_norm(x), attention_context)
             x = x + feed_forward(block, block.ffn_norm(x), layer)
         else:
-            x = block.attention_norm(x + block.attention(x, sight))
+            x = block.attention_norm(x + block.attention(x, attention_context))
             x = block.ffn_norm(x + feed_forward(block, x, layer))
     if model.final_norm is not None:
         x = model.final_norm(x)

@@ -10,8 +10,8 @@ from torch import nn
 
 from expert_parallel.config import load_tree
 from expert_parallel.model.config import ModelConfig, ParameterCounts
-from expert_parallel.model.parallelize import build_model, split_model
-from expert_parallel.model.transformer import Part
+from expert_parallel.model.parallelize import build_model, split_into_stages
+from expert_parallel.model.transformer import StageSpec
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.moe.routers.base import LinearRouter, LinearSettings
 from expert_parallel.moe.routers.registry import ROUTERS
@@ -23,9 +23,9 @@ from tests.test_attention_layouts import FAMILIES
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
-def counted(config: ModelConfig, part: Part | None = None) -> ParameterCounts:
+def counted(config: ModelConfig, stage_spec: StageSpec | None = None) -> ParameterCounts:
     """From the parameters that the model has, or a stage of it."""
-    model = build_model(config, device=torch.device("meta"), part=part)
+    model = build_model(config, device=torch.device("meta"), stage_spec=stage_spec)
     dense = experts = 0
     for logical in logical_parameters(model):
         if logical.is_expert:
@@ -203,9 +203,9 @@ def test_every_part_of_a_model_counts(case: Case) -> None:
     """Of the whole model, and of each stage of a pipeline."""
     config = config_of(case)
     assert config.parameter_counts() == counted(config)
-    for part in split_model(config, case["stages"]):
-        counts = config.parameter_counts(part.blocks, is_first=part.is_first, is_last=part.is_last)
-        assert counts == counted(config, part)
+    for stage_spec in split_into_stages(config, case["stages"]):
+        counts = config.parameter_counts(stage_spec.blocks, is_first=stage_spec.is_first, is_last=stage_spec.is_last)
+        assert counts == counted(config, stage_spec)
 
 
 class TwoLayerConfig(LinearSettings):

@@ -108,13 +108,13 @@ def test_a_rank_that_fails_or_hangs_ends_the_job(library: str, tmp_path: Path, r
 def test_another_world_than_the_launchers_is_refused(library: str) -> None:
     """As where no mpirun started the ranks, or that of another library: each is then alone in its COMM_WORLD."""
     script = """
-from expert_parallel.runtime.mpi.backend import finish_mpi, start_mpi
+from expert_parallel.runtime.mpi.backend import finalize_mpi, start_mpi
 for rank, world_size in ((0, 4), (1, 1)):
     try:
         start_mpi(rank, world_size)
     except ValueError as error:
         print(error)
-finish_mpi()
+finalize_mpi()
 """
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMI"))}
     found = subprocess.run(

@@ -19,7 +19,7 @@ from expert_parallel.checkpoint.files import open_checkpoint
 from expert_parallel.cli.app import app
 from expert_parallel.config import setting_paths
 from expert_parallel.data.config import StdlibData, TokensData
-from expert_parallel.data.open import Demand, load_tokenizer, open_data
+from expert_parallel.data.open import DataRequirements, load_tokenizer, open_data
 from expert_parallel.data.text import load_corpus
 from expert_parallel.interop.exporting import export_run
 from expert_parallel.interop.importing import import_folder
@@ -28,7 +28,7 @@ from expert_parallel.runtime.process import Launch, Runtime
 from expert_parallel.settings import CONFIG_VERSION
 from expert_parallel.training.config import Config, dump_config, load_config
 from expert_parallel.training.loop import train
-from expert_parallel.training.resume import changes_since
+from expert_parallel.training.resume import changed_since_checkpoint
 from tests.launches import ROOT
 from tests.parity_table import CONFIG, SETTINGS, STEPS
 from tests.processes import losses
@@ -56,7 +56,7 @@ def done(*arguments: str | Path) -> str:
 
 def test_a_checkpoint_is_whole_and_of_the_same_run(old: Path) -> None:
     assert "all digests match the manifest" in done("checkpoint", "verify", old / "run")
-    assert changes_since(open_checkpoint(old / "run"), load_config(old / "run/config.yaml")) == []
+    assert changed_since_checkpoint(open_checkpoint(old / "run"), load_config(old / "run/config.yaml")) == []
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def known(tree: Any, settings: set[str], prefix: str = "") -> Any:
 def test_a_corpus_gives_the_samples_that_it_gave(old: Path) -> None:
     assert "verified    sha256" in done("data", "inspect", old / "corpus/tokens", "--verify")
     config = TokensData.model_validate({"kind": "tokens", "corpora": [{"path": str(old / "corpus/tokens")}]})
-    demand = Demand(sequence_length=8, vocab_size=300, held_out_sequences=2, num_samples=8, seed=1)
-    data, expected = open_data(config, demand), json.loads((old / "samples.json").read_text())
+    requirements = DataRequirements(sequence_length=8, vocab_size=300, held_out_sequences=2, num_samples=8, seed=1)
+    data, expected = open_data(config, requirements), json.loads((old / "samples.json").read_text())
     assert data.sampler.sequences(0, 4).tolist() == expected["train"]
     assert data.held_out.tolist() == expected["held_out"]
     text, tokenizer = json.loads((old / "documents.jsonl").read_text().splitlines()[0])["text"], load_tokenizer(config)

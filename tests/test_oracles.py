@@ -19,7 +19,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from expert_parallel.model.transformer import ModelConfig
-from expert_parallel.moe.capacity.limit import FactorConfig, apply_capacity, expert_capacity
+from expert_parallel.moe.capacity.policies import FactorConfig, apply_capacity, expert_capacity
 from expert_parallel.moe.context import pass_seed
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.routers.base import LinearRouter, TopKRouter, TopKRouterConfig

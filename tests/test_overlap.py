@@ -14,8 +14,8 @@ from torch import Tensor
 
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext
+from expert_parallel.moe.dispatch.async_collective import AsyncAllToAll, SplitSizes
 from expert_parallel.moe.dispatch.chunk import chunk_sizes
-from expert_parallel.moe.dispatch.exchange import AsyncAllToAll, SplitSizes
 from expert_parallel.moe.dispatch.ledger import Ledger
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.types import DispatchedTokens

@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from expert_parallel.model.attention import Attention, HeadsConfig, causal_attention
-from expert_parallel.model.attention_mask import Sight
+from expert_parallel.model.attention_mask import AttentionContext
 from expert_parallel.model.context_parallel import ContextParallelAttention
-from expert_parallel.model.parallelize import split_model
-from expert_parallel.model.pipeline import Passes, Pipeline, Stage, balance_size, build_pipeline
+from expert_parallel.model.parallelize import split_into_stages
+from expert_parallel.model.pipeline import Pipeline, PipelineStep, Stage, balance_size, build_pipeline
 from expert_parallel.model.rotary import RopeConfig
 from expert_parallel.model.tensor_parallel import (
     GatherTokens,
     ReduceScatterTokens,
     VocabularyParallelEmbedding,
+    apply_tp_to_attention,
+    apply_tp_to_ffn,
     cross_entropy_sum,
-    divide_attention,
-    divide_ffn,
-    first_word,
     gather_logits,
+    vocab_start_index,
 )
 from expert_parallel.model.transformer import ModelConfig
 from expert_parallel.moe.context import StepContext
@@ -36,8 +36,8 @@ from expert_parallel.moe.parameters import init_parameters, logical_parameters
 from expert_parallel.nn.ffn import FFN, FFNConfig
 from expert_parallel.parallel.degrees import InterleavedConfig, ParallelDegrees
 from expert_parallel.parallel.mesh import ParallelMesh, build_mesh
-from expert_parallel.parallel.sequence import SequencePlace, length_unit
-from expert_parallel.parallel.sharding import Slice, divide
+from expert_parallel.parallel.sequence import SequenceShard, sequence_length_multiple
+from expert_parallel.parallel.sharding import TensorShard, shard_parameter
 from tests.layouts import build_on
 from tests.ranks import run_ranks
 
@@ -61,8 +61,8 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4))
 def test_ranks_have_each_position_once(cp: int, tp: int, units: int) -> None:
-    length = units * length_unit(cp, tp)
-    places = [[SequencePlace(cp, c, tp, t) for t in range(tp)] for c in range(cp)]
+    length = units * sequence_length_multiple(cp, tp)
+    places = [[SequenceShard(cp, c, tp, t) for t in range(tp)] for c in range(cp)]
     for row in places:
         assert torch.equal(torch.cat([place.own(length) for place in row]), row[0].context(length))
         assert len({len(place.own(length)) for place in row}) == 1
@@ -75,15 +75,20 @@ def test_ranks_have_each_position_once(cp: int, tp: int, units: int) -> None:
 def test_context_ranks_see_equally_many_keys(cp: int, units: int) -> None:
     """Position p attends to p + 1 keys: the same sum on every rank."""
     length = units * 2 * cp
-    work = {int((SequencePlace(cp, rank).context(length) + 1).sum()) for rank in range(cp)}
+    work = {int((SequenceShard(cp, rank).context(length) + 1).sum()) for rank in range(cp)}
     assert len(work) == 1
 
 
 def test_zigzag_by_hand() -> None:
-    assert SequencePlace(2, 0, 2, 1).context(8).tolist() == [0, 1, 6, 7]
-    assert SequencePlace(2, 0, 2, 1).own(8).tolist() == [6, 7]
-    assert SequencePlace(2, 1).context(8).tolist() == [2, 3, 4, 5]
-    assert (length_unit(1, 3), length_unit(2, 1), length_unit(2, 4), length_unit(3, 4)) == (3, 4, 8, 12)
+    assert SequenceShard(2, 0, 2, 1).context(8).tolist() == [0, 1, 6, 7]
+    assert SequenceShard(2, 0, 2, 1).own(8).tolist() == [6, 7]
+    assert SequenceShard(2, 1).context(8).tolist() == [2, 3, 4, 5]
+    assert (
+        sequence_length_multiple(1, 3),
+        sequence_length_multiple(2, 1),
+        sequence_length_multiple(2, 4),
+        sequence_length_multiple(3, 4),
+    ) == (3, 4, 8, 12)
 
 
 # ------------------------------------------------------------------------------------------------------------- slices
@@ -95,10 +100,10 @@ def slices(rank: int) -> None:
         shape = [5, 3, 4]
         shape[dim] = size
         full = random(*shape)
-        part = Slice(dim, size, dist.group.WORLD, blocks, copies)
-        local = part.take(full)
+        part = TensorShard(dim, size, dist.group.WORLD, blocks, copies)
+        local = part.narrow_to_shard(full)
         assert part.full_shape(local.shape) == full.shape
-        assert torch.equal(part.gather(local), full)
+        assert torch.equal(part.gather_full(local), full)
 
 
 def test_slices_of_real_ranks() -> None:
@@ -106,7 +111,7 @@ def test_slices_of_real_ranks() -> None:
 
 
 def gated_columns(rank: int) -> Tensor:
-    return Slice(-1, 8, dist.group.WORLD, blocks=2).take(torch.arange(8.0)[None])
+    return TensorShard(-1, 8, dist.group.WORLD, blocks=2).narrow_to_shard(torch.arange(8.0)[None])
 
 
 def test_gated_columns_are_divided_each_for_itself() -> None:
@@ -153,7 +158,7 @@ def make_attention(group: Any, copies: int) -> Attention:
     with torch.device("meta"):
         attention = Attention(ATTENTION, D, RopeConfig(theta=100.0))
         if group is not None:
-            divide_attention(attention, group, copies)
+            apply_tp_to_attention(attention, group, copies)
     return fill(attention)
 
 
@@ -161,7 +166,7 @@ def make_ffn(group: Any, activation: str) -> FFN:
     with torch.device("meta"):
         ffn = FFN(FFNConfig(hidden=12, activation=activation, bias=True), D)  # type: ignore[arg-type]
         if group is not None:
-            divide_ffn(ffn, group)
+            apply_tp_to_ffn(ffn, group)
     return fill(ffn)
 
 
@@ -175,9 +180,9 @@ def fill(module: Any) -> Any:
     return module
 
 
-def sight_for(kind: str) -> list[Sight]:
+def sight_for(kind: str) -> list[AttentionContext]:
     """What the module is called with beside x."""
-    return [Sight.of(SequencePlace(), LENGTH, torch.device("cpu"))] if kind == "attention" else []
+    return [AttentionContext.of(SequenceShard(), LENGTH, torch.device("cpu"))] if kind == "attention" else []
 
 
 def divided(rank: int, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -193,10 +198,10 @@ def divided(rank: int, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     for logical in logical_parameters(module):
         grad = logical.parameter.grad
         assert grad is not None
-        if logical.slice is None:
+        if logical.tensor_shard is None:
             dist.all_reduce(grad, group=mesh.tp_group)
-        elif logical.slice.copies > 1:
-            dist.all_reduce(grad, group=mesh.key_group)
+        elif logical.tensor_shard.copies > 1:
+            dist.all_reduce(grad, group=mesh.kv_replica_group)
         grads |= logical.whole(grad)
     assert x.grad is not None
     return y.detach(), x.grad, grads
@@ -235,7 +240,9 @@ def vocabulary(rank: int, vocab_size: int) -> dict[str, Tensor]:
     whole = next(iter(logical_parameters(table)))
     assert whole.parameter.grad is not None
     assert len(whole.parameter) < vocab_size
-    assert first_word(vocab_size, group) == sum(len(p) for p in torch.arange(vocab_size).tensor_split(num_ranks)[:rank])
+    assert vocab_start_index(vocab_size, group) == sum(
+        len(p) for p in torch.arange(vocab_size).tensor_split(num_ranks)[:rank]
+    )
     return {
         "x": x.detach(),
         "logits": gather_logits(logits, group, vocab_size),
@@ -279,7 +286,7 @@ def test_cross_entropy_of_large_logits() -> None:
 def context(rank: int) -> tuple[Tensor, list[Tensor]]:
     mesh = mesh_of(dist.get_world_size(), cp=dist.get_world_size())
     assert mesh.cp_group is not None
-    place = SequencePlace.of(mesh)
+    place = SequenceShard.of(mesh)
     mine = place.context(16)
     leaves = [random(2, heads, 16, 6, seed=heads + i)[:, :, mine].requires_grad_() for i, heads in enumerate((4, 2, 2))]
     y = ContextParallelAttention(place, mesh.cp_group)(*leaves)
@@ -293,7 +300,7 @@ def test_context_parallel_attention_is_exact(world: int) -> None:
     y = causal_attention(*leaves)
     (y * random(2, 4, 16, 6, seed=9)).sum().backward()
     for rank, (own, grads) in enumerate(run_ranks(world, context)):
-        mine = SequencePlace(world, rank).context(16)
+        mine = SequenceShard(world, rank).context(16)
         close(own, y.detach()[:, :, mine])
         for actual, leaf in zip(grads, leaves, strict=True):
             assert leaf.grad is not None
@@ -318,7 +325,7 @@ def model_config(**changes: Any) -> dict[str, Any]:
 
 def test_blocks_are_dealt_out_in_order() -> None:
     config = ModelConfig.model_validate(model_config())
-    parts = split_model(config, 3)
+    parts = split_into_stages(config, 3)
     assert [list(part.blocks) for part in parts] == [[0, 1], [2, 3], [4]]
     assert [(part.is_first, part.is_last) for part in parts] == [(True, False), (False, False), (False, True)]
 
@@ -370,7 +377,7 @@ def breach(rank: int) -> None:
     pipeline.schedules[2, 1, 4, balance_size(pipeline.config, num_blocks=1)] = FailingSchedule()
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     with pytest.raises(LedgerBreach, match="a row was lost"):
-        pipeline.forward_backward(Passes([tokens] * 2, [StepContext()] * 2))
+        pipeline.forward_backward(PipelineStep([tokens] * 2, [StepContext()] * 2))
 
 
 def test_an_error_in_a_stage_keeps_its_type() -> None:
@@ -379,4 +386,4 @@ def test_an_error_in_a_stage_keeps_its_type() -> None:
 
 def test_divide_wants_no_values() -> None:
     with pytest.raises(AssertionError):
-        divide(nn.Linear(2, 2), "weight", -1, None)  # type: ignore[arg-type]
+        shard_parameter(nn.Linear(2, 2), "weight", -1, None)  # type: ignore[arg-type]

@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from expert_parallel.moe.dispatch.permute import (
     NO_ROW,
     gather_rows,
-    padded_places,
-    places_in_queues,
+    padded_positions,
+    positions_in_queues,
     sort_by_expert,
     sum_rows,
 )
 from expert_parallel.moe.dispatch.row_index import (
-    NOWHERE,
+    NO_EXPERT,
+    ChoicesByRow,
     IndexTable,
-    RowChoices,
-    choices_of,
-    columns,
-    order_choices,
-    plan_travel,
+    build_send_index,
+    choices_by_row,
+    column_of_choice,
     row_table,
+    sort_choices_by_rank,
 )
 
 NAIVE = settings(max_examples=60, deadline=None, derandomize=True)
@@ -45,7 +45,7 @@ def ids(*rows: list[int]) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# plan_travel: choices by row -> rows by destination, on which choices of one row share a place or not
+# build_send_index: choices by row -> rows by destination, on which choices of one row share a place or not
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ def travel(
     num_tokens, num_choices = expert_ids_TK.shape
     kept_TK = torch.ones_like(expert_ids_TK, dtype=torch.bool) if kept_TK is None else kept_TK
     weights_TK = torch.arange(num_tokens * num_choices).view(num_tokens, num_choices)
-    choices = choices_of(expert_ids_TK, kept_TK, weights_TK)
+    choices = choices_by_row(expert_ids_TK, kept_TK, weights_TK)
     rank_of_expert_E1 = torch.cat([rank_of_expert_E, torch.tensor([num_ranks])])
-    order = order_choices(choices, rank_of_expert_E1[choices.expert_N], num_ranks, merge)
-    plan = plan_travel(choices, order, num_choices, merge)
+    order = sort_choices_by_rank(choices, rank_of_expert_E1[choices.expert_N], num_ranks, merge)
+    plan = build_send_index(choices, order, num_choices, merge)
     num_rows, num_sent = int(order.rows_P.sum()), int(order.choices_P.sum())
     assert plan.rows_L.shape[0] == num_tokens
     assert plan.rows_L.shape[1] <= max(num_choices, 1)
     assert torch.equal(order.choice_N[plan.place_N], torch.arange(num_tokens * num_choices))
-    assert bool((choices.expert_N[order.choice_N[num_sent:]] == NOWHERE).all())
+    assert bool((choices.expert_N[order.choice_N[num_sent:]] == NO_EXPERT).all())
     row_N = order.first_N[:num_sent].cumsum(0) - 1
     return Planned(
         plan.token_U[:num_rows].tolist(),
@@ -171,8 +171,8 @@ def test_plan_travel_equals_loops(routing: tuple[Tensor, Tensor, Tensor], merge:
 def test_a_table_of_rows_with_unequal_numbers_of_choices() -> None:
     """Row 1 has none."""
     row_N = torch.tensor([0, 0, 2, 3, 3, 3])
-    choices = RowChoices(row_N, torch.zeros(6, dtype=torch.int64), torch.zeros(6), num_rows=4)
-    assert columns(choices).tolist() == [0, 1, 0, 0, 1, 2]
+    choices = ChoicesByRow(row_N, torch.zeros(6, dtype=torch.int64), torch.zeros(6), num_rows=4)
+    assert column_of_choice(choices).tolist() == [0, 1, 0, 0, 1, 2]
     table = row_table(choices, torch.arange(10, 16), width=3)
     assert table.tolist() == [[10, 11, NO_ROW], [NO_ROW] * 3, [12, NO_ROW, NO_ROW], [13, 14, 15]]
 
@@ -239,12 +239,12 @@ def test_sources_table_equals_loops(sources: list[int]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# places_in_queues: who stands where
+# positions_in_queues: who stands where
 
 
 def test_places_in_queues_by_hand() -> None:
     """Items 4, 3, 2, 1, 0 step up, to queues 1, 0, 1, 1, 0: queue 1 is 4, 2, 1 and queue 0 is 3, 0."""
-    place_N = places_in_queues(torch.tensor([0, 1, 1, 0, 1]), num_queues=3, order_N=torch.tensor([4, 3, 2, 1, 0]))
+    place_N = positions_in_queues(torch.tensor([0, 1, 1, 0, 1]), num_queues=3, order_N=torch.tensor([4, 3, 2, 1, 0]))
     assert place_N.tolist() == [1, 2, 1, 0, 0]
     assert place_N.dtype == torch.int64
 
@@ -259,22 +259,22 @@ def test_places_in_queues_equal_loops(data: st.DataObject) -> None:
     for item in order:
         expected[item] = lengths[queues[item]]
         lengths[queues[item]] += 1
-    assert places_in_queues(as_tensor[0], num_queues=5, order_N=as_tensor[1]).tolist() == expected
+    assert positions_in_queues(as_tensor[0], num_queues=5, order_N=as_tensor[1]).tolist() == expected
 
 
 def test_a_long_queue_keeps_its_order() -> None:
     """A size at which an unstable sort no longer keeps the order of equals."""
-    place_N = places_in_queues(torch.zeros(5000, dtype=torch.int64), 1, torch.arange(5000))
+    place_N = positions_in_queues(torch.zeros(5000, dtype=torch.int64), 1, torch.arange(5000))
     assert torch.equal(place_N, torch.arange(5000))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# padded_places: a block of equal length for each expert
+# padded_positions: a block of equal length for each expert
 
 
 def test_padded_places_by_hand() -> None:
     """Items of experts 2, 0, none, 0 in blocks of 3: places 6, 0, none, 1."""
-    place_N, item_P = padded_places(torch.tensor([2, 0, 3, 0]), num_slots=3, block_rows=3)
+    place_N, item_P = padded_positions(torch.tensor([2, 0, 3, 0]), num_slots=3, block_rows=3)
     assert place_N.tolist() == [6, 0, NO_ROW, 1]
     assert item_P.tolist() == [1, 3, NO_ROW, NO_ROW, NO_ROW, NO_ROW, 0, NO_ROW, NO_ROW]
 
@@ -284,7 +284,7 @@ def test_padded_places_by_hand() -> None:
 def test_padded_places_equal_loops(data: st.DataObject, num_slots: int, spare: int) -> None:
     slots = data.draw(st.lists(st.integers(0, num_slots), max_size=9))
     block_rows = max([slots.count(slot) for slot in range(num_slots)]) + spare
-    place_N, item_P = padded_places(torch.tensor(slots, dtype=torch.int64), num_slots, block_rows)
+    place_N, item_P = padded_positions(torch.tensor(slots, dtype=torch.int64), num_slots, block_rows)
     blocks = [[n for n, s in enumerate(slots) if s == slot] for slot in range(num_slots)]
     expected = [n for block in blocks for n in block + [NO_ROW] * (block_rows - len(block))]
     assert item_P.tolist() == expected
@@ -293,7 +293,7 @@ def test_padded_places_equal_loops(data: st.DataObject, num_slots: int, spare: i
 
 def test_padding_that_is_too_small_is_refused() -> None:
     with pytest.raises(AssertionError):
-        padded_places(torch.tensor([1, 1, 1, 0]), num_slots=2, block_rows=2)
+        padded_positions(torch.tensor([1, 1, 1, 0]), num_slots=2, block_rows=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from expert_parallel.moe.capacity.limit import DroplessConfig, FactorConfig
+from expert_parallel.moe.capacity.policies import DroplessConfig, FactorConfig
 from expert_parallel.moe.config import PRESETS, MoEConfig
 from expert_parallel.moe.context import TokenBatch
 from expert_parallel.moe.layer import MoELayer

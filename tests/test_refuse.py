@@ -19,7 +19,7 @@ from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.routers.base import TokenChoiceSettings, TopKRouter, TopKRouterConfig
 from expert_parallel.moe.routers.registry import ROUTERS
-from expert_parallel.parallel.mesh import ParallelDegrees, node_grid
+from expert_parallel.parallel.mesh import ParallelDegrees, node_and_rail_ranks
 from expert_parallel.training.config import load_config
 from tests.launches import small_config
 
@@ -467,7 +467,7 @@ def test_a_model_alone_takes_the_config_of_any_layout(kind: str, config_file: Pa
 def test_nodes_and_groups_that_divide_are_accepted(ep: int, ranks_per_node: int) -> None:
     """Every rank stands once in a node group and once in a rail group, and the two meet in it alone."""
     world_size = 2 * max(ep, ranks_per_node)
-    axes = node_grid(ParallelDegrees(world_size, ep=ep), ranks_per_node)
+    axes = node_and_rail_ranks(ParallelDegrees(world_size, ep=ep), ranks_per_node)
     for groups in axes.values():
         assert sorted(rank for group in groups for rank in group) == list(range(world_size))
     assert all(len(set(node) & set(rail)) <= 1 for node in axes["node"] for rail in axes["rail"])

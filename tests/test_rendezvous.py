@@ -13,7 +13,7 @@ import pytest
 
 from expert_parallel.runtime import rendezvous
 from expert_parallel.runtime.launchers import Launch, LaunchError
-from expert_parallel.runtime.rendezvous import Card, Meeting, host_lines, meet
+from expert_parallel.runtime.rendezvous import RankInfo, Rendezvous, format_hosts, join_rendezvous
 
 SECONDS = timedelta(seconds=20)
 
@@ -26,7 +26,7 @@ def port() -> int:
 
 
 def launch(rank: int, world_size: int, port: int, host: str = "127.0.0.1") -> Launch:
-    return Launch("env", rank, world_size, rank, world_size, (host, port), serves=rank == 0)
+    return Launch("env", rank, world_size, rank, world_size, (host, port), hosts_store=rank == 0)
 
 
 def at_once(*calls: Callable[[], Any]) -> list[Any]:
@@ -44,48 +44,50 @@ def at_once(*calls: Callable[[], Any]) -> list[Any]:
 
 def test_all_come_and_know_each_other(port: int) -> None:
     settings = {"training": {"steps": 2}}
-    meetings = at_once(*(lambda rank=rank: meet(launch(rank, 3, port), SECONDS, settings) for rank in range(3)))
+    meetings = at_once(
+        *(lambda rank=rank: join_rendezvous(launch(rank, 3, port), SECONDS, settings) for rank in range(3))
+    )
     for meeting in meetings:
-        assert [card.rank for card in meeting.cards] == [0, 1, 2]
-        assert {card.host for card in meeting.cards} == {socket.gethostname()}
+        assert [info.rank for info in meeting.rank_infos] == [0, 1, 2]
+        assert {info.host for info in meeting.rank_infos} == {socket.gethostname()}
 
 
 def test_one_process_alone_meets_nobody() -> None:
-    assert [card.rank for card in meet(Launch("none"), SECONDS).cards] == [0]
+    assert [info.rank for info in join_rendezvous(Launch("none"), SECONDS).rank_infos] == [0]
 
 
 def test_the_second_comes_late(port: int) -> None:
-    meetings = at_once(*(lambda rank=rank: meet(launch(rank, 2, port), SECONDS) for rank in range(2)))
-    assert all(isinstance(meeting, Meeting) for meeting in meetings)
-    (sentence,) = at_once(lambda: meet(launch(1, 2, port), SECONDS))
+    meetings = at_once(*(lambda rank=rank: join_rendezvous(launch(rank, 2, port), SECONDS) for rank in range(2)))
+    assert all(isinstance(meeting, Rendezvous) for meeting in meetings)
+    (sentence,) = at_once(lambda: join_rendezvous(launch(1, 2, port), SECONDS))
     assert "two processes say that they are rank 1" in sentence
 
 
 def test_the_lost_are_named_and_the_living_are_not(port: int) -> None:
-    meetings = at_once(*(lambda rank=rank: meet(launch(rank, 4, port), SECONDS) for rank in range(4)))
+    meetings = at_once(*(lambda rank=rank: join_rendezvous(launch(rank, 4, port), SECONDS) for rank in range(4)))
     for meeting in (meetings[0], meetings[1], meetings[3]):
-        meeting.answer_calls(SECONDS)  # rank 2 died before it could
+        meeting.start_health_responder(SECONDS)  # rank 2 died before it could
     meetings[3].leave(0.0)  # an error of its own
-    assert [card.rank for card in meetings[1].lost_ranks()] == [2, 3]
-    assert [meetings[0].is_first_to_tell(), meetings[1].is_first_to_tell()] == [True, False]
+    assert [info.rank for info in meetings[1].lost_ranks()] == [2, 3]
+    assert [meetings[0].is_first_to_report(), meetings[1].is_first_to_report()] == [True, False]
     for meeting in meetings[1::-1]:
         meeting.leave(0.0)
 
 
 def test_two_checkouts_of_one_version_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = rendezvous.versions()["expert_parallel"]
+    ours = rendezvous.software_versions()["expert_parallel"]
     package = tmp_path / "package"
     shutil.copytree(Path(rendezvous.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(rendezvous, "__file__", str(package / "runtime/rendezvous.py"))
     rendezvous.source_digest.cache_clear()
-    assert rendezvous.versions()["expert_parallel"] == ours
+    assert rendezvous.software_versions()["expert_parallel"] == ours
     (package / "moe" / "layer.py").write_text("# another\n")
     rendezvous.source_digest.cache_clear()
-    assert rendezvous.versions()["expert_parallel"] != ours
+    assert rendezvous.software_versions()["expert_parallel"] != ours
     rendezvous.source_digest.cache_clear()
 
 
 def test_host_lines() -> None:
     hosts = ["n0", "n0", "n0", "n1", "n0", "n1"]
-    cards = [Card(rank, host, 1, {}, {}) for rank, host in enumerate(hosts)]
-    assert host_lines(cards) == "n0 0-2 4, n1 3 5"
+    rank_infos = [RankInfo(rank, host, 1, {}, {}) for rank, host in enumerate(hosts)]
+    assert format_hosts(rank_infos) == "n0 0-2 4, n1 3 5"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from expert_parallel.moe.capacity.token_scope import look_across
+from expert_parallel.moe.capacity.token_scope import gather_scope
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.conservation import count_routed
 from expert_parallel.moe.context import RouterReplay, StepContext, TokenBatch, token_batch
@@ -25,7 +25,7 @@ from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.routers.across_tokens import sinkhorn
 from expert_parallel.moe.routers.base import Router, RouterSettings
 from expert_parallel.moe.routers.registry import ROUTERS, RouterConfig, build_router
-from expert_parallel.moe.types import Reason, RoutingPlan
+from expert_parallel.moe.types import Outcome, RoutingPlan
 from expert_parallel.nn import random
 from tests.ranks import run_ranks
 
@@ -215,7 +215,7 @@ def many_draws(router: Router) -> RoutingPlan:
     contexts += [StepContext(seed=3, micro_step=m) for m in (1, 2)]
     plans = [route(router, (PROBABILITIES.log() + 3).expand(400, 5), context) for context in contexts]
     joined = {
-        name: torch.cat([getattr(p, name) for p in plans]) for name in ("expert_ids_TK", "weights_TK", "reason_TK")
+        name: torch.cat([getattr(p, name) for p in plans]) for name in ("expert_ids_TK", "weights_TK", "outcome_TK")
     }
     return replace(plans[0], **joined)
 
@@ -242,10 +242,10 @@ def test_the_second_expert_is_taken_with_probability_g2_over_the_threshold(thres
     """g2 = 0.3 of the two best: min(1, 0.3 / 0.5) = 0.6, 0.3 / 0.9 = 1 / 3, and always from 0.3 on."""
     logits = torch.tensor([0.3, 0.01, 0.7], dtype=torch.float64).log().expand(20000, 3)
     plan = route(from_logits("gshard", 3, threshold=threshold), logits, StepContext(seed=4))
-    taken_T = plan.reason_TK[:, 1] == Reason.KEPT
+    taken_T = plan.outcome_TK[:, 1] == Outcome.KEPT
     assert abs(float(taken_T.double().mean()) - share) <= 4 * math.sqrt(share * (1 - share) / 20000)
-    assert set(plan.reason_TK[:, 1].tolist()) <= {Reason.KEPT, Reason.NOT_ROUTED}
-    assert bool((plan.reason_TK[:, 0] == Reason.KEPT).all())
+    assert set(plan.outcome_TK[:, 1].tolist()) <= {Outcome.KEPT, Outcome.NOT_ROUTED}
+    assert bool((plan.outcome_TK[:, 0] == Outcome.KEPT).all())
 
 
 def test_gshard_is_algorithm_1_with_the_keyed_lots() -> None:
@@ -259,7 +259,7 @@ def test_gshard_is_algorithm_1_with_the_keyed_lots() -> None:
         g1, g2 = row[first] / (row[first] + row[second]), row[second] / (row[first] + row[second])
         assert plan.expert_ids_TK[t].tolist() == [first, second]
         assert plan.weights_TK[t].tolist() == pytest.approx([g1, g2], rel=1e-12)
-        assert plan.reason_TK[t].tolist() == [Reason.KEPT, Reason.KEPT if 2 * g2 > lot else Reason.NOT_ROUTED]
+        assert plan.outcome_TK[t].tolist() == [Outcome.KEPT, Outcome.KEPT if 2 * g2 > lot else Outcome.NOT_ROUTED]
         left_out += 2 * g2 <= lot
     assert 20 < left_out < 180
 
@@ -271,7 +271,7 @@ def test_gshard_is_never_random_in_evaluation(second: str) -> None:
     for seed in range(3):
         plan = route(router, logits_TE, StepContext(seed=seed))
         assert torch.equal(plan.expert_ids_TK, logits_TE.topk(2).indices)
-        assert bool((plan.reason_TK == Reason.KEPT).all())
+        assert bool((plan.outcome_TK == Outcome.KEPT).all())
         close(plan.weights_TK, logits_TE.topk(2).values.softmax(-1))
 
 
@@ -281,7 +281,7 @@ def test_a_gumbel_second_expert_is_drawn_from_the_softmax_without_the_first() ->
     first_T, second_T = plan.expert_ids_TK.unbind(1)
     assert bool((first_T == 0).all())
     assert bool((second_T != 0).all())
-    assert bool((plan.reason_TK == Reason.KEPT).all())
+    assert bool((plan.outcome_TK == Outcome.KEPT).all())
     counts_E = second_T.bincount(minlength=5)[1:]
     assert chi_square(counts_E, PROBABILITIES[1:] / 0.6) < CHI_SQUARE[4]
     chosen_TK = PROBABILITIES[plan.expert_ids_TK]
@@ -329,8 +329,8 @@ def test_expert_choice_equals_sorting(sight: tuple[Tensor, Tensor], scope: str, 
     real = [t for t in range(num_sequences * length) if mask_BS.flatten()[t]]
     sequences = [[t for t in real if t // length == b] for b in range(num_sequences)]
     taken_TE = taken_by_loops(plan.scores_TE, [real] if scope == "rank" else sequences, factor)
-    assert torch.equal(plan.reason_TK == Reason.KEPT, taken_TE)
-    assert torch.equal(plan.reason_TK == Reason.NOT_ROUTED, ~taken_TE)
+    assert torch.equal(plan.outcome_TK == Outcome.KEPT, taken_TE)
+    assert torch.equal(plan.outcome_TK == Outcome.NOT_ROUTED, ~taken_TE)
     assert plan.expert_ids_TK.tolist() == [list(range(num_experts))] * (num_sequences * length)
     close(plan.weights_TK[real], 1.5 * logits_BSE.flatten(0, 1).softmax(-1)[real])
 
@@ -340,9 +340,9 @@ def test_expert_choice_by_hand() -> None:
     Factor 0.5: each takes 1, and of the equals the earlier."""
     scores = torch.tensor([[0.2, 0.8], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]], dtype=torch.float64)
     plan = route(from_logits("expert_choice", 2, train=1.0), scores.log())
-    assert (plan.reason_TK == Reason.KEPT).tolist() == [[False, True], [True, False], [False, True], [True, False]]
+    assert (plan.outcome_TK == Outcome.KEPT).tolist() == [[False, True], [True, False], [False, True], [True, False]]
     plan = route(from_logits("expert_choice", 2, train=0.5), scores.log())
-    assert (plan.reason_TK == Reason.KEPT).tolist() == [[False, True], [False, False], [False, False], [True, False]]
+    assert (plan.outcome_TK == Outcome.KEPT).tolist() == [[False, True], [False, False], [False, False], [True, False]]
 
 
 def test_expert_choice_is_balanced_by_construction() -> None:
@@ -440,7 +440,7 @@ def published_sinkhorn(logits_TE: Tensor, tolerance: float, most: int = 10_000) 
 
 def own_sinkhorn(logits_BSE: Tensor, scope: Any, tolerance: float, most: int, mask_BS: Tensor | None = None) -> Tensor:
     batch = batch_of(logits_BSE, StepContext(mask_BS=mask_BS))
-    view, (logits_GE,) = look_across(scope, batch, logits_BSE.flatten(0, 1))
+    view, (logits_GE,) = gather_scope(scope, batch, logits_BSE.flatten(0, 1))
     return sinkhorn(logits_GE, view, tolerance, most)
 
 
@@ -554,7 +554,7 @@ every_router = pytest.mark.parametrize("case", list(CASES))
 
 X_BSD = draw(4, 5, D_MODEL)
 IDS_BS = torch.randint(0, 50, (4, 5), generator=torch.Generator().manual_seed(0))
-EXACT = ("expert_ids_TK", "reason_TK", "weights_TK", "logits_TE", "scores_TE", "probabilities_TE", "ranking_TE")
+EXACT = ("expert_ids_TK", "outcome_TK", "weights_TK", "logits_TE", "scores_TE", "probabilities_TE", "ranking_TE")
 
 
 def context_of(sequences: list[int], **more: Any) -> StepContext:
@@ -583,12 +583,12 @@ def test_every_plan_has_its_shapes_and_dtypes(case: str, training: bool, dtype: 
     num_choices = router.num_choices
     for name in ("logits_TE", "scores_TE", "probabilities_TE", "log_scores_TE", "ranking_TE"):
         assert getattr(plan, name).shape == (20, NUM_EXPERTS), name
-    for name in ("expert_ids_TK", "weights_TK", "reason_TK"):
+    for name in ("expert_ids_TK", "weights_TK", "outcome_TK"):
         assert getattr(plan, name).shape == (20, num_choices), name
     for name in ("logits_TE", "scores_TE", "probabilities_TE", "log_scores_TE", "weights_TK"):
         assert getattr(plan, name).dtype == wide, name
         assert bool(getattr(plan, name).isfinite().all()), name
-    assert (plan.expert_ids_TK.dtype, plan.reason_TK.dtype) == (torch.int64, torch.uint8)
+    assert (plan.expert_ids_TK.dtype, plan.outcome_TK.dtype) == (torch.int64, torch.uint8)
     assert plan.num_experts == NUM_EXPERTS
     assert all(len(set(experts)) == num_choices for experts in plan.expert_ids_TK.tolist())
     assert 0 <= int(plan.expert_ids_TK.min()) <= int(plan.expert_ids_TK.max()) < NUM_EXPERTS
@@ -604,7 +604,7 @@ def test_every_router_takes_no_tokens(case: str, training: bool, shape: tuple[in
     router = build(**CASES[case]).train(training)
     context = StepContext(token_ids_BS=torch.zeros(shape, dtype=torch.int64))
     plan = route(router, torch.zeros(*shape, D_MODEL, dtype=torch.float64), context)
-    assert plan.expert_ids_TK.shape == plan.weights_TK.shape == plan.reason_TK.shape == (0, router.num_choices)
+    assert plan.expert_ids_TK.shape == plan.weights_TK.shape == plan.outcome_TK.shape == (0, router.num_choices)
     assert plan.logits_TE.shape == plan.scores_TE.shape == plan.probabilities_TE.shape == (0, NUM_EXPERTS)
 
 
@@ -617,9 +617,9 @@ def test_padding_is_not_routed_and_changes_nothing_for_the_others(case: str, tra
     padded = route(router, X_BSD, context_of([0, 1, 2, 3], mask_BS=mask_BS))
     short = replace(context_of([0, 1, 2, 3]), token_ids_BS=IDS_BS[:, :3])
     expected, real_T = route(router, X_BSD[:, :3], short), mask_BS.flatten()
-    assert bool((padded.reason_TK[~real_T] == Reason.NOT_ROUTED).all())
+    assert bool((padded.outcome_TK[~real_T] == Outcome.NOT_ROUTED).all())
     assert torch.equal(padded.expert_ids_TK[real_T], expected.expert_ids_TK)
-    assert torch.equal(padded.reason_TK[real_T], expected.reason_TK)
+    assert torch.equal(padded.outcome_TK[real_T], expected.outcome_TK)
     close(padded.weights_TK[real_T], expected.weights_TK)
     assert bool(padded.weights_TK.isfinite().all())
 
@@ -671,7 +671,7 @@ def test_a_token_is_routed_alike_in_another_batch(case: str, training: bool) -> 
         part = route(router, X_BSD[sequences], context_of(sequences, coordinate=coordinate))
         rows_T = torch.tensor([sequence * 5 + position for sequence in sequences for position in range(5)])
         assert torch.equal(part.expert_ids_TK, whole.expert_ids_TK[rows_T])
-        assert torch.equal(part.reason_TK, whole.reason_TK[rows_T])
+        assert torch.equal(part.outcome_TK, whole.outcome_TK[rows_T])
         close(part.weights_TK, whole.weights_TK[rows_T])
 
 
@@ -680,7 +680,7 @@ def choices_on_rank(rank: int, options: dict[str, Any], parts: list[list[int]]) 
     context = context_of(sequences, coordinate=rank)
     batch = token_batch(X_BSD[sequences], context, dist.group.WORLD)
     plan = build(**options)(X_BSD[sequences].flatten(0, 1), batch)
-    return plan.expert_ids_TK.tolist(), plan.reason_TK.tolist()
+    return plan.expert_ids_TK.tolist(), plan.outcome_TK.tolist()
 
 
 @pytest.mark.parametrize("kind", ["expert_choice", "sinkhorn"])
@@ -692,7 +692,7 @@ def test_the_ranks_decide_over_all_tokens_as_one_would(kind: str, parts: list[li
     for sequences, (ids, reasons) in zip(parts, run_ranks(2, choices_on_rank, options, parts), strict=True):
         rows = [sequence * 5 + position for sequence in sequences for position in range(5)]
         assert ids == whole.expert_ids_TK[rows].tolist()
-        assert reasons == whole.reason_TK[rows].tolist()
+        assert reasons == whole.outcome_TK[rows].tolist()
 
 
 @every_router
@@ -703,12 +703,12 @@ def test_recorded_choices_are_taken_and_weighed_anew(case: str) -> None:
     for parameter in router.parameters():
         parameter.data *= -0.7
     free = route(router, X_BSD, context)
-    played = router(X_BSD.flatten(0, 1), batch_of(X_BSD, context), (first.expert_ids_TK, first.reason_TK))
+    played = router(X_BSD.flatten(0, 1), batch_of(X_BSD, context), (first.expert_ids_TK, first.outcome_TK))
     assert torch.equal(played.expert_ids_TK, first.expert_ids_TK)
-    assert torch.equal(played.reason_TK, first.reason_TK)
+    assert torch.equal(played.outcome_TK, first.outcome_TK)
     if CASES[case]["kind"] == "hash":
         return
-    assert not (torch.equal(free.expert_ids_TK, first.expert_ids_TK) and torch.equal(free.reason_TK, first.reason_TK))
+    assert not (torch.equal(free.expert_ids_TK, first.expert_ids_TK) and torch.equal(free.outcome_TK, first.outcome_TK))
     close(played.logits_TE, free.logits_TE)
     scores_TK = free.scores_TE.gather(1, first.expert_ids_TK)
     options = Config.validate_python(CASES[case])
@@ -726,13 +726,13 @@ def test_a_replay_gives_a_layer_its_choices_again(case: str, monkeypatch: pytest
     layer = MoELayer(layer_config(router=CASES[case])).double()
     layer.router = build(**CASES[case])
     plans: list[RoutingPlan] = []
-    send = layer.dispatcher.send
+    dispatch = layer.dispatcher.dispatch
 
     def seen(x_TD: Tensor, plan: RoutingPlan, *rest: Any) -> Any:
         plans.append(plan)
-        return send(x_TD, plan, *rest)
+        return dispatch(x_TD, plan, *rest)
 
-    monkeypatch.setattr(layer.dispatcher, send.__name__, seen)
+    monkeypatch.setattr(layer.dispatcher, dispatch.__name__, seen)
     context = context_of([0, 1, 2, 3], replay=RouterReplay())
     layer(X_BSD, context)
     for parameter in layer.router.parameters():
@@ -742,17 +742,17 @@ def test_a_replay_gives_a_layer_its_choices_again(case: str, monkeypatch: pytest
     layer(X_BSD, replace(context, replay=None))
     first, again, other, free = plans
     assert torch.equal(again.expert_ids_TK, first.expert_ids_TK)
-    assert torch.equal(again.reason_TK, first.reason_TK)
+    assert torch.equal(again.outcome_TK, first.outcome_TK)
     assert torch.equal(output.stats.routed_E, count_routed(first))
-    recorded = (first.expert_ids_TK, first.reason_TK)
+    recorded = (first.expert_ids_TK, first.outcome_TK)
     played = layer.router(X_BSD.flatten(0, 1), batch_of(X_BSD, context), recorded)
     assert torch.equal(again.weights_TK, played.weights_TK)
     assert set(context.replay.recorded) == {(2, 3, 4), (9, 3, 4)}
     if CASES[case]["kind"] == "hash":
         return
     for chosen_anew in (other, free):
-        choices = (chosen_anew.expert_ids_TK, chosen_anew.reason_TK)
-        assert not all(torch.equal(a, b) for a, b in zip(choices, (first.expert_ids_TK, first.reason_TK), strict=True))
+        choices = (chosen_anew.expert_ids_TK, chosen_anew.outcome_TK)
+        assert not all(torch.equal(a, b) for a, b in zip(choices, (first.expert_ids_TK, first.outcome_TK), strict=True))
     (output.y * draw(*output.y.shape)).sum().backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in layer.router.parameters())
 

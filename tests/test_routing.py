@@ -13,8 +13,14 @@ from torch import Tensor
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext, TokenBatch, token_batch
 from expert_parallel.moe.routers import base as routing_module
-from expert_parallel.moe.routers.base import TopKRouter, TopKRouterConfig, best, best_by_keys, best_one_by_one
-from expert_parallel.moe.types import Reason, RoutingPlan
+from expert_parallel.moe.routers.base import (
+    TopKRouter,
+    TopKRouterConfig,
+    stable_topk,
+    stable_topk_int64,
+    stable_topk_numpy,
+)
+from expert_parallel.moe.types import Outcome, RoutingPlan
 
 LESSON_LOGITS = [2.1, 0.5, 1.8, 0.2, 0.9, 1.5, 0.3, 0.4]
 
@@ -91,8 +97,8 @@ def test_weights_are_the_scores_of_the_chosen(score: str, normalise: bool) -> No
         assert plan.weights_TK[t].tolist() == pytest.approx([2.5 * w / total for w in weights], rel=1e-12)
     torch.testing.assert_close(plan.logits_TE, logits_TE)
     torch.testing.assert_close(plan.scores_TE, scores_TE)
-    assert bool((plan.reason_TK == Reason.KEPT).all())
-    assert plan.reason_TK.dtype == torch.uint8
+    assert bool((plan.outcome_TK == Outcome.KEPT).all())
+    assert plan.outcome_TK.dtype == torch.uint8
 
 
 @given(st.lists(st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=5, max_size=5), max_size=6), st.integers(1, 5))
@@ -112,7 +118,7 @@ def test_a_hundred_equal_scores() -> None:
 def test_all_experts_and_no_tokens() -> None:
     assert route(logits_router(3, k=3), rows([1.0, 3.0, 2.0])).expert_ids_TK.tolist() == [[1, 2, 0]]
     plan = route(logits_router(3, k=2), torch.zeros(0, 3, dtype=torch.float64))
-    assert plan.expert_ids_TK.shape == plan.weights_TK.shape == plan.reason_TK.shape == (0, 2)
+    assert plan.expert_ids_TK.shape == plan.weights_TK.shape == plan.outcome_TK.shape == (0, 2)
 
 
 def test_a_learned_bias_stands_on_the_logits() -> None:
@@ -313,7 +319,7 @@ def test_the_plan_of_a_step_repeats_bit_for_bit() -> None:
 
 
 # On the CPU, and on other devices.
-BEST = pytest.mark.parametrize("function", [best_one_by_one, best_by_keys])
+BEST = pytest.mark.parametrize("function", [stable_topk_numpy, stable_topk_int64])
 
 
 @BEST
@@ -361,19 +367,19 @@ def test_best_of_a_ranking_that_lies_otherwise_in_memory(function: Callable[...,
 @pytest.mark.parametrize(
     ("device", "dtype", "k", "taken"),
     [
-        ("cpu", torch.float32, 4, "best_one_by_one"),
-        ("cpu", torch.float64, 10, "best_one_by_one"),
-        ("cpu", torch.float64, 11, "best_by_keys"),  # of 40
-        ("cpu", torch.bfloat16, 4, "best_by_keys"),  # which numpy does not know
-        ("meta", torch.float32, 4, "best_by_keys"),
+        ("cpu", torch.float32, 4, "stable_topk_numpy"),
+        ("cpu", torch.float64, 10, "stable_topk_numpy"),
+        ("cpu", torch.float64, 11, "stable_topk_int64"),  # of 40
+        ("cpu", torch.bfloat16, 4, "stable_topk_int64"),  # which numpy does not know
+        ("meta", torch.float32, 4, "stable_topk_int64"),
     ],
 )
 def test_which_way_best_takes(
     device: str, dtype: torch.dtype, k: int, taken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    for name, function in (("best_one_by_one", best_one_by_one), ("best_by_keys", best_by_keys)):
+    for name, function in (("stable_topk_numpy", stable_topk_numpy), ("stable_topk_int64", stable_topk_int64)):
         noted = lambda x_TE, k, name=name, function=function: (calls.append(name), function(x_TE, k))[1]  # noqa: E731
         monkeypatch.setattr(routing_module, name, noted)
-    assert best(torch.zeros(5, 40, dtype=dtype, device=device), k).shape == (5, k)
+    assert stable_topk(torch.zeros(5, 40, dtype=dtype, device=device), k).shape == (5, k)
     assert calls == [taken]

@@ -18,8 +18,8 @@ from expert_parallel.runtime.process import (
     Runtime,
     RuntimeConfig,
     UserError,
-    agree_on_device,
     choose_device,
+    choose_device_on_all_ranks,
     distributed,
 )
 from tests.launches import LAUNCHER_VARIABLES, run_folder
@@ -46,7 +46,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         ("cuda", 4, 3, "cuda:3"),
         ("cuda", 0, 3, "runtime.device is 'cuda' but torch finds no GPU on the node of rank 7"),
         ("cuda", 3, 3, "runtime.device is 'cuda' and the node of rank 7 has 3 GPUs, too few for 4 ranks"),
-        ("auto", 1, 3, "cuda:0"),  # the launcher lets each rank see its own; if not, agree_on_device refuses
+        ("auto", 1, 3, "cuda:0"),  # the launcher lets each rank see its own; if not, choose_device_on_all_ranks refuses
     ],
 )
 def test_device_of_a_rank(
@@ -64,7 +64,7 @@ def test_device_of_a_rank(
 def agree_with_a_gpu_on_rank_0_only(rank: int) -> str:
     device = torch.device("cuda", 0) if rank == 0 else CPU
     with mock.patch.object(process, "choose_device", return_value=device), pytest.raises(UserError) as refused:
-        agree_on_device("auto", Launch("torchrun", rank, 2, rank, 2))
+        choose_device_on_all_ranks("auto", Launch("torchrun", rank, 2, rank, 2))
     return str(refused.value)
 
 
@@ -80,7 +80,7 @@ def agree_on_gpus(rank: int, names: list[str]) -> str:
         mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
     ):
         try:
-            return str(agree_on_device("auto", Launch("slurm", rank, 2, rank, 2)))
+            return str(choose_device_on_all_ranks("auto", Launch("slurm", rank, 2, rank, 2)))
         except UserError as error:
             return str(error)
 
@@ -102,7 +102,7 @@ def work_together(rank: int, failing: dict[int, Exception]) -> str:
         return f"work of rank {rank}"
 
     try:
-        return Runtime(Launch("torchrun", rank, 3), CPU, "gloo", timedelta(seconds=9)).together(work)
+        return Runtime(Launch("torchrun", rank, 3), CPU, "gloo", timedelta(seconds=9)).run_on_all_ranks(work)
     except UserError as error:
         return f"refused: {error}"
 
@@ -131,7 +131,7 @@ def test_one_process_alone_starts_and_ends(caplog: pytest.LogCaptureFixture) -> 
     assert not dist.is_initialized()
 
     with pytest.raises(UserError), distributed(RuntimeConfig(device="cpu")) as alone:
-        alone.together(lambda: int("x"))
+        alone.run_on_all_ranks(lambda: int("x"))
     assert caplog.messages == ["invalid literal for int() with base 10: 'x'"]
     assert not dist.is_initialized()
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from expert_parallel.moe.capacity import token_scope
-from expert_parallel.moe.capacity.limit import FactorConfig, apply_capacity
+from expert_parallel.moe.capacity.policies import FactorConfig, apply_capacity
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import RouterReplay, StepContext, TokenBatch
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.types import Reason, RoutingPlan
+from expert_parallel.moe.types import Outcome, RoutingPlan
 from tests.ranks import run_ranks
 
 NUM_SEQUENCES, LENGTH, D_MODEL, NUM_EXPERTS = 11, 6, 8, 8  # 11: no number of ranks divides it
@@ -99,7 +99,7 @@ def run_layer(rank: int, world_size: int, ep: int, way: str, decision: str) -> d
     output = layer(x_BSD[mine], context)
     choices = replay.recorded[0, 0, 0]
     shape = (len(mine), LENGTH, -1) if mine else (0, LENGTH, choices.ids_TK.shape[1])
-    fate = zip(choices.ids_TK.view(shape).tolist(), choices.reason_TK.view(shape).tolist(), strict=True)
+    fate = zip(choices.ids_TK.view(shape).tolist(), choices.outcome_TK.view(shape).tolist(), strict=True)
     return {
         sequence: [ids, reasons, y.detach()] for sequence, (ids, reasons), y in zip(mine, fate, output.y, strict=True)
     }
@@ -122,14 +122,16 @@ def test_the_same_choices_fall_on_every_layout(decision: str) -> None:
     alone = over_ranks(1, 1, "strided", decision)
     fates = [reason for _, reasons, _ in alone.values() for row in reasons for reason in row]
     if "capacity" in DECISIONS[decision]:
-        assert 0.05 <= sum(reason in (Reason.REROUTED, Reason.DROPPED_CAPACITY) for reason in fates) / len(fates) <= 0.3
+        assert (
+            0.05 <= sum(reason in (Outcome.REROUTED, Outcome.DROPPED_CAPACITY) for reason in fates) / len(fates) <= 0.3
+        )
     for number, (world_size, ep) in enumerate(LAYOUTS):
         way = ("strided", "reversed", "lopsided")[number % 3]
-        laid_out = over_ranks(world_size, ep, way, decision)
+        pad_for_backend = over_ranks(world_size, ep, way, decision)
         for sequence, (ids, reasons, y) in alone.items():
             where = f"{world_size} ranks, ep {ep}, {way}, sequence {sequence}"
-            assert laid_out[sequence][:2] == [ids, reasons], where
-            torch.testing.assert_close(laid_out[sequence][2], y, rtol=1e-10, atol=1e-12, msg=where)
+            assert pad_for_backend[sequence][:2] == [ids, reasons], where
+            torch.testing.assert_close(pad_for_backend[sequence][2], y, rtol=1e-10, atol=1e-12, msg=where)
 
 
 def run_rank_scope(rank: int, world_size: int) -> list[Any]:
@@ -139,7 +141,7 @@ def run_rank_scope(rank: int, world_size: int) -> list[Any]:
     layer.config = layer.config.model_copy(update={"capacity": capacity})
     mine, replay = sequences_of(rank, world_size, "strided"), RouterReplay()
     layer(make_batch("position")[0][mine], StepContext(sequence_index_B=torch.tensor(mine), replay=replay))
-    reasons = replay.recorded[0, 0, 0].reason_TK.view(len(mine), LENGTH, -1).tolist()
+    reasons = replay.recorded[0, 0, 0].outcome_TK.view(len(mine), LENGTH, -1).tolist()
     return list(zip(mine, reasons, strict=True))
 
 
@@ -246,9 +248,9 @@ def run_divided(
     output = layer(x_BSD[mine][:, here], context)
     choices = replay.recorded[0, 0, 0]
     places = [(sequence, position) for sequence in mine for position in here.tolist()]
-    fates = zip(choices.ids_TK.tolist(), choices.reason_TK.tolist(), output.y.detach().flatten(0, 1), strict=True)
+    fates = zip(choices.ids_TK.tolist(), choices.outcome_TK.tolist(), output.y.detach().flatten(0, 1), strict=True)
     found = {place: list(fate) for place, fate in zip(places, fates, strict=True)}
-    return found, choices.padded_rows, output.stats.gathered_bytes
+    return found, choices.rows_per_expert, output.stats.gathered_bytes
 
 
 DIVIDED = [(1, 1, 1), (2, 1, 2), (2, 2, 2), (4, 2, 2), (4, 4, 2), (4, 2, 4), (8, 4, 4), (8, 8, 8)]
@@ -258,7 +260,7 @@ DIVIDED = [(1, 1, 1), (2, 1, 2), (2, 2, 2), (4, 2, 2), (4, 4, 2), (4, 2, 4), (8,
 @pytest.mark.parametrize("decision", DECISIONS)
 def test_the_same_choices_fall_however_sequences_are_divided(decision: str, scope: str) -> None:
     """LENGTH is 6: among 4 and 8 ranks some have more tokens than others, or none."""
-    alone, padded_rows, _ = run_ranks(1, run_divided, 1, 1, 1, "contiguous", decision, scope)[0]
+    alone, rows_per_expert, _ = run_ranks(1, run_divided, 1, 1, 1, "contiguous", decision, scope)[0]
     assert len(alone) == NUM_SEQUENCES * LENGTH
     for number, (world_size, ep, sharers) in enumerate(DIVIDED):
         way = ("descending", "zigzag", "contiguous")[number % 3]
@@ -267,7 +269,7 @@ def test_the_same_choices_fall_however_sequences_are_divided(decision: str, scop
         for places, rows, _ in run_ranks(world_size, run_divided, world_size, ep, sharers, way, decision, scope):
             assert not found.keys() & places.keys()
             found |= places
-            assert rows == padded_rows or ep < world_size, where  # each sequence's capacity counts once
+            assert rows == rows_per_expert or ep < world_size, where  # each sequence's capacity counts once
         assert found.keys() == alone.keys()
         for place, (ids, reasons, y) in alone.items():
             assert found[place][:2] == [ids, reasons], f"{where}, {place}"
@@ -326,10 +328,10 @@ def test_sequences_divided_wrongly_are_refused_on_every_rank(fault: str, said: s
 
 
 def make_plan(ids_TK: Tensor, scores_TE: Tensor, routed_TK: Tensor) -> RoutingPlan:
-    reason_TK = torch.where(routed_TK, Reason.KEPT, Reason.NOT_ROUTED).to(torch.uint8)
+    outcome_TK = torch.where(routed_TK, Outcome.KEPT, Outcome.NOT_ROUTED).to(torch.uint8)
     weights_TK = torch.ones(ids_TK.shape, dtype=torch.float64)
     return RoutingPlan(
-        scores_TE, scores_TE, scores_TE, ids_TK, weights_TK, reason_TK, scores_TE.shape[1], scores_TE, scores_TE
+        scores_TE, scores_TE, scores_TE, ids_TK, weights_TK, outcome_TK, scores_TE.shape[1], scores_TE, scores_TE
     )
 
 
@@ -343,7 +345,7 @@ def make_tokens(sequences: list[int], length: int) -> TokenBatch:
 @given(st.data())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_any_split_of_any_sequences_gives_the_same_fates(data: st.DataObject) -> None:
-    """Ranks are imitated: what gather_columns would bring is put together here. Scores are of three values."""
+    """Ranks are imitated: what all_gather_columns would bring is put together here. Scores are of three values."""
     num_sequences, length = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
     num_experts, k = data.draw(st.integers(2, 5)), data.draw(st.integers(1, 2))
     num_ranks = data.draw(st.sampled_from([1, 2, 4, 8]))
@@ -378,7 +380,7 @@ def test_any_split_of_any_sequences_gives_the_same_fates(data: st.DataObject) ->
 
         found = {}
         with mock.patch.object(token_scope, "group_size", return_value=len(plans) + 1):
-            with mock.patch.object(token_scope, "gather_columns", gather):
+            with mock.patch.object(token_scope, "all_gather_columns", gather):
                 for plan, batch in zip(plans, batches, strict=True):
                     with pytest.raises(StopIteration):
                         apply_capacity(config, plan, batch, training=True)
@@ -386,13 +388,13 @@ def test_any_split_of_any_sequences_gives_the_same_fates(data: st.DataObject) ->
             gathered = [torch.cat(parts) for parts in zip(*columns, strict=True)]
             for rank, (plan, batch) in enumerate(zip(plans, batches, strict=True)):
                 with (
-                    mock.patch.object(token_scope, "gather_columns", return_value=(gathered, lengths, 0)),
+                    mock.patch.object(token_scope, "all_gather_columns", return_value=(gathered, lengths, 0)),
                     mock.patch.object(token_scope, "group_rank", return_value=rank),
                 ):
                     limited, _ = apply_capacity(config, plan, batch, training=True)
                 for number, sequence in enumerate(sequences_by_rank[rank]):
                     rows = slice(number * length, (number + 1) * length)
-                    found[sequence] = (limited.expert_ids_TK[rows].tolist(), limited.reason_TK[rows].tolist())
+                    found[sequence] = (limited.expert_ids_TK[rows].tolist(), limited.outcome_TK[rows].tolist())
         return found
 
     alone = fates([list(range(num_sequences))])

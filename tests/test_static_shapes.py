@@ -14,11 +14,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import RouterReplay, StepContext, TokenBatch, token_batch
-from expert_parallel.moe.experts.grouped_gemm import PRODUCTS
+from expert_parallel.moe.experts.grouped_gemm import GROUPED_GEMMS
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.routers.base import LinearRouter, LinearSettings, Scores, score_logits
 from expert_parallel.moe.routers.registry import ROUTERS
-from expert_parallel.moe.types import Reason, RoutingPlan
+from expert_parallel.moe.types import Outcome, RoutingPlan
 
 PADDED = {"kind": "factor", "train": 1.0, "minimum": 0, "pad": True}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -113,12 +113,12 @@ class Sparing(LinearRouter):
 
     def forward(self, x_TD: Tensor, batch: TokenBatch, recorded: tuple[Tensor, Tensor] | None = None) -> RoutingPlan:
         plan = super().forward(x_TD, batch, recorded)
-        reason_TK = plan.reason_TK.clone()
-        reason_TK[:, 1] = Reason.NOT_ROUTED
-        return replace(plan, reason_TK=reason_TK)
+        outcome_TK = plan.outcome_TK.clone()
+        outcome_TK[:, 1] = Outcome.NOT_ROUTED
+        return replace(plan, outcome_TK=outcome_TK)
 
 
-@pytest.mark.parametrize("backend", PRODUCTS)
+@pytest.mark.parametrize("backend", GROUPED_GEMMS)
 def test_a_router_that_leaves_choices_out_in_its_own_way(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who replaces a plan's reasons takes back that it is whole."""
     monkeypatch.setitem(ROUTERS, "sparing", Sparing)

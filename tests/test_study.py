@@ -20,13 +20,13 @@ from expert_parallel.config import load_tree
 from expert_parallel.data.batch import micro_batch
 from expert_parallel.data.open import open_data
 from expert_parallel.study.curves import Curve, read_curve, steps_done
-from expert_parallel.study.plan import Study, read_study
+from expert_parallel.study.definition import Study, read_study
 from expert_parallel.study.plot import plot
-from expert_parallel.study.results import StudyResult, VariantResult, describe, reached
-from expert_parallel.study.runner import Progress, best_rate, carry_out, finished, left_to_do, steps_wanted
+from expert_parallel.study.results import StudyResult, VariantResult, format_study, reached
+from expert_parallel.study.runner import StudyProgress, best_rate, done_variants, pending_runs, run_study, target_steps
 from expert_parallel.study.step_times import StepTimes
 from expert_parallel.training.config import Config
-from expert_parallel.training.setup import demand_of
+from expert_parallel.training.setup import data_requirements
 
 CONFIG = Path(__file__).parent.parent / "configs" / "study.yaml"
 TINY = (
@@ -73,7 +73,7 @@ def tiny(tmp_path: Path, *changes: str, only: list[str] | None = None) -> Study:
     ],
 )
 def test_when_a_loss_is_reached(losses: list[float], loss: float, step: float | None) -> None:
-    assert Curve([0, 10, 20, 30], losses).reaches(loss) == (step if step is None else pytest.approx(step))
+    assert Curve([0, 10, 20, 30], losses).step_reaching(loss) == (step if step is None else pytest.approx(step))
 
 
 def test_half_a_line_of_a_run_that_goes_on_does_not_count(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_all_variants_of_a_seed_see_the_same_data(tmp_path: Path, corpus: str) -
 
     def first_batch(variant: str, seed: int) -> torch.Tensor:
         config = study.run(variant, 0.001, seed, 6).config
-        sampler = open_data(config.data, demand_of(config)).sampler
+        sampler = open_data(config.data, data_requirements(config)).sampler
         batch = micro_batch(sampler, step=0, global_batch=2, num_micro_steps=1, micro_step=0, num_ranks=1, rank=0)
         return batch.inputs_BS
 
@@ -180,16 +180,16 @@ def write_run(folder: Path, losses: dict[int, float]) -> None:
 def test_long_runs_come_after_all_trials_of_a_variant_with_its_best_rate(tmp_path: Path) -> None:
     study = tiny(tmp_path)
     low, high = study.trials("dense")
-    assert [str(run) for run in left_to_do(study)] == [
+    assert [str(run) for run in pending_runs(study)] == [
         "dense, learning rate 0.001, seed 0",
         "dense, learning rate 0.003, seed 0",
         "switch, learning rate 0.001, seed 0",
         "switch, learning rate 0.003, seed 0",
     ]
-    assert sum(steps_wanted(study).values()) == 2 * (6 + 6 + 2)
+    assert sum(target_steps(study).values()) == 2 * (6 + 6 + 2)
     write_run(low.folder, {0: 5.0, 2: 3.0})
     write_run(high.folder, {0: 5.0, 2: 2.0})
-    left = left_to_do(study)
+    left = pending_runs(study)
     assert [(run.variant, run.rate, run.seed, run.steps) for run in left] == [
         ("switch", 0.001, 0, 2),
         ("switch", 0.003, 0, 2),
@@ -197,18 +197,18 @@ def test_long_runs_come_after_all_trials_of_a_variant_with_its_best_rate(tmp_pat
         ("dense", 0.003, 1, 6),
     ]
     assert left[2].folder == high.folder  # the trial goes on
-    assert finished(study) == []
+    assert done_variants(study) == []
     for run in study.finals("dense", 0.003):
         write_run(run.folder, {0: 5.0, 2: 2.0, 4: 1.5, 6: 1.0})
-    assert finished(study) == ["dense"]
-    assert not [run for run in left_to_do(study) if run.variant == "dense"]
+    assert done_variants(study) == ["dense"]
+    assert not [run for run in pending_runs(study) if run.variant == "dense"]
 
 
 def test_a_run_without_one_of_its_evaluations_is_not_done(tmp_path: Path) -> None:
     study = tiny(tmp_path)
     for run in study.trials("dense"):
         write_run(run.folder, {2: 2.0})
-    assert [run.variant for run in left_to_do(study)] == ["dense", "dense", "switch", "switch"]
+    assert [run.variant for run in pending_runs(study)] == ["dense", "dense", "switch", "switch"]
 
 
 def test_a_rate_that_diverged_is_out_and_a_variant_without_any_is_refused(tmp_path: Path) -> None:
@@ -217,10 +217,10 @@ def test_a_rate_that_diverged_is_out_and_a_variant_without_any_is_refused(tmp_pa
     write_run(low.folder, {0: 5.0, 2: 3.0})
     diverge(high.folder)
     assert best_rate(study, "dense") == 0.001
-    assert [run.seed for run in left_to_do(study) if run.variant == "dense"] == [0, 1]
+    assert [run.seed for run in pending_runs(study) if run.variant == "dense"] == [0, 1]
     diverge(study.finals("dense", 0.001)[1].folder)
     with pytest.raises(ValueError, match="seed 1 has diverged after a trial that had not"):
-        left_to_do(study)
+        pending_runs(study)
     for run in study.trials("switch"):
         diverge(run.folder)
     with pytest.raises(ValueError, match="all learning rates of switch have diverged, the first with: error: step 1"):
@@ -240,7 +240,7 @@ def test_what_diverges_says_so_in_the_words_that_are_looked_for(tmp_path: Path, 
         ValueError,
         match=r"all learning rates of (dense|switch) have diverged, the first with: error: step \d: the loss",
     ):
-        carry_out(study, said.append, lambda text: None)
+        run_study(study, said.append, lambda text: None)
     assert any(text.startswith("diverged: ") for text in said)
 
 
@@ -251,12 +251,12 @@ def test_a_text_that_changed_between_runs_is_refused(tmp_path: Path) -> None:
         tree = run.config.model_dump(mode="json")
         (run.folder / "config.yaml").write_text(json.dumps(tree | {"data": tree["data"] | {"sha256": digest}}))
     with pytest.raises(ValueError, match="the text has changed between runs of this study"):
-        carry_out(study, print, print)
+        run_study(study, print, print)
 
 
 def test_progress_tells_the_time_left(tmp_path: Path) -> None:
     write_run(tmp_path / "one", {0: 5.0, 30: 4.0})
-    progress = Progress(time.monotonic() - 60, {tmp_path / "one": 40, tmp_path / "two": 50}, first=0)
+    progress = StudyProgress(time.monotonic() - 60, {tmp_path / "one": 40, tmp_path / "two": 50}, first=0)
     assert progress.text() == "30 of 90 steps, 33%; about 2 min left"
     progress.first = 30
     assert progress.text().endswith("time left not known yet")
@@ -270,7 +270,7 @@ def test_a_terminal_shows_brackets_as_they_are(tmp_path: Path, monkeypatch: pyte
         say(words)
         show(lambda: words)
 
-    monkeypatch.setattr("expert_parallel.cli.study.carry_out", carry)
+    monkeypatch.setattr("expert_parallel.cli.study.run_study", carry)
     file = io.StringIO()
     train_all(tiny(tmp_path), Console(file=file, force_terminal=True, markup=False, highlight=False, width=100))
     assert file.getvalue().count(words) >= 2
@@ -282,7 +282,7 @@ def test_the_folder_of_another_study_is_refused(tmp_path: Path) -> None:
     run.folder.mkdir(parents=True)
     (run.folder / "config.yaml").write_text(json.dumps(run.config.model_dump(mode="json") | {"seed": 7}))
     with pytest.raises(ValueError, match="holds a run of another study: seed is 7 there and 1 here"):
-        carry_out(study, print, print)
+        run_study(study, print, print)
 
 
 def test_two_studies_do_not_work_in_one_folder(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_two_studies_do_not_work_in_one_folder(tmp_path: Path) -> None:
     with (study.folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another study, or a run that outlived one, holds the lock"):
-            carry_out(study, print, print)
+            run_study(study, print, print)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def test_gains_by_hand() -> None:
 
 
 def test_the_table_says_what_was_not_reached_and_not_measured() -> None:
-    text = describe(made_up())
+    text = format_study(made_up())
     (row,) = [line for line in text.splitlines() if line.startswith("| sparse")]
     assert row.endswith(
         "| 0.003 | 1.2000 (1.2000 to 1.2000) | 2.00, 1 of 2 seeds not reached | 1.60, 1 of 2 seeds not reached "
@@ -367,9 +367,9 @@ def test_the_table_says_what_was_not_reached_and_not_measured() -> None:
 
 def test_a_learning_rate_at_the_edge_is_marked() -> None:
     result = made_up()
-    assert "the edge" not in describe(result)
+    assert "the edge" not in format_study(result)
     result.variants[0].rate = 0.01
-    assert "0.01 (the edge)" in describe(result)
+    assert "0.01 (the edge)" in format_study(result)
 
 
 def test_the_picture(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
 from expert_parallel.cli.app import app
-from expert_parallel.interop.surgery import Surgery, add, merge, operate, remove
+from expert_parallel.interop.surgery import Surgery, add, merge, perform_surgery, remove
 from expert_parallel.runtime.process import Launch, Runtime
 from expert_parallel.training.config import Config, load_config
 from expert_parallel.training.loop import train
@@ -84,7 +84,7 @@ def test_every_tensor_is_its_parents_mean(
     surgery: Surgery, parents: list[tuple[int, ...]], run: Path, tmp_path: Path
 ) -> None:
     """Weights, balance biases and moments; what belongs to no expert, and experts with one parent, bit for bit."""
-    operate(run, tmp_path / "out", surgery, SHARD)
+    perform_surgery(run, tmp_path / "out", surgery, SHARD)
     before, after = open_checkpoint(run), open_checkpoint(tmp_path / "out")
     old, new = read_all(before), read_all(after)
     assert after.step == before.step == 2
@@ -105,7 +105,7 @@ def test_every_tensor_is_its_parents_mean(
 
 
 def test_noise_moves_the_added_experts_alone(run: Path, tmp_path: Path) -> None:
-    operate(run, tmp_path / "out", add(NUM_EXPERTS, [2], 0.01, 0), SHARD)
+    perform_surgery(run, tmp_path / "out", add(NUM_EXPERTS, [2], 0.01, 0), SHARD)
     old, new = read_all(open_checkpoint(run)), read_all(open_checkpoint(tmp_path / "out"))
     for leaf in ("w_in", "w_out"):
         parent, copy = (t[f"weights/blocks.1.moe.experts.{e}.{leaf}"] for t, e in ((old, 2), (new, NUM_EXPERTS)))
@@ -121,7 +121,7 @@ def test_a_copied_checkpoint_keeps_its_step(run: Path, tmp_path: Path) -> None:
     """Whatever its folder is called; and what stands beside it is not taken for its run's."""
     shutil.copytree(run / "checkpoints" / "step_00000002", tmp_path / "below" / "copied")
     (tmp_path / "tokenizer.json").write_text("{}")
-    out = operate(tmp_path / "below" / "copied", tmp_path / "out", remove(NUM_EXPERTS, [1]), SHARD)
+    out = perform_surgery(tmp_path / "below" / "copied", tmp_path / "out", remove(NUM_EXPERTS, [1]), SHARD)
     assert [path.name for path in (out / "checkpoints").glob("step_*")] == ["step_00000002"]
     assert not (out / "tokenizer.json").exists()
 
@@ -129,7 +129,7 @@ def test_a_copied_checkpoint_keeps_its_step(run: Path, tmp_path: Path) -> None:
 def test_training_goes_on_with_the_new_expert_alone(run: Path, tmp_path: Path) -> None:
     """The others stay bit for bit."""
     out = tmp_path / "out"
-    operate(run, out, add(NUM_EXPERTS, [2], 0.01, 0), SHARD)
+    perform_surgery(run, out, add(NUM_EXPERTS, [2], 0.01, 0), SHARD)
     chosen = f"{{kind: experts, experts: [{NUM_EXPERTS}], router: chosen}}"
     config = load_config(out / "config.yaml", ["training.steps=4", f"training.trainable={chosen}"])
     run_ranks(1, train_alone, config.model_dump(mode="json"))

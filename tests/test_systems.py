@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from expert_parallel.checkpoint.config import CheckpointConfig
 from expert_parallel.checkpoint.load import load_checkpoint
-from expert_parallel.checkpoint.save import Saver
-from expert_parallel.cli.verify import plan_verification
+from expert_parallel.checkpoint.save import CheckpointSaver
+from expert_parallel.cli.verify import build_verification_spec
 from expert_parallel.data.batch import MicroBatch, shard_bounds
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext, pass_seed, token_batch
@@ -27,7 +27,7 @@ from expert_parallel.moe.routers.registry import build_router
 from expert_parallel.nn import random
 from expert_parallel.nn.random import Stream
 from expert_parallel.runtime.process import CPU, Launch, Runtime
-from expert_parallel.training.check import describe, gathered_bytes_of_rank
+from expert_parallel.training.check import format_config_report, gathered_bytes_per_rank
 from expert_parallel.training.config import Config, load_config
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.setup import build, check_degrees
@@ -79,7 +79,7 @@ def test_check_counts_what_the_page_says(row: list[str]) -> None:
     """And no number of the page is another than `check` prints; nothing of that size is allocated."""
     _, file, world_size, _, counted, memory = row
     with Allocations() as made:
-        text = describe(config_of(file.strip("`").removesuffix(".yaml")), int(world_size.replace(",", "")))
+        text = format_config_report(config_of(file.strip("`").removesuffix(".yaml")), int(world_size.replace(",", "")))
     assert made.largest <= 8192  # ranks, experts, blocks; not weights
     said = dict(line.split("  ", 1) for line in text.partition("\n\n")[2].splitlines() if "  " in line)
     total, active = counted.split(" / ")
@@ -94,7 +94,7 @@ def test_exact_counts() -> None:
     block = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 8 * (3 * 4096 * 14336) + 8 * 4096 + 2 * 4096
     total = 32 * block + 2 * 32000 * 4096 + 4096
     assert total == 46_702_792_704
-    assert f"{total:,} in all" in describe(config_of("mixtral-8x7b"), 32)
+    assert f"{total:,} in all" in format_config_report(config_of("mixtral-8x7b"), 32)
 
 
 def test_weights_that_stay_gathered_count() -> None:
@@ -103,7 +103,7 @@ def test_weights_that_stay_gathered_count() -> None:
         load_config(ROOT / "configs" / "switch-2048.yaml", [f"parallel.data.reshard_after_forward={value}"])
         for value in ("false", "true")
     )
-    more = gathered_bytes_of_rank(kept, check_degrees(kept, 512)) - gathered_bytes_of_rank(
+    more = gathered_bytes_per_rank(kept, check_degrees(kept, 512)) - gathered_bytes_per_rank(
         given_up, check_degrees(given_up, 512)
     )
     block = 4 * 2080 * 2048 + 2048 * 2080 + 2 * 2080 + 4 * 2 * 2080 * 6144
@@ -358,7 +358,7 @@ def test_the_lessons_numbers() -> None:
 
 def run_verify(rank: int, world: int, tree: dict[str, Any], layouts: list[str]) -> list[tuple[list[str], float]]:
     """Of each layout: what differs, in sentences, and the share of dropped choices."""
-    plan, _ = plan_verification(Config.model_validate(tree), world, layouts, "float64", full=False)
+    plan, _ = build_verification_spec(Config.model_validate(tree), world, layouts, "float64", full=False)
     runtime = Runtime(Launch("verify", rank, world, rank, world), CPU, "gloo", timedelta(seconds=180))
     tolerance = TOLERANCES["float64"][0]
     return [
@@ -426,7 +426,7 @@ def take_steps(
     tree["parallel"]["ep"] = world
     config = Config.model_validate(tree)
     runtime = Runtime(Launch("test", rank, world, rank, world), CPU, "gloo", timedelta(seconds=180))
-    mesh, model, engine = build(config, runtime, check_degrees(config, world), initialise=start is None)
+    mesh, model, engine = build(config, runtime, check_degrees(config, world), initialize=start is None)
     folder = Path(config.run.folder)
     seen: dict[str, Any] = {}
     assert isinstance(engine, NativeEngine)
@@ -452,7 +452,7 @@ def take_steps(
         seen |= {f"{step}/loss": report.loss, f"{step}/norm": report.grad_norm, f"{step}/kept": kept_E.tolist()}
     if save:
         keep, quiet = CheckpointConfig(background=False), {"layout": "", "say": lambda text: None}
-        with Saver(folder, model, engine.state, mesh, runtime, keep, config=tree, **quiet) as saver:
+        with CheckpointSaver(folder, model, engine.state, mesh, runtime, keep, config=tree, **quiet) as saver:
             saver.save(steps[-1] + 1, is_last=True)
     return seen
 

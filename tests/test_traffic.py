@@ -18,7 +18,7 @@ from expert_parallel.parallel.mesh import build_mesh
 from expert_parallel.training.config import DTYPES, TrainingConfig
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.optim import build_optimizer
-from expert_parallel.verify.traffic import AxisBytes, counting, describe, measure_step
+from expert_parallel.verify.traffic import AxisBytes, counting_collective_bytes, format_axis_bytes, measure_step_bytes
 from tests.layouts import build_on, parallel_config
 from tests.ranks import run_ranks
 
@@ -209,7 +209,7 @@ def measure(rank: int, layout: dict[str, Any], model: dict[str, Any]) -> list[Ax
         mesh, built = build_on(layout, model, 0, dtype)
     batches = random_batches(training, built.config.vocab_size, mesh.degrees.dp, mesh.dp_rank)
     engine = NativeEngine(built, build_optimizer(training.optimizer, built), mesh, training.clip_norm)
-    return measure_step(built, engine, batches, training, parallel, mesh, step=1, seed=0)
+    return measure_step_bytes(built, engine, batches, training, parallel, mesh, step=1, seed=0)
 
 
 def measure_on_ranks(layout: dict[str, Any], model: dict[str, Any], body: Any = measure) -> list[AxisBytes]:
@@ -222,7 +222,7 @@ def measure_on_ranks(layout: dict[str, Any], model: dict[str, Any], body: Any = 
 def test_measured_equals_the_formulas(name: str) -> None:
     layout, model, axes = CASES[name]
     found = measure_on_ranks(layout, model)
-    assert all(axis.agrees for axis in found), describe(found)
+    assert all(axis.matches for axis in found), format_axis_bytes(found)
     moved = {label.split(": ")[0] for axis in found for label in axis.expected}
     assert {axis.replace(".", " ") for axis in axes.split()} <= moved
     for axis in found:
@@ -251,7 +251,7 @@ def by_hand(layout: dict[str, Any], model: dict[str, Any] | None = None) -> dict
 
 def measure_small(rank: int, layout: dict[str, Any], model: dict[str, Any]) -> list[AxisBytes]:
     found = measure(rank, layout, model)
-    assert all(axis.agrees for axis in found), describe(found)
+    assert all(axis.matches for axis in found), format_axis_bytes(found)
     return found
 
 
@@ -332,7 +332,7 @@ def count(rank: int, which: str) -> float:
         "broadcast": lambda: dist.broadcast(x, 0),
         "barrier": lambda: dist.barrier(),
     }
-    with counting() as counted:
+    with counting_collective_bytes() as counted:
         collectives[which]()
     return sum(counted.sent.values()) / 3
 
@@ -365,7 +365,7 @@ def refuse_broadcast(rank: int) -> str:
 
 
 def test_an_unknown_collective_is_not_passed_over() -> None:
-    assert run_ranks(2, refuse_broadcast) == ["bytes of c10d::broadcast_ are not counted: add it to SENT"] * 2
+    assert run_ranks(2, refuse_broadcast) == ["bytes of c10d::broadcast_ are not counted: add it to BYTES_SENT"] * 2
 
 
 def measure_with_waste(rank: int, layout: dict[str, Any], model: dict[str, Any]) -> list[AxisBytes]:
@@ -386,11 +386,13 @@ def measure_with_waste(rank: int, layout: dict[str, Any], model: dict[str, Any])
 def test_waste_shows() -> None:
     """Half of the exchanges are gathers."""
     found = measure_on_ranks({"world": 4, "tp": 2, "ep": 4}, {}, measure_with_waste)
-    wrong = [axis for axis in found if not axis.agrees]
+    wrong = [axis for axis in found if not axis.matches]
     assert [axis.axes for axis in wrong] == [("tp", "sequence")]
     waste = wrong[0].expected["tp: tokens"] // 2
     assert wrong[0].measured == sum(wrong[0].expected.values()) + waste
-    text = describe(found)
+    text = format_axis_bytes(found)
     assert f"differs by +{waste:,}" in text
     assert text.endswith("these axes differ from the formulas: tp = sequence")
-    assert describe(measure_on_ranks({"world": 2, "tp": 2}, {})).endswith("all axes send what the formulas say")
+    assert format_axis_bytes(measure_on_ranks({"world": 2, "tp": 2}, {})).endswith(
+        "all axes send what the formulas say"
+    )

@@ -24,7 +24,7 @@ from expert_parallel.moe.context import RouterReplay, StepContext
 from expert_parallel.moe.dispatch.ledger import LedgerBreach, LedgerConfig
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.moe.reference.layer import reference_layer
+from expert_parallel.moe.reference.reference_layer import reference_layer
 from expert_parallel.moe.routers.losses import loss_name
 from expert_parallel.moe.types import MoEOutput
 from expert_parallel.parallel.mesh import ParallelMesh
@@ -172,7 +172,7 @@ def run_steps(model: LanguageModel, config: TrainingConfig, mesh: ParallelMesh, 
 
 @cache
 def slow(micro_steps: int, global_batch: int) -> dict[str, Any]:
-    """One rank, with the MoE layers computed by moe/reference/layer.py. In a pool of one, for its process group."""
+    """One rank, with the MoE layers of moe/reference/reference_layer.py. In a pool of one, for its process group."""
     return run_ranks(1, train_slowly, {"world": 8 if global_batch % 8 == 0 else 1, "micro_steps": micro_steps})[0]
 
 
@@ -264,7 +264,7 @@ def layer_totals(**changes: Any) -> LayerTotals:
         dropped_receive_bound_E=nothing,
         computed_E=torch.tensor([3, 2]),
         num_tokens=4,
-        num_unserved=1,
+        num_tokens_without_expert=1,
         entropy=2.0,
         gathered_bytes=5,
         rows_own=1,
@@ -492,7 +492,14 @@ def test_a_whole_model_plays_recorded_choices_back(moe: dict[str, Any], recomput
     own, played = model(tokens_BS, replace(context, replay=None)), model(tokens_BS, context)
     assert replay.recorded == recorded
     for layer, stats in first.stats.items():
-        for name in ("routed_E", "kept_E", "rerouted_E", "dropped_capacity_E", "computed_E", "num_unserved"):
+        for name in (
+            "routed_E",
+            "kept_E",
+            "rerouted_E",
+            "dropped_capacity_E",
+            "computed_E",
+            "num_tokens_without_expert",
+        ):
             assert torch.equal(getattr(played.stats[layer], name), getattr(stats, name)), name
         assert not torch.equal(own.stats[layer].routed_E, stats.routed_E)
     assert not torch.allclose(played.logits, first.logits)
@@ -515,7 +522,7 @@ def train_with_defect(rank: int, defect: str, layout: dict[str, Any]) -> dict[st
     import expert_parallel.moe.routers.losses as balance
     import expert_parallel.training.engines.native as step
 
-    original = step.reduce_gradients, step.global_norm, balance.all_reduce_sum
+    original = step.reduce_gradients, step.global_grad_norm, balance.all_reduce_sum
 
     def expert_gradients_divided(model: Any, mesh: Any, *, sharded: bool) -> None:
         original[0](model, mesh, sharded=sharded)
@@ -543,12 +550,12 @@ def train_with_defect(rank: int, defect: str, layout: dict[str, Any]) -> dict[st
         if defect == "router gradient not reduced":
             step.reduce_gradients = router_not_reduced
         if defect == "norm without experts":
-            step.global_norm = norm_without_experts
+            step.global_grad_norm = norm_without_experts
         if defect == "balance loss of each rank":
             balance.all_reduce_sum = own_counts
         return train(rank, layout, steps=1)
     finally:
-        step.reduce_gradients, step.global_norm, balance.all_reduce_sum = original
+        step.reduce_gradients, step.global_grad_norm, balance.all_reduce_sum = original
 
 
 DEFECTS = {

@@ -26,17 +26,17 @@ from typer.testing import CliRunner
 
 from expert_parallel.cli import verify as command
 from expert_parallel.cli.app import app
-from expert_parallel.cli.verify import plan_verification
-from expert_parallel.moe.experts.grouped_gemm import multiplies_bfloat16
+from expert_parallel.cli.verify import build_verification_spec
+from expert_parallel.moe.experts.grouped_gemm import has_bfloat16_gemm
 from expert_parallel.runtime.process import CPU, Launch, Runtime, UserError
 from expert_parallel.training.config import Config, load_config
-from expert_parallel.verify.compare import TOLERANCES, Difference, compare, group_of
+from expert_parallel.verify.compare import TOLERANCES, TensorDifference, compare, parameter_group
 from expert_parallel.verify.explain import explain
-from expert_parallel.verify.layouts import SETTINGS, Layout, accumulations, check_layout, choose_layouts
-from expert_parallel.verify.ranks import RankError, run_on_ranks
+from expert_parallel.verify.layouts import SETTINGS, Layout, check_layout, choose_layouts, micro_step_counts
+from expert_parallel.verify.ranks import RankError, spawn_ranks
 from expert_parallel.verify.run import LayoutResult, verify
-from expert_parallel.verify.shrink_config import reduce_config
-from expert_parallel.verify.table import show
+from expert_parallel.verify.shrink_config import shrink_config
+from expert_parallel.verify.table import print_results
 from tests.launches import ROOT, run_configs, start
 from tests.ranks import run_ranks
 
@@ -77,7 +77,7 @@ def runtime_of(rank: int, world: int) -> Runtime:
 
 def run_verification(rank: int, layouts: list[str], tree: dict[str, Any], dtype: str, defect: str) -> dict[str, Any]:
     """On one rank of 4: by layout, the columns that differ, and the sentences."""
-    plan, _ = plan_verification(Config.model_validate(tree), 4, layouts, dtype, full=False)
+    plan, _ = build_verification_spec(Config.model_validate(tree), 4, layouts, dtype, full=False)
     with defect_of(defect):
         results = verify(plan, runtime_of(rank, 4))
     tolerance = TOLERANCES[dtype][0]
@@ -146,7 +146,7 @@ def test_a_right_layout_passes_in_lower_precision(dtype: str) -> None:
     tree = config_of().model_dump(mode="json")
     (seen,) = run_ranks(4, run_verification, ["ep=2,tp=2,micro_steps=2"], tree, dtype, "none")[0].values()
     assert not seen["columns"], seen["sentences"]
-    assert seen["backend"] == ("bmm" if dtype == "bfloat16" and multiplies_bfloat16() else "grouped_mm")
+    assert seen["backend"] == ("bmm" if dtype == "bfloat16" and has_bfloat16_gemm() else "grouped_mm")
 
 
 @contextmanager
@@ -185,14 +185,14 @@ def without_sum(group: str, is_left_out: Callable[[Any], bool]) -> tuple[Any, st
     from expert_parallel.training import grads
     from expert_parallel.training.engines import native
 
-    original, add_up = native.reduce_gradients, grads._sum_in_buckets
+    original, add_up = native.reduce_gradients, grads._all_reduce_in_buckets
 
     def wrong(model: Any, mesh: Any, *, sharded: bool) -> None:
         def some(logicals: Any, over: Any) -> None:
             left_out = over is not None and over is getattr(mesh, group)
             add_up([one for one in logicals if not (left_out and is_left_out(one))], over)
 
-        with mock.patch.object(grads, "_sum_in_buckets", some):
+        with mock.patch.object(grads, "_all_reduce_in_buckets", some):
             original(model, mesh, sharded=sharded)
 
     return native, "reduce_gradients", wrong
@@ -202,19 +202,19 @@ def counted(change: Callable[[bool, Any, Any], bool]) -> tuple[Any, str, Any]:
     """Which rank counts a parameter in the gradient norm."""
     from expert_parallel.training import grads
 
-    original = grads.is_first_holder
+    original = grads.is_first_replica
 
     def wrong(logical: Any, mesh: Any) -> bool:
         return change(original(logical, mesh), logical, mesh)
 
-    return grads, "is_first_holder", wrong
+    return grads, "is_first_replica", wrong
 
 
 def norm_with_copies() -> tuple[Any, str, Any]:
     from expert_parallel.parallel.collectives import group_rank
 
     def change(right: bool, logical: Any, mesh: Any) -> bool:
-        return right or (not logical.is_expert and logical.slice is None and group_rank(mesh.dense_group) == 0)
+        return right or (not logical.is_expert and logical.tensor_shard is None and group_rank(mesh.dense_group) == 0)
 
     return counted(change)
 
@@ -238,14 +238,14 @@ def own_token_counts() -> tuple[Any, str, Any]:
     """Each rank's loss is the mean over its own tokens, and these are averaged."""
     from expert_parallel.training import step
 
-    original = step.count_cross_entropy
+    original = step.local_cross_entropy
 
     def wrong(model: Any, output: Any, batch: Any, mesh: Any) -> Any:
         cross_entropy, own, num_tokens = original(model, output, batch, mesh)
         mean_tokens = 5 * 8 / mesh.degrees.dp
         return cross_entropy * mean_tokens / max(1, batch.targets_BS.numel()), own, num_tokens
 
-    return step, "count_cross_entropy", wrong
+    return step, "local_cross_entropy", wrong
 
 
 def balance_loss_of_a_stage_lost() -> tuple[Any, str, Any]:
@@ -255,7 +255,7 @@ def balance_loss_of_a_stage_lost() -> tuple[Any, str, Any]:
 
     def wrong(self: Any, output: Any, num_sequences: int) -> Tensor:
         balance = original(self, output, num_sequences)
-        return balance * 0 if self.part.is_first else balance
+        return balance * 0 if self.stage_spec.is_first else balance
 
     return Stage, "_balance_of", wrong
 
@@ -331,7 +331,7 @@ DEFECT_PATCHES: dict[str, Callable[[], tuple[Any, str, Any]]] = {
     "norm with tensor-parallel copies": norm_with_copies,
     "balance loss of each rank": balance_of_each_rank,
     "divided by its own tokens": own_token_counts,
-    "tied embedding not summed over stages": lambda: without_sum("tied_group", lambda one: True),
+    "tied embedding not summed over stages": lambda: without_sum("tied_embedding_group", lambda one: True),
     "balance loss of a stage lost": balance_loss_of_a_stage_lost,
     "dropout equal over ranks": equal_dropout,
     "dropout drawn anew in recomputation": dropout_drawn_anew,
@@ -413,7 +413,7 @@ def compare_broken(rank: int) -> list[tuple[float, ...]]:
     if rank == 0:
         pairs["gradient/d"] = (one / 0, one)
     found = compare(pairs, expected, floor=1e-3)
-    return [(d.held, d.relative, d.ratio, d.spread, d.rank) for d in found]
+    return [(d.is_present, d.relative, d.ratio, d.residual, d.rank) for d in found]
 
 
 def test_the_worst_rank_counts() -> None:
@@ -460,8 +460,8 @@ def test_a_layout_that_cannot_be_is_refused(text: str, said: str) -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_every_pair_that_can_be_is_covered(ranks: int) -> None:
     """By brute force over all layouts; the user's own comes first."""
-    reduced = reduce_config(config_of(parallel={"ep": ranks}), ranks, full=False)
-    chosen = choose_layouts(reduced.config, reduced.own, ranks, accumulations(ranks))
+    reduced = shrink_config(config_of(parallel={"ep": ranks}), ranks, full=False)
+    chosen = choose_layouts(reduced.config, reduced.own, ranks, micro_step_counts(ranks))
     assert chosen[0] == reduced.own
     assert len(chosen) == len(set(chosen)) <= 30
 
@@ -473,7 +473,7 @@ def test_every_pair_that_can_be_is_covered(ranks: int) -> None:
 
     missed = [
         layout
-        for layout in _candidates(ranks, accumulations(ranks))
+        for layout in _candidates(ranks, micro_step_counts(ranks))
         if not pairs(layout) <= covered and _fits(reduced.config, layout, ranks)
     ]
     assert not missed
@@ -487,7 +487,7 @@ SHIPPED = run_configs()
 def test_every_shipped_config_can_be_reduced(file: Path) -> None:
     """Small, with two MoE blocks or more, and unequal numbers of sequences on the data ranks."""
     config = load_config(file)
-    reduced = reduce_config(config, 4, full=False)
+    reduced = shrink_config(config, 4, full=False)
     model = reduced.config.model
     assert model.d_model <= 16
     assert len(model.moe_layers) >= 2
@@ -507,7 +507,7 @@ def test_what_is_reduced_and_switched_off_is_said() -> None:
         "experts": {"hidden": 16, "output_dropout": 0.3},
         "dispatcher": {"kind": "hierarchical"},
     }
-    reduced = reduce_config(config_of(model, moe, parallel={"ep": 24}), 4, full=False)
+    reduced = shrink_config(config_of(model, moe, parallel={"ep": 24}), 4, full=False)
     config, said = reduced.config, "; ".join(reduced.changes + reduced.settings)
     assert config.model.moe is not None
     assert config.model.moe_layers == [1, 3]
@@ -523,7 +523,7 @@ def test_what_is_reduced_and_switched_off_is_said() -> None:
         "model.moe.ledger counts -> rows",
     ):
         assert words in said, words
-    plan, reduced = plan_verification(config_of(model, moe, parallel={"ep": 24}), 4, [], "float64", full=False)
+    plan, reduced = build_verification_spec(config_of(model, moe, parallel={"ep": 24}), 4, [], "float64", full=False)
     assert "the config's own layout, ep=24" in "; ".join(reduced.changes)
     assert plan.dropout == {
         "model.dropout": 0.2,
@@ -534,7 +534,7 @@ def test_what_is_reduced_and_switched_off_is_said() -> None:
 
 def test_in_full_the_sizes_stay() -> None:
     config = config_of({"d_model": 48})
-    reduced = reduce_config(config, 4, full=True)
+    reduced = shrink_config(config, 4, full=True)
     assert not reduced.changes
     assert reduced.config.model == config.model.model_copy(update={"moe": reduced.config.model.moe}), (
         "but for the ledger of the MoE layers"
@@ -545,20 +545,22 @@ def test_in_full_the_sizes_stay() -> None:
 def test_a_receive_bound_is_refused() -> None:
     config = config_of(moe={"capacity": {"kind": "dropless", "receive_bound": 2.0}})
     with pytest.raises(ValueError, match=r"model\.moe\.capacity\.receive_bound: .* depends on the layout"):
-        reduce_config(config, 4, full=False)
+        shrink_config(config, 4, full=False)
 
 
 # --------------------------------------------------------------------------------------------- tables and sentences
 
 
-def result_of(*differences: Difference, **changes: Any) -> LayoutResult:
+def result_of(*differences: TensorDifference, **changes: Any) -> LayoutResult:
     degrees = {"ep": 4, "etp": 1, "edp": 2, "tp": 2, "cp": 1, "dp": 4, "pp": 1, "micro_steps": 3}
     fields = {"routed": 40, "dropped": 4, "grad_norm": 1.0, "ledger": [], "dropout": [], "backend": "loop"}
     return LayoutResult("ep=4", list(differences), degrees=degrees, seconds=1.0, **(fields | changes))  # type: ignore[arg-type]
 
 
-def difference(name: str, ratio: float, relative: float = 0.5, spread: float = 0.0, held: bool = True) -> Difference:
-    return Difference(name, held, relative, ratio, spread, rank=1)
+def difference(
+    name: str, ratio: float, relative: float = 0.5, residual: float = 0.0, is_present: bool = True
+) -> TensorDifference:
+    return TensorDifference(name, is_present, relative, ratio, residual, rank=1)
 
 
 @pytest.mark.parametrize(
@@ -577,11 +579,14 @@ def difference(name: str, ratio: float, relative: float = 0.5, spread: float = 0
         (difference("gradient/final_norm.weight", 3.0), "exactly micro_steps; each micro-step is divided by its own"),
         (difference("gradient/embedding.weight", 16.0), "exactly dp^2"),
         (difference("gradient/embedding.weight", 0.7), "it is 0.7 times what it must be; some tokens' parts"),
-        (difference("gradient/embedding.weight", 4.0, spread=0.1), "differs by 5.0e-01 (rank 1): some tokens' parts"),
-        (difference("gradient/embedding.weight", 1.0, held=False), "gradient of embedding.weight: no rank has it"),
+        (difference("gradient/embedding.weight", 4.0, residual=0.1), "differs by 5.0e-01 (rank 1): some tokens' parts"),
+        (
+            difference("gradient/embedding.weight", 1.0, is_present=False),
+            "gradient of embedding.weight: no rank has it",
+        ),
     ],
 )
-def test_a_factor_is_explained(wrong: Difference, said: str) -> None:
+def test_a_factor_is_explained(wrong: TensorDifference, said: str) -> None:
     right = difference("gradient/final_norm.bias", 1.0, relative=1e-12)
     sentences = explain(result_of(right, wrong), 1e-9)
     assert len(sentences) == 1
@@ -610,9 +615,9 @@ def test_the_table_shows_everything_however_narrow(width: int) -> None:
         result_of(difference("loss/loss", 1.0, relative=0.0), wrong, dropped),
         result_of(difference("loss/loss", 1.0, relative=3e-15), difference(wrong.name, 1.0, relative=2e-16)),
     ]
-    results.append(result_of(difference("loss/loss", 1.0, held=False), ledger=["ledger: a row was lost"]))
+    results.append(result_of(difference("loss/loss", 1.0, is_present=False), ledger=["ledger: a row was lost"]))
     file = io.StringIO()
-    show(results, 1e-9, Console(file=file, width=width))
+    print_results(results, 1e-9, Console(file=file, width=width))
     text = file.getvalue()
     words = ("loss", "router", "dropout", "verdict", "3e-15", "2e-01", "missing", "BREACH", "DIFFERS", "ok", "10 %")
     assert [word for word in words if word not in text] == []
@@ -633,7 +638,7 @@ def test_parameters_are_grouped() -> None:
         "blocks.2.moe.experts.11.b_in": "experts",
         "blocks.2.moe.shared_experts.w_in.weight": "shared experts",
     }
-    assert {name: group_of(name) for name in groups} == groups
+    assert {name: parameter_group(name) for name in groups} == groups
 
 
 # ----------------------------------------------------------------------------------- ranks of our own, the command
@@ -646,7 +651,7 @@ def work(task: str, runtime: Runtime, say: Callable[[str], None]) -> list[int]:
     if task == "dies" and runtime.rank == 1:
         os._exit(7)
     if task == "refused":
-        runtime.together(lambda: Layout.parse("nonsense"))
+        runtime.run_on_all_ranks(lambda: Layout.parse("nonsense"))
     total = torch.tensor([runtime.rank + 1])
     dist.all_reduce(total)  # where the other is gone: waits
     return [int(total), runtime.world_size]
@@ -654,7 +659,7 @@ def work(task: str, runtime: Runtime, say: Callable[[str], None]) -> list[int]:
 
 def run_work(task: str) -> tuple[Any, list[str]]:
     said: list[str] = []
-    return run_on_ranks(2, work, task, said.append, timedelta(seconds=60)), said
+    return spawn_ranks(2, work, task, said.append, timedelta(seconds=60)), said
 
 
 def test_ranks_of_our_own() -> None:

@@ -15,9 +15,9 @@ from expert_parallel.training.config import Config, TrainingConfig
 from expert_parallel.verify import reference as slow
 from expert_parallel.verify import system_under_test
 from expert_parallel.verify.compare import actual_tensors, expected_tensors
-from expert_parallel.verify.reference import Division, ReferenceStep, adamw_step, reference_step
+from expert_parallel.verify.reference import ReferenceStep, TokenPartition, adamw_step, reference_step
 from expert_parallel.verify.reference_attention import attention
-from expert_parallel.verify.run import stirred
+from expert_parallel.verify.run import perturb
 from tests.peers import peers_in_float64
 from tests.ranks import run_ranks
 from tests.test_mixtral import MIXTRAL, logical_tensors
@@ -30,7 +30,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def whole(num_sequences: int, length: int) -> Division:
+def whole(num_sequences: int, length: int) -> TokenPartition:
     return [(torch.arange(num_sequences), torch.arange(length))]
 
 
@@ -148,9 +148,9 @@ def test_a_step_is_that_of_transformers_mixtral(micro_steps: int) -> None:
             "moe": moe,
         }
     )
-    division = whole(6 // micro_steps, 8)
+    partition = whole(6 // micro_steps, 8)
     training = training_of(micro_steps=micro_steps)
-    ours = reference_step(model, training, logical_tensors(parameters), sequences_GS, division, SEED)
+    ours = reference_step(model, training, logical_tensors(parameters), sequences_GS, partition, SEED)
     assert ours.loss == pytest.approx(cross_entropy, rel=1e-10)
     assert set(ours.gradients) == set(gradients)
     for name, expected in gradients.items():
@@ -199,16 +199,16 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def take_a_step(rank: int, tree: dict[str, Any]) -> dict[str, float]:
     """The largest relative difference between the product alone and the reference, by what is compared."""
     config = Config.model_validate(tree)
-    initial = system_under_test.whole_model(config)
-    start = stirred(initial, config.seed)
+    initial = system_under_test.initial_weights(config)
+    start = perturb(initial, config.seed)
     training, sequences_GS = config.training, system_under_test.random_sequences(config)
-    division = whole(training.global_batch // training.micro_steps, training.sequence_length)
-    step = reference_step(config.model, training, start, sequences_GS, division, config.seed)
+    partition = whole(training.global_batch // training.micro_steps, training.sequence_length)
+    step = reference_step(config.model, training, start, sequences_GS, partition, config.seed)
     expected = expected_tensors(step, initial, start)
     with system_under_test.set_up(config, runtime_of(rank, 1), sequences_GS) as run:
-        before = system_under_test.read(run.model)
-        system_under_test.write(run.model, start)
-        pairs = actual_tensors(run, system_under_test.take_step(run, list(run.batches(0))), before, start, expected)
+        before = system_under_test.read_weights(run.model)
+        system_under_test.write_weights(run.model, start)
+        pairs = actual_tensors(run, system_under_test.capture_step(run, list(run.batches(0))), before, start, expected)
     assert set(pairs) == set(expected)
     worst: dict[str, float] = {}
     for name, (actual, wanted) in pairs.items():
@@ -228,13 +228,15 @@ def test_a_step_is_the_product_s_on_one_rank(case: str) -> None:
     assert {"loss", "output", "gradient", "gradient norm", "update", "initial weights", "dropped"} <= set(worst)
 
 
-def reference_of(config: Config, division: Division) -> ReferenceStep:
+def reference_of(config: Config, partition: TokenPartition) -> ReferenceStep:
     model = build_model(config.model, dtype=torch.float64, seed=SEED)
     sequences_GS = system_under_test.random_sequences(config)
-    return reference_step(config.model, config.training, system_under_test.read(model), sequences_GS, division, SEED)
+    return reference_step(
+        config.model, config.training, system_under_test.read_weights(model), sequences_GS, partition, SEED
+    )
 
 
-DIVIDED: Division = [
+DIVIDED: TokenPartition = [
     (torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 6, 7])),
     (torch.tensor([0, 1, 2, 3]), torch.tensor([2, 3, 4, 5])),
     (torch.tensor([4, 5]), torch.arange(8)),

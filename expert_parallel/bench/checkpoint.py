@@ -22,11 +22,11 @@ from expert_parallel.checkpoint.config import CheckpointConfig
 from expert_parallel.checkpoint.digest import digest
 from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.manifest import MOMENTS
-from expert_parallel.checkpoint.save import Saver
+from expert_parallel.checkpoint.save import CheckpointSaver
 from expert_parallel.checkpoint.state import TorchState
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.parallel.collectives import gather_text
+from expert_parallel.parallel.collectives import all_gather_text
 from expert_parallel.parallel.degrees import ParallelConfig
 from expert_parallel.parallel.mesh import build_mesh
 from expert_parallel.runtime.process import Runtime
@@ -42,7 +42,7 @@ def bench_checkpoint(runtime: Runtime, megabytes: int, rounds: int, folder: Path
 
     megabytes: weights and optimizer state, over all ranks, which divide the experts. folder: files are written into a
     new folder below it, which is removed."""
-    place = Path(gather_text(tempfile.mkdtemp(dir=folder) if runtime.rank == 0 else "", torch.device("cpu"))[0])
+    place = Path(all_gather_text(tempfile.mkdtemp(dir=folder) if runtime.rank == 0 else "", torch.device("cpu"))[0])
     try:
         config = _model(megabytes, runtime.world_size)
         degrees = ParallelConfig(ep=runtime.world_size).degrees(runtime.world_size)
@@ -53,11 +53,19 @@ def bench_checkpoint(runtime: Runtime, megabytes: int, rounds: int, folder: Path
             optimizer.state[parameter] = {moment: torch.rand_like(parameter) for moment in MOMENTS}
         state = TorchState(optimizer)
 
-        def saver(name: str, background: bool) -> Saver:
+        def saver(name: str, background: bool) -> CheckpointSaver:
             settings = CheckpointConfig(background=background, keep=1)
             tree = {"model": config.model_dump(mode="json")}
-            return Saver(
-                place / name, model, state, mesh, runtime, settings, config=tree, layout="bench", say=_say_nothing
+            return CheckpointSaver(
+                place / name,
+                model,
+                state,
+                mesh,
+                runtime,
+                settings,
+                config=tree,
+                layout="bench",
+                print_rank_0=_ignore_message,
             )
 
         savers = {name: saver(name, name == "background") for name in ("blocking", "background")}
@@ -71,7 +79,7 @@ def bench_checkpoint(runtime: Runtime, megabytes: int, rounds: int, folder: Path
         own = sum(tensor.nbytes for tensor in savers["background"].buffers)
         total = sum(path.stat().st_size for path in newest.iterdir())
     finally:
-        runtime.together(lambda: None)
+        runtime.run_on_all_ranks(lambda: None)
         if runtime.rank == 0:
             shutil.rmtree(place, ignore_errors=True)
     seconds = {name: statistics.median(found) for name, found in times.items()} | {"load": load}
@@ -88,7 +96,7 @@ def bench_checkpoint(runtime: Runtime, megabytes: int, rounds: int, folder: Path
     }
 
 
-def describe(result: dict[str, Any]) -> str:
+def format_result(result: dict[str, Any]) -> str:
     """Formats the result as a table."""
     seconds, own = result["seconds"], result["bytes_of_rank_0"]
     rows = {
@@ -112,18 +120,18 @@ def describe(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _round(runtime: Runtime, savers: dict[str, Saver], place: Path, step: int) -> dict[str, float]:
+def _round(runtime: Runtime, savers: dict[str, CheckpointSaver], place: Path, step: int) -> dict[str, float]:
     """Runs each kind of work once and returns its seconds; nothing else runs meanwhile."""
     found = {
         "blocking save": _seconds(runtime, lambda: savers["blocking"].save(step, is_last=True)),
         "background stall": _seconds(runtime, lambda: savers["background"].save(step, is_last=True)),
     }
     found["background save"] = found["background stall"] + _seconds(runtime, savers["background"].finish)
-    live, buffers = savers["background"].live(), savers["background"].buffers
+    assigned_tensors, buffers = savers["background"].assigned_tensors(), savers["background"].buffers
     path = place / f"plain_{runtime.rank}"
 
     def copy() -> None:
-        for buffer, tensor in zip(buffers, live, strict=True):
+        for buffer, tensor in zip(buffers, assigned_tensors, strict=True):
             buffer.copy_(tensor)
 
     def write() -> None:
@@ -142,8 +150,8 @@ def _round(runtime: Runtime, savers: dict[str, Saver], place: Path, step: int) -
         for tensor in buffers:
             digest(tensor, [0] * tensor.dim(), tensor.shape)
 
-    works: dict[str, Callable[[], None]] = {"copy": copy, "write": write, "sha256": sha256, "digest": digests}
-    found |= {name: _seconds(runtime, work) for name, work in works.items()}
+    workloads: dict[str, Callable[[], None]] = {"copy": copy, "write": write, "sha256": sha256, "digest": digests}
+    found |= {name: _seconds(runtime, work) for name, work in workloads.items()}
     path.unlink()
     return found
 
@@ -174,5 +182,5 @@ def _seconds(runtime: Runtime, work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _say_nothing(_: str) -> None:
+def _ignore_message(_: str) -> None:
     pass

@@ -12,13 +12,19 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from expert_parallel.bench.equal_capacity_parts import Laps, arrived, dense_parts, dense_work, moe_parts
-from expert_parallel.bench.layer import TOLERANCES, Disagreement
-from expert_parallel.bench.overlap import draw_tokens, layer_work, make_layer
-from expert_parallel.bench.shapes import Shape, choose_shape, layer_flops
-from expert_parallel.bench.timing import WARM_UP, Facts, Times, measure, state_facts
+from expert_parallel.bench.equal_capacity_parts import (
+    TimedWorkload,
+    capture_expert_input,
+    dense_parts,
+    dense_workload,
+    moe_parts,
+)
+from expert_parallel.bench.layer import TOLERANCES, OutputMismatch
+from expert_parallel.bench.overlap import layer_workload, make_layer, random_tokens
+from expert_parallel.bench.shapes import LayerShape, choose_shape, layer_flops
+from expert_parallel.bench.timing import WARM_UP_ROUNDS, Environment, Times, measure, set_up_environment
 from expert_parallel.moe.experts.grouped import GroupedExperts
-from expert_parallel.moe.experts.grouped_gemm import multiplies_bfloat16
+from expert_parallel.moe.experts.grouped_gemm import has_bfloat16_gemm
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.types import DispatchedTokens
 from expert_parallel.nn.ffn import FFN, FFNConfig
@@ -27,7 +33,7 @@ from expert_parallel.settings import Settings
 from expert_parallel.training.config import DTYPES
 
 Dtype = Literal["float32", "bfloat16"]
-Say = Callable[[str], None]
+ProgressFn = Callable[[str], None]
 HIDDEN = (1024, 2048, 4096, 8192, 16384)
 SLOW_BFLOAT16 = (
     "this CPU has no instructions for products of bfloat16: torch multiplies the dense layer's many times slower than "
@@ -40,13 +46,13 @@ class EqualCapacityTask(Settings):
     """Compares MoE layers with dense ones. shapes: the MoE layers; the dense layer of each has num_experts times its
     hidden size."""
 
-    shapes: tuple[Shape, ...]
+    shapes: tuple[LayerShape, ...]
     dtypes: tuple[Dtype, ...] = ("float32",)
     rounds: int = 7
     threads: int = 1
 
 
-class Side(BaseModel):
+class LayerMeasurement(BaseModel):
     """Holds the measurement of one of the two layers, forward and backward.
 
     operations: FLOPs of all its products, the router's included. rate: FLOP/s of `products`, the feed-forward network's
@@ -73,10 +79,10 @@ class EqualCapacityRow(BaseModel):
     nothing, if so."""
 
     dtype: Dtype
-    shape: Shape
+    shape: LayerShape
     hidden: int
-    dense: Side
-    moe: Side
+    dense: LayerMeasurement
+    moe: LayerMeasurement
     operations: float
     faster: float
     faster_range: tuple[float, float]
@@ -84,7 +90,7 @@ class EqualCapacityRow(BaseModel):
     difference: float
     note: str = ""
 
-    def short(self) -> dict[str, float]:
+    def shortfall(self) -> dict[str, float]:
         """Returns the milliseconds by which each part of the MoE exceeds the dense layer's part divided by
         `operations`. They add up to what the MoE's time exceeds the ideal by."""
         dense = self.dense.medians()
@@ -93,12 +99,12 @@ class EqualCapacityRow(BaseModel):
 
 class EqualCapacityResult(BaseModel):
     kind: Literal["equal-capacity"] = "equal-capacity"
-    facts: Facts
+    facts: Environment
     rounds: int
     rows: list[EqualCapacityRow]
 
 
-def choose_shapes(hidden: Sequence[int], changes: Sequence[str]) -> tuple[Shape, ...]:
+def choose_shapes(hidden: Sequence[int], changes: Sequence[str]) -> tuple[LayerShape, ...]:
     """Returns the base layer with `tokens=..`, `d_model=..`, ... changed, once for each hidden size, which its experts
     divide.
 
@@ -124,39 +130,42 @@ def choose_dtypes(names: Sequence[str]) -> tuple[Dtype, ...]:
     return tuple(known[name] for name in dict.fromkeys(names))
 
 
-def equal_capacity_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
+def equal_capacity_task(tree: dict[str, Any], runtime: Runtime, print_progress: ProgressFn) -> dict[str, Any]:
     """Runs the benchmark on one rank. Returns the result as JSON, or the mismatch of outputs that ended it."""
     task = EqualCapacityTask.model_validate(tree, strict=False)
-    facts, rows = state_facts(runtime, task.threads), []
+    facts, rows = set_up_environment(runtime, task.threads), []
     try:
         for dtype in task.dtypes:
             for shape in task.shapes:
-                say(f"{dtype}, hidden {shape.num_experts * shape.hidden}: {task.rounds} rounds")
+                print_progress(f"{dtype}, hidden {shape.num_experts * shape.hidden}: {task.rounds} rounds")
                 rows.append(bench_equal_capacity(shape, dtype, task.rounds, runtime))
-    except Disagreement as error:
+    except OutputMismatch as error:
         return {"disagreement": str(error)}
     return EqualCapacityResult(facts=facts, rounds=task.rounds, rows=rows).model_dump(mode="json")
 
 
-def bench_equal_capacity(shape: Shape, dtype: Dtype, rounds: int, runtime: Runtime) -> EqualCapacityRow:
+def bench_equal_capacity(shape: LayerShape, dtype: Dtype, rounds: int, runtime: Runtime) -> EqualCapacityRow:
     """Measures one shape in one dtype."""
     layer = make_layer(shape, {"kind": "all_to_all"}, runtime).to(DTYPES[dtype])
-    x_TD = draw_tokens(shape, runtime).detach().to(DTYPES[dtype]).requires_grad_()
-    dense = dense_of(layer.experts)
+    x_TD = random_tokens(shape, runtime).detach().to(DTYPES[dtype]).requires_grad_()
+    dense = equivalent_dense(layer.experts)
     difference = compare(dense, layer, x_TD, TOLERANCES[dtype])
-    tokens = arrived(layer, x_TD)
+    tokens = capture_expert_input(layer, x_TD)
 
-    slow, fast = Laps(dense_work(dense, x_TD), runtime.device), Laps(layer_work(layer, x_TD), runtime.device)
-    works = {"dense": slow.work, "moe": fast.work}
-    works |= {f"dense {part}": work for part, work in dense_parts(dense, x_TD).items()}
-    works |= {f"moe {part}": work for part, work in moe_parts(layer, tokens, x_TD).items()}
-    times = measure(works, runtime.device, rounds)
-    ratios = [d / m for d, m in zip(slow.seconds[WARM_UP:], fast.seconds[WARM_UP:], strict=True)]
+    slow, fast = (
+        TimedWorkload(dense_workload(dense, x_TD), runtime.device),
+        TimedWorkload(layer_workload(layer, x_TD), runtime.device),
+    )
+    workloads = {"dense": slow.work, "moe": fast.work}
+    workloads |= {f"dense {part}": work for part, work in dense_parts(dense, x_TD).items()}
+    workloads |= {f"moe {part}": work for part, work in moe_parts(layer, tokens, x_TD).items()}
+    times = measure(workloads, runtime.device, rounds)
+    ratios = [d / m for d, m in zip(slow.seconds[WARM_UP_ROUNDS:], fast.seconds[WARM_UP_ROUNDS:], strict=True)]
 
     router_flops = 3 * 2 * shape.tokens * shape.d_model * shape.num_experts
-    dense_side = side("dense", dense, dense_flops(shape), 0, times)
-    moe_side = side("moe", layer, layer_flops(shape, shape.activation), router_flops, times)
-    is_slow = dtype == "bfloat16" and runtime.device.type == "cpu" and not multiplies_bfloat16()
+    dense_side = measurement("dense", dense, dense_flops(shape), 0, times)
+    moe_side = measurement("moe", layer, layer_flops(shape, shape.activation), router_flops, times)
+    is_slow = dtype == "bfloat16" and runtime.device.type == "cpu" and not has_bfloat16_gemm()
     return EqualCapacityRow(
         dtype=dtype,
         shape=shape,
@@ -172,10 +181,10 @@ def bench_equal_capacity(shape: Shape, dtype: Dtype, rounds: int, runtime: Runti
     )
 
 
-def side(name: str, module: nn.Module, products: int, router: int, times: dict[str, Times]) -> Side:
+def measurement(name: str, module: nn.Module, products: int, router: int, times: dict[str, Times]) -> LayerMeasurement:
     """Builds the measurement of the layer `name` from the times. products, router: FLOPs of each."""
     parts = {part: times[f"{name} {part}"] for part in PARTS if f"{name} {part}" in times}
-    return Side(
+    return LayerMeasurement(
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         operations=products + router,
         times=times[name],
@@ -185,7 +194,7 @@ def side(name: str, module: nn.Module, products: int, router: int, times: dict[s
     )
 
 
-def dense_flops(shape: Shape) -> int:
+def dense_flops(shape: LayerShape) -> int:
     """Returns the FLOPs of the dense layer: one expert with all hidden columns, which every token uses."""
     whole = shape.model_copy(update={"hidden": shape.num_experts * shape.hidden, "num_experts": 1, "k": 1})
     return layer_flops(whole, shape.activation)
@@ -195,7 +204,7 @@ def dense_flops(shape: Shape) -> int:
 # Equality of the two layers
 
 
-def dense_of(experts: GroupedExperts) -> FFN:
+def equivalent_dense(experts: GroupedExperts) -> FFN:
     """Returns the network whose hidden columns are those of all experts, concatenated. (..., D) -> (..., D)."""
     config, (num_experts, hidden, d_model) = experts.config, experts.w_out.shape
     dense = FFN(FFNConfig(hidden=num_experts * hidden, activation=config.activation), d_model).to(experts.w_in)
@@ -229,12 +238,12 @@ def compare(dense: FFN, layer: MoELayer, x_TD: Tensor, tolerance: float) -> floa
     # Waits for the device. float64, so that the sums of squares add no rounding of their own.
     difference = float((y_TD.double() - slices_TD.double()).norm() / y_TD.double().norm())
     if not difference <= tolerance:
-        raise Disagreement(
+        raise OutputMismatch(
             f"the dense layer and all experts with weight 1 differ by {difference:.1e}, at most {tolerance:g} is "
             "rounding: nothing was timed"
         )
     if not bool(moe_TD.isfinite().all()):
-        raise Disagreement("the MoE layer's output is not finite: nothing was timed")
+        raise OutputMismatch("the MoE layer's output is not finite: nothing was timed")
     return difference
 
 
@@ -242,7 +251,7 @@ def compare(dense: FFN, layer: MoELayer, x_TD: Tensor, tolerance: float) -> floa
 # Printed text
 
 
-def describe_equal_capacity(result: EqualCapacityResult) -> str:
+def format_equal_capacity_result(result: EqualCapacityResult) -> str:
     """Formats the result as tables."""
     shape = result.rows[0].shape
     experts = shape.num_experts
@@ -278,9 +287,9 @@ def describe_equal_capacity(result: EqualCapacityResult) -> str:
 def part_lines(row: EqualCapacityRow) -> list[str]:
     """Formats the milliseconds and shares of the parts of both layers, and the shortfall."""
     whole = row.moe.times.median
-    short = row.short()
+    shortfall = row.shortfall()
     lines = [("dense", row.dense.medians(), row.dense.times.median), ("MoE", row.moe.medians(), whole)]
-    lines.append(("short", short, whole))
+    lines.append(("short", shortfall, whole))
     return [
         f"{name:7}{sum(parts.values()):9.2f}"
         + "".join(

@@ -6,46 +6,46 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from expert_parallel.bench.scaling import routing_work
-from expert_parallel.bench.timing import Work, synchronise
+from expert_parallel.bench.scaling import routing_workload
+from expert_parallel.bench.timing import Workload, synchronize
 from expert_parallel.moe.conservation import count_choices
 from expert_parallel.moe.context import StepContext, token_batch
 from expert_parallel.moe.dispatch.ledger import Ledger
-from expert_parallel.moe.experts.fused import keeps_outputs
+from expert_parallel.moe.experts.fused import saves_outputs
 from expert_parallel.moe.experts.grouped import GroupedExperts, choose_backend
-from expert_parallel.moe.experts.grouped_gemm import PRODUCTS
+from expert_parallel.moe.experts.grouped_gemm import GROUPED_GEMMS
 from expert_parallel.moe.experts.kernels import ops_for
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.types import DispatchedTokens
 from expert_parallel.nn.ffn import ACTIVATIONS, FFN
 
 
-class Laps:
+class TimedWorkload:
     """Records the seconds of each run of a workload, since `measure` returns only median and range."""
 
-    def __init__(self, work: Work, device: torch.device) -> None:
+    def __init__(self, work: Workload, device: torch.device) -> None:
         self.whole, self.device = work, device
         self.seconds: list[float] = []
-        self.work = Work(self.run, work.clear)
+        self.work = Workload(self.run, work.clear)
 
     def run(self) -> None:
         start = time.perf_counter()
         self.whole.run()
-        synchronise(self.device)
+        synchronize(self.device)
         self.seconds.append(time.perf_counter() - start)
 
 
-def dense_work(dense: FFN, x_TD: Tensor) -> Work:
+def dense_workload(dense: FFN, x_TD: Tensor) -> Workload:
     """Returns the dense layer's forward and backward pass."""
 
     def run() -> None:
         y_TD = dense(x_TD)
         y_TD.backward(torch.ones_like(y_TD))
 
-    return Work(run, partial(forget, x_TD, *dense.parameters()))
+    return Workload(run, partial(clear_gradients, x_TD, *dense.parameters()))
 
 
-def dense_parts(dense: FFN, x_TD: Tensor) -> dict[str, Work]:
+def dense_parts(dense: FFN, x_TD: Tensor) -> dict[str, Workload]:
     """Returns what autograd computes for FFN.forward: six products, and the activation forward and backward."""
     x_TD = x_TD.detach()
     w_in, w_out = dense.w_in.weight.detach(), dense.w_out.weight.detach()
@@ -66,29 +66,29 @@ def dense_parts(dense: FFN, x_TD: Tensor) -> dict[str, Work]:
     def activate() -> None:
         activation(h_TF).backward(da_TF)
 
-    return {"products": Work(multiply), "activation": Work(activate, partial(forget, h_TF))}
+    return {"products": Workload(multiply), "activation": Workload(activate, partial(clear_gradients, h_TF))}
 
 
-def moe_parts(layer: MoELayer, tokens: DispatchedTokens, x_TD: Tensor) -> dict[str, Work]:
+def moe_parts(layer: MoELayer, tokens: DispatchedTokens, x_TD: Tensor) -> dict[str, Workload]:
     """Returns the parts of the MoE layer. tokens: what the experts receive."""
     return {
         **expert_parts(layer.experts, tokens),
-        "router": routing_work(layer, x_TD),
-        "sorting": sorting_work(layer, x_TD),
+        "router": routing_workload(layer, x_TD),
+        "sorting": sorting_workload(layer, x_TD),
     }
 
 
-def expert_parts(experts: GroupedExperts, tokens: DispatchedTokens) -> dict[str, Work]:
+def expert_parts(experts: GroupedExperts, tokens: DispatchedTokens) -> dict[str, Workload]:
     """Returns the calls of moe/experts/fused.py, forward and backward, sorted by kind.
 
     Routing weights are multiplied in the activation's kernels if activations are recomputed, and else with the rows."""
-    products = PRODUCTS[choose_backend(experts.config, tokens.x_VD.dtype, tokens.x_VD.device, experts.sizes)]
-    tokens = experts.laid_out(tokens, products)
+    products = GROUPED_GEMMS[choose_backend(experts.config, tokens.x_VD.dtype, tokens.x_VD.device, experts.sizes)]
+    tokens = experts.pad_for_backend(tokens, products)
     x_VD, weights_R = tokens.x_VD, tokens.weights_R
     row_R, computed_VK = tokens.row_R, tokens.computed_VK
     w_in, w_out = experts.w_in.detach(), experts.w_out.detach()
     activation = experts.config.activation
-    ops, keeps = ops_for(x_VD), keeps_outputs(x_VD, w_out)
+    ops, keeps = ops_for(x_VD), saves_outputs(x_VD, w_out)
     groups = products.groups(tokens.counts_e)
     x_RD = ops.gather(x_VD, row_R)
     h_RF = products.rows(x_RD, w_in, groups)
@@ -111,7 +111,7 @@ def expert_parts(experts: GroupedExperts, tokens: DispatchedTokens) -> dict[str,
     def activate() -> None:
         if keeps:
             ops.activate(h_RF, activation)
-            ops.slope(h_RF, overwritten_RF, activation)
+            ops.activation_grad(h_RF, overwritten_RF, activation)
         else:
             ops.activate(h_RF, activation, weights_R)
             ops.activate_backward(h_RF, overwritten_RF, weights_R, activation)
@@ -121,7 +121,7 @@ def expert_parts(experts: GroupedExperts, tokens: DispatchedTokens) -> dict[str,
         ops.combine(y_RD, computed_VK, *([weights_R] if keeps else []))
         gathered_RD = ops.gather(dy_VD, row_R)
         if keeps:
-            ops.dots(gathered_RD, y_RD, weights_R.dtype)
+            ops.row_dots(gathered_RD, y_RD, weights_R.dtype)
             ops.weigh_(gathered_RD, weights_R)
         ops.gather(x_VD, row_R)
         ops.combine(dx_RD, computed_VK)
@@ -129,10 +129,10 @@ def expert_parts(experts: GroupedExperts, tokens: DispatchedTokens) -> dict[str,
     def renew() -> None:  # in-place kernels would shrink it every round, down to denormals, which are slow
         overwritten_RF.copy_(da_RF)
 
-    return {"products": Work(multiply), "activation": Work(activate, renew), "gathers": Work(move)}
+    return {"products": Workload(multiply), "activation": Workload(activate, renew), "gathers": Workload(move)}
 
 
-def sorting_work(layer: MoELayer, x_TD: Tensor) -> Work:
+def sorting_workload(layer: MoELayer, x_TD: Tensor) -> Workload:
     """Returns what dispatcher and layer do on one rank: row indices, the choices' weights and their gradient, and
     statistics."""
     with torch.no_grad():
@@ -141,16 +141,16 @@ def sorting_work(layer: MoELayer, x_TD: Tensor) -> Work:
     plan.weights_TK.requires_grad_()
 
     def run() -> None:
-        in_flight = layer.dispatcher.send(x_TD, plan, Ledger(), StepContext())
-        (chunk,) = in_flight.arriving()
+        pending = layer.dispatcher.dispatch(x_TD, plan, Ledger(), StepContext())
+        (chunk,) = pending.receive_chunks()
         weights_R = chunk.tokens.weights_R
         weights_R.backward(torch.ones_like(weights_R))
         count_choices(plan, plan, None)
 
-    return Work(run, partial(forget, plan.weights_TK))
+    return Workload(run, partial(clear_gradients, plan.weights_TK))
 
 
-def arrived(layer: MoELayer, x_TD: Tensor) -> DispatchedTokens:
+def capture_expert_input(layer: MoELayer, x_TD: Tensor) -> DispatchedTokens:
     """Returns the input of the experts in one forward pass, without a graph."""
     seen: list[DispatchedTokens] = []
     hook = layer.experts.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
@@ -160,6 +160,6 @@ def arrived(layer: MoELayer, x_TD: Tensor) -> DispatchedTokens:
     return seen[0]
 
 
-def forget(*leaves: Tensor) -> None:
+def clear_gradients(*leaves: Tensor) -> None:
     for leaf in leaves:
         leaf.grad = None

@@ -14,20 +14,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from expert_parallel.bench.ledger import Shape
+from expert_parallel.bench.ledger import LedgerShape
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.parallel.collectives import all_to_all_rows
-from expert_parallel.runtime.mpi.backend import BACKEND, library_line, start_mpi
+from expert_parallel.runtime.mpi.backend import BACKEND, mpi_version_line, start_mpi
 from expert_parallel.runtime.process import Runtime
 
 # Bytes to each rank -> (rows to each rank, width in float32): from counts of tokens to large batches.
 SIZES = {"1 KiB": (4, 64), "16 KiB": (16, 256), "256 KiB": (256, 256), "1 MiB": (1024, 256), "4 MiB": (4096, 256)}
 # base, fine: as in `bench ledger`. light: wide rows and small experts, so that the exchange dominates.
 SHAPES = {
-    "base": Shape(4096, 256, 1024, 8, 2),
-    "fine": Shape(1024, 256, 128, 64, 8),
-    "light": Shape(4096, 1024, 16, 8, 2),
+    "base": LedgerShape(4096, 256, 1024, 8, 2),
+    "fine": LedgerShape(1024, 256, 128, 64, 8),
+    "light": LedgerShape(4096, 1024, 16, 8, 2),
 }
 MPI_LAUNCHERS = ("openmpi", "mpich")
 
@@ -39,16 +39,19 @@ def bench_exchange(runtime: Runtime, rounds: int) -> dict[str, Any]:
     library = ""
     if runtime.launch.launcher in MPI_LAUNCHERS:
         start_mpi(runtime.rank, runtime.world_size)
-        library = library_line()
+        library = mpi_version_line()
         groups["mpi"] = dist.new_group(backend=BACKEND, timeout=runtime.timeout)
     exchanges = {
         name: measure(
-            {carrier: _exchange(group, *size) for carrier, group in groups.items()}, groups["gloo"], rounds, calls=10
+            {transport: _exchange(group, *size) for transport, group in groups.items()},
+            groups["gloo"],
+            rounds,
+            calls=10,
         )
         for name, size in SIZES.items()
     }
     layers = {
-        name: measure({carrier: _layer(group, shape) for carrier, group in groups.items()}, groups["gloo"], rounds)
+        name: measure({transport: _layer(group, shape) for transport, group in groups.items()}, groups["gloo"], rounds)
         for name, shape in SHAPES.items()
         if runtime.world_size <= shape.num_experts
     }
@@ -64,7 +67,7 @@ def bench_exchange(runtime: Runtime, rounds: int) -> dict[str, Any]:
     }
 
 
-def describe(result: dict[str, Any]) -> str:
+def format_result(result: dict[str, Any]) -> str:
     """Formats the result as a table."""
     ranks = result["ranks"]
     lines = [
@@ -75,23 +78,23 @@ def describe(result: dict[str, Any]) -> str:
     for name, (rows, width) in SIZES.items():
         lines.append(f"{name:34}{rows * width * 4 * ranks / 1e6:10.2f}" + _columns(result["exchanges"][name]))
     lines.append("MoE layer, forward and backward")
-    for name, carriers in result["layers"].items():
+    for name, transports in result["layers"].items():
         shape = SHAPES[name]
         described = f"{name}: d {shape.d_model}, {shape.num_experts} x {shape.hidden}, top-{shape.k}"
-        lines.append(f"{described:34}{shape.tokens // ranks * shape.d_model * 4 / 1e6:10.2f}" + _columns(carriers))
+        lines.append(f"{described:34}{shape.tokens // ranks * shape.d_model * 4 / 1e6:10.2f}" + _columns(transports))
     return "\n".join(lines)
 
 
 def measure(
-    works: dict[str, Callable[[], object]], group: dist.ProcessGroup, rounds: int, calls: int = 1
+    workloads: dict[str, Callable[[], object]], group: dist.ProcessGroup, rounds: int, calls: int = 1
 ) -> dict[str, dict[str, float]]:
     """Times the workloads in turn, round by round after two rounds of warming up, from a barrier until this rank is
     done.
 
     calls: repetitions of a short workload in one timing, since ranks leave a barrier at different times."""
-    times: dict[str, list[float]] = {name: [] for name in works}
+    times: dict[str, list[float]] = {name: [] for name in workloads}
     for number in range(rounds + 2):
-        for name, work in works.items():
+        for name, work in workloads.items():
             dist.barrier(group)
             start = time.perf_counter()
             for _ in range(calls):
@@ -109,7 +112,7 @@ def _exchange(group: dist.ProcessGroup, rows: int, width: int) -> Callable[[], o
     return lambda: all_to_all_rows(x, counts, counts, group)
 
 
-def _layer(group: dist.ProcessGroup, shape: Shape) -> Callable[[], object]:
+def _layer(group: dist.ProcessGroup, shape: LedgerShape) -> Callable[[], object]:
     """Returns one step of a layer over the group, with the same weights and tokens for every transport."""
     config = {
         "d_model": shape.d_model,
@@ -128,8 +131,8 @@ def _layer(group: dist.ProcessGroup, shape: Shape) -> Callable[[], object]:
     return step
 
 
-def _columns(carriers: dict[str, dict[str, float]]) -> str:
-    shown = [f"{c['median']:9.3f} [{c['smallest']:.3f} - {c['largest']:.3f}]" for c in carriers.values()]
-    if "mpi" not in carriers:
+def _columns(transports: dict[str, dict[str, float]]) -> str:
+    shown = [f"{c['median']:9.3f} [{c['smallest']:.3f} - {c['largest']:.3f}]" for c in transports.values()]
+    if "mpi" not in transports:
         return f"{shown[0]:>26}  not measured (start with mpirun)"
-    return f"{shown[0]:>26}{shown[1]:>26}{carriers['gloo']['median'] / carriers['mpi']['median']:12.2f}"
+    return f"{shown[0]:>26}{shown[1]:>26}{transports['gloo']['median'] / transports['mpi']['median']:12.2f}"

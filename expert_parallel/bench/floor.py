@@ -6,8 +6,8 @@ A layer that computes in the same precision with torch's own products can be fas
 import torch
 from torch import Tensor
 
-from expert_parallel.bench.peers.contender import Case
-from expert_parallel.bench.shapes import matrices
+from expert_parallel.bench.peers.implementation import Case
+from expert_parallel.bench.shapes import num_matrices
 from expert_parallel.parallel.collectives import group_rank
 from expert_parallel.parallel.placement import ExpertPlacement
 
@@ -29,7 +29,8 @@ class Floor:
             return torch.randn(*size, dtype=case.dtype, device=case.device)
 
         inputs = [
-            (new(len(self.rows_e), d_model, hidden), new(rows, hidden)) for _ in range(matrices(case.activation) - 1)
+            (new(len(self.rows_e), d_model, hidden), new(rows, hidden))
+            for _ in range(num_matrices(case.activation) - 1)
         ]
         x_RD, dx_RD = new(rows, d_model), new(rows, d_model)
         y_RD, dy_RD = new(rows, d_model), new(rows, d_model)

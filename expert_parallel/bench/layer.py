@@ -13,11 +13,27 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from expert_parallel.bench.floor import Floor
-from expert_parallel.bench.peers.contender import Case, Contender, NotMeasured, attempt, build_case, first_that_fits
+from expert_parallel.bench.peers.implementation import (
+    Case,
+    Implementation,
+    NotMeasured,
+    build_case,
+    first_supported,
+    try_build,
+)
 from expert_parallel.bench.peers.ours import build_ours
-from expert_parallel.bench.peers.peers import DEFAULT, PEERS, Adapter
-from expert_parallel.bench.shapes import Shape, layer_flops
-from expert_parallel.bench.timing import Facts, Peak, Times, Work, measure, peak_memory, slowest, state_facts
+from expert_parallel.bench.peers.registry import DEFAULT_PEERS, PEERS, LayerBuilder
+from expert_parallel.bench.shapes import LayerShape, layer_flops
+from expert_parallel.bench.timing import (
+    Environment,
+    PeakMemory,
+    Times,
+    Workload,
+    max_over_ranks,
+    measure,
+    peak_memory,
+    set_up_environment,
+)
 from expert_parallel.parallel.collectives import all_reduce_sum, group_rank
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.settings import Settings
@@ -27,21 +43,21 @@ from expert_parallel.training.config import DTYPES
 # computes in that dtype choose other experts for some tokens.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
 OURS = "ours"
-Say = Callable[[str], None]
+ProgressFn = Callable[[str], None]
 
 
 class LayerTask(Settings):
     """Times one MoE layer against its peers. threads: for each rank, on the CPU. peers: names; None: the shape's, or
     all."""
 
-    shape: Shape
+    shape: LayerShape
     dtype: Literal["float32", "bfloat16"] = "float32"
     rounds: int = 7
     threads: int = 1
     peers: tuple[str, ...] | None = None
 
 
-class Row(BaseModel):
+class LayerRow(BaseModel):
     """Holds the measurement of one implementation.
 
     why: the reason if it was not measured; nothing else is set then. over_*: ratios of medians. rate: FLOP/s of a rank,
@@ -58,13 +74,13 @@ class Row(BaseModel):
     over_ours: float | None = None
     rate: float | None = None
     of_product: float | None = None
-    peak: Peak | None = None
+    peak: PeakMemory | None = None
     dropped_share: float | None = None
     bytes_sent: int | None = None
     over_minimum: float | None = None
 
 
-class Agreement(BaseModel):
+class OutputMatch(BaseModel):
     """Names the implementations whose outputs equal ours. largest: the largest difference, relative to the norm."""
 
     activation: str
@@ -80,60 +96,64 @@ class LayerResult(BaseModel):
     forward and backward), over all ranks."""
 
     kind: Literal["layer"] = "layer"
-    shape: Shape
+    shape: LayerShape
     dtype: str
     rounds: int
-    facts: Facts
+    facts: Environment
     product_size: int
     product: Times
     product_rate: float
     fullest: float
     minimum_bytes: int
     floors: dict[str, Times]
-    agreements: list[Agreement]
-    rows: list[Row]
+    agreements: list[OutputMatch]
+    rows: list[LayerRow]
 
 
-class Disagreement(ValueError):
+class OutputMismatch(ValueError):
     """Says that implementations that should compute the same do not. Raised on all ranks."""
 
 
-def layer_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
+def layer_task(tree: dict[str, Any], runtime: Runtime, print_progress: ProgressFn) -> dict[str, Any]:
     """Runs the benchmark on every rank. Returns the result as JSON, or the mismatch of outputs that ended it."""
     try:
-        return bench_layer(LayerTask.model_validate(tree, strict=False), runtime, say).model_dump(mode="json")
-    except Disagreement as error:
+        return bench_layer(LayerTask.model_validate(tree, strict=False), runtime, print_progress).model_dump(
+            mode="json"
+        )
+    except OutputMismatch as error:
         return {"disagreement": str(error)}
 
 
-def bench_layer(task: LayerTask, runtime: Runtime, say: Say = lambda text: None) -> LayerResult:
+def bench_layer(task: LayerTask, runtime: Runtime, print_progress: ProgressFn = lambda text: None) -> LayerResult:
     """Builds and compares all implementations, and then times them. A collective."""
-    facts = state_facts(runtime, task.threads)
+    facts = set_up_environment(runtime, task.threads)
     group = dist.group.WORLD if runtime.world_size > 1 else None
     cases: dict[str, Case] = {
         activation: build_case(task.shape, activation, DTYPES[task.dtype], runtime, group)
         for activation in dict.fromkeys([task.shape.activation, "swiglu"])
     }
-    contenders, rows = build_contenders(task, cases)
-    say(f"comparing outputs of {len(contenders)} implementations")
-    agreements = compare(contenders, cases, TOLERANCES[task.dtype])
+    implementations, rows = build_implementations(task, cases)
+    print_progress(f"comparing outputs of {len(implementations)} implementations")
+    agreements = compare(implementations, cases, TOLERANCES[task.dtype])
 
     used = [activation for activation in cases if any(row.activation == activation for row in rows)]
     floors = {activation: Floor(cases[activation]) for activation in used}
     size = 8192 if runtime.device.type == "cuda" else 1024
     a, b, out = (torch.ones(size, size, dtype=DTYPES[task.dtype], device=runtime.device) for _ in range(3))
-    works = {"product": Work(partial(torch.mm, a, b, out=out))}
-    works |= {f"floor, {activation}": Work(floor.run) for activation, floor in floors.items()}
-    works |= {name: layer_work(contender, case) for name, (contender, case) in contenders.items()}
-    say(f"timing {task.rounds} rounds of {len(works)}")
-    times = measure(works, runtime.device, task.rounds, group)
+    workloads = {"product": Workload(partial(torch.mm, a, b, out=out))}
+    workloads |= {f"floor, {activation}": Workload(floor.run) for activation, floor in floors.items()}
+    workloads |= {
+        name: layer_workload(implementation, case) for name, (implementation, case) in implementations.items()
+    }
+    print_progress(f"timing {task.rounds} rounds of {len(workloads)}")
+    times = measure(workloads, runtime.device, task.rounds, group)
 
     rate = 2 * size**3 / times["product"].median * 1000
-    minimum, fullest = routed(cases[task.shape.activation])
+    minimum, fullest = routing_statistics(cases[task.shape.activation])
     for row in rows:
-        if row.name in contenders:
-            contender, case = contenders[row.name]
-            fill(row, contender, case, times, rate, minimum)
+        if row.name in implementations:
+            implementation, case = implementations[row.name]
+            fill_row(row, implementation, case, times, rate, minimum)
     return LayerResult(
         shape=task.shape,
         dtype=task.dtype,
@@ -154,83 +174,89 @@ def bench_layer(task: LayerTask, runtime: Runtime, say: Say = lambda text: None)
 # Building
 
 
-def build_contenders(task: LayerTask, cases: dict[str, Case]) -> tuple[dict[str, tuple[Contender, Case]], list[Row]]:
+def build_implementations(
+    task: LayerTask, cases: dict[str, Case]
+) -> tuple[dict[str, tuple[Implementation, Case]], list[LayerRow]]:
     """Builds the implementations that can be measured, ours first, each with the case that it computes: the shape's
     activation, or SwiGLU if it has no other. Adds ours in SwiGLU where a peer needs it. Returns a row for each
     implementation asked for."""
-    names = task.peers or task.shape.peers or DEFAULT
-    contenders: dict[str, tuple[Contender, Case]] = {}
-    rows: list[Row] = []
+    names = task.peers or task.shape.peers or DEFAULT_PEERS
+    implementations: dict[str, tuple[Implementation, Case]] = {}
+    rows: list[LayerRow] = []
     main = cases[task.shape.activation]
 
-    def add(name: str, build: Adapter, tried: list[Case]) -> Row:
+    def add(name: str, build: LayerBuilder, tried: list[Case]) -> LayerRow:
         try:
-            contender, case = first_that_fits(build, tried)
+            implementation, case = first_supported(build, tried)
         except NotMeasured as reason:
-            return Row(name=name, why=str(reason))
-        contenders[name] = (contender, case)
-        return Row(name=name, activation=case.activation, version=contender.version, computes=contender.computes)
+            return LayerRow(name=name, why=str(reason))
+        implementations[name] = (implementation, case)
+        return LayerRow(
+            name=name, activation=case.activation, version=implementation.version, computes=implementation.computes
+        )
 
     rows.append(add(OURS, build_ours, [main]))
     rows += [add(name, partial(try_layer, PEERS[name]), list(cases.values())) for name in names]
     others = {row.activation for row in rows if row.activation} - {main.activation}
     rows[1:1] = [add(f"{OURS}, {other}", build_ours, [cases[other]]) for other in sorted(others)]
-    return {row.name: contenders[row.name] for row in rows if row.name in contenders}, rows
+    return {row.name: implementations[row.name] for row in rows if row.name in implementations}, rows
 
 
-def try_layer(build: Adapter, case: Case) -> Contender:
+def try_layer(build: LayerBuilder, case: Case) -> Implementation:
     """Builds a layer and runs it once, so that one that fails is not measured."""
 
-    def trial() -> Contender:
-        contender = build(case)
-        run(contender, case)
-        clear(contender, case)
-        return contender
+    def trial() -> Implementation:
+        implementation = build(case)
+        run(implementation, case)
+        clear(implementation, case)
+        return implementation
 
-    return attempt(trial)
+    return try_build(trial)
 
 
-def run(contender: Contender, case: Case) -> None:
+def run(implementation: Implementation, case: Case) -> None:
     """Runs one step from no gradients: forward, then the gradients of the input and of all weights."""
-    with contender.surroundings():
-        contender.forward(case.x_TD).backward(case.dy_TD)
+    with implementation.execution_context():
+        implementation.forward(case.x_TD).backward(case.dy_TD)
 
 
-def clear(contender: Contender, case: Case) -> None:
+def clear(implementation: Implementation, case: Case) -> None:
     """Removes all gradients."""
     case.x_TD.grad = None
-    for parameter in contender.parameters():
+    for parameter in implementation.parameters():
         parameter.grad = None
 
 
-def layer_work(contender: Contender, case: Case) -> Work:
-    return Work(partial(run, contender, case), partial(clear, contender, case))
+def layer_workload(implementation: Implementation, case: Case) -> Workload:
+    return Workload(partial(run, implementation, case), partial(clear, implementation, case))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparison of outputs
 
 
-def compare(contenders: dict[str, tuple[Contender, Case]], cases: dict[str, Case], tolerance: float) -> list[Agreement]:
+def compare(
+    implementations: dict[str, tuple[Implementation, Case]], cases: dict[str, Case], tolerance: float
+) -> list[OutputMatch]:
     """Compares outputs and input gradients with ours. Raises `OutputMismatch`, on all ranks, where one is too far
     away."""
     expected: dict[str, list[Tensor]] = {}
-    agreements = {activation: Agreement(activation=activation, names=[], largest=0.0) for activation in cases}
-    for name, (contender, case) in contenders.items():
-        if is_measure(name, case):
-            expected[case.activation] = outputs(contender, case)
-    for name, (contender, case) in contenders.items():
+    agreements = {activation: OutputMatch(activation=activation, names=[], largest=0.0) for activation in cases}
+    for name, (implementation, case) in implementations.items():
+        if is_reference(name, case):
+            expected[case.activation] = outputs(implementation, case)
+    for name, (implementation, case) in implementations.items():
         agreement = agreements[case.activation]
-        if not contender.is_compared:
+        if not implementation.is_compared:
             continue
-        if not is_measure(name, case):
-            pairs = zip(outputs(contender, case), expected[case.activation], strict=True)
+        if not is_reference(name, case):
+            pairs = zip(outputs(implementation, case), expected[case.activation], strict=True)
             distance, whole = torch.tensor([[_square(one - other), _square(other)] for one, other in pairs]).unbind(1)
             sums = all_reduce_sum(torch.stack([distance, whole]).double(), case.group and dist.group.WORLD)
             relative = float((sums[0] / sums[1].clamp(min=1e-30)).sqrt().max())
             if not relative <= tolerance:
-                raise Disagreement(
-                    f"{name} ({contender.computes}) and ours differ by {relative:.1e} in outputs or input "
+                raise OutputMismatch(
+                    f"{name} ({implementation.computes}) and ours differ by {relative:.1e} in outputs or input "
                     f"gradients, at most {tolerance:g} is rounding: nothing was timed"
                 )
             agreement.largest = max(agreement.largest, relative)
@@ -238,19 +264,19 @@ def compare(contenders: dict[str, tuple[Contender, Case]], cases: dict[str, Case
     return [agreement for agreement in agreements.values() if len(agreement.names) > 1]
 
 
-def is_measure(name: str, case: Case) -> bool:
+def is_reference(name: str, case: Case) -> bool:
     """Returns True for ours, which others of the same activation are compared with."""
     return name in (OURS, f"{OURS}, {case.activation}")
 
 
-def outputs(contender: Contender, case: Case) -> list[Tensor]:
+def outputs(implementation: Implementation, case: Case) -> list[Tensor]:
     """Returns y and the gradient of the input, of a layer that drops nothing."""
-    with contender.surroundings():
-        y_TD = contender.forward_all(case.x_TD)
+    with implementation.execution_context():
+        y_TD = implementation.forward_dropless(case.x_TD)
         y_TD.backward(case.dy_TD)
     assert case.x_TD.grad is not None
     dx_TD = case.x_TD.grad
-    clear(contender, case)
+    clear(implementation, case)
     return [y_TD.detach(), dx_TD]
 
 
@@ -262,34 +288,36 @@ def _square(x: Tensor) -> float:
 # Figures
 
 
-def fill(row: Row, contender: Contender, case: Case, times: dict[str, Times], rate: float, minimum: int) -> None:
+def fill_row(
+    row: LayerRow, implementation: Implementation, case: Case, times: dict[str, Times], rate: float, minimum: int
+) -> None:
     """Computes the figures of a row, and takes one more step to measure its memory. A collective."""
     own = times[row.name]
     ours = times[OURS if case.activation == case.shape.activation or row.name == OURS else f"{OURS}, {case.activation}"]
     row.times = own
     row.over_floor = own.median / times[f"floor, {case.activation}"].median
     row.over_ours = own.median / ours.median
-    if contender.is_compared:  # the dense layer has other products
+    if implementation.is_compared:  # the dense layer has other products
         row.rate = layer_flops(case.shape, case.activation) / case.ranks / own.median * 1000
         row.of_product = row.rate / rate
-    peak = peak_memory(partial(run, contender, case), lambda: _gradients(contender), case.device)
-    total, activations = slowest([peak.total, peak.activations], case.group)
-    row.peak = Peak(total=round(total), activations=round(activations))
-    sent, counted = contender.bytes_sent(), contender.dropped_share() if contender.is_compared else 0.0
-    clear(contender, case)
+    peak = peak_memory(partial(run, implementation, case), lambda: _gradients(implementation), case.device)
+    total, activations = max_over_ranks([peak.total, peak.activations], case.group)
+    row.peak = PeakMemory(total=round(total), activations=round(activations))
+    sent, counted = implementation.bytes_sent(), implementation.dropped_share() if implementation.is_compared else 0.0
+    clear(implementation, case)
     sums = torch.tensor([float(sent or 0), counted], dtype=torch.float64)
     sums = all_reduce_sum(sums, case.group and dist.group.WORLD)
-    row.dropped_share = float(sums[1]) / case.ranks if contender.is_compared else None
+    row.dropped_share = float(sums[1]) / case.ranks if implementation.is_compared else None
     if case.ranks > 1 and sent is not None:
         row.bytes_sent = round(float(sums[0]))
         row.over_minimum = row.bytes_sent / minimum if minimum else None
 
 
-def _gradients(contender: Contender) -> list[Tensor]:
-    return [parameter.grad for parameter in contender.parameters() if parameter.grad is not None]
+def _gradients(implementation: Implementation) -> list[Tensor]:
+    return [parameter.grad for parameter in implementation.parameters() if parameter.grad is not None]
 
 
-def routed(case: Case) -> tuple[int, float]:
+def routing_statistics(case: Case) -> tuple[int, float]:
     """Returns the fewest bytes that must cross between ranks, over all ranks, and the load of the fullest expert over
     the mean."""
     ids_TK, ranks_TK = case.routing()

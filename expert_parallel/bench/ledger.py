@@ -26,7 +26,7 @@ from expert_parallel.runtime.process import Runtime
 
 
 @dataclass(frozen=True)
-class Shape:
+class LedgerShape:
     """Names the sizes of a layer with GELU experts of two matrices. tokens: of all ranks."""
 
     tokens: int
@@ -36,7 +36,7 @@ class Shape:
     k: int
 
 
-SHAPES = {"base": Shape(4096, 256, 1024, 8, 2), "fine": Shape(1024, 256, 128, 64, 8)}
+SHAPES = {"base": LedgerShape(4096, 256, 1024, 8, 2), "fine": LedgerShape(1024, 256, 128, 64, 8)}
 
 
 def bench_ledger(runtime: Runtime, shape_name: str, rounds: int) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def bench_ledger(runtime: Runtime, shape_name: str, rounds: int) -> dict[str, An
     }
 
 
-def describe(result: dict[str, Any]) -> str:
+def format_result(result: dict[str, Any]) -> str:
     """Formats the result as a table."""
     shape, ms = SHAPES[result["shape"]], result["milliseconds"]
     return "\n".join(
@@ -101,7 +101,7 @@ def describe(result: dict[str, Any]) -> str:
     )
 
 
-def _layer(shape: Shape, kind: str, group: dist.ProcessGroup | None) -> MoELayer:
+def _layer(shape: LedgerShape, kind: str, group: dist.ProcessGroup | None) -> MoELayer:
     config = {
         "d_model": shape.d_model,
         "num_experts": shape.num_experts,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from expert_parallel.bench.timing import Facts, Work, measure, state_facts
+from expert_parallel.bench.timing import Environment, Workload, measure, set_up_environment
 from expert_parallel.parallel.collectives import all_to_all_rows
 from expert_parallel.runtime.mpi.backend import BACKEND, start_mpi
 from expert_parallel.runtime.process import Runtime
@@ -23,7 +23,7 @@ from expert_parallel.training.config import DTYPES
 
 # (M, K, N) of products M x K times K x N: squares, then those of one expert in the shapes base and fine-grained (CPU),
 # mixtral and qwen3-30b-a3b (GPU).
-CPU_PRODUCTS = [
+CPU_MATMULS = [
     (256,) * 3,
     (512,) * 3,
     (1024,) * 3,
@@ -32,7 +32,7 @@ CPU_PRODUCTS = [
     (128, 256, 128),
     (128, 128, 256),
 ]
-GPU_PRODUCTS = [
+GPU_MATMULS = [
     *((size,) * 3 for size in (1024, 2048, 4096, 8192)),
     (4096, 4096, 14336),
     (4096, 14336, 4096),
@@ -44,7 +44,7 @@ EXCHANGES = [
     1 << exponent for exponent in (10, 12, 14, 16, 18, 20, 22, 24)
 ]  # bytes that a rank sends to all others together
 MPI_LAUNCHERS = ("openmpi", "mpich")
-Say = Callable[[str], None]
+ProgressFn = Callable[[str], None]
 
 
 class MachineTask(Settings):
@@ -54,13 +54,13 @@ class MachineTask(Settings):
     threads: int = 1
 
 
-class Record(BaseModel):
+class StrictModel(BaseModel):
     """Validates a block of the file; refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class Product(Record):
+class MatmulMeasurement(StrictModel):
     """Holds the rate of the matrix product (M, K) x (K, N) on the slowest rank, while all ranks compute."""
 
     m: int = Field(ge=1)
@@ -69,7 +69,7 @@ class Product(Record):
     flops_per_second: float = Field(gt=0)
 
 
-class Exchange(Record):
+class AllToAllMeasurement(StrictModel):
     """Holds the cost of an all-to-all among `ranks`: seconds = alpha + beta * bytes that a rank sends to others.
 
     measured: the pairs (bytes, seconds) that alpha and beta were fitted to."""
@@ -81,7 +81,7 @@ class Exchange(Record):
     measured: list[tuple[int, float]]
 
 
-class MachineFile(Record):
+class MachineProfile(StrictModel):
     """Holds the content of the file.
 
     products: by dtype. copy_bytes_per_second: bytes read plus bytes written. exchanges: by transport; empty for one
@@ -89,17 +89,17 @@ class MachineFile(Record):
 
     kind: Literal["machine"] = "machine"
     version: Literal[1] = 1
-    facts: Facts
+    facts: Environment
     rounds: int
-    products: dict[str, list[Product]]
+    products: dict[str, list[MatmulMeasurement]]
     copy_bytes_per_second: float = Field(gt=0)
-    exchanges: list[Exchange]
+    exchanges: list[AllToAllMeasurement]
 
 
-def read_machine(path: Path) -> MachineFile:
+def read_machine(path: Path) -> MachineProfile:
     """Reads a file of `bench machine`. Raises ValueError, with the path, where it is not one."""
     try:
-        return MachineFile.model_validate_json(path.read_text(encoding="utf-8"))
+        return MachineProfile.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"the machine file {path} cannot be read: {error.strerror}") from error
     except (ValidationError, UnicodeDecodeError) as error:
@@ -110,28 +110,30 @@ def read_machine(path: Path) -> MachineFile:
         raise ValueError(f"{path} is not a file of `bench machine`: {text}") from None
 
 
-def machine_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
+def machine_task(tree: dict[str, Any], runtime: Runtime, print_progress: ProgressFn) -> dict[str, Any]:
     """Runs the benchmark on every rank, and returns the result as JSON."""
-    return bench_machine(MachineTask.model_validate(tree), runtime, say).model_dump(mode="json")
+    return bench_machine(MachineTask.model_validate(tree), runtime, print_progress).model_dump(mode="json")
 
 
-def bench_machine(task: MachineTask, runtime: Runtime, say: Say = lambda text: None) -> MachineFile:
+def bench_machine(
+    task: MachineTask, runtime: Runtime, print_progress: ProgressFn = lambda text: None
+) -> MachineProfile:
     """Measures products, copies and exchanges. A collective."""
-    facts = state_facts(runtime, task.threads)
+    facts = set_up_environment(runtime, task.threads)
     device, group = runtime.device, dist.group.WORLD if runtime.world_size > 1 else None
     products = {}
     for name in ("float32", "bfloat16"):
-        say(f"products in {name}")
-        products[name] = measure_products(DTYPES[name], device, task.rounds, group)
-    say("copies")
+        print_progress(f"products in {name}")
+        products[name] = measure_matmuls(DTYPES[name], device, task.rounds, group)
+    print_progress("copies")
     size = GPU_COPY if device.type == "cuda" else CPU_COPY
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    copies = measure({"copy": Work(partial(target.copy_, source))}, device, task.rounds, group)
+    copies = measure({"copy": Workload(partial(target.copy_, source))}, device, task.rounds, group)
     exchanges = []
-    for transport, carrier in carriers(runtime).items():
-        say(f"exchanges over {transport}")
+    for transport, carrier in transports(runtime).items():
+        print_progress(f"exchanges over {transport}")
         exchanges.append(measure_exchanges(transport, carrier, runtime, task.rounds))
-    return MachineFile(
+    return MachineProfile(
         facts=facts,
         rounds=task.rounds,
         products=products,
@@ -140,22 +142,22 @@ def bench_machine(task: MachineTask, runtime: Runtime, say: Say = lambda text: N
     )
 
 
-def measure_products(
+def measure_matmuls(
     dtype: torch.dtype, device: torch.device, rounds: int, group: dist.ProcessGroup | None
-) -> list[Product]:
+) -> list[MatmulMeasurement]:
     """Measures the matrix products of this kind of device, small ones repeatedly, so that the clock's resolution is not
     measured."""
     on_gpu = device.type == "cuda"
-    sizes = GPU_PRODUCTS if on_gpu else CPU_PRODUCTS
+    sizes = GPU_MATMULS if on_gpu else CPU_MATMULS
     enough = 1e12 if on_gpu else 1e9
-    works, repeats = {}, []
+    workloads, repeats = {}, []
     for m, k, n in sizes:
         a, b, out = (torch.randn(*size, device=device).to(dtype) for size in ((m, k), (k, n), (m, n)))
         repeats.append(min(1000, max(1, round(enough / (2 * m * k * n)))))
-        works[f"{m} {k} {n}"] = Work(partial(_repeat, repeats[-1], a, b, out))
-    times = measure(works, device, rounds, group)
+        workloads[f"{m} {k} {n}"] = Workload(partial(_repeat, repeats[-1], a, b, out))
+    times = measure(workloads, device, rounds, group)
     return [
-        Product(m=m, k=k, n=n, flops_per_second=repeat * 2 * m * k * n / time.median * 1000)
+        MatmulMeasurement(m=m, k=k, n=n, flops_per_second=repeat * 2 * m * k * n / time.median * 1000)
         for (m, k, n), repeat, time in zip(sizes, repeats, times.values(), strict=True)
     ]
 
@@ -165,7 +167,7 @@ def _repeat(number: int, a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out=out)
 
 
-def carriers(runtime: Runtime) -> dict[str, dist.ProcessGroup]:
+def transports(runtime: Runtime) -> dict[str, dist.ProcessGroup]:
     """Returns the available transports: gloo always, MPI where mpirun has started the ranks, NCCL between GPUs."""
     if runtime.world_size == 1:
         return {}
@@ -178,21 +180,21 @@ def carriers(runtime: Runtime) -> dict[str, dist.ProcessGroup]:
     return found
 
 
-def measure_exchanges(transport: str, group: dist.ProcessGroup, runtime: Runtime, rounds: int) -> Exchange:
+def measure_exchanges(transport: str, group: dist.ProcessGroup, runtime: Runtime, rounds: int) -> AllToAllMeasurement:
     """Measures all-to-alls of several sizes over the group, and fits alpha and beta."""
     ranks = runtime.world_size
     device = runtime.device if transport == "nccl" else torch.device("cpu")
-    works, calls = {}, []
+    workloads, calls = {}, []
     for size in EXCHANGES:
         rows = -(-size // (ranks - 1))  # bytes to each other rank, and the same to itself
         x, counts = torch.zeros(rows * ranks, dtype=torch.uint8, device=device), [rows] * ranks
         calls.append(max(1, min(20, (1 << 20) // size)))
-        works[str(size)] = Work(partial(_exchange, calls[-1], x, counts, group))
-    times = measure(works, device, rounds, group)
+        workloads[str(size)] = Workload(partial(_exchange, calls[-1], x, counts, group))
+    times = measure(workloads, device, rounds, group)
     seconds = [time.median / 1000 / number for time, number in zip(times.values(), calls, strict=True)]
     measured = list(zip(EXCHANGES, seconds, strict=True))
-    alpha, beta = fit(measured)
-    return Exchange(
+    alpha, beta = fit_alpha_beta(measured)
+    return AllToAllMeasurement(
         transport=transport, ranks=ranks, alpha_seconds=alpha, beta_seconds_per_byte=beta, measured=measured
     )
 
@@ -202,7 +204,7 @@ def _exchange(number: int, x: Tensor, counts: list[int], group: dist.ProcessGrou
         all_to_all_rows(x, counts, counts, group)
 
 
-def fit(measured: Sequence[tuple[int, float]]) -> tuple[float, float]:
+def fit_alpha_beta(measured: Sequence[tuple[int, float]]) -> tuple[float, float]:
     """Fits seconds = alpha + beta * bytes, both at least 0, by least squares of relative errors, so that short
     exchanges weigh as much as long ones. Returns (alpha, beta)."""
     sizes = torch.tensor([float(size) for size, _ in measured], dtype=torch.float64)
@@ -214,7 +216,7 @@ def fit(measured: Sequence[tuple[int, float]]) -> tuple[float, float]:
     return max(alpha, 0.0), max(beta, 0.0)
 
 
-def describe_machine(result: MachineFile) -> str:
+def format_machine_profile(result: MachineProfile) -> str:
     """Formats the file's content as text."""
     lines = [str(result.facts), f"medians of {result.rounds} rounds, of the slowest rank, while all work"]
     for dtype, products in result.products.items():

@@ -16,19 +16,19 @@ import torch.distributed as dist
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from expert_parallel.bench.shapes import Shape
-from expert_parallel.bench.timing import Facts, Times, Work, measure, state_facts
+from expert_parallel.bench.shapes import LayerShape
+from expert_parallel.bench.timing import Environment, Times, Workload, measure, set_up_environment
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext, token_batch
 from expert_parallel.moe.dispatch.ledger import Ledger
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.types import DispatchedTokens
-from expert_parallel.parallel.collectives import Phase, all_reduce_sum, total_of
-from expert_parallel.parallel.mesh import Nodes, ParallelDegrees, build_nodes, group_maker
+from expert_parallel.parallel.collectives import Phase, all_reduce_sum, sum_traffic
+from expert_parallel.parallel.mesh import NodeGroups, ParallelDegrees, build_node_groups, group_builder
 from expert_parallel.runtime.process import Runtime, UserError
 from expert_parallel.settings import Settings
 
-Say = Callable[[str], None]
+ProgressFn = Callable[[str], None]
 FLAT = {"choice": {"kind": "all_to_all", "one_row_per": "choice"}, "rank": {"kind": "all_to_all"}}
 HIERARCHICAL = {"kind": "hierarchical"}
 
@@ -36,7 +36,7 @@ HIERARCHICAL = {"kind": "hierarchical"}
 class OverlapTask(Settings):
     """Times a layer with `overlap` chunks against the same layer with one."""
 
-    shape: Shape
+    shape: LayerShape
     dispatcher: Literal["all_to_all", "hierarchical"] = "all_to_all"
     overlap: int = Field(default=4, ge=2)
     rounds: int = 7
@@ -50,8 +50,8 @@ class OverlapResult(BaseModel):
     of an output or gradient in chunks, relative to the largest value at once."""
 
     kind: Literal["overlap"] = "overlap"
-    facts: Facts
-    shape: Shape
+    facts: Environment
+    shape: LayerShape
     dispatcher: str
     overlap: int
     rounds: int
@@ -70,7 +70,7 @@ class OverlapResult(BaseModel):
 class NodesTask(Settings):
     """Counts the bytes between nodes of the all-to-all and the hierarchical dispatcher."""
 
-    shape: Shape
+    shape: LayerShape
     ranks_per_node: int = Field(ge=1)
     rounds: int = 7
     threads: int = 1
@@ -87,8 +87,8 @@ class NodesRow(BaseModel):
 
 class NodesResult(BaseModel):
     kind: Literal["nodes"] = "nodes"
-    facts: Facts
-    shape: Shape
+    facts: Environment
+    shape: LayerShape
     ranks_per_node: int
     rounds: int
     rows: dict[str, NodesRow]
@@ -103,31 +103,31 @@ class NodesResult(BaseModel):
 # Overlap
 
 
-def overlap_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
+def overlap_task(tree: dict[str, Any], runtime: Runtime, print_progress: ProgressFn) -> dict[str, Any]:
     """Runs `bench overlap` on every rank, two or more, and returns the result as JSON."""
     task = OverlapTask.model_validate(tree, strict=False)
-    refuse(task.shape, runtime)
+    check_ranks(task.shape, runtime)
     return bench_overlap(task, runtime).model_dump(mode="json")
 
 
 def bench_overlap(task: OverlapTask, runtime: Runtime) -> OverlapResult:
     """Measures a layer with one chunk and with several. A collective."""
-    facts, group = state_facts(runtime, task.threads), dist.group.WORLD
+    facts, group = set_up_environment(runtime, task.threads), dist.group.WORLD
     nodes = make_nodes(runtime, runtime.launch.local_world_size) if task.dispatcher == "hierarchical" else None
     layers = [
         make_layer(task.shape, {"kind": task.dispatcher, "overlap": chunks}, runtime, nodes)
         for chunks in (1, task.overlap)
     ]
-    x_TD = draw_tokens(task.shape, runtime)
+    x_TD = random_tokens(task.shape, runtime)
     found = [outputs(layer, x_TD) for layer in layers]
     differences = [float((a - b).abs().max() / a.abs().max()) for a, b in zip(*found, strict=True) if a.numel()]
-    works = {
-        "exchange": carry_work(layers[0], x_TD),
-        "experts": experts_work(layers[0], x_TD),
-        "at once": layer_work(layers[0], x_TD),
-        "in chunks": layer_work(layers[1], x_TD),
+    workloads = {
+        "exchange": exchange_workload(layers[0], x_TD),
+        "experts": experts_workload(layers[0], x_TD),
+        "at once": layer_workload(layers[0], x_TD),
+        "in chunks": layer_workload(layers[1], x_TD),
     }
-    times = measure(works, runtime.device, task.rounds, group)
+    times = measure(workloads, runtime.device, task.rounds, group)
     return OverlapResult(
         facts=facts,
         shape=task.shape,
@@ -142,7 +142,7 @@ def bench_overlap(task: OverlapTask, runtime: Runtime) -> OverlapResult:
     )
 
 
-def describe_overlap(result: OverlapResult) -> str:
+def format_overlap_result(result: OverlapResult) -> str:
     """Formats the result of `bench overlap`."""
     return "\n".join(
         [
@@ -162,10 +162,10 @@ def describe_overlap(result: OverlapResult) -> str:
 # Nodes
 
 
-def nodes_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
+def nodes_task(tree: dict[str, Any], runtime: Runtime, print_progress: ProgressFn) -> dict[str, Any]:
     """Runs `bench nodes` on every rank of two nodes or more, and returns the result as JSON."""
     task = NodesTask.model_validate(tree, strict=False)
-    refuse(task.shape, runtime)
+    check_ranks(task.shape, runtime)
     if runtime.world_size % task.ranks_per_node or runtime.world_size == task.ranks_per_node:
         raise UserError(
             f"--ranks-per-node is {task.ranks_per_node}: {runtime.world_size} ranks are not two whole nodes or more"
@@ -175,12 +175,15 @@ def nodes_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, An
 
 def bench_nodes(task: NodesTask, runtime: Runtime) -> NodesResult:
     """Measures the hierarchical dispatcher and two flat ones. A collective."""
-    facts, nodes = state_facts(runtime, task.threads), make_nodes(runtime, task.ranks_per_node)
+    facts, nodes = set_up_environment(runtime, task.threads), make_nodes(runtime, task.ranks_per_node)
     kinds = {"hierarchical": HIERARCHICAL} | {f"one row a {name}": settings for name, settings in FLAT.items()}
     layers = {name: make_layer(task.shape, settings, runtime, nodes) for name, settings in kinds.items()}
-    x_TD = draw_tokens(task.shape, runtime)
+    x_TD = random_tokens(task.shape, runtime)
     times = measure(
-        {name: layer_work(layer, x_TD) for name, layer in layers.items()}, runtime.device, task.rounds, dist.group.WORLD
+        {name: layer_workload(layer, x_TD) for name, layer in layers.items()},
+        runtime.device,
+        task.rounds,
+        dist.group.WORLD,
     )
     rows = {name: NodesRow(times=times[name], **between_nodes(layer, x_TD)) for name, layer in layers.items()}
     return NodesResult(facts=facts, shape=task.shape, ranks_per_node=task.ranks_per_node, rounds=task.rounds, rows=rows)
@@ -193,14 +196,14 @@ def between_nodes(layer: MoELayer, x_TD: Tensor) -> dict[str, int]:
     output.y.backward(torch.ones_like(output.y))
     layer.zero_grad()
     log = output.stats.log
-    sent = sum(total_of(log.bytes_sent, ("network",), phase) for phase in (Phase.DISPATCH, Phase.COMBINE))
-    rows = total_of(log.rows_sent, ("network",), Phase.DISPATCH, is_backward=False)
+    sent = sum(sum_traffic(log.bytes_sent, ("network",), phase) for phase in (Phase.DISPATCH, Phase.COMBINE))
+    rows = sum_traffic(log.rows_sent, ("network",), Phase.DISPATCH, is_backward=False)
     counts = torch.tensor([sent, rows], device=x_TD.device)
     total = all_reduce_sum(counts, layer.dispatcher.peers.group).tolist()
     return {"bytes": total[0], "rows_out": total[1]}
 
 
-def describe_nodes(result: NodesResult) -> str:
+def format_nodes_result(result: NodesResult) -> str:
     """Formats the result of `bench nodes`."""
     lines = [
         f"{result.shape}; {result.ranks_per_node} ranks a node; forward and backward of a layer",
@@ -221,7 +224,7 @@ def describe_nodes(result: NodesResult) -> str:
 # Layers and workloads
 
 
-def refuse(shape: Shape, runtime: Runtime) -> None:
+def check_ranks(shape: LayerShape, runtime: Runtime) -> None:
     """Raises UserError, on all ranks, unless there are two ranks or more and at least one expert for each."""
     if not 1 < runtime.world_size <= shape.num_experts:
         raise UserError(
@@ -230,13 +233,15 @@ def refuse(shape: Shape, runtime: Runtime) -> None:
         )
 
 
-def make_nodes(runtime: Runtime, ranks_per_node: int) -> Nodes:
+def make_nodes(runtime: Runtime, ranks_per_node: int) -> NodeGroups:
     """Returns the process groups of nodes with so many ranks each."""
     degrees = ParallelDegrees(runtime.world_size, ep=runtime.world_size)
-    return build_nodes(degrees, ranks_per_node, group_maker(runtime.device.type, runtime.timeout))
+    return build_node_groups(degrees, ranks_per_node, group_builder(runtime.device.type, runtime.timeout))
 
 
-def make_layer(shape: Shape, dispatcher: dict[str, Any], runtime: Runtime, nodes: Nodes | None = None) -> MoELayer:
+def make_layer(
+    shape: LayerShape, dispatcher: dict[str, Any], runtime: Runtime, nodes: NodeGroups | None = None
+) -> MoELayer:
     """Builds a layer over all ranks, with the same weights for every dispatcher."""
     config = {
         "d_model": shape.d_model,
@@ -250,7 +255,7 @@ def make_layer(shape: Shape, dispatcher: dict[str, Any], runtime: Runtime, nodes
         return MoELayer(MoEConfig.model_validate(config), group, nodes=nodes)
 
 
-def draw_tokens(shape: Shape, runtime: Runtime) -> Tensor:
+def random_tokens(shape: LayerShape, runtime: Runtime) -> Tensor:
     """Draws this rank's share of the tokens."""
     generator = torch.Generator().manual_seed(runtime.rank)
     x_TD = torch.randn(shape.tokens // runtime.world_size, shape.d_model, generator=generator)
@@ -279,27 +284,27 @@ def outputs(layer: MoELayer, x_TD: Tensor) -> list[Tensor]:
     return found
 
 
-def layer_work(layer: MoELayer, x_TD: Tensor) -> Work:
+def layer_workload(layer: MoELayer, x_TD: Tensor) -> Workload:
     """Returns the layer's forward and backward pass."""
-    return Work(partial(step, layer, x_TD), partial(clear, layer, x_TD))
+    return Workload(partial(step, layer, x_TD), partial(clear, layer, x_TD))
 
 
-def carry_work(layer: MoELayer, x_TD: Tensor) -> Work:
+def exchange_workload(layer: MoELayer, x_TD: Tensor) -> Workload:
     """Returns the exchange without routing and experts: rows go to their experts and back unchanged, in both passes."""
     with torch.no_grad():
         plan = layer.router(x_TD, token_batch(x_TD[None], StepContext(), layer.data_group))
 
     def run() -> None:
-        in_flight = layer.dispatcher.send(x_TD, plan, Ledger(), StepContext())
-        for chunk in in_flight.arriving():
-            chunk.send_back(chunk.tokens.x_VD * 1)
-        y_TD = in_flight.returned()
+        pending = layer.dispatcher.dispatch(x_TD, plan, Ledger(), StepContext())
+        for chunk in pending.receive_chunks():
+            chunk.start_combine(chunk.tokens.x_VD * 1)
+        y_TD = pending.combine()
         y_TD.backward(torch.ones_like(y_TD))
 
-    return Work(run, partial(clear, layer, x_TD))
+    return Workload(run, partial(clear, layer, x_TD))
 
 
-def experts_work(layer: MoELayer, x_TD: Tensor) -> Work:
+def experts_workload(layer: MoELayer, x_TD: Tensor) -> Workload:
     """Returns the work of this rank's experts on the rows that they receive, all at once."""
     seen: list[DispatchedTokens] = []
 
@@ -318,4 +323,4 @@ def experts_work(layer: MoELayer, x_TD: Tensor) -> Work:
         y_VD = layer.experts(tokens)
         y_VD.backward(torch.ones_like(y_VD))
 
-    return Work(run, partial(clear, layer, tokens.x_VD))
+    return Workload(run, partial(clear, layer, tokens.x_VD))

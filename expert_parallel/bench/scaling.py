@@ -16,23 +16,23 @@ import torch.distributed as dist
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from expert_parallel.bench.overlap import carry_work, layer_work
-from expert_parallel.bench.shapes import Shape
-from expert_parallel.bench.timing import Facts, Times, Work, measure, state_facts
+from expert_parallel.bench.overlap import exchange_workload, layer_workload
+from expert_parallel.bench.shapes import LayerShape
+from expert_parallel.bench.timing import Environment, Times, Workload, measure, set_up_environment
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext, token_batch
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.settings import Settings
 
-Say = Callable[[str], None]
+ProgressFn = Callable[[str], None]
 
 
 class ScalingTask(Settings):
     """Times a layer on growing numbers of ranks and experts. shape: its tokens are those of one rank in weak scaling,
     and of all ranks in strong scaling. ranks: group sizes. experts: numbers of experts, on `expert_ranks` ranks."""
 
-    shape: Shape
+    shape: LayerShape
     ranks: tuple[int, ...] = (1, 2, 4, 8)
     experts: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512)
     expert_ranks: int = 2
@@ -65,9 +65,9 @@ class ExpertsRow(BaseModel):
 
 class ScalingResult(BaseModel):
     kind: str = "scaling"
-    facts: Facts
+    facts: Environment
     cores: int = Field(ge=1)
-    shape: Shape
+    shape: LayerShape
     rounds: int
     expert_ranks: int
     weak: list[ScalingRow]
@@ -75,17 +75,17 @@ class ScalingResult(BaseModel):
     experts: list[ExpertsRow]
 
 
-def scaling_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
+def scaling_task(tree: dict[str, Any], runtime: Runtime, print_progress: ProgressFn) -> dict[str, Any]:
     """Runs the benchmark on as many ranks as the largest group has, and returns the result as JSON."""
     task = ScalingTask.model_validate(tree, strict=False)
-    facts = state_facts(runtime, task.threads)
+    facts = set_up_environment(runtime, task.threads)
     counts = sorted({*task.ranks, task.expert_ranks})
     made = {count: dist.new_group(list(range(count)), timeout=runtime.timeout) for count in counts}
     groups = {count: group if runtime.rank < count else None for count, group in made.items()}
     cores = os.cpu_count() or 1
-    say(f"layers over {', '.join(map(str, task.ranks))} ranks")
+    print_progress(f"layers over {', '.join(map(str, task.ranks))} ranks")
     weak, strong = (measure_ranks(task, groups, runtime, cores, is_weak) for is_weak in (True, False))
-    say(f"among {', '.join(map(str, task.experts))} experts")
+    print_progress(f"among {', '.join(map(str, task.experts))} experts")
     experts = measure_experts(task, groups[task.expert_ranks], runtime)
     return ScalingResult(
         facts=facts,
@@ -104,14 +104,16 @@ def measure_ranks(
 ) -> list[ScalingRow]:
     """Times a layer over groups of 1, 2, ... ranks. A collective of all ranks."""
     tokens = {count: task.shape.tokens * (count if is_weak else 1) for count in task.ranks}
-    works = {}
+    workloads = {}
     for count in task.ranks:
-        idle = Work(lambda: None)
-        works[str(count)] = idle
+        idle = Workload(lambda: None)
+        workloads[str(count)] = idle
         if runtime.rank < count:
             layer = build_layer(task.shape, task.shape.num_experts, groups[count] if count > 1 else None)
-            works[str(count)] = layer_work(layer, draw(tokens[count] // count, task.shape.d_model, runtime.rank))
-    times = measure(works, runtime.device, task.rounds, dist.group.WORLD)
+            workloads[str(count)] = layer_workload(
+                layer, draw(tokens[count] // count, task.shape.d_model, runtime.rank)
+            )
+    times = measure(workloads, runtime.device, task.rounds, dist.group.WORLD)
 
     def work_of_token(count: int) -> float:
         return times[str(count)].median * min(count, cores) / tokens[count]
@@ -125,18 +127,18 @@ def measure_ranks(
 def measure_experts(task: ScalingTask, group: dist.ProcessGroup | None, runtime: Runtime) -> list[ExpertsRow]:
     """Times routing and dispatch of the shape's tokens over the ranks of the group, for each number of experts. A
     collective of all ranks, also those outside the group. Experts compute nothing, and are as small as possible."""
-    works: dict[str, Work] = {}
+    workloads: dict[str, Workload] = {}
     for num_experts in task.experts:
         names = [f"{part} {num_experts}" for part in ("product", "routing", "dispatch")]
-        works |= dict.fromkeys(names, Work(lambda: None))
+        workloads |= dict.fromkeys(names, Workload(lambda: None))
         if runtime.rank < task.expert_ranks:
             layer = build_layer(
                 task.shape.model_copy(update={"hidden": 1}), num_experts, group if task.expert_ranks > 1 else None
             )
             x_TD = draw(task.shape.tokens // task.expert_ranks, task.shape.d_model, runtime.rank)
-            parts = (product_work(layer, x_TD), routing_work(layer, x_TD), carry_work(layer, x_TD))
-            works |= dict(zip(names, parts, strict=True))
-    times = measure(works, runtime.device, task.rounds, dist.group.WORLD)
+            parts = (router_matmul_workload(layer, x_TD), routing_workload(layer, x_TD), exchange_workload(layer, x_TD))
+            workloads |= dict(zip(names, parts, strict=True))
+    times = measure(workloads, runtime.device, task.rounds, dist.group.WORLD)
     rows = []
     for num_experts in task.experts:
         product, routing, dispatch = (times[f"{part} {num_experts}"] for part in ("product", "routing", "dispatch"))
@@ -161,7 +163,7 @@ def measure_experts(task: ScalingTask, group: dist.ProcessGroup | None, runtime:
     ]
 
 
-def describe_scaling(result: ScalingResult) -> str:
+def format_scaling_result(result: ScalingResult) -> str:
     """Formats the result as tables."""
     head = f"{result.facts}; {result.cores} cores; medians of {result.rounds} interleaved rounds, of the slowest rank"
     lines = [str(result.shape), head]
@@ -183,7 +185,7 @@ def describe_scaling(result: ScalingResult) -> str:
 # Workloads
 
 
-def build_layer(shape: Shape, num_experts: int, group: dist.ProcessGroup | None) -> MoELayer:
+def build_layer(shape: LayerShape, num_experts: int, group: dist.ProcessGroup | None) -> MoELayer:
     """Builds a layer with so many experts over the group."""
     config = {
         "d_model": shape.d_model,
@@ -199,17 +201,17 @@ def draw(num_tokens: int, d_model: int, seed: int) -> Tensor:
     return torch.randn(num_tokens, d_model, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
-def routing_work(layer: MoELayer, x_TD: Tensor) -> Work:
+def routing_workload(layer: MoELayer, x_TD: Tensor) -> Workload:
     """Returns the router's forward and backward pass."""
 
     def run() -> None:
         plan = layer.router(x_TD, token_batch(x_TD[None], StepContext(), layer.data_group))
         plan.weights_TK.backward(torch.ones_like(plan.weights_TK))
 
-    return Work(run, partial(_clear, layer, x_TD))
+    return Workload(run, partial(_clear, layer, x_TD))
 
 
-def product_work(layer: MoELayer, x_TD: Tensor) -> Work:
+def router_matmul_workload(layer: MoELayer, x_TD: Tensor) -> Workload:
     """Returns the product of tokens and router weights, and the two of its backward pass."""
     weight_ED, x_TD = layer.get_parameter("router.weight").detach(), x_TD.detach()
     logits_TE = x_TD @ weight_ED.T
@@ -220,7 +222,7 @@ def product_work(layer: MoELayer, x_TD: Tensor) -> Work:
         torch.mm(logits_TE, weight_ED, out=dx_TD)
         torch.mm(logits_TE.T, x_TD, out=dweight_ED)
 
-    return Work(run)
+    return Workload(run)
 
 
 def _clear(layer: MoELayer, x_TD: Tensor) -> None:

@@ -12,7 +12,7 @@ from expert_parallel.settings import Settings
 S = TypeVar("S", bound=Settings)
 
 
-class Shape(Settings):
+class LayerShape(Settings):
     """Holds the sizes of one MoE layer. tokens: of all ranks together. peers: names of the implementations to compare
     with; None: all."""
 
@@ -37,30 +37,30 @@ class Shape(Settings):
         )
 
 
-def matrices(activation: str) -> int:
+def num_matrices(activation: str) -> int:
     """Returns the number of matrices of an expert, D x F each."""
     return 3 if activation in GATED else 2
 
 
-def layer_flops(shape: Shape, activation: str) -> int:
+def layer_flops(shape: LayerShape, activation: str) -> int:
     """Returns the FLOPs of the experts alone, forward and backward, over all ranks: each of T * K rows passes each
     matrix three times (output, gradient of the input, gradient of the weight), at 2 D F operations."""
-    return 3 * 2 * shape.tokens * shape.k * matrices(activation) * shape.d_model * shape.hidden
+    return 3 * 2 * shape.tokens * shape.k * num_matrices(activation) * shape.d_model * shape.hidden
 
 
 SHAPES = {
-    "base": Shape(tokens=4096, d_model=256, hidden=1024, num_experts=8, k=2),
-    "fine-grained": Shape(tokens=1024, d_model=256, hidden=128, num_experts=64, k=8),
+    "base": LayerShape(tokens=4096, d_model=256, hidden=1024, num_experts=8, k=2),
+    "fine-grained": LayerShape(tokens=1024, d_model=256, hidden=128, num_experts=64, k=8),
     # The base layer and a dense one with as many parameters: what sparsity gains.
-    "dense-8192": Shape(tokens=4096, d_model=256, hidden=1024, num_experts=8, k=2, peers=("dense",)),
-    "mixtral": Shape(tokens=16384, d_model=4096, hidden=14336, num_experts=8, k=2, activation="swiglu"),
-    "qwen3-30b-a3b": Shape(tokens=32768, d_model=2048, hidden=768, num_experts=128, k=8, activation="swiglu"),
+    "dense-8192": LayerShape(tokens=4096, d_model=256, hidden=1024, num_experts=8, k=2, peers=("dense",)),
+    "mixtral": LayerShape(tokens=16384, d_model=4096, hidden=14336, num_experts=8, k=2, activation="swiglu"),
+    "qwen3-30b-a3b": LayerShape(tokens=32768, d_model=2048, hidden=768, num_experts=128, k=8, activation="swiglu"),
     # The share of one of 8 ranks: 32 of the 256 experts, with the 1024 rows each that 8 x 4096 tokens give them.
-    "deepseek-v3-slice": Shape(tokens=4096, d_model=7168, hidden=2048, num_experts=32, k=8, activation="swiglu"),
+    "deepseek-v3-slice": LayerShape(tokens=4096, d_model=7168, hidden=2048, num_experts=32, k=8, activation="swiglu"),
 }
 
 
-def choose_shape(name: str, changes: Sequence[str] = (), scale: float = 1.0) -> Shape:
+def choose_shape(name: str, changes: Sequence[str] = (), scale: float = 1.0) -> LayerShape:
     """Returns the shape of this name with `tokens=..`, `d_model=..`, ... changed, or one that these define completely
     (`given`).
 
@@ -71,7 +71,9 @@ def choose_shape(name: str, changes: Sequence[str] = (), scale: float = 1.0) -> 
         raise ValueError(f"--scale is {scale}, it must be a number")
     if name == "given":
         named = {change.partition("=")[0] for change in changes}
-        missing = [field for field, info in Shape.model_fields.items() if info.is_required() and field not in named]
+        missing = [
+            field for field, info in LayerShape.model_fields.items() if info.is_required() and field not in named
+        ]
         if missing:
             raise ValueError(f"--shape given: {', '.join(missing)} must be given, as in tokens=1024")
     shape = _change(SHAPES.get(name, SHAPES["base"]), changes)
@@ -82,7 +84,7 @@ class TrainShape(Settings):
     """Holds the sizes of a decoder with MoE blocks alone. layer: one MoE layer, with the tokens of a step over all
     ranks."""
 
-    layer: Shape
+    layer: LayerShape
     num_layers: int = Field(ge=1)
     num_heads: int = Field(ge=1)
     head_size: int = Field(ge=2, multiple_of=2)
@@ -112,7 +114,7 @@ TRAIN_SHAPES = {
     ),
     # 3.1 billion parameters, 0.76 billion active for a token: for one GPU of 80 GB and more.
     "3b": TrainShape(
-        layer=Shape(tokens=16384, d_model=2048, hidden=768, num_experts=32, k=4, activation="swiglu"),
+        layer=LayerShape(tokens=16384, d_model=2048, hidden=768, num_experts=32, k=4, activation="swiglu"),
         num_layers=18,
         num_heads=16,
         head_size=128,

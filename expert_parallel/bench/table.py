@@ -1,12 +1,12 @@
 """Formats the tables of `bench layer` and `bench train`."""
 
-from expert_parallel.bench.layer import LayerResult, Row
+from expert_parallel.bench.layer import LayerResult, LayerRow
 from expert_parallel.bench.train import TrainResult
 
 MB = 10**6
 
 
-def describe_layer(result: LayerResult) -> str:
+def format_layer_result(result: LayerResult) -> str:
     """Formats the result of `bench layer`."""
     lines = [
         f"{result.shape}; {result.dtype}, forward and backward",
@@ -29,7 +29,7 @@ def describe_layer(result: LayerResult) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def layer_line(row: Row) -> str:
+def layer_line(row: LayerRow) -> str:
     """Formats one implementation's row."""
     if row.times is None:
         return f"{row.name:26}not measured: {row.why}"
@@ -51,7 +51,7 @@ def share_cell(share: float | None) -> str:
     return f"{'-':>9}" if share is None else f"{share:9.1%}"
 
 
-def describe_train(result: TrainResult) -> str:
+def format_train_result(result: TrainResult) -> str:
     """Formats the result of `bench train`."""
     total, active = result.parameters
     lines = [

@@ -23,11 +23,11 @@ from expert_parallel.bench.allocator import keep_freed_memory
 from expert_parallel.parallel.collectives import group_size
 from expert_parallel.runtime.process import Runtime
 
-WARM_UP = 2  # rounds
+WARM_UP_ROUNDS = 2  # rounds
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """Pairs `run`, which is timed, with `clear`, which removes what it leaves (gradients) outside the timing."""
 
     run: Callable[[], object]
@@ -46,21 +46,21 @@ class Times(BaseModel):
 
 
 def measure(
-    works: dict[str, Work], device: torch.device, rounds: int, group: dist.ProcessGroup | None = None
+    workloads: dict[str, Workload], device: torch.device, rounds: int, group: dist.ProcessGroup | None = None
 ) -> dict[str, Times]:
     """Times the workloads in turn, round by round after the warm-up, from a barrier until this rank is done.
 
     group: all ranks of the world, each of which passes the same names and gets the same times; None: one rank."""
-    seconds = torch.zeros(rounds, len(works), dtype=torch.float64)
+    seconds = torch.zeros(rounds, len(workloads), dtype=torch.float64)
     barrier = torch.zeros(1)
-    for number in range(-WARM_UP, rounds):
-        for column, work in enumerate(works.values()):
-            synchronise(device)
+    for number in range(-WARM_UP_ROUNDS, rounds):
+        for column, work in enumerate(workloads.values()):
+            synchronize(device)
             if group is not None:
                 dist.all_reduce(barrier)  # a barrier that every CPU backend supports
             start = time.perf_counter()
             work.run()
-            synchronise(device)
+            synchronize(device)
             end = time.perf_counter()
             if number >= 0:
                 seconds[number, column] = end - start
@@ -70,24 +70,26 @@ def measure(
     columns = (1000 * seconds).T.tolist()
     return {
         name: Times(median=statistics.median(column), smallest=min(column), largest=max(column))
-        for name, column in zip(works, columns, strict=True)
+        for name, column in zip(workloads, columns, strict=True)
     }
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Waits for all work on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-class Peak(BaseModel):
+class PeakMemory(BaseModel):
     """Holds bytes above those allocated before the step. activations: the same without the gradients of weights."""
 
     total: int
     activations: int
 
 
-def peak_memory(run: Callable[[], object], gradients: Callable[[], Iterable[Tensor]], device: torch.device) -> Peak:
+def peak_memory(
+    run: Callable[[], object], gradients: Callable[[], Iterable[Tensor]], device: torch.device
+) -> PeakMemory:
     """Measures the peak memory of one step. gradients: returns those of the weights after the step, none of which
     existed before.
 
@@ -98,9 +100,9 @@ def peak_memory(run: Callable[[], object], gradients: Callable[[], Iterable[Tens
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     with tempfile.TemporaryDirectory() as folder:
-        with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with _silence_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             run()
-            synchronise(device)
+            synchronize(device)
         left = {gradient.untyped_storage().data_ptr(): gradient.untyped_storage().nbytes() for gradient in gradients()}
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
@@ -130,11 +132,11 @@ def peak_memory(run: Callable[[], object], gradients: Callable[[], Iterable[Tens
         highest, highest_activations = max(highest, total), max(highest_activations, total - weights)
     if on_gpu:  # the usual figure, which counts whole blocks of the caching allocator
         highest = torch.cuda.max_memory_allocated(device) - before
-    return Peak(total=highest, activations=highest_activations)
+    return PeakMemory(total=highest, activations=highest_activations)
 
 
 @contextmanager
-def _quiet_stderr() -> Iterator[None]:
+def _silence_stderr() -> Iterator[None]:
     """Silences stderr: the profiler's C++ library prints a line at each start and stop, at no level that can be set."""
     sys.stderr.flush()
     kept = os.dup(2)
@@ -147,7 +149,7 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def slowest(values: list[float], group: dist.ProcessGroup | None) -> list[float]:
+def max_over_ranks(values: list[float], group: dist.ProcessGroup | None) -> list[float]:
     """Returns the largest of each value over the ranks. A collective."""
     if group_size(group) == 1:
         return values
@@ -156,7 +158,7 @@ def slowest(values: list[float], group: dist.ProcessGroup | None) -> list[float]
     return largest.tolist()
 
 
-class Facts(BaseModel):
+class Environment(BaseModel):
     """Holds the conditions of a measurement. device: of rank 0. threads: of each rank, on the CPU."""
 
     ranks: int
@@ -174,11 +176,11 @@ class Facts(BaseModel):
         )
 
 
-def state_facts(runtime: Runtime, threads: int) -> Facts:
+def set_up_environment(runtime: Runtime, threads: int) -> Environment:
     """Sets the number of threads and the allocator, the same for every workload, and returns the conditions."""
     torch.set_num_threads(threads)
     on_gpu = runtime.device.type == "cuda"
-    return Facts(
+    return Environment(
         ranks=runtime.world_size,
         device=torch.cuda.get_device_name(runtime.device) if on_gpu else "cpu",
         transport=runtime.backend,

@@ -14,11 +14,19 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from expert_parallel import __version__
-from expert_parallel.bench.peers.contender import Case, NotMeasured, attempt, build_case, first_that_fits
-from expert_parallel.bench.peers.decoder import Trainee
-from expert_parallel.bench.peers.peers import TRAINEES
+from expert_parallel.bench.peers.decoder import TrainableModel
+from expert_parallel.bench.peers.implementation import Case, NotMeasured, build_case, first_supported, try_build
+from expert_parallel.bench.peers.registry import TRAIN_PEERS
 from expert_parallel.bench.shapes import TrainShape
-from expert_parallel.bench.timing import Facts, Times, Work, measure, peak_memory, slowest, state_facts
+from expert_parallel.bench.timing import (
+    Environment,
+    Times,
+    Workload,
+    max_over_ranks,
+    measure,
+    peak_memory,
+    set_up_environment,
+)
 from expert_parallel.data.batch import MicroBatch, shard_bounds
 from expert_parallel.parallel.collectives import all_reduce_sum
 from expert_parallel.runtime.process import Runtime
@@ -28,9 +36,9 @@ from expert_parallel.training.setup import build, check_degrees
 from expert_parallel.training.step import train_step
 
 OURS = "ours"
-Say = Callable[[str], None]
-Step = Callable[[Tensor, Tensor], Tensor]  # (inputs_BS, targets_BS) -> this rank's sum of the cross entropy
-Share = Callable[[], float | None]  # returns the share of this rank's choices that the last step dropped
+ProgressFn = Callable[[str], None]
+StepFn = Callable[[Tensor, Tensor], Tensor]  # (inputs_BS, targets_BS) -> this rank's sum of the cross entropy
+DroppedShareFn = Callable[[], float | None]  # returns the share of this rank's choices that the last step dropped
 
 
 class TrainTask(Settings):
@@ -71,7 +79,7 @@ class TrainResult(BaseModel):
     shape: TrainShape
     dtype: str
     rounds: int
-    facts: Facts
+    facts: Environment
     parameters: tuple[int, int]
     product_size: int
     product: Times
@@ -79,14 +87,14 @@ class TrainResult(BaseModel):
     rows: list[TrainRow]
 
 
-def train_task(tree: dict[str, Any], runtime: Runtime, say: Say) -> dict[str, Any]:
+def train_task(tree: dict[str, Any], runtime: Runtime, print_progress: ProgressFn) -> dict[str, Any]:
     """Runs the benchmark on every rank, and returns the result as JSON."""
-    return bench_train(TrainTask.model_validate(tree, strict=False), runtime, say).model_dump(mode="json")
+    return bench_train(TrainTask.model_validate(tree, strict=False), runtime, print_progress).model_dump(mode="json")
 
 
-def bench_train(task: TrainTask, runtime: Runtime, say: Say = lambda text: None) -> TrainResult:
+def bench_train(task: TrainTask, runtime: Runtime, print_progress: ProgressFn = lambda text: None) -> TrainResult:
     """Builds all models, then times their steps. A collective."""
-    facts = state_facts(runtime, task.threads)
+    facts = set_up_environment(runtime, task.threads)
     shape, device = task.shape, runtime.device
     group = dist.group.WORLD if runtime.world_size > 1 else None
     cases: dict[str, Case] = {
@@ -99,10 +107,10 @@ def bench_train(task: TrainTask, runtime: Runtime, say: Say = lambda text: None)
 
     size = 8192 if device.type == "cuda" else 1024
     a, b, out = (torch.ones(size, size, dtype=DTYPES[task.dtype], device=device) for _ in range(3))
-    works = {"product": Work(partial(torch.mm, a, b, out=out))}
-    works |= {name: Work(partial(step, inputs_BS, targets_BS)) for name, step in steps.items()}
-    say(f"timing {task.rounds} rounds of {len(works)}")
-    times = measure(works, device, task.rounds, group)
+    workloads = {"product": Workload(partial(torch.mm, a, b, out=out))}
+    workloads |= {name: Workload(partial(step, inputs_BS, targets_BS)) for name, step in steps.items()}
+    print_progress(f"timing {task.rounds} rounds of {len(workloads)}")
+    times = measure(workloads, device, task.rounds, group)
     rate = 2 * size**3 / times["product"].median * 1000
     for row in rows:
         if row.name in steps:
@@ -113,7 +121,7 @@ def bench_train(task: TrainTask, runtime: Runtime, say: Say = lambda text: None)
             flops = shape.layer.tokens * models[row.activation].flops_per_token(shape.sequence_length)
             row.mfu = flops / runtime.world_size / row.times.median * 1000 / rate
             peak = peak_memory(partial(steps[row.name], inputs_BS, targets_BS), list, device)
-            row.peak = round(slowest([peak.total], group)[0])
+            row.peak = round(max_over_ranks([peak.total], group)[0])
             # Waits for the device; float64 and CPU, since the sum of many tokens is reported.
             total = all_reduce_sum(steps[row.name](inputs_BS, targets_BS).double().cpu(), group)
             row.loss = float(total) / shape.layer.tokens
@@ -137,18 +145,18 @@ def bench_train(task: TrainTask, runtime: Runtime, say: Say = lambda text: None)
 
 def build_steps(
     task: TrainTask, cases: dict[str, Case], runtime: Runtime, inputs_BS: Tensor, targets_BS: Tensor
-) -> tuple[dict[str, Step], dict[str, Share], list[TrainRow]]:
+) -> tuple[dict[str, StepFn], dict[str, DroppedShareFn], list[TrainRow]]:
     """Builds the steps that can be measured: ours first, and ours in each further activation. Returns the steps,
     functions that give the last step's dropped share on this rank, and a row for each implementation asked for."""
     shape, main = task.shape, task.shape.layer.activation
-    steps: dict[str, Step] = {}
-    shares: dict[str, Share] = {}
+    steps: dict[str, StepFn] = {}
+    shares: dict[str, DroppedShareFn] = {}
     rows: list[TrainRow] = []
 
-    def trial(name: str, case: Case) -> Trainee:
-        trainee = TRAINEES[name](shape, case)
-        trainee.step(inputs_BS, targets_BS)
-        return trainee
+    def trial(name: str, case: Case) -> TrainableModel:
+        trainable = TRAIN_PEERS[name](shape, case)
+        trainable.step(inputs_BS, targets_BS)
+        return trainable
 
     def add_ours(name: str, activation: str) -> TrainRow:
         steps[name], shares[name] = our_step(task, activation, runtime), lambda: 0.0
@@ -156,10 +164,10 @@ def build_steps(
         return TrainRow(name=name, activation=activation, computes=computes, version=__version__)
 
     rows.append(add_ours(OURS, main))
-    for name in task.peers or TRAINEES:
+    for name in task.peers or TRAIN_PEERS:
         try:
-            found, case = first_that_fits(
-                lambda case, name=name: attempt(partial(trial, name, case)),  # type: ignore[misc]
+            found, case = first_supported(
+                lambda case, name=name: try_build(partial(trial, name, case)),  # type: ignore[misc]
                 list(cases.values()),
             )
         except NotMeasured as reason:
@@ -173,7 +181,7 @@ def build_steps(
     return steps, shares, rows
 
 
-def our_step(task: TrainTask, activation: str, runtime: Runtime) -> Step:
+def our_step(task: TrainTask, activation: str, runtime: Runtime) -> StepFn:
     """Returns training's own step, which keeps weights and moments in float32 when it computes in bfloat16."""
     config = our_config(task, activation, runtime.world_size)
     degrees = check_degrees(config, runtime.world_size)

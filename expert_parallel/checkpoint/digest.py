@@ -36,7 +36,7 @@ def digest(part: Tensor, start: Sequence[int], shape: Sequence[int]) -> int:
     if part.numel() == 0:
         return 0
     size = part.element_size()
-    rows_R, first, length = _runs(start, part.shape, shape, words=2 if size == 8 else 1)
+    rows_R, first, length = _contiguous_words(start, part.shape, shape, words=2 if size == 8 else 1)
     bits = part.detach().contiguous().flatten().view(torch.uint8).numpy().view(_BITS[size])
     bits_RC = bits.reshape(len(rows_R), length)
     height, width = max(1, CHUNK // length), min(CHUNK, length)
@@ -50,12 +50,14 @@ def digest(part: Tensor, start: Sequence[int], shape: Sequence[int]) -> int:
     return total % MODULUS
 
 
-def as_text(total: int) -> str:
+def format_digest(total: int) -> str:
     """Formats a digest as 32 hex digits."""
     return f"{total % MODULUS:032x}"
 
 
-def _runs(start: Sequence[int], part: Sequence[int], shape: Sequence[int], words: int) -> tuple[Keys, int, int]:
+def _contiguous_words(
+    start: Sequence[int], part: Sequence[int], shape: Sequence[int], words: int
+) -> tuple[Keys, int, int]:
     """Splits a rectangle into runs of consecutive words; returns (keys of the runs, first word, length of a run).
 
     The key of a word is its flat index * _SPREAD modulo 2**64. It is the sum of the key of its run (returned, (R,)) and
@@ -79,21 +81,21 @@ def _sum_of_hashes(keys: Keys) -> int:
     """Returns the exact sum of the hashes, below 2**128 times their number. Overwrites `keys`."""
     scratch = np.empty_like(keys)
 
-    def stir(shift: int) -> None:
+    def xor_shift(shift: int) -> None:
         np.right_shift(keys, np.uint64(shift), out=scratch)
         np.bitwise_xor(keys, scratch, out=keys)
 
-    stir(32)
+    xor_shift(32)
     np.multiply(keys, _MIX[0], out=keys)
-    stir(29)
+    xor_shift(29)
     np.multiply(keys, _MIX[1], out=keys)
-    stir(32)
+    xor_shift(32)
     # A sum of 64-bit numbers wraps; that of their upper halves does not, and tells how often.
     np.right_shift(keys, np.uint64(32), out=scratch)
     upper = int(scratch.sum()) << 32
     low = upper + (int(keys.sum()) - upper) % (1 << 64)
     np.multiply(keys, _MIX[2], out=keys)
-    stir(31)
+    xor_shift(31)
     return low + (int(keys.sum()) << 64)
 
 

@@ -16,26 +16,26 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from expert_parallel.checkpoint.digest import as_text, digest
+from expert_parallel.checkpoint.digest import digest, format_digest
 from expert_parallel.checkpoint.folders import (
     MANIFEST,
     find_checkpoint,
     list_checkpoints,
-    new_partial,
-    point_to_newest,
+    make_partial_folder,
     publish,
     step_folder,
-    write_whole,
+    update_latest_link,
+    write_atomically,
 )
 from expert_parallel.checkpoint.manifest import (
     DTYPE_NAMES,
     FORMAT,
     WEIGHTS,
-    Entry,
-    FileRecord,
+    FileMetadata,
     Manifest,
-    Piece,
-    compare_shapes,
+    ShardMetadata,
+    TensorMetadata,
+    check_shapes,
     read_manifest,
 )
 from expert_parallel.checkpoint.state import expected_shapes
@@ -68,16 +68,16 @@ class Checkpoint:
         return self.manifest.has_moments
 
     @property
-    def tensors(self) -> dict[str, Entry]:
+    def tensors(self) -> dict[str, TensorMetadata]:
         """Returns the metadata of each tensor by full name, such as `weights/embedding.weight`."""
         return self.manifest.tensors
 
     def read(self, name: str) -> Tensor:
         """Reads a whole logical tensor, in the dtype of the file."""
         shape = self.tensors[name].shape
-        return self.read_part(name, [0] * len(shape), shape)
+        return self.read_slice(name, [0] * len(shape), shape)
 
-    def read_part(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
+    def read_slice(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
         """Reads a rectangle of a logical tensor, and nothing outside it; assembles it if it spans several shards."""
         entry = self.tensors[name]
         stop = [first + size for first, size in zip(start, shape, strict=True)]
@@ -90,7 +90,7 @@ class Checkpoint:
             if min(size, default=1) <= 0:
                 continue
             first = [a - b for a, b in zip(low, piece.start, strict=True)]
-            found = self._opened(name, entry, piece).read(piece.key, first, size)
+            found = self._file_with_shard(name, entry, piece).read(piece.key, first, size)
             if size == list(shape):
                 return found
             part = torch.empty(list(shape), dtype=entry.dtype) if part is None else part
@@ -105,7 +105,7 @@ class Checkpoint:
         for name, entry in self.tensors.items():
             for piece in entry.pieces:
                 if piece.file == file:
-                    self._opened(name, entry, piece)
+                    self._file_with_shard(name, entry, piece)
                     named.add(piece.key)
         for key in self._file(file).keys - named:
             raise ValueError(f"{self.path / file} holds {key}, which the manifest does not name")
@@ -115,12 +115,12 @@ class Checkpoint:
             self._files[file] = TensorFile(self.path / file)
         return self._files[file]
 
-    def _opened(self, name: str, entry: Entry, piece: Piece) -> TensorFile:
+    def _file_with_shard(self, name: str, entry: TensorMetadata, piece: ShardMetadata) -> TensorFile:
         """Opens the file that holds a shard, and checks the shard's key, dtype and shape."""
         file = self._file(piece.file)
         if piece.key not in file.keys:
             raise ValueError(f"{file.path}: {name} is missing, though the manifest names it")
-        dtype, shape = file.describe(piece.key)
+        dtype, shape = file.dtype_and_shape(piece.key)
         if (dtype, shape) != (entry.dtype, piece.shape):
             raise ValueError(
                 f"{file.path}: {name} is {dtype} {list(shape)}, the manifest says {entry.dtype} {list(piece.shape)}"
@@ -164,9 +164,9 @@ class CheckpointWriter:
         self.shard_bytes = shard_bytes
         self.layout = layout
         self.expected = expected_shapes(ModelConfig.model_validate(config["model"]), moments=True)
-        self.partial = new_partial(final)
-        self.files: dict[str, FileRecord] = {}
-        self.tensors: dict[str, Entry] = {}
+        self.partial = make_partial_folder(final)
+        self.files: dict[str, FileMetadata] = {}
+        self.tensors: dict[str, TensorMetadata] = {}
         self._shard: list[tuple[str, Tensor]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -186,9 +186,9 @@ class CheckpointWriter:
             held = held.clone()  # the caller may reuse its memory
         self._shard.append((name, held))
         shape, start = tuple(tensor.shape), (0,) * tensor.dim()
-        piece = Piece(file=self._file, key=name, start=start, shape=shape)
-        total = as_text(digest(held, start, shape))
-        self.tensors[name] = Entry(dtype=tensor.dtype, shape=shape, digest=total, pieces=(piece,))
+        piece = ShardMetadata(file=self._file, key=name, start=start, shape=shape)
+        total = format_digest(digest(held, start, shape))
+        self.tensors[name] = TensorMetadata(dtype=tensor.dtype, shape=shape, digest=total, pieces=(piece,))
 
     def finish(self) -> Path:
         """Checks that no tensor is missing (moments: all or none), writes the manifest and renames the folder to
@@ -196,11 +196,11 @@ class CheckpointWriter:
         manifest = self._manifest()
         moments = manifest.has_moments
         expected = {n: s for n, s in self.expected.items() if moments or n.startswith(f"{WEIGHTS}/")}
-        compare_shapes(f"{self.final}", manifest.shapes, expected)
+        check_shapes(f"{self.final}", manifest.shapes, expected)
         self._write_shard()
-        write_whole(self.partial / MANIFEST, self._manifest().to_json())
+        write_atomically(self.partial / MANIFEST, self._manifest().to_json())
         publish(self.partial, self.final)
-        point_to_newest(self.final.parent)
+        update_latest_link(self.final.parent)
         return self.final
 
     @property

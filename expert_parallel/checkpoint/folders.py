@@ -22,7 +22,7 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
-def step_of(path: Path) -> int | None:
+def parse_step(path: Path) -> int | None:
     """Returns the step in the name of a `step_` folder, or None for any other name."""
     match = re.fullmatch(r"step_(\d+)", path.absolute().name)
     return int(match.group(1)) if match else None
@@ -34,16 +34,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
     Raises ValueError if one has lost its manifest: resuming from an older one would silently lose steps.
     """
     for path in folder.glob("step_*"):
-        _refuse_lost(path)
-    return whole_checkpoints(folder)
+        _require_manifest(path)
+    return complete_checkpoints(folder)
 
 
-def whole_checkpoints(folder: Path) -> list[Path]:
+def complete_checkpoints(folder: Path) -> list[Path]:
     """Lists the checkpoints that have a manifest, oldest first.
 
     Saving uses it: training does not stop because an old checkpoint is damaged.
     """
-    numbered = [(step, path) for path in folder.glob("step_*") if (step := step_of(path)) is not None]
+    numbered = [(step, path) for path in folder.glob("step_*") if (step := parse_step(path)) is not None]
     return [path for _, path in sorted(numbered) if (path / MANIFEST).is_file()]
 
 
@@ -55,14 +55,14 @@ def find_checkpoint(path: Path) -> Path:
     """
     if (path / MANIFEST).is_file():
         return path.resolve() if path.is_symlink() else path
-    _refuse_lost(path.resolve())
+    _require_manifest(path.resolve())
     for folder in (path, path / "checkpoints"):
         if checkpoints := list_checkpoints(folder):
             return checkpoints[-1]
     raise ValueError(f"{path} holds no checkpoint" if path.is_dir() else f"there is no checkpoint {path}")
 
 
-def new_partial(final: Path) -> Path:
+def make_partial_folder(final: Path) -> Path:
     """Creates an empty folder next to `final`, under a name that no earlier attempt has used."""
     partial = final.parent / f"{PARTIAL}{final.name}_{secrets.token_hex(4)}"
     partial.mkdir(parents=True)
@@ -75,37 +75,39 @@ def publish(partial: Path, final: Path) -> None:
     Raises ValueError if the name is taken: that folder belongs to another run (this one would have resumed from it), or
     has lost its manifest since.
     """
-    sync(partial)
+    fsync_folder(partial)
     if os.path.lexists(final):
         raise ValueError(f"{final} exists already")
     partial.rename(final)
-    sync(final.parent)
+    fsync_folder(final.parent)
 
 
-def point_to_newest(folder: Path) -> None:
+def update_latest_link(folder: Path) -> None:
     """Updates the link `latest` atomically. Call it before older checkpoints are removed."""
-    latest, newest = folder / LATEST, whole_checkpoints(folder)
+    latest, newest = folder / LATEST, complete_checkpoints(folder)
     if not newest:
         return
     if latest.is_dir() and not latest.is_symlink():  # a copy of a run made with links followed
-        shutil.rmtree(latest.rename(new_partial(latest) / LATEST).parent)
+        shutil.rmtree(latest.rename(make_partial_folder(latest) / LATEST).parent)
     link = folder / f"{PARTIAL}{LATEST}_{secrets.token_hex(4)}"
     link.symlink_to(newest[-1].name)
     link.replace(latest)
-    sync(folder)
+    fsync_folder(folder)
 
 
 def prune(folder: Path, keep: int, keep_every: int | None) -> None:
     """Removes all checkpoints but the newest `keep` and those whose step is a multiple of `keep_every`."""
-    for path in whole_checkpoints(folder)[:-keep]:
-        step = step_of(path)
+    for path in complete_checkpoints(folder)[:-keep]:
+        step = parse_step(path)
         assert step is not None, path
         if keep_every is None or step % keep_every:
-            removed = path.rename(new_partial(path) / path.name)  # so that a half-removed one never counts as complete
+            removed = path.rename(
+                make_partial_folder(path) / path.name
+            )  # so that a half-removed one never counts as complete
             shutil.rmtree(removed.parent)
 
 
-def remove_partial(folder: Path) -> None:
+def remove_partial_folders(folder: Path) -> None:
     """Removes what interrupted saves left behind. No save may be in progress."""
     for path in folder.glob(f"{PARTIAL}*"):
         if path.is_symlink():
@@ -114,10 +116,10 @@ def remove_partial(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Writes a small text file atomically: readers see the old content or the new one."""
     draft = path.with_name(f"{path.name}.draft")
-    with naming(path):
+    with add_path_to_oserror(path):
         with draft.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -126,7 +128,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def add_path_to_oserror(path: Path) -> Iterator[None]:
     """Adds the file's path to an OSError that lacks it, as that of a write to a full disk does."""
     try:
         yield
@@ -134,7 +136,7 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def sync(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Flushes a folder's entries to disk, so that renames survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -143,11 +145,11 @@ def sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _refuse_lost(path: Path) -> None:
+def _require_manifest(path: Path) -> None:
     """Raises ValueError if a `step_` folder has no manifest.
 
     A checkpoint gets its name only after its manifest is written, so the manifest was lost. The folder may also have
     been pruned between the two look-ups; hence `lexists`.
     """
-    if step_of(path) is not None and not (path / MANIFEST).is_file() and os.path.lexists(path):
+    if parse_step(path) is not None and not (path / MANIFEST).is_file() and os.path.lexists(path):
         raise ValueError(f"{path} has no {MANIFEST}: restore it or remove the folder")

@@ -10,22 +10,22 @@ from torch import Tensor
 
 from expert_parallel.checkpoint.digest import MODULUS, digest
 from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
-from expert_parallel.checkpoint.manifest import MOMENTS, WEIGHTS, compare_shapes
-from expert_parallel.checkpoint.state import TrainingState, balance_biases, expected_shapes, range_pieces
+from expert_parallel.checkpoint.manifest import MOMENTS, WEIGHTS, check_shapes
+from expert_parallel.checkpoint.state import TrainingState, balance_biases, expected_shapes, range_shards
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.parameters import (
-    first_row,
     local_tensor,
     logical_parameters,
     pieces,
-    place_among_holders,
+    replica_index_and_count,
+    shard_offset,
 )
 from expert_parallel.parallel.collectives import all_reduce_sum
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.runtime.process import Runtime
 
 Result = TypeVar("Result")
-Target = tuple[str, tuple[int, ...], Tensor, bool]  # full name, start, memory to fill, whether the digest counts it
+LoadTarget = tuple[str, tuple[int, ...], Tensor, bool]  # full name, start, memory to fill, whether the digest counts it
 LIMB = 1 << 32
 
 
@@ -37,7 +37,7 @@ def load_checkpoint(
     runtime: Runtime | None = None,
     mesh: ParallelMesh | None = None,
     *,
-    weights_alone: bool = False,
+    model_only: bool = False,
 ) -> Checkpoint:
     """Loads weights, and optionally optimizer state, into a model of any layout.
 
@@ -51,43 +51,43 @@ def load_checkpoint(
     """
     rank, world_size = (0, 1) if runtime is None else (runtime.rank, runtime.world_size)
 
-    def together(work: Callable[[], Result]) -> Result:
-        return work() if runtime is None else runtime.together(work)
+    def run_on_all_ranks(work: Callable[[], Result]) -> Result:
+        return work() if runtime is None else runtime.run_on_all_ranks(work)
 
     def check() -> Checkpoint:
         checkpoint = open_checkpoint(path)
         with_moments = takes_moments and checkpoint.has_moments
         found = {n: s for n, s in checkpoint.manifest.shapes.items() if with_moments or n.startswith(f"{WEIGHTS}/")}
-        compare_shapes(f"{path}: checkpoint of another model", found, expected_shapes(model.config, with_moments))
+        check_shapes(f"{path}: checkpoint of another model", found, expected_shapes(model.config, with_moments))
         for file in list(checkpoint.manifest.files)[rank::world_size]:
             checkpoint.check_file(file)
         return checkpoint
 
     def fill() -> dict[str, int]:
         totals: dict[str, int] = {}
-        for name, start, target, counts in _targets(model, parts, state, mesh):
-            values = checkpoint.read_part(name, start, target.shape)
+        for name, start, target, counts in _load_targets(model, parts, state, mesh):
+            values = checkpoint.read_slice(name, start, target.shape)
             target.copy_(values)
             if counts:
                 totals[name] = totals.get(name, 0) + digest(values, start, checkpoint.tensors[name].shape)
         return totals
 
-    takes_moments = state is not None and not weights_alone
-    checkpoint = together(check)
+    takes_moments = state is not None and not model_only
+    checkpoint = run_on_all_ranks(check)
     parts: tuple[str, ...] = (WEIGHTS,)
     if state is not None and takes_moments and checkpoint.has_moments:
-        state.make_moments(checkpoint.step)
+        state.init_moments(checkpoint.step)
         parts = (WEIGHTS, *MOMENTS)
-    totals = _add_over_ranks(together(fill), list(checkpoint.tensors), runtime)
-    together(lambda: _compare_digests(checkpoint, totals, with_moments=len(parts) > 1))
+    totals = _sum_over_ranks(run_on_all_ranks(fill), list(checkpoint.tensors), runtime)
+    run_on_all_ranks(lambda: _compare_digests(checkpoint, totals, with_moments=len(parts) > 1))
     if state is not None:
-        state.finish()
+        state.finish_loading()
     return checkpoint
 
 
-def _targets(
+def _load_targets(
     model: LanguageModel, parts: tuple[str, ...], state: TrainingState | None, mesh: ParallelMesh | None
-) -> Iterator[Target]:
+) -> Iterator[LoadTarget]:
     """Yields every tensor that this rank fills, as a rectangle of a logical tensor.
 
     Replicated tensors enter the digest once, from the first rank that holds them; ZeRO ranges enter from their owner.
@@ -95,17 +95,17 @@ def _targets(
     for name, buffer in balance_biases(model):
         yield f"{WEIGHTS}/{name}", (0,) * buffer.dim(), buffer, mesh is None or mesh.stage_rank == 0
     for logical in logical_parameters(model):
-        parameter, first = logical.parameter, first_row(logical.parameter)
-        is_first = mesh is None or place_among_holders(logical, mesh)[0] == 0
+        parameter, first = logical.parameter, shard_offset(logical.parameter)
+        is_first = mesh is None or replica_index_and_count(logical, mesh)[0] == 0
         for part in parts:
-            divided = None if state is None else state.range_of(part, parameter)
+            divided = None if state is None else state.flat_range(part, parameter)
             tensor = local_tensor(parameter.detach()) if state is None else state.tensor(part, parameter)
-            found = pieces(logical, tensor, first) if divided is None else range_pieces(logical, tensor, divided)
+            found = pieces(logical, tensor, first) if divided is None else range_shards(logical, tensor, divided)
             for name, start, view in found:
                 yield f"{part}/{name}", start, view, divided is not None or is_first
 
 
-def _add_over_ranks(totals: dict[str, int], names: list[str], runtime: Runtime | None) -> dict[str, int]:
+def _sum_over_ranks(totals: dict[str, int], names: list[str], runtime: Runtime | None) -> dict[str, int]:
     """Sums 128-bit digests over the ranks, as four 32-bit limbs each, whose sums fit into int64."""
     limbs = [[(totals.get(name, 0) // LIMB**place) % LIMB for place in range(4)] for name in names]
     group = None if runtime is None else dist.group.WORLD

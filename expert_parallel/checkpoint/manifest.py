@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
-from expert_parallel.checkpoint.folders import MANIFEST, step_of
+from expert_parallel.checkpoint.folders import MANIFEST, parse_step
 from expert_parallel.settings import CONFIG_VERSION, Settings, refuse_newer
 
 FORMAT = 2
@@ -33,7 +33,7 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.safetensors$")]  # ne
 Shapes = dict[str, list[int]]
 
 
-class Piece(Settings):
+class ShardMetadata(Settings):
     """Locates a rectangular part of a logical tensor: it begins at `start` and is stored under `key` in `file`."""
 
     file: FileName
@@ -42,7 +42,7 @@ class Piece(Settings):
     shape: tuple[Size, ...]
 
 
-class Entry(Settings):
+class TensorMetadata(Settings):
     """Describes a logical tensor and its pieces. digest: the digest of digest.py, 32 hexadecimal digits."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -50,14 +50,14 @@ class Entry(Settings):
     dtype: DType
     shape: tuple[Size, ...]
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ShardMetadata, ...]
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
 
-class FileRecord(Settings):
+class FileMetadata(Settings):
     """Holds a file's size in bytes and its SHA-256 (hexadecimal)."""
 
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -72,8 +72,8 @@ class Manifest(Settings):
     step: Size
     config: dict[str, Any]
     layout: str
-    files: dict[FileName, FileRecord]
-    tensors: dict[str, Entry]
+    files: dict[FileName, FileMetadata]
+    tensors: dict[str, TensorMetadata]
 
     @property
     def has_moments(self) -> bool:
@@ -85,7 +85,7 @@ class Manifest(Settings):
 
     def to_json(self) -> str:
         """Returns the manifest as JSON with its SHA-256, one line for each tensor and file, so that `grep` works."""
-        tree = sealed(self.model_dump(mode="json"))
+        tree = add_checksum(self.model_dump(mode="json"))
         last = {key: tree.pop(key) for key in ("files", "tensors")}
         blocks = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in tree.items()]
         for key, entries in last.items():
@@ -98,18 +98,18 @@ class UnsupportedFormatError(ValueError):
     """Says that another version of this package wrote the manifest, which need not be damaged."""
 
 
-def sealed(tree: dict[str, Any]) -> dict[str, Any]:
+def add_checksum(tree: dict[str, Any]) -> dict[str, Any]:
     """Adds the SHA-256 of all other keys to a manifest's JSON, replacing one that is there."""
     rest = {key: value for key, value in tree.items() if key != SHA256}
-    return {SHA256: hashlib.sha256(_canonical(rest).encode()).hexdigest(), **rest}
+    return {SHA256: hashlib.sha256(_canonical_json(rest).encode()).hexdigest(), **rest}
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Reads and validates a manifest. Raises ValueError: one sentence with the folder and what is wrong."""
     try:
-        tree = json.loads((folder / MANIFEST).read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
-        said = tree.pop(SHA256, None) if isinstance(tree, dict) else None
-        content = _canonical(tree)
+        tree = json.loads((folder / MANIFEST).read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicate_keys)
+        recorded = tree.pop(SHA256, None) if isinstance(tree, dict) else None
+        content = _canonical_json(tree)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder} is not a checkpoint: {MANIFEST} cannot be read ({error})") from error
     number = tree.get("format") if isinstance(tree, dict) else None
@@ -121,8 +121,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder}: the format of {MANIFEST} is {number}, older than {FORMAT}, the oldest that this installation "
             "reads: use the expert-parallel that wrote it"
         )
-    if said != (found := hashlib.sha256(content.encode()).hexdigest()):
-        raise ValueError(f"{folder}: {MANIFEST} is damaged: the SHA-256 of its content is {found}, it says {said}")
+    if recorded != (found := hashlib.sha256(content.encode()).hexdigest()):
+        raise ValueError(f"{folder}: {MANIFEST} is damaged: the SHA-256 of its content is {found}, it says {recorded}")
     try:
         manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
@@ -133,12 +133,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{folder}: {MANIFEST} does not describe its model: its config has no mapping `model`")
     if isinstance(version := manifest.config.get("version"), int):
         _refuse_newer(f"{folder}: the version of the config in {MANIFEST}", version, CONFIG_VERSION)
-    if step_of(folder) not in (None, manifest.step):
+    if parse_step(folder) not in (None, manifest.step):
         raise ValueError(
-            f"{folder} has the name of step {step_of(folder)}, its {MANIFEST} is of step {manifest.step}: "
+            f"{folder} has the name of step {parse_step(folder)}, its {MANIFEST} is of step {manifest.step}: "
             "rename the folder back"
         )
-    check_pieces(f"{folder}", manifest)
+    check_shards(f"{folder}", manifest)
     return manifest
 
 
@@ -149,11 +149,11 @@ def _refuse_newer(what: str, found: int, newest: int) -> None:
         raise UnsupportedFormatError(str(error)) from None
 
 
-def check_pieces(what: str, manifest: Manifest) -> None:
+def check_shards(what: str, manifest: Manifest) -> None:
     """Raises ValueError if the shards of a tensor do not cover it exactly once, or lie in a file that is not listed."""
     places: dict[tuple[str, str], str] = {}
     for name, entry in manifest.tensors.items():
-        check_cover(f"{what}: {name}", entry.shape, [(piece.start, piece.shape) for piece in entry.pieces])
+        check_coverage(f"{what}: {name}", entry.shape, [(piece.start, piece.shape) for piece in entry.pieces])
         for piece in entry.pieces:
             if piece.file not in manifest.files:
                 raise ValueError(f"{what}: {name} lies in {piece.file}, which is not among the manifest's files")
@@ -162,7 +162,7 @@ def check_pieces(what: str, manifest: Manifest) -> None:
                 raise ValueError(f"{what}: {other} and {name} claim the same {piece.key} in {piece.file}")
 
 
-def check_cover(what: str, shape: Sequence[int], pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+def check_coverage(what: str, shape: Sequence[int], pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
     """Raises ValueError unless the rectangles (start, shape) lie within `shape`, do not overlap, and fill it."""
     for start, size in pieces:
         fits = len(start) == len(size) == len(shape)
@@ -172,13 +172,13 @@ def check_cover(what: str, shape: Sequence[int], pieces: Sequence[tuple[Sequence
     whole = math.prod(shape)
     if covered < whole or not pieces:
         raise ValueError(f"{what} is incomplete: its shards hold {covered} of {whole} elements")
-    if len(pieces) > 1 and (pair := _overlapping(pieces)):
+    if len(pieces) > 1 and (pair := _find_overlap(pieces)):
         first, second = (list(pieces[index][0]) for index in pair)
         raise ValueError(f"{what} is covered twice: the shards at {first} and {second} overlap")
     assert covered == whole, (what, covered, whole)
 
 
-def _overlapping(pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[int, int] | None:
+def _find_overlap(pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[int, int] | None:
     """Returns the indices of the first two rectangles that overlap, or None."""
     starts = np.array([start for start, _ in pieces])
     ends = starts + np.array([size for _, size in pieces])
@@ -189,7 +189,7 @@ def _overlapping(pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple
     return None
 
 
-def compare_shapes(what: str, found: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> None:
+def check_shapes(what: str, found: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> None:
     """Raises ValueError, which names the first tensor that is missing, has another shape, or is unexpected."""
     for name, shape in expected.items():
         if name not in found:
@@ -207,12 +207,12 @@ def _dtype(name: Any) -> Any:
     return DTYPES.get(name, name)
 
 
-def _canonical(tree: Any) -> str:
+def _canonical_json(tree: Any) -> str:
     """Serializes JSON so that equal content gives equal text, whatever its spacing and key order were."""
     return json.dumps(tree, sort_keys=True, separators=(",", ":"))
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):
         keys = [key for key, _ in pairs]

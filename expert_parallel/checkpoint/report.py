@@ -9,35 +9,35 @@ from pydantic import ValidationError
 
 from expert_parallel.checkpoint.digest import MODULUS, digest
 from expert_parallel.checkpoint.files import Checkpoint, expected_shapes
-from expert_parallel.checkpoint.manifest import DTYPE_NAMES, WEIGHTS, Entry, compare_shapes
+from expert_parallel.checkpoint.manifest import DTYPE_NAMES, WEIGHTS, TensorMetadata, check_shapes
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.settings import changed_settings
 
 
-def describe(checkpoint: Checkpoint) -> str:
+def format_checkpoint(checkpoint: Checkpoint) -> str:
     """Formats step, parameters, layout, experts, tensors (grouped by name) and files of a checkpoint."""
     manifest = checkpoint.manifest
     weights = {name.removeprefix(f"{WEIGHTS}/"): e for name, e in manifest.tensors.items() if name.startswith(WEIGHTS)}
     numbers = sum(entry.numel for entry in weights.values())
-    in_experts = sum(entry.numel for name, entry in weights.items() if _expert_of(name))
+    in_experts = sum(entry.numel for name, entry in weights.items() if _parse_expert(name))
     share = f", of which {in_experts:,} ({in_experts / numbers:.1%}) in experts" if in_experts else ""
     lines = [
         f"{checkpoint.path}",
         f"step        {manifest.step}",
         f"written by  {manifest.layout}",
         f"numbers     {numbers:,} in weights and balance biases{share}",
-        f"holds       {', '.join(_parts(checkpoint))}",
-        f"experts     {_experts(weights)}",
+        f"holds       {', '.join(_format_dtypes(checkpoint))}",
+        f"experts     {_format_experts(weights)}",
         "",
-        *_table([("tensors", "count", "shape", "numbers"), *_groups(weights)]),
+        *_format_table([("tensors", "count", "shape", "numbers"), *_tensor_rows(weights)]),
         "",
-        *_table([("files", "bytes"), *((name, f"{record.bytes:,}") for name, record in manifest.files.items())]),
+        *_format_table([("files", "bytes"), *((name, f"{record.bytes:,}") for name, record in manifest.files.items())]),
         f"{sum(record.bytes for record in manifest.files.values()):,} bytes in {len(manifest.files)} files",
     ]
     return "\n".join(lines)
 
 
-def problems(checkpoint: Checkpoint) -> Iterator[str]:
+def find_problems(checkpoint: Checkpoint) -> Iterator[str]:
     """Yields every problem of a checkpoint: bytes of files, names and shapes against its config, digests of the
     content.
 
@@ -55,14 +55,14 @@ def problems(checkpoint: Checkpoint) -> Iterator[str]:
     try:
         model = ModelConfig.model_validate(checkpoint.config.get("model"))
         expected = expected_shapes(model, checkpoint.has_moments)
-        compare_shapes(f"{checkpoint.path}: against its config", checkpoint.manifest.shapes, expected)
+        check_shapes(f"{checkpoint.path}: against its config", checkpoint.manifest.shapes, expected)
     except ValidationError as error:
         yield f"{checkpoint.path}: its config has no model that this version knows: {error.errors()[0]['msg']}"
     except ValueError as error:
         yield str(error)
     for name, entry in checkpoint.tensors.items():
         try:
-            found = f"{digest_of(checkpoint, name):032x}"
+            found = f"{recompute_digest(checkpoint, name):032x}"
         except ValueError as error:
             yield str(error)
             continue
@@ -70,41 +70,42 @@ def problems(checkpoint: Checkpoint) -> Iterator[str]:
             yield f"{checkpoint.path}: {name} has changed: its digest is {found}, the manifest says {entry.digest}"
 
 
-def digest_of(checkpoint: Checkpoint, name: str) -> int:
+def recompute_digest(checkpoint: Checkpoint, name: str) -> int:
     """Computes the digest of a tensor from the files, shard by shard."""
     entry = checkpoint.tensors[name]
     parts = (
-        digest(checkpoint.read_part(name, piece.start, piece.shape), piece.start, entry.shape) for piece in entry.pieces
+        digest(checkpoint.read_slice(name, piece.start, piece.shape), piece.start, entry.shape)
+        for piece in entry.pieces
     )
     return sum(parts) % MODULUS
 
 
 @dataclass(frozen=True)
-class Difference:
+class CheckpointDifference:
     """Says how a tensor differs between two checkpoints."""
 
     name: str
     what: str
 
 
-def differences(first: Checkpoint, second: Checkpoint) -> Iterator[Difference]:
+def compare_checkpoints(first: Checkpoint, second: Checkpoint) -> Iterator[CheckpointDifference]:
     """Yields tensors that one of two checkpoints lacks, or whose shape, dtype or values differ.
 
     Tensors with equal digests in the manifests count as equal and are not read.
     """
-    for name in sorted(first.tensors | second.tensors, key=_weights_first):
+    for name in sorted(first.tensors | second.tensors, key=_weights_first_key):
         one, other = first.tensors.get(name), second.tensors.get(name)
         if one is None or other is None:
-            yield Difference(name, f"only in {'A' if other is None else 'B'}")
+            yield CheckpointDifference(name, f"only in {'A' if other is None else 'B'}")
         elif one.shape != other.shape:
-            yield Difference(name, f"shape {list(one.shape)} and {list(other.shape)}")
+            yield CheckpointDifference(name, f"shape {list(one.shape)} and {list(other.shape)}")
         elif (one.dtype, one.digest) != (other.dtype, other.digest):
             dtypes = "" if one.dtype == other.dtype else f"{DTYPE_NAMES[one.dtype]} and {DTYPE_NAMES[other.dtype]}, "
             gap = (first.read(name).double() - second.read(name).double()).abs().max()
-            yield Difference(name, f"{dtypes}largest absolute difference {float(gap):.3g}")
+            yield CheckpointDifference(name, f"{dtypes}largest absolute difference {float(gap):.3g}")
 
 
-def headline(first: Checkpoint, second: Checkpoint) -> str:
+def format_header(first: Checkpoint, second: Checkpoint) -> str:
     """Formats paths, steps, layouts and config changes of two checkpoints."""
     both = {"A": first, "B": second}
     lines = [f"{letter}: {c.path}, step {c.step}, written by {c.manifest.layout}" for letter, c in both.items()]
@@ -114,52 +115,52 @@ def headline(first: Checkpoint, second: Checkpoint) -> str:
     return "\n".join(lines)
 
 
-def _parts(checkpoint: Checkpoint) -> list[str]:
+def _format_dtypes(checkpoint: Checkpoint) -> list[str]:
     """Lists the state kinds of a checkpoint with their dtypes, such as `weights (F32)`."""
     dtypes: dict[str, set[torch.dtype]] = {}
     for name, entry in checkpoint.tensors.items():
         dtypes.setdefault(name.partition("/")[0], set()).add(entry.dtype)
-    parts = sorted(dtypes.items(), key=lambda item: _weights_first(item[0]))
+    parts = sorted(dtypes.items(), key=lambda item: _weights_first_key(item[0]))
     return [f"{part} ({', '.join(sorted(DTYPE_NAMES[d] for d in found))})" for part, found in parts]
 
 
-def _expert_of(name: str) -> tuple[str, int] | None:
+def _parse_expert(name: str) -> tuple[str, int] | None:
     """Returns (block, global expert number) of an expert's tensor, or None."""
     match = re.fullmatch(r"(.*)\.experts\.(\d+)\.\w+", name)
     return (match.group(1), int(match.group(2))) if match else None
 
 
-def _experts(weights: dict[str, Entry]) -> str:
+def _format_experts(weights: dict[str, TensorMetadata]) -> str:
     """Formats the number of experts of each block, such as `8 in blocks 1, 3`."""
     of_layer: dict[str, set[int]] = {}
-    for layer, expert in filter(None, map(_expert_of, weights)):
+    for layer, expert in filter(None, map(_parse_expert, weights)):
         of_layer.setdefault(layer, set()).add(expert)
     blocks: dict[int, list[str]] = {}
-    for layer in sorted(of_layer, key=_natural):
+    for layer in sorted(of_layer, key=_natural_key):
         blocks.setdefault(len(of_layer[layer]), []).append(re.sub(r"\D", "", layer))
     return "; ".join(f"{count} in blocks {', '.join(numbers)}" for count, numbers in blocks.items()) or "none"
 
 
-def _groups(weights: dict[str, Entry]) -> Iterator[tuple[str, ...]]:
+def _tensor_rows(weights: dict[str, TensorMetadata]) -> Iterator[tuple[str, ...]]:
     """Yields table rows (name pattern, count, shape, elements) of tensors whose names differ only in numbers."""
-    groups: dict[tuple[str, tuple[int, ...]], list[Entry]] = {}
-    for name in sorted(weights, key=_natural):
+    groups: dict[tuple[str, tuple[int, ...]], list[TensorMetadata]] = {}
+    for name in sorted(weights, key=_natural_key):
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
         groups.setdefault((pattern, weights[name].shape), []).append(weights[name])
     for (pattern, shape), entries in groups.items():
         yield pattern, str(len(entries)), str(list(shape)), f"{sum(entry.numel for entry in entries):,}"
 
 
-def _weights_first(name: str) -> tuple[bool, list[int | str]]:
-    return not name.startswith(WEIGHTS), _natural(name)
+def _weights_first_key(name: str) -> tuple[bool, list[int | str]]:
+    return not name.startswith(WEIGHTS), _natural_key(name)
 
 
-def _natural(name: str) -> list[int | str]:
+def _natural_key(name: str) -> list[int | str]:
     """Returns a key that sorts block 10 after block 9."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
+def _format_table(rows: list[tuple[str, ...]]) -> list[str]:
     """Aligns the first column of a table to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

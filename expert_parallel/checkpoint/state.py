@@ -20,7 +20,7 @@ Rectangle = tuple[tuple[int, ...], tuple[int, ...]]  # start, shape
 
 
 @dataclass(frozen=True)
-class Range:
+class FlatRange:
     """Holds a range of a parameter's flattened local tensor: `length` elements from `start`. No other rank has them.
 
     shape: of the whole local tensor.
@@ -34,7 +34,7 @@ class Range:
 class TrainingState(Protocol):
     """Gives access to an engine's weights and optimizer state. part: `weights`, `exp_avg` or `exp_avg_sq`."""
 
-    def range_of(self, part: str, parameter: nn.Parameter) -> Range | None:
+    def flat_range(self, part: str, parameter: nn.Parameter) -> FlatRange | None:
         """Returns the flat range stored on this rank (ZeRO), or None if the whole local tensor is."""
         ...
 
@@ -42,11 +42,11 @@ class TrainingState(Protocol):
         """Returns the memory itself: in the parameter's local shape, or 1-D if it is a flat range."""
         ...
 
-    def make_moments(self, step: int) -> None:
+    def init_moments(self, step: int) -> None:
         """Creates zero moments for loading to fill, with the optimizer's step count set to `step`."""
         ...
 
-    def finish(self) -> None:
+    def finish_loading(self) -> None:
         """Is called after weights (and moments, if any) have been filled, to update copies derived from them."""
         ...
 
@@ -57,31 +57,31 @@ class TorchState:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
 
-    def range_of(self, part: str, parameter: nn.Parameter) -> Range | None:
+    def flat_range(self, part: str, parameter: nn.Parameter) -> FlatRange | None:
         return None
 
     def tensor(self, part: str, parameter: nn.Parameter) -> Tensor:
         return local_tensor(parameter if part == WEIGHTS else self.optimizer.state[parameter][part]).detach()
 
-    def make_moments(self, step: int) -> None:
+    def init_moments(self, step: int) -> None:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 state = self.optimizer.state[parameter]
                 state["step"] = torch.tensor(float(step), device=parameter.device)  # a fused AdamW counts on the device
                 state.update({moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS})
 
-    def finish(self) -> None:
+    def finish_loading(self) -> None:
         pass
 
 
-def range_pieces(
-    logical: LogicalParameter, values: Tensor, found: Range
+def range_shards(
+    logical: LogicalParameter, values: Tensor, found: FlatRange
 ) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
     """Yields the shards in a flat range: (logical name, start, view of `values`), each a rectangle.
 
     It corresponds to `pieces` of moe/parameters.py. Only data-parallel ranks may shard the parameter.
     """
-    assert logical.slice is None, logical.names
+    assert logical.tensor_shard is None, logical.names
     shape = found.shape[1:] if logical.is_expert else found.shape
     size = math.prod(shape)
     for number, name in enumerate(logical.names):
@@ -105,13 +105,13 @@ def rectangles(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Rectang
         return
     row = math.prod(shape[1:])
     first, last = -(-begin // row), end // row  # whole rows
-    yield from _in_row(shape, begin, min(end, first * row))
+    yield from _rectangles_in_row(shape, begin, min(end, first * row))
     if first < last:
         yield (first, *([0] * (len(shape) - 1))), (last - first, *shape[1:])
-    yield from _in_row(shape, max(begin, first * row, last * row), end)
+    yield from _rectangles_in_row(shape, max(begin, first * row, last * row), end)
 
 
-def _in_row(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Rectangle]:
+def _rectangles_in_row(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Rectangle]:
     number, row = begin // math.prod(shape[1:]), math.prod(shape[1:])
     for start, extent in rectangles(shape[1:], begin - number * row, end - number * row):
         yield (number, *start), (1, *extent)

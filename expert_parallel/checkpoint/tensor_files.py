@@ -15,15 +15,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from expert_parallel.checkpoint.folders import naming
-from expert_parallel.checkpoint.manifest import DTYPE_NAMES, DTYPES, FileRecord
+from expert_parallel.checkpoint.folders import add_path_to_oserror
+from expert_parallel.checkpoint.manifest import DTYPE_NAMES, DTYPES, FileMetadata
 
 BLOCK = 8 * 1024**2  # bytes written and hashed at a time
 
-Seen = Callable[[str, Tensor], None]
+TensorHook = Callable[[str, Tensor], None]
 
 
-def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]], seen: Seen | None = None) -> FileRecord:
+def write_tensors(
+    path: Path, tensors: Sequence[tuple[str, Tensor]], on_tensor: TensorHook | None = None
+) -> FileMetadata:
     """Writes a new safetensors file and waits until it is on disk.
 
     tensors: (key, tensor), on any device and with any strides; one at a time is copied to the CPU, made contiguous, and
@@ -39,14 +41,14 @@ def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]], seen: Seen 
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     sha256 = hashlib.sha256()
-    with naming(path), path.open("xb") as file:
+    with add_path_to_oserror(path), path.open("xb") as file:
         for part in (len(text).to_bytes(8, "little"), text):
             sha256.update(part)
             file.write(part)
         for key, tensor in tensors:
             tensor = tensor.detach().cpu().contiguous()  # device sync, if on a GPU
-            if seen is not None:
-                seen(key, tensor)
+            if on_tensor is not None:
+                on_tensor(key, tensor)
             content = tensor.flatten().view(torch.uint8).numpy().data
             for start in range(0, len(content), BLOCK):
                 block = content[start : start + BLOCK]
@@ -54,7 +56,7 @@ def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]], seen: Seen 
                 sha256.update(block)
         file.flush()
         os.fsync(file.fileno())
-    return FileRecord(sha256=sha256.hexdigest(), bytes=8 + len(text) + end)
+    return FileMetadata(sha256=sha256.hexdigest(), bytes=8 + len(text) + end)
 
 
 class TensorFile:
@@ -70,7 +72,7 @@ class TensorFile:
             raise ValueError(f"{path} is damaged: {error}") from error
         self.keys = set(self.file.keys())
 
-    def describe(self, key: str) -> tuple[torch.dtype | None, tuple[int, ...]]:
+    def dtype_and_shape(self, key: str) -> tuple[torch.dtype | None, tuple[int, ...]]:
         """Returns dtype and shape of a tensor; the dtype is None if checkpoints do not support it."""
         part = self.file.get_slice(key)
         return DTYPES.get(part.get_dtype()), tuple(part.get_shape())
@@ -83,7 +85,7 @@ class TensorFile:
         return part[tuple(slice(first, first + size) for first, size in zip(start, shape, strict=True))]
 
 
-def check_sha256(path: Path, record: FileRecord) -> None:
+def check_sha256(path: Path, record: FileMetadata) -> None:
     """Raises ValueError if the file is missing or differs from the manifest in size or content."""
     if not path.is_file():
         raise ValueError(f"{path} is missing, though the manifest names it")

@@ -11,7 +11,7 @@ from expert_parallel.cli.bench import bench
 from expert_parallel.cli.checkpoint import checkpoint
 from expert_parallel.cli.convert import convert
 from expert_parallel.cli.data import data
-from expert_parallel.cli.options import ConfigFile, LogLevel, Overrides, early_config, refusals
+from expert_parallel.cli.options import ConfigFile, LogLevel, Overrides, early_config, exit_on_user_error
 from expert_parallel.cli.settings import settings
 from expert_parallel.cli.study import study
 from expert_parallel.cli.surgery import experts
@@ -61,10 +61,10 @@ def train(config: ConfigFile, overrides: Overrides = None, log_level: LogLevel =
 
     with (
         stop_on_signal() as stop,
-        refusals(log_level=log_level),
+        exit_on_user_error(log_level=log_level),
         distributed(*early_config(config, overrides or [])) as runtime,
     ):
-        is_done = run(runtime.together(lambda: load_config(config, overrides or [])), runtime, stop)
+        is_done = run(runtime.run_on_all_ranks(lambda: load_config(config, overrides or [])), runtime, stop)
     if not is_done and runtime.launch.launcher != "torchrun":  # torchrun treats any code but 0 as a failure
         raise typer.Exit(EXIT_CODE)
 
@@ -81,10 +81,10 @@ def check(
 
     Starts no processes.
     """
-    from expert_parallel.training.check import describe
+    from expert_parallel.training.check import format_config_report
 
-    with refusals(ValueError):
-        print(describe(load_config(config, overrides or []), world_size))
+    with exit_on_user_error(ValueError):
+        print(format_config_report(load_config(config, overrides or []), world_size))
 
 
 @app.command()
@@ -111,7 +111,7 @@ def generate(
     from expert_parallel.training.generate import generate_from_run
 
     with (
-        refusals(ValueError, OSError, log_level=log_level),
+        exit_on_user_error(ValueError, OSError, log_level=log_level),
         distributed(*early_config(run / "config.yaml", overrides or [])) as ranks,
     ):
         if top_p == 0:
@@ -132,7 +132,7 @@ def generate(
 
 
 @app.command("experts")
-def experts_page(
+def experts_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, with config, metrics and checkpoints")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="HTML file to write; default: experts.html in RUN")] = None,
@@ -148,14 +148,14 @@ def experts_page(
     Shows their load over training, which expert takes which token of a text, and the tokens that each takes most. Runs
     on this process alone, whatever layout trained the run.
     """
-    from expert_parallel.report.experts import as_json, gather
+    from expert_parallel.report.experts import as_json, build_report
     from expert_parallel.report.page import render
 
     with (
-        refusals(ValueError, OSError, log_level=log_level),
+        exit_on_user_error(ValueError, OSError, log_level=log_level),
         distributed(*early_config(run / "config.yaml", overrides or [])) as ranks,
     ):
-        report = gather(run, overrides or [], ranks, text, sequences)
+        report = build_report(run, overrides or [], ranks, text, sequences)
         page = out or run / "experts.html"
         page.write_text(render(report), encoding="utf-8")
         if json is not None:
@@ -187,14 +187,14 @@ def verify(
     if runtime_config.device == "cuda":  # so that a config for a cluster can be verified on a laptop
         runtime_config = runtime_config.model_copy(update={"device": "auto"})
     try:
-        with refusals(log_level=log_level), distributed(runtime_config, settings) as runtime:
+        with exit_on_user_error(log_level=log_level), distributed(runtime_config, settings) as runtime:
 
-            def say(text: str) -> None:
+            def print_rank_0(text: str) -> None:
                 if runtime.rank == 0:
                     print(text, file=sys.stderr, flush=True)
 
-            loaded = runtime.together(lambda: load_config(config, overrides or []))
-            passes = verify_command(loaded, runtime, ranks, layout or [], dtype, full, say, count_bytes)
+            loaded = runtime.run_on_all_ranks(lambda: load_config(config, overrides or []))
+            passes = verify_command(loaded, runtime, ranks, layout or [], dtype, full, print_rank_0, count_bytes)
     except RankError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

@@ -20,7 +20,7 @@ from expert_parallel.cli.bench_options import (
     Transport,
     run_bench,
 )
-from expert_parallel.cli.options import refusals
+from expert_parallel.cli.options import exit_on_user_error
 from expert_parallel.runtime.process import RuntimeConfig, UserError, distributed
 
 bench = typer.Typer(no_args_is_help=True, help="Benchmark parts of the system, side by side in one run.")
@@ -45,20 +45,20 @@ def bench_layer(
     Starts its ranks itself, or runs on every rank of a launcher. Exit code 1 if outputs differ that should be equal.
     """
     from expert_parallel.bench.layer import LayerResult, LayerTask, layer_task
-    from expert_parallel.bench.peers.peers import PEERS
-    from expert_parallel.bench.table import describe_layer
+    from expert_parallel.bench.peers.registry import PEERS
+    from expert_parallel.bench.table import format_layer_result
 
-    def plan(world: int) -> dict[str, Any]:
-        names = _peer_names(peers, PEERS)
+    def make_task(world: int) -> dict[str, Any]:
+        names = _parse_peer_names(peers, PEERS)
         chosen = choose_shape(shape, changes or [], scale)
         if chosen.num_experts < world:
             raise ValueError(f"{world} ranks are more than the {chosen.num_experts} experts of --shape {shape}")
         task = LayerTask(shape=chosen, dtype=dtype, rounds=rounds, threads=threads, peers=names)
         return task.model_dump(mode="json")
 
-    result = run_bench(layer_task, plan, ranks, RuntimeConfig(device=device, backend=transport), json_file)
+    result = run_bench(layer_task, make_task, ranks, RuntimeConfig(device=device, backend=transport), json_file)
     if result is not None:
-        print(describe_layer(LayerResult.model_validate(result, strict=False)))
+        print(format_layer_result(LayerResult.model_validate(result, strict=False)))
 
 
 @bench.command("train")
@@ -79,21 +79,21 @@ def bench_train(
 
     Starts its ranks itself, or runs on every rank of a launcher.
     """
-    from expert_parallel.bench.peers.peers import TRAINEES
-    from expert_parallel.bench.table import describe_train
+    from expert_parallel.bench.peers.registry import TRAIN_PEERS
+    from expert_parallel.bench.table import format_train_result
     from expert_parallel.bench.train import TrainResult, TrainTask, train_task
 
-    def plan(world: int) -> dict[str, Any]:
+    def make_task(world: int) -> dict[str, Any]:
         chosen = choose_train_shape(shape, changes or [], scale)
         if (most := min(chosen.layer.num_experts, chosen.sequences)) < world:
             raise ValueError(f"{world} ranks are more than --shape {shape} has experts and sequences for: {most}")
-        names = _peer_names(peers, TRAINEES)
+        names = _parse_peer_names(peers, TRAIN_PEERS)
         task = TrainTask(shape=chosen, dtype=dtype, rounds=rounds, threads=threads, peers=names)
         return task.model_dump(mode="json")
 
-    result = run_bench(train_task, plan, ranks, RuntimeConfig(device=device, backend=transport), json_file)
+    result = run_bench(train_task, make_task, ranks, RuntimeConfig(device=device, backend=transport), json_file)
     if result is not None:
-        print(describe_train(TrainResult.model_validate(result, strict=False)))
+        print(format_train_result(TrainResult.model_validate(result, strict=False)))
 
 
 @bench.command("equal-capacity")
@@ -119,20 +119,20 @@ def bench_equal_capacity(
         EqualCapacityTask,
         choose_dtypes,
         choose_shapes,
-        describe_equal_capacity,
         equal_capacity_task,
+        format_equal_capacity_result,
     )
 
-    def plan(world: int) -> dict[str, Any]:
+    def make_task(world: int) -> dict[str, Any]:
         if world > 1:
             raise ValueError(f"bench equal-capacity measures on 1 rank, the launcher has started {world}")
         shapes, dtypes = choose_shapes(hidden or HIDDEN, changes or []), choose_dtypes(dtype or ["float32"])
         task = EqualCapacityTask(shapes=shapes, dtypes=dtypes, rounds=rounds, threads=threads)
         return task.model_dump(mode="json")
 
-    result = run_bench(equal_capacity_task, plan, None, RuntimeConfig(device=device), json_file)
+    result = run_bench(equal_capacity_task, make_task, None, RuntimeConfig(device=device), json_file)
     if result is not None:
-        print(describe_equal_capacity(EqualCapacityResult.model_validate(result, strict=False)))
+        print(format_equal_capacity_result(EqualCapacityResult.model_validate(result, strict=False)))
 
 
 @bench.command("machine")
@@ -145,14 +145,14 @@ def bench_machine(
     json_file: JsonFile = None,
 ) -> None:
     """Measure this machine's limits: rates of matmuls and copies, and the cost of an all-to-all per transport."""
-    from expert_parallel.bench.machine import MachineFile, MachineTask, describe_machine, machine_task
+    from expert_parallel.bench.machine import MachineProfile, MachineTask, format_machine_profile, machine_task
 
-    def plan(world: int) -> dict[str, Any]:
+    def make_task(world: int) -> dict[str, Any]:
         return MachineTask(rounds=rounds, threads=threads).model_dump(mode="json")
 
-    result = run_bench(machine_task, plan, ranks, RuntimeConfig(device=device, backend=transport), json_file)
+    result = run_bench(machine_task, make_task, ranks, RuntimeConfig(device=device, backend=transport), json_file)
     if result is not None:
-        print(describe_machine(MachineFile.model_validate(result)))
+        print(format_machine_profile(MachineProfile.model_validate(result)))
 
 
 @bench.command("ledger")
@@ -167,7 +167,7 @@ def bench_ledger(
     """
     from expert_parallel.bench import ledger
 
-    with refusals(OSError), distributed(RuntimeConfig()) as runtime:
+    with exit_on_user_error(OSError), distributed(RuntimeConfig()) as runtime:
         if shape not in ledger.SHAPES:
             raise UserError(f"--shape is {shape!r}, it must be one of {', '.join(ledger.SHAPES)}")
         if runtime.world_size > ledger.SHAPES[shape].num_experts:
@@ -177,7 +177,7 @@ def bench_ledger(
             raise UserError(f"--json: there is no folder {json_file.parent}")
         result = ledger.bench_ledger(runtime, shape, rounds)
         if runtime.rank == 0:
-            print(ledger.describe(result))
+            print(ledger.format_result(result))
             if json_file is not None:
                 json_file.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -193,14 +193,14 @@ def bench_exchange(
     """
     from expert_parallel.bench import exchange
 
-    with refusals(OSError), distributed(RuntimeConfig(device="cpu")) as runtime:
+    with exit_on_user_error(OSError), distributed(RuntimeConfig(device="cpu")) as runtime:
         if runtime.world_size == 1:
             raise UserError("a single rank has no other rank to exchange with: start 2 or more with mpirun or torchrun")
         if json_file is not None and not json_file.parent.is_dir():
             raise UserError(f"--json: there is no folder {json_file.parent}")
         result = exchange.bench_exchange(runtime, rounds)
         if runtime.rank == 0:
-            print(exchange.describe(result))
+            print(exchange.format_result(result))
             if json_file is not None:
                 json_file.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -218,13 +218,13 @@ def bench_checkpoint(
     """
     from expert_parallel.bench import checkpoint as bench
 
-    with refusals(OSError), distributed(RuntimeConfig()) as runtime:
+    with exit_on_user_error(OSError), distributed(RuntimeConfig()) as runtime:
         for path in (folder, json_file.parent if json_file is not None else folder):
             if not path.is_dir():
                 raise UserError(f"there is no folder {path}")
         result = bench.bench_checkpoint(runtime, megabytes, rounds, folder)
         if runtime.rank == 0:
-            print(bench.describe(result))
+            print(bench.format_result(result))
             if json_file is not None:
                 json_file.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -244,16 +244,16 @@ def bench_overlap(
     json_file: JsonFile = None,
 ) -> None:
     """Measure how much of the all-to-all overlaps with expert computation, on this machine's network."""
-    from expert_parallel.bench.overlap import OverlapResult, OverlapTask, describe_overlap, overlap_task
+    from expert_parallel.bench.overlap import OverlapResult, OverlapTask, format_overlap_result, overlap_task
 
-    def plan(world: int) -> dict[str, Any]:
+    def make_task(world: int) -> dict[str, Any]:
         chosen = choose_shape(shape, changes or [])
         task = OverlapTask(shape=chosen, dispatcher=dispatcher, overlap=overlap, rounds=rounds, threads=threads)
         return task.model_dump(mode="json")
 
-    result = run_bench(overlap_task, plan, ranks, RuntimeConfig(device=device), json_file)
+    result = run_bench(overlap_task, make_task, ranks, RuntimeConfig(device=device), json_file)
     if result is not None:
-        print(describe_overlap(OverlapResult.model_validate(result, strict=False)))
+        print(format_overlap_result(OverlapResult.model_validate(result, strict=False)))
 
 
 @bench.command("nodes")
@@ -268,16 +268,16 @@ def bench_nodes(
     json_file: JsonFile = None,
 ) -> None:
     """Compare the hierarchical dispatcher with the flat one: time, and bytes between nodes."""
-    from expert_parallel.bench.overlap import NodesResult, NodesTask, describe_nodes, nodes_task
+    from expert_parallel.bench.overlap import NodesResult, NodesTask, format_nodes_result, nodes_task
 
-    def plan(world: int) -> dict[str, Any]:
+    def make_task(world: int) -> dict[str, Any]:
         chosen = choose_shape(shape, changes or [])
         task = NodesTask(shape=chosen, ranks_per_node=ranks_per_node, rounds=rounds, threads=threads)
         return task.model_dump(mode="json")
 
-    result = run_bench(nodes_task, plan, ranks, RuntimeConfig(device=device), json_file)
+    result = run_bench(nodes_task, make_task, ranks, RuntimeConfig(device=device), json_file)
     if result is not None:
-        print(describe_nodes(NodesResult.model_validate(result, strict=False)))
+        print(format_nodes_result(NodesResult.model_validate(result, strict=False)))
 
 
 @bench.command("scaling")
@@ -293,21 +293,21 @@ def bench_scaling(
 
     Starts its ranks itself.
     """
-    from expert_parallel.bench.scaling import ScalingResult, ScalingTask, describe_scaling, scaling_task
+    from expert_parallel.bench.scaling import ScalingResult, ScalingTask, format_scaling_result, scaling_task
 
-    def plan(world: int) -> dict[str, Any]:
+    def make_task(world: int) -> dict[str, Any]:
         chosen, counts = choose_shape(shape, changes or []), [1]
         while counts[-1] * 2 <= ranks:
             counts.append(counts[-1] * 2)
         task = ScalingTask(shape=chosen, ranks=tuple(counts), rounds=rounds, threads=threads)
         return task.model_dump(mode="json")
 
-    result = run_bench(scaling_task, plan, ranks, RuntimeConfig(device="cpu"), json_file)
+    result = run_bench(scaling_task, make_task, ranks, RuntimeConfig(device="cpu"), json_file)
     if result is not None:
-        print(describe_scaling(ScalingResult.model_validate(result, strict=False)))
+        print(format_scaling_result(ScalingResult.model_validate(result, strict=False)))
 
 
-def _peer_names(peers: str | None, known: Mapping[str, object]) -> tuple[str, ...] | None:
+def _parse_peer_names(peers: str | None, known: Mapping[str, object]) -> tuple[str, ...] | None:
     """Splits --peers into names. Raises ValueError for an unknown one."""
     names = None if peers is None else tuple(name.strip() for name in peers.split(","))
     for name in names or ():

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from expert_parallel.cli.options import refusals
+from expert_parallel.cli.options import exit_on_user_error
 from expert_parallel.runtime.process import Runtime, RuntimeConfig, distributed
-from expert_parallel.verify.ranks import RankError, Work, run_on_ranks
+from expert_parallel.verify.ranks import RankError, RankFn, spawn_ranks
 
 Changes = Annotated[
     list[str] | None,
@@ -31,16 +31,16 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the re
 
 
 def run_bench(
-    work: Work, plan: Callable[[int], Any], ranks: int | None, config: RuntimeConfig, json_file: Path | None
+    fn: RankFn, make_task: Callable[[int], Any], ranks: int | None, config: RuntimeConfig, json_file: Path | None
 ) -> Any | None:
     """Runs a benchmark and returns its results on rank 0, None on the others; also writes them to json_file."""
     try:
-        with refusals(OSError), distributed(config) as runtime:
-            task = runtime.together(lambda: _check(plan, runtime, ranks, config, json_file))
+        with exit_on_user_error(OSError), distributed(config) as runtime:
+            task = runtime.run_on_all_ranks(lambda: _check(make_task, runtime, ranks, config, json_file))
             if runtime.world_size == 1 and (ranks or 1) > 1:
-                result = run_on_ranks(ranks or 1, work, task, _say, timedelta(seconds=config.timeout_seconds))
+                result = spawn_ranks(ranks or 1, fn, task, _print_progress, timedelta(seconds=config.timeout_seconds))
             else:
-                result = work(task, runtime, _say if runtime.rank == 0 else lambda text: None)
+                result = fn(task, runtime, _print_progress if runtime.rank == 0 else lambda text: None)
             is_first = runtime.rank == 0
     except RankError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -55,7 +55,7 @@ def run_bench(
 
 
 def _check(
-    plan: Callable[[int], Any], runtime: Runtime, ranks: int | None, config: RuntimeConfig, json_file: Path | None
+    make_task: Callable[[int], Any], runtime: Runtime, ranks: int | None, config: RuntimeConfig, json_file: Path | None
 ) -> Any:
     """Returns the task. Raises ValueError if ranks, transport or json_file are not possible."""
     if runtime.launch.launcher != "none" and ranks not in (None, runtime.world_size):
@@ -69,8 +69,8 @@ def _check(
         raise ValueError(f"--json: there is no folder {json_file.parent}")
     if json_file is not None and json_file.is_dir():
         raise ValueError(f"--json: {json_file} is a folder")
-    return plan(max(ranks or 1, runtime.world_size))
+    return make_task(max(ranks or 1, runtime.world_size))
 
 
-def _say(text: str) -> None:
+def _print_progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

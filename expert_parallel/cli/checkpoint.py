@@ -6,14 +6,14 @@ from typing import Annotated, TextIO
 
 import typer
 
-from expert_parallel.cli.options import refusals
+from expert_parallel.cli.options import exit_on_user_error
 
 checkpoint = typer.Typer(no_args_is_help=True, help="Inspect, verify, compare and modify checkpoints.")
 
 AnyPath = Annotated[
     Path, typer.Argument(metavar="PATH", help="a checkpoint, or a folder of checkpoints or run folder (its newest one)")
 ]
-MOST_LINES = 40
+MAX_LINES = 40
 
 
 @checkpoint.command()
@@ -23,10 +23,10 @@ def inspect(path: AnyPath) -> None:
     Reads only the manifest.
     """
     from expert_parallel.checkpoint.files import open_checkpoint
-    from expert_parallel.checkpoint.report import describe
+    from expert_parallel.checkpoint.report import format_checkpoint
 
-    with refusals(ValueError, OSError):
-        print(describe(open_checkpoint(path)))
+    with exit_on_user_error(ValueError, OSError):
+        print(format_checkpoint(open_checkpoint(path)))
 
 
 @checkpoint.command()
@@ -40,20 +40,20 @@ def verify(path: AnyPath) -> None:
     from expert_parallel.checkpoint.files import Checkpoint
     from expert_parallel.checkpoint.folders import find_checkpoint
     from expert_parallel.checkpoint.manifest import UnsupportedFormatError, read_manifest
-    from expert_parallel.checkpoint.report import problems
+    from expert_parallel.checkpoint.report import find_problems
 
-    with refusals(ValueError, OSError):
+    with exit_on_user_error(ValueError, OSError):
         found = find_checkpoint(path)
-    with refusals(UnsupportedFormatError):
+    with exit_on_user_error(UnsupportedFormatError):
         try:
             opened = Checkpoint(found, read_manifest(found))
-            wrong = list(problems(opened))
+            wrong = list(find_problems(opened))
         except UnsupportedFormatError:
             raise
         except ValueError as error:
             wrong = [str(error)]
     if wrong:
-        _print_some(wrong, sys.stderr)
+        _print_first(wrong, sys.stderr)
         raise typer.Exit(1)
     count, files = len(opened.tensors), opened.manifest.files
     size = sum(record.bytes for record in files.values())
@@ -71,24 +71,24 @@ def diff(
     digests differ. Exit code 1 if any tensor differs.
     """
     from expert_parallel.checkpoint.files import open_checkpoint
-    from expert_parallel.checkpoint.report import differences, headline
+    from expert_parallel.checkpoint.report import compare_checkpoints, format_header
 
-    with refusals(ValueError, OSError):
+    with exit_on_user_error(ValueError, OSError):
         one, other = open_checkpoint(first), open_checkpoint(second)
-        print(headline(one, other))
-        found = [f"{difference.name}: {difference.what}" for difference in differences(one, other)]
+        print(format_header(one, other))
+        found = [f"{difference.name}: {difference.what}" for difference in compare_checkpoints(one, other)]
     if not found:
         equal = f"all {len(one.tensors)} are equal according to the digests in the manifests"
         print(f"tensors: {equal} (`checkpoint verify` reads the files)")
         return
     print(f"tensors: {len(found)} of {len(one.tensors | other.tensors)} differ")
-    _print_some(found, sys.stdout)
+    _print_first(found, sys.stdout)
     raise typer.Exit(1)
 
 
-def _print_some(lines: list[str], stream: TextIO) -> None:
+def _print_first(lines: list[str], stream: TextIO) -> None:
     """Prints the first MAX_LINES lines, and how many more there are."""
-    for line in lines[:MOST_LINES]:
+    for line in lines[:MAX_LINES]:
         print(f"  {line}", file=stream)
-    if len(lines) > MOST_LINES:
-        print(f"  and {len(lines) - MOST_LINES} more", file=stream)
+    if len(lines) > MAX_LINES:
+        print(f"  and {len(lines) - MAX_LINES} more", file=stream)

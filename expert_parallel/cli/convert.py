@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from expert_parallel.cli.options import refusals
+from expert_parallel.cli.options import exit_on_user_error
 
 convert = typer.Typer(no_args_is_help=True, help="Import, export and upcycle models (Hugging Face format).")
 
@@ -31,7 +31,7 @@ def import_command(
     """
     from expert_parallel.interop.importing import import_folder
 
-    with refusals(ValueError, OSError):
+    with exit_on_user_error(ValueError, OSError):
         print(f"wrote {import_folder(source, out, int(shard_gb * 1024**3))}")
 
 
@@ -46,7 +46,7 @@ def export_command(
     """Export a checkpoint as a Hugging Face model, for transformers and inference servers."""
     from expert_parallel.interop.exporting import export_run
 
-    with refusals(ValueError, OSError):
+    with exit_on_user_error(ValueError, OSError):
         name, folder = export_run(run, out, family=family, dtype=dtype, shard_bytes=int(shard_gb * 1024**3))
         print(f"wrote {folder} as {name}")
 
@@ -73,7 +73,7 @@ def upcycle_command(
     """
     from expert_parallel.interop.upcycle import Upcycling, compare, upcycle
 
-    with refusals(ValueError, OSError):
+    with exit_on_user_error(ValueError, OSError):
         made = Upcycling(copies=experts, k=k, noise=noise, split=split, seed=seed)
         print(f"wrote {upcycle(source, out, made, int(shard_gb * 1024**3))}")
         sys.stdout.flush()

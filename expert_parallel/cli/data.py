@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from expert_parallel.cli.options import refusals
+from expert_parallel.cli.options import exit_on_user_error
 from expert_parallel.data.prepare import PrepareProgress
 
 PLAIN_SECONDS = 10  # between two lines of progress, if stderr is not a terminal
@@ -35,13 +35,13 @@ def prepare_command(
     """Tokenize files into Megatron's indexed dataset format."""
     from expert_parallel.data.prepare import prepare
 
-    with refusals(ValueError):
+    with exit_on_user_error(ValueError):
         if format not in ("auto", "text", "jsonl", "parquet"):
             raise ValueError(f"--format is {format!r}, it must be one of auto, text, jsonl, parquet")
         if end_token is not None and tokenizer == "bytes":
             raise ValueError("--end-token is given but --tokenizer is bytes: documents of bytes end with a zero byte")
         begin = time.perf_counter()
-        with progress_line() as report:
+        with progress_display() as report:
             info = prepare(
                 prefix,
                 files,
@@ -50,7 +50,7 @@ def prepare_command(
                 field=field,
                 format=format,
                 workers=workers,
-                say=lambda text: print(text, file=sys.stderr, flush=True),
+                print_message=lambda text: print(text, file=sys.stderr, flush=True),
                 report=report,
             )
         seconds = time.perf_counter() - begin
@@ -77,14 +77,14 @@ def inspect_command(
 
     Damaged files are an error, as in training.
     """
-    from expert_parallel.data.inspect import describe
+    from expert_parallel.data.inspect import format_corpus
 
-    with refusals(ValueError):
-        print(describe(prefix, tokens, verify))
+    with exit_on_user_error(ValueError):
+        print(format_corpus(prefix, tokens, verify))
 
 
 @contextmanager
-def progress_line() -> Iterator[Callable[[PrepareProgress], None]]:
+def progress_display() -> Iterator[Callable[[PrepareProgress], None]]:
     """Shows a progress bar on a terminal; elsewhere prints a line every PLAIN_SECONDS."""
     if not sys.stderr.isatty():
         last = begin = time.perf_counter()
@@ -93,8 +93,8 @@ def progress_line() -> Iterator[Callable[[PrepareProgress], None]]:
             nonlocal last
             if time.perf_counter() - last >= PLAIN_SECONDS:
                 last = time.perf_counter()
-                share = now.bytes_done / now.bytes_in_all
-                print(f"{share:.0%}  {_counts(now, last - begin)}", file=sys.stderr, flush=True)
+                share = now.bytes_done / now.total_bytes
+                print(f"{share:.0%}  {_format_counts(now, last - begin)}", file=sys.stderr, flush=True)
 
         yield print_line
         return
@@ -105,12 +105,12 @@ def progress_line() -> Iterator[Callable[[PrepareProgress], None]]:
         task, begin = bar.add_task("reading", total=None), time.perf_counter()
 
         def move(now: PrepareProgress) -> None:
-            text = _counts(now, time.perf_counter() - begin)
-            bar.update(task, completed=now.bytes_done, total=now.bytes_in_all, description=text)
+            text = _format_counts(now, time.perf_counter() - begin)
+            bar.update(task, completed=now.bytes_done, total=now.total_bytes, description=text)
 
         yield move
 
 
-def _counts(now: PrepareProgress, seconds: float) -> str:
+def _format_counts(now: PrepareProgress, seconds: float) -> str:
     """Formats the counts of a progress line."""
     return f"{now.num_documents:,} documents, {now.num_tokens:,} tokens, {now.num_tokens / seconds:,.0f}/s"

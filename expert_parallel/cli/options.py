@@ -23,13 +23,13 @@ LogLevel = Annotated[Level, typer.Option(help="least severe log messages to show
 
 
 @contextmanager
-def refusals(*also: type[Exception], log_level: Level = "warning") -> Iterator[None]:
+def exit_on_user_error(*also: type[Exception], log_level: Level = "warning") -> Iterator[None]:
     """Turns errors that users cause into one sentence on stderr and exit code 2.
 
     also: further exceptions that only users can cause here; others are bugs and keep their traceback. log_level: the
     package's log messages also go to stderr, from this level on.
     """
-    said_here: tuple[type[Exception], ...] = (LaunchError, *also)
+    reported_here: tuple[type[Exception], ...] = (LaunchError, *also)
     try:
         with log_to_stderr(log_level):
             yield
@@ -37,7 +37,7 @@ def refusals(*also: type[Exception], log_level: Level = "warning") -> Iterator[N
         raise typer.Exit(2) from None
     except LostContact:  # one of the remaining ranks has printed it
         raise typer.Exit(1) from None
-    except said_here as error:
+    except reported_here as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 

@@ -11,7 +11,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from expert_parallel.settings import Settings, alias_of, blocks_in, kinds_of
-from expert_parallel.study.plan import StudyConfig
+from expert_parallel.study.definition import StudyConfig
 from expert_parallel.training.config import Config
 
 TYPES = {"integer": "int", "number": "float", "string": "text", "boolean": "bool", "object": "mapping"}

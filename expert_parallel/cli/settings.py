@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from expert_parallel.cli.options import refusals
+from expert_parallel.cli.options import exit_on_user_error
 from expert_parallel.cli.reference import Section, Setting, all_sections, markdown, run_schema, study_schema
 
 WIDTH = 100  # columns of the printed sentences
@@ -26,12 +26,12 @@ def settings(
     """Print what can be set: all blocks, or the settings of one block, with types, defaults and allowed values."""
     if write is not None:
         files = reference_files()
-        with refusals(OSError):
+        with exit_on_user_error(OSError):
             for name, text in files.items():
                 (write / name).write_text(text, encoding="utf-8")
         print(f"wrote {', '.join(files)} in {write}")
         return
-    with refusals(ValueError):
+    with exit_on_user_error(ValueError):
         lines = overview() if path is None else described(path)
     print("\n".join(lines))
 

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from expert_parallel.checkpoint.folders import write_whole
-from expert_parallel.cli.options import LogLevel, Overrides, refusals
-from expert_parallel.study.folder import known_data
-from expert_parallel.study.plan import Study, read_study
-from expert_parallel.study.results import StudyResult, describe, gather
-from expert_parallel.study.runner import best_rate, carry_out, finished
+from expert_parallel.checkpoint.folders import write_atomically
+from expert_parallel.cli.options import LogLevel, Overrides, exit_on_user_error
+from expert_parallel.study.definition import Study, read_study
+from expert_parallel.study.folder import find_data_digest
+from expert_parallel.study.results import StudyResult, collect_results, format_study
+from expert_parallel.study.runner import best_rate, done_variants, run_study
 from expert_parallel.study.step_times import step_times
 
 SECONDS_BETWEEN_TEXTS, SECONDS_BETWEEN_LINES = 5, 60  # on a terminal, where the text is redrawn, and elsewhere
@@ -41,20 +41,22 @@ def study(
     console = Console(
         highlight=False, markup=False, soft_wrap=True
     )  # the runs' output contains brackets, which are not markup
-    with refusals(ValueError, OSError, ImportError, log_level=log_level), interrupted():
+    with exit_on_user_error(ValueError, OSError, ImportError, log_level=log_level), interrupt_on_signals():
         draw = find_plot()  # first, so that a study of hours does not fail at its end without matplotlib
         loaded = read_study(config, overrides or [], None if only is None else [n.strip() for n in only.split(",")])
-        console.print(outline(loaded))
+        console.print(format_outline(loaded))
         train_all(loaded, console)
-        everything = replace(loaded, names=finished(loaded))  # includes variants trained before, with another --only
+        everything = replace(
+            loaded, names=done_variants(loaded)
+        )  # includes variants trained before, with another --only
         rates = {name: best_rate(everything, name) for name in everything.names}
-        known_data(everything)
+        find_data_digest(everything)
         console.print("timing a step of each variant against the reference's")
-        result = gather(everything, rates, *step_times(everything, rates))
-        write_whole(loaded.folder / "results.json", result.model_dump_json(indent=1) + "\n")
-        write_whole(loaded.folder / "table.md", describe(result) + "\n")
+        result = collect_results(everything, rates, *step_times(everything, rates))
+        write_atomically(loaded.folder / "results.json", result.model_dump_json(indent=1) + "\n")
+        write_atomically(loaded.folder / "table.md", format_study(result) + "\n")
         draw(result, loaded.folder / "loss.png")
-    print(f"\n{describe(result)}\n\nwritten: table.md, results.json and loss.png in {loaded.folder}")
+    print(f"\n{format_study(result)}\n\nwritten: table.md, results.json and loss.png in {loaded.folder}")
 
 
 def find_plot() -> Callable[[StudyResult, Path], None]:
@@ -68,7 +70,7 @@ def find_plot() -> Callable[[StudyResult, Path], None]:
     return plot
 
 
-def outline(study: Study) -> str:
+def format_outline(study: Study) -> str:
     """Formats what will be trained."""
     settings = study.settings
     long_runs = len(study.names) * len(settings.seeds)
@@ -94,11 +96,11 @@ def train_all(study: Study, console: Console) -> None:
             else:
                 print(text(), flush=True)
 
-        carry_out(study, console.print if live is not None else lambda text: print(text, flush=True), show)
+        run_study(study, console.print if live is not None else lambda text: print(text, flush=True), show)
 
 
 @contextmanager
-def interrupted() -> Iterator[None]:
+def interrupt_on_signals() -> Iterator[None]:
     """Turns SIGTERM and SIGHUP into KeyboardInterrupt, on which the runs save a checkpoint."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expert_parallel.cli.options import refusals
+from expert_parallel.cli.options import exit_on_user_error
 
 if TYPE_CHECKING:
     from expert_parallel.interop.surgery import Surgery
@@ -40,8 +40,10 @@ def add_command(
     """
     from expert_parallel.interop.surgery import add
 
-    with refusals(ValueError, OSError):
-        _operate(source, out, add(_count(source), _numbers(like, "--like"), noise, seed), shard_gb, check)
+    with exit_on_user_error(ValueError, OSError):
+        _run_surgery(
+            source, out, add(_num_experts(source), _parse_expert_ids(like, "--like"), noise, seed), shard_gb, check
+        )
 
 
 @experts.command("remove")
@@ -55,8 +57,8 @@ def remove_command(
     """Remove experts from all MoE blocks; the others keep their order and are renumbered."""
     from expert_parallel.interop.surgery import remove
 
-    with refusals(ValueError, OSError):
-        _operate(source, out, remove(_count(source), _numbers(which, "--experts")), shard_gb, check)
+    with exit_on_user_error(ValueError, OSError):
+        _run_surgery(source, out, remove(_num_experts(source), _parse_expert_ids(which, "--experts")), shard_gb, check)
 
 
 @experts.command("merge")
@@ -70,12 +72,12 @@ def merge_command(
     """Merge experts of all MoE blocks: averages their weights and their rows of the router."""
     from expert_parallel.interop.surgery import merge
 
-    with refusals(ValueError, OSError):
-        groups = [_numbers(group, "--experts") for group in which]
-        _operate(source, out, merge(_count(source), groups), shard_gb, check)
+    with exit_on_user_error(ValueError, OSError):
+        groups = [_parse_expert_ids(group, "--experts") for group in which]
+        _run_surgery(source, out, merge(_num_experts(source), groups), shard_gb, check)
 
 
-def _count(source: Path) -> int:
+def _num_experts(source: Path) -> int:
     """Returns the number of experts of a checkpoint."""
     from expert_parallel.checkpoint.files import open_checkpoint
     from expert_parallel.interop.surgery import num_experts_of
@@ -83,18 +85,18 @@ def _count(source: Path) -> int:
     return num_experts_of(open_checkpoint(source))
 
 
-def _operate(source: Path, out: Path, surgery: "Surgery", shard_gb: float, check: bool) -> None:
+def _run_surgery(source: Path, out: Path, surgery: "Surgery", shard_gb: float, check: bool) -> None:
     """Writes the changed checkpoint and, with `check`, prints the loss before and after."""
-    from expert_parallel.interop.surgery import operate
+    from expert_parallel.interop.surgery import perform_surgery
     from expert_parallel.interop.upcycle import compare
 
-    print(f"wrote {operate(source, out, surgery, int(shard_gb * 1024**3))}: {len(surgery.parents)} experts")
+    print(f"wrote {perform_surgery(source, out, surgery, int(shard_gb * 1024**3))}: {len(surgery.parents)} experts")
     sys.stdout.flush()
     if check:
         print(compare(source, out))
 
 
-def _numbers(text: str, option: str) -> list[int]:
+def _parse_expert_ids(text: str, option: str) -> list[int]:
     """Parses expert numbers such as 3,5. Raises ValueError, which names the option."""
     if not all(part.strip().isascii() and part.strip().isdigit() for part in text.split(",")):
         raise ValueError(f"{option} is {text!r}, it must be a list of expert numbers, such as 3,5")

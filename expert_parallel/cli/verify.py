@@ -5,25 +5,25 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
 
-from expert_parallel.moe.capacity.limit import DroplessConfig
+from expert_parallel.moe.capacity.policies import DroplessConfig
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.config import Config
-from expert_parallel.verify.compare import TOLERANCES, Difference
-from expert_parallel.verify.dropout import dropout_of
-from expert_parallel.verify.layouts import Layout, accumulations, check_layout, choose_layouts
-from expert_parallel.verify.ranks import run_on_ranks
-from expert_parallel.verify.run import LayoutResult, Plan, Say, verify
-from expert_parallel.verify.shrink_config import Reduced, reduce_config
-from expert_parallel.verify.table import make_console, show
-from expert_parallel.verify.traffic import AxisBytes, describe
+from expert_parallel.verify.compare import TOLERANCES, TensorDifference
+from expert_parallel.verify.dropout import dropout_probabilities
+from expert_parallel.verify.layouts import Layout, check_layout, choose_layouts, micro_step_counts
+from expert_parallel.verify.ranks import spawn_ranks
+from expert_parallel.verify.run import LayoutResult, ProgressFn, VerificationSpec, verify
+from expert_parallel.verify.shrink_config import ShrunkConfig, shrink_config
+from expert_parallel.verify.table import make_console, print_results
+from expert_parallel.verify.traffic import AxisBytes, format_axis_bytes
 
 DEFAULT_RANKS = 4
-REDUCED_TIMEOUT = timedelta(seconds=120)
+SHRUNK_TIMEOUT = timedelta(seconds=120)
 
 
-def plan_verification(
+def build_verification_spec(
     config: Config, num_ranks: int, layouts: Sequence[str], dtype: str, full: bool, one_machine: bool = True
-) -> tuple[Plan, Reduced]:
+) -> tuple[VerificationSpec, ShrunkConfig]:
     """Returns what to verify, and how the config was shrunk for it.
 
     Raises ValueError if the config or a layout cannot be verified.
@@ -31,17 +31,17 @@ def plan_verification(
     if dtype not in TOLERANCES:
         raise ValueError(f"--dtype is {dtype!r}, it must be one of {', '.join(TOLERANCES)}")
     named = [Layout.parse(text) for text in layouts]
-    reduced = reduce_config(config, num_ranks, full, one_machine)
+    shrunk = shrink_config(config, num_ranks, full, one_machine)
     for layout in named:
-        check_layout(reduced.config, layout, num_ranks)
-    micro_steps = (config.training.micro_steps,) if full else accumulations(num_ranks)
-    chosen = named or choose_layouts(reduced.config, reduced.own, num_ranks, micro_steps)
+        check_layout(shrunk.config, layout, num_ranks)
+    micro_steps = (config.training.micro_steps,) if full else micro_step_counts(num_ranks)
+    chosen = named or choose_layouts(shrunk.config, shrunk.own, num_ranks, micro_steps)
     if not chosen:
         raise ValueError(f"no layout of this config fits {num_ranks} ranks")
-    if not named and chosen[0] != reduced.own:
-        misfit = f"the config's own layout, {reduced.own.name}, does not fit {num_ranks} ranks"
-        reduced = replace(reduced, changes=[*reduced.changes, misfit])
-    return Plan(reduced.config, chosen, dtype, dropout_of(config)), reduced
+    if not named and chosen[0] != shrunk.own:
+        misfit = f"the config's own layout, {shrunk.own.name}, does not fit {num_ranks} ranks"
+        shrunk = replace(shrunk, changes=[*shrunk.changes, misfit])
+    return VerificationSpec(shrunk.config, chosen, dtype, dropout_probabilities(config)), shrunk
 
 
 def verify_command(
@@ -51,7 +51,7 @@ def verify_command(
     layouts: Sequence[str],
     dtype: str,
     full: bool,
-    say: Say,
+    print_progress: ProgressFn,
     count_bytes: bool = False,
 ) -> bool:
     """Verifies the layouts, prints the table, and returns True if all compute the same.
@@ -61,20 +61,20 @@ def verify_command(
     RankError if a rank that it started fails.
     """
     alone = runtime.launch.launcher == "none"
-    world = runtime.together(lambda: _world(runtime, num_ranks))
-    plan, reduced = runtime.together(lambda: plan_verification(config, world, layouts, dtype, full, alone))
+    world = runtime.run_on_all_ranks(lambda: _world(runtime, num_ranks))
+    spec, shrunk = runtime.run_on_all_ranks(lambda: build_verification_spec(config, world, layouts, dtype, full, alone))
     if count_bytes:
-        runtime.together(lambda: _refuse_bytes(config))
-    plan = replace(plan, bytes=count_bytes)
+        runtime.run_on_all_ranks(lambda: _refuse_bytes(config))
+    spec = replace(spec, bytes=count_bytes)
     if alone:
-        timeout = timedelta(seconds=config.runtime.timeout_seconds) if full else REDUCED_TIMEOUT
-        trees = run_on_ranks(world, verify_task, _task(plan), say, timeout)
+        timeout = timedelta(seconds=config.runtime.timeout_seconds) if full else SHRUNK_TIMEOUT
+        trees = spawn_ranks(world, verify_task, _task(spec), print_progress, timeout)
         results = [_result(tree) for tree in trees]
     else:
-        results = verify(plan, runtime, say)
+        results = verify(spec, runtime, print_progress)
     if runtime.rank == 0:
         device = "cpu" if alone else f"{runtime.device.type} ({runtime.backend})"
-        report(plan, reduced, results, f"{world} ranks on {device}")
+        report(spec, shrunk, results, f"{world} ranks on {device}")
     return all(result.passes(TOLERANCES[dtype][0]) for result in results)
 
 
@@ -96,25 +96,25 @@ def _refuse_bytes(config: Config) -> None:
         raise ValueError("--bytes: runtime.backend is 'mpi', but only collectives of torch.distributed can be counted")
 
 
-def report(plan: Plan, reduced: Reduced, results: list[LayoutResult], ranks: str) -> None:
+def report(spec: VerificationSpec, shrunk: ShrunkConfig, results: list[LayoutResult], ranks: str) -> None:
     """Prints what was changed for the comparison, the table of results, and the verdict."""
     console = make_console()
-    tolerance = TOLERANCES[plan.dtype][0]
-    for title, changes in (("made smaller", reduced.changes), ("set for the comparison", reduced.settings)):
+    tolerance = TOLERANCES[spec.dtype][0]
+    for title, changes in (("made smaller", shrunk.changes), ("set for the comparison", shrunk.settings)):
         if changes:
             console.print(f"{title}: {'; '.join(changes)}", soft_wrap=True, markup=False)
     backends = ", ".join(dict.fromkeys(result.backend for result in results))
     console.print(
-        f"{ranks}, {plan.dtype}, experts by {backends}; largest relative difference to one rank with plain code in "
+        f"{ranks}, {spec.dtype}, experts by {backends}; largest relative difference to one rank with plain code in "
         f"float64, at most {tolerance:g} passes",
         soft_wrap=True,
         markup=False,
     )
-    show(results, tolerance, console)
+    print_results(results, tolerance, console)
     for result in results:
         if result.bytes:
-            console.print(f"{result.layout}: {describe(result.bytes)}\n", soft_wrap=True, markup=False)
-    moe = plan.config.model.moe
+            console.print(f"{result.layout}: {format_axis_bytes(result.bytes)}\n", soft_wrap=True, markup=False)
+    moe = spec.config.model.moe
     has_capacity = moe is not None and not isinstance(moe.capacity, DroplessConfig)
     if has_capacity and not any(result.dropped for result in results):
         console.print("no choice was dropped: model.moe.capacity was not tested", soft_wrap=True)
@@ -124,24 +124,26 @@ def report(plan: Plan, reduced: Reduced, results: list[LayoutResult], ranks: str
     console.print(f"{verdict} ({seconds:.0f} s)", soft_wrap=True)
 
 
-def verify_task(task: dict[str, Any], runtime: Runtime, say: Say) -> list[dict[str, Any]]:
+def verify_task(task: dict[str, Any], runtime: Runtime, print_progress: ProgressFn) -> list[dict[str, Any]]:
     """Verifies on a rank that `verify` has started itself."""
     layouts = [Layout.parse(text) for text in task["layouts"]]
-    plan = Plan(Config.model_validate(task["config"]), layouts, task["dtype"], task["dropout"], task["bytes"])
-    return [asdict(result) for result in verify(plan, runtime, say)]
+    spec = VerificationSpec(
+        Config.model_validate(task["config"]), layouts, task["dtype"], task["dropout"], task["bytes"]
+    )
+    return [asdict(result) for result in verify(spec, runtime, print_progress)]
 
 
-def _task(plan: Plan) -> dict[str, Any]:
-    names = [layout.name for layout in plan.layouts]
+def _task(spec: VerificationSpec) -> dict[str, Any]:
+    names = [layout.name for layout in spec.layouts]
     return {
-        "config": plan.config.model_dump(mode="json"),
+        "config": spec.config.model_dump(mode="json"),
         "layouts": names,
-        "dtype": plan.dtype,
-        "dropout": plan.dropout,
-        "bytes": plan.bytes,
+        "dtype": spec.dtype,
+        "dropout": spec.dropout,
+        "bytes": spec.bytes,
     }
 
 
 def _result(tree: dict[str, Any]) -> LayoutResult:
-    differences = [Difference(**difference) for difference in tree["differences"]]
+    differences = [TensorDifference(**difference) for difference in tree["differences"]]
     return LayoutResult(**{**tree, "differences": differences, "bytes": [AxisBytes(**axis) for axis in tree["bytes"]]})

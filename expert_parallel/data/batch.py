@@ -31,7 +31,7 @@ class MicroBatch:
         targets_BS = self.targets_BS.to(device)
         return MicroBatch(inputs_BS, targets_BS, self.sequence_index_B.to(device), documents_BS)
 
-    def at(self, positions_S: Tensor) -> "MicroBatch":
+    def select_positions(self, positions_S: Tensor) -> "MicroBatch":
         """Selects some positions of each sequence."""
         documents_BS = None if self.documents_BS is None else self.documents_BS[:, positions_S]
         inputs_BS, targets_BS = self.inputs_BS[:, positions_S], self.targets_BS[:, positions_S]
@@ -60,16 +60,16 @@ def micro_batch(
     size = global_batch // num_micro_steps
     first, count = shard_bounds(size, num_ranks, rank)
     sequences = sampler.sequences(step * global_batch + micro_step * size + first, count)
-    return as_batch(sequences, first, sampler.separator)
+    return make_micro_batch(sequences, first, sampler.separator)
 
 
 def held_out_batch(sequences: Tensor, num_ranks: int, rank: int, separator: int | None) -> MicroBatch:
     """Returns this rank's share of one evaluation batch. sequences: the whole batch, int64, (n, S + 1)."""
     first, count = shard_bounds(len(sequences), num_ranks, rank)
-    return as_batch(sequences[first : first + count], first, separator)
+    return make_micro_batch(sequences[first : first + count], first, separator)
 
 
-def as_batch(sequences: Tensor, first: int, separator: int | None) -> MicroBatch:
+def make_micro_batch(sequences: Tensor, first: int, separator: int | None) -> MicroBatch:
     """Splits sequences, int64, (B, S + 1), into inputs and targets. first: the first one's index in the batch."""
     inputs_BS = sequences[:, :-1].contiguous()
     return MicroBatch(

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expert_parallel.data.sampler import Tokens, count_windows, evenly, too_short, windows
+from expert_parallel.data.sampler import Tokens, count_windows, evenly_spaced, read_windows, too_short_message
 from expert_parallel.nn.random import mix
 
 PERIOD = 1 << 20  # samples after which the order of corpora repeats: weights are exact to one in a million
 ROUNDS = 6
 
 
-class Pattern(NamedTuple):
+class BlendPattern(NamedTuple):
     """Holds the order of corpora within one period of PERIOD samples.
 
     corpus: the corpus of each sample. before: how many samples of the same corpus precede it. counts: samples of each
@@ -36,7 +36,7 @@ class Pattern(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class CorpusSplit:
     """Holds the tokens of a corpus that are for training, or those that are held out.
 
     setting: path of the setting that names the corpus. file, begin: its tokens begin at token `begin` of `file`.
@@ -53,12 +53,12 @@ class Part:
         number = count_windows(self.tokens, sequence_length)
         if number < 1:
             what = f"{self.setting}: {self.file} holds"
-            raise ValueError(too_short(what, f"tokens for {purpose}", len(self.tokens), sequence_length))
+            raise ValueError(too_short_message(what, f"tokens for {purpose}", len(self.tokens), sequence_length))
         return number
 
-    def windows(self, sequence_length: int, order: Sequence[int], vocab_size: int) -> Tensor:
+    def read_windows(self, sequence_length: int, order: Sequence[int], vocab_size: int) -> Tensor:
         """Reads windows, int64, (len(order), S + 1). Raises ValueError if a token is outside the vocabulary."""
-        tokens = windows(self.tokens, sequence_length, order)
+        tokens = read_windows(self.tokens, sequence_length, order)
         wrong = (tokens < 0) | (tokens >= vocab_size)
         if wrong.any():
             row, column = wrong.nonzero()[0].tolist()  # on the CPU, as all tensors in this package
@@ -74,7 +74,7 @@ class Part:
 class BlendSampler:
     """Draws an endless sequence of samples from several corpora, each with its own epochs (a Sampler)."""
 
-    parts: Sequence[Part]
+    splits: Sequence[CorpusSplit]
     sequence_length: int
     seed: int
     vocab_size: int
@@ -82,34 +82,34 @@ class BlendSampler:
 
     def __post_init__(self) -> None:
         assert all(self.num_windows)
-        for part, count in zip(self.parts, self.pattern.counts, strict=True):
+        for part, count in zip(self.splits, self.pattern.counts, strict=True):
             if not count:
-                total = sum(part.weight for part in self.parts)
+                total = sum(part.weight for part in self.splits)
                 raise ValueError(
                     f"{part.setting}: its weight is {part.weight:g} of a sum of {total:g}, it must be at least "
                     f"1/{PERIOD} of the sum"
                 )
 
     @property
-    def pattern(self) -> Pattern:
-        return spread(tuple(part.weight for part in self.parts))
+    def pattern(self) -> BlendPattern:
+        return blend_pattern(tuple(part.weight for part in self.splits))
 
     @cached_property
     def num_windows(self) -> list[int]:
-        return [part.num_windows(self.sequence_length, "training") for part in self.parts]
+        return [part.num_windows(self.sequence_length, "training") for part in self.splits]
 
-    def place_of(self, sample: int) -> tuple[int, int, int]:
+    def locate(self, sample: int) -> tuple[int, int, int]:
         """Returns (corpus, epoch of the corpus, window) of a sample."""
         period, place = divmod(sample, PERIOD)
         corpus_p, before_p, counts = self.pattern
         corpus = int(corpus_p[place])
         epoch, position = divmod(period * counts[corpus] + int(before_p[place]), self.num_windows[corpus])
-        return corpus, epoch, shuffled(position, self.num_windows[corpus], mix(self.seed, corpus, epoch))
+        return corpus, epoch, permute_index(position, self.num_windows[corpus], mix(self.seed, corpus, epoch))
 
     def sequences(self, first: int, count: int) -> Tensor:
-        places = [self.place_of(sample) for sample in range(first, first + count)]
+        places = [self.locate(sample) for sample in range(first, first + count)]
         length = self.sequence_length
-        rows = [self.parts[corpus].windows(length, [window], self.vocab_size) for corpus, _, window in places]
+        rows = [self.splits[corpus].read_windows(length, [window], self.vocab_size) for corpus, _, window in places]
         return torch.cat([torch.empty((0, length + 1), dtype=torch.int64), *rows])
 
     def epochs(self, num_samples: int) -> list[float]:
@@ -118,19 +118,19 @@ class BlendSampler:
         return [periods * count / n for count, n in zip(self.pattern.counts, self.num_windows, strict=True)]
 
 
-def blended_held_out(parts: Sequence[Part], sequence_length: int, limit: int, vocab_size: int) -> Tensor:
+def blended_held_out(splits: Sequence[CorpusSplit], sequence_length: int, limit: int, vocab_size: int) -> Tensor:
     """Returns held-out sequences, int64, (n, S + 1), as many of each corpus as among the first `limit` samples."""
-    corpus_p = spread(tuple(part.weight for part in parts)).corpus
+    corpus_p = blend_pattern(tuple(part.weight for part in splits)).corpus
     found = []
-    for number, part in enumerate(parts):
+    for number, part in enumerate(splits):
         if wanted := int((corpus_p[:limit] == number).sum()):
-            order = evenly(part.num_windows(sequence_length, "evaluation (data.held_out)"), wanted)
-            found.append(part.windows(sequence_length, order, vocab_size))
+            order = evenly_spaced(part.num_windows(sequence_length, "evaluation (data.held_out)"), wanted)
+            found.append(part.read_windows(sequence_length, order, vocab_size))
     return torch.cat(found)
 
 
 @lru_cache(maxsize=8)
-def spread(weights: tuple[float, ...]) -> Pattern:
+def blend_pattern(weights: tuple[float, ...]) -> BlendPattern:
     """Returns the order of corpora in a period: in proportion to the weights, each corpus at equal distances.
 
     The j-th of a corpus's n samples is placed at (j + 1/2) / n of the period. So every stretch of samples is in
@@ -144,10 +144,10 @@ def spread(weights: tuple[float, ...]) -> Pattern:
     corpus = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     before = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
     order = np.lexsort((corpus, places))
-    return Pattern(corpus[order], before[order], counts.tolist())
+    return BlendPattern(corpus[order], before[order], counts.tolist())
 
 
-def shuffled(position: int, size: int, key: int) -> int:
+def permute_index(position: int, size: int, key: int) -> int:
     """Maps a position to its place in a permutation of range(size), which depends on the key.
 
     It is a Feistel network (Luby and Rackoff 1988) over the next power of four, applied again while the result is

@@ -30,7 +30,7 @@ CHUNK = 1 << 20  # sequences checked at a time
 
 
 @dataclass(frozen=True, eq=False)
-class IndexedTokens:
+class IndexedDataset:
     """Holds a memory-mapped corpus. tokens: all token ids, concatenated.
 
     lengths, begins: of each sequence, its tokens and its first byte. documents: the first sequence of each document,
@@ -91,7 +91,7 @@ def write_index(path: Path, dtype: type[np.generic], lengths: np.ndarray[Any, An
         stream.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
 
 
-def open_indexed(prefix: str) -> IndexedTokens:
+def open_indexed_dataset(prefix: str) -> IndexedDataset:
     """Opens PREFIX.idx and PREFIX.bin. Raises ValueError, with file and position, if one is missing, truncated, or
     invalid."""
     index, data = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
@@ -116,7 +116,7 @@ def open_indexed(prefix: str) -> IndexedTokens:
             raise ValueError(f"{data} has {data_size} bytes, its index {index} says {num_bytes}")
         if num_bytes == 0:
             raise ValueError(f"{data} is empty: its index lists {num_sequences} sequences without a token")
-        return IndexedTokens(Path(prefix), np.memmap(data, dtype, "r"), lengths, begins, documents)
+        return IndexedDataset(Path(prefix), np.memmap(data, dtype, "r"), lengths, begins, documents)
     except OSError as error:
         raise ValueError(f"{error.filename or index} cannot be read: {error.strerror or error}") from error
 

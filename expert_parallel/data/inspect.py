@@ -2,16 +2,23 @@
 
 import numpy as np
 
-from expert_parallel.data.indexed import CHUNK, IndexedTokens, open_indexed, with_suffix
-from expert_parallel.data.tokenizer import TokensInfo, check_info, file_sha256, named_in, open_tokenizer, read_info
+from expert_parallel.data.indexed import CHUNK, IndexedDataset, open_indexed_dataset, with_suffix
+from expert_parallel.data.tokenizer import (
+    TokensInfo,
+    check_info,
+    file_sha256,
+    open_tokenizer,
+    read_info,
+    recorded_tokenizer,
+)
 
 
-def describe(prefix: str, num_shown: int, verify: bool) -> str:
+def format_corpus(prefix: str, num_shown: int, verify: bool) -> str:
     """Formats counts, lengths and first tokens of a corpus. Raises ValueError if files (with `verify`: tokens) are
     damaged."""
-    corpus, info = open_indexed(prefix), read_info(prefix)
-    begins = np.array([corpus.document_begin(number) for number in sample(corpus.num_documents)])
-    ends = np.array([corpus.document_begin(number + 1) for number in sample(corpus.num_documents)])
+    corpus, info = open_indexed_dataset(prefix), read_info(prefix)
+    begins = np.array([corpus.document_begin(number) for number in sample_documents(corpus.num_documents)])
+    ends = np.array([corpus.document_begin(number + 1) for number in sample_documents(corpus.num_documents)])
     lengths = np.sort(ends - begins)
     shown = corpus.tokens[:num_shown].tolist()
     of = "" if len(lengths) == corpus.num_documents else f" (of {len(lengths):,} of them, evenly spread)"
@@ -23,23 +30,23 @@ def describe(prefix: str, num_shown: int, verify: bool) -> str:
     ]
     if info is not None:
         check_info(prefix, corpus, info)
-        lines += _described(info)
+        lines += _format_info(info)
     lines += [f"begins      {' '.join(map(str, shown))}"] if shown else []
     if info is not None and shown:
-        lines.append(f"            {open_tokenizer(*named_in(prefix, info)).decode(shown)!r}")
+        lines.append(f"            {open_tokenizer(*recorded_tokenizer(prefix, info)).decode(shown)!r}")
     if verify:
-        lines.append(f"verified    {check_tokens(prefix, corpus, info)}")
+        lines.append(f"verified    {verify_tokens(prefix, corpus, info)}")
     return "\n".join(lines)
 
 
-def sample(number: int, most: int = 100_000) -> list[int]:
+def sample_documents(number: int, most: int = 100_000) -> list[int]:
     """Selects at most `most` documents, evenly spaced, so that a median does not need the whole index of a large
     corpus."""
     count = min(number, most)
     return [place * number // count for place in range(count)]
 
 
-def check_tokens(prefix: str, corpus: IndexedTokens, info: TokensInfo | None) -> str:
+def verify_tokens(prefix: str, corpus: IndexedDataset, info: TokensInfo | None) -> str:
     """Reads all tokens and checks their range, SHA-256 and the end of each document."""
     low, high = 0, 0
     for first in range(0, corpus.num_tokens, CHUNK):
@@ -58,11 +65,11 @@ def check_tokens(prefix: str, corpus: IndexedTokens, info: TokensInfo | None) ->
     return f"sha256, ids up to {high}, and the end of each document"
 
 
-def _sequences(corpus: IndexedTokens) -> str:
+def _sequences(corpus: IndexedDataset) -> str:
     return "" if len(corpus.lengths) == corpus.num_documents else f" of {len(corpus.lengths):,} sequences"
 
 
-def _described(info: TokensInfo) -> list[str]:
+def _format_info(info: TokensInfo) -> list[str]:
     return [
         f"tokenizer   {info.tokenizer}, {info.vocab_size:,} tokens; {info.end_id} ends a document",
         f"sha256      {info.sha256}",

@@ -18,7 +18,7 @@ from expert_parallel.data.tokenizer import SEPARATOR, ByteTokenizer, Tokenizer
 
 
 @dataclass(frozen=True)
-class Demand:
+class DataRequirements:
     """Holds what a run requires of its data."""
 
     sequence_length: int
@@ -29,7 +29,7 @@ class Demand:
 
 
 @dataclass(frozen=True, eq=False)
-class Data:
+class RunData:
     """Holds the opened data of a run.
 
     config: as given, with data.sha256 and the token that ends documents filled in.
@@ -41,43 +41,45 @@ class Data:
     config: StdlibData | FilesData | TokensData
 
 
-def open_data(config: DataConfig, demand: Demand) -> Data:
+def open_data(config: DataConfig, requirements: DataRequirements) -> RunData:
     """Opens the data. Raises ValueError if it cannot be read, does not fit the run, or does not match data.sha256."""
-    data = OPENERS[config.kind](config, demand)
+    data = OPENERS[config.kind](config, requirements)
     if config.sha256 not in (None, found := data.config.sha256):
         raise ValueError(f"data.sha256 is {config.sha256} but the data has {found}: it is other data")
     return data
 
 
-def _open_text(config: StdlibData | FilesData, demand: Demand) -> Data:
+def _open_text(config: StdlibData | FilesData, requirements: DataRequirements) -> RunData:
     corpus = load_corpus(config)
     separator = SEPARATOR[0] if config.documents == "separate" else None
-    sampler = TokenSampler(corpus.train, demand.sequence_length, demand.seed, separator=separator)
-    held_out = held_out_sequences(corpus.held_out, demand.sequence_length, demand.held_out_sequences)
-    return Data(sampler, held_out, corpus.description, config.model_copy(update={"sha256": corpus.sha256}))
+    sampler = TokenSampler(corpus.train, requirements.sequence_length, requirements.seed, separator=separator)
+    held_out = held_out_sequences(corpus.held_out, requirements.sequence_length, requirements.held_out_sequences)
+    return RunData(sampler, held_out, corpus.description, config.model_copy(update={"sha256": corpus.sha256}))
 
 
-def _open_tokens(config: TokensData, demand: Demand) -> Data:
-    corpora = tokens.open_corpora(config, demand.vocab_size)
-    train, held = tokens.halves(corpora, config.held_out)
-    end_id = tokens.end_of(config, corpora)
+def _open_tokens(config: TokensData, requirements: DataRequirements) -> RunData:
+    corpora = tokens.open_corpora(config, requirements.vocab_size)
+    train, held = tokens.split_corpora(corpora, config.held_out)
+    end_id = tokens.find_end_id(config, corpora)
     separator = end_id if config.documents == "separate" else None
-    sampler = BlendSampler(train, demand.sequence_length, demand.seed, demand.vocab_size, separator)
-    held_out = blended_held_out(held, demand.sequence_length, demand.held_out_sequences, demand.vocab_size)
-    digests = [tokens.digest_of(corpus) for corpus in corpora]
+    sampler = BlendSampler(train, requirements.sequence_length, requirements.seed, requirements.vocab_size, separator)
+    held_out = blended_held_out(
+        held, requirements.sequence_length, requirements.held_out_sequences, requirements.vocab_size
+    )
+    digests = [tokens.corpus_digest(corpus) for corpus in corpora]
     sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    total, epochs = sum(corpus.weight for corpus in corpora), sampler.epochs(demand.num_samples)
+    total, epochs = sum(corpus.weight for corpus in corpora), sampler.epochs(requirements.num_samples)
     lines = [
         f"{corpus.tokens.path}: {corpus.tokens.num_documents:,} documents, {len(here.tokens):,} tokens for training, "
         f"{len(there.tokens):,} held out; {corpus.weight / total:.1%} of the sequences, {epochs_here:.3g} epochs"
         for corpus, here, there, epochs_here in zip(corpora, train, held, epochs, strict=True)
     ]
     description = "\n      ".join([*lines, f"sha256 {sha256[:12]}"])
-    return Data(sampler, held_out, description, config.model_copy(update={"sha256": sha256, "end_id": end_id}))
+    return RunData(sampler, held_out, description, config.model_copy(update={"sha256": sha256, "end_id": end_id}))
 
 
 # To add a kind of data: a config class in DataConfig and a line here.
-OPENERS: dict[str, Callable[[Any, Demand], Data]] = {
+OPENERS: dict[str, Callable[[Any, DataRequirements], RunData]] = {
     "stdlib": _open_text,
     "files": _open_text,
     "tokens": _open_tokens,
@@ -95,11 +97,11 @@ def load_tokenizer(config: DataConfig, folder: Path | None = None) -> Tokenizer 
     if not isinstance(config, TokensData):
         return ByteTokenizer()
     if folder is not None and (folder / TOKENIZER_FILE).is_file():
-        return tokens.load_kept_tokenizer(config, folder / TOKENIZER_FILE)
+        return tokens.load_saved_tokenizer(config, folder / TOKENIZER_FILE)
     return tokens.load_tokenizer(config)
 
 
-def keep_tokenizer(config: DataConfig, folder: Path) -> None:
+def save_tokenizer(config: DataConfig, folder: Path) -> None:
     """Copies the tokenizer's file into the folder of a run.
 
     If tokens are bytes, it removes a file that is there: the folder is a copy of another run, or holds an imported

@@ -23,12 +23,12 @@ import numpy as np
 
 from expert_parallel.data.indexed import smallest_dtype, with_suffix, write_index
 from expert_parallel.data.reading import (
-    jsonl_texts,
-    matched_files,
+    decode_text_file,
+    match_files,
     open_parquet,
-    parquet_texts,
     read_bytes,
-    text_of_file,
+    read_jsonl,
+    read_parquet,
 )
 from expert_parallel.data.tokenizer import Sources, Tokenizer, TokensInfo, file_sha256, open_tokenizer, train_tokenizer
 
@@ -42,7 +42,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Piece:
+class InputSplit:
     """Holds one input of a job: a text file, a byte range of a JSONL file, or a row group of a parquet file.
 
     JSONL: the lines that begin at bytes first .. last - 1. Parquet: row group `first`. bytes: approximate size on disk.
@@ -55,11 +55,11 @@ class Piece:
     bytes: int
 
 
-Job = list[Piece]
+Job = list[InputSplit]
 
 
 @dataclass(frozen=True)
-class Tokenized:
+class TokenizedJob:
     """Holds the tokens of a job's documents, concatenated, each with its end token. lengths: int32, per document."""
 
     tokens: np.ndarray[Any, Any]
@@ -72,7 +72,7 @@ class PrepareProgress:
     """Counts what has been written so far."""
 
     bytes_done: int
-    bytes_in_all: int
+    total_bytes: int
     num_documents: int
     num_tokens: int
 
@@ -86,38 +86,38 @@ def prepare(
     field: str = "text",
     format: str = "auto",
     workers: int = 1,
-    say: Callable[[str], None],
+    print_message: Callable[[str], None],
     report: Callable[[PrepareProgress], None],
 ) -> TokensInfo:
     """Writes PREFIX.bin, .idx, .json and, unless tokens are bytes, .tokenizer.json. tokenizer: `bytes`, the path of a
     tokenizer.json, or `train:VOCAB_SIZE`. Raises ValueError, with file and position, if something is wrong; then no
     output is left."""
-    found = [file for _, file in matched_files(files, "FILES")]
-    jobs = list(cut(found, format))
-    with outputs(prefix) as partial_name, executor(workers) as submit:
+    found = [file for _, file in match_files(files, "FILES")]
+    jobs = list(split_into_jobs(found, format))
+    with atomic_outputs(prefix) as partial_name, executor(workers) as submit:
         kept = None if tokenizer == "bytes" else partial_name(".tokenizer.json")
         if kept is not None and tokenizer.startswith("train:"):
-            with writing(prefix):
-                train_on(jobs, kept, vocabulary_wanted(tokenizer), field, say)
+            with output_errors(prefix):
+                train_on_jobs(jobs, kept, parse_vocab_size(tokenizer), field, print_message)
             known = open_tokenizer(str(kept), end_token)
         else:
             known = open_tokenizer(tokenizer, end_token)
             if kept is not None:
                 content = read_bytes(Path(tokenizer), "--tokenizer")
-                with writing(prefix):
+                with output_errors(prefix):
                     kept.write_bytes(content)
         if known.end_id is None:
             raise ValueError(f"--tokenizer {tokenizer} has no known token that ends a document: use --end-token")
         dtype = smallest_dtype(known.vocab_size)
-        digests = in_order(submit, file_sha256, found, ahead=2 * workers)
+        digests = map_in_order(submit, file_sha256, found, ahead=2 * workers)
         sources = Sources(
             files=len(found),
-            bytes=sum(map(size_of, found)),
+            bytes=sum(map(file_size, found)),
             sha256=hashlib.sha256("".join(digests).encode()).hexdigest(),
         )
         key = ("bytes", known.end_id, None) if kept is None else (str(kept), known.end_id, file_sha256(kept))
         work = partial(tokenize, tokenizer=key, field=field, dtype=dtype)
-        results = in_order(submit, work, jobs, ahead=2 * workers)
+        results = map_in_order(submit, work, jobs, ahead=2 * workers)
         lengths, sha256, num_empty = write_tokens(prefix, partial_name(".bin"), jobs, results, report)
         if not len(lengths):
             raise ValueError(f"{', '.join(map(str, found[:3]))}: {num_empty} documents, all of them empty")
@@ -132,99 +132,101 @@ def prepare(
             sha256=sha256,
             sources=sources,
         )
-        with writing(prefix):
+        with output_errors(prefix):
             partial_name(".json").write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
             write_index(partial_name(".idx"), dtype, lengths)
     return info
 
 
-def cut(files: Iterable[Path], format: str) -> Iterator[Job]:
+def split_into_jobs(files: Iterable[Path], format: str) -> Iterator[Job]:
     """Splits files into jobs of about JOB_BYTES; small files share a job."""
     job: Job = []
     for file in files:
-        for piece in cut_file(file, SUFFIXES.get(file.suffix.lower(), "text") if format == "auto" else format):
-            if job and sum(other.bytes for other in job) + piece.bytes > JOB_BYTES:
+        for split in split_file(file, SUFFIXES.get(file.suffix.lower(), "text") if format == "auto" else format):
+            if job and sum(other.bytes for other in job) + split.bytes > JOB_BYTES:
                 yield job
                 job = []
-            job.append(piece)
+            job.append(split)
     if job:
         yield job
 
 
-def cut_file(file: Path, format: str) -> Iterator[Piece]:
+def split_file(file: Path, format: str) -> Iterator[InputSplit]:
     """Splits a file into parts that can be tokenized separately. Raises ValueError if it is empty."""
-    size = size_of(file)
+    size = file_size(file)
     if size == 0:
         raise ValueError(f"{file} is empty (0 bytes)")
     if format == "jsonl":
         for first in range(0, size, JOB_BYTES):
             last = min(first + JOB_BYTES, size)
-            yield Piece(file, format, first, last, last - first)
+            yield InputSplit(file, format, first, last, last - first)
     elif format == "parquet":
         metadata = open_parquet(file).metadata
         groups = metadata.num_row_groups
         if metadata.num_rows == 0:
             raise ValueError(f"{file} is empty (0 rows)")
         for group in range(groups):
-            yield Piece(file, format, group, group + 1, size // groups)
+            yield InputSplit(file, format, group, group + 1, size // groups)
     else:
-        yield Piece(file, format, 0, size, size)
+        yield InputSplit(file, format, 0, size, size)
 
 
-def size_of(file: Path) -> int:
+def file_size(file: Path) -> int:
     try:
         return file.stat().st_size
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def texts_of(piece: Piece, field: str, *, zero_ends: bool) -> Iterator[str]:
+def read_texts(split: InputSplit, field: str, *, zero_is_separator: bool) -> Iterator[str]:
     """Reads the documents of one input. zero_is_separator: a zero byte ends documents, so no text may contain one."""
-    if piece.format == "parquet":
-        yield from parquet_texts(piece.file, piece.first, field, FIELD, zero_ends=zero_ends)
-    elif piece.format == "jsonl":
+    if split.format == "parquet":
+        yield from read_parquet(split.file, split.first, field, FIELD, zero_is_separator=zero_is_separator)
+    elif split.format == "jsonl":
         try:
-            with piece.file.open("rb") as stream:
-                where, first, last = str(piece.file), piece.first, piece.last
-                texts = jsonl_texts(stream, field, where, FIELD, zero_ends=zero_ends, first=first, last=last)
+            with split.file.open("rb") as stream:
+                where, first, last = str(split.file), split.first, split.last
+                texts = read_jsonl(
+                    stream, field, where, FIELD, zero_is_separator=zero_is_separator, first=first, last=last
+                )
                 yield from (text for _, text in texts)
         except OSError as error:
-            raise ValueError(f"{piece.file} cannot be read: {error.strerror}") from error
+            raise ValueError(f"{split.file} cannot be read: {error.strerror}") from error
     else:
-        yield text_of_file(read_bytes(piece.file, "FILES"), str(piece.file), zero_ends=zero_ends)
+        yield decode_text_file(read_bytes(split.file, "FILES"), str(split.file), zero_is_separator=zero_is_separator)
 
 
 @lru_cache(maxsize=1)  # all jobs of a worker have the same tokenizer
-def tokenizer_of(name: str, end_id: int, sha256: str | None) -> Tokenizer:
+def cached_tokenizer(name: str, end_id: int, sha256: str | None) -> Tokenizer:
     """Opens a tokenizer once per worker. sha256: of its file, so that a changed file is opened anew."""
     return open_tokenizer(name, end_id)
 
 
-def tokenize(job: Job, tokenizer: tuple[str, int, str | None], field: str, dtype: type[np.generic]) -> Tokenized:
+def tokenize(job: Job, tokenizer: tuple[str, int, str | None], field: str, dtype: type[np.generic]) -> TokenizedJob:
     """Tokenizes a job, in a worker. tokenizer: arguments of `cached_tokenizer`. Empty documents are only counted."""
-    known, end_id = tokenizer_of(*tokenizer), tokenizer[1]
+    known, end_id = cached_tokenizer(*tokenizer), tokenizer[1]
     documents, num_empty = [], 0
-    for piece in job:
-        for text in texts_of(piece, field, zero_ends=tokenizer[0] == "bytes"):
+    for split in job:
+        for text in read_texts(split, field, zero_is_separator=tokenizer[0] == "bytes"):
             if not text:
                 num_empty += 1
                 continue
             documents.append(np.array([*known.encode(text), end_id], dtype=dtype))
             if len(documents[-1]) > np.iinfo(np.int32).max:
-                raise ValueError(f"{piece.file}: a document of {len(documents[-1])} tokens is too long for an index")
+                raise ValueError(f"{split.file}: a document of {len(documents[-1])} tokens is too long for an index")
     tokens = np.concatenate([np.empty(0, dtype), *documents])
-    return Tokenized(tokens, np.array([len(document) for document in documents], np.int32), num_empty)
+    return TokenizedJob(tokens, np.array([len(document) for document in documents], np.int32), num_empty)
 
 
 def write_tokens(
-    prefix: str, path: Path, jobs: list[Job], results: Iterator[Tokenized], report: Callable[[PrepareProgress], None]
+    prefix: str, path: Path, jobs: list[Job], results: Iterator[TokenizedJob], report: Callable[[PrepareProgress], None]
 ) -> tuple[np.ndarray[Any, Any], str, int]:
     """Writes tokens as results arrive; returns (lengths of all documents, SHA-256, number of empty documents)."""
     digest = hashlib.sha256()
     lengths = []
     num_tokens = num_documents = num_empty = done = 0
-    sizes = [sum(piece.bytes for piece in job) for job in jobs]
-    with writing(prefix), path.open("wb") as stream:
+    sizes = [sum(split.bytes for split in job) for job in jobs]
+    with output_errors(prefix), path.open("wb") as stream:
         for size, result in zip(sizes, results, strict=True):
             stream.write(result.tokens.data)
             digest.update(result.tokens.data)
@@ -239,7 +241,7 @@ def write_tokens(
     return np.concatenate(lengths), digest.hexdigest(), num_empty
 
 
-def vocabulary_wanted(tokenizer: str) -> int:
+def parse_vocab_size(tokenizer: str) -> int:
     """Parses the size in `train:VOCAB_SIZE`. Raises ValueError if it is not a valid size."""
     size = tokenizer.removeprefix("train:")
     if not size.isdecimal() or not 257 <= int(size) <= 1 << 24:
@@ -247,18 +249,22 @@ def vocabulary_wanted(tokenizer: str) -> int:
     return int(size)
 
 
-def train_on(jobs: list[Job], path: Path, vocab_size: int, field: str, say: Callable[[str], None]) -> None:
+def train_on_jobs(
+    jobs: list[Job], path: Path, vocab_size: int, field: str, print_message: Callable[[str], None]
+) -> None:
     """Trains a tokenizer on the texts, or on every n-th job if they exceed TRAINING_BYTES."""
-    size = sum(piece.bytes for job in jobs for piece in job)
+    size = sum(split.bytes for job in jobs for split in job)
     every = -(-size // TRAINING_BYTES)
     part = "all of it" if every == 1 else f"1 of every {every} parts of it"
-    say(f"training a tokenizer of {vocab_size:,} tokens on {size:,} bytes: {part}")
-    pieces = (piece for job in jobs[::every] for piece in job)
-    train_tokenizer((text for piece in pieces for text in texts_of(piece, field, zero_ends=False)), vocab_size, path)
+    print_message(f"training a tokenizer of {vocab_size:,} tokens on {size:,} bytes: {part}")
+    splits = (split for job in jobs[::every] for split in job)
+    train_tokenizer(
+        (text for split in splits for text in read_texts(split, field, zero_is_separator=False)), vocab_size, path
+    )
 
 
 @contextmanager
-def outputs(prefix: str) -> Iterator[Callable[[str], Path]]:
+def atomic_outputs(prefix: str) -> Iterator[Callable[[str], Path]]:
     """Yields a function from suffix to a temporary path, unique to this command.
 
     On success the files are renamed, the index last, since a corpus exists only with its index. On failure they are
@@ -266,14 +272,14 @@ def outputs(prefix: str) -> Iterator[Callable[[str], Path]]:
     """
     final = {suffix: with_suffix(prefix, suffix) for suffix in (".tokenizer.json", ".bin", ".json", ".idx")}
     partials = {suffix: with_suffix(prefix, f".partial_{secrets.token_hex(4)}{suffix}") for suffix in final}
-    refuse_existing(final.values())
+    check_absent(final.values())
     if not final[".bin"].parent.is_dir():
         raise ValueError(f"OUT_PREFIX: there is no folder {final['.bin'].parent}")
     named: list[Path] = []
     try:
         yield partials.__getitem__
-        refuse_existing(final.values())  # another command may have made them meanwhile
-        with writing(prefix):
+        check_absent(final.values())  # another command may have made them meanwhile
+        with output_errors(prefix):
             for suffix, path in partials.items():
                 if path.exists():
                     named.append(path.rename(final[suffix]))
@@ -286,14 +292,14 @@ def outputs(prefix: str) -> Iterator[Callable[[str], Path]]:
             path.unlink(missing_ok=True)
 
 
-def refuse_existing(paths: Iterable[Path]) -> None:
+def check_absent(paths: Iterable[Path]) -> None:
     """Raises ValueError if any of the paths exists."""
     if there := [str(path) for path in paths if path.exists()]:
         raise ValueError(f"{' and '.join(there)} exists already: choose another OUT_PREFIX, or remove it")
 
 
 @contextmanager
-def writing(prefix: str) -> Iterator[None]:
+def output_errors(prefix: str) -> Iterator[None]:
     """Turns an OSError into a ValueError about the output; errors of reading are ValueErrors already."""
     try:
         yield
@@ -314,7 +320,7 @@ def executor(workers: int) -> Iterator[Callable[..., Future[Any]] | None]:
         pool.shutdown(cancel_futures=True)
 
 
-def in_order(
+def map_in_order(
     submit: Callable[..., Future[Any]] | None, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
     """Yields results in the order of the items, with at most `ahead` of them in progress, which bounds the memory."""

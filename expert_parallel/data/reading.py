@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def matched_files(paths: list[str], setting: str) -> list[tuple[str, Path]]:
+def match_files(paths: list[str], setting: str) -> list[tuple[str, Path]]:
     """Expands glob patterns to (setting that names the file, file): patterns in the order given, matches sorted.
 
     As in a shell, a glob skips hidden files. Folders that it matches are skipped. A file that is matched twice is
@@ -43,7 +43,7 @@ def read_bytes(file: Path, setting: str) -> bytes:
         raise ValueError(f"{setting}: {file} cannot be read: {error.strerror}") from error
 
 
-def refuse_other_encodings(content: bytes, where: str, offset: int) -> str:
+def decode_utf8(content: bytes, where: str, offset: int) -> str:
     """Decodes UTF-8. Raises ValueError with the offset of the error; a byte order mark is refused, as it would be
     trained on.
 
@@ -58,21 +58,21 @@ def refuse_other_encodings(content: bytes, where: str, offset: int) -> str:
         raise ValueError(f"{where} is not UTF-8: byte 0x{byte:02x} at offset {at} ({error.reason})") from error
 
 
-def text_of_file(content: bytes, where: str, *, zero_ends: bool) -> str:
+def decode_text_file(content: bytes, where: str, *, zero_is_separator: bool) -> str:
     """Decodes a text file. zero_is_separator: a zero byte ends documents, so no text may contain one."""
-    text = refuse_other_encodings(content, where, offset=0)
-    if zero_ends and (at := content.find(0)) >= 0:
+    text = decode_utf8(content, where, offset=0)
+    if zero_is_separator and (at := content.find(0)) >= 0:
         raise ValueError(f"{where} holds a zero byte at offset {at}: where tokens are bytes, it ends a document")
     return text
 
 
-def jsonl_texts(
+def read_jsonl(
     stream: BinaryIO,
     field: str,
     where: str,
     setting: str,
     *,
-    zero_ends: bool,
+    zero_is_separator: bool,
     first: int = 0,
     last: int | None = None,
 ) -> Iterator[tuple[int, str]]:
@@ -86,7 +86,7 @@ def jsonl_texts(
     while (last is None or offset < last) and (line := stream.readline()):
         number += 1
         try:
-            yield number, _text_of_line(line, field, setting, offset, zero_ends)
+            yield number, _parse_line(line, field, setting, offset, zero_is_separator)
         except ValueError as error:
             if first:
                 stream.seek(0)
@@ -95,9 +95,9 @@ def jsonl_texts(
         offset += len(line)
 
 
-def _text_of_line(line: bytes, field: str, setting: str, offset: int, zero_ends: bool) -> str:
+def _parse_line(line: bytes, field: str, setting: str, offset: int, zero_is_separator: bool) -> str:
     """Extracts the text of one line. The messages of its errors continue after the line number."""
-    text = refuse_other_encodings(line, "", offset)
+    text = decode_utf8(line, "", offset)
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers and nesting beyond what Python reads
@@ -106,10 +106,10 @@ def _text_of_line(line: bytes, field: str, setting: str, offset: int, zero_ends:
         raise ValueError(f" is a JSON {type(record).__name__}, not an object with {setting} {field!r}")
     if field not in record:
         raise ValueError(f" has no field {field!r} ({setting}), only {list(record)[:10]}")
-    return refuse_other_values(record[field], field, setting, zero_ends)
+    return check_text(record[field], field, setting, zero_is_separator)
 
 
-def refuse_other_values(value: Any, field: str, setting: str, zero_ends: bool) -> str:
+def check_text(value: Any, field: str, setting: str, zero_is_separator: bool) -> str:
     """Returns the value if it is valid text. Raises ValueError if it is of another type, or contains a forbidden
     character."""
     if not isinstance(value, str):
@@ -118,7 +118,7 @@ def refuse_other_values(value: Any, field: str, setting: str, zero_ends: bool) -
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f": field {field!r} ({setting}) is not Unicode text: {error.reason}") from error
-    if zero_ends and (at := value.find("\0")) >= 0:
+    if zero_is_separator and (at := value.find("\0")) >= 0:
         what = f"field {field!r} ({setting}) holds a zero byte (character {at} of the text)"
         raise ValueError(f": {what}: where tokens are bytes, it ends a document")
     return value
@@ -158,7 +158,7 @@ def open_parquet(file: Path) -> Any:
         raise ValueError(f"{file} cannot be read as parquet: {_one_line(error)}") from error
 
 
-def parquet_texts(file: Path, group: int, field: str, setting: str, *, zero_ends: bool) -> Iterator[str]:
+def read_parquet(file: Path, group: int, field: str, setting: str, *, zero_is_separator: bool) -> Iterator[str]:
     """Yields the texts of one row group. Errors number rows from 1 over the whole file. zero_is_separator: see
     decode_text_file."""
     from pyarrow import ArrowException
@@ -174,7 +174,7 @@ def parquet_texts(file: Path, group: int, field: str, setting: str, *, zero_ends
         raise ValueError(f"{file}, row group {group} (from row {before + 1}) is damaged: {_one_line(error)}") from error
     for number, value in enumerate(column, start=before + 1):
         try:
-            yield refuse_other_values(value.as_py(), field, setting, zero_ends)
+            yield check_text(value.as_py(), field, setting, zero_is_separator)
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}, row {number} is not UTF-8: {error.reason} at byte {error.start}") from error
         except ValueError as error:

@@ -42,17 +42,19 @@ class TokenSampler:
 
     def __post_init__(self) -> None:
         if self.num_windows < 1:
-            raise ValueError(too_short("data holds", "bytes for training", len(self.tokens), self.sequence_length))
+            raise ValueError(
+                too_short_message("data holds", "bytes for training", len(self.tokens), self.sequence_length)
+            )
 
     @property
     def num_windows(self) -> int:
         return count_windows(self.tokens, self.sequence_length)
 
     def sequences(self, first: int, count: int) -> Tensor:
-        order = [self.window_of(sample) for sample in range(first, first + count)]
-        return windows(self.tokens, self.sequence_length, order)
+        order = [self.window_index(sample) for sample in range(first, first + count)]
+        return read_windows(self.tokens, self.sequence_length, order)
 
-    def window_of(self, sample: int) -> int:
+    def window_index(self, sample: int) -> int:
         epoch, position = divmod(sample, self.num_windows)
         return int(epoch_order(self.seed, epoch, self.num_windows)[position])
 
@@ -69,11 +71,13 @@ def held_out_sequences(tokens: Tokens, sequence_length: int, limit: int | None) 
     """Returns windows of the held-out part, int64, (n, S + 1), at most `limit`, evenly spaced."""
     there = count_windows(tokens, sequence_length)
     if there < 1:
-        raise ValueError(too_short("data.held_out leaves", "bytes for evaluation", len(tokens), sequence_length))
-    return windows(tokens, sequence_length, evenly(there, limit))
+        raise ValueError(
+            too_short_message("data.held_out leaves", "bytes for evaluation", len(tokens), sequence_length)
+        )
+    return read_windows(tokens, sequence_length, evenly_spaced(there, limit))
 
 
-def evenly(there: int, limit: int | None) -> list[int]:
+def evenly_spaced(there: int, limit: int | None) -> list[int]:
     """Selects at most `limit` of `there` windows, evenly spaced."""
     assert limit is None or limit >= 1, f"limit {limit}"
     count = there if limit is None else min(limit, there)
@@ -84,12 +88,12 @@ def count_windows(tokens: Tokens, sequence_length: int) -> int:
     return (len(tokens) - 1) // sequence_length
 
 
-def windows(tokens: Tokens, sequence_length: int, order: Sequence[int]) -> Tensor:
+def read_windows(tokens: Tokens, sequence_length: int, order: Sequence[int]) -> Tensor:
     """Reads windows, int64, (len(order), S + 1); window w begins at token w * S. Nothing else is read."""
     begins = np.array(order, dtype=np.int64)[:, None] * sequence_length
     return torch.from_numpy(np.asarray(tokens)[begins + np.arange(sequence_length + 1)].astype(np.int64))
 
 
-def too_short(what: str, unit_and_purpose: str, found: int, sequence_length: int) -> str:
+def too_short_message(what: str, unit_and_purpose: str, found: int, sequence_length: int) -> str:
     needed = f"a sequence needs sequence_length + 1 = {sequence_length + 1} (training.sequence_length)"
     return f"{what} {found} {unit_and_purpose}, {needed}"

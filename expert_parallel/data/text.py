@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from expert_parallel.data.config import FilesData, StdlibData
-from expert_parallel.data.reading import jsonl_texts, matched_files, read_bytes, text_of_file
+from expert_parallel.data.reading import decode_text_file, match_files, read_bytes, read_jsonl
 from expert_parallel.data.tokenizer import SEPARATOR
 
 # Folders in the standard library's folder that are installed, generated or fixtures, rather than its own source.
-LEFT_OUT_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "_bundled"}
+EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "_bundled"}
 
 
 class Document(NamedTuple):
@@ -85,7 +85,7 @@ def stdlib_documents(config: StdlibData) -> Iterator[Document]:
     files: list[Path] = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [
-            name for name in subfolders if name not in LEFT_OUT_FOLDERS
+            name for name in subfolders if name not in EXCLUDED_FOLDERS
         ]  # os.walk descends only into these
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
@@ -100,21 +100,23 @@ def file_documents(config: FilesData) -> Iterator[Document]:
 
     If documents are kept apart, a zero byte within one is refused: it would end the document.
     """
-    zero_ends = config.documents == "separate"
-    for position, (setting, file) in enumerate(matched_files(config.paths, "data.paths")):
+    zero_is_separator = config.documents == "separate"
+    for position, (setting, file) in enumerate(match_files(config.paths, "data.paths")):
         content = read_bytes(file, setting)
         if not content:
             raise ValueError(f"{setting}: {file} is empty (0 bytes)")
         is_jsonl = file.suffix.lower() == ".jsonl" if config.format == "auto" else config.format == "jsonl"
         if is_jsonl:
             where = f"{setting}: {file}"
-            texts = jsonl_texts(io.BytesIO(content), config.field, where, "data.field", zero_ends=zero_ends)
+            texts = read_jsonl(
+                io.BytesIO(content), config.field, where, "data.field", zero_is_separator=zero_is_separator
+            )
             for number, text in texts:
                 if not text:
                     raise ValueError(f"{where}, line {number}: field {config.field!r} (data.field) is an empty string")
                 yield Document(f"{position}:{number}", text.encode())
         else:
-            text_of_file(content, f"{setting}: {file}", zero_ends=zero_ends)
+            decode_text_file(content, f"{setting}: {file}", zero_is_separator=zero_is_separator)
             yield Document(f"{position}", content)
 
 

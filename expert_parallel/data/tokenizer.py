@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from expert_parallel.data.indexed import IndexedTokens, with_suffix
+from expert_parallel.data.indexed import IndexedDataset, with_suffix
 from expert_parallel.settings import Settings, refuse_newer
 
 FORMAT = 1  # newest version of PREFIX.json, as TokensInfo.format has it
@@ -127,7 +127,7 @@ class Sources(Settings):
     sha256: str
 
 
-def _plain_name(name: str) -> str:
+def _check_file_name(name: str) -> str:
     """Checks that a name in PREFIX.json is a plain file name, so that it cannot point outside the folder."""
     if name in ("", ".", "..") or "/" in name or "\\" in name:
         raise ValueError(f"{name!r} is not a plain file name")
@@ -139,7 +139,7 @@ class TokensInfo(Settings):
     sha256: hash of PREFIX.bin."""
 
     format: Literal["expert_parallel tokens 1"] = "expert_parallel tokens 1"
-    tokenizer: Annotated[str, AfterValidator(_plain_name)]
+    tokenizer: Annotated[str, AfterValidator(_check_file_name)]
     tokenizer_sha256: str | None
     vocab_size: int = Field(ge=1)
     end_id: int = Field(ge=0)
@@ -172,17 +172,17 @@ def read_info(prefix: str) -> TokensInfo | None:
         raise ValueError(f"{path} does not describe token files: {where}: {first['msg']}") from None
 
 
-def check_info(prefix: str, tokens: IndexedTokens, info: TokensInfo) -> None:
+def check_info(prefix: str, tokens: IndexedDataset, info: TokensInfo) -> None:
     """Raises ValueError if the counts in PREFIX.json differ from those of the token files."""
-    for what, said, found in (
+    for what, recorded, found in (
         ("documents", info.num_documents, tokens.num_documents),
         ("tokens", info.num_tokens, tokens.num_tokens),
     ):
-        if said != found:
-            raise ValueError(f"{prefix}.json says {said} {what}, {prefix}.idx lists {found}")
+        if recorded != found:
+            raise ValueError(f"{prefix}.json says {recorded} {what}, {prefix}.idx lists {found}")
 
 
-def named_in(prefix: str, info: TokensInfo) -> tuple[str, int]:
+def recorded_tokenizer(prefix: str, info: TokensInfo) -> tuple[str, int]:
     """Returns (name or path, end_id) of the tokenizer in PREFIX.json. Raises ValueError if its file is missing or
     another."""
     if info.tokenizer == "bytes":

@@ -6,9 +6,9 @@ Start-up reads PREFIX.json and the index; tokens are read when a batch needs the
 from pathlib import Path
 from typing import NamedTuple
 
-from expert_parallel.data.blend import Part
+from expert_parallel.data.blend import CorpusSplit
 from expert_parallel.data.config import TokensData
-from expert_parallel.data.indexed import IndexedTokens, open_indexed, with_suffix
+from expert_parallel.data.indexed import IndexedDataset, open_indexed_dataset, with_suffix
 from expert_parallel.data.tokenizer import (
     ByteTokenizer,
     Tokenizer,
@@ -16,9 +16,9 @@ from expert_parallel.data.tokenizer import (
     check_info,
     check_tokenizer,
     file_sha256,
-    named_in,
     open_tokenizer,
     read_info,
+    recorded_tokenizer,
 )
 
 
@@ -27,7 +27,7 @@ class TokenCorpus(NamedTuple):
 
     setting: str
     weight: float
-    tokens: IndexedTokens
+    tokens: IndexedDataset
     info: TokensInfo | None  # None for a corpus that Megatron prepared
 
 
@@ -40,13 +40,13 @@ def open_corpora(config: TokensData, vocab_size: int) -> list[TokenCorpus]:
     for number, entry in enumerate(config.corpora):
         setting = f"data.corpora[{number}].path"
         try:
-            tokens, info = open_indexed(entry.path), read_info(entry.path)
+            tokens, info = open_indexed_dataset(entry.path), read_info(entry.path)
             if info is not None:
                 check_info(entry.path, tokens, info)
         except ValueError as error:
             raise ValueError(f"{setting}: {error}") from error
         corpora.append(TokenCorpus(setting, entry.weight, tokens, info))
-    _check_agreement(config, corpora)
+    _check_same_tokenizer(config, corpora)
     tokenizer = load_tokenizer(config)
     sizes = [(f"{c.setting}: {c.tokens.path}", c.info.vocab_size) for c in corpora if c.info is not None]
     sizes += [("data.tokenizer", tokenizer.vocab_size)] if tokenizer is not None else []
@@ -56,7 +56,7 @@ def open_corpora(config: TokensData, vocab_size: int) -> list[TokenCorpus]:
     return corpora
 
 
-def end_of(config: TokensData, corpora: list[TokenCorpus]) -> int | None:
+def find_end_id(config: TokensData, corpora: list[TokenCorpus]) -> int | None:
     """Returns the token that ends a document, or None if it is unknown and not needed."""
     end_id = next((corpus.info.end_id for corpus in corpora if corpus.info is not None), config.end_id)
     if end_id is None and (tokenizer := load_tokenizer(config)) is not None:
@@ -66,18 +66,18 @@ def end_of(config: TokensData, corpora: list[TokenCorpus]) -> int | None:
     return end_id
 
 
-def digest_of(corpus: TokenCorpus) -> str:
+def corpus_digest(corpus: TokenCorpus) -> str:
     """Returns the SHA-256 of the tokens from PREFIX.json, or that of the index for a corpus from Megatron."""
     return corpus.info.sha256 if corpus.info is not None else file_sha256(with_suffix(str(corpus.tokens.path), ".idx"))
 
 
-def halves(corpora: list[TokenCorpus], held_out: float) -> tuple[list[Part], list[Part]]:
+def split_corpora(corpora: list[TokenCorpus], held_out: float) -> tuple[list[CorpusSplit], list[CorpusSplit]]:
     """Splits each corpus; returns (training parts, held-out parts)."""
     train, held = [], []
     for setting, weight, indexed, _ in corpora:
         begin, file = indexed.held_out_begin(held_out), with_suffix(str(indexed.path), ".bin")
-        train.append(Part(setting, file, 0, indexed.tokens[:begin], weight))
-        held.append(Part(setting, file, begin, indexed.tokens[begin:], weight))
+        train.append(CorpusSplit(setting, file, 0, indexed.tokens[:begin], weight))
+        held.append(CorpusSplit(setting, file, begin, indexed.tokens[begin:], weight))
     return train, held
 
 
@@ -94,24 +94,24 @@ def tokenizer_name(config: TokensData) -> tuple[str, int | None] | None:
     """Returns (`bytes` or the path of a tokenizer.json, the token that ends documents or None); None if unknown."""
     if config.tokenizer is not None:
         return config.tokenizer, config.end_id
-    described = described_corpus(config)
-    return None if described is None else named_in(*described)
+    described = first_described_corpus(config)
+    return None if described is None else recorded_tokenizer(*described)
 
 
-def described_corpus(config: TokensData) -> tuple[str, TokensInfo] | None:
+def first_described_corpus(config: TokensData) -> tuple[str, TokensInfo] | None:
     """Returns (prefix, PREFIX.json) of the first corpus that has a PREFIX.json, or None."""
     infos = ((entry.path, read_info(entry.path)) for entry in config.corpora)
     return next(((prefix, info) for prefix, info in infos if info is not None), None)
 
 
-def load_kept_tokenizer(config: TokensData, kept: Path) -> Tokenizer:
+def load_saved_tokenizer(config: TokensData, kept: Path) -> Tokenizer:
     """Opens the tokenizer that a run's folder keeps in `kept`, even if its corpora are missing.
 
     The folder may be a copy, or its model imported: so the file is ignored if tokens are bytes, and must match
     PREFIX.json if that is available.
     """
     try:
-        described, end_id = described_corpus(config), config.end_id
+        described, end_id = first_described_corpus(config), config.end_id
         name = described[1].tokenizer if config.tokenizer is None and described is not None else config.tokenizer
         if name == "bytes":
             return ByteTokenizer()
@@ -123,7 +123,7 @@ def load_kept_tokenizer(config: TokensData, kept: Path) -> Tokenizer:
         raise ValueError(f"data: {error}") from error
 
 
-def _check_agreement(config: TokensData, corpora: list[TokenCorpus]) -> None:
+def _check_same_tokenizer(config: TokensData, corpora: list[TokenCorpus]) -> None:
     """Raises ValueError unless all corpora, and data.tokenizer, have the same tokenizer."""
     known = [(corpus.setting, corpus.info) for corpus in corpora if corpus.info is not None]
     for setting, info in known[1:]:

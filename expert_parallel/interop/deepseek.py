@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 
 from expert_parallel.interop.family_tensors import DENSE, EXPERTS, dense, outside_blocks
-from expert_parallel.interop.rules import REQUIRED, TheirConfig, Tree, get_setting, set_setting
-from expert_parallel.interop.tensor_map import SAME, Link, rotary_rows
+from expert_parallel.interop.rules import REQUIRED, HuggingFaceConfig, Tree, get_setting, set_setting
+from expert_parallel.interop.tensor_map import IDENTITY, TensorMapping, half_split_rows
 
 
 @dataclass(frozen=True)
-class Groups:
+class GroupLimit:
     """DeepSeek's limit of groups; one group alone is no limit."""
 
-    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         count, limit = theirs.size("n_group"), theirs.size("topk_group")
         if count > 1:
             set_setting(ours, "moe.router.group_limit", {"count": count, "limit": limit, "score": "top2_sum"})
@@ -25,7 +25,7 @@ class Groups:
 class SharedExperts:
     """DeepSeek's shared experts, as one network of their joint width."""
 
-    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         hidden = theirs.size("n_shared_experts") * get_setting(ours, "moe.experts.hidden")
         set_setting(ours, "moe.shared_experts", {"hidden": hidden, "activation": "swiglu"})
 
@@ -38,7 +38,7 @@ class SharedExperts:
 class LatentHeads:
     """DeepSeek's latent attention; each head has its keys and values."""
 
-    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         count = theirs.size("num_attention_heads")
         if theirs.take("num_key_value_heads", default=None) not in (None, count):
             raise theirs.refuse("num_key_value_heads", f"it must be num_attention_heads ({count})")
@@ -65,29 +65,32 @@ LATENT_SIZES = {
 }
 
 
-def deepseek_v3_links(config: Tree) -> list[Link]:
+def deepseek_v3_tensor_map(config: Tree) -> list[TensorMapping]:
     here, there = "blocks.{L}.attention", "model.layers.{L}.self_attn"
     nope, rope, kv_rank = (config[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "kv_lora_rank"))
     interleaved = config.get("rope_interleave", True)
-    query = rotary_rows(nope + rope, rope) if interleaved else SAME
-    key = rotary_rows(kv_rank + rope, rope) if interleaved else SAME
-    links = [
+    query = half_split_rows(nope + rope, rope) if interleaved else IDENTITY
+    key = half_split_rows(kv_rank + rope, rope) if interleaved else IDENTITY
+    tensor_map = [
         *outside_blocks(),
         *DENSE,
         *EXPERTS,
         *dense("blocks.{L}.moe.shared_experts", "model.layers.{L}.mlp.shared_experts"),
     ]
     balance_bias = "model.layers.{L}.mlp.gate.e_score_correction_bias"
-    links.append(Link("blocks.{L}.moe.router.balance_bias_E", (balance_bias,), SAME))
-    for own, their, form in (
+    tensor_map.append(TensorMapping("blocks.{L}.moe.router.balance_bias_E", (balance_bias,), IDENTITY))
+    for own, their, transform in (
         ("query", "q_proj", query),
-        ("query_down", "q_a_proj", SAME),
-        ("query_norm", "q_a_layernorm", SAME),
+        ("query_down", "q_a_proj", IDENTITY),
+        ("query_norm", "q_a_layernorm", IDENTITY),
         ("query_up", "q_b_proj", query),
         ("kv_down", "kv_a_proj_with_mqa", key),
-        ("kv_norm", "kv_a_layernorm", SAME),
-        ("kv_up", "kv_b_proj", SAME),
-        ("out", "o_proj", SAME),
+        ("kv_norm", "kv_a_layernorm", IDENTITY),
+        ("kv_up", "kv_b_proj", IDENTITY),
+        ("out", "o_proj", IDENTITY),
     ):
-        links += [Link(f"{here}.{own}.{leaf}", (f"{there}.{their}.{leaf}",), form) for leaf in ("weight", "bias")]
-    return links
+        tensor_map += [
+            TensorMapping(f"{here}.{own}.{leaf}", (f"{there}.{their}.{leaf}",), transform)
+            for leaf in ("weight", "bias")
+        ]
+    return tensor_map

@@ -9,14 +9,14 @@ from torch import Tensor
 from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
 from expert_parallel.data.open import TOKENIZER_FILE
 from expert_parallel.interop.families import FAMILIES, Family, settings
-from expert_parallel.interop.folder import COMPANIONS, CONFIG, GENERATION, FolderWriter, read_json
-from expert_parallel.interop.hf_model import model_of, pairs_of_model
+from expert_parallel.interop.folder import CONFIG, COPIED_FILES, GENERATION, FolderWriter, read_json
+from expert_parallel.interop.hf_model import match_model_tensors, read_model_config
 from expert_parallel.interop.importing import find_origin, find_tokenizer
 from expert_parallel.interop.rules import NEUTRAL, Tree
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.training.config import read_config
 
-OF_ANOTHER_STRUCTURE = 1000  # counts as so many differences
+INCOMPATIBLE = 1000  # counts as so many differences
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -30,14 +30,14 @@ def export_run(path: Path, out: Path, *, family: str | None, dtype: str | None, 
     origin = find_origin(path)
     their_origin = {} if origin is None else read_json(origin / CONFIG)
     family_name = choose_family(model, family, their_origin.get("model_type"))
-    config = their_config(family_name, model, their_origin, checkpoint.config)
+    config = export_config(family_name, model, their_origin, checkpoint.config)
     to_dtype = None if dtype is None else DTYPES[dtype]
     written = to_dtype or checkpoint.tensors["weights/embedding.weight"].dtype
     config["dtype" if "dtype" in config else "torch_dtype"] = str(written).removeprefix("torch.")
     with FolderWriter(out, shard_bytes) as writer:
         write_weights(writer, checkpoint, FAMILIES[family_name], config, model, to_dtype)
         writer.write_json(CONFIG, config)
-        files = companions(find_tokenizer(path), origin)
+        files = files_to_copy(find_tokenizer(path), origin)
         for file in files:
             writer.copy(file)
         if GENERATION not in (file.name for file in files):
@@ -46,7 +46,7 @@ def export_run(path: Path, out: Path, *, family: str | None, dtype: str | None, 
         return family_name, writer.finish()
 
 
-def companions(tokenizer: Path | None, origin: Path | None) -> list[Path]:
+def files_to_copy(tokenizer: Path | None, origin: Path | None) -> list[Path]:
     """What goes with the weights: the run's tokenizer, and what its origin had beside them, of which the tokenizer's
     files only if the run still has that tokenizer: it may have been trained on other tokens."""
     if origin is None:
@@ -54,7 +54,7 @@ def companions(tokenizer: Path | None, origin: Path | None) -> list[Path]:
     theirs = origin / TOKENIZER_FILE
     both = theirs.is_file(), tokenizer is not None
     is_other = both[0] != both[1] or (tokenizer is not None and tokenizer.read_bytes() != theirs.read_bytes())
-    names = [GENERATION] if is_other else [name for name in COMPANIONS if name != TOKENIZER_FILE]
+    names = [GENERATION] if is_other else [name for name in COPIED_FILES if name != TOKENIZER_FILE]
     own = [] if tokenizer is None else [tokenizer]
     return own + [origin / name for name in names if (origin / name).is_file()]
 
@@ -67,9 +67,9 @@ def write_weights(
     model: ModelConfig,
     dtype: torch.dtype | None,
 ) -> None:
-    for pair in pairs_of_model(family, config, model):
+    for pair in match_model_tensors(family, config, model):
         ours = [cast(name, checkpoint.read(f"weights/{name}"), dtype) for name in pair.ours]
-        for name, tensor in zip(pair.theirs, pair.form.to_theirs(ours), strict=True):
+        for name, tensor in zip(pair.theirs, pair.transform.to_theirs(ours), strict=True):
             writer.add(name, tensor)
 
 
@@ -90,7 +90,7 @@ def choose_family(model: ModelConfig, wanted: str | None, origin: str | None) ->
         return fitting[0]
     nearest = min(found, key=lambda name: len(found[name]))
     count = len(found[nearest])
-    more = f" (and {count - 1} more)" if 1 < count < OF_ANOTHER_STRUCTURE else ""
+    more = f" (and {count - 1} more)" if 1 < count < INCOMPATIBLE else ""
     what = f"the family {wanted} does not" if wanted else f"none of the families {', '.join(FAMILIES)} does"
     raise ValueError(f"{what} compute what this model does; nearest is {nearest}: {found[nearest][0]}{more}")
 
@@ -101,10 +101,10 @@ def differences(family: Family, model: ModelConfig) -> list[str]:
     try:
         read = family.read(config)
     except ValueError as error:  # of another structure: experts or none, another kind of attention
-        return [f"it has no such model ({error})"] * OF_ANOTHER_STRUCTURE
+        return [f"it has no such model ({error})"] * INCOMPATIBLE
     refusal: list[str] = []
     try:
-        back = leaves(settings(model_of(family, config)), "model")
+        back = leaves(settings(read_model_config(family, config)), "model")
     except ValueError as error:  # what it can say of this model does not go together
         refusal = [str(error)]
         back = ours | {path: value for path, value in leaves(read, "model").items() if path in ours}
@@ -124,13 +124,13 @@ def leaves(tree: Tree, prefix: str) -> dict[str, Any]:
     return found
 
 
-def their_config(name: str, model: ModelConfig, origin: Tree, run: Tree) -> Tree:
+def export_config(name: str, model: ModelConfig, origin: Tree, run: Tree) -> Tree:
     """The model's config.json: that of its origin as it stands, if it still says this model; else a new one, with what
     the origin says beside the computation."""
     family = FAMILIES[name]
     # What we write is not packed, and brings no code of its own.
     origin = {key: value for key, value in origin.items() if key not in ("quantization_config", "auto_map")}
-    if origin.get("model_type") == name and settings(model_of(family, origin)) == settings(model):
+    if origin.get("model_type") == name and settings(read_model_config(family, origin)) == settings(model):
         return origin
     kept = {
         key: value for key, value in origin.items() if key in NEUTRAL or key in ("rope_interleave", *family.neutral)

@@ -5,29 +5,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from expert_parallel.interop.deepseek import Groups, LatentHeads, SharedExperts, deepseek_v3_links
-from expert_parallel.interop.family_tensors import gpt_oss_links, llama_links, mixtral_links, qwen3_moe_links
+from expert_parallel.interop.deepseek import GroupLimit, LatentHeads, SharedExperts, deepseek_v3_tensor_map
+from expert_parallel.interop.family_tensors import (
+    gpt_oss_tensor_map,
+    llama_tensor_map,
+    mixtral_tensor_map,
+    qwen3_moe_tensor_map,
+)
 from expert_parallel.interop.rope import Rope
 from expert_parallel.interop.rules import (
     REQUIRED,
+    Const,
+    Copy,
+    CopyInt,
     DenseHidden,
     FirstDense,
     HeadSize,
-    Must,
-    Ours,
+    HuggingFaceConfig,
     QKNorm,
+    Require,
     Rule,
-    Same,
-    Size,
+    SlidingWindow,
+    SlidingWindowByLayer,
     SparseStep,
-    TheirConfig,
     Tree,
-    Window,
-    WindowByBlock,
     get_setting,
     set_setting,
 )
-from expert_parallel.interop.tensor_map import Link
+from expert_parallel.interop.tensor_map import TensorMapping
 from expert_parallel.model.attention import HeadsConfig
 from expert_parallel.model.config import ModelConfig
 
@@ -39,13 +44,13 @@ class Family:
 
     architecture: str
     rules: tuple[Rule, ...]
-    links: Callable[[Tree], list[Link]]
+    tensor_map: Callable[[Tree], list[TensorMapping]]
     neutral: tuple[str, ...] = ()
 
     def read(self, values: Tree) -> Tree:
         """config.json -> the `model` block of our config. ValueError for a key with its value, where we compute
         something else or do not know."""
-        theirs = TheirConfig(values)
+        theirs = HuggingFaceConfig(values)
         ours: Tree = {}
         if quantized := values.get("quantization_config"):
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
@@ -56,7 +61,7 @@ class Family:
             theirs.asked.add("quantization_config")
         for rule in self.rules:
             rule.read(theirs, ours)
-        theirs.refuse_the_rest(self.neutral)
+        theirs.refuse_unknown_keys(self.neutral)
         return ours
 
     def write(self, model: ModelConfig) -> Tree:
@@ -93,32 +98,32 @@ def settings(model: ModelConfig) -> Tree:
 # ---------------------------------------------------------------------------------------------------------------- rules
 
 
-def of_all(eps: Any = REQUIRED, tied: bool = False) -> list[Rule]:
+def common_rules(eps: Any = REQUIRED, tied: bool = False) -> list[Rule]:
     return [
-        Size("vocab_size", "vocab_size"),
-        Size("num_hidden_layers", "num_layers"),
-        Size("hidden_size", "d_model"),
-        Same("rms_norm_eps", "norm.eps", eps),
-        Same("tie_word_embeddings", "tied_embeddings", tied),
-        Must("hidden_act", "silu", written=True),
-        Must("attention_dropout", 0.0),
+        CopyInt("vocab_size", "vocab_size"),
+        CopyInt("num_hidden_layers", "num_layers"),
+        CopyInt("hidden_size", "d_model"),
+        Copy("rms_norm_eps", "norm.eps", eps),
+        Copy("tie_word_embeddings", "tied_embeddings", tied),
+        Require("hidden_act", "silu", written=True),
+        Require("attention_dropout", 0.0),
     ]
 
 
-def heads(kv_heads: Any = REQUIRED) -> list[Rule]:
+def head_rules(kv_heads: Any = REQUIRED) -> list[Rule]:
     """kv_heads: what an absent num_key_value_heads means; None: as many as there are heads."""
     return [
-        Size("num_attention_heads", "attention.num_heads"),
-        Size("num_key_value_heads", "attention.num_kv_heads", kv_heads),
+        CopyInt("num_attention_heads", "attention.num_heads"),
+        CopyInt("num_key_value_heads", "attention.num_kv_heads", kv_heads),
     ]
 
 
-def swiglu_experts(count: tuple[str, ...], hidden: str) -> list[Rule]:
+def swiglu_expert_rules(count: tuple[str, ...], hidden: str) -> list[Rule]:
     return [
-        Ours("moe.router.kind", "top_k"),
-        Size(count, "moe.num_experts"),
-        Size("num_experts_per_tok", "moe.router.k"),
-        Size(hidden, "moe.experts.hidden"),
+        Const("moe.router.kind", "top_k"),
+        CopyInt(count, "moe.num_experts"),
+        CopyInt("num_experts_per_tok", "moe.router.k"),
+        CopyInt(hidden, "moe.experts.hidden"),
     ]
 
 
@@ -126,136 +131,136 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(
         "LlamaForCausalLM",
         (
-            *of_all(),
-            *heads(None),
+            *common_rules(),
+            *head_rules(None),
             HeadSize(),
             Rope(),
-            Same("attention_bias", "attention.bias", False),
-            Size("intermediate_size", "ffn.hidden"),
-            Same("mlp_bias", "ffn.bias", False),
-            Must("rope_interleaved", False),
+            Copy("attention_bias", "attention.bias", False),
+            CopyInt("intermediate_size", "ffn.hidden"),
+            Copy("mlp_bias", "ffn.bias", False),
+            Require("rope_interleaved", False),
         ),
-        llama_links,
+        llama_tensor_map,
         neutral=("is_llama_config",),
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
         (
-            *of_all(),
-            *heads(),
+            *common_rules(),
+            *head_rules(),
             HeadSize(),
             Rope(),
-            Ours("attention.bias", True),
-            Ours("attention.out_bias", False),
-            Must("use_mrope", False),
-            Size("intermediate_size", "ffn.hidden"),
-            WindowByBlock("use_sliding_window"),
+            Const("attention.bias", True),
+            Const("attention.out_bias", False),
+            Require("use_mrope", False),
+            CopyInt("intermediate_size", "ffn.hidden"),
+            SlidingWindowByLayer("use_sliding_window"),
         ),
-        llama_links,
+        llama_tensor_map,
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         (
-            *of_all(),
-            *heads(),
+            *common_rules(),
+            *head_rules(),
             HeadSize(default=128),
             Rope(),
-            Same("attention_bias", "attention.bias", False),
+            Copy("attention_bias", "attention.bias", False),
             QKNorm("per_head"),
-            Size("intermediate_size", "ffn.hidden"),
-            WindowByBlock("use_sliding_window"),
+            CopyInt("intermediate_size", "ffn.hidden"),
+            SlidingWindowByLayer("use_sliding_window"),
         ),
-        llama_links,
+        llama_tensor_map,
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
         (
-            *of_all(),
-            *heads(),
+            *common_rules(),
+            *head_rules(),
             HeadSize(),
             Rope(default_theta=1e6),
-            *swiglu_experts(("num_local_experts", "num_experts"), "intermediate_size"),
-            Must("router_jitter_noise", 0.0),
-            Window(),
+            *swiglu_expert_rules(("num_local_experts", "num_experts"), "intermediate_size"),
+            Require("router_jitter_noise", 0.0),
+            SlidingWindow(),
         ),
-        mixtral_links,
+        mixtral_tensor_map,
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         (
-            *of_all(),
-            *heads(),
+            *common_rules(),
+            *head_rules(),
             HeadSize(),
             Rope(),
-            Same("attention_bias", "attention.bias", False),
+            Copy("attention_bias", "attention.bias", False),
             QKNorm("per_head"),
-            *swiglu_experts(("num_experts", "num_local_experts"), "moe_intermediate_size"),
-            Same("norm_topk_prob", "moe.router.normalise", False),
+            *swiglu_expert_rules(("num_experts", "num_local_experts"), "moe_intermediate_size"),
+            Copy("norm_topk_prob", "moe.router.normalise", False),
             SparseStep(),
             DenseHidden(),
-            Window("use_sliding_window"),
-            Must("qkv_bias", False),
-            Must("use_qk_norm", True),
-            Must("shared_expert_intermediate_size", 0),
+            SlidingWindow("use_sliding_window"),
+            Require("qkv_bias", False),
+            Require("use_qk_norm", True),
+            Require("shared_expert_intermediate_size", 0),
         ),
-        qwen3_moe_links,
+        qwen3_moe_tensor_map,
     ),
     "olmoe": Family(
         "OlmoeForCausalLM",
         (
-            *of_all(),
-            *heads(None),
+            *common_rules(),
+            *head_rules(None),
             HeadSize(is_free=False),
             Rope(),
-            Same("attention_bias", "attention.bias", False),
+            Copy("attention_bias", "attention.bias", False),
             QKNorm("whole"),
-            Must("clip_qkv", None),
-            *swiglu_experts(("num_experts", "num_local_experts"), "intermediate_size"),
-            Same("norm_topk_prob", "moe.router.normalise", False),
+            Require("clip_qkv", None),
+            *swiglu_expert_rules(("num_experts", "num_local_experts"), "intermediate_size"),
+            Copy("norm_topk_prob", "moe.router.normalise", False),
         ),
-        qwen3_moe_links,
+        qwen3_moe_tensor_map,
     ),
     "deepseek_v3": Family(
         "DeepseekV3ForCausalLM",
         (
-            *of_all(),
+            *common_rules(),
             LatentHeads(),
             Rope(),
-            Must("attention_bias", False),
-            *swiglu_experts(("n_routed_experts", "num_local_experts"), "moe_intermediate_size"),
-            Same("norm_topk_prob", "moe.router.normalise", True),
-            Same("routed_scaling_factor", "moe.router.scale", 2.5),
-            Ours("moe.router.score", "sigmoid"),
-            Ours("moe.router.balance_bias_rate", 0.001),
-            Groups(),
+            Require("attention_bias", False),
+            *swiglu_expert_rules(("n_routed_experts", "num_local_experts"), "moe_intermediate_size"),
+            Copy("norm_topk_prob", "moe.router.normalise", True),
+            Copy("routed_scaling_factor", "moe.router.scale", 2.5),
+            Const("moe.router.score", "sigmoid"),
+            Const("moe.router.balance_bias_rate", 0.001),
+            GroupLimit(),
             SharedExperts(),
             FirstDense(),
             DenseHidden(),
-            Must("scoring_func", "sigmoid"),
-            Must("topk_method", "noaux_tc"),
-            Must("moe_layer_freq", 1),
+            Require("scoring_func", "sigmoid"),
+            Require("topk_method", "noaux_tc"),
+            Require("moe_layer_freq", 1),
         ),
-        deepseek_v3_links,
+        deepseek_v3_tensor_map,
         neutral=("num_nextn_predict_layers", "num_mtp_layers", "ep_size", "aux_loss_alpha", "seq_aux"),
     ),
     "gpt_oss": Family(
         "GptOssForCausalLM",
         (
-            *of_all(),
-            *heads(),
+            *common_rules(),
+            *head_rules(),
             HeadSize(default=64),
             Rope(default_theta=150000.0, is_optional=False),
-            Same("attention_bias", "attention.bias", True),
-            Ours("attention.sinks", True),
-            *swiglu_experts(("num_local_experts", "num_experts"), "intermediate_size"),
-            Ours("moe.experts.activation", "gpt_oss"),
-            Ours("moe.experts.bias", True),
-            Ours("moe.router.bias", True),
-            Must("swiglu_alpha", 1.702),
-            Must("swiglu_limit", 7.0),
-            WindowByBlock(),
+            Copy("attention_bias", "attention.bias", True),
+            Const("attention.sinks", True),
+            *swiglu_expert_rules(("num_local_experts", "num_experts"), "intermediate_size"),
+            Const("moe.experts.activation", "gpt_oss"),
+            Const("moe.experts.bias", True),
+            Const("moe.router.bias", True),
+            Require("swiglu_alpha", 1.702),
+            Require("swiglu_limit", 7.0),
+            SlidingWindowByLayer(),
         ),
-        gpt_oss_links,
+        gpt_oss_tensor_map,
         neutral=("experts_per_token", "initial_context_length"),  # num_experts_per_tok and max_position_embeddings
     ),
 }

@@ -5,53 +5,55 @@ from expert_parallel.interop.rules import Tree
 from expert_parallel.interop.tensor_map import (
     GATE_UP_COLUMNS,
     GATE_UP_ROWS,
+    IDENTITY,
     MXFP4,
-    MXFP4_IN_TURN,
-    SAME,
+    MXFP4_INTERLEAVED,
     STACKED,
-    STACKED_IN_TURN,
+    STACKED_INTERLEAVED,
     TRANSPOSED,
-    Link,
+    TensorMapping,
 )
 
 
-def outside_blocks() -> list[Link]:
+def outside_blocks() -> list[TensorMapping]:
     return [
-        Link("embedding.weight", ("model.embed_tokens.weight",), SAME),
-        Link("final_norm.weight", ("model.norm.weight",), SAME),
-        Link("unembedding.weight", ("lm_head.weight",), SAME),
-        Link("blocks.{L}.attention_norm.weight", ("model.layers.{L}.input_layernorm.weight",), SAME),
-        Link("blocks.{L}.ffn_norm.weight", ("model.layers.{L}.post_attention_layernorm.weight",), SAME),
+        TensorMapping("embedding.weight", ("model.embed_tokens.weight",), IDENTITY),
+        TensorMapping("final_norm.weight", ("model.norm.weight",), IDENTITY),
+        TensorMapping("unembedding.weight", ("lm_head.weight",), IDENTITY),
+        TensorMapping("blocks.{L}.attention_norm.weight", ("model.layers.{L}.input_layernorm.weight",), IDENTITY),
+        TensorMapping("blocks.{L}.ffn_norm.weight", ("model.layers.{L}.post_attention_layernorm.weight",), IDENTITY),
     ]
 
 
-def attention() -> list[Link]:
+def attention() -> list[TensorMapping]:
     """With what some families have and others have not: biases, norms, sinks."""
     matrices = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
     names = {f"{own}.{leaf}": f"{their}.{leaf}" for own, their in matrices.items() for leaf in ("weight", "bias")}
     names |= {"query_norm.weight": "q_norm.weight", "key_norm.weight": "k_norm.weight", "sinks": "sinks"}
     here, there = "blocks.{L}.attention.", "model.layers.{L}.self_attn."
-    return [Link(here + own, (there + their,), SAME) for own, their in names.items()]
+    return [TensorMapping(here + own, (there + their,), IDENTITY) for own, their in names.items()]
 
 
-def dense(ours: str, theirs: str) -> list[Link]:
+def dense(ours: str, theirs: str) -> list[TensorMapping]:
     """A dense SwiGLU network: {gate,up,down}_proj."""
-    links = []
+    tensor_map = []
     for leaf in ("weight", "bias"):
-        links += [
-            Link(f"{ours}.w_in.{leaf}", (f"{theirs}.gate_proj.{leaf}", f"{theirs}.up_proj.{leaf}"), GATE_UP_ROWS),
-            Link(f"{ours}.w_out.{leaf}", (f"{theirs}.down_proj.{leaf}",), SAME),
+        tensor_map += [
+            TensorMapping(
+                f"{ours}.w_in.{leaf}", (f"{theirs}.gate_proj.{leaf}", f"{theirs}.up_proj.{leaf}"), GATE_UP_ROWS
+            ),
+            TensorMapping(f"{ours}.w_out.{leaf}", (f"{theirs}.down_proj.{leaf}",), IDENTITY),
         ]
-    return links
+    return tensor_map
 
 
-def experts(theirs: str, gate: str, up: str, down: str) -> list[Link]:
+def experts(theirs: str, gate: str, up: str, down: str) -> list[TensorMapping]:
     """SwiGLU experts, one by one. theirs: the block's own name."""
     here, there = "blocks.{L}.moe.experts.{E}", f"{theirs}.experts.{{E}}"
     return [
-        Link("blocks.{L}.moe.router.weight", (f"{theirs}.gate.weight",), SAME),
-        Link(f"{here}.w_in", (f"{there}.{gate}.weight", f"{there}.{up}.weight"), GATE_UP_COLUMNS),
-        Link(f"{here}.w_out", (f"{there}.{down}.weight",), TRANSPOSED),
+        TensorMapping("blocks.{L}.moe.router.weight", (f"{theirs}.gate.weight",), IDENTITY),
+        TensorMapping(f"{here}.w_in", (f"{there}.{gate}.weight", f"{there}.{up}.weight"), GATE_UP_COLUMNS),
+        TensorMapping(f"{here}.w_out", (f"{there}.{down}.weight",), TRANSPOSED),
     ]
 
 
@@ -59,38 +61,38 @@ DENSE = dense("blocks.{L}.ffn", "model.layers.{L}.mlp")
 EXPERTS = experts("model.layers.{L}.mlp", "gate_proj", "up_proj", "down_proj")
 
 
-def llama_links(config: Tree) -> list[Link]:
+def llama_tensor_map(config: Tree) -> list[TensorMapping]:
     return [*outside_blocks(), *attention(), *DENSE]
 
 
-def mixtral_links(config: Tree) -> list[Link]:
+def mixtral_tensor_map(config: Tree) -> list[TensorMapping]:
     return [*outside_blocks(), *attention(), *experts("model.layers.{L}.block_sparse_moe", "w1", "w3", "w2")]
 
 
-def qwen3_moe_links(config: Tree) -> list[Link]:
+def qwen3_moe_tensor_map(config: Tree) -> list[TensorMapping]:
     return [*outside_blocks(), *attention(), *DENSE, *EXPERTS]
 
 
-def gpt_oss_links(config: Tree) -> list[Link]:
+def gpt_oss_tensor_map(config: Tree) -> list[TensorMapping]:
     """Experts are stacks of (in, out), gate and up in turn; or, in OpenAI's own files, of 4-bit blocks with scales."""
     here, there = "blocks.{L}.moe.experts.{E}", "model.layers.{L}.mlp.experts"
-    links = [
+    tensor_map = [
         *outside_blocks(),
         *attention(),
-        Link("blocks.{L}.moe.router.weight", ("model.layers.{L}.mlp.router.weight",), SAME),
-        Link("blocks.{L}.moe.router.bias", ("model.layers.{L}.mlp.router.bias",), SAME),
-        Link(f"{here}.b_in", (f"{there}.gate_up_proj_bias",), STACKED_IN_TURN),
-        Link(f"{here}.b_out", (f"{there}.down_proj_bias",), STACKED),
+        TensorMapping("blocks.{L}.moe.router.weight", ("model.layers.{L}.mlp.router.weight",), IDENTITY),
+        TensorMapping("blocks.{L}.moe.router.bias", ("model.layers.{L}.mlp.router.bias",), IDENTITY),
+        TensorMapping(f"{here}.b_in", (f"{there}.gate_up_proj_bias",), STACKED_INTERLEAVED),
+        TensorMapping(f"{here}.b_out", (f"{there}.down_proj_bias",), STACKED),
     ]
     if config.get("quantization_config"):
         packed = {name: (f"{there}.{name}_blocks", f"{there}.{name}_scales") for name in ("gate_up_proj", "down_proj")}
         return [
-            *links,
-            Link(f"{here}.w_in", packed["gate_up_proj"], MXFP4_IN_TURN),
-            Link(f"{here}.w_out", packed["down_proj"], MXFP4),
+            *tensor_map,
+            TensorMapping(f"{here}.w_in", packed["gate_up_proj"], MXFP4_INTERLEAVED),
+            TensorMapping(f"{here}.w_out", packed["down_proj"], MXFP4),
         ]
     return [
-        *links,
-        Link(f"{here}.w_in", (f"{there}.gate_up_proj",), STACKED_IN_TURN),
-        Link(f"{here}.w_out", (f"{there}.down_proj",), STACKED),
+        *tensor_map,
+        TensorMapping(f"{here}.w_in", (f"{there}.gate_up_proj",), STACKED_INTERLEAVED),
+        TensorMapping(f"{here}.w_out", (f"{there}.down_proj",), STACKED),
     ]

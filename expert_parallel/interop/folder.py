@@ -19,7 +19,7 @@ SINGLE = "model.safetensors"
 GENERATION = "generation_config.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Copied as they are: text and vocabulary, and how to generate.
-COMPANIONS = (
+COPIED_FILES = (
     GENERATION,
     "tokenizer.json",
     "tokenizer_config.json",

@@ -11,7 +11,7 @@ from expert_parallel.checkpoint.files import expected_shapes
 from expert_parallel.interop.families import FAMILIES, Family
 from expert_parallel.interop.folder import HuggingFaceFolder
 from expert_parallel.interop.rules import Tree
-from expert_parallel.interop.tensor_map import Pair, pairs_of
+from expert_parallel.interop.tensor_map import TensorPair, match_tensors
 from expert_parallel.model.config import ModelConfig
 
 Shapes = dict[str, list[int]]
@@ -28,10 +28,10 @@ class HuggingFaceModel:
         if not isinstance(kind, str) or kind not in FAMILIES:
             raise ValueError(f"{path}: model_type is {kind!r}, it must be one of {', '.join(FAMILIES)}")
         self.family = FAMILIES[kind]
-        self.model = model_of(self.family, config)
+        self.model = read_model_config(self.family, config)
         shapes = logical_shapes(self.model)
-        self.pairs = pairs_of_model(self.family, config, self.model)
-        check_shapes(self.folder, their_shapes(self.pairs, shapes))
+        self.pairs = match_model_tensors(self.family, config, self.model)
+        check_shapes(self.folder, hugging_face_shapes(self.pairs, shapes))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every logical name with its tensor, in the dtype of the file: one pair's tensors at a time."""
@@ -40,10 +40,10 @@ class HuggingFaceModel:
             if len({tensor.dtype for tensor in theirs}) > 1:
                 both = ", ".join(f"{n} is {t.dtype}" for n, t in zip(pair.theirs, theirs, strict=True))
                 raise ValueError(f"{self.folder.path}: {both}: they are one tensor here and need one dtype")
-            yield from zip(pair.ours, pair.form.to_ours(theirs), strict=True)
+            yield from zip(pair.ours, pair.transform.to_ours(theirs), strict=True)
 
 
-def model_of(family: Family, config: Tree) -> ModelConfig:
+def read_model_config(family: Family, config: Tree) -> ModelConfig:
     """ValueError: one sentence."""
     tree = family.read(config)
     try:
@@ -62,18 +62,20 @@ def logical_shapes(model: ModelConfig) -> Shapes:
     return {name.removeprefix("weights/"): shape for name, shape in expected_shapes(model, moments=False).items()}
 
 
-def pairs_of_model(family: Family, config: Tree, model: ModelConfig) -> list[Pair]:
+def match_model_tensors(family: Family, config: Tree, model: ModelConfig) -> list[TensorPair]:
     """config: their config.json, which decides between forms."""
     experts = 0 if model.moe is None else model.moe.num_experts
-    return pairs_of(family.links(config), logical_shapes(model), experts)
+    return match_tensors(family.tensor_map(config), logical_shapes(model), experts)
 
 
-def their_shapes(pairs: list[Pair], ours: Shapes) -> Shapes:
+def hugging_face_shapes(pairs: list[TensorPair], ours: Shapes) -> Shapes:
     """What a folder of this model holds, from the shapes of ours: the forms are applied to tensors without data."""
     shapes: Shapes = {}
     for pair in pairs:
         empty = [torch.empty(ours[name], device="meta") for name in pair.ours]
-        theirs = {name: list(made.shape) for name, made in zip(pair.theirs, pair.form.to_theirs(empty), strict=True)}
+        theirs = {
+            name: list(made.shape) for name, made in zip(pair.theirs, pair.transform.to_theirs(empty), strict=True)
+        }
         shapes |= theirs
     return shapes
 

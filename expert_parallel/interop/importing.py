@@ -10,12 +10,12 @@ from torch import Tensor
 
 from expert_parallel.checkpoint.files import CheckpointWriter
 from expert_parallel.data.open import TOKENIZER_FILE
-from expert_parallel.interop.folder import COMPANIONS, CONFIG
+from expert_parallel.interop.folder import CONFIG, COPIED_FILES
 from expert_parallel.interop.hf_model import HuggingFaceModel
 from expert_parallel.training.config import Config, dump_config
 
 ORIGIN = "huggingface"  # in a run: config.json, tokenizer and the like, as they were when the model was imported
-LONGEST = 2048  # tokens of a training sequence, where the model allows more
+MAX_SEQUENCE_LENGTH = 2048  # tokens of a training sequence, where the model allows more
 
 
 def import_folder(path: Path, out: Path, shard_bytes: int) -> Path:
@@ -35,7 +35,7 @@ def imported_config(source: HuggingFaceModel, out: Path) -> Config:
     training = {
         "steps": 1000,
         "global_batch": 8,
-        "sequence_length": min(longest, LONGEST) if isinstance(longest, int) else LONGEST,
+        "sequence_length": min(longest, MAX_SEQUENCE_LENGTH) if isinstance(longest, int) else MAX_SEQUENCE_LENGTH,
     }
     return Config.model_validate(
         {
@@ -84,7 +84,7 @@ def write_run(
         partial.mkdir(parents=True)
         if origin is not None:
             (partial / ORIGIN).mkdir()
-            for name in (CONFIG, *COMPANIONS):
+            for name in (CONFIG, *COPIED_FILES):
                 if (origin / name).is_file():
                     shutil.copyfile(origin / name, partial / ORIGIN / name)
         if tokenizer is not None and tokenizer.is_file():

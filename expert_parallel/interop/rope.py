@@ -4,7 +4,7 @@ rope_scaling."""
 import math
 from dataclasses import dataclass
 
-from expert_parallel.interop.rules import REQUIRED, TheirConfig, Tree, get_setting, set_setting
+from expert_parallel.interop.rules import REQUIRED, HuggingFaceConfig, Tree, get_setting, set_setting
 
 SCALINGS = {  # their rope_type -> (their key, ours, what its absence means)
     "linear": (("factor", "factor", REQUIRED),),
@@ -35,7 +35,7 @@ class Rope:
     default_theta: float = 10000.0
     is_optional: bool = True
 
-    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         found = self._parameters(theirs)
         kinds = {str(found.pop(key)) for key in ("rope_type", "type") if key in found} or {"default"}
         kind = next(iter(kinds))
@@ -53,7 +53,7 @@ class Rope:
             key, value = next(iter(found.items()))
             raise ValueError(f"config.json: {key} of the rotary positions is {value!r}: it is not known for {kind!r}")
 
-    def _parameters(self, theirs: TheirConfig) -> Tree:
+    def _parameters(self, theirs: HuggingFaceConfig) -> Tree:
         newer, older = theirs.take("rope_parameters", default=None), theirs.take("rope_scaling", default=None)
         for key, value in (("rope_parameters", newer), ("rope_scaling", older)):
             if value is not None and not isinstance(value, dict):

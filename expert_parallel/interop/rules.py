@@ -18,7 +18,7 @@ NEUTRAL = frozenset(
 )
 
 
-class TheirConfig:
+class HuggingFaceConfig:
     """The keys of a config.json. It knows which of them nobody has asked for."""
 
     def __init__(self, values: Tree) -> None:
@@ -48,7 +48,7 @@ class TheirConfig:
     def refuse(self, key: str, why: str) -> ValueError:
         return ValueError(f"config.json: {key} is {self.values.get(key)!r}: {why}")
 
-    def refuse_the_rest(self, neutral: Iterable[str]) -> None:
+    def refuse_unknown_keys(self, neutral: Iterable[str]) -> None:
         for key in self.values:
             if key not in self.asked and key not in NEUTRAL and key not in neutral:
                 raise self.refuse(key, "this key is not known here, and may change what the model computes")
@@ -70,7 +70,7 @@ def set_setting(tree: Tree, path: str, value: Any) -> None:
 
 
 class Rule(Protocol):
-    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         """Fills in our settings. ValueError for what we have no setting for."""
 
     def write(self, ours: Tree, theirs: Tree) -> None:
@@ -78,7 +78,7 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True)
-class Same:
+class Copy:
     """One number or word on both sides. keys: its names in theirs; the first is written."""
 
     keys: tuple[str, ...] | str
@@ -89,7 +89,7 @@ class Same:
     def names(self) -> tuple[str, ...]:
         return (self.keys,) if isinstance(self.keys, str) else self.keys
 
-    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         value = theirs.take(*self.names, default=self.default)
         if value is None and self.default is not None:
             raise theirs.refuse(self.names[0], "a value is needed")
@@ -100,15 +100,15 @@ class Same:
 
 
 @dataclass(frozen=True)
-class Size(Same):
+class CopyInt(Copy):
     """A whole number, 1 or more."""
 
-    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         set_setting(ours, self.path, theirs.size(*self.names, default=self.default))
 
 
 @dataclass(frozen=True)
-class Must:
+class Require:
     """A key that we can only take at one value, which is also what its absence means. written: where others' loaders
     want to see it."""
 
@@ -116,7 +116,7 @@ class Must:
     value: Any
     written: bool = False
 
-    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         if theirs.take(self.key, default=self.value) != self.value:
             raise theirs.refuse(self.key, f"only {self.value!r} can be had here")
 
@@ -126,13 +126,13 @@ class Must:
 
 
 @dataclass(frozen=True)
-class Ours:
+class Const:
     """What a family says by being that family."""
 
     path: str
     value: Any
 
-    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         set_setting(ours, self.path, self.value)
 
     def write(self, ours: Tree, theirs: Tree) -> None:
@@ -147,7 +147,7 @@ class HeadSize:
     default: int | None = None
     is_free: bool = True
 
-    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         width, heads = ours["d_model"], ours["attention"]["num_heads"]
         size = theirs.size("head_dim", default=None)
         if size is None and "head_dim" not in theirs.values:
@@ -171,7 +171,7 @@ class QKNorm:
 
     kind: str
 
-    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         set_setting(ours, "attention.qk_norm", {"kind": self.kind, "eps": get_setting(ours, "norm.eps")})
 
     def write(self, ours: Tree, theirs: Tree) -> None:
@@ -182,12 +182,12 @@ class QKNorm:
 
 
 @dataclass(frozen=True)
-class Window:
+class SlidingWindow:
     """Attention to the last `sliding_window` positions, in all blocks. switch: the key that turns it on, if any."""
 
     switch: str | None = None
 
-    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         size = theirs.take("sliding_window", default=None)
         if self.switch is not None and not theirs.take(self.switch, default=False):
             size = None
@@ -205,13 +205,13 @@ class Window:
 
 
 @dataclass(frozen=True)
-class WindowByBlock:
+class SlidingWindowByLayer:
     """Attention to the last `sliding_window` positions in the blocks that layer_types names. switch: as in Window;
     then the blocks from max_window_layers on have it where layer_types is absent, else every other, the first too."""
 
     switch: str | None = None
 
-    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         size, count = theirs.take("sliding_window", default=None), ours["num_layers"]
         first = theirs.size("max_window_layers", default=count, least=0)
         if self.switch is None:
@@ -246,7 +246,7 @@ class WindowByBlock:
 class SparseStep:
     """Qwen's choice of MoE blocks: every decoder_sparse_step-th that is not in mlp_only_layers."""
 
-    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         step = theirs.size("decoder_sparse_step", default=1)
         dense = theirs.take("mlp_only_layers", default=None) or []
         if not isinstance(dense, list):
@@ -268,7 +268,7 @@ class SparseStep:
 class FirstDense:
     """DeepSeek's choice: the first blocks stay dense."""
 
-    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         k = theirs.size("first_k_dense_replace", least=0)
         set_setting(ours, "moe_blocks", {"kind": "all_but_first", "k": k} if k else {"kind": "all"})
 
@@ -282,7 +282,7 @@ class DenseHidden:
 
     key: str = "intermediate_size"
 
-    def read(self, theirs: TheirConfig, ours: Tree) -> None:
+    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         hidden = theirs.take(self.key, default=None)
         if ours["moe_blocks"]["kind"] == "all":
             return

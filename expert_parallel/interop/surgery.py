@@ -79,11 +79,11 @@ def _refuse_unknown(num_experts: int, experts: Sequence[int], option: str) -> No
             raise ValueError(f"{option} names expert {expert}, model.moe.num_experts is {num_experts}")
 
 
-def operate(source: Path, out: Path, surgery: Surgery, shard_bytes: int) -> Path:
+def perform_surgery(source: Path, out: Path, surgery: Surgery, shard_bytes: int) -> Path:
     """A run folder `out` whose checkpoint, of the same step, is that of `source` with other experts. ValueError where
     the model cannot be had with so many; then nothing is left behind."""
     checkpoint = open_checkpoint(source)
-    num_experts, config = num_experts_of(checkpoint), operated_config(checkpoint, out, surgery)
+    num_experts, config = num_experts_of(checkpoint), surgery_config(checkpoint, out, surgery)
     if out.exists():
         raise ValueError(f"{out} exists already")
     try:
@@ -114,7 +114,7 @@ def num_experts_of(checkpoint: Checkpoint) -> int:
     return moe.num_experts
 
 
-def operated_config(checkpoint: Checkpoint, out: Path, surgery: Surgery) -> Config:
+def surgery_config(checkpoint: Checkpoint, out: Path, surgery: Surgery) -> Config:
     tree: dict[str, Any] = checkpoint.config
     moe = {**tree["model"]["moe"], "num_experts": len(surgery.parents)}
     model = {**tree["model"], "moe": moe}

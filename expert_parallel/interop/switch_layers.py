@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from expert_parallel.interop.folder import HuggingFaceFolder
-from expert_parallel.interop.rules import TheirConfig, Tree
-from expert_parallel.interop.tensor_map import SAME, TRANSPOSED, Link, Pair, pairs_of
+from expert_parallel.interop.rules import HuggingFaceConfig, Tree
+from expert_parallel.interop.tensor_map import IDENTITY, TRANSPOSED, TensorMapping, TensorPair, match_tensors
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.parameters import logical_parameters
 
-LINKS = [
-    Link("router.weight", ("router.classifier.weight",), SAME),
-    Link("router.bias", ("router.classifier.bias",), SAME),
-    Link("experts.{E}.w_in", ("experts.expert_{E}.wi.weight",), TRANSPOSED),
-    Link("experts.{E}.w_out", ("experts.expert_{E}.wo.weight",), TRANSPOSED),
+TENSOR_MAP = [
+    TensorMapping("router.weight", ("router.classifier.weight",), IDENTITY),
+    TensorMapping("router.bias", ("router.classifier.bias",), IDENTITY),
+    TensorMapping("experts.{E}.w_in", ("experts.expert_{E}.wi.weight",), TRANSPOSED),
+    TensorMapping("experts.{E}.w_out", ("experts.expert_{E}.wo.weight",), TRANSPOSED),
 ]
 ROUTER = "router.classifier.weight"
 ACTIVATIONS = ("relu", "gelu")  # of the same name in both
@@ -25,7 +25,7 @@ ACTIVATIONS = ("relu", "gelu")  # of the same name in both
 def switch_config(values: Tree) -> MoEConfig:
     """From the config.json of a Switch model: the layer as it is in evaluation, with the capacity that each sequence
     has. ValueError for what we compute otherwise. Jitter and dropout are training's; ours have them elsewhere."""
-    theirs = TheirConfig(values)
+    theirs = HuggingFaceConfig(values)
     activation, capacity = theirs.take("dense_act_fn", default="relu"), theirs.take("expert_capacity", default=64)
     if activation not in ACTIVATIONS:
         raise theirs.refuse("dense_act_fn", f"of those here only {', '.join(ACTIVATIONS)} are in Switch's layers")
@@ -66,7 +66,7 @@ def from_switch(config: MoEConfig, state: Mapping[str, Tensor]) -> MoELayer:
             if name not in left:
                 raise ValueError(f"{name} is missing from the Switch layer")
         theirs = [left.pop(name) for name in pair.theirs]
-        ours |= dict(zip(pair.ours, pair.form.to_ours(theirs), strict=True))
+        ours |= dict(zip(pair.ours, pair.transform.to_ours(theirs), strict=True))
     if left:
         raise ValueError(f"{next(iter(left))} is left over in the Switch layer")
     for logical in logical_parameters(layer):
@@ -86,11 +86,11 @@ def to_switch(layer: MoELayer) -> dict[str, Tensor]:
         ours |= logical.whole(logical.parameter.detach())
     state: dict[str, Tensor] = {}
     for pair in _pairs(layer):
-        tensors = pair.form.to_theirs([ours[name] for name in pair.ours])
+        tensors = pair.transform.to_theirs([ours[name] for name in pair.ours])
         state |= {name: tensor.contiguous() for name, tensor in zip(pair.theirs, tensors, strict=True)}
     return state
 
 
-def _pairs(layer: MoELayer) -> list[Pair]:
+def _pairs(layer: MoELayer) -> list[TensorPair]:
     names = [name for logical in logical_parameters(layer) for name in logical.names]
-    return pairs_of(LINKS, names, layer.config.num_experts)
+    return match_tensors(TENSOR_MAP, names, layer.config.num_experts)

@@ -32,7 +32,7 @@ from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.nn.ffn import GATED
 from expert_parallel.nn.random import mix
 from expert_parallel.training.config import Config, read_config
-from expert_parallel.training.setup import demand_of
+from expert_parallel.training.setup import data_requirements
 
 Weights = Iterator[tuple[str, Tensor]]
 DENSE = re.compile(r"(blocks\.\d+)\.ffn\.(w_in|w_out)\.(weight|bias)")
@@ -128,7 +128,7 @@ class Upcycling:
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseSource:
     """A dense model, opened: the config of its run (of a Hugging Face folder: the one that import would write), its
     tensors by logical name, and what goes with it: a Hugging Face folder, a tokenizer's file."""
 
@@ -147,19 +147,19 @@ class Dense:
                 yield name.removeprefix("weights/"), checkpoint.read(name)
 
 
-def open_dense(path: Path, out: Path) -> Dense:
+def open_dense_source(path: Path, out: Path) -> DenseSource:
     """path: a Hugging Face folder, a run or a checkpoint. out: the folder of the run that is to be made."""
     if (path / CONFIG).is_file():
         source = HuggingFaceModel(path)
-        return Dense(imported_config(source, out), path, origin=path, tokenizer=path / TOKENIZER_FILE)
+        return DenseSource(imported_config(source, out), path, origin=path, tokenizer=path / TOKENIZER_FILE)
     tree = open_checkpoint(path).config
     tree = {**tree, "run": {**tree["run"], "folder": str(out)}}
-    return Dense(read_config(tree, str(path)), path, origin=find_origin(path), tokenizer=find_tokenizer(path))
+    return DenseSource(read_config(tree, str(path)), path, origin=find_origin(path), tokenizer=find_tokenizer(path))
 
 
 def upcycle(source: Path, out: Path, upcycling: Upcycling, shard_bytes: int) -> Path:
     """Writes a run folder whose checkpoint of step 0 is the mixture. ValueError where it cannot be had."""
-    dense = open_dense(source, out)
+    dense = open_dense_source(source, out)
     upcycling.refuse(dense.config.model)
     tree = {**dense.config.model_dump(mode="json"), "model": upcycling.model(dense.config.model)}
     return write_run(
@@ -178,8 +178,8 @@ SEQUENCES, LENGTH = 4, 64  # of random tokens
 def compare(dense_path: Path, mixture_path: Path) -> str:
     """A line for people: the cross entropy of both on the held-out text of the run's data; where it has no data, how
     far the logits are apart for random tokens."""
-    dense, mixture = open_dense(dense_path, mixture_path), open_dense(mixture_path, mixture_path)
-    models = [build_filled(part.config.model, part.weights()) for part in (dense, mixture)]
+    dense, mixture = open_dense_source(dense_path, mixture_path), open_dense_source(mixture_path, mixture_path)
+    models = [build_from_weights(part.config.model, part.weights()) for part in (dense, mixture)]
     if not has_data(dense):
         before, after = (model(random_tokens(model.config), StepContext(dropless=True)).logits for model in models)
         apart, largest = float((after - before).abs().max()), float(before.abs().max())
@@ -189,7 +189,7 @@ def compare(dense_path: Path, mixture_path: Path) -> str:
     return f"held-out text: cross entropy {before_loss:.6f} before, {after_loss:.6f} after, apart {apart:+.2g} nats"
 
 
-def has_data(dense: Dense) -> bool:
+def has_data(dense: DenseSource) -> bool:
     data = dense.config.data
     return not isinstance(data, TokensData) or bool(data.corpora)
 
@@ -199,7 +199,7 @@ def random_tokens(model: ModelConfig) -> Tensor:
 
 
 @torch.no_grad()
-def build_filled(config: ModelConfig, weights: Weights) -> Transformer:
+def build_from_weights(config: ModelConfig, weights: Weights) -> Transformer:
     """In float32, in evaluation mode. weights: by logical name."""
     tensors = dict(weights)
     model = build_model(config, dtype=torch.float32).eval()
@@ -211,9 +211,9 @@ def build_filled(config: ModelConfig, weights: Weights) -> Transformer:
     return model.requires_grad_(False)
 
 
-def held_out_loss(model: Transformer, dense: Dense) -> float:
+def held_out_loss(model: Transformer, dense: DenseSource) -> float:
     """Nats a token, without capacity limits."""
-    data = open_data(dense.config.data, demand_of(dense.config))
+    data = open_data(dense.config.data, data_requirements(dense.config))
     total, count = 0.0, 0
     for sequences in data.held_out.split(8):
         batch = held_out_batch(sequences, 1, 0, data.sampler.separator)

@@ -15,8 +15,8 @@ from pydantic import AliasChoices, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from expert_parallel.model.attention_mask import Sight
-from expert_parallel.model.rotary import RopeConfig, rotate
+from expert_parallel.model.attention_mask import AttentionContext
+from expert_parallel.model.rotary import RopeConfig, apply_rope
 from expert_parallel.nn.ffn import Linear, identity
 from expert_parallel.nn.norms import QK_NORMS, QKNormConfig
 from expert_parallel.settings import Settings
@@ -63,12 +63,12 @@ class HeadsConfig(Settings):
         return "head_size", self.head_size
 
     @property
-    def values_kept(self) -> int:
+    def activations_per_token(self) -> int:
         """Returns the numbers per token that the backward pass needs: queries, keys, values and the heads' outputs."""
         return (2 * self.num_heads + 2 * self.kv_heads) * self.head_size
 
     @property
-    def products_per_key(self) -> int:
+    def multiplications_per_key(self) -> int:
         """Returns the multiplications of a token with each key that it attends to and its value, over all heads."""
         return 2 * self.num_heads * self.head_size
 
@@ -85,7 +85,7 @@ class HeadsConfig(Settings):
         return count
 
 
-class Attend(Protocol):
+class AttentionFn(Protocol):
     """Computes attention of (B, H, S, h) queries over (B, G, L, h) keys and (B, G, L, v) values -> (B, H, S, v).
 
     mask: as returned by AttentionContext.mask; None: causal, the queries belong to the last S of the L tokens.
@@ -168,9 +168,9 @@ class Attention(nn.Module):
             self.key_norm = norm(config.kv_heads, self.head_size, eps)
         self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.sinks else None
         self.gather_sequence: Callable[[Tensor], Tensor] = identity
-        self.attend: Attend = causal_attention
+        self.attention_fn: AttentionFn = causal_attention
 
-    def forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
+    def forward(self, x_BTD: Tensor, attention_context: AttentionContext) -> Tensor:
         """Attends over the keys that the attention context makes visible to each query."""
         x_BSD = self.gather_sequence(x_BTD)
         query, key, value = self.query(x_BSD), self.key(x_BSD), self.value(x_BSD)  # (B, S, heads * h) each
@@ -178,11 +178,11 @@ class Attention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         query_BHSh, key_BGLh, value_BGLv = (self._split_heads(rows) for rows in (query, key, value))
         if self.rope is not None:
-            cos, sin = sight.rotation(self.rope, self.head_size, query.dtype)
-            query_BHSh, key_BGLh = rotate(query_BHSh, cos, sin), rotate(key_BGLh, cos, sin)
-        if sight.cache is not None:  # until here L = S; the cache adds the keys before
-            key_BGLh, value_BGLv = sight.cache.extend(self, key_BGLh, value_BGLv)
-        y_BHSv = self.attend(query_BHSh, key_BGLh, value_BGLv, sight.mask(self.window), self.sinks)
+            cos, sin = attention_context.rope_cos_sin(self.rope, self.head_size, query.dtype)
+            query_BHSh, key_BGLh = apply_rope(query_BHSh, cos, sin), apply_rope(key_BGLh, cos, sin)
+        if attention_context.cache is not None:  # until here L = S; the cache adds the keys before
+            key_BGLh, value_BGLv = attention_context.cache.extend(self, key_BGLh, value_BGLv)
+        y_BHSv = self.attention_fn(query_BHSh, key_BGLh, value_BGLv, attention_context.mask(self.window), self.sinks)
         return self.out(y_BHSv.transpose(1, 2).flatten(2))
 
     def _split_heads(self, rows: Tensor) -> Tensor:

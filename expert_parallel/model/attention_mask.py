@@ -9,13 +9,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from expert_parallel.model.kv_cache import KeyValueCache
-from expert_parallel.model.rotary import RopeConfig, rotation
-from expert_parallel.parallel.sequence import SequencePlace
+from expert_parallel.model.kv_cache import KVCache
+from expert_parallel.model.rotary import RopeConfig, rope_cos_sin
+from expert_parallel.parallel.sequence import SequenceShard
 
 
 @dataclass(eq=False)
-class Sight:
+class AttentionContext:
     """Provides attention masks and rotary tables to all blocks of one pass, and memoises them.
 
     index_BS: int64, the index of each token of this context parallel rank in its sequence, (B, S), or (1, S) if it is
@@ -29,21 +29,21 @@ class Sight:
     num_keys: int
     document_BS: Tensor | None = None
     key_document_BL: Tensor | None = None
-    cache: KeyValueCache | None = None
+    cache: KVCache | None = None
     # Computed on first use and shared by all blocks: masks by window, cos and sin by their arguments.
     masks: dict[int | None, Tensor] = field(default_factory=dict, init=False)
-    rotations: dict[tuple[RopeConfig, int, torch.dtype], tuple[Tensor, Tensor]] = field(
+    rope_tables: dict[tuple[RopeConfig, int, torch.dtype], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False
     )
 
     @classmethod
     def of(
         cls,
-        place: SequencePlace,
+        place: SequenceShard,
         length: int,
         device: torch.device,
         document_BL: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: KVCache | None = None,
     ) -> Self:
         """Builds the context of one pass.
 
@@ -55,7 +55,7 @@ class Sight:
             assert document_BL is None, "documents are for training"
             assert place.cp == 1, "a cache holds whole sequences"
             index_BS = cache.length_B[:, None] + index_1S
-            return cls(index_BS, index_BS, cache.num_places, cache=cache)
+            return cls(index_BS, index_BS, cache.num_slots, cache=cache)
         if document_BL is None:
             return cls(index_1S, index_1S, length)
         index_L = torch.arange(length, device=device)
@@ -86,9 +86,9 @@ class Sight:
             self.masks[window] = visible_BSL[:, None]
         return self.masks[window]
 
-    def rotation(self, rope: RopeConfig, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rope_cos_sin(self, rope: RopeConfig, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Returns cos and sin of the rotary angles of these tokens, (B or 1, 1, S, size / 2) each, in `dtype`."""
         key = (rope, size, dtype)
-        if key not in self.rotations:
-            self.rotations[key] = rotation(rope, size, self.position_BS, dtype)
-        return self.rotations[key]
+        if key not in self.rope_tables:
+            self.rope_tables[key] = rope_cos_sin(rope, size, self.position_BS, dtype)
+        return self.rope_tables[key]

@@ -186,7 +186,7 @@ class ModelConfig(Settings):
         looked_up = 0 if self.tied_embeddings else self.vocab_size * self.d_model
         if isinstance(self.position, LearnedPositionConfig):
             looked_up += self.position.max_length * self.d_model
-        attention = self.num_layers * sequence_length * self.attention.products_per_key
+        attention = self.num_layers * sequence_length * self.attention.multiplications_per_key
         return 6 * (self.num_active_params() - looked_up) + 3 * attention  # 3 = 6 / 2: half of the sequence
 
     def parameter_counts(

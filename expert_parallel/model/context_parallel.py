@@ -11,14 +11,14 @@ from torch import Tensor
 from expert_parallel.model.attention import Attention, causal_attention
 from expert_parallel.model.latent_attention import LatentAttention
 from expert_parallel.model.tensor_parallel import GatherTokens
-from expert_parallel.parallel.sequence import SequencePlace
+from expert_parallel.parallel.sequence import SequenceShard
 
 
 class ContextParallelAttention:
     """Replaces `causal_attention`. Shapes are those of `AttentionFn`, of the positions of `place` alone: S = L / cp for
     queries, and keys and values of S tokens, too. mask: over the keys of whole sequences, (B or 1, 1, S, L)."""
 
-    def __init__(self, place: SequencePlace, group: dist.ProcessGroup) -> None:
+    def __init__(self, place: SequenceShard, group: dist.ProcessGroup) -> None:
         self.place, self.group = place, group
 
     def __call__(
@@ -32,7 +32,7 @@ class ContextParallelAttention:
         """Gathers keys and values in one all-gather, then attends."""
         sizes = [key_BGLh.shape[-1], value_BGLv.shape[-1]]
         key_BGLh, value_BGLv = self.gather(torch.cat([key_BGLh, value_BGLv], -1)).split(sizes, -1)
-        return self.over_rows(query_BHSh, key_BGLh, value_BGLv, mask, sinks_H)
+        return self.attend_to_gathered(query_BHSh, key_BGLh, value_BGLv, mask, sinks_H)
 
     def gather(self, x: Tensor) -> Tensor:
         """Gathers (..., L / cp, h) at the positions of `place` to (..., L, h) of whole sequences, in sequence order.
@@ -42,7 +42,7 @@ class ContextParallelAttention:
         gathered = GatherTokens.apply(x, self.group)
         return gathered.index_select(-2, self.place.all_contexts(gathered.shape[-2]).argsort().to(x.device))
 
-    def over_rows(
+    def attend_to_gathered(
         self,
         query_BHSh: Tensor,
         key_BGLh: Tensor,
@@ -65,7 +65,9 @@ class ContextParallelAttention:
         return torch.cat(outputs, -2)
 
 
-def spread_attention(attention: Attention | LatentAttention, place: SequencePlace, group: dist.ProcessGroup) -> None:
+def apply_cp_to_attention(
+    attention: Attention | LatentAttention, place: SequenceShard, group: dist.ProcessGroup
+) -> None:
     """Applies context parallelism to an attention module over `group`.
 
     Heads attention gathers keys and values. Latent attention gathers its latents, which are smaller, and every rank
@@ -73,6 +75,6 @@ def spread_attention(attention: Attention | LatentAttention, place: SequencePlac
     """
     parallel = ContextParallelAttention(place, group)
     if isinstance(attention, LatentAttention):
-        attention.gather_keys, attention.attend = parallel.gather, parallel.over_rows
+        attention.gather_keys, attention.attention_fn = parallel.gather, parallel.attend_to_gathered
     else:
-        attention.attend = parallel
+        attention.attention_fn = parallel

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
-from expert_parallel.model.kv_cache import KeyValueCache
+from expert_parallel.model.kv_cache import KVCache
 from expert_parallel.model.tensor_parallel import gather_logits
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.context import StepContext
@@ -18,7 +18,7 @@ from expert_parallel.moe.routers.across_tokens import ExpertChoiceConfig
 from expert_parallel.nn import random
 from expert_parallel.parallel.collectives import all_reduce_sum, group_rank
 from expert_parallel.parallel.mesh import ParallelMesh
-from expert_parallel.parallel.sequence import SequencePlace, length_unit
+from expert_parallel.parallel.sequence import SequenceShard, sequence_length_multiple
 from expert_parallel.settings import Settings
 
 
@@ -43,7 +43,7 @@ def generate(
     window: int,
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     seed: int = 0,
-    num_words: int | None = None,
+    tokenizer_vocab_size: int | None = None,
     end_id: int | None = None,
     mesh: ParallelMesh | None = None,
     use_cache: bool = True,
@@ -63,17 +63,17 @@ def generate(
     model.eval()
     dp, dp_rank = (1, 0) if mesh is None else (mesh.degrees.dp, mesh.dp_rank)
     mine = [int(number) for number in torch.arange(len(prompts)).tensor_split(dp)[dp_rank]]
-    texts = [_Text(list(prompt)) for prompt in prompts]
+    texts = [_Sequence(list(prompt)) for prompt in prompts]
     longest = min(window, max(map(len, prompts)) + num_tokens)
     decoder = _Decoder(model, mesh, mine, longest, use_cache, seed)
     for step in range(num_tokens):
         for text in texts:
-            text.make_room(window)
+            text.drop_oldest(window)
         logits = decoder.logits([texts[number] for number in mine], step)
         # Each sequence's token is known to one rank; the others add 0.
         choice_B = torch.zeros(len(texts), dtype=torch.int64)
         for number, logits_V in logits.items():
-            choice_B[number] = draw(logits_V[:num_words], sampling, seed, (number << 32) + step)
+            choice_B[number] = draw(logits_V[:tokenizer_vocab_size], sampling, seed, (number << 32) + step)
         choice_B = all_reduce_sum(choice_B.to(decoder.device), dist.group.WORLD if mesh else None)
         choices = choice_B.tolist()  # device synchronisation: the next pass needs the tokens
         if min(choices) < 0:
@@ -97,7 +97,7 @@ def _refuse(model: LanguageModel, prompts: list[list[int]], window: int) -> None
         raise ValueError(f"the window ({window}) must be 2 tokens or more: the older half is dropped when it is full")
 
 
-class _Text:
+class _Sequence:
     """Holds a growing sequence. The model is given tokens[start:]; the first `cached` of these are in the KV cache."""
 
     def __init__(self, tokens: list[int]) -> None:
@@ -106,7 +106,7 @@ class _Text:
         self.cached = 0
         self.is_finished = False
 
-    def make_room(self, window: int) -> None:
+    def drop_oldest(self, window: int) -> None:
         """Drops the older half of the tokens if there are more than `window`; the cache then starts anew."""
         if len(self.tokens) - self.start > window:
             self.start, self.cached = len(self.tokens) - max(1, window // 2), 0
@@ -139,21 +139,21 @@ class _Decoder:
         self.model = model
         self.mine = mine
         self.seed = seed
-        self.place, self.tp_group = SequencePlace.of(mesh), None if mesh is None else mesh.tp_group
+        self.place, self.tp_group = SequenceShard.of(mesh), None if mesh is None else mesh.tp_group
         self.device = next(model.parameters()).device
         moe = model.config.moe
         looks_across = moe is not None and isinstance(moe.router, ExpertChoiceConfig)
         use_cache = use_cache and self.place.cp == 1 and not looks_across
-        self.cache = KeyValueCache(len(mine), longest, self.device) if use_cache else None
+        self.cache = KVCache(len(mine), longest, self.device) if use_cache else None
 
-    def logits(self, texts: list[_Text], step: int) -> dict[int, Tensor]:
+    def logits(self, texts: list[_Sequence], step: int) -> dict[int, Tensor]:
         """Runs a pass; returns the logits after each sequence's last token, (V), on the CPU, by sequence number.
 
         Only sequences whose last position this rank holds are returned. texts: the sequences `mine`. A collective:
         every rank must call it.
         """
         fed = [text.fed for text in texts]
-        unit = length_unit(self.place.cp, self.place.tp)
+        unit = sequence_length_multiple(self.place.cp, self.place.tp)
         longest = max([len(tokens) for tokens in fed], default=0)
         length = max(1, -(-longest // unit)) * unit
         padded = [row + [0] * (length - len(row)) for row in fed]

@@ -11,9 +11,9 @@ import torch
 from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
-from expert_parallel.model.attention import Attend, causal_attention
-from expert_parallel.model.attention_mask import Sight
-from expert_parallel.model.rotary import RopeConfig, YarnScaling, rotate, yarn_scale
+from expert_parallel.model.attention import AttentionFn, causal_attention
+from expert_parallel.model.attention_mask import AttentionContext
+from expert_parallel.model.rotary import RopeConfig, YarnScaling, apply_rope, yarn_mscale
 from expert_parallel.nn.ffn import Linear, identity
 from expert_parallel.nn.norms import RMSNorm
 from expert_parallel.settings import Settings
@@ -57,12 +57,12 @@ class LatentAttentionConfig(Settings):
         return "rope_size", self.rope_size
 
     @property
-    def values_kept(self) -> int:
+    def activations_per_token(self) -> int:
         """Returns the numbers per token that the backward pass needs: queries, keys, values and the heads' outputs."""
         return self.num_heads * 2 * (self.key_size + self.value_size)
 
     @property
-    def products_per_key(self) -> int:
+    def multiplications_per_key(self) -> int:
         """Returns the multiplications of a token with each key that it attends to and its value, over all heads."""
         return self.num_heads * (self.key_size + self.value_size)
 
@@ -85,7 +85,7 @@ class LatentAttention(nn.Module):
         [c' | k_rope] = W_kv_down x, c = norm(c')         [k | v] = W_kv_up c     each head; k_rope: shared by all heads
         y = W_out softmax(scale [q | R q_rope] [k | R k_rope]^T) v
 
-    R rotates in the half-split form. scale is key_size^-0.5, with YaRN times yarn_scale(factor, mscale_all_dim)^2.
+    R rotates in the half-split form. scale is key_size^-0.5, with YaRN times yarn_mscale(factor, mscale_all_dim)^2.
 
     gather_sequence: with tensor parallelism, gathers the latents of T tokens to those of S. gather_keys: with context
     parallelism, gathers the latents of S tokens to those of whole sequences, L. `attention_fn`: see `AttentionFn`.
@@ -95,9 +95,9 @@ class LatentAttention(nn.Module):
         super().__init__()
         assert rope is not None, "ModelConfig refuses other positions"
         self.config, self.rope = config, rope
-        self.sharpness = 1.0  # multiplies queries, as scaled_dot_product_attention scales by key_size^-0.5 alone
+        self.query_scale = 1.0  # multiplies queries, as scaled_dot_product_attention scales by key_size^-0.5 alone
         if isinstance(rope.scaling, YarnScaling):
-            self.sharpness = yarn_scale(rope.scaling.factor, rope.scaling.mscale_all_dim or 0.0) ** 2
+            self.query_scale = yarn_mscale(rope.scaling.factor, rope.scaling.mscale_all_dim or 0.0) ** 2
         query_columns = config.num_heads * config.key_size
         if config.query_rank is None:
             self.query = Linear(d_model, query_columns, bias=False)
@@ -111,9 +111,9 @@ class LatentAttention(nn.Module):
         self.out = Linear(config.num_heads * config.value_size, d_model, bias=False)
         self.gather_sequence: Callable[[Tensor], Tensor] = identity
         self.gather_keys: Callable[[Tensor], Tensor] = identity
-        self.attend: Attend = causal_attention
+        self.attention_fn: AttentionFn = causal_attention
 
-    def forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
+    def forward(self, x_BTD: Tensor, attention_context: AttentionContext) -> Tensor:
         """Attends over the keys that the attention context makes visible to each query."""
         config = self.config
         has_query_latent = config.query_rank is not None
@@ -123,19 +123,19 @@ class LatentAttention(nn.Module):
         sizes = [x.shape[-1] for x in rows]
         query_BSq, latent_BSr, rope_BSh = self.gather_sequence(torch.cat(rows, -1)).split(sizes, -1)  # one all-gather
 
-        cos, sin = sight.rotation(self.rope, config.rope_size, x_BTD.dtype)
+        cos, sin = attention_context.rope_cos_sin(self.rope, config.rope_size, x_BTD.dtype)
         query_up = self.query_up if has_query_latent else self.query
-        query, query_rope = _heads(query_up(query_BSq * self.sharpness), config.nope_size, config.rope_size)
-        query_BHSh = torch.cat([query, rotate(query_rope, cos, sin)], -1)
+        query, query_rope = _heads(query_up(query_BSq * self.query_scale), config.nope_size, config.rope_size)
+        query_BHSh = torch.cat([query, apply_rope(query_rope, cos, sin)], -1)
 
-        latent_B1Sr, rope_B1Sh = latent_BSr[:, None], rotate(rope_BSh[:, None], cos, sin)
-        if sight.cache is not None:
-            latent_B1Sr, rope_B1Sh = sight.cache.extend(self, latent_B1Sr, rope_B1Sh)
+        latent_B1Sr, rope_B1Sh = latent_BSr[:, None], apply_rope(rope_BSh[:, None], cos, sin)
+        if attention_context.cache is not None:
+            latent_B1Sr, rope_B1Sh = attention_context.cache.extend(self, latent_B1Sr, rope_B1Sh)
         keys_B1L = self.gather_keys(torch.cat([latent_B1Sr, rope_B1Sh], -1))
         latent_B1Lr, rope_B1Lh = keys_B1L.split([config.kv_rank, config.rope_size], -1)
         key, value_BHLv = _heads(self.kv_up(latent_B1Lr[:, 0]), config.nope_size, config.value_size)
         key_BHLh = torch.cat([key, rope_B1Lh.expand(-1, key.shape[1], -1, -1)], -1)
-        y_BHSv = self.attend(query_BHSh, key_BHLh, value_BHLv, sight.mask())
+        y_BHSv = self.attention_fn(query_BHSh, key_BHLh, value_BHLv, attention_context.mask())
         return self.out(y_BHSv.transpose(1, 2).flatten(2))
 
 

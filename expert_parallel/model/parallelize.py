@@ -9,16 +9,16 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from expert_parallel.model.context_parallel import spread_attention
+from expert_parallel.model.context_parallel import apply_cp_to_attention
 from expert_parallel.model.latent_attention import LatentAttention
 from expert_parallel.model.tensor_parallel import (
     GatherTokens,
     VocabularyParallelEmbedding,
-    divide_attention,
-    divide_ffn,
-    divide_latent_attention,
+    apply_tp_to_attention,
+    apply_tp_to_ffn,
+    apply_tp_to_latent_attention,
 )
-from expert_parallel.model.transformer import ModelConfig, Part, Recompute, Transformer
+from expert_parallel.model.transformer import ModelConfig, Recompute, StageSpec, Transformer
 from expert_parallel.moe.parameters import init_parameters
 from expert_parallel.moe.routers.base import TopKRouter
 from expert_parallel.nn.norms import RMSNorm
@@ -35,7 +35,7 @@ def build_model(
     device: torch.device | None = None,
     recompute: Recompute = "none",
     seed: int | None = 0,
-    part: Part | None = None,
+    stage_spec: StageSpec | None = None,
     model_class: type[Transformer] = Transformer,
 ) -> Transformer:
     """Builds a model whose initial weights depend on `seed` alone, not on the layout.
@@ -46,13 +46,13 @@ def build_model(
     stage; default: the whole model. No rank ever allocates more than its own shard of the weights.
     """
     with torch.device("meta"):  # so that whole parameters are never allocated before they are sharded
-        model = model_class(config, dtype, mesh, recompute, part)
+        model = model_class(config, dtype, mesh, recompute, stage_spec)
         if mesh is not None:
-            divide_model(model, mesh)
+            apply_tp_and_cp(model, mesh)
         model.to(torch.promote_types(torch.float32, dtype))
     if sharding is not None:
         assert mesh is not None
-        shard(model, mesh, sharding)
+        apply_fsdp(model, mesh, sharding)
     device = device or torch.device("cpu")
     if device.type != "meta":
         model.to_empty(device=device)
@@ -61,26 +61,26 @@ def build_model(
     return model
 
 
-def divide_model(model: Transformer, mesh: ParallelMesh) -> None:
+def apply_tp_and_cp(model: Transformer, mesh: ParallelMesh) -> None:
     """Applies tensor, sequence and context parallelism to the blocks, the embedding and the logits."""
     tp_group, cp_group = mesh.tp_group, mesh.cp_group
     for _, block in model.local_blocks():
         if cp_group is not None:
-            spread_attention(block.attention, model.place, cp_group)
+            apply_cp_to_attention(block.attention, model.place, cp_group)
         if tp_group is not None:
             if isinstance(block.attention, LatentAttention):
-                divide_latent_attention(block.attention, tp_group)
+                apply_tp_to_latent_attention(block.attention, tp_group)
             else:
-                divide_attention(block.attention, tp_group, kv_copies(model.config, mesh.degrees))
+                apply_tp_to_attention(block.attention, tp_group, kv_copies(model.config, mesh.degrees))
             for ffn in (block.ffn, block.moe.shared_experts if block.moe is not None else None):
                 if ffn is not None:
-                    divide_ffn(ffn, tp_group)
+                    apply_tp_to_ffn(ffn, tp_group)
     if tp_group is not None:
         for name in ("embedding", "unembedding"):
             table = getattr(model, name)
             if table is not None:
                 setattr(model, name, VocabularyParallelEmbedding(table, tp_group, model.compute_dtype))
-        model.before_logits = partial(_gather_for_logits, group=tp_group)
+        model.gather_for_logits = partial(_gather_for_logits, group=tp_group)
 
 
 def _gather_for_logits(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
@@ -94,13 +94,13 @@ def kv_copies(config: ModelConfig, degrees: ParallelDegrees) -> int:
     return max(1, degrees.tp // config.attention.kv_heads)
 
 
-def split_model(config: ModelConfig, num_stages: int) -> list[Part]:
+def split_into_stages(config: ModelConfig, num_stages: int) -> list[StageSpec]:
     """Splits the blocks into stages of equal size, in order; if they do not divide evenly, the first have one more."""
     blocks = torch.arange(config.num_layers).tensor_split(num_stages)
-    return [Part(range(int(b[0]), int(b[-1]) + 1), number, num_stages) for number, b in enumerate(blocks)]
+    return [StageSpec(range(int(b[0]), int(b[-1]) + 1), number, num_stages) for number, b in enumerate(blocks)]
 
 
-def refuse_degrees(config: ModelConfig, degrees: ParallelDegrees, stages_per_rank: int) -> None:
+def validate_degrees(config: ModelConfig, degrees: ParallelDegrees, stages_per_rank: int) -> None:
     """Raises ValueError if the model's sizes do not divide over the ranks, with both numbers."""
     attention, moe = config.attention, config.moe
     tp, etp = degrees.tp, degrees.etp
@@ -132,7 +132,7 @@ def refuse_degrees(config: ModelConfig, degrees: ParallelDegrees, stages_per_ran
         )
 
 
-def shard(model: Transformer, mesh: ParallelMesh, config: ShardedConfig) -> None:
+def apply_fsdp(model: Transformer, mesh: ParallelMesh, config: ShardedConfig) -> None:
     """Applies FSDP2, innermost modules first: to the experts of each MoE layer over expert_mesh, to the rest over
     dense_mesh.
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterleaved1F1B
 
-from expert_parallel.model.kv_cache import KeyValueCache
-from expert_parallel.model.parallelize import build_model, split_model
+from expert_parallel.model.kv_cache import KVCache
+from expert_parallel.model.parallelize import build_model, split_into_stages
 from expert_parallel.model.transformer import (
     Block,
     LanguageModel,
@@ -33,13 +33,13 @@ from expert_parallel.moe.types import LoadStats
 from expert_parallel.parallel.collectives import all_reduce_sum, group_rank, group_size
 from expert_parallel.parallel.degrees import InterleavedConfig, OneForwardOneBackwardConfig
 from expert_parallel.parallel.mesh import ParallelMesh
-from expert_parallel.parallel.sequence import SequencePlace
+from expert_parallel.parallel.sequence import SequenceShard
 
 PipelineConfig = OneForwardOneBackwardConfig | InterleavedConfig
 SCHEDULES = {"1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
 
 
-class Passes:
+class PipelineStep:
     """Holds the inputs of all micro-steps of one step, and collects statistics from the stages of this rank.
 
     tokens: (B, S) per micro-step, int64, all of one shape. cross_entropy: a function of (last stage, its output, number
@@ -54,7 +54,7 @@ class Passes:
         tokens: Sequence[Tensor],
         contexts: Sequence[StepContext],
         cross_entropy: Callable[["Stage", ModelOutput, int], Tensor] | None = None,
-        cache: KeyValueCache | None = None,
+        cache: KVCache | None = None,
     ) -> None:
         self.tokens = tokens
         self.contexts = contexts
@@ -78,7 +78,7 @@ class Stage(Transformer):
     """Adapts a pipeline stage of a Transformer to the calls of torch.distributed.pipelining."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor | None = None, balance: Tensor | None = None, *, micro_step: Tensor, passes: Passes
+        self, x: Tensor | None = None, balance: Tensor | None = None, *, micro_step: Tensor, pipeline_step: PipelineStep
     ) -> Any:
         """Runs one micro-step. Returns (x, balance) for the next stage; on the last stage the loss, a scalar.
 
@@ -87,20 +87,20 @@ class Stage(Transformer):
         ModelOutput.
         """
         number = int(micro_step)  # on the CPU: no device synchronisation
-        output = super().forward(passes.tokens[number], passes.contexts[number], x, passes.cache)
-        passes.stats[number] |= output.stats
-        passes.pooled[number] |= {
+        output = super().forward(pipeline_step.tokens[number], pipeline_step.contexts[number], x, pipeline_step.cache)
+        pipeline_step.stats[number] |= output.stats
+        pipeline_step.pooled[number] |= {
             layer: {name: (f_bE.detach(), p_bE.detach()) for name, (f_bE, p_bE) in terms.items()}
             for layer, terms in output.pooled.items()
         }
-        if passes.cross_entropy is None:
+        if pipeline_step.cross_entropy is None:
             return output
-        own_balance = self._balance_of(output, passes.num_blocks)
+        own_balance = self._balance_of(output, pipeline_step.num_blocks)
         balance = own_balance if balance is None else balance + own_balance
-        if not self.part.is_last:
+        if not self.stage_spec.is_last:
             return output.logits, balance
-        balance_loss = self._whole_balance(balance, passes.num_blocks)
-        return passes.cross_entropy(self, output, number) + balance_loss / len(passes.tokens)
+        balance_loss = self._whole_balance(balance, pipeline_step.num_blocks)
+        return pipeline_step.cross_entropy(self, output, number) + balance_loss / len(pipeline_step.tokens)
 
     def _balance_of(self, output: ModelOutput, num_blocks: int) -> Tensor:
         """Returns this stage's summand of `balance`, (N): first the sum of the losses of its layers, then f and P of
@@ -148,7 +148,7 @@ class Pipeline(LanguageModel, nn.ModuleList):
         assert mesh.pp_group is not None
         self.group = mesh.pp_group
         self.kind = config.kind
-        self.place = SequencePlace.of(mesh)
+        self.place = SequenceShard.of(mesh)
         self.config = stages[0].config
         self.schedules: dict[tuple[int, ...], Any] = {}  # by the shapes that stages exchange, see _schedule
 
@@ -157,46 +157,48 @@ class Pipeline(LanguageModel, nn.ModuleList):
 
     @property
     def has_logits(self) -> bool:
-        return any(stage.part.is_last for stage in self)
+        return any(stage.stage_spec.is_last for stage in self)
 
     def local_blocks(self) -> Iterator[tuple[int, Block]]:
         return chain.from_iterable(stage.local_blocks() for stage in self)
 
-    def forward_backward(self, passes: Passes) -> None:
+    def forward_backward(self, pipeline_step: PipelineStep) -> None:
         """Runs the forward and backward passes of all micro-steps of a step; gradients accumulate in `.grad`."""
-        num_sequences, length = passes.tokens[0].shape
-        size = balance_size(self.config, passes.num_blocks)
-        schedule = self._schedule(len(passes.tokens), num_sequences, length, size)
-        numbers = torch.arange(len(passes.tokens))
+        num_sequences, length = pipeline_step.tokens[0].shape
+        size = balance_size(self.config, pipeline_step.num_blocks)
+        schedule = self._schedule(len(pipeline_step.tokens), num_sequences, length, size)
+        numbers = torch.arange(len(pipeline_step.tokens))
         try:
-            schedule.step(target=numbers, losses=[], return_outputs=False, micro_step=numbers, passes=passes)
+            schedule.step(
+                target=numbers, losses=[], return_outputs=False, micro_step=numbers, pipeline_step=pipeline_step
+            )
         except RuntimeError as error:
             if error.__cause__ is not None:  # pipelining wraps exceptions of a stage in a RuntimeError
                 raise error.__cause__ from None
             raise
-        self._pool_stats(passes)
+        self._pool_stats(pipeline_step)
 
-    def forward(self, tokens_BS: Tensor, context: StepContext, cache: KeyValueCache | None = None) -> ModelOutput:
+    def forward(self, tokens_BS: Tensor, context: StepContext, cache: KVCache | None = None) -> ModelOutput:
         """Runs the forward pass alone, stage after stage, without gradients.
 
         Returns the logits on the rank of the last stage, and the output (B, S, D) of its own last stage on others.
         """
-        passes = Passes([tokens_BS], [context], cache=cache)
+        pipeline_step = PipelineStep([tokens_BS], [context], cache=cache)
         num_ranks, rank = group_size(self.group), group_rank(self.group)
         length = len(self.place.own(tokens_BS.shape[1]))
         x = None
         for stage in self:
-            if not stage.part.is_first:
+            if not stage.stage_spec.is_first:
                 shape = (len(tokens_BS), length, self.config.d_model)
                 x = torch.empty(shape, dtype=stage.compute_dtype, device=tokens_BS.device)
                 _exchange(dist.recv, x, self.group, (rank - 1) % num_ranks)
-            output: ModelOutput = stage(x, micro_step=torch.tensor(0), passes=passes)
+            output: ModelOutput = stage(x, micro_step=torch.tensor(0), pipeline_step=pipeline_step)
             x = output.logits
-            if not stage.part.is_last:
+            if not stage.stage_spec.is_last:
                 _exchange(dist.send, x, self.group, (rank + 1) % num_ranks)
         assert x is not None
-        self._pool_stats(passes)
-        return ModelOutput(x, {}, passes.stats[0], {})
+        self._pool_stats(pipeline_step)
+        return ModelOutput(x, {}, pipeline_step.stats[0], {})
 
     def _schedule(self, num_micro_steps: int, num_sequences: int, length: int, balance_size: int) -> Any:
         """Returns the schedule for steps of these sizes, built once: every stage allocates receive buffers for them."""
@@ -222,24 +224,24 @@ class Pipeline(LanguageModel, nn.ModuleList):
         loss = torch.empty((), dtype=balance_dtype, device="meta", requires_grad=True)
         return PipelineStage(
             stage,
-            stage.part.number,
-            stage.part.num_stages,
+            stage.stage_spec.number,
+            stage.stage_spec.num_stages,
             next(stage.parameters()).device,
-            input_args=() if stage.part.is_first else travels,
-            output_args=loss if stage.part.is_last else travels,
+            input_args=() if stage.stage_spec.is_first else travels,
+            output_args=loss if stage.stage_spec.is_last else travels,
             group=self.group,
         )
 
     @torch.no_grad()
-    def _pool_stats(self, passes: Passes) -> None:
+    def _pool_stats(self, pipeline_step: PipelineStep) -> None:
         """Adds each layer's share of the losses that are pooled over layers to its statistics.
 
         f is all-reduced over the stages in float64. A collective over the pipeline, without gradients.
         """
         num_layers = len(self.config.moe_layers)
-        for stats, pooled in zip(passes.stats, passes.pooled, strict=True):
-            for name, (blocks, experts) in pooled_shapes(self.config, passes.num_blocks).items():
-                device = passes.tokens[0].device
+        for stats, pooled in zip(pipeline_step.stats, pipeline_step.pooled, strict=True):
+            for name, (blocks, experts) in pooled_shapes(self.config, pipeline_step.num_blocks).items():
+                device = pipeline_step.tokens[0].device
                 own = [terms[name][0].double() for terms in pooled.values()]
                 fraction = sum(own, torch.zeros(blocks, experts, dtype=torch.float64, device=device))
                 fraction = all_reduce_sum(fraction, self.group)
@@ -257,12 +259,12 @@ def _exchange(send_or_recv: Callable[..., Any], x: Tensor, group: dist.ProcessGr
 def build_pipeline(config: ModelConfig, mesh: ParallelMesh, *, pipeline: PipelineConfig, **settings: Any) -> Pipeline:
     """Builds this rank's stages: every pp-th one, from its own pipeline rank on. settings: passed to build_model."""
     per_rank = pipeline.stages_per_rank if isinstance(pipeline, InterleavedConfig) else 1
-    specs = split_model(config, mesh.degrees.pp * per_rank)[mesh.pp_rank :: mesh.degrees.pp]
-    stages = [build_model(config, mesh, part=spec, model_class=Stage, **settings) for spec in specs]
+    specs = split_into_stages(config, mesh.degrees.pp * per_rank)[mesh.pp_rank :: mesh.degrees.pp]
+    stages = [build_model(config, mesh, stage_spec=spec, model_class=Stage, **settings) for spec in specs]
     return Pipeline(stages, mesh, pipeline)
 
 
-def refuse_schedule(config: PipelineConfig, pp: int, num_micro_steps: int) -> None:
+def validate_schedule(config: PipelineConfig, pp: int, num_micro_steps: int) -> None:
     """Raises ValueError if the schedule cannot run this many micro-steps."""
     if isinstance(config, OneForwardOneBackwardConfig) and num_micro_steps < pp:
         raise ValueError(

@@ -146,11 +146,11 @@ def _attention_factor(scaling: YarnScaling) -> float:
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     if scaling.mscale and scaling.mscale_all_dim:
-        return yarn_scale(scaling.factor, scaling.mscale) / yarn_scale(scaling.factor, scaling.mscale_all_dim)
-    return yarn_scale(scaling.factor)
+        return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+    return yarn_mscale(scaling.factor)
 
 
-def yarn_scale(factor: float, multiplier: float = 1.0) -> float:
+def yarn_mscale(factor: float, multiplier: float = 1.0) -> float:
     """Returns YaRN's factor for a context that is `factor` times as long: 0.1 multiplier ln(factor) + 1 (eq. 22)."""
     return 0.1 * multiplier * math.log(factor) + 1.0
 
@@ -164,7 +164,7 @@ SCALINGS: dict[str, Callable[[Any, float, Tensor], tuple[Tensor, float]]] = {
 }
 
 
-def rotation(config: RopeConfig, size: int, position_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_cos_sin(config: RopeConfig, size: int, position_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Returns cos and sin of the angles of each position, (B or 1, 1, S, size / 2) each, times the attention factor.
 
     position_BS: int64, (B or 1, S). dtype: of the result.
@@ -176,10 +176,10 @@ def rotation(config: RopeConfig, size: int, position_BS: Tensor, dtype: torch.dt
     return (angle_B1Sh.cos() * factor).to(dtype), (angle_B1Sh.sin() * factor).to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pair (x_i, x_{i + h/2}) of each position by its i-th angle. x: (B, heads, S, h).
 
-    cos, sin: as returned by `rotation`. Source: Su et al. 2021, in the half-split form of GPT-NeoX and Llama.
+    cos, sin: as returned by `rope_cos_sin`. Source: Su et al. 2021, in the half-split form of GPT-NeoX and Llama.
     """
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -27,7 +27,7 @@ from expert_parallel.parallel.collectives import (
     group_size,
     reduce_scatter_single,
 )
-from expert_parallel.parallel.sharding import divide
+from expert_parallel.parallel.sharding import shard_parameter
 
 
 class GatherTokens(torch.autograd.Function):
@@ -94,7 +94,7 @@ class RowParallelLinear(Linear):
     def __init__(self, whole: nn.Linear, group: dist.ProcessGroup) -> None:
         super().__init__(whole.in_features, whole.out_features, bias=whole.bias is not None, device="meta")
         self.group = group
-        divide(self, "weight", -1, group)
+        shard_parameter(self, "weight", -1, group)
 
     def forward(self, x: Tensor) -> Tensor:
         partial = F.linear(x, self.weight.to(x.dtype))
@@ -102,7 +102,7 @@ class RowParallelLinear(Linear):
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
-class DividedNorm(RMSNorm):
+class TensorParallelRMSNorm(RMSNorm):
     """Computes the RMS norm of rows whose columns are split over the ranks; the mean square is over all columns.
 
     copies: the number of consecutive ranks that hold the same columns (key heads that several ranks share).
@@ -113,7 +113,7 @@ class DividedNorm(RMSNorm):
         self.width = len(whole.weight)
         self.group = group
         self.copies = copies
-        divide(self, "weight", -1, group, copies=copies)
+        shard_parameter(self, "weight", -1, group, copies=copies)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes x (..., local columns) in float32 or wider, and returns it in the dtype of x."""
@@ -133,17 +133,17 @@ class VocabularyParallelEmbedding(nn.Embedding):
     def __init__(self, whole: nn.Embedding, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
         super().__init__(whole.num_embeddings, whole.embedding_dim, device="meta")
         self.group, self.dtype = group, dtype
-        divide(self, "weight", -2, group)
+        shard_parameter(self, "weight", -2, group)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
-        local_BS = tokens_BS - first_word(self.num_embeddings, self.group)
+        local_BS = tokens_BS - vocab_start_index(self.num_embeddings, self.group)
         is_here_BS = (local_BS >= 0) & (local_BS < len(self.weight))
         x_BSD = F.embedding(local_BS.clamp(0, len(self.weight) - 1), self.weight).to(self.dtype)
         x_BSD = x_BSD * is_here_BS[..., None]
         return ReduceScatterTokens.apply(x_BSD, self.group)
 
 
-def first_word(vocab_size: int, group: dist.ProcessGroup | None) -> int:
+def vocab_start_index(vocab_size: int, group: dist.ProcessGroup | None) -> int:
     """Returns the first token id of this rank's vocabulary shard; shards are those of `torch.tensor_split`."""
     small, larger = divmod(vocab_size, group_size(group))
     return group_rank(group) * small + min(group_rank(group), larger)
@@ -160,7 +160,7 @@ class _CrossEntropy(torch.autograd.Function):
         largest_T = logits_TV.amax(1)  # subtracted, so that exp does not overflow
         dist.all_reduce(largest_T, op=dist.ReduceOp.MAX, group=group)
         shifted_TV = logits_TV - largest_T[:, None]
-        local_T = targets_T - first_word(vocab_size, group)
+        local_T = targets_T - vocab_start_index(vocab_size, group)
         is_here_T = (local_T >= 0) & (local_T < logits_TV.shape[1])
         local_T = local_T.clamp(0, logits_TV.shape[1] - 1)
         target_T = shifted_TV.gather(1, local_T[:, None]).squeeze(1) * is_here_T
@@ -205,48 +205,48 @@ def gather_logits(logits_BSV: Tensor, group: dist.ProcessGroup | None, vocab_siz
 # ------------------------------------------------------------------------------- applying it to the modules of a model
 
 
-def divide_attention(attention: Attention, group: dist.ProcessGroup, kv_copies: int) -> None:
+def apply_tp_to_attention(attention: Attention, group: dist.ProcessGroup, kv_copies: int) -> None:
     """Splits the heads of an attention module over `group`. kv_copies: the number of consecutive ranks that hold the
     same key and value heads."""
-    _divide_linear(attention.query, group)
-    _divide_linear(attention.key, group, copies=kv_copies)
-    _divide_linear(attention.value, group, copies=kv_copies)
+    _apply_column_parallel(attention.query, group)
+    _apply_column_parallel(attention.key, group, copies=kv_copies)
+    _apply_column_parallel(attention.value, group, copies=kv_copies)
     attention.out = RowParallelLinear(attention.out, group)
     for name, copies in (("query_norm", 1), ("key_norm", kv_copies)):
         norm = getattr(attention, name)
         if isinstance(norm, WholeNorm):
-            setattr(attention, name, DividedNorm(norm, group, copies))
+            setattr(attention, name, TensorParallelRMSNorm(norm, group, copies))
     if attention.sinks is not None:
-        divide(attention, "sinks", -1, group)
-    attention.gather_sequence = partial(_gathered, group=group)
+        shard_parameter(attention, "sinks", -1, group)
+    attention.gather_sequence = partial(_gather_tokens, group=group)
 
 
-def divide_latent_attention(attention: LatentAttention, group: dist.ProcessGroup) -> None:
+def apply_tp_to_latent_attention(attention: LatentAttention, group: dist.ProcessGroup) -> None:
     """Splits the heads of a latent attention module over `group`.
 
     The projections down to the latents stay whole on every rank. Each rank applies them to its own tokens and the
     latents are gathered; so the gradients of these weights are of own tokens alone, and must be summed over `group`.
     """
-    _divide_linear(attention.query if attention.config.query_rank is None else attention.query_up, group)
-    _divide_linear(attention.kv_up, group)
+    _apply_column_parallel(attention.query if attention.config.query_rank is None else attention.query_up, group)
+    _apply_column_parallel(attention.kv_up, group)
     attention.out = RowParallelLinear(attention.out, group)
-    attention.gather_sequence = partial(_gathered, group=group)
+    attention.gather_sequence = partial(_gather_tokens, group=group)
 
 
-def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Gathers tokens, with gradients; `functools.partial` cannot bind an argument of GatherTokens.apply by name."""
     return GatherTokens.apply(x, group)
 
 
-def divide_ffn(ffn: FFN, group: dist.ProcessGroup) -> None:
+def apply_tp_to_ffn(ffn: FFN, group: dist.ProcessGroup) -> None:
     """Splits the hidden columns of a dense feed-forward over `group`."""
-    _divide_linear(ffn.w_in, group, blocks=2 if ffn.activation in GATED else 1)
+    _apply_column_parallel(ffn.w_in, group, blocks=2 if ffn.activation in GATED else 1)
     ffn.w_out = RowParallelLinear(ffn.w_out, group)
-    ffn.gather_sequence = partial(_gathered, group=group)
+    ffn.gather_sequence = partial(_gather_tokens, group=group)
 
 
-def _divide_linear(linear: nn.Linear, group: dist.ProcessGroup, blocks: int = 1, copies: int = 1) -> None:
+def _apply_column_parallel(linear: nn.Linear, group: dist.ProcessGroup, blocks: int = 1, copies: int = 1) -> None:
     """Splits the output columns of a linear layer, and its bias, over `group`."""
-    divide(linear, "weight", -2, group, blocks, copies)
+    shard_parameter(linear, "weight", -2, group, blocks, copies)
     if linear.bias is not None:
-        divide(linear, "bias", -1, group, blocks, copies)
+        shard_parameter(linear, "bias", -1, group, blocks, copies)

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from expert_parallel.model.attention_mask import Sight
+from expert_parallel.model.attention_mask import AttentionContext
 from expert_parallel.model.config import ATTENTION, ModelConfig, Recompute
-from expert_parallel.model.kv_cache import KeyValueCache
+from expert_parallel.model.kv_cache import KVCache
 from expert_parallel.model.rotary import LearnedPositionConfig, RopeConfig
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import RouterReplay, StepContext
@@ -27,7 +27,7 @@ from expert_parallel.nn.ffn import FFN, identity
 from expert_parallel.nn.norms import NORMS
 from expert_parallel.nn.random import dropout, mix
 from expert_parallel.parallel.mesh import ParallelMesh
-from expert_parallel.parallel.sequence import SequencePlace
+from expert_parallel.parallel.sequence import SequenceShard
 
 # By name of the loss: f and P of losses that are pooled over layers; see losses.fractions_and_probabilities.
 Pooled = dict[str, tuple[Tensor, Tensor]]
@@ -60,7 +60,7 @@ class ModelOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class StageSpec:
     """Describes one pipeline stage: its blocks and its number. The first stage embeds, the last computes logits."""
 
     blocks: range
@@ -111,22 +111,22 @@ class Block(nn.Module):
             assert config.ffn is not None
             self.ffn = FFN(config.ffn, config.d_model)
 
-    def forward(self, x: Tensor, context: StepContext, sight: Sight) -> BlockOutput:
+    def forward(self, x: Tensor, context: StepContext, attention_context: AttentionContext) -> BlockOutput:
         """Runs the block on x (B, S, D), under activation checkpointing if `recompute` says so."""
         # All randomness is a function of the context, so recomputation need not save generator states. The second
         # forward pass replays the routing of the first: rounding could otherwise choose other experts.
         if self.recompute != "none" and torch.is_grad_enabled():
             context = replace(context, replay=context.replay or RouterReplay())
         if self.recompute == "block" and torch.is_grad_enabled():
-            return checkpoint(self._run, x, context, sight, use_reentrant=False, preserve_rng_state=False)
-        return self._run(x, context, sight)
+            return checkpoint(self._run, x, context, attention_context, use_reentrant=False, preserve_rng_state=False)
+        return self._run(x, context, attention_context)
 
-    def _run(self, x: Tensor, context: StepContext, sight: Sight) -> BlockOutput:
+    def _run(self, x: Tensor, context: StepContext, attention_context: AttentionContext) -> BlockOutput:
         if self.norm_placement == "pre":
-            x = x + self._drop(self.attention(self.attention_norm(x), sight), context, branch=0)
+            x = x + self._drop(self.attention(self.attention_norm(x), attention_context), context, branch=0)
             branch = self._feed_forward(self.ffn_norm(x), context)
             return branch._replace(x=x + self._drop(branch.x, context, branch=1))
-        x = self.attention_norm(x + self._drop(self.attention(x, sight), context, branch=0))
+        x = self.attention_norm(x + self._drop(self.attention(x, attention_context), context, branch=0))
         branch = self._feed_forward(x, context)
         return branch._replace(x=self.ffn_norm(x + self._drop(branch.x, context, branch=1)))
 
@@ -164,12 +164,12 @@ def build_moe_layer(config: MoEConfig, mesh: ParallelMesh | None) -> MoELayer:
 class LanguageModel(nn.Module):
     """Defines what training, checkpoints and generation use of a decoder: a whole one, or this rank's pipeline stages.
 
-    It is called with tokens (B, S), int64, a StepContext and, in generation, a KeyValueCache, and returns a
+    It is called with tokens (B, S), int64, a StepContext and, in generation, a KVCache, and returns a
     ModelOutput. It is a class rather than a Protocol because callers also use it as an nn.Module.
     """
 
     config: ModelConfig
-    place: SequencePlace
+    place: SequenceShard
 
     @property
     def has_logits(self) -> bool:
@@ -195,14 +195,14 @@ class Transformer(LanguageModel):
         compute_dtype: torch.dtype = torch.float32,
         mesh: ParallelMesh | None = None,
         recompute: Recompute = "none",
-        part: Part | None = None,
+        stage_spec: StageSpec | None = None,
     ) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
-        self.part = part or Part(range(config.num_layers))
-        self.place = SequencePlace.of(mesh)
-        self.before_logits: Callable[[Tensor], Tensor] = identity  # replaced if the vocabulary is split
-        is_first, is_last = self.part.is_first, self.part.is_last
+        self.stage_spec = stage_spec or StageSpec(range(config.num_layers))
+        self.place = SequenceShard.of(mesh)
+        self.gather_for_logits: Callable[[Tensor], Tensor] = identity  # replaced if the vocabulary is split
+        is_first, is_last = self.stage_spec.is_first, self.stage_spec.is_last
         table = partial(nn.Embedding, embedding_dim=config.d_model)
         learned = config.position if isinstance(config.position, LearnedPositionConfig) else None
         pre = config.norm_placement == "pre"
@@ -210,7 +210,7 @@ class Transformer(LanguageModel):
         self.position = table(learned.max_length) if learned is not None and is_first else None
         # Indexed by the number of the block, so that parameter names do not depend on the stage; None: other stages.
         self.blocks = nn.ModuleList(
-            Block(config, layer, mesh, recompute) if layer in self.part.blocks else None  # type: ignore[misc]
+            Block(config, layer, mesh, recompute) if layer in self.stage_spec.blocks else None  # type: ignore[misc]
             for layer in range(config.num_layers)
         )
         self.final_norm = NORMS[config.norm.kind](config.d_model, config.norm.eps) if pre and is_last else None
@@ -218,16 +218,16 @@ class Transformer(LanguageModel):
 
     @property
     def has_logits(self) -> bool:
-        return self.part.is_last
+        return self.stage_spec.is_last
 
     def local_blocks(self) -> Iterator[tuple[int, Block]]:
-        for layer in self.part.blocks:
+        for layer in self.stage_spec.blocks:
             block = self.blocks[layer]
             assert isinstance(block, Block)
             yield layer, block
 
     def forward(
-        self, tokens_BS: Tensor, context: StepContext, x: Tensor | None = None, cache: KeyValueCache | None = None
+        self, tokens_BS: Tensor, context: StepContext, x: Tensor | None = None, cache: KVCache | None = None
     ) -> ModelOutput:
         """Runs the blocks of this rank.
 
@@ -237,21 +237,21 @@ class Transformer(LanguageModel):
         ValueError for more tokens than there are learned positions.
         """
         length = tokens_BS.shape[1]
-        sight = Sight.of(self.place, length, tokens_BS.device, context.document_BS, cache)
-        if self.part.is_first:
-            x = self._embed(tokens_BS, context, sight)
+        attention_context = AttentionContext.of(self.place, length, tokens_BS.device, context.document_BS, cache)
+        if self.stage_spec.is_first:
+            x = self._embed(tokens_BS, context, attention_context)
         assert x is not None
         context = self._own_tokens(tokens_BS, context)
         outputs: dict[int, BlockOutput] = {}
         for layer, block in self.local_blocks():
-            output: BlockOutput = block(x, replace(context, layer=layer), sight)
+            output: BlockOutput = block(x, replace(context, layer=layer), attention_context)
             x = output.x
             if output.stats is not None:
                 outputs[layer] = output
         losses, stats, pooled = self._losses(outputs)
         if self.final_norm is not None:
             x = self.final_norm(x)
-        return ModelOutput(self._logits(x) if self.part.is_last else x, losses, stats, pooled)
+        return ModelOutput(self._logits(x) if self.stage_spec.is_last else x, losses, stats, pooled)
 
     def _own_tokens(self, tokens_BS: Tensor, context: StepContext) -> StepContext:
         """Returns the context with its per-token tensors restricted to the positions of this rank."""
@@ -265,7 +265,7 @@ class Transformer(LanguageModel):
             context, token_ids_BS=tokens_BS[:, own_S], mask_BS=mask_BS, document_BS=document_BS, positions_S=own_S
         )
 
-    def _embed(self, tokens_BS: Tensor, context: StepContext, sight: Sight) -> Tensor:
+    def _embed(self, tokens_BS: Tensor, context: StepContext, attention_context: AttentionContext) -> Tensor:
         """Embeds tokens (B, S) to (B, S, D) at the positions of this rank, with learned positions and dropout."""
         assert self.embedding is not None
         length, device = tokens_BS.shape[1], tokens_BS.device
@@ -276,7 +276,7 @@ class Transformer(LanguageModel):
                     f"{length} tokens in a sequence are more than the {len(self.position.weight)} of "
                     "model.position.max_length"
                 )
-            own_BS = sight.position_BS.chunk(self.place.tp, 1)[self.place.tp_rank]
+            own_BS = attention_context.position_BS.chunk(self.place.tp, 1)[self.place.tp_rank]
             x = x + self.position(own_BS.clamp(max=len(self.position.weight) - 1)).to(self.compute_dtype)
         if self.training and self.config.dropout > 0:
             where = (context.seed, context.step, context.micro_step, self.config.num_layers, context.coordinate)
@@ -286,7 +286,7 @@ class Transformer(LanguageModel):
     def _logits(self, x: Tensor) -> Tensor:
         table = self.embedding if self.unembedding is None else self.unembedding
         assert table is not None
-        return F.linear(self.before_logits(x), table.weight.to(x.dtype))
+        return F.linear(self.gather_for_logits(x), table.weight.to(x.dtype))
 
     def _losses(
         self, outputs: dict[int, BlockOutput]
@@ -298,7 +298,7 @@ class Transformer(LanguageModel):
         losses = {layer: dict(output.losses) for layer, output in outputs.items()}
         stats = {layer: output.stats for layer, output in outputs.items() if output.stats is not None}
         pooled = {layer: output.pooled for layer, output in outputs.items()}
-        if self.part.num_stages > 1:
+        if self.stage_spec.num_stages > 1:
             return losses, stats, pooled
         for layer, terms in pool_layers(pooled).items():
             settings = pooled_losses(self.config)

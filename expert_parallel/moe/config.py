@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from expert_parallel.moe.capacity.limit import CapacityConfig, DroplessConfig
+from expert_parallel.moe.capacity.policies import CapacityConfig, DroplessConfig
 from expert_parallel.moe.dispatch.dispatcher import AllToAllConfig, DispatcherConfig
 from expert_parallel.moe.dispatch.ledger import LedgerConfig
 from expert_parallel.moe.experts.grouped import ExpertsConfig
@@ -87,7 +87,7 @@ def refuse_combinations(
             f"capacity.kind is {capacity.kind!r} but router.kind is 'expert_choice', whose router.train and "
             "router.eval already limit each expert: set capacity.kind to 'dropless'"
         )
-    if capacity.renormalise and not (router.normalises or isinstance(router, HashConfig)):
+    if capacity.renormalise and not (router.normalizes or isinstance(router, HashConfig)):
         raise ValueError(
             "capacity.renormalise is true but router.normalise is false: weights that were not normalized have no "
             "fixed sum to restore"

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from expert_parallel.moe.dispatch.ledger import Ledger, LedgerConfig
 from expert_parallel.moe.dispatch.permute import count_keys
-from expert_parallel.moe.types import ExpertCounts, LoadStats, Reason, RoutingPlan
-from expert_parallel.parallel.collectives import ExchangeKey, Link, Phase, all_reduce_sum, total_of
+from expert_parallel.moe.types import ExpertCounts, LoadStats, Outcome, RoutingPlan
+from expert_parallel.parallel.collectives import ExchangeKey, LinkClass, Phase, all_reduce_sum, sum_traffic
 
 # The exchanges of rows, in the order of a pass; each includes all of its hops.
 EXCHANGES = {
@@ -26,11 +26,11 @@ EXCHANGES = {
     for key in (
         ExchangeKey(Phase.DISPATCH),
         ExchangeKey(Phase.COMBINE),
-        ExchangeKey(Phase.COMBINE).of_backward,
-        ExchangeKey(Phase.DISPATCH).of_backward,
+        ExchangeKey(Phase.COMBINE).backward_key,
+        ExchangeKey(Phase.DISPATCH).backward_key,
     )
 }
-LINKS: tuple[Link, ...] = ("node", "network")
+LINKS: tuple[LinkClass, ...] = ("node", "network")
 
 
 def count_choices(routed: RoutingPlan, plan: RoutingPlan, real_T: Tensor | None) -> dict[str, Tensor]:
@@ -40,20 +40,20 @@ def count_choices(routed: RoutingPlan, plan: RoutingPlan, real_T: Tensor | None)
     host.
     """
     num_experts = plan.num_experts
-    key_TK = plan.reason_TK.long() * num_experts + plan.expert_ids_TK
-    counts = count_keys(key_TK.flatten(), len(Reason) * num_experts).view(len(Reason), num_experts)
+    key_TK = plan.outcome_TK.long() * num_experts + plan.expert_ids_TK
+    counts = count_keys(key_TK.flatten(), len(Outcome) * num_experts).view(len(Outcome), num_experts)
     probabilities_TE = plan.probabilities_TE.detach()
     # Clamped, so that 0 * log 0 is 0 and not NaN.
     logs_TE = probabilities_TE.clamp(min=torch.finfo(probabilities_TE.dtype).tiny).log()
-    real_T = torch.ones_like(plan.reason_TK[:, 0], dtype=torch.bool) if real_T is None else real_T
+    real_T = torch.ones_like(plan.outcome_TK[:, 0], dtype=torch.bool) if real_T is None else real_T
     return {
         "routed_E": count_routed(routed),
-        "kept_E": counts[Reason.KEPT],
-        "rerouted_E": counts[Reason.REROUTED],
-        "dropped_capacity_E": counts[Reason.DROPPED_CAPACITY],
-        "dropped_receive_bound_E": counts[Reason.DROPPED_RECEIVE_BOUND],
+        "kept_E": counts[Outcome.KEPT],
+        "rerouted_E": counts[Outcome.REROUTED],
+        "dropped_capacity_E": counts[Outcome.DROPPED_CAPACITY],
+        "dropped_receive_bound_E": counts[Outcome.DROPPED_RECEIVE_BOUND],
         "num_tokens": real_T.sum(),
-        "num_unserved": (real_T & ~plan.kept_TK.any(1)).sum(),
+        "num_tokens_without_expert": (real_T & ~plan.kept_TK.any(1)).sum(),
         "entropy": -((probabilities_TE * logs_TE).sum(1) * real_T).sum(),
     }
 
@@ -74,7 +74,7 @@ class LayerTotals(ExpertCounts):
     """
 
     num_tokens: int
-    num_unserved: int
+    num_tokens_without_expert: int
     entropy: float
     gathered_bytes: int
     rows_own: int
@@ -109,7 +109,7 @@ class LayerTotals(ExpertCounts):
 
 # The fields of LayerTotals, in the order of the vector that is summed over ranks; losses come last.
 PER_EXPERT = tuple(field.name for field in fields(ExpertCounts))
-ON_DEVICE = {"num_tokens": int, "num_unserved": int, "entropy": float}
+ON_DEVICE = {"num_tokens": int, "num_tokens_without_expert": int, "entropy": float}
 ON_HOST = {"gathered_bytes": int, "rows_own": int}
 LOGGED = {  # field: the counter of CommLog, and the exchanges or link classes by which it is summed
     "rows_sent": ("rows_sent", EXCHANGES),
@@ -170,9 +170,9 @@ def report_breaches(totals: LayerTotals, config: LedgerConfig, layer: int, step:
         Ledger(config, layer, step).report("; ".join(found))
 
 
-def _sum(counter: Counter[tuple[ExchangeKey, Link]], name: str) -> int:
+def _sum(counter: Counter[tuple[ExchangeKey, LinkClass]], name: str) -> int:
     """Returns the sum of one of EXCHANGES over all hops and links, or of one link class over all exchanges."""
     if name in EXCHANGES:
         key = EXCHANGES[name]
-        return total_of(counter, ("own", *LINKS), key.phase, key.is_backward)
+        return sum_traffic(counter, ("own", *LINKS), key.phase, key.is_backward)
     return sum(number for (_, link), number in counter.items() if link == name)

@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expert_parallel.moe.types import Reason, RoutingPlan
+from expert_parallel.moe.types import Outcome, RoutingPlan
 from expert_parallel.nn.random import Stream, mix
 from expert_parallel.parallel.collectives import group_size
 
 
 @dataclass(frozen=True)
-class Choices:
+class RecordedChoices:
     """Records a layer's choices: as the router made them, and as capacity left them.
 
     index_T: int64, which tokens they belong to (see TokenBatch). Ids are int64, outcomes uint8 (values of `Outcome`).
@@ -23,27 +23,27 @@ class Choices:
 
     index_T: Tensor
     routed_ids_TK: Tensor
-    routed_reason_TK: Tensor
+    routed_outcome_TK: Tensor
     ids_TK: Tensor
-    reason_TK: Tensor
-    padded_rows: int | None = None
+    outcome_TK: Tensor
+    rows_per_expert: int | None = None
 
     @property
     def routed(self) -> tuple[Tensor, Tensor]:
         """Returns the ids and outcomes that the router takes instead of choosing."""
-        return self.routed_ids_TK, self.routed_reason_TK
+        return self.routed_ids_TK, self.routed_outcome_TK
 
     @classmethod
     def of(cls, index_T: Tensor, routed: RoutingPlan, plan: RoutingPlan) -> Self:
         """Takes the choices from the plan before and after capacity."""
-        before, after = (routed.expert_ids_TK, routed.reason_TK), (plan.expert_ids_TK, plan.reason_TK)
-        return cls(index_T, *before, *after, plan.padded_rows)
+        before, after = (routed.expert_ids_TK, routed.outcome_TK), (plan.expert_ids_TK, plan.outcome_TK)
+        return cls(index_T, *before, *after, plan.rows_per_expert)
 
-    def put_into(self, routed: RoutingPlan) -> RoutingPlan:
+    def apply_to(self, routed: RoutingPlan) -> RoutingPlan:
         """Returns the routed plan with these choices instead of its own. Padding tokens are those of `routed`, not the
         recorded ones."""
-        reason_TK = self.reason_TK.masked_fill(~routed.routed_TK, Reason.NOT_ROUTED)
-        return replace(routed, expert_ids_TK=self.ids_TK, reason_TK=reason_TK, padded_rows=self.padded_rows)
+        outcome_TK = self.outcome_TK.masked_fill(~routed.routed_TK, Outcome.NOT_ROUTED)
+        return replace(routed, expert_ids_TK=self.ids_TK, outcome_TK=outcome_TK, rows_per_expert=self.rows_per_expert)
 
 
 @dataclass
@@ -55,13 +55,13 @@ class RouterReplay:
     rounding cannot break ties differently. Weights are recomputed, with gradients.
     """
 
-    recorded: dict[tuple[int, int, int], Choices] = field(default_factory=dict)
+    recorded: dict[tuple[int, int, int], RecordedChoices] = field(default_factory=dict)
 
-    def find(self, context: "StepContext") -> Choices | None:
+    def find(self, context: "StepContext") -> RecordedChoices | None:
         """Returns the recorded choices of the pass, or None."""
         return self.recorded.get((context.step, context.micro_step, context.layer))
 
-    def record(self, context: "StepContext", choices: Choices) -> None:
+    def record(self, context: "StepContext", choices: RecordedChoices) -> None:
         """Stores the choices of the pass and replaces earlier ones."""
         self.recorded[context.step, context.micro_step, context.layer] = choices
 
@@ -195,7 +195,7 @@ def global_index(sequence_index_B: Tensor, length: int, positions_S: Tensor | No
     return ((sequence_index_B[:, None] << 32) + positions_S).flatten()
 
 
-def find_recorded(batch: TokenBatch, num_choices: int) -> Choices | None:
+def find_recorded(batch: TokenBatch, num_choices: int) -> RecordedChoices | None:
     """Returns the choices that the context's replay recorded for this pass, or None.
 
     Raises a ValueError if they belong to other tokens, or to a router with another number of choices.

@@ -8,11 +8,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from expert_parallel.moe.capacity.limit import POLICIES, DroplessConfig, LimitSettings
-from expert_parallel.moe.capacity.receive_bound import limit_received
+from expert_parallel.moe.capacity.policies import POLICIES, CapacitySettings, DroplessConfig
+from expert_parallel.moe.capacity.receive_bound import apply_receive_bound
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.conservation import count_choices
-from expert_parallel.moe.context import Choices, StepContext, TokenBatch, dropout_seed, find_recorded, token_batch
+from expert_parallel.moe.context import (
+    RecordedChoices,
+    StepContext,
+    TokenBatch,
+    dropout_seed,
+    find_recorded,
+    token_batch,
+)
 from expert_parallel.moe.dispatch.dispatcher import Dispatcher
 from expert_parallel.moe.dispatch.ledger import Ledger
 from expert_parallel.moe.dispatch.row_index import IndexTable
@@ -23,7 +30,7 @@ from expert_parallel.moe.routers.registry import build_router
 from expert_parallel.moe.types import LoadStats, MoEOutput, RoutingPlan, RowCounts
 from expert_parallel.nn.ffn import FFN
 from expert_parallel.parallel.collectives import Peers, all_reduce_sum, group_rank, group_size
-from expert_parallel.parallel.mesh import Nodes
+from expert_parallel.parallel.mesh import NodeGroups
 from expert_parallel.parallel.placement import ExpertPlacement
 
 
@@ -50,11 +57,11 @@ class MoELayer(nn.Module):
     def __init__(
         self,
         config: MoEConfig,
-        group: dist.ProcessGroup | None = None,
+        ep_group: dist.ProcessGroup | None = None,
         data_group: dist.ProcessGroup | None = None,
         placement: ExpertPlacement | None = None,
         seed: int = 0,
-        nodes: Nodes | None = None,
+        nodes: NodeGroups | None = None,
         *,
         sequence_group: dist.ProcessGroup | None = None,
         etp_group: dist.ProcessGroup | None = None,
@@ -62,18 +69,18 @@ class MoELayer(nn.Module):
         super().__init__()
         if config.d_model is None:
             raise ValueError("d_model is not set: a layer that is used alone needs it")
-        placement = placement or ExpertPlacement.contiguous(config.num_experts, group_size(group))
+        placement = placement or ExpertPlacement.contiguous(config.num_experts, group_size(ep_group))
         sizes = [len(placement.experts_on(rank)) for rank in range(placement.num_ranks)]
-        if (placement.num_experts, placement.num_ranks) != (config.num_experts, group_size(group)) or 0 in sizes:
+        if (placement.num_experts, placement.num_ranks) != (config.num_experts, group_size(ep_group)) or 0 in sizes:
             raise ValueError(
                 f"placement spreads {placement.num_experts} experts over {placement.num_ranks} ranks as {sizes}; "
-                f"num_experts is {config.num_experts}, the group has {group_size(group)} ranks, and each rank needs at "
-                "least one expert"
+                f"num_experts is {config.num_experts}, the group has {group_size(ep_group)} ranks, and each rank "
+                "needs at least one expert"
             )
         self.config = config
-        self.group = group
+        self.ep_group = ep_group
         self.placement = placement
-        self.data_group = data_group if data_group is not None else group
+        self.data_group = data_group if data_group is not None else ep_group
         self.sequence_group = sequence_group
         self.etp_group = etp_group
         sequence_ranks, data_ranks = set(Peers.of(sequence_group).ranks), set(Peers.of(self.data_group).ranks)
@@ -84,11 +91,11 @@ class MoELayer(nn.Module):
             )
         # With capacity.pad and scope `sequence`, one rank of the EP group counts the capacity of each divided sequence.
         (my_rank,) = Peers.of(None).ranks
-        self.counts_sequences = min(sequence_ranks & set(Peers.of(group).ranks)) == my_rank
+        self.is_first_of_sequence_group = min(sequence_ranks & set(Peers.of(ep_group).ranks)) == my_rank
         self.router = build_router(config.router, config.d_model, config.num_experts)
-        self.dispatcher = Dispatcher(config.dispatcher, placement, group, nodes)
+        self.dispatcher = Dispatcher(config.dispatcher, placement, ep_group, nodes)
         self.experts = GroupedExperts(
-            config.experts, config.d_model, placement.experts_on(group_rank(group)), etp_group
+            config.experts, config.d_model, placement.experts_on(group_rank(ep_group)), etp_group
         )
         self.rank_of_expert_E = IndexTable(placement.rank_of_expert)
         self.index_tables = nn.ModuleList(self.dispatcher.index_tables)
@@ -98,8 +105,8 @@ class MoELayer(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MoELayer":
         """Copies the weights and shares the process groups, which cannot be copied."""
-        groups = (self.group, self.data_group, self.sequence_group, self.etp_group)
-        memo |= {id(group): group for group in groups}
+        groups = (self.ep_group, self.data_group, self.sequence_group, self.etp_group)
+        memo |= {id(ep_group): ep_group for ep_group in groups}
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         copied.__dict__ = copy.deepcopy(self.__dict__, memo)
@@ -115,29 +122,29 @@ class MoELayer(nn.Module):
         error on one rank alone (its own input is wrong) leaves the others waiting, so it must end the process.
         """
         context = context or StepContext()
-        x_BSD = self._checked(x)
+        x_BSD = self._check_input(x)
         x_TD = x_BSD.flatten(0, 1)
         batch = token_batch(x_BSD, context, self.data_group, self.sequence_group)
         ledger = Ledger(self.config.ledger, context.layer, context.step)
 
         recorded = find_recorded(batch, self.router.num_choices)
         routed = self.router(x_TD, batch, recorded and recorded.routed)
-        plan = self._limit(routed, batch, recorded)
+        plan = self._plan_with_capacity(routed, batch, recorded)
         losses, pooled = router_losses(self.config.losses, routed, batch)
 
-        in_flight = self.dispatcher.send(x_TD, plan, ledger, context)
+        pending = self.dispatcher.dispatch(x_TD, plan, ledger, context)
         # Shared experts run while the first exchange is in progress.
         shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
-        for chunk in in_flight.arriving():
-            chunk.send_back(self.experts(chunk.tokens, dropout_seed=dropout_seed(context) + chunk.number))
-        y_TD = in_flight.returned()
+        for chunk in pending.receive_chunks():
+            chunk.start_combine(self.experts(chunk.tokens, dropout_seed=dropout_seed(context) + chunk.number))
+        y_TD = pending.combine()
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
 
         weighted = {loss_name(c): c.coefficient * losses[loss_name(c)] for c in self.config.losses}
         stats = LoadStats(
             **count_choices(routed, plan, batch.real_T),
-            computed_E=in_flight.computed_E,
+            computed_E=pending.computed_E,
             rows=RowCounts.of(ledger.log),
             log=ledger.log,
             gathered_bytes=batch.scope_bytes.sent,
@@ -145,7 +152,7 @@ class MoELayer(nn.Module):
         )
         return MoEOutput(y_TD.view(x.shape), weighted, stats, pooled)
 
-    def _checked(self, x: Tensor) -> Tensor:
+    def _check_input(self, x: Tensor) -> Tensor:
         """Returns the input as (B, S, D). Raises a ValueError if it has another shape."""
         if not x.is_floating_point() or x.dim() not in (2, 3) or x.shape[-1] != self.config.d_model:
             raise ValueError(
@@ -154,7 +161,9 @@ class MoELayer(nn.Module):
             )
         return x if x.dim() == 3 else x[None]
 
-    def _limit(self, routed: RoutingPlan, batch: TokenBatch, recorded: Choices | None) -> RoutingPlan:
+    def _plan_with_capacity(
+        self, routed: RoutingPlan, batch: TokenBatch, recorded: RecordedChoices | None
+    ) -> RoutingPlan:
         """Returns the plan after capacity, or the recorded one. Records it if the context has a replay.
 
         Weights are recomputed for the remaining choices if these can differ from the router's. Under a replay they
@@ -167,16 +176,16 @@ class MoELayer(nn.Module):
             plan = replace(
                 routed,
                 expert_ids_TK=limited.expert_ids_TK,
-                reason_TK=limited.reason_TK,
-                padded_rows=limited.padded_rows,
+                outcome_TK=limited.outcome_TK,
+                rows_per_expert=limited.rows_per_expert,
             )
             if replay is not None:
-                replay.record(batch.context, Choices.of(batch.index_T, routed, plan))
+                replay.record(batch.context, RecordedChoices.of(batch.index_T, routed, plan))
         else:
-            plan = recorded.put_into(routed)
+            plan = recorded.apply_to(routed)
         capacity = self.config.capacity
-        renormalise = isinstance(capacity, LimitSettings) and capacity.renormalise
-        reroutes = isinstance(capacity, LimitSettings) and capacity.overflow == "reroute"
+        renormalise = isinstance(capacity, CapacitySettings) and capacity.renormalise
+        reroutes = isinstance(capacity, CapacitySettings) and capacity.overflow == "reroute"
         if not (renormalise or reroutes or replay is not None):
             return plan
         counted_TK = plan.kept_TK if renormalise else None
@@ -192,12 +201,12 @@ class MoELayer(nn.Module):
             if capacity.receive_bound is None:
                 return plan
             rank_TK = self.rank_of_expert_E(plan.expert_ids_TK)
-            return limit_received(capacity.receive_bound, plan, rank_TK, self.group)
+            return apply_receive_bound(capacity.receive_bound, plan, rank_TK, self.ep_group)
         if not capacity.pad:
             return plan
         assert rows_per_expert is not None
-        if capacity.scope == "global" or group_size(self.group) == 1:
-            return replace(plan, padded_rows=rows_per_expert)
-        own_rows = rows_per_expert if capacity.scope != "sequence" or self.counts_sequences else 0
-        total = all_reduce_sum(batch.index_T.new_tensor(own_rows), self.group)
-        return replace(plan, padded_rows=int(total))  # the host waits: the number becomes a shape
+        if capacity.scope == "global" or group_size(self.ep_group) == 1:
+            return replace(plan, rows_per_expert=rows_per_expert)
+        own_rows = rows_per_expert if capacity.scope != "sequence" or self.is_first_of_sequence_group else 0
+        total = all_reduce_sum(batch.index_T.new_tensor(own_rows), self.ep_group)
+        return replace(plan, rows_per_expert=int(total))  # the host waits: the number becomes a shape

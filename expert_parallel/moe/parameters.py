@@ -18,7 +18,7 @@ from expert_parallel.moe.experts.grouped import GroupedExperts
 from expert_parallel.nn.random import mix
 from expert_parallel.parallel.collectives import group_rank, group_size
 from expert_parallel.parallel.mesh import ParallelMesh
-from expert_parallel.parallel.sharding import Run, Slice, slices_of
+from expert_parallel.parallel.sharding import Segment, TensorShard, get_tensor_shards
 
 TIED = ("embedding.weight",)  # what the last pipeline stage may share with the first
 
@@ -33,12 +33,14 @@ class LogicalParameter:
     parameter: nn.Parameter
     names: tuple[str, ...]
     is_expert: bool
-    slice: Slice | None = None
+    tensor_shard: TensorShard | None = None
 
     @property
     def shape(self) -> torch.Size:
         """Of one whole logical tensor."""
-        shape = self.parameter.shape if self.slice is None else self.slice.full_shape(self.parameter.shape)
+        shape = (
+            self.parameter.shape if self.tensor_shard is None else self.tensor_shard.full_shape(self.parameter.shape)
+        )
         return shape[1:] if self.is_expert else shape
 
     def whole(self, tensor: Tensor) -> dict[str, Tensor]:
@@ -46,14 +48,14 @@ class LogicalParameter:
 
         Collectives, where it is sliced or sharded: every rank of these groups calls it."""
         full = full_tensor(tensor)
-        if self.slice is not None:
-            full = self.slice.gather(full)
+        if self.tensor_shard is not None:
+            full = self.tensor_shard.gather_full(full)
         return dict(zip(self.names, full.unbind(0) if self.is_expert else (full,), strict=True))
 
     def fill(self, tensor: Tensor, whole: list[Tensor]) -> None:
         """The inverse: this rank's part of the whole logical tensors, in the order of `names`. Communicates nothing."""
         full = torch.stack(whole) if self.is_expert else whole[0]
-        fill(tensor, full if self.slice is None else self.slice.take(full))
+        fill(tensor, full if self.tensor_shard is None else self.tensor_shard.narrow_to_shard(full))
 
 
 def logical_parameters(module: nn.Module, prefix: str = "") -> Iterator[LogicalParameter]:
@@ -66,7 +68,7 @@ def logical_parameters(module: nn.Module, prefix: str = "") -> Iterator[LogicalP
     owners = dict(module.named_modules())
     for name, parameter in module.named_parameters():
         path, _, leaf = name.rpartition(".")
-        owner, held = owners[path], slices_of(owners[path]).get(leaf)
+        owner, held = owners[path], get_tensor_shards(owners[path]).get(leaf)
         if isinstance(owner, GroupedExperts):
             dotted = f"{path}." if path else ""
             names = tuple(f"{prefix}{dotted}{expert}.{leaf}" for expert in owner.expert_ids)
@@ -75,7 +77,7 @@ def logical_parameters(module: nn.Module, prefix: str = "") -> Iterator[LogicalP
             yield LogicalParameter(parameter, (prefix + name,), False, held)
 
 
-def first_row(parameter: Tensor) -> int:
+def shard_offset(parameter: Tensor) -> int:
     """Where in dimension 0 the part begins that FSDP2 has left this rank; 0 if it has not sharded it."""
     if not isinstance(parameter, DTensor):
         return 0
@@ -86,19 +88,23 @@ def first_row(parameter: Tensor) -> int:
 
 
 def pieces(logical: LogicalParameter, local: Tensor, first: int) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """What this rank has of the logical tensors: (name, where it begins there, view of `local`), a rectangle each.
+    """Yields this rank's rectangles of the logical tensors: (name, start in the logical tensor, view of `local`).
 
-    local: the parameter's local tensor, or one of its shape (moments, a copy of either). first: its first_row, by which
-    FSDP2 divides what tp or etp has left; for a stack of experts this divides the names."""
-    by_dim = [[Run(0, 0, size)] for size in local.shape]
-    by_dim[0] = [Run(0, 0, first + len(local))]
-    if logical.slice is not None:
-        by_dim[logical.slice.dim] = logical.slice.runs
-    by_dim[0] = [run for run in (_crop(run, first, len(local)) for run in by_dim[0]) if run.size > 0]
-    for runs in itertools.product(*by_dim):
-        view, start = local, tuple(run.logical for run in runs)
-        for dim, run in enumerate(runs):
-            view = view.narrow(dim, run.local, run.size)
+    local: the parameter's local tensor, or a tensor of its shape (its moments, a copy of either). first: the
+    parameter's `shard_offset`. FSDP2 shards the tensor that tp or etp has left; for a stack of experts it shards the
+    names.
+    """
+    by_dim = [[Segment(0, 0, size)] for size in local.shape]
+    by_dim[0] = [Segment(0, 0, first + len(local))]
+    if logical.tensor_shard is not None:
+        by_dim[logical.tensor_shard.dim] = logical.tensor_shard.segments
+    by_dim[0] = [
+        segment for segment in (_crop(segment, first, len(local)) for segment in by_dim[0]) if segment.size > 0
+    ]
+    for segments in itertools.product(*by_dim):
+        view, start = local, tuple(segment.logical for segment in segments)
+        for dim, segment in enumerate(segments):
+            view = view.narrow(dim, segment.local, segment.size)
         if not logical.is_expert:
             yield logical.names[0], start, view
             continue
@@ -106,13 +112,13 @@ def pieces(logical: LogicalParameter, local: Tensor, first: int) -> Iterator[tup
             yield name, start[1:], one
 
 
-def _crop(run: Run, first: int, length: int) -> Run:
+def _crop(segment: Segment, first: int, length: int) -> Segment:
     """What of the run lies in `length` rows from `first` on, counted from there."""
-    begin, end = max(run.local, first), min(run.local + run.size, first + length)
-    return Run(begin - first, run.logical + begin - run.local, end - begin)
+    begin, end = max(segment.local, first), min(segment.local + segment.size, first + length)
+    return Segment(begin - first, segment.logical + begin - segment.local, end - begin)
 
 
-def place_among_holders(logical: LogicalParameter, mesh: ParallelMesh) -> tuple[int, int]:
+def replica_index_and_count(logical: LogicalParameter, mesh: ParallelMesh) -> tuple[int, int]:
     """Of the ranks that hold the same elements of a parameter: this one's number, and how many they are.
 
     The last stage's copy of a tied table stands behind: its number is not below their count, so that it is never the
@@ -122,9 +128,9 @@ def place_among_holders(logical: LogicalParameter, mesh: ParallelMesh) -> tuple[
     if isinstance(logical.parameter, DTensor):
         over = logical.parameter.device_mesh  # [shards] or [replicas, shards]
         index, count = (over.get_local_rank(0), over.size(0)) if over.ndim > 1 else (0, 1)
-    copies = group_size(divided) if logical.slice is None else logical.slice.copies
+    copies = group_size(divided) if logical.tensor_shard is None else logical.tensor_shard.copies
     index, count = index * copies + group_rank(divided) % copies, count * copies
-    is_behind = logical.names == TIED and group_rank(mesh.tied_group) > 0
+    is_behind = logical.names == TIED and group_rank(mesh.tied_embedding_group) > 0
     return index + count * is_behind, count
 
 

@@ -25,10 +25,10 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from expert_parallel.parallel.collectives import CommLog, Link, Phase, total_of
+from expert_parallel.parallel.collectives import CommLog, LinkClass, Phase, sum_traffic
 
 
-class Reason(IntEnum):
+class Outcome(IntEnum):
     """Lists what can happen to a choice."""
 
     KEPT = 0
@@ -57,28 +57,28 @@ class RoutingPlan:
     probabilities_TE: Tensor
     expert_ids_TK: Tensor
     weights_TK: Tensor
-    reason_TK: Tensor
+    outcome_TK: Tensor
     num_experts: int
     log_scores_TE: Tensor | None = None
     ranking_TE: Tensor | None = None
     all_kept_TK: Tensor | None = None
-    padded_rows: int | None = None
+    rows_per_expert: int | None = None
 
     @property
-    def is_whole(self) -> bool:
+    def is_dropless(self) -> bool:
         """Returns True if nothing can have been dropped. Decided by object identity, so the host does not wait for the
         device; any `replace(outcome_TK=...)` resets it to False."""
-        return self.all_kept_TK is self.reason_TK
+        return self.all_kept_TK is self.outcome_TK
 
     @property
     def kept_TK(self) -> Tensor:
         """Returns a bool mask of the choices that reach an expert."""
-        return self.reason_TK <= Reason.REROUTED
+        return self.outcome_TK <= Outcome.REROUTED
 
     @property
     def routed_TK(self) -> Tensor:
         """Returns a bool mask of the choices that the router made."""
-        return self.reason_TK != Reason.NOT_ROUTED
+        return self.outcome_TK != Outcome.NOT_ROUTED
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class DispatchedTokens:
     weights_R: Tensor
 
     @staticmethod
-    def of_rows(x_RD: Tensor, counts_e: Tensor, weights_R: Tensor) -> "DispatchedTokens":
+    def from_grouped_rows(x_RD: Tensor, counts_e: Tensor, weights_R: Tensor) -> "DispatchedTokens":
         """Builds it from rows that are grouped by expert and serve one choice each."""
         row_R = torch.arange(len(x_RD), device=x_RD.device)
         return DispatchedTokens(x_RD, row_R, row_R[:, None], counts_e, weights_R)
@@ -120,12 +120,12 @@ class RowCounts:
     @staticmethod
     def of(log: CommLog) -> "RowCounts":
         """Reads the rows of the forward pass from a log."""
-        others: tuple[Link, ...] = ("node", "network")  # all link classes except "own"
+        others: tuple[LinkClass, ...] = ("node", "network")  # all link classes except "own"
         return RowCounts(
-            sent=total_of(log.rows_sent, others, Phase.DISPATCH, is_backward=False),
-            received=total_of(log.rows_received, others, Phase.DISPATCH, is_backward=False),
-            returned=total_of(log.rows_received, others, Phase.COMBINE, is_backward=False),
-            own=total_of(log.rows_sent, ("own",), Phase.DISPATCH, is_backward=False),
+            sent=sum_traffic(log.rows_sent, others, Phase.DISPATCH, is_backward=False),
+            received=sum_traffic(log.rows_received, others, Phase.DISPATCH, is_backward=False),
+            returned=sum_traffic(log.rows_received, others, Phase.COMBINE, is_backward=False),
+            own=sum_traffic(log.rows_sent, ("own",), Phase.DISPATCH, is_backward=False),
         )
 
 
@@ -164,7 +164,7 @@ class LoadStats(ExpertCounts):
     """
 
     num_tokens: Tensor
-    num_unserved: Tensor
+    num_tokens_without_expert: Tensor
     entropy: Tensor
     rows: RowCounts
     log: CommLog

@@ -31,14 +31,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 GATED = ("swiglu", "geglu", "gpt_oss")
 
 
-def width_in(activation: str, hidden: int) -> int:
+def w_in_columns(activation: str, hidden: int) -> int:
     """Columns of the first matrix: twice the hidden size where a gate stands beside it."""
     return 2 * hidden if activation in GATED else hidden
 
 
 def ffn_params(d_model: int, hidden: int, activation: str, bias: bool) -> int:
     """Counts the parameters of one feed-forward network: both matrices (the first with the gate), and both biases."""
-    columns = width_in(activation, hidden)
+    columns = w_in_columns(activation, hidden)
     return d_model * columns + hidden * d_model + (columns + d_model if bias else 0)
 
 
@@ -71,7 +71,7 @@ class FFN(nn.Module):
     def __init__(self, config: FFNConfig, d_model: int) -> None:
         super().__init__()
         self.activation = config.activation
-        self.w_in = Linear(d_model, width_in(config.activation, config.hidden), bias=config.bias)
+        self.w_in = Linear(d_model, w_in_columns(config.activation, config.hidden), bias=config.bias)
         self.w_out = Linear(config.hidden, d_model, bias=config.bias)
         self.gather_sequence: Callable[[Tensor], Tensor] = identity
 

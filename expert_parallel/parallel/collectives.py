@@ -19,7 +19,7 @@ from torch import Tensor
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-Link = Literal["own", "node", "network"]
+LinkClass = Literal["own", "node", "network"]
 # A handle to a collective in flight: call it once to wait for the result. Every rank of the group must start the same
 # collectives in the same order. With MPI the call that starts a collective already completes it.
 Wait = Callable[[], Tensor]
@@ -46,7 +46,7 @@ class ExchangeKey(NamedTuple):
     is_backward: bool = False
 
     @property
-    def of_backward(self) -> "ExchangeKey":
+    def backward_key(self) -> "ExchangeKey":
         """Returns the key of the exchange that carries the gradients back."""
         return self._replace(is_backward=True)
 
@@ -62,18 +62,18 @@ class CommLog:
     the backward pass adds its entries as it runs.
     """
 
-    rows_sent: Counter[tuple[ExchangeKey, Link]] = field(default_factory=Counter)
-    rows_received: Counter[tuple[ExchangeKey, Link]] = field(default_factory=Counter)
-    bytes_sent: Counter[tuple[ExchangeKey, Link]] = field(default_factory=Counter)
+    rows_sent: Counter[tuple[ExchangeKey, LinkClass]] = field(default_factory=Counter)
+    rows_received: Counter[tuple[ExchangeKey, LinkClass]] = field(default_factory=Counter)
+    bytes_sent: Counter[tuple[ExchangeKey, LinkClass]] = field(default_factory=Counter)
 
     def bytes_to_others(self, phase: Phase, *, is_backward: bool = False) -> int:
         """Returns the bytes that this rank sent to others, over all hops."""
-        return total_of(self.bytes_sent, ("node", "network"), phase, is_backward)
+        return sum_traffic(self.bytes_sent, ("node", "network"), phase, is_backward)
 
 
-def total_of(
-    counter: Counter[tuple[ExchangeKey, Link]],
-    links: Sequence[Link],
+def sum_traffic(
+    counter: Counter[tuple[ExchangeKey, LinkClass]],
+    links: Sequence[LinkClass],
     phase: Phase | None = None,
     is_backward: bool | None = None,
 ) -> int:
@@ -98,7 +98,7 @@ class Peers:
 
     group: dist.ProcessGroup | None
     ranks: tuple[int, ...]
-    links: tuple[Link, ...]
+    links: tuple[LinkClass, ...]
 
     @staticmethod
     def of(group: dist.ProcessGroup | None, ranks_per_node: int | None = None) -> "Peers":
@@ -109,7 +109,7 @@ class Peers:
         me = dist.get_rank() if dist.is_initialized() else 0
         ranks = (me,) if group is None else tuple(dist.get_process_group_ranks(group))
         node_size = ranks_per_node or max(*ranks, me) + 1
-        links: list[Link] = ["node" if rank // node_size == me // node_size else "network" for rank in ranks]
+        links: list[LinkClass] = ["node" if rank // node_size == me // node_size else "network" for rank in ranks]
         links[ranks.index(me)] = "own"
         return Peers(group, ranks, tuple(links))
 
@@ -145,7 +145,7 @@ def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return total
 
 
-def start_counts(counts_PC: Tensor, group: dist.ProcessGroup | None) -> Wait:
+def start_all_to_all_counts(counts_PC: Tensor, group: dist.ProcessGroup | None) -> Wait:
     """Starts an all-to-all of counts. Row p of the result holds what rank p counted for this rank.
 
     counts_PC: (P, C), integers on any device; row p goes to rank p. No gradient.
@@ -164,8 +164,8 @@ def start_all_to_all_rows(
     and so on.
 
     x: (sum(send_counts), ...), any dtype. The result is (sum(receive_counts), ...), ordered by source rank. A rank that
-    has no rows to send or receive must take part all the same. Gradients do not pass: moe/dispatch/exchange.py adds
-    them.
+    has no rows to send or receive must take part all the same. Gradients do not pass:
+    moe/dispatch/async_collective.py adds them.
     """
     assert x.shape[0] == sum(send_counts), (x.shape, send_counts)
     if group_size(group) == 1:
@@ -214,7 +214,9 @@ def _wait(work: dist.Work, received: Tensor, sent: Tensor) -> Tensor:
     return received
 
 
-def gather_columns(columns: Sequence[Tensor], group: dist.ProcessGroup | None) -> tuple[list[Tensor], list[int], int]:
+def all_gather_columns(
+    columns: Sequence[Tensor], group: dist.ProcessGroup | None
+) -> tuple[list[Tensor], list[int], int]:
     """Gathers several tensors of equal length from all ranks in two collectives: lengths first, then rows as bytes.
 
     columns: tensors of one length, which may differ between ranks and may be 0. Returns each column with the rows of
@@ -246,7 +248,7 @@ def from_bytes(rows: Tensor, like: Tensor) -> Tensor:
     return rows.flatten().clone().view(like.dtype).view(rows.shape[0], *like.shape[1:])
 
 
-def anywhere(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Returns True on all ranks if the flag is set on any rank. A collective over the world; blocks the host."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return flag
@@ -255,7 +257,7 @@ def anywhere(flag: bool) -> bool:
     return bool(count)
 
 
-def gather_text(text: str, device: torch.device, limit: int = 2000) -> list[str]:
+def all_gather_text(text: str, device: torch.device, limit: int = 2000) -> list[str]:
     """Gathers the text of every rank on every rank, in rank order, each cut to `limit` bytes.
 
     Texts travel as uint8 tensors on `device`, as torch's all_gather_object would unpickle what it receives.

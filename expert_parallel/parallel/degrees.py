@@ -16,9 +16,9 @@ from torch import Tensor
 
 from expert_parallel.settings import Settings
 
-Order = tuple[str, ...]
-DENSE_ORDER: Order = ("pp", "dp", "cp", "tp")
-EXPERT_ORDER: Order = ("edp", "ep", "etp")
+AxisOrder = tuple[str, ...]
+DENSE_ORDER: AxisOrder = ("pp", "dp", "cp", "tp")
+EXPERT_ORDER: AxisOrder = ("edp", "ep", "etp")
 Degree = Annotated[int, Field(ge=1)]
 
 
@@ -121,8 +121,8 @@ class ParallelDegrees:
     pp: int = 1
     ep: int = 1
     etp: int = 1
-    order: Order = DENSE_ORDER
-    expert_order: Order = EXPERT_ORDER
+    order: AxisOrder = DENSE_ORDER
+    expert_order: AxisOrder = EXPERT_ORDER
 
     def __post_init__(self) -> None:
         for kind, names in (("dense parts", ("cp", "tp", "pp")), ("experts", ("ep", "etp", "pp"))):
@@ -168,7 +168,7 @@ def rank_grids(degrees: ParallelDegrees) -> tuple[Tensor, Tensor]:
 
 
 # Maps each group's name to the axes of its grid and to the axes along which its members differ.
-GROUPS: dict[str, tuple[Order, Order]] = {
+GROUPS: dict[str, tuple[AxisOrder, AxisOrder]] = {
     "pp": (DENSE_ORDER, ("pp",)),
     "dp": (DENSE_ORDER, ("dp",)),
     "cp": (DENSE_ORDER, ("cp",)),
@@ -182,7 +182,7 @@ GROUPS: dict[str, tuple[Order, Order]] = {
 }
 
 
-def grid(degrees: ParallelDegrees) -> dict[str, list[list[int]]]:
+def ranks_by_group(degrees: ParallelDegrees) -> dict[str, list[list[int]]]:
     """Lists the ranks of all process groups by name; the ranks of a group are in ascending order.
 
     >>> {axis: groups for axis, groups in grid(ParallelDegrees(world_size=4, ep=2)).items() if axis in ("ep", "edp")}
@@ -190,30 +190,32 @@ def grid(degrees: ParallelDegrees) -> dict[str, list[list[int]]]:
     """
     dense, experts = rank_grids(degrees)
     return {
-        name: _along(dense if all_axes == DENSE_ORDER else experts, all_axes, axes)
+        name: _ranks_along(dense if all_axes == DENSE_ORDER else experts, all_axes, axes)
         for name, (all_axes, axes) in GROUPS.items()
     }
 
 
-def _along(ranks: Tensor, all_axes: Order, axes: Order) -> list[list[int]]:
+def _ranks_along(ranks: Tensor, all_axes: AxisOrder, axes: AxisOrder) -> list[list[int]]:
     moved = ranks.movedim([all_axes.index(axis) for axis in axes], list(range(-len(axes), 0)))
     return moved.flatten(-len(axes)).flatten(0, -2).sort(dim=1).values.tolist()
 
 
-def place_of(degrees: ParallelDegrees, rank: int) -> dict[str, int]:
+def rank_coordinates(degrees: ParallelDegrees, rank: int) -> dict[str, int]:
     """Returns the coordinates of a rank on every axis of both grids."""
     dense, experts = rank_grids(degrees)
     coordinates = dict(zip(DENSE_ORDER, (dense == rank).nonzero()[0].tolist(), strict=True))
     return coordinates | dict(zip(EXPERT_ORDER, (experts == rank).nonzero()[0, 1:].tolist(), strict=True))
 
 
-def describe_grid(degrees: ParallelDegrees, holds: Callable[[dict[str, int]], str] = lambda place: "") -> str:
-    """Formats a table of all ranks with their coordinates and `holds(coordinates)`, a text on what the rank holds."""
+def format_rank_table(degrees: ParallelDegrees, contents: Callable[[dict[str, int]], str] = lambda _: "") -> str:
+    """Formats a table of all ranks with their coordinates and the text `contents(coordinates)` of each."""
     axes = [*DENSE_ORDER, *EXPERT_ORDER]
     lines = ["rank  " + " ".join(f"{axis:>4}" for axis in axes)]
     for rank in range(degrees.world_size):
-        place = place_of(degrees, rank)
-        lines.append((f"{rank:>4}  " + " ".join(f"{place[axis]:>4}" for axis in axes) + f"  {holds(place)}").rstrip())
+        place = rank_coordinates(degrees, rank)
+        lines.append(
+            (f"{rank:>4}  " + " ".join(f"{place[axis]:>4}" for axis in axes) + f"  {contents(place)}").rstrip()
+        )
     return "\n".join(lines)
 
 
@@ -236,17 +238,17 @@ def shard_counts(config: ShardedConfig, degrees: ParallelDegrees) -> tuple[int, 
     return shards, expert_shards
 
 
-def node_grid(degrees: ParallelDegrees, ranks_per_node: int) -> dict[str, list[list[int]]]:
+def node_and_rail_ranks(degrees: ParallelDegrees, ranks_per_node: int) -> dict[str, list[list[int]]]:
     """Lists the ranks of all node groups and rail groups within the expert parallel groups.
 
     A node group holds the ranks of an expert parallel group that share a node; a rail group holds one rank of each of
     its nodes. Raises ValueError if an expert parallel group has different numbers of ranks on its nodes.
 
-    >>> node_grid(ParallelDegrees(world_size=4, ep=4), ranks_per_node=2)
+    >>> node_and_rail_ranks(ParallelDegrees(world_size=4, ep=4), ranks_per_node=2)
     {'node': [[0, 1], [2, 3]], 'rail': [[0, 2], [1, 3]]}
     """
     nodes, rails = [], []
-    for ranks in grid(degrees)["ep"]:
+    for ranks in ranks_by_group(degrees)["ep"]:
         parts: dict[int, list[int]] = {}
         for rank in ranks:
             parts.setdefault(rank // ranks_per_node, []).append(rank)

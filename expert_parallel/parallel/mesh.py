@@ -13,17 +13,17 @@ from expert_parallel.parallel.degrees import (
     ParallelDegrees,
     ReplicatedConfig,
     ShardedConfig,
-    grid,
-    node_grid,
+    node_and_rail_ranks,
     rank_grids,
+    ranks_by_group,
     shard_counts,
 )
 
-__all__ = ["ParallelDegrees", "ParallelMesh", "build_mesh", "build_nodes", "group_maker", "node_grid"]
+__all__ = ["ParallelDegrees", "ParallelMesh", "build_mesh", "build_node_groups", "group_builder", "node_and_rail_ranks"]
 
 
 @dataclass(frozen=True)
-class Nodes:
+class NodeGroups:
     """Holds the process groups of a hierarchical exchange within this rank's expert parallel group.
 
     node_group: the members on this rank's node. rail_group: on each node, the member with this rank's index within its
@@ -59,12 +59,12 @@ class ParallelMesh:
     stage_group: dist.ProcessGroup | None
     dense_group: dist.ProcessGroup | None
     sequence_group: dist.ProcessGroup | None
-    key_group: dist.ProcessGroup | None
-    tied_group: dist.ProcessGroup | None
+    kv_replica_group: dist.ProcessGroup | None
+    tied_embedding_group: dist.ProcessGroup | None
     ep_group: dist.ProcessGroup | None
     etp_group: dist.ProcessGroup | None
     edp_group: dist.ProcessGroup | None
-    nodes: Nodes
+    nodes: NodeGroups
     dense_mesh: DeviceMesh | None
     expert_mesh: DeviceMesh | None
 
@@ -89,13 +89,15 @@ class ParallelMesh:
         return group_rank(self.stage_group)
 
 
-def build_nodes(degrees: ParallelDegrees, ranks_per_node: int, make: Callable[..., dist.ProcessGroup | None]) -> Nodes:
+def build_node_groups(
+    degrees: ParallelDegrees, ranks_per_node: int, make: Callable[..., dist.ProcessGroup | None]
+) -> NodeGroups:
     """Builds the node and rail groups of this rank with `make`, from `group_builder`. Every rank must call it."""
-    axes = node_grid(degrees, ranks_per_node)
-    return Nodes(ranks_per_node, make(axes["node"]), make(axes["rail"]))
+    axes = node_and_rail_ranks(degrees, ranks_per_node)
+    return NodeGroups(ranks_per_node, make(axes["node"]), make(axes["rail"]))
 
 
-def group_maker(device_type: str, timeout: timedelta) -> Callable[..., dist.ProcessGroup | None]:
+def group_builder(device_type: str, timeout: timedelta) -> Callable[..., dist.ProcessGroup | None]:
     """Returns a function that builds the process groups with given ranks and returns the one that contains this rank.
 
     The function returns None for a rank that is in no group or alone in its group. It builds each set of groups once,
@@ -135,14 +137,14 @@ def build_mesh(
     same key and value heads. tied_embeddings: the first and the last stage share an embedding table.
     """
     assert degrees.world_size == dist.get_world_size(), (degrees, dist.get_world_size())
-    make, ranks = group_maker(device_type, timeout), grid(degrees)
+    make, ranks = group_builder(device_type, timeout), ranks_by_group(degrees)
     groups = {f"{name}_group": make(of) for name, of in ranks.items()}
     key_ranks = [tp[i : i + kv_copies] for tp in ranks["tp"] for i in range(0, degrees.tp, kv_copies)]
     tied_ranks = [sorted({stages[0], stages[-1]}) for stages in rank_grids(degrees)[0].flatten(1).mT.tolist()]
     ranks_per_node = ranks_per_node or degrees.world_size
-    nodes = Nodes(ranks_per_node, None, None)
+    nodes = NodeGroups(ranks_per_node, None, None)
     if hierarchical:
-        nodes = build_nodes(degrees, ranks_per_node, make)
+        nodes = build_node_groups(degrees, ranks_per_node, make)
     dense_mesh = expert_mesh = None
     if isinstance(data, ShardedConfig):
         shards, expert_shards = shard_counts(data, degrees)
@@ -152,8 +154,8 @@ def build_mesh(
         degrees=degrees,
         rank=dist.get_rank(),
         **groups,
-        key_group=make(key_ranks),
-        tied_group=make(tied_ranks) if tied_embeddings else None,
+        kv_replica_group=make(key_ranks),
+        tied_embedding_group=make(tied_ranks) if tied_embeddings else None,
         nodes=nodes,
         dense_mesh=dense_mesh,
         expert_mesh=expert_mesh,

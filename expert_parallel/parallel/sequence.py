@@ -17,7 +17,7 @@ from expert_parallel.parallel.mesh import ParallelMesh
 
 
 @dataclass(frozen=True)
-class SequencePlace:
+class SequenceShard:
     """Holds a rank's coordinates on the two axes that split sequences. The default holds whole sequences."""
 
     cp: int = 1
@@ -26,11 +26,11 @@ class SequencePlace:
     tp_rank: int = 0
 
     @staticmethod
-    def of(mesh: ParallelMesh | None) -> "SequencePlace":
+    def of(mesh: ParallelMesh | None) -> "SequenceShard":
         """Returns the coordinates of this rank; None: whole sequences."""
         if mesh is None:
-            return SequencePlace()
-        return SequencePlace(mesh.degrees.cp, group_rank(mesh.cp_group), mesh.degrees.tp, group_rank(mesh.tp_group))
+            return SequenceShard()
+        return SequenceShard(mesh.degrees.cp, group_rank(mesh.cp_group), mesh.degrees.tp, group_rank(mesh.tp_group))
 
     @property
     def is_whole(self) -> bool:
@@ -50,10 +50,10 @@ class SequencePlace:
 
     def all_contexts(self, length: int) -> Tensor:
         """Returns the positions of all context parallel ranks, concatenated in rank order, int64 (length)."""
-        return torch.cat([SequencePlace(self.cp, rank).context(length) for rank in range(self.cp)])
+        return torch.cat([SequenceShard(self.cp, rank).context(length) for rank in range(self.cp)])
 
 
-def length_unit(cp: int, tp: int) -> int:
+def sequence_length_multiple(cp: int, tp: int) -> int:
     """Returns the number that a sequence length must be a multiple of, so that all ranks hold equally many positions:
     2 cp chunks, and tp equal ranges per context parallel rank."""
     return tp if cp == 1 else math.lcm(2 * cp, cp * tp)

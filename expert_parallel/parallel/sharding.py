@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from expert_parallel.parallel.collectives import all_gather_rows, group_rank, group_size
 
 
-class Run(NamedTuple):
+class Segment(NamedTuple):
     """Locates `size` consecutive indices of a dimension: their start in the local shard and in the logical tensor."""
 
     local: int
@@ -18,7 +18,7 @@ class Run(NamedTuple):
     size: int
 
 
-def runs_of_part(size: int, parts: int, index: int, blocks: int = 1) -> list[Run]:
+def shard_segments(size: int, parts: int, index: int, blocks: int = 1) -> list[Segment]:
     """Returns the ranges of a dimension of length `size` that belong to shard `index` of `parts`.
 
     The dimension consists of `blocks` equal blocks, and each block is split like `torch.tensor_split`: if it does not
@@ -27,11 +27,11 @@ def runs_of_part(size: int, parts: int, index: int, blocks: int = 1) -> list[Run
     block = size // blocks
     small, larger = divmod(block, parts)
     first, length = index * small + min(index, larger), small + (index < larger)
-    return [Run(number * length, number * block + first, length) for number in range(blocks)]
+    return [Segment(number * length, number * block + first, length) for number in range(blocks)]
 
 
 @dataclass(frozen=True)
-class Slice:
+class TensorShard:
     """Describes this rank's shard of a tensor that is split along dimension `dim` over a process group.
 
     dim: negative, counted from the end, so that it is the same for one expert and for a stack of experts.
@@ -58,14 +58,14 @@ class Slice:
         return group_rank(self.group) // self.copies
 
     @property
-    def runs(self) -> list[Run]:
+    def segments(self) -> list[Segment]:
         """Returns the ranges of `dim` that this rank holds."""
-        return runs_of_part(self.size, self.parts, self.index, self.blocks)
+        return shard_segments(self.size, self.parts, self.index, self.blocks)
 
-    def take(self, full: Tensor) -> Tensor:
+    def narrow_to_shard(self, full: Tensor) -> Tensor:
         """Returns this rank's shard of a tensor that is whole along `dim`."""
         assert full.shape[self.dim] == self.size, (full.shape, self)
-        return torch.cat([full.narrow(self.dim, run.logical, run.size) for run in self.runs], self.dim)
+        return torch.cat([full.narrow(self.dim, segment.logical, segment.size) for segment in self.segments], self.dim)
 
     def full_shape(self, local: torch.Size) -> torch.Size:
         """Returns the shape of the logical tensor, given the shape of the local shard."""
@@ -73,7 +73,7 @@ class Slice:
         shape[self.dim] = self.size
         return torch.Size(shape)
 
-    def gather(self, local: Tensor) -> Tensor:
+    def gather_full(self, local: Tensor) -> Tensor:
         """Returns the whole tensor, given this rank's shard of it. A collective over `group`."""
         rows = local.movedim(self.dim, 0).contiguous()
         block_lengths = [len(shard) for shard in torch.arange(self.size // self.blocks).tensor_split(self.parts)]
@@ -86,19 +86,21 @@ class Slice:
         return whole.movedim(0, self.dim)
 
 
-def divide(module: nn.Module, name: str, dim: int, group: dist.ProcessGroup, blocks: int = 1, copies: int = 1) -> None:
+def shard_parameter(
+    module: nn.Module, name: str, dim: int, group: dist.ProcessGroup, blocks: int = 1, copies: int = 1
+) -> None:
     """Replaces the module's parameter `name` by this rank's shard of it and records it in `module.tensor_shards`.
 
     The parameter must be on the meta device, as values would be lost. The caller has checked that the sizes divide.
     """
     full = getattr(module, name)
     assert full.is_meta, name
-    part = Slice(dim, full.shape[dim], group, blocks, copies)
-    setattr(module, name, nn.Parameter(part.take(full.detach()).contiguous()))
-    module.tensor_shards = {**slices_of(module), name: part}  # type: ignore[assignment]
+    part = TensorShard(dim, full.shape[dim], group, blocks, copies)
+    setattr(module, name, nn.Parameter(part.narrow_to_shard(full.detach()).contiguous()))
+    module.tensor_shards = {**get_tensor_shards(module), name: part}  # type: ignore[assignment]
 
 
-def slices_of(module: nn.Module) -> dict[str, Slice]:
+def get_tensor_shards(module: nn.Module) -> dict[str, TensorShard]:
     """Returns the shards of a module's own parameters by name, without parameters that are whole on every rank."""
-    shards: dict[str, Slice] = getattr(module, "tensor_shards", {})
+    shards: dict[str, TensorShard] = getattr(module, "tensor_shards", {})
     return shards

@@ -14,23 +14,23 @@ from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.data.open import open_data
 from expert_parallel.data.tokenizer import Tokenizer
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.moe.types import Reason
+from expert_parallel.moe.types import Outcome
 from expert_parallel.report.loads import Loads, read_loads
-from expert_parallel.report.sample import Sample, cut, route
-from expert_parallel.report.specialization import Habits, habits_of
-from expert_parallel.report.token_text import CLASSES, Piece, classes, name_of, pieces
+from expert_parallel.report.sample import Sample, run_sample, split_windows
+from expert_parallel.report.specialization import ExpertStats, compute_expert_stats
+from expert_parallel.report.token_text import CHARACTER_CLASSES, TokenText, character_classes, display_name, token_texts
 from expert_parallel.runtime.process import Runtime, UserError
 from expert_parallel.training.config import DTYPES, Config
-from expert_parallel.training.generate import run_config, run_tokenizer
-from expert_parallel.training.setup import demand_of
+from expert_parallel.training.generate import load_run_config, open_run_tokenizer
+from expert_parallel.training.setup import data_requirements
 
 
 @dataclass(frozen=True, eq=False)
-class Report:
+class ExpertsReport:
     """Holds everything that the page shows.
 
     step: of the checkpoint. source: where the sample's text comes from. token_texts: those of each of its sequences.
-    habits: by MoE block. names: display names of the tokens that `habits` mention."""
+    habits: by MoE block. names: display names of the tokens that `expert_stats` mention."""
 
     name: str
     config: Config
@@ -38,8 +38,8 @@ class Report:
     loads: Loads
     source: str
     sample: Sample
-    pieces: list[list[Piece]]
-    habits: dict[int, Habits]
+    token_texts: list[list[TokenText]]
+    expert_stats: dict[int, ExpertStats]
     names: dict[int, str]
 
     @property
@@ -53,7 +53,7 @@ class Report:
 
 
 @dataclass(frozen=True, eq=False)
-class Text:
+class SampleText:
     """Holds text to run. windows: int64, (S + 1) each, S at most training.sequence_length. separator: as in the
     sampler."""
 
@@ -62,57 +62,66 @@ class Text:
     source: str
 
 
-def gather(run: Path, overrides: Sequence[str], runtime: Runtime, text: Path | None, sequences: int | None) -> Report:
+def build_report(
+    run: Path, overrides: Sequence[str], runtime: Runtime, text: Path | None, sequences: int | None
+) -> ExpertsReport:
     """Builds the report of a run's folder.
 
     text: a file to use instead of held-out text. sequences: at most so many. Raises ValueError for a run without
     experts, a step or a checkpoint, and for missing data; UserError for a broken checkpoint or several ranks."""
     if runtime.world_size > 1:
         raise UserError(f"experts works on one process, {runtime.world_size} were started")
-    config = run_config(run, overrides)
+    config = load_run_config(run, overrides)
     moe, blocks = config.model.moe, config.model.moe_layers
     if moe is None:
         raise ValueError(f"{run} is a run of a dense model (model.moe is not set): it has no experts")
     loads = read_loads(run / "metrics.jsonl", blocks, moe.num_experts)
-    tokenizer = run_tokenizer(config)
+    tokenizer = open_run_tokenizer(config)
     source = _held_out(config, sequences) if text is None else _text(config, tokenizer, text, sequences)
 
     model = build_model(config.model, dtype=DTYPES[config.training.dtype], device=runtime.device, seed=None)
     checkpoint = load_checkpoint(run / "checkpoints", model, None, runtime)
     batch_size = config.training.global_batch // config.training.micro_steps
-    sample = route(model, source.windows, batch_size=batch_size, separator=source.separator, seed=config.seed)
+    sample = run_sample(model, source.windows, batch_size=batch_size, separator=source.separator, seed=config.seed)
 
-    found = [pieces(tokenizer, sequence.tolist()) for sequence in sample.sequences]
+    found = [token_texts(tokenizer, sequence.tolist()) for sequence in sample.sequences]
     tokens_T = torch.cat(sample.sequences)
-    class_T = torch.tensor([number for sequence in found for number in classes(sequence)])
-    sizes = (moe.num_experts, len(CLASSES))
-    habits = {
-        block: habits_of(tokens_T, class_T, routing.ids_TK, routing.computed_TK, routing.first_T, sizes)
+    class_T = torch.tensor([number for sequence in found for number in character_classes(sequence)])
+    sizes = (moe.num_experts, len(CHARACTER_CLASSES))
+    expert_stats = {
+        block: compute_expert_stats(tokens_T, class_T, routing.ids_TK, routing.computed_TK, routing.first_T, sizes)
         for block, routing in sample.routing.items()
     }
-    named = {liked.token for of_block in habits.values() for of_expert in of_block.liked for liked in of_expert}
-    return Report(
+    named = {
+        top_tokens.token
+        for of_block in expert_stats.values()
+        for of_expert in of_block.top_tokens
+        for top_tokens in of_expert
+    }
+    return ExpertsReport(
         name=run.resolve().name,
         config=config,
         step=checkpoint.step,
         loads=loads,
         source=source.source,
         sample=sample,
-        pieces=found,
-        habits=habits,
-        names={token: name_of(tokenizer, token) for token in sorted(named)},
+        token_texts=found,
+        expert_stats=expert_stats,
+        names={token: display_name(tokenizer, token) for token in sorted(named)},
     )
 
 
-def _held_out(config: Config, sequences: int | None) -> Text:
+def _held_out(config: Config, sequences: int | None) -> SampleText:
     """Returns the sequences of evaluation, or the given number of them."""
-    demand = demand_of(config)
-    data = open_data(config.data, replace(demand, held_out_sequences=sequences or demand.held_out_sequences))
+    requirements = data_requirements(config)
+    data = open_data(
+        config.data, replace(requirements, held_out_sequences=sequences or requirements.held_out_sequences)
+    )
     described = "; ".join(line.strip() for line in data.description.splitlines())
-    return Text(list(data.held_out), data.sampler.separator, f"the held-out part of {described}")
+    return SampleText(list(data.held_out), data.sampler.separator, f"the held-out part of {described}")
 
 
-def _text(config: Config, tokenizer: Tokenizer, path: Path, sequences: int | None) -> Text:
+def _text(config: Config, tokenizer: Tokenizer, path: Path, sequences: int | None) -> SampleText:
     """Tokenizes a file, and splits it into windows. Raises ValueError for text that the model cannot process."""
     try:
         tokens = torch.tensor(tokenizer.encode(path.read_text(encoding="utf-8")), dtype=torch.int64)
@@ -122,10 +131,10 @@ def _text(config: Config, tokenizer: Tokenizer, path: Path, sequences: int | Non
         raise ValueError(f"--text: {path} has {len(tokens)} tokens, 2 are needed: one to show, and the one after it")
     if int(tokens.max()) >= config.model.vocab_size:
         raise ValueError(f"--text: {path} has token {int(tokens.max())}, model.vocab_size is {config.model.vocab_size}")
-    return Text(cut(tokens, config.training.sequence_length)[:sequences], None, str(path))
+    return SampleText(split_windows(tokens, config.training.sequence_length)[:sequences], None, str(path))
 
 
-def as_json(report: Report) -> str:
+def as_json(report: ExpertsReport) -> str:
     """Returns the page's numbers as JSON. Blocks are keys; experts and tokens are positions in lists."""
     loads, sample = report.loads, report.sample
     tree: dict[str, Any] = {
@@ -148,35 +157,35 @@ def as_json(report: Report) -> str:
             "source": report.source,
             "loss": sample.loss,
             "sequences": [sequence.tolist() for sequence in sample.sequences],
-            "fates": {int(reason): reason.name.lower() for reason in Reason},
+            "fates": {int(reason): reason.name.lower() for reason in Outcome},
             "blocks": {
                 block: {
                     "experts": routing.ids_TK.tolist(),
                     "weights": [[round(weight, 6) for weight in row] for row in routing.weights_TK.tolist()],
-                    "fate": routing.reason_TK.tolist(),
+                    "fate": routing.outcome_TK.tolist(),
                     "first": routing.first_T.tolist(),
                 }
                 for block, routing in sample.routing.items()
             },
         },
         "habits": {
-            "classes": CLASSES,
+            "classes": CHARACTER_CLASSES,
             "names": report.names,
-            "blocks": {block: _habits_tree(habits) for block, habits in report.habits.items()},
+            "blocks": {block: _stats_tree(expert_stats) for block, expert_stats in report.expert_stats.items()},
         },
     }
     return json.dumps(_without_nan(tree))
 
 
-def _habits_tree(habits: Habits) -> dict[str, Any]:
+def _stats_tree(expert_stats: ExpertStats) -> dict[str, Any]:
     """Names every key, since those of the file stay when an attribute gets another name."""
     return {
-        "count": habits.count,
-        "first_count": habits.first_count,
-        "liked": [[asdict(token) for token in of_expert] for of_expert in habits.liked],
-        "class_share": habits.class_share,
-        "overall_class_share": habits.overall_class_share,
-        "specialisation": asdict(habits.specialisation),
+        "count": expert_stats.count,
+        "first_count": expert_stats.first_count,
+        "liked": [[asdict(token) for token in of_expert] for of_expert in expert_stats.top_tokens],
+        "class_share": expert_stats.class_share,
+        "overall_class_share": expert_stats.overall_class_share,
+        "specialisation": asdict(expert_stats.specialization),
     }
 
 

@@ -6,15 +6,15 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from expert_parallel.report.experts import Report
+from expert_parallel.report.experts import ExpertsReport
 from expert_parallel.report.loads import Loads
-from expert_parallel.report.page_sample import habits_section, text_section
-from expert_parallel.report.style import HEAT, heat, ratio_of, style_sheet
+from expert_parallel.report.page_sample import experts_section, text_section
+from expert_parallel.report.style import HEAT, heat, step_ratio, style_sheet
 
 ROW_PIXELS, MAP_PIXELS = 15, 320  # largest height of an expert's row in a heat map, and of all rows together
 
 
-def render(report: Report) -> str:
+def render(report: ExpertsReport) -> str:
     """Returns the whole file."""
     title = f"What the experts of the run “{escape(report.name)}” learned"
     radios = "".join(
@@ -34,7 +34,7 @@ def render(report: Report) -> str:
 <nav class="tabs"><span class="soft">Shown below:</span>{labels}</nav>
 <main>
 {text_section(report)}
-{habits_section(report)}
+{experts_section(report)}
 </main>
 <footer>Made by <code>expert-parallel experts</code>. How each number is defined: README.md of
 expert_parallel/report.</footer>
@@ -45,7 +45,7 @@ expert_parallel/report.</footer>
 # -------------------------------------------------------------------------------------------------------------- header
 
 
-def _header(report: Report, title: str) -> str:
+def _header(report: ExpertsReport, title: str) -> str:
     model, moe = report.config.model, report.config.model.moe
     assert moe is not None
     per_token = moe.router.experts_per_token(report.num_experts)
@@ -82,7 +82,7 @@ def _short(number: int) -> str:
 # --------------------------------------------------------------------------------------------------------------- loads
 
 
-def _loads(report: Report) -> str:
+def _loads(report: ExpertsReport) -> str:
     cells = "".join(f'<i class="h{step}" style="grid-row: 1"></i>' for step in range(HEAT))
     marks = "".join(
         f'<b style="grid-row: 2; grid-column: {step + 1}">{_times(step)}</b>'
@@ -100,7 +100,7 @@ row that stays blue is an expert that learns little. Point at a row for its numb
 
 def _times(step: int) -> str:
     sign = "≤\u2009" if step == 0 else "≥\u2009" if step == HEAT - 1 else ""
-    return f"{sign}{ratio_of(step):.2g}"
+    return f"{sign}{step_ratio(step):.2g}"
 
 
 def _map(block: int, loads: Loads, num_experts: int) -> str:

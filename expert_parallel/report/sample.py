@@ -9,33 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expert_parallel.data.batch import as_batch
+from expert_parallel.data.batch import make_micro_batch
 from expert_parallel.model.tensor_parallel import cross_entropy_sum
 from expert_parallel.model.transformer import Transformer
-from expert_parallel.moe.capacity.limit import LimitSettings
+from expert_parallel.moe.capacity.policies import CapacitySettings
 from expert_parallel.moe.context import RouterReplay, StepContext
-from expert_parallel.moe.types import Reason, RoutingPlan
+from expert_parallel.moe.types import Outcome, RoutingPlan
 
 
 @dataclass(frozen=True, eq=False)
-class Routing:
+class SampleRouting:
     """Holds every token's choices in one block, after capacity was applied, on the CPU.
 
-    ids_TK: int64. weights_TK: float64, 0 where nothing was computed. reason_TK: uint8, values of `Reason`."""
+    ids_TK: int64. weights_TK: float64, 0 where nothing was computed. outcome_TK: uint8, values of `Outcome`."""
 
     ids_TK: Tensor
     weights_TK: Tensor
-    reason_TK: Tensor
+    outcome_TK: Tensor
 
     @property
     def computed_TK(self) -> Tensor:
         """Returns True for choices that an expert computed."""
-        return self.reason_TK <= Reason.REROUTED
+        return self.outcome_TK <= Outcome.REROUTED
 
     @property
     def dropped_TK(self) -> Tensor:
         """Returns True for choices that were routed and then dropped."""
-        return ~self.computed_TK & (self.reason_TK != Reason.NOT_ROUTED)
+        return ~self.computed_TK & (self.outcome_TK != Outcome.NOT_ROUTED)
 
     @property
     def first_T(self) -> Tensor:
@@ -53,21 +53,21 @@ class Sample:
 
     sequences: list[Tensor]
     loss: float
-    routing: dict[int, Routing]
+    routing: dict[int, SampleRouting]
 
     @property
     def num_tokens(self) -> int:
         return sum(len(sequence) for sequence in self.sequences)
 
 
-def cut(tokens: Tensor, length: int) -> list[Tensor]:
+def split_windows(tokens: Tensor, length: int) -> list[Tensor]:
     """Splits tokens into windows of length + 1 that overlap by one, as evaluation does; the last may be shorter. The
     last token is only a target."""
     return [tokens[begin : begin + length + 1] for begin in range(0, len(tokens) - 1, length)]
 
 
 @torch.no_grad()
-def route(
+def run_sample(
     model: Transformer, windows: Sequence[Tensor], *, batch_size: int, separator: int | None, seed: int
 ) -> Sample:
     """Runs the model as evaluation on one rank does: with its capacity, in batches of `batch_size` sequences of equal
@@ -77,9 +77,9 @@ def route(
     model.eval()
     device = next(model.parameters()).device
     loss, count = 0.0, 0
-    found: dict[int, list[Routing]] = {layer: [] for layer in model.config.moe_layers}
+    found: dict[int, list[SampleRouting]] = {layer: [] for layer in model.config.moe_layers}
     for number, rows in enumerate(_batches(windows, batch_size)):
-        batch, replay = as_batch(rows, 0, separator).to(device), RouterReplay()
+        batch, replay = make_micro_batch(rows, 0, separator).to(device), RouterReplay()
         # Waits for the device: `StepContext` takes the number of documents as an int.
         packed = 1 if batch.documents_BS is None else int(batch.documents_BS.max()) + 1
         context = StepContext(
@@ -96,10 +96,12 @@ def route(
         count += batch.targets_BS.numel()
         for layer, plan in plans.items():
             choices = replay.recorded[0, number, layer]
-            limited = replace(plan, expert_ids_TK=choices.ids_TK, reason_TK=choices.reason_TK)
+            limited = replace(plan, expert_ids_TK=choices.ids_TK, outcome_TK=choices.outcome_TK)
             found[layer].append(_routing(model, layer, limited))
     routing = {
-        layer: Routing(*(torch.cat([getattr(part, name) for part in parts]) for name in Routing.__annotations__))
+        layer: SampleRouting(
+            *(torch.cat([getattr(part, name) for part in parts]) for name in SampleRouting.__annotations__)
+        )
         for layer, parts in found.items()
     }
     return Sample([window[:-1] for window in windows], loss / count, routing)
@@ -136,14 +138,14 @@ def _keep(plans: dict[int, RoutingPlan], layer: int, router: nn.Module, inputs: 
     plans[layer] = plan
 
 
-def _routing(model: Transformer, layer: int, limited: RoutingPlan) -> Routing:
+def _routing(model: Transformer, layer: int, limited: RoutingPlan) -> SampleRouting:
     """Returns the plan's choices with the weights that multiply the experts' outputs, which capacity may have
     changed."""
     moe = dict(model.local_blocks())[layer].moe
     assert moe is not None
     capacity = moe.config.capacity
-    counted_TK = limited.kept_TK if isinstance(capacity, LimitSettings) and capacity.renormalise else None
+    counted_TK = limited.kept_TK if isinstance(capacity, CapacitySettings) and capacity.renormalise else None
     weights_TK = moe.router.weights(limited, limited.expert_ids_TK, counted_TK)
     # float64, so that the report rounds nothing; on the CPU, to free the device's memory batch by batch.
     weights_TK = weights_TK.double().masked_fill(~limited.kept_TK, 0)
-    return Routing(limited.expert_ids_TK.cpu(), weights_TK.cpu(), limited.reason_TK.cpu())
+    return SampleRouting(limited.expert_ids_TK.cpu(), weights_TK.cpu(), limited.outcome_TK.cpu())

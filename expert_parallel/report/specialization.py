@@ -12,7 +12,7 @@ SHUFFLES = 10
 
 
 @dataclass(frozen=True)
-class Liked:
+class TopToken:
     """Holds a token that an expert receives more often than others do.
 
     count: of the expert's computed choices. share: of all its choices. lift: share over the token's share of all
@@ -25,7 +25,7 @@ class Liked:
 
 
 @dataclass(frozen=True)
-class Specialisation:
+class Specialization:
     """Measures how far a token's identity decides its first expert, in bits over the sample.
 
     bits: mutual information of token and first expert. chance_bits: the same with experts shuffled over the tokens,
@@ -40,7 +40,7 @@ class Specialisation:
 
 
 @dataclass(frozen=True)
-class Habits:
+class ExpertStats:
     """Holds the statistics of one block.
 
     count: computed choices of each expert. first_count: tokens whose first expert it is. top_tokens: by expert.
@@ -49,15 +49,15 @@ class Habits:
 
     count: list[int]
     first_count: list[int]
-    liked: list[list[Liked]]
+    top_tokens: list[list[TopToken]]
     class_share: list[list[float]]
     overall_class_share: list[float]
-    specialisation: Specialisation
+    specialization: Specialization
 
 
-def habits_of(
+def compute_expert_stats(
     tokens_T: Tensor, class_T: Tensor, ids_TK: Tensor, computed_TK: Tensor, first_T: Tensor, sizes: tuple[int, int]
-) -> Habits:
+) -> ExpertStats:
     """Computes the statistics of a block. tokens_T, class_T, first_T (-1: no expert): int64. ids_TK: int64.
     computed_TK: bool, the choices that count. sizes: (experts, classes)."""
     num_experts, num_classes = sizes
@@ -68,17 +68,17 @@ def habits_of(
 
     kinds = torch.bincount(expert_N * num_classes + class_N, minlength=num_experts * num_classes)
     kinds = kinds.view(num_experts, num_classes).double()
-    return Habits(
+    return ExpertStats(
         count=torch.bincount(expert_N, minlength=num_experts).tolist(),
         first_count=torch.bincount(first_T[is_served_T], minlength=num_experts).tolist(),
-        liked=_liked(token_N, expert_N, num_experts),
+        top_tokens=_top_tokens(token_N, expert_N, num_experts),
         class_share=(kinds / kinds.sum(1, keepdim=True).clamp(min=1)).tolist(),
         overall_class_share=(kinds.sum(0) / kinds.sum().clamp(min=1)).tolist(),
-        specialisation=specialisation(tokens_T[is_served_T], first_T[is_served_T]),
+        specialization=specialization(tokens_T[is_served_T], first_T[is_served_T]),
     )
 
 
-def _liked(token_N: Tensor, expert_N: Tensor, num_experts: int) -> list[list[Liked]]:
+def _top_tokens(token_N: Tensor, expert_N: Tensor, num_experts: int) -> list[list[TopToken]]:
     """Returns the tokens with lift above 1 of each expert, ordered by count * log(lift), which is what each adds to the
     mutual information of expert and token. Lift alone would rank the rarest first."""
     names, token_N = token_N.unique(return_inverse=True)
@@ -89,16 +89,18 @@ def _liked(token_N: Tensor, expert_N: Tensor, num_experts: int) -> list[list[Lik
     share = count.double() / of_expert[expert]
     lift = share / (of_token[token].double() / len(token_N))
     gain = count * lift.log()
-    liked: list[list[Liked]] = []
+    top_tokens: list[list[TopToken]] = []
     for number in range(num_experts):
         candidates = ((expert == number) & (count >= MIN_TOKENS) & (lift > 1)).nonzero().flatten()
         # All tensors are on the CPU, so reading them waits for no device.
         best = candidates[gain[candidates].argsort(descending=True, stable=True)][:TOP_TOKENS].tolist()
-        liked.append([Liked(int(names[token[i]]), int(count[i]), float(share[i]), float(lift[i])) for i in best])
-    return liked
+        top_tokens.append(
+            [TopToken(int(names[token[i]]), int(count[i]), float(share[i]), float(lift[i])) for i in best]
+        )
+    return top_tokens
 
 
-def specialisation(tokens_T: Tensor, first_T: Tensor) -> Specialisation:
+def specialization(tokens_T: Tensor, first_T: Tensor) -> Specialization:
     """Computes the adjusted mutual information. tokens_T, first_T: int64, each token and its first expert."""
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(len(first_T), generator=generator) for _ in range(SHUFFLES)]
@@ -107,7 +109,7 @@ def specialisation(tokens_T: Tensor, first_T: Tensor) -> Specialisation:
     entropy = entropy_bits(first_T)
     room = entropy - chance
     adjusted = min(max((bits - chance) / room, 0.0), 1.0) if room > 1e-9 else 0.0
-    return Specialisation(bits, chance, entropy, adjusted)
+    return Specialization(bits, chance, entropy, adjusted)
 
 
 def mutual_information(a_T: Tensor, b_T: Tensor) -> float:

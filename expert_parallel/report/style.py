@@ -10,7 +10,7 @@ HEAT = 2 * STEPS_FROM_FAIR + 1
 # Background colours that colour-blind readers can distinguish: Paul Tol's light scheme, the palest for most tokens.
 LIGHT = ("#99ddff", "#eedd88", "#ffaabb", "#77aadd", "#bbcc33", "#ee8866", "#44bb99", "#aaaa00")
 DARK = ("#25607d", "#6f6021", "#87435a", "#33568c", "#5b6a12", "#9a4c2e", "#17705a", "#4c4c10")
-SLOTS = len(LIGHT)  # one more, grey, is for all other experts
+NUM_COLORS = len(LIGHT)  # one more, grey, is for all other experts
 
 BASE = """
 :root { color-scheme: light dark; --page: #ffffff; --panel: #f6f7f9; --ink: #1c2024; --soft: #5d6672; --line: #dde1e6;
@@ -81,7 +81,7 @@ def heat(ratio: float) -> int:
     return min(max(round(4 * log2(ratio)) + STEPS_FROM_FAIR, 0), HEAT - 1)
 
 
-def ratio_of(step: int) -> float:
+def step_ratio(step: int) -> float:
     """Returns the ratio in the middle of a colour step."""
     return float(2 ** ((step - STEPS_FROM_FAIR) / 4))
 
@@ -100,14 +100,14 @@ def _heat_rules() -> list[str]:
 def _slot_rules() -> list[str]:
     """Returns rules for the colours of experts."""
 
-    def variables(colours: Sequence[str]) -> str:
-        return " ".join(f"--s{slot}: {colour};" for slot, colour in enumerate(colours))
+    def variables(colors: Sequence[str]) -> str:
+        return " ".join(f"--s{slot}: {color};" for slot, color in enumerate(colors))
 
-    chips = " ".join(f".s{slot} {{ background: var(--s{slot}); }}" for slot in range(SLOTS))
+    chips = " ".join(f".s{slot} {{ background: var(--s{slot}); }}" for slot in range(NUM_COLORS))
     return [
-        f":root {{ {variables(LIGHT)} --s{SLOTS}: var(--other); }}",
+        f":root {{ {variables(LIGHT)} --s{NUM_COLORS}: var(--other); }}",
         f"@media (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }}",
-        f"{chips} .s{SLOTS} {{ background: var(--other); }}",
+        f"{chips} .s{NUM_COLORS} {{ background: var(--other); }}",
     ]
 
 
@@ -122,7 +122,7 @@ def _block_rules(place: int) -> str:
         f"{chosen} main .text .{name}-none {{ text-decoration: line-through; }}",
         f"{chosen} main .text .{name}-part {{ text-decoration: underline dotted 2px; }}",
     ]
-    for slot in range(SLOTS + 1):
+    for slot in range(NUM_COLORS + 1):
         rules.append(f"{chosen} main .text .{name}-{slot} {{ background: var(--s{slot}); }}")
         pointed = f"{chosen} main:has(.{name} .legend .s{slot}:hover)"
         rules.append(f"{pointed} .text span:not(.{name}-{slot}) {{ background: none; opacity: .45; }}")

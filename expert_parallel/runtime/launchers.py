@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from expert_parallel.runtime.mpi.backend import library_line, load_mpi
+from expert_parallel.runtime.mpi.backend import load_mpi, mpi_version_line
 
 Environment = Mapping[str, str]
 SLURM_PORTS = range(20_000, 30_000)  # below the ephemeral ports of Linux (32768 and up)
@@ -42,9 +42,9 @@ class Launch:
     local_rank: int = 0
     local_world_size: int = 1
     master: tuple[str, int] | None = None
-    serves: bool = False
-    attempt: str = ""
-    library: str = ""
+    hosts_store: bool = False
+    restart_count: str = ""
+    mpi_library: str = ""
 
 
 def read_launch(environment: Environment) -> Launch:
@@ -54,11 +54,11 @@ def read_launch(environment: Environment) -> Launch:
     """
     for is_used, read in LAUNCHERS:
         if is_used(environment):
-            return _checked(read(environment), environment)
+            return _validated(read(environment), environment)
     raise AssertionError("the last launcher always matches")
 
 
-def _set_rank_variables(environment: Environment) -> Launch:
+def _from_rank_variables(environment: Environment) -> Launch:
     """Reads RANK, WORLD_SIZE and the like, as torchrun, deepspeed and others set them."""
     local = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environment), "WORLD_SIZE")
     launcher = "env"
@@ -66,84 +66,89 @@ def _set_rank_variables(environment: Environment) -> Launch:
         launcher = "torchrun"
     elif "CROSS_SIZE" in environment:
         launcher = "deepspeed"
-    rank = _number(environment, "RANK")
+    rank = _require_int(environment, "RANK")
     is_agents_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return Launch(
         launcher,
         rank,
-        _number(environment, "WORLD_SIZE"),
-        _number(environment, "LOCAL_RANK"),
-        _number(environment, local),
-        (_text(environment, "MASTER_ADDR"), _port(environment, "MASTER_PORT")),
-        serves=rank == 0 and not is_agents_store,
-        attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "") if is_agents_store else "",
+        _require_int(environment, "WORLD_SIZE"),
+        _require_int(environment, "LOCAL_RANK"),
+        _require_int(environment, local),
+        (_require(environment, "MASTER_ADDR"), _require_port(environment, "MASTER_PORT")),
+        hosts_store=rank == 0 and not is_agents_store,
+        restart_count=environment.get("TORCHELASTIC_RESTART_COUNT", "") if is_agents_store else "",
     )
 
 
-def _open_mpi(environment: Environment) -> Launch:
+def _from_open_mpi(environment: Environment) -> Launch:
     """Reads the variables of Open MPI's mpirun."""
     names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
-    return _mpi("openmpi", *(_number(environment, f"OMPI_COMM_WORLD_{name}") for name in names))
+    return _from_mpi("openmpi", *(_require_int(environment, f"OMPI_COMM_WORLD_{name}") for name in names))
 
 
-def _mpich(environment: Environment) -> Launch:
+def _from_mpich(environment: Environment) -> Launch:
     """Reads the variables of MPICH's mpiexec."""
     names = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-    return _mpi("mpich", *(_number(environment, name) for name in names))
+    return _from_mpi("mpich", *(_require_int(environment, name) for name in names))
 
 
-def _mpi(launcher: str, rank: int, world_size: int, local_rank: int, local_world_size: int) -> Launch:
+def _from_mpi(launcher: str, rank: int, world_size: int, local_rank: int, local_world_size: int) -> Launch:
     """Agrees on a rendezvous address through MPI."""
-    master, library = meet_through_mpi(rank, world_size, is_one_host=local_world_size == world_size)
-    return Launch(launcher, rank, world_size, local_rank, local_world_size, master, serves=rank == 0, library=library)
+    master, mpi_library = mpi_rendezvous(rank, world_size, is_one_host=local_world_size == world_size)
+    return Launch(
+        launcher, rank, world_size, local_rank, local_world_size, master, hosts_store=rank == 0, mpi_library=mpi_library
+    )
 
 
-def _slurm(environment: Environment) -> Launch:
+def _from_slurm(environment: Environment) -> Launch:
     """Reads the variables of srun. Steps of a job use different ports: the port is derived from both ids."""
-    rank, node = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_NODEID")
-    tasks = tasks_of_nodes(_text(environment, "SLURM_STEP_TASKS_PER_NODE"))
+    rank, node = _require_int(environment, "SLURM_PROCID"), _require_int(environment, "SLURM_NODEID")
+    tasks = parse_tasks_per_node(_require(environment, "SLURM_STEP_TASKS_PER_NODE"))
     if node >= len(tasks):
         raise LaunchError(
             f"SLURM_NODEID is {node} but SLURM_STEP_TASKS_PER_NODE ({environment['SLURM_STEP_TASKS_PER_NODE']}) names "
             f"{len(tasks)} nodes"
         )
-    host = environment.get("MASTER_ADDR") or first_host(_text(environment, "SLURM_STEP_NODELIST"))
-    job = _number(environment, "SLURM_JOB_ID") * 7 + _number(environment, "SLURM_STEP_ID")
+    host = environment.get("MASTER_ADDR") or parse_first_host(_require(environment, "SLURM_STEP_NODELIST"))
+    job = _require_int(environment, "SLURM_JOB_ID") * 7 + _require_int(environment, "SLURM_STEP_ID")
     port = SLURM_PORTS[job % len(SLURM_PORTS)]
     if "MASTER_PORT" in environment:
-        port = _port(environment, "MASTER_PORT")
-    world_size, local_rank = _number(environment, "SLURM_STEP_NUM_TASKS"), _number(environment, "SLURM_LOCALID")
-    return Launch("slurm", rank, world_size, local_rank, tasks[node], (host, port), serves=rank == 0)
+        port = _require_port(environment, "MASTER_PORT")
+    world_size, local_rank = (
+        _require_int(environment, "SLURM_STEP_NUM_TASKS"),
+        _require_int(environment, "SLURM_LOCALID"),
+    )
+    return Launch("slurm", rank, world_size, local_rank, tasks[node], (host, port), hosts_store=rank == 0)
 
 
-def _alone(environment: Environment) -> Launch:
+def _single_process(environment: Environment) -> Launch:
     """Returns the launch of a single process. Raises LaunchError if a launcher has started several without ranks."""
     for name, advice in (
         ("SLURM_NTASKS", "start the ranks with srun or torchrun (launch/slurm), or one process alone with srun -n 1"),
         ("PMI_SIZE", "start the ranks with MPICH's own mpiexec, which sets MPI_LOCALRANKID, or with torchrun"),
         ("MV2_COMM_WORLD_SIZE", "start the ranks with torchrun, one process a node"),
     ):
-        if _number(environment, name, default="1") > 1:
+        if _require_int(environment, name, default="1") > 1:
             raise LaunchError(f"{name} is {environment[name]} but nothing says which rank this process is: {advice}")
     return Launch("none")
 
 
 # (matches, read) of each launcher; the first that matches is used.
 LAUNCHERS: tuple[tuple[Callable[[Environment], bool], Callable[[Environment], Launch]], ...] = (
-    (lambda environment: "RANK" in environment or "WORLD_SIZE" in environment, _set_rank_variables),
-    (lambda environment: "OMPI_COMM_WORLD_SIZE" in environment, _open_mpi),
-    (lambda environment: "PMI_SIZE" in environment and "MPI_LOCALRANKID" in environment, _mpich),
-    (lambda environment: _is_step_of_tasks(environment), _slurm),
-    (lambda environment: True, _alone),
+    (lambda environment: "RANK" in environment or "WORLD_SIZE" in environment, _from_rank_variables),
+    (lambda environment: "OMPI_COMM_WORLD_SIZE" in environment, _from_open_mpi),
+    (lambda environment: "PMI_SIZE" in environment and "MPI_LOCALRANKID" in environment, _from_mpich),
+    (lambda environment: _is_slurm_step(environment), _from_slurm),
+    (lambda environment: True, _single_process),
 )
 
 
-def _is_step_of_tasks(environment: Environment) -> bool:
+def _is_slurm_step(environment: Environment) -> bool:
     """Returns True if this process is one of several tasks of an srun step."""
-    return "SLURM_STEP_ID" in environment and _number(environment, "SLURM_STEP_NUM_TASKS", default="1") > 1
+    return "SLURM_STEP_ID" in environment and _require_int(environment, "SLURM_STEP_NUM_TASKS", default="1") > 1
 
 
-def _checked(launch: Launch, environment: Environment) -> Launch:
+def _validated(launch: Launch, environment: Environment) -> Launch:
     """Returns `launch`. Raises LaunchError if its ranks and sizes contradict each other or another launcher."""
     if not 0 <= launch.rank < launch.world_size:
         raise LaunchError(f"this process has rank {launch.rank}, which does not fit the world size {launch.world_size}")
@@ -154,14 +159,14 @@ def _checked(launch: Launch, environment: Environment) -> Launch:
         )
     if launch.launcher in ("env", "deepspeed", "torchrun"):  # RANK may be a leftover in the shell
         for starter, name in (("mpirun", "OMPI_COMM_WORLD_SIZE"), ("mpiexec", "PMI_SIZE")):
-            started = _number(environment, name, default="0")
+            started = _require_int(environment, name, default="0")
             if launch.world_size < started:
                 raise LaunchError(
                     f"{starter} started {started} processes but WORLD_SIZE is {launch.world_size}: unset RANK and "
                     "WORLD_SIZE"
                 )
-        if launch.launcher != "torchrun" and _is_step_of_tasks(environment):  # a task may have a torchrun of its own
-            started = _number(environment, "SLURM_STEP_NUM_TASKS")
+        if launch.launcher != "torchrun" and _is_slurm_step(environment):  # a task may have a torchrun of its own
+            started = _require_int(environment, "SLURM_STEP_NUM_TASKS")
             if launch.world_size < started:
                 raise LaunchError(
                     f"srun started {started} tasks but WORLD_SIZE is {launch.world_size}: unset RANK and WORLD_SIZE"
@@ -169,7 +174,7 @@ def _checked(launch: Launch, environment: Environment) -> Launch:
     return launch
 
 
-def _text(environment: Environment, name: str) -> str:
+def _require(environment: Environment, name: str) -> str:
     """Returns a variable. Raises LaunchError if it is missing, naming the ones that made it necessary."""
     if name not in environment:
         launcher_variables = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -179,23 +184,23 @@ def _text(environment: Environment, name: str) -> str:
     return environment[name]
 
 
-def _number(environment: Environment, name: str, default: str | None = None) -> int:
+def _require_int(environment: Environment, name: str, default: str | None = None) -> int:
     """Returns a variable as a non-negative integer. Raises LaunchError if it is none, or missing without a default."""
-    value = _text(environment, name) if default is None else environment.get(name, default)
+    value = _require(environment, name) if default is None else environment.get(name, default)
     if not re.fullmatch("[0-9]+", value):
         raise LaunchError(f"the environment variable {name} is {value!r}, expected a number")
     return int(value)
 
 
-def _port(environment: Environment, name: str) -> int:
+def _require_port(environment: Environment, name: str) -> int:
     """Returns a variable as a port. Raises LaunchError if it is missing or none."""
-    port = _number(environment, name)
+    port = _require_int(environment, name)
     if not 0 < port < 2**16:
         raise LaunchError(f"the environment variable {name} is {port}, a port is a number from 1 to {2**16 - 1}")
     return port
 
 
-def tasks_of_nodes(text: str) -> list[int]:
+def parse_tasks_per_node(text: str) -> list[int]:
     """Parses Slurm's compact list of tasks per node: `2(x3),1` is [2, 2, 2, 1]. Raises LaunchError if it is none."""
     tasks: list[int] = []
     for part in text.split(","):
@@ -208,14 +213,14 @@ def tasks_of_nodes(text: str) -> list[int]:
     return tasks
 
 
-def first_host(nodes: str) -> str:
+def parse_first_host(nodes: str) -> str:
     """Returns the first host of Slurm's compact list: node007 of `node[007-010,012],big1`."""
     match = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes)
     assert match is not None
     return match[1] + (match[2] or "") + match[3]
 
 
-def meet_through_mpi(rank: int, world_size: int, is_one_host: bool) -> tuple[tuple[str, int], str]:
+def mpi_rendezvous(rank: int, world_size: int, is_one_host: bool) -> tuple[tuple[str, int], str]:
     """Broadcasts rank 0's host and a free port on it. Returns (host, port), and the MPI library's name and version.
 
     The address travels as bytes in a buffer, so that nothing is unpickled. Raises LaunchError if mpi4py is missing, or
@@ -226,14 +231,14 @@ def meet_through_mpi(rank: int, world_size: int, is_one_host: bool) -> tuple[tup
     except ValueError as error:
         raise LaunchError(f"mpirun started {world_size} ranks but {error}") from error
     world = MPI.COMM_WORLD
-    library = library_line()
+    mpi_library = mpi_version_line()
     if world_size != world.size:
         raise LaunchError(
             f"mpirun started {world_size} ranks but mpi4py found another MPI library than that of the mpirun in use "
-            f"({library})"
+            f"({mpi_library})"
         )
     if rank != world.rank:
-        raise LaunchError(f"mpirun says rank {rank} but mpi4py's COMM_WORLD says {world.rank} ({library})")
+        raise LaunchError(f"mpirun says rank {rank} but mpi4py's COMM_WORLD says {world.rank} ({mpi_library})")
     offer = bytearray(256)
     if rank == 0:
         with socket.socket() as free:
@@ -243,4 +248,4 @@ def meet_through_mpi(rank: int, world_size: int, is_one_host: bool) -> tuple[tup
         offer[: len(text)] = text
     world.Bcast(offer, root=0)
     host, port = bytes(offer).rstrip(b"\0").decode().rsplit(":", 1)
-    return (host, int(port)), library
+    return (host, int(port)), mpi_library

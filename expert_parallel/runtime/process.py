@@ -16,17 +16,17 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 
-from expert_parallel.parallel.collectives import anywhere, gather_text
+from expert_parallel.parallel.collectives import all_gather_text, any_rank
 from expert_parallel.runtime.launchers import Launch, LaunchError, read_launch
-from expert_parallel.runtime.mpi.backend import BACKEND, finish_mpi, library_line, start_mpi
+from expert_parallel.runtime.mpi.backend import BACKEND, finalize_mpi, mpi_version_line, start_mpi
 from expert_parallel.runtime.rendezvous import (
-    ANSWER_SECONDS,
-    LEAVE_SECONDS,
-    Card,
-    Meeting,
+    LEAVE_TIMEOUT_SECONDS,
+    RESPONSE_TIMEOUT_SECONDS,
+    RankInfo,
+    Rendezvous,
     first_line,
-    host_lines,
-    meet,
+    format_hosts,
+    join_rendezvous,
 )
 from expert_parallel.settings import Settings
 
@@ -48,7 +48,7 @@ CPU = torch.device("cpu")  # control messages between ranks always use CPU tenso
 
 
 # runtime.backend -> the torch.distributed backends for CPU tensors and for GPU tensors.
-CARRIERS = {
+TORCH_BACKENDS = {
     "auto": ("gloo", "nccl"),
     "gloo": ("gloo", "gloo"),
     "nccl": ("gloo", "nccl"),
@@ -85,12 +85,12 @@ class Runtime:
     device: torch.device
     backend: str
     timeout: timedelta
-    meeting: Meeting | None = None
+    rendezvous: Rendezvous | None = None
 
     @property
     def hosts(self) -> str:
         """Returns the hosts with their ranks, as in `n0 0-3, n1 4-7`."""
-        return host_lines(self.meeting.cards) if self.meeting is not None else ""
+        return format_hosts(self.rendezvous.rank_infos) if self.rendezvous is not None else ""
 
     @property
     def rank(self) -> int:
@@ -102,9 +102,9 @@ class Runtime:
         """Returns the number of ranks."""
         return self.launch.world_size
 
-    def together(self, work: Callable[[], Result]) -> Result:
+    def run_on_all_ranks(self, work: Callable[[], Result]) -> Result:
         """Runs `work` on this rank; if it fails on any rank, all ranks raise the same UserError."""
-        return together(work)
+        return run_on_all_ranks(work)
 
 
 class UserError(Exception):
@@ -125,7 +125,7 @@ class RankFilter(logging.Filter):
         return True
 
 
-def together(work: Callable[[], Result]) -> Result:
+def run_on_all_ranks(work: Callable[[], Result]) -> Result:
     """Runs `work` on every rank and returns its result. A collective; `work` itself must not communicate.
 
     If it raises ValueError or OSError on any rank, all ranks raise the same UserError, so that no rank goes on and
@@ -136,8 +136,8 @@ def together(work: Callable[[], Result]) -> Result:
         result = work()
     except (ValueError, OSError) as failure:
         error = str(failure) or type(failure).__name__
-    if anywhere(bool(error)):
-        raise UserError(next(text for text in gather_text(error, CPU) if text))
+    if any_rank(bool(error)):
+        raise UserError(next(text for text in all_gather_text(error, CPU) if text))
     return result  # type: ignore[return-value]
 
 
@@ -155,45 +155,45 @@ def distributed(config: RuntimeConfig, settings: Mapping[str, Any] | None = None
     rendezvous_timeout = timedelta(seconds=config.rendezvous_seconds)
     if launch.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world_size))
-    warn_of_restarts(launch, os.environ)
-    meeting = meet(launch, rendezvous_timeout, settings)
+    warn_about_restarts(launch, os.environ)
+    rendezvous = join_rendezvous(launch, rendezvous_timeout, settings)
     if config.backend == "mpi":
-        launch = start_mpi_for(launch)
+        launch = start_mpi_backend(launch)
     if launch.master is not None:
-        meeting.answer_calls(rendezvous_timeout)
-    is_orderly = False
+        rendezvous.start_health_responder(rendezvous_timeout)
+    is_clean_exit = False
     try:
-        start_process_group(backend, launch, meeting, timeout)
-        device = agree_on_device(config.device, launch)
+        start_process_group(backend, launch, rendezvous, timeout)
+        device = choose_device_on_all_ranks(config.device, launch)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         logger.info("ready: %s on %s", backend, device)
-        yield Runtime(launch, device, backend, timeout, meeting)
-        is_orderly = True
+        yield Runtime(launch, device, backend, timeout, rendezvous)
+        is_clean_exit = True
     except UserError as error:
         if launch.rank == 0:
             logger.error("%s", error)
-        gather_text("", CPU)
-        is_orderly = True
+        all_gather_text("", CPU)
+        is_clean_exit = True
         raise
     except RuntimeError as error:
-        if not is_of_communication(error):
+        if not is_communication_error(error):
             raise
-        if not (lost := meeting.lost_ranks()):
+        if not (lost := rendezvous.lost_ranks()):
             raise  # all ranks answer: a defect, or a rank that runs another collective
-        sentence = describe_lost(launch, lost, error)
-        if meeting.is_first_to_tell():
+        sentence = lost_ranks_message(launch, lost, error)
+        if rendezvous.is_first_to_report():
             logger.error("%s", sentence)
         raise LostContact(sentence) from error
     finally:
-        if dist.is_initialized() and (is_orderly or config.backend != "mpi"):  # MPI would wait for lost ranks
+        if dist.is_initialized() and (is_clean_exit or config.backend != "mpi"):  # MPI would wait for lost ranks
             dist.destroy_process_group()
-        meeting.leave(LEAVE_SECONDS if is_orderly else ANSWER_SECONDS)
-        if is_orderly:
-            finish_mpi()
+        rendezvous.leave(LEAVE_TIMEOUT_SECONDS if is_clean_exit else RESPONSE_TIMEOUT_SECONDS)
+        if is_clean_exit:
+            finalize_mpi()
 
 
-def warn_of_restarts(launch: Launch, environment: Mapping[str, str]) -> None:
+def warn_about_restarts(launch: Launch, environment: Mapping[str, str]) -> None:
     """Warns on rank 0 if torchrun may restart the ranks in a way that fails in torch 2.13."""
     shares_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if launch.rank == 0 and shares_store and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
@@ -204,7 +204,7 @@ def warn_of_restarts(launch: Launch, environment: Mapping[str, str]) -> None:
         )
 
 
-def tell_deepspeed(runtime: Runtime) -> None:
+def set_deepspeed_environment(runtime: Runtime) -> None:
     """Sets the environment variables that DeepSpeed reads. Call it before DeepSpeed is first imported."""
     os.environ["LOCAL_RANK"] = str(runtime.launch.local_rank)
     os.environ["DS_ACCELERATOR"] = runtime.device.type
@@ -213,24 +213,24 @@ def tell_deepspeed(runtime: Runtime) -> None:
 def choose_backend(config: RuntimeConfig) -> str:
     """Returns the backend string of init_process_group. Raises LaunchError for NCCL without a GPU."""
     has_gpu = config.device != "cpu" and torch.cuda.is_available()
-    cpu, gpu = CARRIERS[config.backend]
+    cpu, gpu = TORCH_BACKENDS[config.backend]
     if config.backend == "nccl" and not has_gpu:
         raise LaunchError("runtime.backend is 'nccl' but there is no GPU to use: it must be auto, gloo or mpi")
     return f"cpu:{cpu},cuda:{gpu}" if has_gpu else cpu
 
 
-def start_mpi_for(launch: Launch) -> Launch:
+def start_mpi_backend(launch: Launch) -> Launch:
     """Registers the MPI backend and returns the launch with its library. Raises LaunchError if MPI cannot be used."""
     try:
         start_mpi(launch.rank, launch.world_size)
     except ValueError as error:
         raise LaunchError(str(error)) from error
-    return replace(launch, library=library_line())
+    return replace(launch, mpi_library=mpi_version_line())
 
 
-def start_process_group(backend: str, launch: Launch, meeting: Meeting, timeout: timedelta) -> None:
+def start_process_group(backend: str, launch: Launch, rendezvous: Rendezvous, timeout: timedelta) -> None:
     """Initialises torch.distributed on the store of the rendezvous. Raises LaunchError if the ranks cannot connect."""
-    store = meeting.store
+    store = rendezvous.store
     store.set_timeout(timeout)
     try:
         dist.init_process_group(
@@ -241,24 +241,24 @@ def start_process_group(backend: str, launch: Launch, meeting: Meeting, timeout:
             timeout=timeout,
         )
     except RuntimeError as error:
-        if lost := meeting.lost_ranks():
+        if lost := rendezvous.lost_ranks():
             raise LaunchError(
                 f"rank {launch.rank} met the others, but these were gone before the work began: "
                 f"{', '.join(map(str, lost))}"
             ) from error
-        hosts = host_lines(meeting.cards)
+        hosts = format_hosts(rendezvous.rank_infos)
         raise LaunchError(
             f"rank {launch.rank} met the others ({hosts}) but cannot exchange tensors with them "
             f"({first_line(error)}): see GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in launch/README.md"
         ) from error
 
 
-def is_of_communication(error: RuntimeError) -> bool:
+def is_communication_error(error: RuntimeError) -> bool:
     """Returns True if torch.distributed raised the error because a rank is gone or did not answer in time."""
     return isinstance(error, dist.DistError) or bool(re.search(r"gloo|NCCL|ProcessGroup|mpi4py", str(error)))
 
 
-def describe_lost(launch: Launch, lost: list[Card], error: RuntimeError) -> str:
+def lost_ranks_message(launch: Launch, lost: list[RankInfo], error: RuntimeError) -> str:
     """Formats the message of LostContact."""
     return (
         f"rank {launch.rank} lost contact in the middle of work ({first_line(error)}); ranks that do not answer: "
@@ -266,20 +266,20 @@ def describe_lost(launch: Launch, lost: list[Card], error: RuntimeError) -> str:
     )
 
 
-def agree_on_device(kind: str, launch: Launch) -> torch.device:
+def choose_device_on_all_ranks(kind: str, launch: Launch) -> torch.device:
     """Returns this rank's device. A collective.
 
     Raises UserError on all ranks if a node has too few GPUs, if only some ranks have a GPU, or if two share one.
     """
-    device = together(lambda: choose_device(kind, launch))
-    types = gather_text(device.type, CPU)
+    device = run_on_all_ranks(lambda: choose_device(kind, launch))
+    types = all_gather_text(device.type, CPU)
     if len(set(types)) > 1:
         raise UserError(
             f"runtime.device is {kind!r} and {types.count('cuda')} of {len(types)} ranks have a GPU, rank "
             f"{types.index('cpu')} has none"
         )
     if device.type == "cuda":
-        names = gather_text(str(torch.cuda.get_device_properties(device).uuid), CPU)
+        names = all_gather_text(str(torch.cuda.get_device_properties(device).uuid), CPU)
         for rank, name in enumerate(names):
             if (first := names.index(name)) < rank:
                 raise UserError(f"ranks {first} and {rank} have the same GPU ({name}): start one rank for each GPU")

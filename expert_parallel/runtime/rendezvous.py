@@ -32,15 +32,15 @@ from expert_parallel.settings import changed_settings
 
 Result = TypeVar("Result")
 POLL_SECONDS = 0.05
-ANSWER_SECONDS = 3.0  # how long a live rank may take to answer a health check
-LEAVE_SECONDS = 60.0  # how long rank 0 waits for the others at the end, since the store ends with its process
-SHOWN = 8  # ranks or hosts that a message lists
+RESPONSE_TIMEOUT_SECONDS = 3.0  # how long a live rank may take to answer a health check
+LEAVE_TIMEOUT_SECONDS = 60.0  # how long rank 0 waits for the others at the end, since the store ends with its process
+MAX_LISTED = 8  # ranks or hosts that a message lists
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Card:
+class RankInfo:
     """Describes a rank to the others. settings: its resolved config, or {} without one.
 
     It travels through the store as JSON, and ranks of other versions read it: the names of the fields must not change.
@@ -49,7 +49,7 @@ class Card:
     rank: int
     host: str
     pid: int
-    versions: dict[str, str]
+    software_versions: dict[str, str]
     settings: dict[str, Any]
 
     def __str__(self) -> str:
@@ -57,19 +57,19 @@ class Card:
 
 
 @dataclass
-class Meeting:
+class Rendezvous:
     """Holds the infos of all ranks, in rank order, and the store that they share until they leave."""
 
     launch: Launch
     store: dist.Store
-    cards: list[Card]
-    answering: threading.Thread | None = None
+    rank_infos: list[RankInfo]
+    responder: threading.Thread | None = None
     is_leaving: bool = False
     is_store_gone: bool = False
 
-    def answer_calls(self, timeout: timedelta) -> None:
+    def start_health_responder(self, timeout: timedelta) -> None:
         """Starts a thread that answers the health check of another rank. Until then it blocks in the store's wait."""
-        store, rank = open_store(self.launch, timeout, serves=False), self.launch.rank
+        store, rank = open_store(self.launch, timeout, hosts_store=False), self.launch.rank
 
         def answer() -> None:
             with suppress(RuntimeError):  # rank 0 has ended, and the store with it: nobody will ask
@@ -77,59 +77,59 @@ class Meeting:
                 if not self.is_leaving:
                     store.set(f"here/{rank}", "")
 
-        self.answering = threading.Thread(target=answer, name="answer calls", daemon=True)
-        self.answering.start()
+        self.responder = threading.Thread(target=answer, name="answer calls", daemon=True)
+        self.responder.start()
 
-    def lost_ranks(self) -> list[Card]:
+    def lost_ranks(self) -> list[RankInfo]:
         """Returns the ranks that do not answer a health check in time: crashed, stopped or unreachable.
 
         Without an answer from the store, these are rank 0, which serves it.
         """
-        others = [card for card in self.cards if card.rank != self.launch.rank]
+        others = [info for info in self.rank_infos if info.rank != self.launch.rank]
 
-        def call() -> list[Card]:
-            for card in others:
-                self.store.set(f"called/{card.rank}", "")
-            missing, deadline = others, time.monotonic() + ANSWER_SECONDS
+        def call() -> list[RankInfo]:
+            for info in others:
+                self.store.set(f"called/{info.rank}", "")
+            missing, deadline = others, time.monotonic() + RESPONSE_TIMEOUT_SECONDS
             while missing and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
-                missing = [card for card in missing if not self.store.check([f"here/{card.rank}"])]
+                missing = [info for info in missing if not self.store.check([f"here/{info.rank}"])]
             return missing
 
         try:
-            return within(2 * ANSWER_SECONDS, call)
+            return run_with_timeout(2 * RESPONSE_TIMEOUT_SECONDS, call)
         except RuntimeError:
             self.is_store_gone = True
-            return self.cards[:1]  # rank 0 serves the store
+            return self.rank_infos[:1]  # rank 0 serves the store
 
-    def is_first_to_tell(self) -> bool:
+    def is_first_to_report(self) -> bool:
         """Returns True on the first rank that calls it, so that one rank alone logs; without the store, on all."""
         if self.is_store_gone:
             return True
         try:
-            return within(ANSWER_SECONDS, lambda: self.store.add("told", 1)) == 1
+            return run_with_timeout(RESPONSE_TIMEOUT_SECONDS, lambda: self.store.add("told", 1)) == 1
         except RuntimeError:
             return True
 
     def leave(self, patience: float) -> None:
         """Ends this rank's use of the store. The rank that serves it waits up to `patience` seconds for the others."""
-        if self.answering is None or self.is_store_gone:
+        if self.responder is None or self.is_store_gone:
             return
         self.is_leaving = True
         with suppress(RuntimeError):
-            within(patience + 2 * ANSWER_SECONDS, lambda: self._say_goodbye(patience))
+            run_with_timeout(patience + 2 * RESPONSE_TIMEOUT_SECONDS, lambda: self._leave_store(patience))
 
-    def _say_goodbye(self, patience: float) -> None:
+    def _leave_store(self, patience: float) -> None:
         """Ends the responder thread, counts this rank as gone, and waits for the others if it serves the store."""
-        assert self.answering is not None
+        assert self.responder is not None
         self.store.set(f"called/{self.launch.rank}", "")
-        self.answering.join(ANSWER_SECONDS)
+        self.responder.join(RESPONSE_TIMEOUT_SECONDS)
         self.store.add("left", 1)
-        if self.launch.serves:
-            _wait_until(lambda: self.store.add("left", 0) >= len(self.cards), patience)
+        if self.launch.hosts_store:
+            _wait_until(lambda: self.store.add("left", 0) >= len(self.rank_infos), patience)
 
 
-def within(seconds: float, work: Callable[[], Result]) -> Result:
+def run_with_timeout(seconds: float, work: Callable[[], Result]) -> Result:
     """Runs `work` in a thread and returns its result. Raises RuntimeError after `seconds`, or what `work` raises.
 
     torch's store has no timeout for a server that is stopped or unreachable, or for a foreign program at its port: the
@@ -153,52 +153,52 @@ def within(seconds: float, work: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
-def meet(launch: Launch, timeout: timedelta, settings: Mapping[str, Any] | None = None) -> Meeting:
+def join_rendezvous(launch: Launch, timeout: timedelta, settings: Mapping[str, Any] | None = None) -> Rendezvous:
     """Waits for all ranks and returns their infos and the store. A collective.
 
     settings: the resolved config of this rank, which must be the same on all. If the rendezvous fails, all ranks that
     have arrived raise the same LaunchError, at the latest after `timeout`.
     """
-    card = Card(launch.rank, socket.gethostname(), os.getpid(), versions(), dict(settings or {}))
+    info = RankInfo(launch.rank, socket.gethostname(), os.getpid(), software_versions(), dict(settings or {}))
     if launch.master is None:
-        return Meeting(launch, dist.HashStore(), [card])
+        return Rendezvous(launch, dist.HashStore(), [info])
     host, port = launch.master
     rank = {"rank": launch.rank}  # for the log format, as torch.distributed does not run yet
     logger.info("meeting %d ranks at %s:%d (%s)", launch.world_size, host, port, launch.launcher, extra=rank)
-    store = open_store(launch, timeout, launch.serves)
+    store = open_store(launch, timeout, launch.hosts_store)
     deadline = (
         time.monotonic() + timeout.total_seconds()
     )  # counted from the open store, so that no rank gives up before rank 0
     try:
         arrival = store.add(f"arrivals/{launch.rank}", 1)
-        store.set(f"cards/{launch.rank}/{arrival}", json.dumps(asdict(card)))
+        store.set(f"cards/{launch.rank}/{arrival}", json.dumps(asdict(info)))
         if arrival > 1:
-            first = _card(store, launch.rank)
-            store.set("trouble", f"two processes say that they are {_twice(first, card)}")
+            first = _read_rank_info(store, launch.rank)
+            store.set("trouble", f"two processes say that they are {_duplicate_rank_message(first, info)}")
         elif launch.rank == 0:
-            store.set("verdict", _roll_call(store, launch.world_size, deadline, timeout) or "all here")
+            store.set("verdict", _wait_for_all_ranks(store, launch.world_size, deadline, timeout) or "all here")
         seconds_left = max(0.0, deadline - time.monotonic())
-        store.wait(["verdict"], timedelta(seconds=seconds_left + ANSWER_SECONDS))
+        store.wait(["verdict"], timedelta(seconds=seconds_left + RESPONSE_TIMEOUT_SECONDS))
         verdict = store.get("verdict").decode()
         if arrival > 1 and verdict == "all here":  # a duplicate that arrived after the verdict
             verdict = store.get("trouble").decode()
         store.add("leaving", 1)
         if verdict != "all here":
-            if launch.serves:
-                _let_others_read(store, launch.world_size)
+            if launch.hosts_store:
+                _wait_for_readers(store, launch.world_size)
             raise LaunchError(verdict)
         keys = [f"cards/{rank}/1" for rank in range(launch.world_size)]
-        cards = [Card(**json.loads(raw)) for raw in store.multi_get(keys)]
-        logger.info("all ranks are here: %s", host_lines(cards), extra=rank)
-        return Meeting(launch, store, cards)
+        rank_infos = [RankInfo(**json.loads(raw)) for raw in store.multi_get(keys)]
+        logger.info("all ranks are here: %s", format_hosts(rank_infos), extra=rank)
+        return Rendezvous(launch, store, rank_infos)
     except RuntimeError as error:  # raised by the store: a timeout or a closed connection
         raise LaunchError(
             f"rank {launch.rank} met rank 0 at {host}:{port} but then heard no more of it ({first_line(error)})"
         ) from error
 
 
-def open_store(launch: Launch, timeout: timedelta, serves: bool) -> dist.Store:
-    """Connects to the store of the rendezvous, and serves it if `serves`.
+def open_store(launch: Launch, timeout: timedelta, hosts_store: bool) -> dist.Store:
+    """Connects to the store of the rendezvous, and serves it if `hosts_store`.
 
     Raises LaunchError if the port cannot be opened, or nothing answers there within `timeout`.
     """
@@ -219,23 +219,25 @@ def open_store(launch: Launch, timeout: timedelta, serves: bool) -> dist.Store:
             time.sleep(min(0.5, timeout.total_seconds() / 10))
     seconds = max(1.0, deadline - time.monotonic())
     try:
-        open_here = partial(dist.TCPStore, host, port, is_master=serves, wait_for_workers=False, multi_tenant=serves)
-        store = within(seconds + 1, lambda: open_here(timeout=timedelta(seconds=seconds)))
-        return dist.PrefixStore(f"attempt {launch.attempt}", store) if launch.attempt else store
+        open_here = partial(
+            dist.TCPStore, host, port, is_master=hosts_store, wait_for_workers=False, multi_tenant=hosts_store
+        )
+        store = run_with_timeout(seconds + 1, lambda: open_here(timeout=timedelta(seconds=seconds)))
+        return dist.PrefixStore(f"attempt {launch.restart_count}", store) if launch.restart_count else store
     except RuntimeError as error:
-        if serves and "EADDRINUSE" in str(error):
+        if hosts_store and "EADDRINUSE" in str(error):
             raise LaunchError(
                 f"rank 0 cannot open port {port} on host {socket.gethostname()}: it is in use, by "
                 "another program or another rank 0; choose another (MASTER_PORT, or the launcher's option)"
             ) from error
-        what = "cannot open" if serves else "cannot reach rank 0 at"
+        what = "cannot open" if hosts_store else "cannot reach rank 0 at"
         raise LaunchError(
             f"rank {launch.rank} on host {socket.gethostname()} {what} {host}:{port} within "
             f"{timeout.total_seconds():g} s (runtime.rendezvous_seconds): {first_line(error)}"
         ) from error
 
 
-def versions() -> dict[str, str]:
+def software_versions() -> dict[str, str]:
     """Returns the versions that must be the same on every rank, by name."""
     return {
         "Python": ".".join(map(str, sys.version_info[:2])),
@@ -255,46 +257,48 @@ def source_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def _roll_call(store: dist.Store, world_size: int, deadline: float, timeout: timedelta) -> str:
+def _wait_for_all_ranks(store: dist.Store, world_size: int, deadline: float, timeout: timedelta) -> str:
     """Waits on rank 0 for the infos of all ranks and compares them. Returns an error message, or "" if all is well."""
-    missing, cards = list(range(world_size)), {}
+    missing, rank_infos = list(range(world_size)), {}
     while missing:
         if store.check(["trouble"]):
             return store.get("trouble").decode()
         for rank in [rank for rank in missing if store.check([f"cards/{rank}/1"])]:
-            cards[rank] = _card(store, rank)
+            rank_infos[rank] = _read_rank_info(store, rank)
             missing.remove(rank)
         if missing and time.monotonic() > deadline:
-            return _absent(missing, cards, world_size, timeout)
+            return _missing_ranks_message(missing, rank_infos, world_size, timeout)
         if missing:
             time.sleep(POLL_SECONDS)
-    return _differ(cards)
+    return _mismatch_message(rank_infos)
 
 
-def _absent(missing: list[int], cards: dict[int, Card], world_size: int, timeout: timedelta) -> str:
+def _missing_ranks_message(
+    missing: list[int], rank_infos: dict[int, RankInfo], world_size: int, timeout: timedelta
+) -> str:
     """Formats the message about ranks that did not arrive."""
-    named = ", ".join(map(str, missing[:SHOWN])) + (" ..." if len(missing) > SHOWN else "")
-    hosts = sorted({card.host for card in cards.values()})
+    named = ", ".join(map(str, missing[:MAX_LISTED])) + (" ..." if len(missing) > MAX_LISTED else "")
+    hosts = sorted({info.host for info in rank_infos.values()})
     return (
         f"rank{'s' * (len(missing) > 1)} {named} of {world_size} did not come within {timeout.total_seconds():g} s "
-        f"(runtime.rendezvous_seconds); {len(cards)} came, from {', '.join(hosts[:SHOWN])}"
+        f"(runtime.rendezvous_seconds); {len(rank_infos)} came, from {', '.join(hosts[:MAX_LISTED])}"
     )
 
 
-def _differ(cards: dict[int, Card]) -> str:
+def _mismatch_message(rank_infos: dict[int, RankInfo]) -> str:
     """Returns a message about the first rank whose versions or settings differ from rank 0's, or ""."""
-    first = cards[0]
-    for card in cards.values():
-        for name, version in card.versions.items():
-            if version != first.versions.get(name):
-                return f"{card} runs {name} {version}, {first} runs {first.versions.get(name)}"
-        if card.settings and first.settings and (changes := changed_settings(first.settings, card.settings)):
+    first = rank_infos[0]
+    for info in rank_infos.values():
+        for name, version in info.software_versions.items():
+            if version != first.software_versions.get(name):
+                return f"{info} runs {name} {version}, {first} runs {first.software_versions.get(name)}"
+        if info.settings and first.settings and (changes := changed_settings(first.settings, info.settings)):
             path, expected, found = changes[0]
-            return f"{card} has another config: {path} is {found!r} there and {expected!r} on {first}"
+            return f"{info} has another config: {path} is {found!r} there and {expected!r} on {first}"
     return ""
 
 
-def _twice(first: Card, second: Card) -> str:
+def _duplicate_rank_message(first: RankInfo, second: RankInfo) -> str:
     """Formats where two processes with the same rank run."""
     where = f"on host {first.host} (pids {first.pid} and {second.pid})"
     if first.host != second.host:
@@ -302,19 +306,19 @@ def _twice(first: Card, second: Card) -> str:
     return f"rank {first.rank}: {where}"
 
 
-def _card(store: dist.Store, rank: int) -> Card:
+def _read_rank_info(store: dist.Store, rank: int) -> RankInfo:
     """Reads the info of a rank; of another version's that cannot be parsed, one that differs from all others."""
     store.wait([f"cards/{rank}/1"])
     try:
-        return Card(**json.loads(store.get(f"cards/{rank}/1")))
+        return RankInfo(**json.loads(store.get(f"cards/{rank}/1")))
     except (TypeError, ValueError):
-        return Card(rank, "unknown", 0, dict.fromkeys(versions(), "that says other things of itself"), {})
+        return RankInfo(rank, "unknown", 0, dict.fromkeys(software_versions(), "that says other things of itself"), {})
 
 
-def _let_others_read(store: dist.Store, world_size: int) -> None:
+def _wait_for_readers(store: dist.Store, world_size: int) -> None:
     """Waits until all ranks that have arrived have read the verdict, since the store ends with this process."""
     num_arrived = sum(store.add(f"arrivals/{rank}", 0) for rank in range(world_size))
-    _wait_until(lambda: store.add("leaving", 0) >= num_arrived, ANSWER_SECONDS)
+    _wait_until(lambda: store.add("leaving", 0) >= num_arrived, RESPONSE_TIMEOUT_SECONDS)
 
 
 def _wait_until(is_true: Callable[[], bool], seconds: float) -> None:
@@ -329,11 +333,11 @@ def first_line(error: BaseException) -> str:
     return str(error).split("\n")[0].strip() or type(error).__name__
 
 
-def host_lines(cards: list[Card]) -> str:
+def format_hosts(rank_infos: list[RankInfo]) -> str:
     """Formats hosts with their ranks, as in `n0 0-3, n1 4-7`."""
     hosts: dict[str, list[int]] = {}
-    for card in cards:
-        hosts.setdefault(card.host, []).append(card.rank)
+    for info in rank_infos:
+        hosts.setdefault(info.host, []).append(info.rank)
     return ", ".join(f"{host} {_ranges(ranks)}" for host, ranks in hosts.items())
 
 

@@ -35,7 +35,7 @@ class Curve:
         kept = [number for number, own in enumerate(self.steps) if own <= step]
         return Curve([self.steps[number] for number in kept], [self.losses[number] for number in kept])
 
-    def reaches(self, loss: float) -> float | None:
+    def step_reaching(self, loss: float) -> float | None:
         """Returns the step from which on the loss stays at or below `loss`, interpolated linearly between two
         evaluations; None if the last loss is above it."""
         above = [number for number, own in enumerate(self.losses) if own > loss]

@@ -12,17 +12,17 @@ from pathlib import Path
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from expert_parallel.checkpoint.files import list_checkpoints
-from expert_parallel.checkpoint.folders import write_whole
+from expert_parallel.checkpoint.folders import write_atomically
 from expert_parallel.settings import changed_settings
 from expert_parallel.study.curves import Curve, read_curve
-from expert_parallel.study.plan import Run, Study
+from expert_parallel.study.definition import Study, StudyRun
 from expert_parallel.training.config import Config, load_config
 
 # Settings of a run that may differ from the study's, since no loss depends on them.
-FREE = ("training.steps", "data.sha256", "data.end_id", "run.log_every", "checkpoint.")
+IGNORED_SETTINGS = ("training.steps", "data.sha256", "data.end_id", "run.log_every", "checkpoint.")
 
 
-def is_done(run: Run) -> bool:
+def is_done(run: StudyRun) -> bool:
     """Returns True if the run has every evaluation up to its number of steps, and a checkpoint of that step or a later
     one."""
     checkpoints = list_checkpoints(run.folder / "checkpoints")
@@ -31,49 +31,49 @@ def is_done(run: Run) -> bool:
     return set(range(0, run.steps + 1, run.config.evaluation.every)) <= set(read_curve(run.folder).steps)
 
 
-def has_diverged(run: Run) -> bool:
+def has_diverged(run: StudyRun) -> bool:
     """Returns True if the run's log ends with a loss that is not finite (training/loop.py), which a repetition would
     give again."""
-    return re.match(r"error: step \d+: the loss is ", last_words(run.folder)) is not None
+    return re.match(r"error: step \d+: the loss is ", last_log_line(run.folder)) is not None
 
 
-def curve_of(run: Run) -> Curve:
+def curve_of(run: StudyRun) -> Curve:
     """Returns the run's held-out losses up to its number of steps."""
     return read_curve(run.folder).until(run.steps)
 
 
-def loss_of(run: Run) -> float:
+def loss_of(run: StudyRun) -> float:
     """Returns the held-out loss after the run's number of steps."""
     return read_curve(run.folder).at(run.steps)
 
 
-def last_words(folder: Path) -> str:
+def last_log_line(folder: Path) -> str:
     """Returns the last line of a run's log, with the log's path."""
     path = folder / "log.txt"
     lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()] if path.exists() else []
     return f"{lines[-1].strip() if lines else 'the log is empty'} ({path})"
 
 
-def refuse_others(study: Study) -> None:
+def check_existing_runs(study: Study) -> None:
     """Raises ValueError where a run's folder holds a run with other settings or other data."""
     for run in study.all_runs():
-        then = kept_config(run)
+        then = saved_config(run)
         if then is None:
             continue
         changes = changed_settings(then.model_dump(mode="json"), run.config.model_dump(mode="json"))
-        if others := [change for change in changes if not change[0].startswith(FREE)]:
+        if others := [change for change in changes if not change[0].startswith(IGNORED_SETTINGS)]:
             setting, old, new = others[0]
             raise ValueError(
                 f"{run.folder} holds a run of another study: {setting} is {old!r} there and {new!r} here; choose "
                 "another folder, or remove that run"
             )
-    known_data(study)
+    find_data_digest(study)
 
 
-def known_data(study: Study) -> str | None:
+def find_data_digest(study: Study) -> str | None:
     """Returns the digest of the data that the runs were trained on, None before the first. Raises ValueError where they
     differ."""
-    found = {config.data.sha256: run.folder for run in study.all_runs() if (config := kept_config(run)) is not None}
+    found = {config.data.sha256: run.folder for run in study.all_runs() if (config := saved_config(run)) is not None}
     found.pop(None, None)
     if len(found) > 1:
         (one, here), (other, there) = list(found.items())[:2]
@@ -83,14 +83,14 @@ def known_data(study: Study) -> str | None:
     return next(iter(found), None)
 
 
-def kept_config(run: Run) -> Config | None:
+def saved_config(run: StudyRun) -> Config | None:
     """Returns the config in the run's folder, None where there is none."""
     path = run.folder / "config.yaml"
     return load_config(path) if path.exists() else None
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[int]:
+def lock_folder(folder: Path) -> Iterator[int]:
     """Locks a folder and yields the lock's file descriptor, for the runs to inherit: the lock is held as long as one of
     them lives, even after this process. Raises ValueError where another process holds it."""
     with (folder / "lock").open("w") as file:
@@ -105,7 +105,7 @@ def only_one(folder: Path) -> Iterator[int]:
 # Sessions
 
 
-class Sitting(BaseModel):
+class Session(BaseModel):
     """Holds one session of the command. began: seconds since 1970."""
 
     began: float
@@ -113,14 +113,14 @@ class Sitting(BaseModel):
     commit: str
 
 
-Sittings = TypeAdapter(list[Sitting])
+Sessions = TypeAdapter(list[Session])
 
 
-def read_sittings(folder: Path) -> list[Sitting]:
+def read_sessions(folder: Path) -> list[Session]:
     """Reads all sessions of the folder. Raises ValueError where the file is damaged."""
     path = folder / "sittings.json"
     try:
-        return Sittings.validate_json(path.read_bytes()) if path.exists() else []
+        return Sessions.validate_json(path.read_bytes()) if path.exists() else []
     except ValidationError as error:
         raise ValueError(
             f"{path} is damaged ({error.error_count()} errors); remove it: it is only used to count hours"
@@ -128,15 +128,15 @@ def read_sittings(folder: Path) -> list[Sitting]:
 
 
 @contextmanager
-def sitting(folder: Path) -> Iterator[Callable[[], None]]:
+def session(folder: Path) -> Iterator[Callable[[], None]]:
     """Appends this session's duration and commit to the folder's file at the end. Yields a function that writes them so
     far, to be called now and then in case the session is killed."""
-    earlier, begin = read_sittings(folder), time.time()
+    earlier, begin = read_sessions(folder), time.time()
     commit = find_commit()
 
     def note() -> None:
-        now = Sitting(began=begin, seconds=time.time() - begin, commit=commit)
-        write_whole(folder / "sittings.json", Sittings.dump_json([*earlier, now], indent=1).decode() + "\n")
+        now = Session(began=begin, seconds=time.time() - begin, commit=commit)
+        write_atomically(folder / "sittings.json", Sessions.dump_json([*earlier, now], indent=1).decode() + "\n")
 
     try:
         yield note

@@ -6,7 +6,7 @@ from pathlib import Path
 from expert_parallel.study.results import StudyResult, VariantResult
 
 # The colours of Okabe and Ito, distinct for most colour-blind readers; the reference is black.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A", "#7A7A7A")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A", "#7A7A7A")
 
 
 def plot(result: StudyResult, path: Path) -> None:
@@ -25,15 +25,15 @@ def plot(result: StudyResult, path: Path) -> None:
         ("minutes of training, alone on the machine", lambda variant: usual / variant.step_time.speed),
         ("operations (PFLOP)", lambda variant: variant.flops * tokens / 1e15),
     )
-    colours = dict(zip((v.name for v in result.variants if v is not reference), COLOURS * 9, strict=False))
+    colors = dict(zip((v.name for v in result.variants if v is not reference), COLORS * 9, strict=False))
     first = result.steps // 5  # the steep beginning would compress the rest of the plot
     for axis, (label, unit) in zip(axes, panels, strict=True):
         for variant in result.variants:
-            colour, scale = colours.get(variant.name, "black"), unit(variant)
+            color, scale = colors.get(variant.name, "black"), unit(variant)
             steps, rows = _from(variant, first)
             xs = [step * scale for step in steps]
-            axis.plot(xs, [sum(row) / len(row) for row in rows], color=colour, label=variant.name, linewidth=1.6)
-            axis.fill_between(xs, [min(r) for r in rows], [max(r) for r in rows], color=colour, alpha=0.15, linewidth=0)
+            axis.plot(xs, [sum(row) / len(row) for row in rows], color=color, label=variant.name, linewidth=1.6)
+            axis.fill_between(xs, [min(r) for r in rows], [max(r) for r in rows], color=color, alpha=0.15, linewidth=0)
         axis.axhline(sum(reference.finals) / len(reference.finals), color="black", linestyle="--", linewidth=0.8)
         axis.set_xlabel(label)
         axis.set_xlim(left=0)

@@ -10,12 +10,12 @@ import torch
 from pydantic import BaseModel
 
 from expert_parallel.study.curves import Curve
-from expert_parallel.study.folder import curve_of, is_done, read_sittings
-from expert_parallel.study.plan import Study
+from expert_parallel.study.definition import Study
+from expert_parallel.study.folder import curve_of, is_done, read_sessions
 from expert_parallel.study.step_times import StepTimes
 
 
-class Reached(BaseModel):
+class Speedup(BaseModel):
     """Says when one seed reached the final loss of the reference's run with that seed.
 
     step: None if it did not. steps, time, flops: what the reference needed over what this run needed."""
@@ -42,7 +42,7 @@ class VariantResult(BaseModel):
     rate: float
     curves: list[Curve]
     step_time: StepTimes
-    reached: list[Reached]
+    reached: list[Speedup]
 
     @property
     def finals(self) -> list[float]:
@@ -74,9 +74,11 @@ class StudyResult(BaseModel):
         return next(variant for variant in self.variants if variant.name == name)
 
 
-def gather(study: Study, rates: dict[str, float], step_times: dict[str, StepTimes], device: str) -> StudyResult:
+def collect_results(
+    study: Study, rates: dict[str, float], step_times: dict[str, StepTimes], device: str
+) -> StudyResult:
     """Reads the results of all runs. rates, step_times: by variant, for all variants of the study."""
-    settings, sittings = study.settings, read_sittings(study.folder)
+    settings, sessions = study.settings, read_sessions(study.folder)
     reference = study.finals(settings.reference, rates[settings.reference])
     training, evaluation = reference[0].config.training, reference[0].config.evaluation
     variants = []
@@ -104,14 +106,14 @@ def gather(study: Study, rates: dict[str, float], step_times: dict[str, StepTime
         seeds=settings.seeds,
         steps=study.steps,
         tokens_of_step=training.global_batch * training.sequence_length,
-        corpus=corpus_of(reference[0].folder),
+        corpus=read_corpus_line(reference[0].folder),
         held_out_tokens=evaluation.sequences * training.sequence_length,
         hardware=hardware() if device == "cpu" else device,
         threads=settings.threads,
         jobs=settings.jobs,
         torch=torch.__version__,
-        commits=sorted({sitting.commit for sitting in sittings}),
-        hours=sum(sitting.seconds for sitting in sittings) / 3600,
+        commits=sorted({session.commit for session in sessions}),
+        hours=sum(session.seconds for session in sessions) / 3600,
         date=datetime.now().date().isoformat(),
     )
     for variant in variants:
@@ -120,14 +122,14 @@ def gather(study: Study, rates: dict[str, float], step_times: dict[str, StepTime
     return whole
 
 
-def reached(result: StudyResult, variant: VariantResult, number: int, seed: int) -> Reached:
+def reached(result: StudyResult, variant: VariantResult, number: int, seed: int) -> Speedup:
     """Compares one seed of a variant with the reference's run of the same seed."""
     reference = result.variant(result.reference)
-    step = variant.curves[number].reaches(reference.curves[number].final)
+    step = variant.curves[number].step_reaching(reference.curves[number].final)
     if step is None:
-        return Reached(seed=seed, step=None)
+        return Speedup(seed=seed, step=None)
     steps = result.steps / max(step, 1.0)  # at least 1: the untrained model may already be better than the reference
-    return Reached(
+    return Speedup(
         seed=seed,
         step=step,
         steps=steps,
@@ -136,7 +138,7 @@ def reached(result: StudyResult, variant: VariantResult, number: int, seed: int)
     )
 
 
-def corpus_of(folder: Path) -> str:
+def read_corpus_line(folder: Path) -> str:
     """Returns the description of the data that the run has logged."""
     lines = (folder / "log.txt").read_text(errors="replace").splitlines()
     return next((line.removeprefix("data: ") for line in lines if line.startswith("data: ")), "unknown")
@@ -154,7 +156,7 @@ def hardware() -> str:
 # Printed text
 
 
-def describe(result: StudyResult) -> str:
+def format_study(result: StudyResult) -> str:
     """Formats a table in Markdown, and below it the conditions of the measurement."""
     lines = [
         f"Held-out loss after {result.steps:,} steps of {result.tokens_of_step:,} tokens; and what "

@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from expert_parallel.study.curves import read_curve, steps_done
+from expert_parallel.study.definition import Study, StudyRun
 from expert_parallel.study.folder import (
+    check_existing_runs,
+    find_data_digest,
     has_diverged,
     is_done,
-    known_data,
-    last_words,
+    last_log_line,
+    lock_folder,
     loss_of,
-    only_one,
-    refuse_others,
-    sitting,
+    session,
 )
-from expert_parallel.study.plan import Run, Study
 from expert_parallel.training.config import dump_config
 from expert_parallel.training.resume import EXIT_CODE as STOPPED
 
@@ -31,20 +31,20 @@ SAVE_SECONDS = 600  # time that a run has to save when the study is stopped
 # As in launch/train.sh: glibc keeps freed blocks, since page faults on new ones are slow.
 ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_=1073741824", "MALLOC_TRIM_THRESHOLD_=1073741824", "MALLOC_TOP_PAD_=67108864")
 
-Say = Callable[[str], None]
-Show = Callable[[Callable[[], str]], None]
+ProgressFn = Callable[[str], None]
+ShowFn = Callable[[Callable[[], str]], None]
 
 
 @dataclass(frozen=True)
 class Job:
     """Pairs a run with its process."""
 
-    run: Run
+    run: StudyRun
     process: subprocess.Popen[bytes]
 
 
 @dataclass
-class Progress:
+class StudyProgress:
     """Computes how far the study is. wanted: steps by folder of a run. first: steps done when this session began, at
     `began`."""
 
@@ -71,35 +71,35 @@ class Progress:
         return "\n".join(lines)
 
 
-def carry_out(study: Study, say: Say, show: Show) -> dict[str, float]:
+def run_study(study: Study, print_progress: ProgressFn, show: ShowFn) -> dict[str, float]:
     """Trains what is left to train, and returns the learning rate of each variant.
 
     show: is called every POLL_SECONDS with a function that formats the progress. Raises ValueError where a folder holds
     a run of another study, where another process holds the lock, or where a run fails that the study depends on."""
-    refuse_others(study)
+    check_existing_runs(study)
     study.folder.mkdir(parents=True, exist_ok=True)
-    with only_one(study.folder) as lock, sitting(study.folder) as note_time:
-        progress, waiting = Progress(time.monotonic(), steps_wanted(study)), left_to_do(study)
+    with lock_folder(study.folder) as lock, session(study.folder) as note_time:
+        progress, waiting = StudyProgress(time.monotonic(), target_steps(study)), pending_runs(study)
         progress.first, jobs = progress.done(), progress.jobs
         try:
             while jobs or waiting:
                 while waiting and len(jobs) < study.settings.jobs:
-                    jobs.append(start(waiting.pop(0), study, lock))
+                    jobs.append(start_job(waiting.pop(0), study, lock))
                 show(progress.text)
                 time.sleep(POLL_SECONDS)
                 for job in [job for job in jobs if job.process.poll() is not None]:
                     jobs.remove(job)
                     note_time()
-                    say(describe_end(job))
+                    print_progress(end_message(job))
                     running = {job.run.folder for job in jobs}
-                    waiting = [run for run in left_to_do(study) if run.folder not in running]
-                    progress.wanted = steps_wanted(study)
+                    waiting = [run for run in pending_runs(study) if run.folder not in running]
+                    progress.wanted = target_steps(study)
         finally:
-            stop(jobs, say)
+            stop_jobs(jobs, print_progress)
     return {name: best_rate(study, name) for name in study.names}
 
 
-def describe_end(job: Job) -> str:
+def end_message(job: Job) -> str:
     """Returns a sentence about how a run ended. Raises ValueError where it failed for another reason than divergence:
     disk, memory, a signal."""
     run, code = job.run, job.process.returncode
@@ -110,15 +110,15 @@ def describe_end(job: Job) -> str:
     if code == 0:
         raise ValueError(f"{run} ended without all of its evaluations in metrics.jsonl: remove {run.folder}")
     if has_diverged(run):
-        return f"diverged: {run}: {last_words(run.folder)}"
-    raise ValueError(f"{run} has failed with exit code {code}: {last_words(run.folder)}")
+        return f"diverged: {run}: {last_log_line(run.folder)}"
+    raise ValueError(f"{run} has failed with exit code {code}: {last_log_line(run.folder)}")
 
 
-def left_to_do(study: Study) -> list[Run]:
+def pending_runs(study: Study) -> list[StudyRun]:
     """Returns the runs to train: trials first, and a variant's long runs once all of its trials are done.
 
     Raises ValueError where a long run, or every trial of a variant, has diverged."""
-    trials, finals = list[Run](), list[Run]()
+    trials, finals = list[StudyRun](), list[StudyRun]()
     for name in study.names:
         open_trials = [run for run in study.trials(name) if not is_done(run) and not has_diverged(run)]
         if open_trials:
@@ -128,7 +128,7 @@ def left_to_do(study: Study) -> list[Run]:
         for run in long_runs:
             if has_diverged(run):
                 raise ValueError(
-                    f"{run} has diverged after a trial that had not: {last_words(run.folder)}; leave its rate out "
+                    f"{run} has diverged after a trial that had not: {last_log_line(run.folder)}; leave its rate out "
                     "of learning_rates, or the variant out with --only"
                 )
         finals += long_runs
@@ -141,11 +141,11 @@ def best_rate(study: Study, name: str) -> float:
     losses = {run.rate: loss_of(run) for run in study.trials(name) if is_done(run)}
     if not losses:
         first = study.trials(name)[0]
-        raise ValueError(f"all learning rates of {name} have diverged, the first with: {last_words(first.folder)}")
+        raise ValueError(f"all learning rates of {name} have diverged, the first with: {last_log_line(first.folder)}")
     return min(losses, key=lambda rate: losses[rate])
 
 
-def steps_wanted(study: Study) -> dict[Path, int]:
+def target_steps(study: Study) -> dict[Path, int]:
     """Returns the number of steps of every run, by folder. Before a variant's best learning rate is known, its long
     runs count with the first one."""
     wanted: dict[Path, int] = {}
@@ -157,7 +157,7 @@ def steps_wanted(study: Study) -> dict[Path, int]:
     return wanted
 
 
-def finished(study: Study) -> list[str]:
+def done_variants(study: Study) -> list[str]:
     """Returns the variants that are trained to the end, in this session or an earlier one, in the study's order."""
     names = []
     for name in study.settings.variants:
@@ -171,13 +171,13 @@ def finished(study: Study) -> list[str]:
 # Processes
 
 
-def start(run: Run, study: Study, lock: int) -> Job:
+def start_job(run: StudyRun, study: Study, lock: int) -> Job:
     """Starts `expert-parallel train` in a process session of its own, so that an interrupt from the terminal reaches
     the study alone, which passes it on.
 
     The digest of the earlier runs' data is set in its config, so that other data are refused."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    data = run.config.data.model_copy(update={"sha256": run.config.data.sha256 or known_data(study)})
+    data = run.config.data.model_copy(update={"sha256": run.config.data.sha256 or find_data_digest(study)})
     path = run.folder / "study.yaml"
     path.write_text(dump_config(run.config.model_copy(update={"data": data})))
     settings = [f"OMP_NUM_THREADS={study.settings.threads}", *ALLOCATOR]
@@ -193,11 +193,11 @@ def start(run: Run, study: Study, lock: int) -> Job:
     return Job(run, process)
 
 
-def stop(jobs: list[Job], say: Say) -> None:
+def stop_jobs(jobs: list[Job], print_progress: ProgressFn) -> None:
     """Asks all jobs to save at the end of their step and exit, and waits for them."""
     alive = [job for job in jobs if job.process.poll() is None]
     if alive:
-        say(f"stopping: {len(alive)} runs save and exit")
+        print_progress(f"stopping: {len(alive)} runs save and exit")
     for job in alive:
         job.process.send_signal(signal.SIGUSR1)
     for job in alive:

@@ -8,10 +8,10 @@ import torch
 from pydantic import BaseModel
 
 from expert_parallel.bench.allocator import keep_freed_memory
-from expert_parallel.bench.timing import Times, Work, measure
+from expert_parallel.bench.timing import Times, Workload, measure
 from expert_parallel.runtime.process import Runtime, distributed
-from expert_parallel.study.plan import Run, Study
-from expert_parallel.training.loop import set_up
+from expert_parallel.study.definition import Study, StudyRun
+from expert_parallel.training.loop import set_up_run
 from expert_parallel.training.step import train_step
 
 ROUNDS = 9
@@ -42,16 +42,16 @@ def step_times(study: Study, rates: dict[str, float], rounds: int = ROUNDS) -> t
         times = {}
         for variant, rate in rates.items():
             runs = {"reference": reference, "own": study.finals(variant, rate)[0]}
-            works = {which: _one_step(run, runtime) for which, run in runs.items()}
-            times[variant] = StepTimes(**measure(works, runtime.device, rounds))
+            workloads = {which: _one_step(run, runtime) for which, run in runs.items()}
+            times[variant] = StepTimes(**measure(workloads, runtime.device, rounds))
         device = runtime.device
         return times, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _one_step(run: Run, runtime: Runtime) -> Work:
+def _one_step(run: StudyRun, runtime: Runtime) -> Workload:
     """Returns a workload that repeats a run's last step, from its final weights."""
     with redirect_stdout(io.StringIO()):  # hides what a run prints at its start
-        trained = set_up(run.config, runtime)
+        trained = set_up_run(run.config, runtime)
         step = trained.resume() - 1
     batches = trained.batches(step)
 
@@ -59,4 +59,4 @@ def _one_step(run: Run, runtime: Runtime) -> Work:
         training = run.config.training
         train_step(trained.model, trained.engine, batches, training, trained.mesh, step=step, seed=run.seed)
 
-    return Work(one_step)
+    return Workload(one_step)

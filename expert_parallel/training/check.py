@@ -8,21 +8,21 @@ import torch
 
 from expert_parallel.data.config import TokensData
 from expert_parallel.data.open import open_data
-from expert_parallel.model.parallelize import split_model
-from expert_parallel.moe.capacity.limit import DroplessConfig, capacity_of_blocks
-from expert_parallel.parallel.degrees import ParallelDegrees, ShardedConfig, describe_grid, shard_counts
+from expert_parallel.model.parallelize import split_into_stages
+from expert_parallel.moe.capacity.policies import DroplessConfig, block_capacities
+from expert_parallel.parallel.degrees import ParallelDegrees, ShardedConfig, format_rank_table, shard_counts
 from expert_parallel.parallel.placement import ExpertPlacement
 from expert_parallel.training.config import DTYPES, Config, dump_config
 from expert_parallel.training.engines.config import DeepSpeedConfig
-from expert_parallel.training.setup import check_degrees, demand_of, describe_degrees
+from expert_parallel.training.setup import check_degrees, data_requirements, format_degrees
 
 GIB = 1024**3
-GRID_RANKS = 64  # the grid of a larger world is not printed
+MAX_GRID_RANKS = 64  # the grid of a larger world is not printed
 NO_DATA = "none yet: data.corpora is empty"
-MOST_BLOCKS = 8  # longer lists of blocks are abbreviated
+MAX_LISTED_BLOCKS = 8  # longer lists of blocks are abbreviated
 
 
-def state_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
+def state_bytes_per_rank(config: Config, degrees: ParallelDegrees) -> int:
     """Returns the bytes of weights, gradients and both Adam moments on the rank that holds most.
 
     All are in float32 (float64 for float64 models). What an engine offloads is counted, too. Parameters that tensor
@@ -30,13 +30,15 @@ def state_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
     """
     data, engine = config.parallel.data, config.training.engine
     shards, expert_shards = shard_counts(data, degrees) if isinstance(data, ShardedConfig) else (1, 1)
-    largest_share = _largest_share(config, degrees, expert_shards)
+    largest_share = _max_expert_fraction(config, degrees, expert_shards)
     copies, expert_copies = 4 / shards, 4.0
     if isinstance(engine, DeepSpeedConfig):
-        copies, expert_copies = (zero_copies(engine, ranks) for ranks in (degrees.dp * degrees.cp, degrees.edp))
+        copies, expert_copies = (
+            zero_values_per_weight(engine, ranks) for ranks in (degrees.dp * degrees.cp, degrees.edp)
+        )
     stages = [
         config.model.parameter_counts(part.blocks, is_first=part.is_first, is_last=part.is_last)
-        for part in split_model(config.model, degrees.pp * config.parallel.stages_per_rank)
+        for part in split_into_stages(config.model, degrees.pp * config.parallel.stages_per_rank)
     ]
     numbers = [
         sum(
@@ -49,7 +51,7 @@ def state_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
     return round(max(numbers) * width)
 
 
-def _largest_share(config: Config, degrees: ParallelDegrees, expert_shards: int) -> float:
+def _max_expert_fraction(config: Config, degrees: ParallelDegrees, expert_shards: int) -> float:
     """Returns the largest fraction of the experts on one rank.
 
     FSDP2 shards whole experts: of 2 experts over 4 ranks, two ranks hold one each.
@@ -60,7 +62,7 @@ def _largest_share(config: Config, degrees: ParallelDegrees, expert_shards: int)
     return math.ceil(math.ceil(moe.num_experts / degrees.ep) / expert_shards) / moe.num_experts
 
 
-def zero_copies(engine: DeepSpeedConfig, ranks: int) -> float:
+def zero_values_per_weight(engine: DeepSpeedConfig, ranks: int) -> float:
     """Returns how many values per weight a rank keeps if `ranks` data-parallel ranks share them (ZeRO).
 
     There are a weight, a gradient and two moments, and from stage 1 on the float32 copy that is updated. Stage 1 shards
@@ -71,7 +73,7 @@ def zero_copies(engine: DeepSpeedConfig, ranks: int) -> float:
     return kept + divided / ranks
 
 
-def gathered_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
+def gathered_bytes_per_rank(config: Config, degrees: ParallelDegrees) -> int:
     """Estimates the bytes of sharded weights that FSDP2 holds unsharded at a time; 0 if nothing is sharded.
 
     They are the weights of one block and the embedding tables with their gradients, in the compute dtype and in the
@@ -80,7 +82,7 @@ def gathered_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
     model, data = config.model, config.parallel.data
     if not isinstance(data, ShardedConfig):
         return 0
-    share = _largest_share(config, degrees, 1)
+    share = _max_expert_fraction(config, degrees, 1)
     moe_layers, numbers = set(model.moe_layers), {}
     for is_moe, block in {
         block in moe_layers: block for block in range(model.num_layers)
@@ -92,7 +94,7 @@ def gathered_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
     computed = DTYPES[config.training.dtype]
     size = whole * (2 * computed.itemsize + torch.promote_types(torch.float32, computed).itemsize)
     if not data.reshard_after_forward:
-        stages = split_model(model, degrees.pp * config.parallel.stages_per_rank)
+        stages = split_into_stages(model, degrees.pp * config.parallel.stages_per_rank)
         of_ranks = [
             [block for stage in stages[rank :: degrees.pp] for block in stage.blocks] for rank in range(degrees.pp)
         ]
@@ -101,7 +103,7 @@ def gathered_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
     return round(size)
 
 
-def activation_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
+def activation_bytes_per_rank(config: Config, degrees: ParallelDegrees) -> int:
     """Estimates the activation bytes of the micro-steps in flight: what blocks keep for backward, recomputation,
     logits.
 
@@ -109,15 +111,15 @@ def activation_bytes_of_rank(config: Config, degrees: ParallelDegrees) -> int:
     """
     model, training = config.model, config.training
     tokens = training.global_batch // training.micro_steps * training.sequence_length / degrees.dp / degrees.cp
-    stages = split_model(model, degrees.pp * config.parallel.stages_per_rank)
+    stages = split_into_stages(model, degrees.pp * config.parallel.stages_per_rank)
     blocks = list(chain.from_iterable(stage.blocks for stage in stages[:: degrees.pp]))
-    kept, again = zip(*(block_bytes_of_token(config, degrees, block) for block in blocks), strict=True)
+    kept, again = zip(*(block_bytes_per_token(config, degrees, block) for block in blocks), strict=True)
     in_flight = min(degrees.pp, training.micro_steps)  # micro-steps whose activations the first stage holds at once
     logits = model.vocab_size / degrees.tp * (DTYPES[training.dtype].itemsize + 4)
     return round(tokens * (in_flight * sum(kept) + max(again) + logits))
 
 
-def block_bytes_of_token(config: Config, degrees: ParallelDegrees, block: int) -> tuple[float, float]:
+def block_bytes_per_token(config: Config, degrees: ParallelDegrees, block: int) -> tuple[float, float]:
     """Returns (bytes per token that a block keeps for backward, bytes per token that it recomputes).
 
     Attention keeps its input, q, k, v and output; a feed-forward network its input and hidden values (twice for gated
@@ -126,7 +128,7 @@ def block_bytes_of_token(config: Config, degrees: ParallelDegrees, block: int) -
     model, moe = config.model, config.model.moe
     tp = degrees.tp
     width = DTYPES[config.training.dtype].itemsize
-    attention = (3 * model.d_model / tp + model.d_model + model.attention.values_kept / tp) * width
+    attention = (3 * model.d_model / tp + model.d_model + model.attention.activations_per_token / tp) * width
     if moe is None or block not in model.moe_layers:
         assert model.ffn is not None
         feed_forward, is_moe = 3 * model.ffn.hidden / tp * width, False
@@ -142,80 +144,82 @@ def block_bytes_of_token(config: Config, degrees: ParallelDegrees, block: int) -
     return attention + feed_forward, 0.0
 
 
-def smallest_world(config: Config) -> int:
+def min_world_size(config: Config) -> int:
     """Returns the smallest number of ranks that fits the configured degrees."""
     parallel = config.parallel
     return parallel.pp * math.lcm(parallel.cp * parallel.tp, parallel.ep * parallel.etp)
 
 
-def describe(config: Config, world_size: int | None) -> str:
+def format_config_report(config: Config, world_size: int | None) -> str:
     """Formats the output of `expert-parallel check`. Raises ValueError if the world size does not fit."""
-    degrees = check_degrees(config, world_size or smallest_world(config))
+    degrees = check_degrees(config, world_size or min_world_size(config))
     counts, active = config.model.parameter_counts(), config.model.num_active_params()
     training, moe = config.training, config.model.moe
     tokens = training.global_batch * training.sequence_length
     lines = [
         dump_config(config).rstrip(),
         "",
-        f"ranks                {degrees.world_size}: {describe_degrees(config, degrees)}",
+        f"ranks                {degrees.world_size}: {format_degrees(config, degrees)}",
         f"parameters           {counts.total:,} in all, {active:,} active for a token "
         f"({counts.dense:,} dense, {counts.experts:,} in experts): "
-        f"{_short(counts.total)} in all, {_short(active)} active",
+        f"{_format_count(counts.total)} in all, {_format_count(active)} active",
         f"tokens               {tokens:,} a step, {tokens * training.steps:,} in {training.steps:,} steps",
     ]
     if isinstance(config.data, TokensData):  # opening other kinds reads all of the data
-        described = open_data(config.data, demand_of(config)).description if config.data.corpora else NO_DATA
+        described = open_data(config.data, data_requirements(config)).description if config.data.corpora else NO_DATA
         lines.append(f"data                 {described}")
     if moe is not None:
         lines.append(
-            f"MoE blocks           {_listed(config.model.moe_layers)}: {moe.num_experts:,} experts, "
+            f"MoE blocks           {_format_blocks(config.model.moe_layers)}: {moe.num_experts:,} experts, "
             f"{-(-moe.num_experts // degrees.ep)} on the fullest rank, router "
             f"{moe.router.kind}, {moe.router.experts_per_token(moe.num_experts):g} a token"
         )
-        lines.append(f"capacity             {describe_capacity(config, degrees)}")
-    lines.append(f"memory of a rank     {describe_memory(config, degrees)}")
-    if 1 < degrees.world_size <= GRID_RANKS:
-        lines += ["", describe_grid(degrees, lambda place: describe_holding(config, degrees, place))]
+        lines.append(f"capacity             {format_capacity(config, degrees)}")
+    lines.append(f"memory of a rank     {format_memory(config, degrees)}")
+    if 1 < degrees.world_size <= MAX_GRID_RANKS:
+        lines += ["", format_rank_table(degrees, lambda place: format_rank_contents(config, degrees, place))]
     return "\n".join(lines)
 
 
-def describe_memory(config: Config, degrees: ParallelDegrees) -> str:
+def format_memory(config: Config, degrees: ParallelDegrees) -> str:
     """Formats the memory estimate of the rank that needs most."""
-    state, gathered = state_bytes_of_rank(config, degrees), gathered_bytes_of_rank(config, degrees)
-    activations = activation_bytes_of_rank(config, degrees)
+    state, gathered = state_bytes_per_rank(config, degrees), gathered_bytes_per_rank(config, degrees)
+    activations = activation_bytes_per_rank(config, degrees)
     text = f"{state / GIB:.2f} GiB weights, gradients and optimizer; about {activations / GIB:.2f} GiB activations"
     text += f" and {gathered / GIB:.2f} GiB of a sharded block while it computes" if gathered else ""
     return f"{text} (estimate); {(state + activations + gathered) / GIB:.1f} GiB together"
 
 
-def _short(number: int) -> str:
+def _format_count(number: int) -> str:
     """Formats a count in billions or millions, such as 46.70 B or 3.15 M."""
     unit, name = (1e9, "B") if number >= 1e9 else (1e6, "M")
     return f"{number / unit:,.2f} {name}"
 
 
-def _listed(blocks: list[int]) -> str:
-    if len(blocks) <= MOST_BLOCKS:
+def _format_blocks(blocks: list[int]) -> str:
+    if len(blocks) <= MAX_LISTED_BLOCKS:
         return ", ".join(map(str, blocks))
     return f"{blocks[0]}, {blocks[1]}, ..., {blocks[-1]} ({len(blocks)} of them)"
 
 
-def describe_holding(config: Config, degrees: ParallelDegrees, place: dict[str, int]) -> str:
+def format_rank_contents(config: Config, degrees: ParallelDegrees, place: dict[str, int]) -> str:
     """Formats the blocks and experts of the rank at the given mesh coordinates."""
-    parts = split_model(config.model, degrees.pp * config.parallel.stages_per_rank)[place["pp"] :: degrees.pp]
-    text = "blocks " + ", ".join(_span(part.blocks) for part in parts)
+    parts = split_into_stages(config.model, degrees.pp * config.parallel.stages_per_rank)[place["pp"] :: degrees.pp]
+    text = "blocks " + ", ".join(_format_range(part.blocks) for part in parts)
     moe = config.model.moe
     if moe is not None:
         held = ExpertPlacement.contiguous(moe.num_experts, degrees.ep).experts_on(place["ep"])
-        text += f"; experts {_span(held)}" + (f", part {place['etp'] + 1} of {degrees.etp}" if degrees.etp > 1 else "")
+        text += f"; experts {_format_range(held)}" + (
+            f", part {place['etp'] + 1} of {degrees.etp}" if degrees.etp > 1 else ""
+        )
     return text
 
 
-def _span(numbers: Sequence[int]) -> str:
+def _format_range(numbers: Sequence[int]) -> str:
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
 
-def describe_capacity(config: Config, degrees: ParallelDegrees) -> str:
+def format_capacity(config: Config, degrees: ParallelDegrees) -> str:
     """Formats the capacity of one expert for the tokens of one scope, on the ranks with most tokens."""
     moe, training = config.model.moe, config.training
     assert moe is not None
@@ -232,7 +236,7 @@ def describe_capacity(config: Config, degrees: ParallelDegrees) -> str:
     size = sequences * training.sequence_length // share
     choices = moe.router.num_choices(moe.num_experts)
     train, evaluation = (
-        capacity_of_blocks(capacity, [size], choices, moe.num_experts, training=is_training)[0]
+        block_capacities(capacity, [size], choices, moe.num_experts, training=is_training)[0]
         for is_training in (True, False)
     )
     return (

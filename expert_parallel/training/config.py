@@ -14,16 +14,16 @@ from expert_parallel.data.tokenizer import VOCABULARY_SIZE
 from expert_parallel.model.config import ModelConfig, Recompute
 from expert_parallel.model.generation import Sampling
 from expert_parallel.model.rotary import LearnedPositionConfig
-from expert_parallel.moe.capacity.limit import LimitSettings
-from expert_parallel.moe.experts.grouped import takes_grouped_mm
-from expert_parallel.nn.ffn import width_in
+from expert_parallel.moe.capacity.policies import CapacitySettings
+from expert_parallel.moe.experts.grouped import supports_grouped_mm
+from expert_parallel.nn.ffn import w_in_columns
 from expert_parallel.parallel.degrees import EXPERT_ORDER, InterleavedConfig, ParallelConfig, ShardedConfig
 from expert_parallel.runtime.process import RuntimeConfig
 from expert_parallel.settings import CONFIG_VERSION, Settings, refuse_newer
-from expert_parallel.training.engines.config import EngineConfig, NativeConfig, refuse_engine
-from expert_parallel.training.freeze import AllTrainable, TrainableConfig, refuse_trainable
+from expert_parallel.training.engines.config import EngineConfig, NativeConfig, validate_engine
+from expert_parallel.training.freeze import AllTrainable, TrainableConfig, validate_trainable
 from expert_parallel.training.optim import CosineConfig, OptimizerConfig, ScheduleConfig
-from expert_parallel.training.replay import PlayConfig, RoutingConfig
+from expert_parallel.training.replay import ReplayConfig, RoutingConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -61,7 +61,7 @@ class TrainingConfig(Settings):
     """Chooses the weights that are trained."""
 
     @model_validator(mode="after")
-    def _divide(self) -> "TrainingConfig":
+    def _check_micro_steps(self) -> "TrainingConfig":
         if self.global_batch % self.micro_steps:
             raise ValueError(
                 f"global_batch ({self.global_batch}) is not a multiple of micro_steps ({self.micro_steps})"
@@ -135,7 +135,7 @@ class Config(Settings):
         return tree
 
     @model_validator(mode="after")
-    def _fit_together(self) -> "Config":
+    def _check_consistency(self) -> "Config":
         model, training = self.model, self.training
         if not isinstance(self.data, TokensData) and model.vocab_size < VOCABULARY_SIZE:
             raise ValueError(
@@ -147,9 +147,9 @@ class Config(Settings):
                 f"model.position.max_length ({position.max_length}) is smaller than "
                 f"training.sequence_length ({training.sequence_length})"
             )
-        refuse_trainable(training.trainable, model)
+        validate_trainable(training.trainable, model)
         writes_sample = self.run.sample is not None
-        refuse_engine(training.engine, self.parallel, dtype=training.dtype, writes_sample=writes_sample)
+        validate_engine(training.engine, self.parallel, dtype=training.dtype, writes_sample=writes_sample)
         if self.run.sample is not None and training.sequence_length < 2:
             raise ValueError(
                 f"run.sample is given but training.sequence_length ({training.sequence_length}) is smaller than 2: it "
@@ -181,7 +181,7 @@ class Config(Settings):
                 f"{self.parallel.ep}, it must be 1 (or use 'all_to_all')"
             )
         capacity, dispatcher = model.moe.capacity, model.moe.dispatcher
-        if isinstance(training.routing, PlayConfig) and isinstance(capacity, LimitSettings) and capacity.pad:
+        if isinstance(training.routing, ReplayConfig) and isinstance(capacity, CapacitySettings) and capacity.pad:
             raise ValueError(
                 "model.moe.capacity.pad is true but training.routing.kind is 'play': the recorded choices may not "
                 "fit into this capacity; set model.moe.capacity.pad to false, the result is the same"
@@ -199,8 +199,8 @@ class Config(Settings):
             return
         experts, device = self.model.moe.experts, torch.device(device_type)
         hidden = experts.hidden // self.parallel.etp
-        sizes = (self.model.d_model, width_in(experts.activation, hidden), hidden)
-        if experts.backend == "grouped_mm" and not takes_grouped_mm(DTYPES[self.training.dtype], device, sizes):
+        sizes = (self.model.d_model, w_in_columns(experts.activation, hidden), hidden)
+        if experts.backend == "grouped_mm" and not supports_grouped_mm(DTYPES[self.training.dtype], device, sizes):
             raise ValueError(
                 f"model.moe.experts.backend 'grouped_mm' cannot multiply these: training.dtype is "
                 f"{self.training.dtype} (it takes float32 and bfloat16, on CUDA bfloat16 alone), model.d_model is "

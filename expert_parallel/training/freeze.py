@@ -37,7 +37,7 @@ class ExpertsTrainable(Settings):
 TrainableConfig = Annotated[AllTrainable | ExpertsTrainable, Field(discriminator="kind")]
 
 
-def refuse_trainable(config: TrainableConfig, model: ModelConfig) -> None:
+def validate_trainable(config: TrainableConfig, model: ModelConfig) -> None:
     """Raises ValueError if the config names experts or blocks that the model does not have."""
     if isinstance(config, AllTrainable):
         return
@@ -61,7 +61,7 @@ def frozen_rows(config: TrainableConfig, logical: LogicalParameter) -> Tensor | 
     if isinstance(config, AllTrainable):
         return None
     rows = torch.ones(logical.parameter.shape[0], dtype=torch.bool)
-    for row, expert in _experts_of_rows(config, logical).items():
+    for row, expert in _row_experts(config, logical).items():
         rows[row] = expert not in config.experts
     if isinstance(logical.parameter, DTensor):
         mesh, placements = logical.parameter.device_mesh, logical.parameter.placements
@@ -69,7 +69,7 @@ def frozen_rows(config: TrainableConfig, logical: LogicalParameter) -> Tensor | 
     return rows.to(logical.parameter.device)
 
 
-def _experts_of_rows(config: ExpertsTrainable, logical: LogicalParameter) -> dict[int, int]:
+def _row_experts(config: ExpertsTrainable, logical: LogicalParameter) -> dict[int, int]:
     """Maps each row to its expert; empty for parameters of neither chosen experts nor a trainable router."""
     path = logical.names[0].split(".")
     is_router = "router" in path and config.router == "chosen"
@@ -80,7 +80,7 @@ def _experts_of_rows(config: ExpertsTrainable, logical: LogicalParameter) -> dic
     return {row: int(name.split(".")[-2]) for row, name in enumerate(logical.names)}
 
 
-def freeze_gradients(optimizer: torch.optim.Optimizer) -> None:
+def zero_frozen_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Sets the gradients of frozen rows to 0, even where they are NaN."""
     for group in optimizer.param_groups:
         for parameter, rows in group.get("frozen_rows", {}).items():
@@ -88,7 +88,7 @@ def freeze_gradients(optimizer: torch.optim.Optimizer) -> None:
                 local_tensor(parameter.grad)[rows] = 0
 
 
-def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def frozen_rows_pre_hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Prepares frozen parameters for AdamW's step; registered as an optimizer step pre-hook.
 
     AdamW would decay whole parameters, so the rows that train are decayed here; moments of frozen rows, left from
@@ -102,7 +102,7 @@ def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                 if parameter not in frozen:
                     continue
                 rows, weight = frozen[parameter], local_tensor(parameter)
-                weight[~rows] *= 1 - group["lr"] * group["decay_of_rows"]
+                weight[~rows] *= 1 - group["lr"] * group["row_weight_decay"]
                 for moment in ("exp_avg", "exp_avg_sq"):
                     if moment in optimizer.state[parameter]:
                         local_tensor(optimizer.state[parameter][moment])[rows] = 0

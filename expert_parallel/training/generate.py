@@ -7,13 +7,13 @@ from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.data.open import load_tokenizer
 from expert_parallel.data.tokenizer import Tokenizer
 from expert_parallel.model.generation import Sampling, generate
-from expert_parallel.model.parallelize import build_model, refuse_degrees
+from expert_parallel.model.parallelize import build_model, validate_degrees
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.config import DTYPES, Config, load_config
-from expert_parallel.training.setup import build_parts
-from expert_parallel.training.step import forget_gathered_weights
+from expert_parallel.training.setup import build_mesh_and_model
+from expert_parallel.training.step import reshard_parameters
 
 
 def generate_texts(
@@ -28,7 +28,7 @@ def generate_texts(
     use_cache: bool = True,
 ) -> list[str]:
     """Returns each prompt with its continuation. The model sees at most the last `training.sequence_length` tokens."""
-    tokenizer = run_tokenizer(config)
+    tokenizer = open_run_tokenizer(config)
     tokens = generate(
         model,
         [tokenizer.encode(prompt) for prompt in prompts],
@@ -36,16 +36,16 @@ def generate_texts(
         window=config.training.sequence_length,
         sampling=sampling,
         seed=seed,
-        num_words=tokenizer.vocab_size,
+        tokenizer_vocab_size=tokenizer.vocab_size,
         end_id=tokenizer.end_id,
         mesh=mesh,
         use_cache=use_cache,
     )
-    forget_gathered_weights(model)
+    reshard_parameters(model)
     return [tokenizer.decode(text) for text in tokens]
 
 
-def run_tokenizer(config: Config) -> Tokenizer:
+def open_run_tokenizer(config: Config) -> Tokenizer:
     """Opens the tokenizer of a run. Raises ValueError if the run has none."""
     tokenizer = load_tokenizer(config.data, Path(config.run.folder))
     if tokenizer is None:
@@ -69,16 +69,16 @@ def generate_from_run(
     A single process holds the whole model, whatever layout trained it; several use the layout of the run or of the
     overrides.
     """
-    config = runtime.together(lambda: run_config(run, overrides))
-    runtime.together(lambda: run_tokenizer(config))
+    config = runtime.run_on_all_ranks(lambda: load_run_config(run, overrides))
+    runtime.run_on_all_ranks(lambda: open_run_tokenizer(config))
     mesh: ParallelMesh | None = None
     model: LanguageModel
     if runtime.world_size == 1:
         model = build_model(config.model, dtype=DTYPES[config.training.dtype], device=runtime.device, seed=None)
     else:
-        degrees = runtime.together(lambda: config.parallel.degrees(runtime.world_size))
-        runtime.together(lambda: refuse_degrees(config.model, degrees, config.parallel.stages_per_rank))
-        mesh, model = build_parts(config, runtime, degrees, initialise=False)
+        degrees = runtime.run_on_all_ranks(lambda: config.parallel.degrees(runtime.world_size))
+        runtime.run_on_all_ranks(lambda: validate_degrees(config.model, degrees, config.parallel.stages_per_rank))
+        mesh, model = build_mesh_and_model(config, runtime, degrees, initialize=False)
     load_checkpoint(run / "checkpoints", model, None, runtime, mesh)
     return generate_texts(
         config,
@@ -92,7 +92,7 @@ def generate_from_run(
     )
 
 
-def run_config(run: Path, overrides: Sequence[str]) -> Config:
+def load_run_config(run: Path, overrides: Sequence[str]) -> Config:
     """Loads a run's config with `run.folder` set to the given folder, as the run may have been moved."""
     if not run.is_dir():
         raise ValueError(f"there is no run folder {run}")

@@ -8,7 +8,7 @@ The gradient of an expert's weight is summed over these groups:
     group                      by
     expert parallel (ep)       nothing here: each row went to its expert's rank, and the backward pass of combine brings
                                its dy there, so that the product over rows (experts/fused.py) is the whole sum
-    expert tensor (etp)        likewise: experts/tensor_parallel.py gathers the rows and their dy; only b_out, which is
+    expert tensor (etp)        likewise: experts/expert_tensor_parallel.py gathers the rows and their dy; only b_out, which is
                                replicated, is summed below
     expert data (edp)          reduce_gradients below; where they are sharded, FSDP2 in its backward pass
 """
@@ -24,7 +24,7 @@ from expert_parallel.moe.parameters import (
     LogicalParameter,
     local_tensor,
     logical_parameters,
-    place_among_holders,
+    replica_index_and_count,
 )
 from expert_parallel.parallel.collectives import all_reduce_sum, group_size
 from expert_parallel.parallel.mesh import ParallelMesh
@@ -43,23 +43,26 @@ def reduce_gradients(model: nn.Module, mesh: ParallelMesh, *, sharded: bool) -> 
         assert logical.parameter.grad is not None, f"{logical.names[0]} has no gradient: it is cut off from the loss"
         (experts if logical.is_expert else dense).append(logical)
     if not sharded:
-        _sum_in_buckets(dense, mesh.dense_group)
-        _sum_in_buckets(experts, mesh.edp_group)
+        _all_reduce_in_buckets(dense, mesh.dense_group)
+        _all_reduce_in_buckets(experts, mesh.edp_group)
     # Parameters that tp or etp replicates (norms, routers, biases): each of its ranks has computed other tokens.
-    _sum_in_buckets([logical for logical in dense if logical.slice is None], mesh.tp_group)
-    _sum_in_buckets([logical for logical in experts if logical.slice is None], mesh.etp_group)
+    _all_reduce_in_buckets([logical for logical in dense if logical.tensor_shard is None], mesh.tp_group)
+    _all_reduce_in_buckets([logical for logical in experts if logical.tensor_shard is None], mesh.etp_group)
     # Key and value heads that several tp ranks hold, if there are fewer heads than ranks.
-    _sum_in_buckets([logical for logical in dense if logical.slice and logical.slice.copies > 1], mesh.key_group)
+    _all_reduce_in_buckets(
+        [logical for logical in dense if logical.tensor_shard and logical.tensor_shard.copies > 1],
+        mesh.kv_replica_group,
+    )
     # The tied embedding table, of which the first and the last pipeline stage hold a copy each.
-    _sum_in_buckets([logical for logical in dense if logical.names == TIED], mesh.tied_group)
+    _all_reduce_in_buckets([logical for logical in dense if logical.names == TIED], mesh.tied_embedding_group)
 
 
-def is_first_holder(logical: LogicalParameter, mesh: ParallelMesh) -> bool:
+def is_first_replica(logical: LogicalParameter, mesh: ParallelMesh) -> bool:
     """Returns True on the first of the ranks that hold the same elements of a parameter."""
-    return place_among_holders(logical, mesh)[0] == 0
+    return replica_index_and_count(logical, mesh)[0] == 0
 
 
-def global_norm(model: nn.Module, mesh: ParallelMesh) -> Tensor:
+def global_grad_norm(model: nn.Module, mesh: ParallelMesh) -> Tensor:
     """Returns the L2 norm of the whole model's gradient, each element counted once.
 
     A float64 scalar on the device, the same on all ranks.
@@ -68,7 +71,7 @@ def global_norm(model: nn.Module, mesh: ParallelMesh) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
     for logical in logical_parameters(model):
         assert logical.parameter.grad is not None
-        if is_first_holder(logical, mesh):
+        if is_first_replica(logical, mesh):
             total += torch.linalg.vector_norm(local_tensor(logical.parameter.grad)).double().square()
     return all_reduce_sum(total, dist.group.WORLD).sqrt()
 
@@ -81,7 +84,7 @@ def clip_gradients(model: nn.Module, norm: Tensor, limit: float) -> None:
         grad.mul_(factor.to(grad.dtype))
 
 
-def _sum_in_buckets(logicals: list[LogicalParameter], group: dist.ProcessGroup | None) -> None:
+def _all_reduce_in_buckets(logicals: list[LogicalParameter], group: dist.ProcessGroup | None) -> None:
     """All-reduces gradients in place. Every rank of the group must pass the same parameters in the same order."""
     if group_size(group) == 1:
         return

@@ -13,24 +13,24 @@ from torch import Tensor
 
 from expert_parallel.checkpoint.files import Checkpoint, list_checkpoints, open_checkpoint
 from expert_parallel.checkpoint.load import load_checkpoint
-from expert_parallel.checkpoint.save import Saver
+from expert_parallel.checkpoint.save import CheckpointSaver
 from expert_parallel.data.batch import MicroBatch, held_out_batch, micro_batch
-from expert_parallel.data.open import keep_tokenizer, open_data
+from expert_parallel.data.open import open_data, save_tokenizer
 from expert_parallel.data.sampler import Sampler
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.context import RouterReplay
-from expert_parallel.parallel.collectives import gather_text
+from expert_parallel.parallel.collectives import all_gather_text
 from expert_parallel.parallel.degrees import ParallelDegrees
 from expert_parallel.parallel.mesh import ParallelMesh
-from expert_parallel.parallel.sequence import SequencePlace
+from expert_parallel.parallel.sequence import SequenceShard
 from expert_parallel.runtime.process import Runtime, UserError
 from expert_parallel.training.config import Config, dump_config
 from expert_parallel.training.engines.engine import Engine
-from expert_parallel.training.generate import generate_texts, run_tokenizer
-from expert_parallel.training.metrics import Metrics, MetricsWriter, memory_metrics, progress_line, step_metrics
-from expert_parallel.training.replay import MoEPlace, PlayConfig, RecordConfig, load_choices, save_choices
-from expert_parallel.training.resume import StopSignal, changes_since, refuse_model, refuse_settings
-from expert_parallel.training.setup import build, check_world, demand_of, describe_degrees
+from expert_parallel.training.generate import generate_texts, open_run_tokenizer
+from expert_parallel.training.metrics import Metrics, MetricsWriter, format_progress_line, memory_metrics, step_metrics
+from expert_parallel.training.replay import RecordConfig, ReplayConfig, ReplaySpec, load_routing, save_routing
+from expert_parallel.training.resume import StopSignal, changed_since_checkpoint, check_can_resume, check_same_model
+from expert_parallel.training.setup import build, check_world_size, data_requirements, format_degrees
 from expert_parallel.training.step import StepReport, evaluate, train_step
 
 logger = logging.getLogger(__name__)
@@ -42,21 +42,23 @@ def train(config: Config, runtime: Runtime, stop: StopSignal | None = None) -> b
     Returns False if a signal stopped it earlier, else True.
     """
     stop = stop or StopSignal()
-    run = set_up(config, runtime)
+    run = set_up_run(config, runtime)
     training = config.training
-    tokens_of_step = training.global_batch * training.sequence_length
+    tokens_per_step = training.global_batch * training.sequence_length
 
     first_step = run.resume()
     if first_step >= training.steps:
-        run.say(f"this run is finished: {first_step} of {training.steps} steps are done; results are in {run.folder}")
+        run.print_rank_0(
+            f"this run is finished: {first_step} of {training.steps} steps are done; results are in {run.folder}"
+        )
         return True
-    writer = runtime.together(lambda: MetricsWriter(run.folder, first_step) if runtime.rank == 0 else None)
+    writer = runtime.run_on_all_ranks(lambda: MetricsWriter(run.folder, first_step) if runtime.rank == 0 else None)
     if first_step == 0:
         metrics = run.evaluate(0)
         if writer is not None:
             writer.write(0, 0, metrics)
 
-    clock = Clock(tokens_of_step)
+    clock = ThroughputTimer(tokens_per_step)
     with run.open_saver() as saver:
         for step in range(first_step, training.steps):
             batches = run.batches(step)
@@ -66,19 +68,19 @@ def train(config: Config, runtime: Runtime, stop: StopSignal | None = None) -> b
             )
             run.save_replay(step, batches, replay)
             done = step + 1
-            is_last, is_stopped = done == training.steps, stop.anywhere()
+            is_last, is_stopped = done == training.steps, stop.any_rank()
             metrics = step_metrics(report, "train")
-            refuse_nonsense(done, report)
+            check_finite(done, report)
             clock.count_step()
             if done % config.run.log_every == 0 or is_last:
                 metrics |= clock.read() | memory_metrics(runtime.device)
-                run.say(progress_line(done, training.steps, metrics))
+                run.print_rank_0(format_progress_line(done, training.steps, metrics))
             with clock.paused():
                 if done % config.evaluation.every == 0 or is_last:
                     metrics |= run.evaluate(done)
                 # Before the checkpoint: a resumed run drops later metrics, but could not restore missing ones.
                 if writer is not None:
-                    writer.write(done, done * tokens_of_step, metrics)
+                    writer.write(done, done * tokens_per_step, metrics)
                 if done % config.checkpoint.every == 0 or is_last or is_stopped:
                     saver.save(done, is_last=is_last or is_stopped)
             if is_stopped:
@@ -87,16 +89,16 @@ def train(config: Config, runtime: Runtime, stop: StopSignal | None = None) -> b
         if writer is not None:
             writer.close()
         if config.run.sample is not None and done == training.steps:
-            run.say(f"\n--- sample {'-' * 69}\n{sample_text(run.config, run.model, run.mesh)}\n{'-' * 80}")
+            run.print_rank_0(f"\n--- sample {'-' * 69}\n{generate_sample(run.config, run.model, run.mesh)}\n{'-' * 80}")
     if done < training.steps:
-        run.say(f"stopped on SIGUSR1 after step {done}; the same command resumes the run")
+        run.print_rank_0(f"stopped on SIGUSR1 after step {done}; the same command resumes the run")
         return False
-    run.say(f"done: {training.steps} steps; metrics, checkpoints and the resolved config are in {run.folder}")
+    run.print_rank_0(f"done: {training.steps} steps; metrics, checkpoints and the resolved config are in {run.folder}")
     return True
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """Holds the objects that a run uses on this rank."""
 
     config: Config
@@ -115,9 +117,9 @@ class Run:
     @property
     def own_positions(self) -> Tensor:
         """Returns the positions of each sequence that this rank holds (int64, (S of this rank,))."""
-        return SequencePlace.of(self.mesh).own(self.config.training.sequence_length)
+        return SequenceShard.of(self.mesh).own(self.config.training.sequence_length)
 
-    def say(self, text: str) -> None:
+    def print_rank_0(self, text: str) -> None:
         """Prints on rank 0, in one write, since the thread that saves prints, too."""
         if self.runtime.rank == 0:
             print(f"{text}\n", end="", flush=True)
@@ -128,17 +130,19 @@ class Run:
         if self.checkpoints:
             loaded = load_checkpoint(self.checkpoints[-1], self.model, self.engine.state, self.runtime, self.mesh)
             alone = "" if loaded.has_moments else " (weights only)"
-            self.say(f"resumed from {loaded.path}{alone} after step {loaded.step}{self._changes(loaded)}")
+            self.print_rank_0(
+                f"resumed from {loaded.path}{alone} after step {loaded.step}{self._format_changes(loaded)}"
+            )
             return loaded.step
         if (source := self.config.checkpoint.start_from) is not None:
             loaded = load_checkpoint(
-                Path(source), self.model, self.engine.state, self.runtime, self.mesh, weights_alone=True
+                Path(source), self.model, self.engine.state, self.runtime, self.mesh, model_only=True
             )
-            self.say(f"started from the weights of {loaded.path}{self._changes(loaded, 'model')}")
+            self.print_rank_0(f"started from the weights of {loaded.path}{self._format_changes(loaded, 'model')}")
         return 0
 
-    def _changes(self, loaded: Checkpoint, block: str = "") -> str:
-        found = changes_since(loaded, self.config)
+    def _format_changes(self, loaded: Checkpoint, block: str = "") -> str:
+        found = changed_since_checkpoint(loaded, self.config)
         changes = [f"{path} {old!r} -> {new!r}" for path, old, new in found if path.startswith(block)]
         return f"; changed: {', '.join(changes)}" if changes else ""
 
@@ -163,26 +167,26 @@ class Run:
                 for number in range(training.micro_steps)
             ]
 
-        return self.runtime.together(read)
+        return self.runtime.run_on_all_ranks(read)
 
     def open_replay(self, step: int, batches: list[MicroBatch]) -> RouterReplay | None:
         """Loads the step's recorded routing, or makes an empty record; None if `training.routing` is not set."""
         routing = self.config.training.routing
-        if isinstance(routing, PlayConfig):
+        if isinstance(routing, ReplayConfig):
             moe = self.config.model.moe
             assert moe is not None
             choices = moe.router.num_choices(moe.num_experts)
-            place = MoEPlace(self.config.model.moe_layers, moe.num_experts, choices, self.own_positions)
-            own = [batch.at(self.own_positions) for batch in batches]
-            return self.runtime.together(lambda: load_choices(routing, step, own, place))
+            place = ReplaySpec(self.config.model.moe_layers, moe.num_experts, choices, self.own_positions)
+            own = [batch.select_positions(self.own_positions) for batch in batches]
+            return self.runtime.run_on_all_ranks(lambda: load_routing(routing, step, own, place))
         return None if routing is None else RouterReplay()
 
     def save_replay(self, step: int, batches: list[MicroBatch], replay: RouterReplay | None) -> None:
         """Saves the step's routing if `training.routing.kind` is `record`."""
         routing = self.config.training.routing
         if isinstance(routing, RecordConfig) and replay is not None:
-            own = [batch.at(self.own_positions) for batch in batches]
-            self.runtime.together(lambda: save_choices(routing, step, self.runtime.rank, own, replay))
+            own = [batch.select_positions(self.own_positions) for batch in batches]
+            self.runtime.run_on_all_ranks(lambda: save_routing(routing, step, self.runtime.rank, own, replay))
 
     def evaluate(self, step: int) -> Metrics:
         """Computes the held-out loss, in batches of a micro-step's size. Ranks may have no sequence of the last one."""
@@ -193,12 +197,12 @@ class Run:
             mine.append(share.to(self.runtime.device))
         report = evaluate(self.model, self.engine, mine, self.mesh, seed=self.config.seed)
         metrics = step_metrics(report, "eval")
-        self.say(progress_line(step, self.config.training.steps, metrics))
+        self.print_rank_0(format_progress_line(step, self.config.training.steps, metrics))
         return metrics
 
-    def open_saver(self) -> Saver:
+    def open_saver(self) -> CheckpointSaver:
         """Creates the saver of this run's checkpoints."""
-        return Saver(
+        return CheckpointSaver(
             self.folder / "checkpoints",
             self.model,
             self.engine.state,
@@ -206,22 +210,22 @@ class Run:
             self.runtime,
             self.config.checkpoint,
             config=self.config.model_dump(mode="json"),
-            layout=f"{self.runtime.world_size} ranks, {describe_degrees(self.config, self.mesh.degrees)}",
-            say=self.say,
+            layout=f"{self.runtime.world_size} ranks, {format_degrees(self.config, self.mesh.degrees)}",
+            print_rank_0=self.print_rank_0,
         )
 
 
-def set_up(config: Config, runtime: Runtime) -> Run:
+def set_up_run(config: Config, runtime: Runtime) -> TrainingRun:
     """Opens data and run folder and builds the model; every rank must call it. Raises UserError on failure."""
-    degrees = runtime.together(lambda: wait_for_nodes(config, runtime))
-    data = runtime.together(lambda: open_data(config.data, demand_of(config)))
-    if len(digests := set(gather_text(str(data.config.sha256), torch.device("cpu")))) > 1:
+    degrees = runtime.run_on_all_ranks(lambda: wait_for_nodes(config, runtime))
+    data = runtime.run_on_all_ranks(lambda: open_data(config.data, data_requirements(config)))
+    if len(digests := set(all_gather_text(str(data.config.sha256), torch.device("cpu")))) > 1:
         raise UserError(f"data: the ranks see different data, with sha256 {' and '.join(sorted(digests))}")
     config = config.model_copy(update={"data": data.config})
-    checkpoints = runtime.together(lambda: open_folder(config, runtime.rank))
+    checkpoints = runtime.run_on_all_ranks(lambda: open_run_folder(config, runtime.rank))
     if config.run.sample is not None:
-        runtime.together(lambda: run_tokenizer(config))
-    newest = gather_text(checkpoints[-1].name if checkpoints else "none", torch.device("cpu"))
+        runtime.run_on_all_ranks(lambda: open_run_tokenizer(config))
+    newest = all_gather_text(checkpoints[-1].name if checkpoints else "none", torch.device("cpu"))
     if len(set(newest)) > 1:
         raise UserError(
             f"run.folder: the ranks see different newest checkpoints in {config.run.folder} ({', '.join(newest)}): it "
@@ -229,16 +233,16 @@ def set_up(config: Config, runtime: Runtime) -> Run:
         )
 
     loads = bool(checkpoints) or config.checkpoint.start_from is not None
-    mesh, model, engine = build(config, runtime, degrees, initialise=not loads)
-    run = Run(config, runtime, mesh, model, engine, data.sampler, data.held_out, checkpoints)
-    run.say(f"data: {data.description}")
+    mesh, model, engine = build(config, runtime, degrees, initialize=not loads)
+    run = TrainingRun(config, runtime, mesh, model, engine, data.sampler, data.held_out, checkpoints)
+    run.print_rank_0(f"data: {data.description}")
     launch = runtime.launch
-    run.say(
-        f"ranks: {runtime.world_size} on {runtime.device.type} ({runtime.backend}), {describe_degrees(config, degrees)}"
+    run.print_rank_0(
+        f"ranks: {runtime.world_size} on {runtime.device.type} ({runtime.backend}), {format_degrees(config, degrees)}"
     )
     if launch.master is not None:
-        library = f" ({launch.library})" if launch.library else ""
-        run.say(f"started by {launch.launcher}{library}: {runtime.hosts}")
+        mpi_library = f" ({launch.mpi_library})" if launch.mpi_library else ""
+        run.print_rank_0(f"started by {launch.launcher}{mpi_library}: {runtime.hosts}")
     return run
 
 
@@ -249,7 +253,7 @@ def wait_for_nodes(config: Config, runtime: Runtime) -> ParallelDegrees:
     restarts them all when it joins.
     """
     try:
-        return check_world(config, runtime)
+        return check_world_size(config, runtime)
     except ValueError as error:
         seconds = config.runtime.wait_for_nodes_seconds
         if seconds == 0 or runtime.launch.launcher != "torchrun":
@@ -262,7 +266,7 @@ def wait_for_nodes(config: Config, runtime: Runtime) -> ParallelDegrees:
         ) from None
 
 
-def open_folder(config: Config, rank: int) -> list[Path]:
+def open_run_folder(config: Config, rank: int) -> list[Path]:
     """Returns the checkpoints to resume from; rank 0 creates the folder and writes the resolved config and the
     tokenizer.
 
@@ -271,23 +275,23 @@ def open_folder(config: Config, rank: int) -> list[Path]:
     folder = Path(config.run.folder)
     checkpoints = list_checkpoints(folder / "checkpoints")
     if checkpoints:
-        refuse_settings(open_checkpoint(checkpoints[-1]), config)
+        check_can_resume(open_checkpoint(checkpoints[-1]), config)
     elif config.checkpoint.start_from is not None:
         try:
-            refuse_model(open_checkpoint(Path(config.checkpoint.start_from)), config)
+            check_same_model(open_checkpoint(Path(config.checkpoint.start_from)), config)
         except ValueError as error:
             raise ValueError(f"checkpoint.start_from: {error}") from None
     if rank == 0:
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(dump_config(config))
-            keep_tokenizer(config.data, folder)
+            save_tokenizer(config.data, folder)
         except OSError as error:
             raise ValueError(f"run.folder: cannot write to {folder}: {error.strerror or error}") from error
     return checkpoints
 
 
-def sample_text(config: Config, model: LanguageModel, mesh: ParallelMesh) -> str:
+def generate_sample(config: Config, model: LanguageModel, mesh: ParallelMesh) -> str:
     """Generates the text that `run.sample` asks for."""
     sample = config.run.sample
     assert sample is not None
@@ -297,7 +301,7 @@ def sample_text(config: Config, model: LanguageModel, mesh: ParallelMesh) -> str
     return text
 
 
-def refuse_nonsense(step: int, report: StepReport) -> None:
+def check_finite(step: int, report: StepReport) -> None:
     """Raises UserError if the loss or the gradient norm is NaN or infinite."""
     if not math.isfinite(report.loss) or not math.isfinite(report.grad_norm):
         raise UserError(
@@ -306,11 +310,11 @@ def refuse_nonsense(step: int, report: StepReport) -> None:
         )
 
 
-class Clock:
+class ThroughputTimer:
     """Measures the tokens per second of training alone, without the time in which it is paused (evaluation, saving)."""
 
-    def __init__(self, tokens_of_step: int) -> None:
-        self.tokens_of_step = tokens_of_step
+    def __init__(self, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
         self.start, self.steps = time.perf_counter(), 0
 
     def count_step(self) -> None:
@@ -319,7 +323,7 @@ class Clock:
     def read(self) -> Metrics:
         """Returns the rate since the previous reading."""
         now = time.perf_counter()
-        rate = self.steps * self.tokens_of_step / (now - self.start)
+        rate = self.steps * self.tokens_per_step / (now - self.start)
         self.start, self.steps = now, 0
         return {"perf/tokens_per_second": rate}
 

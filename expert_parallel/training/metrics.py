@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from expert_parallel.checkpoint.folders import write_whole
+from expert_parallel.checkpoint.folders import write_atomically
 from expert_parallel.moe.conservation import LayerTotals
 from expert_parallel.training.step import StepReport
 
@@ -28,7 +28,7 @@ def step_metrics(report: StepReport, prefix: str) -> Metrics:
     for name in next(iter(layers.values())):
         metrics[f"{moe}/{name}"] = sum(values[name] for values in layers.values()) / len(layers)
     for layer, values in layers.items():
-        values = values | _loads(report.layers[layer])
+        values = values | _expert_load_shares(report.layers[layer])
         metrics |= {f"{moe}/layer_{layer}/{name}": value for name, value in values.items()}
     return metrics
 
@@ -43,7 +43,7 @@ def _layer_metrics(totals: LayerTotals, num_layers: int) -> Metrics:
         "dropped_share": int(totals.dropped_E.sum()) / routed,
         "dropped_receive_bound_share": int(totals.dropped_receive_bound_E.sum()) / routed,
         "rerouted_share": int(totals.rerouted_E.sum()) / routed,
-        "unserved_share": totals.num_unserved / tokens,
+        "unserved_share": totals.num_tokens_without_expert / tokens,
         "load_cv": coefficient_of_variation(totals.routed_E),
         "dead_expert_share": float(dead.double().mean()),
         "router_entropy": totals.entropy / tokens,
@@ -59,7 +59,7 @@ def _layer_metrics(totals: LayerTotals, num_layers: int) -> Metrics:
     return metrics | losses
 
 
-def _loads(totals: LayerTotals) -> Metrics:
+def _expert_load_shares(totals: LayerTotals) -> Metrics:
     """Returns each expert's share of all choices that were computed."""
     served_E = totals.kept_E + totals.rerouted_E
     return {
@@ -82,8 +82,8 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         path = folder / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step]
-        write_whole(path, "".join(kept))  # atomic: a kill or a full disk loses nothing
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
+        write_atomically(path, "".join(kept))  # atomic: a kill or a full disk loses nothing
         self.file: TextIO = path.open("a")
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
@@ -100,14 +100,14 @@ class MetricsWriter:
         self.tensorboard.close()
 
 
-def _lines(path: Path) -> list[str]:
+def _complete_lines(path: Path) -> list[str]:
     """Returns the complete lines of a file: a run that was killed may have left half of one."""
     if not path.exists():
         return []
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def progress_line(step: int, total: int, metrics: Metrics) -> str:
+def format_progress_line(step: int, total: int, metrics: Metrics) -> str:
     """Formats the line that the terminal shows for a step."""
     parts = [f"step {step:>{len(str(total))}}/{total}"]
     shown = (

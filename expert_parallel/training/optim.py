@@ -9,7 +9,7 @@ from torch import nn
 
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.settings import Settings
-from expert_parallel.training.freeze import AllTrainable, TrainableConfig, before_step, frozen_rows
+from expert_parallel.training.freeze import AllTrainable, TrainableConfig, frozen_rows, frozen_rows_pre_hook
 
 
 class OptimizerConfig(Settings):
@@ -28,14 +28,14 @@ class OptimizerConfig(Settings):
     """Sets the weight decay of matrices; norms and biases have none."""
 
 
-class WarmUp(Settings):
+class WarmupSchedule(Settings):
     """Is the base class of learning-rate schedules, which all begin with a linear warm-up."""
 
     warmup_steps: int = Field(default=100, ge=0)
     """Raises the learning rate linearly from 0 to its peak over this many steps."""
 
 
-class CosineConfig(WarmUp):
+class CosineConfig(WarmupSchedule):
     """Decays the learning rate along half a cosine until the last step (Loshchilov and Hutter 2016)."""
 
     kind: Literal["cosine"] = "cosine"
@@ -48,7 +48,7 @@ class CosineConfig(WarmUp):
         return self.final_fraction + (1 - self.final_fraction) * cosine
 
 
-class InverseSqrtConfig(WarmUp):
+class InverseSqrtConfig(WarmupSchedule):
     """Decays the learning rate as sqrt(warmup_steps / step), whatever the run's length (T5, Switch, GLaM)."""
 
     kind: Literal["inverse_sqrt"]
@@ -59,7 +59,7 @@ class InverseSqrtConfig(WarmUp):
         return math.sqrt(self.warmup_steps / (step + 1))
 
 
-class ConstantConfig(WarmUp):
+class ConstantConfig(WarmupSchedule):
     """Keeps the learning rate at its peak."""
 
     kind: Literal["constant"]
@@ -68,7 +68,7 @@ class ConstantConfig(WarmUp):
         return 1.0
 
 
-def _kind(value: Any) -> str:
+def _schedule_kind(value: Any) -> str:
     return value.get("kind", "cosine") if isinstance(value, dict) else getattr(value, "kind", "")
 
 
@@ -76,7 +76,7 @@ ScheduleConfig = Annotated[
     Annotated[CosineConfig, Tag("cosine")]
     | Annotated[InverseSqrtConfig, Tag("inverse_sqrt")]
     | Annotated[ConstantConfig, Tag("constant")],
-    Discriminator(_kind),
+    Discriminator(_schedule_kind),
 ]
 
 
@@ -108,7 +108,7 @@ def build_optimizer(
     assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
     for (_, decays), group in groups.items():
         decay = config.weight_decay if decays else 0.0
-        group["weight_decay"], group["decay_of_rows"] = (0.0, decay) if group["frozen_rows"] else (decay, 0.0)
+        group["weight_decay"], group["row_weight_decay"] = (0.0, decay) if group["frozen_rows"] else (decay, 0.0)
     optimizer = torch.optim.AdamW(
         list(groups.values()),
         lr=config.learning_rate,
@@ -116,5 +116,5 @@ def build_optimizer(
         eps=config.eps,
         fused=True,
     )
-    optimizer.register_step_pre_hook(before_step)
+    optimizer.register_step_pre_hook(frozen_rows_pre_hook)
     return optimizer

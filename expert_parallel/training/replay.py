@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from expert_parallel.data.batch import MicroBatch
-from expert_parallel.moe.context import Choices, RouterReplay, global_index
+from expert_parallel.moe.context import RecordedChoices, RouterReplay, global_index
 from expert_parallel.settings import Settings
 
 # The names of the tensors in a file, in the order of the fields of `RecordedChoices`. Files are read by later versions.
@@ -27,7 +27,7 @@ _TENSORS = ("index_T", "routed_ids_TK", "routed_reason_TK", "ids_TK", "reason_TK
 
 
 @dataclass(frozen=True)
-class MoEPlace:
+class ReplaySpec:
     """Holds what a record must match: MoE blocks, number of experts, choices per token, and this rank's positions."""
 
     layers: list[int]
@@ -44,7 +44,7 @@ class RecordConfig(Settings):
     """Sets the folder that the record is written to."""
 
 
-class PlayConfig(Settings):
+class ReplayConfig(Settings):
     """Replays the experts of every token from a record, made by a run with the same data, steps and MoE layers."""
 
     kind: Literal["play"]
@@ -52,10 +52,10 @@ class PlayConfig(Settings):
     """Sets the folder that the record is read from."""
 
 
-RoutingConfig = Annotated[RecordConfig | PlayConfig, Field(discriminator="kind")]
+RoutingConfig = Annotated[RecordConfig | ReplayConfig, Field(discriminator="kind")]
 
 
-def save_choices(
+def save_routing(
     config: RecordConfig, step: int, rank: int, batches: Sequence[MicroBatch], replay: RouterReplay
 ) -> None:
     """Writes the choices of one step of this rank. Raises ValueError if the folder cannot be written.
@@ -66,7 +66,7 @@ def save_choices(
     tensors = {
         f"{micro_step}.{layer}.{name}": getattr(choices, field.name).cpu().contiguous()
         for (_, micro_step, layer), choices in replay.recorded.items()
-        for name, field in zip(_TENSORS, fields(Choices), strict=False)  # the last field is no tensor
+        for name, field in zip(_TENSORS, fields(RecordedChoices), strict=False)  # the last field is no tensor
     }
     tensors |= {f"{number}.tokens": batch.inputs_BS.flatten().cpu() for number, batch in enumerate(batches)}
     path = Path(config.folder) / f"step_{step:08d}.rank_{rank:05d}.safetensors"
@@ -79,7 +79,7 @@ def save_choices(
         raise ValueError(f"training.routing.folder: cannot write {path}: {error}") from error
 
 
-def load_choices(config: PlayConfig, step: int, batches: Sequence[MicroBatch], moe: MoEPlace) -> RouterReplay:
+def load_routing(config: ReplayConfig, step: int, batches: Sequence[MicroBatch], moe: ReplaySpec) -> RouterReplay:
     """Loads the choices of this rank's tokens of one step, from the files of all ranks that recorded it.
 
     Raises ValueError if the step is missing or the record does not match this run.
@@ -108,7 +108,7 @@ def load_choices(config: PlayConfig, step: int, batches: Sequence[MicroBatch], m
     recorded = {}
     for number, batch in enumerate(batches):
         for layer in moe.layers:
-            choices, tokens_T = _rows(parts, number, layer, batch, moe.positions_S)
+            choices, tokens_T = _find_rows(parts, number, layer, batch, moe.positions_S)
             if tokens_T is None:
                 raise ValueError(
                     f"{where} does not hold all of this rank's tokens: a rank's file is missing, or "
@@ -128,9 +128,9 @@ def load_choices(config: PlayConfig, step: int, batches: Sequence[MicroBatch], m
     return RouterReplay(recorded)
 
 
-def _rows(
+def _find_rows(
     parts: list[dict[str, Tensor]], number: int, layer: int, batch: MicroBatch, positions_S: Tensor
-) -> tuple[Choices, Tensor | None]:
+) -> tuple[RecordedChoices, Tensor | None]:
     """Returns the choices of this batch's tokens, and the tokens as recorded, or None if any is missing."""
     key = f"{number}.{layer}"
     parts = [
@@ -144,8 +144,8 @@ def _rows(
     row_T = order_G[place_T[there_T]]
     rows: dict[str, Any] = {
         field.name: whole[name][row_T].to(batch.inputs_BS.device)
-        for name, field in zip(_TENSORS, fields(Choices), strict=False)
+        for name, field in zip(_TENSORS, fields(RecordedChoices), strict=False)
     }
     found = bool(there_T.all()) and torch.equal(whole["index_T"][row_T], index_T)
     tokens_G = torch.cat([part[f"{number}.tokens"] for part in parts])
-    return Choices(**rows), tokens_G[row_T] if found else None
+    return RecordedChoices(**rows), tokens_G[row_T] if found else None

@@ -16,14 +16,14 @@ from pydantic import ValidationError
 
 from expert_parallel.checkpoint.files import Checkpoint
 from expert_parallel.model.config import ModelConfig
-from expert_parallel.parallel.collectives import anywhere
+from expert_parallel.parallel.collectives import any_rank
 from expert_parallel.settings import changed_settings
 from expert_parallel.training.config import Config
 
 # Settings that determine which data a step sees.
-ORDER_OF_DATA = ("seed", "training.global_batch", "training.sequence_length", "data.held_out")
+DATA_ORDER_SETTINGS = ("seed", "training.global_batch", "training.sequence_length", "data.held_out")
 # Settings that may differ from those that the weights were trained with: no weight changes its meaning.
-FREE_OF_WEIGHTS = (
+WEIGHT_INDEPENDENT_SETTINGS = (
     "model.dropout",
     "model.init_std",
     "model.moe.preset",
@@ -39,34 +39,34 @@ FREE_OF_WEIGHTS = (
 )
 
 
-def refuse_settings(checkpoint: Checkpoint, config: Config) -> None:
+def check_can_resume(checkpoint: Checkpoint, config: Config) -> None:
     """Raises ValueError if the run cannot resume from the checkpoint: another model, or another order of data.
 
     A checkpoint of step 0 without moments (an imported model) only provides weights, so the order of data does not
     matter.
     """
-    refuse_model(checkpoint, config)
+    check_same_model(checkpoint, config)
     if checkpoint.step == 0 and not checkpoint.has_moments:
         return
-    for path, old, new in changes_since(checkpoint, config):
-        if path.startswith(ORDER_OF_DATA):
+    for path, old, new in changed_since_checkpoint(checkpoint, config):
+        if path.startswith(DATA_ORDER_SETTINGS):
             raise ValueError(
                 f"{checkpoint.path} was trained on another order of data: {path} is {old!r} there and {new!r} "
                 "here; choose another run.folder, or the same setting"
             )
 
 
-def refuse_model(checkpoint: Checkpoint, config: Config) -> None:
+def check_same_model(checkpoint: Checkpoint, config: Config) -> None:
     """Raises ValueError if the checkpoint's weights have another meaning in this run's model."""
-    for path, old, new in changes_since(checkpoint, config):
-        if path.startswith("model.") and not path.startswith(FREE_OF_WEIGHTS):
+    for path, old, new in changed_since_checkpoint(checkpoint, config):
+        if path.startswith("model.") and not path.startswith(WEIGHT_INDEPENDENT_SETTINGS):
             raise ValueError(
                 f"{checkpoint.path} is a checkpoint of another model: {path} is {old!r} there and {new!r} here; choose "
                 "another run.folder, or the same setting"
             )
 
 
-def changes_since(checkpoint: Checkpoint, config: Config) -> list[tuple[str, Any, Any]]:
+def changed_since_checkpoint(checkpoint: Checkpoint, config: Config) -> list[tuple[str, Any, Any]]:
     """Returns the settings that differ: (path, value then, value now).
 
     A model setting that did not exist then counts as its default.
@@ -86,9 +86,9 @@ class StopSignal:
 
     received: bool = False
 
-    def anywhere(self) -> bool:
+    def any_rank(self) -> bool:
         """Returns True if any rank has received the signal. A collective: every rank calls it at the same step."""
-        return anywhere(self.received)
+        return any_rank(self.received)
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from functools import partial
 
-from expert_parallel.data.open import Demand
-from expert_parallel.model.parallelize import build_model, kv_copies, refuse_degrees
-from expert_parallel.model.pipeline import build_pipeline, refuse_schedule
+from expert_parallel.data.open import DataRequirements
+from expert_parallel.model.parallelize import build_model, kv_copies, validate_degrees
+from expert_parallel.model.pipeline import build_pipeline, validate_schedule
 from expert_parallel.model.transformer import LanguageModel
-from expert_parallel.parallel.degrees import ParallelDegrees, ShardedConfig, node_grid, shard_counts
+from expert_parallel.parallel.degrees import ParallelDegrees, ShardedConfig, node_and_rail_ranks, shard_counts
 from expert_parallel.parallel.mesh import ParallelMesh, build_mesh
-from expert_parallel.parallel.sequence import length_unit
+from expert_parallel.parallel.sequence import sequence_length_multiple
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.config import DTYPES, Config
 from expert_parallel.training.engines.build import ENGINES
@@ -18,20 +18,20 @@ from expert_parallel.training.optim import build_optimizer
 
 
 def build(
-    config: Config, runtime: Runtime, degrees: ParallelDegrees, *, initialise: bool = True
+    config: Config, runtime: Runtime, degrees: ParallelDegrees, *, initialize: bool = True
 ) -> tuple[ParallelMesh, LanguageModel, Engine]:
     """Builds process groups, this rank's part of the model, and the engine.
 
     initialize: False leaves the weights uninitialized, for a checkpoint to fill.
     """
     training = config.training
-    mesh, model = build_parts(config, runtime, degrees, initialise=initialise)
+    mesh, model = build_mesh_and_model(config, runtime, degrees, initialize=initialize)
     optimizer = build_optimizer(training.optimizer, model, training.trainable)
     return mesh, model, ENGINES[training.engine.kind](model, optimizer, mesh, runtime, training)
 
 
-def build_parts(
-    config: Config, runtime: Runtime, degrees: ParallelDegrees, *, initialise: bool = True
+def build_mesh_and_model(
+    config: Config, runtime: Runtime, degrees: ParallelDegrees, *, initialize: bool = True
 ) -> tuple[ParallelMesh, LanguageModel]:
     """Builds process groups and this rank's part of the model."""
     moe, parallel, training = config.model.moe, config.parallel, config.training
@@ -53,12 +53,12 @@ def build_parts(
         dtype=DTYPES[training.dtype],
         device=runtime.device,
         recompute=training.recompute,
-        seed=config.seed if initialise else None,
+        seed=config.seed if initialize else None,
     )
     return mesh, model
 
 
-def describe_degrees(config: Config, degrees: ParallelDegrees) -> str:
+def format_degrees(config: Config, degrees: ParallelDegrees) -> str:
     """Formats degrees as `dp 2, cp 1, ... | edp 4, ..., replicated`, sharded ones as shards x replicas, DeepSpeed with
     ZeRO."""
     data, engine = config.parallel.data, config.training.engine
@@ -70,10 +70,10 @@ def describe_degrees(config: Config, degrees: ParallelDegrees) -> str:
     return text + (f", experts {expert_shards} x {degrees.edp // expert_shards}" if config.model.moe else "")
 
 
-def demand_of(config: Config) -> Demand:
+def data_requirements(config: Config) -> DataRequirements:
     """Returns what a run requires of its data."""
     training = config.training
-    return Demand(
+    return DataRequirements(
         sequence_length=training.sequence_length,
         vocab_size=config.model.vocab_size,
         held_out_sequences=config.evaluation.sequences,
@@ -82,7 +82,7 @@ def demand_of(config: Config) -> Demand:
     )
 
 
-def check_world(config: Config, runtime: Runtime) -> ParallelDegrees:
+def check_world_size(config: Config, runtime: Runtime) -> ParallelDegrees:
     """Returns the degrees for the running ranks. Raises ValueError, which names the setting and the numbers."""
     config.check_backend(runtime.device.type)
     return check_degrees(config, runtime.world_size, runtime.launch.local_world_size)
@@ -94,9 +94,9 @@ def check_degrees(config: Config, world_size: int, ranks_per_node: int | None = 
     Raises ValueError if the model, the batch or the sequences do not divide over them.
     """
     degrees = config.parallel.degrees(world_size)
-    refuse_degrees(config.model, degrees, config.parallel.stages_per_rank)
+    validate_degrees(config.model, degrees, config.parallel.stages_per_rank)
     if config.model.moe is not None and config.model.moe.dispatcher.kind == "hierarchical":
-        node_grid(degrees, config.parallel.ranks_per_node or ranks_per_node or world_size)
+        node_and_rail_ranks(degrees, config.parallel.ranks_per_node or ranks_per_node or world_size)
     training = config.training
     micro = training.global_batch // training.micro_steps
     if micro < degrees.dp:
@@ -104,12 +104,12 @@ def check_degrees(config: Config, world_size: int, ranks_per_node: int | None = 
             f"training.global_batch / training.micro_steps ({micro} sequences) is smaller than the number of data "
             f"ranks ({degrees.dp}): some ranks would have no sequence"
         )
-    unit = length_unit(degrees.cp, degrees.tp)
+    unit = sequence_length_multiple(degrees.cp, degrees.tp)
     if training.sequence_length % unit:
         raise ValueError(
             f"training.sequence_length ({training.sequence_length}) is not a multiple of {unit}: sequences are divided "
             f"evenly over parallel.cp ({degrees.cp}, two chunks a rank) and parallel.tp ({degrees.tp})"
         )
     if degrees.pp > 1:
-        refuse_schedule(config.parallel.pipeline, degrees.pp, training.micro_steps)
+        validate_schedule(config.parallel.pipeline, degrees.pp, training.micro_steps)
     return degrees

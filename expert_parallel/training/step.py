@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from expert_parallel.data.batch import MicroBatch
-from expert_parallel.model.pipeline import Passes, Pipeline, Stage
+from expert_parallel.model.pipeline import Pipeline, PipelineStep, Stage
 from expert_parallel.model.tensor_parallel import cross_entropy_sum
 from expert_parallel.model.transformer import LanguageModel, ModelConfig, ModelOutput
 from expert_parallel.moe.conservation import LayerTotals, pack, packed_size, report_breaches, unpack
@@ -109,15 +109,15 @@ def train_step(
     """
     model.train()
     batches = list(micro_batches)
-    contexts = contexts_of(batches, mesh, seed=seed, step=step, replay=replay)
+    contexts = make_step_contexts(batches, mesh, seed=seed, step=step, replay=replay)
     num_targets = config.global_batch * config.sequence_length
     totals = StepTotals(model.config, step)
-    passes = (
+    pipeline_step = (
         run_pipeline(model, batches, contexts, num_targets, mesh)
         if isinstance(model, Pipeline)
         else run_micro_steps(model, engine, batches, contexts, num_targets, mesh)
     )
-    for cross_entropy, num_tokens, stats in passes:
+    for cross_entropy, num_tokens, stats in pipeline_step:
         totals.add(cross_entropy, num_tokens, stats)
 
     rate = learning_rate(config.optimizer, config.schedule, step, config.steps)
@@ -129,7 +129,7 @@ def train_step(
     return StepReport(report.loss, report.num_tokens, report.layers, norm, rate)
 
 
-def contexts_of(
+def make_step_contexts(
     batches: list[MicroBatch], mesh: ParallelMesh, *, seed: int, step: int = 0, replay: RouterReplay | None = None
 ) -> list[StepContext]:
     """Returns the StepContext of each micro-step."""
@@ -152,7 +152,7 @@ def contexts_of(
 
 
 # Sum of cross entropy that this rank reports, number of its tokens, stats of the MoE blocks of this stage.
-Pass = tuple[Tensor, int, dict[int, LoadStats]]
+MicroStepResult = tuple[Tensor, int, dict[int, LoadStats]]
 
 
 def run_micro_steps(
@@ -162,11 +162,11 @@ def run_micro_steps(
     contexts: list[StepContext],
     num_targets: int,
     mesh: ParallelMesh,
-) -> Iterator[Pass]:
+) -> Iterator[MicroStepResult]:
     """Runs forward and backward, one micro-step after the other."""
     for batch, context in zip(batches, contexts, strict=True):
         output = engine.forward(batch.inputs_BS, context)
-        cross_entropy, counted, num_tokens = count_cross_entropy(model, output, batch, mesh)
+        cross_entropy, counted, num_tokens = local_cross_entropy(model, output, batch, mesh)
         balance = sum((loss for losses in output.losses.values() for loss in losses.values()), torch.zeros(()))
         loss = cross_entropy / num_targets + balance / len(batches)
         engine.backward(loss, is_last=context.micro_step == len(batches) - 1)
@@ -175,22 +175,22 @@ def run_micro_steps(
 
 def run_pipeline(
     model: Pipeline, batches: list[MicroBatch], contexts: list[StepContext], num_targets: int, mesh: ParallelMesh
-) -> Iterator[Pass]:
+) -> Iterator[MicroStepResult]:
     """Runs forward and backward of all micro-steps, in the order of the pipeline schedule."""
     counted = [(torch.zeros((), device=batch.inputs_BS.device), 0) for batch in batches]
 
     def cross_entropy_of(stage: Stage, output: ModelOutput, number: int) -> Tensor:
-        cross_entropy, own, num_tokens = count_cross_entropy(stage, output, batches[number], mesh)
+        cross_entropy, own, num_tokens = local_cross_entropy(stage, output, batches[number], mesh)
         counted[number] = (own.detach(), num_tokens)
         return cross_entropy / num_targets
 
-    passes = Passes([batch.inputs_BS for batch in batches], contexts, cross_entropy_of)
-    model.forward_backward(passes)
-    for (own, num_tokens), stats in zip(counted, passes.stats, strict=True):
+    pipeline_step = PipelineStep([batch.inputs_BS for batch in batches], contexts, cross_entropy_of)
+    model.forward_backward(pipeline_step)
+    for (own, num_tokens), stats in zip(counted, pipeline_step.stats, strict=True):
         yield own, num_tokens, stats
 
 
-def count_cross_entropy(
+def local_cross_entropy(
     model: LanguageModel, output: ModelOutput, batch: MicroBatch, mesh: ParallelMesh
 ) -> tuple[Tensor, Tensor, int]:
     """Returns (local sum of cross entropy in nats, the sum to report, its token count).
@@ -221,18 +221,18 @@ def evaluate(
     model.eval()
     totals = StepTotals(model.config, 0)
     batches = list(micro_batches)
-    for batch, context in zip(batches, contexts_of(batches, mesh, seed=seed), strict=True):
+    for batch, context in zip(batches, make_step_contexts(batches, mesh, seed=seed), strict=True):
         output = engine.forward(batch.inputs_BS, context)
         if not model.has_logits:
             totals.add(torch.zeros((), device=output.logits.device), 0, output.stats)
             continue
-        _, counted, num_tokens = count_cross_entropy(model, output, batch, mesh)
+        _, counted, num_tokens = local_cross_entropy(model, output, batch, mesh)
         totals.add(counted, num_tokens, output.stats)
-    forget_gathered_weights(model)
+    reshard_parameters(model)
     return totals.reduce()
 
 
-def forget_gathered_weights(model: nn.Module) -> None:
+def reshard_parameters(model: nn.Module) -> None:
     """Reshards weights that FSDP2 keeps whole after forward, for a backward pass that evaluation does not make."""
     for module in model.modules():
         if isinstance(module, FSDPModule):

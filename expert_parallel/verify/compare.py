@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from expert_parallel.moe.conservation import LayerTotals
-from expert_parallel.training.loop import Run
-from expert_parallel.verify.reference import Division, LayerRecord, ReferenceStep, adamw_step
-from expert_parallel.verify.system_under_test import Seen, Tensors, place_of
+from expert_parallel.training.loop import TrainingRun
+from expert_parallel.verify.reference import LayerRecord, ReferenceStep, TokenPartition, adamw_step
+from expert_parallel.verify.system_under_test import CapturedStep, Tensors, context_token_indices
 
 # dtype -> (largest relative difference that passes, share of the largest value among all gradients, or updates, that
 # replaces a tensor's own maximum where that is smaller: a gradient that is zero but for rounding has no digits).
@@ -24,7 +24,7 @@ Pairs = dict[str, tuple[Tensor, Tensor]]  # name -> (actual, expected)
 GROUPS = ("embedding", "attention", "ffn", "router", "experts", "shared experts", "norm")
 
 
-def group_of(name: str) -> str:
+def parameter_group(name: str) -> str:
     """Returns the column of the table that a parameter belongs to. name: the logical name."""
     for part, group in (
         ("norm.", "norm"),
@@ -53,11 +53,11 @@ def expected_tensors(reference: ReferenceStep, initial: Tensors, start: Tensors)
         **{f"output/micro-step {m}, block {layer}": x for (m, layer), x in reference.outputs.items()},
     }
     for layer, record in reference.layers.items():
-        found |= _of_layer(layer, record, record.dropped)
+        found |= _layer_tensors(layer, record, record.dropped)
     return {name: value.detach().to(torch.float64) for name, value in found.items()}
 
 
-def _of_layer(layer: int, layer_record: LayerRecord | LayerTotals, dropped: int) -> Tensors:
+def _layer_tensors(layer: int, layer_record: LayerRecord | LayerTotals, dropped: int) -> Tensors:
     losses = {f"balance loss/block {layer}, {name}": [value] for name, value in layer_record.losses.items()}
     found = {name: torch.tensor(value, dtype=torch.float64) for name, value in losses.items()}
     counts = (layer_record.routed_E, layer_record.kept_E)
@@ -70,33 +70,35 @@ def _of_layer(layer: int, layer_record: LayerRecord | LayerTotals, dropped: int)
     return found
 
 
-def actual_tensors(run: Run, seen: Seen, before: Tensors, start: Tensors, expected: Tensors) -> Pairs:
+def actual_tensors(
+    run: TrainingRun, captured: CapturedStep, before: Tensors, start: Tensors, expected: Tensors
+) -> Pairs:
     """Pairs each tensor of this rank with the slice of `expected` that the rank should hold.
 
     before: this rank's weights as the model initialised them. start: weights that the step starts from."""
-    report, training = seen.report, run.config.training
+    report, training = captured.report, run.config.training
     found: Tensors = {
         "loss/loss": torch.tensor([report.loss]),
         "gradient norm/gradient norm": torch.tensor([report.grad_norm]),
         **{f"initial weights/{name}": value for name, value in before.items()},
-        **{f"gradient/{name}": value for name, value in seen.gradients.items()},
-        **{f"update/{name}": value - start[name] for name, value in seen.weights.items()},
+        **{f"gradient/{name}": value for name, value in captured.gradients.items()},
+        **{f"update/{name}": value - start[name] for name, value in captured.weights.items()},
     }
     for layer, totals in report.layers.items():
-        found |= _of_layer(layer, totals, int(totals.dropped_E.sum()))
+        found |= _layer_tensors(layer, totals, int(totals.dropped_E.sum()))
     pairs = {name: (value.double(), expected[name]) for name, value in found.items()}
-    for (micro_step, layer), (context, value) in seen.outputs.items():
+    for (micro_step, layer), (context, value) in captured.outputs.items():
         name = f"output/micro-step {micro_step}, block {layer}"
-        sequence_index_B, positions_S = place_of(context, value.shape[1])
+        sequence_index_B, positions_S = context_token_indices(context, value.shape[1])
         pairs[name] = (value, expected[name][sequence_index_B[:, None], positions_S])
     if training.dtype != "float64":
         # Adam's first step is nearly sign(gradient), which rounding flips near 0: expect AdamW of this rank's gradient.
-        for name, after in adamw_step(training, start, seen.gradients, report.grad_norm).items():
+        for name, after in adamw_step(training, start, captured.gradients, report.grad_norm).items():
             pairs[f"update/{name}"] = (pairs[f"update/{name}"][0], after - start[name])
     return pairs
 
 
-def coverage(divisions: list[Division], shape: tuple[int, int]) -> Pairs:
+def coverage(divisions: list[TokenPartition], shape: tuple[int, int]) -> Pairs:
     """Counts the ranks that hold each token of each micro-step, and pairs the counts with ones. shape: (sequences,
     positions)."""
     found = {}
@@ -112,27 +114,27 @@ def coverage(divisions: list[Division], shape: tuple[int, int]) -> Pairs:
 
 
 @dataclass(frozen=True)
-class Difference:
+class TensorDifference:
     """Holds the error of one tensor on the rank where it is largest.
 
     relative: max |a - b| / max |b|. ratio: least-squares factor of a to b. residual: max |a - ratio * b| / max |b|, so
     0 means that a is exactly ratio * b. is_present: False if no rank has the tensor."""
 
     name: str
-    held: bool
+    is_present: bool
     relative: float
     ratio: float
-    spread: float
+    residual: float
     rank: int
 
     @property
     def column(self) -> str:
         """Returns the column of the table that this tensor counts in."""
         what, _, where = self.name.partition("/")
-        return f"gradient: {group_of(where)}" if what == "gradient" else what
+        return f"gradient: {parameter_group(where)}" if what == "gradient" else what
 
 
-def compare(pairs: Pairs, expected: Tensors, floor: float) -> list[Difference]:
+def compare(pairs: Pairs, expected: Tensors, floor: float) -> list[TensorDifference]:
     """Returns the worst difference of each name in `expected` and `pairs`; every rank gets the same list. A collective.
 
     floor: tensors whose max |b| is below this share of the largest of their kind are compared relative to that
@@ -154,8 +156,10 @@ def compare(pairs: Pairs, expected: Tensors, floor: float) -> list[Difference]:
     worst = torch.where(every[..., 0] > 0, every[..., 1], -1.0).argmax(0)
     chosen = every[worst, torch.arange(len(names))]
     return [
-        Difference(name, held > 0, relative, ratio, spread, rank)
-        for name, rank, (held, relative, ratio, spread) in zip(names, worst.tolist(), chosen.tolist(), strict=True)
+        TensorDifference(name, is_present > 0, relative, ratio, residual, rank)
+        for name, rank, (is_present, relative, ratio, residual) in zip(
+            names, worst.tolist(), chosen.tolist(), strict=True
+        )
     ]
 
 

@@ -14,23 +14,23 @@ from torch import nn
 from expert_parallel.model.transformer import Block
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.config import Config
-from expert_parallel.training.setup import check_world
+from expert_parallel.training.setup import check_world_size
 from expert_parallel.training.step import train_step
 from expert_parallel.verify import system_under_test
 from expert_parallel.verify.compare import gather_json
 
-DEFAULT = 0.1
+DEFAULT_PROBABILITY = 0.1
 BRANCHES = ("model.dropout",)
 EXPERTS = ("model.moe.experts.hidden_dropout", "model.moe.experts.output_dropout")
 
 
-def dropout_of(config: Config) -> dict[str, float]:
+def dropout_probabilities(config: Config) -> dict[str, float]:
     """Returns the dropout probabilities to check, by setting: the config's own, or 0.1 where that is 0."""
     found = {"model.dropout": config.model.dropout}
     if config.model.moe is not None:
         experts = config.model.moe.experts
         found |= dict(zip(EXPERTS, (experts.hidden_dropout, experts.output_dropout), strict=True))
-    return {path: value or DEFAULT for path, value in found.items()}
+    return {path: value or DEFAULT_PROBABILITY for path, value in found.items()}
 
 
 def check_dropout(config: Config, probabilities: dict[str, float], runtime: Runtime) -> list[str]:
@@ -39,7 +39,7 @@ def check_dropout(config: Config, probabilities: dict[str, float], runtime: Runt
     for settings in (BRANCHES, EXPERTS):
         chosen = {path: probabilities[path] for path in settings if path in probabilities}
         if chosen:
-            num_data_ranks = check_world(config, runtime).dp
+            num_data_ranks = check_world_size(config, runtime).dp
             found += _check(_with_dropout(config, chosen, num_data_ranks), " and ".join(chosen), runtime)
     return found
 
@@ -69,8 +69,8 @@ def _check(config: Config, setting: str, runtime: Runtime) -> list[str]:
     repeats = True
     if recompute != "none":
         training = config.training.model_copy(update={"recompute": "none"})
-        repeats = first.is_near(_run(config.model_copy(update={"training": training}), runtime, in_experts))
-    everyone = [(Dropped(**rank), fine) for rank, fine in gather_json([asdict(first), repeats])]
+        repeats = first.is_close(_run(config.model_copy(update={"training": training}), runtime, in_experts))
+    everyone = [(DropoutSums(**rank), fine) for rank, fine in gather_json([asdict(first), repeats])]
     found = []
     if not all(fine for _, fine in everyone):
         found.append(
@@ -92,30 +92,30 @@ def _check(config: Config, setting: str, runtime: Runtime) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DropoutSums:
     """Holds what the masks of one rank show. outputs: by place, each token's output summed over its features, first
     micro-step."""
 
     outputs: dict[str, list[float]]
     grad_norm: float
 
-    def is_near(self, other: Self) -> bool:
+    def is_close(self, other: Self) -> bool:
         """Returns True if outputs and gradient norm are equal but for rounding."""
-        alike = all(_near(seen, other.outputs[where]) for where, seen in self.outputs.items())
-        return alike and _near([self.grad_norm], [other.grad_norm])
+        alike = all(_is_close(seen, other.outputs[where]) for where, seen in self.outputs.items())
+        return alike and _is_close([self.grad_norm], [other.grad_norm])
 
     def same_masks(self, other: Self) -> list[str]:
         """Returns the places at which two ranks have equal outputs, hence equal masks."""
         both = [where for where in self.outputs if where in other.outputs]
-        return [where for where in both if _near(self.outputs[where], other.outputs[where])]
+        return [where for where in both if _is_close(self.outputs[where], other.outputs[where])]
 
 
-def _near(one: list[float], other: list[float]) -> bool:
+def _is_close(one: list[float], other: list[float]) -> bool:
     largest = max(map(abs, [*one, *other]), default=0.0)
     return len(one) == len(other) and all(abs(a - b) <= 1e-9 * largest for a, b in zip(one, other, strict=True))
 
 
-def _run(config: Config, runtime: Runtime, in_experts: bool) -> Dropped:
+def _run(config: Config, runtime: Runtime, in_experts: bool) -> DropoutSums:
     """Takes one step in which every block receives the same vectors. in_experts: dropout is in the experts alone."""
     outputs: dict[str, list[float]] = {}
     generator = torch.Generator().manual_seed(config.seed)
@@ -140,6 +140,6 @@ def _run(config: Config, runtime: Runtime, in_experts: bool) -> Dropped:
                 block.register_forward_pre_hook(give)
                 block.register_forward_hook(take)
         mine = list(run.batches(0))
-        with system_under_test.listening([]):  # reported by the comparison already
+        with system_under_test.collecting_ledger_errors([]):  # reported by the comparison already
             report = train_step(run.model, run.engine, mine, training, run.mesh, step=0, seed=seed)
-    return Dropped(outputs, report.grad_norm)
+    return DropoutSums(outputs, report.grad_norm)

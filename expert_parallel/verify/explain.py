@@ -1,13 +1,13 @@
 """Writes sentences for a layout that differs: which tensor, by how much, by which factor, and the usual cause."""
 
-from expert_parallel.verify.compare import GROUPS, Difference
+from expert_parallel.verify.compare import GROUPS, TensorDifference
 from expert_parallel.verify.run import LayoutResult
 
-EXACT = 1e-6
-MOST_BREACHES = 4
+EXACT_TOLERANCE = 1e-6
+MAX_LEDGER_ERRORS = 4
 GRADIENTS = tuple(f"gradient: {group}" for group in GROUPS)
 # Columns in the order of a step: later ones differ because earlier ones do.
-ORDER = (
+STEP_ORDER = (
     ("initial weights",),
     ("output", "dropped"),
     ("loss", "balance loss"),
@@ -63,48 +63,54 @@ HINTS = {
 def explain(result: LayoutResult, tolerance: float) -> list[str]:
     """Returns sentences: the worst tensor of each column in the first part of the step that differs, the later columns
     that differ as a consequence, and the findings of ledger and dropout."""
-    by_column: dict[str, list[Difference]] = {}
+    by_column: dict[str, list[TensorDifference]] = {}
     for difference in result.wrong(tolerance):
         by_column.setdefault(difference.column, []).append(difference)
-    first = next(([column for column in part if column in by_column] for part in ORDER if by_column.keys() & part), [])
+    first = next(
+        ([column for column in part if column in by_column] for part in STEP_ORDER if by_column.keys() & part), []
+    )
     sentences = []
     for column in first:
         found = by_column.pop(column)
-        worst = found[0] if column in ("output", "dropped") else max(found, key=lambda d: (not d.held, d.relative))
+        worst = (
+            found[0] if column in ("output", "dropped") else max(found, key=lambda d: (not d.is_present, d.relative))
+        )
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        sentences.append(f"{_what(worst)}{more}{_why(worst, result.degrees, tolerance)}")
+        sentences.append(f"{_difference_text(worst)}{more}{_cause_text(worst, result.degrees, tolerance)}")
     if by_column:
         sentences.append(f"later quantities differ as a consequence: {', '.join(by_column)}")
-    return sentences + result.ledger[:MOST_BREACHES] + result.dropout
+    return sentences + result.ledger[:MAX_LEDGER_ERRORS] + result.dropout
 
 
-def _what(difference: Difference) -> str:
+def _difference_text(difference: TensorDifference) -> str:
     what, _, where = difference.name.partition("/")
     name = where if where == what else f"{what} of {where}"
-    if not difference.held:
+    if not difference.is_present:
         return f"{name}: no rank has it"
     return f"{name} differs by {difference.relative:.1e} (rank {difference.rank})"
 
 
-def _why(difference: Difference, degrees: dict[str, int], tolerance: float) -> str:
-    if not difference.held:
+def _cause_text(difference: TensorDifference, degrees: dict[str, int], tolerance: float) -> str:
+    if not difference.is_present:
         return ""
     hint = f": {HINTS[difference.column]}" if difference.column in HINTS else ""
-    if difference.spread > max(EXACT, tolerance):
+    if difference.residual > max(EXACT_TOLERANCE, tolerance):
         return hint
     for power in (1, -1, 2, -2):
         names = [
-            name for name in _likely(difference.column, degrees) if _near(difference, degrees[name] ** power, tolerance)
+            name
+            for name in _candidate_degrees(difference.column, degrees)
+            if _near(difference, degrees[name] ** power, tolerance)
         ]
         if names:
             cause = CAUSES.get((difference.column, names[0], power > 0)) or CAUSES["", names[0], power > 0]
             called = " = ".join(f"{'1 / ' * (power < 0)}{name}{'^2' * (abs(power) == 2)}" for name in names)
-            how = "exactly" if tolerance < EXACT else "about"
+            how = "exactly" if tolerance < EXACT_TOLERANCE else "about"
             return f": it is {difference.ratio:.6g} times what it must be, {how} {called}; {cause}"
     return f": it is {difference.ratio:.6g} times what it must be" + hint.replace(": ", "; ", 1)
 
 
-def _likely(column: str, degrees: dict[str, int]) -> list[str]:
+def _candidate_degrees(column: str, degrees: dict[str, int]) -> list[str]:
     """Returns the degrees above 1 that may be at fault, the most likely first."""
     dense = ("dp", "cp", "tp", "pp", "micro_steps")
     experts = ("ep", "etp", "edp", "pp", "micro_steps")
@@ -112,5 +118,5 @@ def _likely(column: str, degrees: dict[str, int]) -> list[str]:
     return [name for name in order if degrees[name] > 1]
 
 
-def _near(difference: Difference, factor: float, tolerance: float) -> bool:
-    return abs(difference.ratio / factor - 1) <= max(EXACT, tolerance)
+def _near(difference: TensorDifference, factor: float, tolerance: float) -> bool:
+    return abs(difference.ratio / factor - 1) <= max(EXACT_TOLERANCE, tolerance)

@@ -20,16 +20,22 @@ from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.routers.base import RouterSettings
 from expert_parallel.moe.routers.losses import BalanceLossConfig
 from expert_parallel.moe.routers.registry import router_settings
-from expert_parallel.parallel.degrees import ParallelConfig, ParallelDegrees, ShardedConfig, place_of, shard_counts
+from expert_parallel.parallel.degrees import (
+    ParallelConfig,
+    ParallelDegrees,
+    ShardedConfig,
+    rank_coordinates,
+    shard_counts,
+)
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.parallel.placement import ExpertPlacement
 from expert_parallel.training.config import DTYPES, TrainingConfig
 
-Terms = Counter[tuple[str, str]]  # (axis, content) -> bytes of all ranks together
+ByteCounts = Counter[tuple[str, str]]  # (axis, content) -> bytes of all ranks together
 
 
 @dataclass(frozen=True)
-class Step:
+class StepSizes:
     """Holds the sizes of a training step that its traffic depends on."""
 
     model: ModelConfig
@@ -57,17 +63,17 @@ class Step:
         return self.training.global_batch * self.training.sequence_length
 
     @property
-    def compute_width(self) -> int:
+    def compute_bytes(self) -> int:
         """Returns the bytes of an activation."""
         return DTYPES[self.training.dtype].itemsize
 
     @property
-    def kept_width(self) -> int:
+    def param_bytes(self) -> int:
         """Returns the bytes of a stored weight or gradient, and of the router's numbers: float32 or wider."""
         return torch.promote_types(torch.float32, DTYPES[self.training.dtype]).itemsize
 
     @property
-    def stage_ranks(self) -> int:
+    def ranks_per_stage(self) -> int:
         """Returns the number of ranks of one pipeline stage."""
         return self.degrees.dp * self.degrees.cp * self.degrees.tp
 
@@ -85,27 +91,27 @@ class Step:
         return self.training.recompute != "none"
 
     @property
-    def moe_passes(self) -> int:
+    def moe_forward_passes(self) -> int:
         """Returns the forward passes of a MoE layer in a step, including recomputed ones."""
         return self.training.micro_steps * (2 if self.recomputes_moe else 1)
 
     @cached_property
-    def tokens_of_ranks(self) -> list[int]:
+    def tokens_per_rank(self) -> list[int]:
         """Returns the tokens of a micro-step that enter a MoE layer, by rank. Data ranks may have unequal numbers of
         sequences."""
         degrees, found = self.degrees, []
         for rank in range(degrees.world_size):
-            _, count = shard_bounds(self.sequences, degrees.dp, place_of(degrees, rank)["dp"])
+            _, count = shard_bounds(self.sequences, degrees.dp, rank_coordinates(degrees, rank)["dp"])
             found.append(count * self.training.sequence_length // (degrees.cp * degrees.tp))
         return found
 
 
-def balance_losses(step: Step) -> list[BalanceLossConfig]:
+def balance_losses(step: StepSizes) -> list[BalanceLossConfig]:
     losses = [] if step.model.moe is None else step.moe.losses
     return [loss for loss in losses if isinstance(loss, BalanceLossConfig)]
 
 
-def tokens_between_ranks(step: Step) -> Terms:
+def activation_bytes(step: StepSizes) -> ByteCounts:
     """Returns the activation traffic of dense blocks and of attention.
 
     tp: tokens (latents, for latent attention) are gathered before attention and dense feed-forward networks, and
@@ -122,16 +128,16 @@ def tokens_between_ranks(step: Step) -> Terms:
     exchanges = 4  # scatter of the embedding, gather for the logits, and their backward passes
     exchanges += (2 + block) * model.num_layers  # around attention
     exchanges += (4 + again * block) * dense + (4 + 2 * block + 2 * moe) * shared
-    numbers = exchanges * model.d_model + (2 + block) * model.num_layers * _gathered_columns(model)
+    numbers = exchanges * model.d_model + (2 + block) * model.num_layers * _gathered_width(model)
 
-    keys_and_values = (degrees.cp - 1) * step.tokens * _key_columns(step) * step.compute_width
+    keys_and_values = (degrees.cp - 1) * step.tokens * _key_value_width(step) * step.compute_bytes
     # A norm over all heads reduces one sum of squares per token, for queries and for keys.
-    squares = 2 * 2 * (degrees.tp - 1) * step.tokens * step.kept_width if has_whole_norms(model) else 0
+    squares = 2 * 2 * (degrees.tp - 1) * step.tokens * step.param_bytes if has_whole_norms(model) else 0
     return Counter(
         {
-            ("tp", "tokens"): (degrees.tp - 1) * step.tokens * numbers * step.compute_width,
+            ("tp", "tokens"): (degrees.tp - 1) * step.tokens * numbers * step.compute_bytes,
             ("tp", "norms of queries and keys"): (2 + block) * model.num_layers * squares,
-            ("tp", "cross entropy"): 2 * (degrees.tp - 1) * step.tokens * 3 * step.kept_width,
+            ("tp", "cross entropy"): 2 * (degrees.tp - 1) * step.tokens * 3 * step.param_bytes,
             ("cp", "keys and values"): (2 + block) * model.num_layers * keys_and_values,
         }
     )
@@ -142,7 +148,7 @@ def has_whole_norms(model: ModelConfig) -> bool:
     return norm is not None and norm.kind == "whole"
 
 
-def _gathered_columns(model: ModelConfig) -> int:
+def _gathered_width(model: ModelConfig) -> int:
     """Returns the numbers per token that tp gathers before attention: d_model, or the latents (and x, if queries have
     none)."""
     attention = model.attention
@@ -151,7 +157,7 @@ def _gathered_columns(model: ModelConfig) -> int:
     return (attention.query_rank or model.d_model) + attention.kv_rank + attention.rope_size
 
 
-def _key_columns(step: Step) -> int:
+def _key_value_width(step: StepSizes) -> int:
     """Returns the numbers per token that context ranks exchange, summed over the ranks of tp."""
     attention = step.model.attention
     if not isinstance(attention, HeadsConfig):
@@ -161,7 +167,7 @@ def _key_columns(step: Step) -> int:
     )  # with fewer heads than ranks, each rank holds one
 
 
-def pipeline_bytes(step: Step) -> Terms:
+def pipeline_bytes(step: StepSizes) -> ByteCounts:
     """Returns the traffic between pipeline stages: tokens, the accumulated balance losses, and the gradients of both.
 
     For the report, f of losses that are pooled over layers is also summed over the stages."""
@@ -170,12 +176,12 @@ def pipeline_bytes(step: Step) -> Terms:
     pooled = 0  # elements of f (and of P) on all ranks of a stage
     for loss in balance_losses(step):
         if loss.layers == "pooled":
-            blocks = degrees.cp * degrees.tp * step.sequences if loss.scope == "sequence" else step.stage_ranks
+            blocks = degrees.cp * degrees.tp * step.sequences if loss.scope == "sequence" else step.ranks_per_stage
             pooled += blocks * step.moe.num_experts
     return Counter(
         {
-            ("pp", "tokens"): hops * step.tokens * step.model.d_model * step.compute_width,
-            ("pp", "balance"): hops * M * (step.stage_ranks + 2 * pooled) * step.kept_width,
+            ("pp", "tokens"): hops * step.tokens * step.model.d_model * step.compute_bytes,
+            ("pp", "balance"): hops * M * (step.ranks_per_stage + 2 * pooled) * step.param_bytes,
             ("pp", "pooled losses"): 2 * (degrees.pp - 1) * M * pooled * 8,
         }
     )
@@ -184,15 +190,15 @@ def pipeline_bytes(step: Step) -> Terms:
 # ----------------------------------------------------------------------------------------------- weights and gradients
 
 # Name suffixes of the parameters that tp shards on dim 0 or on dim 1; all others are replicated, and b_out over etp.
-BY_ROWS = tuple(f"{name}.{leaf}" for name in ("query", "key", "value", "w_in") for leaf in ("weight", "bias"))
-BY_ROWS += ("attention.sinks", "attention.query_up.weight", "attention.kv_up.weight")
+SHARDED_ON_DIM_0 = tuple(f"{name}.{leaf}" for name in ("query", "key", "value", "w_in") for leaf in ("weight", "bias"))
+SHARDED_ON_DIM_0 += ("attention.sinks", "attention.query_up.weight", "attention.kv_up.weight")
 WHOLE_NORMS = ("attention.query_norm.weight", "attention.key_norm.weight")
-BY_COLUMNS = ("attention.out.weight", "w_out.weight")
+SHARDED_ON_DIM_1 = ("attention.out.weight", "w_out.weight")
 VOCABULARY = ("embedding.weight", "unembedding.weight")
 
 
 @dataclass(frozen=True)
-class Held:
+class ShardedParameter:
     """Holds a parameter as the ranks of one replica shard it.
 
     shapes: on each rank of tp; for experts, on each of ep x etp. is_replicated: tp (etp) does not divide it.
@@ -214,26 +220,26 @@ class Held:
         return sum(-(-rows // shards) * shards * math.prod(rest) for rows, *rest in self.shapes)
 
 
-def held_parameters(step: Step) -> Iterator[Held]:
+def sharded_parameters(step: StepSizes) -> Iterator[ShardedParameter]:
     """Yields every parameter of the model with its shard shapes."""
     tp = step.degrees.tp
     kv_copies = max(1, tp // step.model.attention.kv_heads)
     for name, parameter in build_model(step.model, device=torch.device("meta")).named_parameters():
         rows, *rest = parameter.shape
         if ".experts." in name:
-            yield _held_experts(step, name, tuple(parameter.shape))
+            yield _sharded_experts(step, name, tuple(parameter.shape))
         elif name in VOCABULARY:
-            yield Held(name, [(len(part), *rest) for part in torch.arange(rows).tensor_split(tp)])
-        elif name.endswith(BY_ROWS) or (name.endswith(WHOLE_NORMS) and has_whole_norms(step.model)):
+            yield ShardedParameter(name, [(len(part), *rest) for part in torch.arange(rows).tensor_split(tp)])
+        elif name.endswith(SHARDED_ON_DIM_0) or (name.endswith(WHOLE_NORMS) and has_whole_norms(step.model)):
             num_copies = kv_copies if re.search(r"\.(key|value|key_norm)\.", name) else 1
-            yield Held(name, [(rows * num_copies // tp, *rest)] * tp, num_copies=num_copies)
-        elif name.endswith(BY_COLUMNS):
-            yield Held(name, [(rows, rest[0] // tp)] * tp)
+            yield ShardedParameter(name, [(rows * num_copies // tp, *rest)] * tp, num_copies=num_copies)
+        elif name.endswith(SHARDED_ON_DIM_1):
+            yield ShardedParameter(name, [(rows, rest[0] // tp)] * tp)
         else:
-            yield Held(name, [(rows, *rest)] * tp, is_replicated=True)
+            yield ShardedParameter(name, [(rows, *rest)] * tp, is_replicated=True)
 
 
-def _held_experts(step: Step, name: str, shape: tuple[int, ...]) -> Held:
+def _sharded_experts(step: StepSizes, name: str, shape: tuple[int, ...]) -> ShardedParameter:
     """Returns the shards of an expert parameter, of shape (E, D, F) for w_in, (E, F, D) for w_out, (E, F) for b_in, (E,
     D) for b_out; etp divides F."""
     ep, etp = step.degrees.ep, step.degrees.etp
@@ -242,18 +248,18 @@ def _held_experts(step: Step, name: str, shape: tuple[int, ...]) -> Held:
     if not is_replicated:
         part[1 if name.endswith("w_out") else -1] //= etp
     shapes = [(len(placement.experts_on(rank)), *part[1:]) for rank in range(ep) for _ in range(etp)]
-    return Held(name, shapes, is_expert=True, is_replicated=is_replicated)
+    return ShardedParameter(name, shapes, is_expert=True, is_replicated=is_replicated)
 
 
-def weight_bytes(step: Step) -> Terms:
+def weight_bytes(step: StepSizes) -> ByteCounts:
     """Returns the traffic of weights and gradients.
 
     Gradients are summed once a step over the ranks that hold the same shard, whatever the number of micro-steps;
     sharded weights are gathered for the passes. The first and last stage both hold a tied embedding."""
     degrees, data = step.degrees, step.parallel.data
-    W = step.kept_width
-    terms: Terms = Counter()
-    for parameter in held_parameters(step):
+    W = step.param_bytes
+    terms: ByteCounts = Counter()
+    for parameter in sharded_parameters(step):
         axis, holders = ("edp", degrees.edp) if parameter.is_expert else ("dense", degrees.dp * degrees.cp)
         divided, degree = ("etp", degrees.etp) if parameter.is_expert else ("tp", degrees.tp)
         is_tied = step.model.tied_embeddings and degrees.pp > 1 and parameter.name == "embedding.weight"
@@ -276,15 +282,21 @@ def weight_bytes(step: Step) -> Terms:
 
 
 def _sharded(
-    step: Step, data: ShardedConfig, parameter: Held, axis: str, shards: int, groups: int, replicas: int
-) -> Terms:
+    step: StepSizes,
+    data: ShardedConfig,
+    parameter: ShardedParameter,
+    axis: str,
+    shards: int,
+    groups: int,
+    replicas: int,
+) -> ByteCounts:
     """Returns the traffic of FSDP2 for one parameter. groups: number of groups of `shards` ranks that divide one copy
     each."""
-    numbers, W = parameter.padded_numel(shards), step.kept_width
+    numbers, W = parameter.padded_numel(shards), step.param_bytes
     over_shards, over_replicas = (f"{axis} shards", f"{axis} replicas") if replicas > 1 else (axis, axis)
     # Norms and routers compute in float32 or wider, so FSDP2 gathers them in that dtype.
-    width = W if "norm." in parameter.name or ".router." in parameter.name else step.compute_width
-    gathered = groups * (shards - 1) * numbers * width * gathers(step, data, parameter.name)
+    width = W if "norm." in parameter.name or ".router." in parameter.name else step.compute_bytes
+    gathered = groups * (shards - 1) * numbers * width * count_gathers(step, data, parameter.name)
     return Counter(
         {
             (over_shards, "weights"): gathered,
@@ -294,7 +306,7 @@ def _sharded(
     )
 
 
-def gathers(step: Step, data: ShardedConfig, name: str) -> int:
+def count_gathers(step: StepSizes, data: ShardedConfig, name: str) -> int:
     """Returns how often FSDP2 gathers a weight in a step: once for every forward pass, and again for the backward pass
     if it was resharded in between.
 

@@ -34,7 +34,7 @@ class Layout:
     @property
     def name(self) -> str:
         """Returns the text that `parse` accepts, without values that are the default."""
-        named = [f"{name}={value}" for name, value in self.settings if not _by_default(name, value)]
+        named = [f"{name}={value}" for name, value in self.settings if not _is_default(name, value)]
         return ",".join(named or [f"{name}={value}" for name, value in self.settings])
 
     @staticmethod
@@ -59,7 +59,7 @@ class Layout:
         named = dict(self.settings)
         values = dict.fromkeys(DEGREES, 1) | {"data": "sharded" if "shards" in named else "replicated"} | named
         for name, value in values.items():
-            block, leaf = _block_of(tree, name)
+            block, leaf = _find_setting(tree, name)
             if leaf == "kind" and block["kind"] != value:  # settings of the old kind do not apply to another
                 block.clear()
             block[leaf] = value
@@ -76,7 +76,7 @@ class Layout:
             raise ValueError(f"{path}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": ")) from None
 
 
-def _block_of(tree: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+def _find_setting(tree: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
     """Returns the block of a config's tree that holds a setting, and the setting's key in it."""
     *blocks, leaf = SETTINGS[name].split(".")
     for block in blocks:
@@ -84,7 +84,7 @@ def _block_of(tree: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
     return tree, leaf
 
 
-def _by_default(name: str, value: str | int) -> bool:
+def _is_default(name: str, value: str | int) -> bool:
     return value in ("replicated", "1f1b") or (name in DEGREES and value == 1)
 
 
@@ -97,9 +97,9 @@ def check_layout(config: Config, layout: Layout, num_ranks: int) -> ParallelDegr
         raise ValueError(f"layout {layout.name}: {error}") from None
 
 
-def own_layout(tree: dict[str, Any]) -> Layout:
+def config_layout(tree: dict[str, Any]) -> Layout:
     """Returns the layout that a config's tree describes."""
-    blocks = {name: _block_of(tree, name) for name in SETTINGS}
+    blocks = {name: _find_setting(tree, name) for name in SETTINGS}
     found = {name: block.get(leaf) for name, (block, leaf) in blocks.items()}
     return Layout(tuple((name, value) for name, value in found.items() if value is not None))
 
@@ -156,6 +156,6 @@ def _fits(config: Config, layout: Layout, num_ranks: int) -> bool:
     return True
 
 
-def accumulations(num_ranks: int) -> tuple[int, int]:
+def micro_step_counts(num_ranks: int) -> tuple[int, int]:
     """Returns two numbers of micro-steps to try: 1, and enough for a pipeline."""
     return 1, max(2, min(num_ranks, 4))

@@ -20,20 +20,22 @@ import torch.distributed as dist
 from expert_parallel.runtime.process import CPU, Launch, Runtime, UserError
 
 # Runs on every rank: (task, this rank's runtime, progress function) -> a result that JSON can hold.
-Work = Callable[[Any, Runtime, Callable[[str], None]], Any]
+RankFn = Callable[[Any, Runtime, Callable[[str], None]], Any]
 
 
 class RankError(Exception):
     """Says in one sentence in which layout which rank failed, and why."""
 
 
-def run_on_ranks(num_ranks: int, work: Work, task: Any, say: Callable[[str], None], timeout: timedelta) -> Any:
-    """Runs `work(task, runtime, progress function)` on new processes and returns the result of rank 0.
+def spawn_ranks(
+    num_ranks: int, fn: RankFn, task: Any, print_progress: Callable[[str], None], timeout: timedelta
+) -> Any:
+    """Runs `fn(task, runtime, progress function)` on new processes and returns the result of rank 0.
 
     fn: a function at module level. task: any JSON value. Raises UserError for what all ranks refuse, RankError where
     one fails."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([work.__module__])
+    server.set_forkserver_preload([fn.__module__])
     connections: list[Connection] = []
     processes = []
     with tempfile.TemporaryDirectory() as folder:
@@ -41,12 +43,12 @@ def run_on_ranks(num_ranks: int, work: Work, task: Any, say: Callable[[str], Non
             for rank in range(num_ranks):
                 ours, theirs = server.Pipe()
                 place = (rank, num_ranks, str(Path(folder, "store")), timeout.total_seconds())
-                process = server.Process(target=_serve, args=(work, json.dumps(task), place, theirs), daemon=True)
+                process = server.Process(target=_rank_main, args=(fn, json.dumps(task), place, theirs), daemon=True)
                 process.start()
                 theirs.close()
                 connections.append(ours)
                 processes.append(process)
-            return _listen(connections, processes, say)
+            return _wait_for_result(connections, processes, print_progress)
         finally:
             for process in processes:
                 process.kill()
@@ -54,8 +56,8 @@ def run_on_ranks(num_ranks: int, work: Work, task: Any, say: Callable[[str], Non
                 process.join()
 
 
-def _listen(connections: list[Connection], processes: list[Any], say: Callable[[str], None]) -> Any:
-    """Waits until rank 0 has a result or any rank has failed, and passes progress on to `say`."""
+def _wait_for_result(connections: list[Connection], processes: list[Any], print_progress: Callable[[str], None]) -> Any:
+    """Waits until rank 0 has a result or any rank has failed, and passes progress on to `print_progress`."""
     last_progress = "the start"
     while True:
         for ready in wait(connections):
@@ -74,10 +76,10 @@ def _listen(connections: list[Connection], processes: list[Any], say: Callable[[
             if kind == "failed":
                 raise RankError(f"{last_progress}: rank {rank} failed: {value}")
             last_progress = value
-            say(value)
+            print_progress(value)
 
 
-def _serve(work: Work, task: str, place: tuple[int, int, str, float], connection: Connection) -> None:
+def _rank_main(fn: RankFn, task: str, place: tuple[int, int, str, float], connection: Connection) -> None:
     """Runs one rank and reports over its pipe; the process then waits to be killed."""
     rank, num_ranks, store, seconds = place
 
@@ -91,7 +93,7 @@ def _serve(work: Work, task: str, place: tuple[int, int, str, float], connection
             "gloo", store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks, timeout=timeout
         )
         runtime = Runtime(Launch("verify", rank, num_ranks, rank, num_ranks), CPU, "gloo", timeout)
-        result = work(json.loads(task), runtime, lambda text: tell("say", text) if rank == 0 else None)
+        result = fn(json.loads(task), runtime, lambda text: tell("say", text) if rank == 0 else None)
         if rank == 0:
             tell("result", result)
     except UserError as error:

@@ -1,8 +1,8 @@
 """Computes a whole training step on one rank in float64, slow and simple: what every layout is compared with.
 
 Written from the formulas, without any parallel code and without code of model/, training/ or the fast MoE layer: plain
-attention, plain cross entropy, gradients by autograd, AdamW by hand; the MoE layers are moe/reference/layer.py. Here B
-are the sequences of a whole micro-step and V the vocabulary; the other letters are those of moe/types.py."""
+attention, plain cross entropy, gradients by autograd, AdamW by hand, and the MoE layers of moe/reference. Here B are
+the sequences of a whole micro-step and V the vocabulary; the other letters are those of moe/types.py."""
 
 import math
 from collections.abc import Callable
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from expert_parallel.moe.context import StepContext
-from expert_parallel.moe.reference.layer import RankTokens, reference_layer
-from expert_parallel.moe.reference.routing import NOT_ROUTED, blocks, collect, route
-from expert_parallel.verify.reference_attention import attention, linear, positions
+from expert_parallel.moe.reference.reference_layer import RankTokens, reference_layer
+from expert_parallel.moe.reference.reference_routing import NOT_ROUTED, blocks, collect_tokens, route
+from expert_parallel.verify.reference_attention import attention, document_positions, linear
 
 Parameters = dict[str, Tensor]
 # For each rank of one pipeline stage: the sequences of a micro-step that it holds, and their positions (int64).
-Division = list[tuple[Tensor, Tensor]]
+TokenPartition = list[tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -56,7 +56,7 @@ def reference_step(
     training: Any,
     parameters: Parameters,
     sequences_GS: Tensor,
-    division: Division,
+    partition: TokenPartition,
     seed: int,
     separator: int | None = None,
 ) -> ReferenceStep:
@@ -72,9 +72,9 @@ def reference_step(
     num_targets = sequences_GS.shape[0] * (sequences_GS.shape[1] - 1)
     total = torch.zeros((), dtype=torch.float64)
     for micro_step, sequences_BS in enumerate(sequences_GS.chunk(training.micro_steps)):
-        document_BS = None if separator is None else documents(sequences_BS[:, :-1], separator)
+        document_BS = None if separator is None else document_ids(sequences_BS[:, :-1], separator)
         context = StepContext(seed=seed, step=0, micro_step=micro_step, document_BS=document_BS)
-        passed = _forward(model, {**weights, **biases}, sequences_BS[:, :-1], division, context, step)
+        passed = _forward(model, {**weights, **biases}, sequences_BS[:, :-1], partition, context, step)
         loss = _cross_entropy(passed.logits_BSV, sequences_BS[:, 1:]).sum() / num_targets
         total = total + loss + passed.auxiliary / training.micro_steps
         step.loss += float(loss.detach())
@@ -94,7 +94,7 @@ def reference_step(
     return step
 
 
-def documents(tokens_BS: Tensor, separator: int) -> Tensor:
+def document_ids(tokens_BS: Tensor, separator: int) -> Tensor:
     """Counts the separators before each token of its row: int64 (B, S), the index of the token's document."""
     found = torch.zeros_like(tokens_BS)
     for b, row in enumerate(tokens_BS.tolist()):
@@ -124,7 +124,7 @@ def adamw_step(training: Any, weights: Parameters, gradients: Parameters, grad_n
 
 
 @dataclass
-class Pass:
+class ForwardResult:
     """Holds the result of a forward pass. auxiliary: sum over MoE blocks and losses of coefficient * loss."""
 
     logits_BSV: Tensor
@@ -132,30 +132,37 @@ class Pass:
 
 
 def _forward(
-    model: Any, weights: Parameters, tokens_BS: Tensor, division: Division, context: StepContext, step: ReferenceStep
-) -> Pass:
+    model: Any,
+    weights: Parameters,
+    tokens_BS: Tensor,
+    partition: TokenPartition,
+    context: StepContext,
+    step: ReferenceStep,
+) -> ForwardResult:
     """Runs the model on one micro-step, and writes outputs, losses and counts into `step`."""
     document_BS = torch.zeros_like(tokens_BS) if context.document_BS is None else context.document_BS
     x_BSD = weights["embedding.weight"][tokens_BS]
     if model.position.kind == "learned":
-        x_BSD = x_BSD + weights["position.weight"][positions(document_BS)]
-    auxiliary, sights = x_BSD.new_zeros(()), {}
+        x_BSD = x_BSD + weights["position.weight"][document_positions(document_BS)]
+    auxiliary, balance_terms = x_BSD.new_zeros(()), {}
     for layer in range(model.num_layers):
-        here = _below(weights, f"blocks.{layer}.")
+        here = _strip_prefix(weights, f"blocks.{layer}.")
 
         def feed_forward(x: Tensor, layer: int = layer, here: Parameters = here) -> Tensor:
             nonlocal auxiliary
             if layer not in model.moe_layers:
-                return _ffn(model.ffn.activation, _below(here, "ffn."), x)
+                return _ffn(model.ffn.activation, _strip_prefix(here, "ffn."), x)
             where = replace(context, layer=layer)
-            y, loss, sights[layer] = _moe(model.moe, _below(here, "moe."), x, tokens_BS, division, where, step)
+            y, loss, balance_terms[layer] = _moe(
+                model.moe, _strip_prefix(here, "moe."), x, tokens_BS, partition, where, step
+            )
             auxiliary = auxiliary + loss
             return y
 
         def attend(x: Tensor, layer: int = layer, here: Parameters = here) -> Tensor:
-            return attention(model, layer, _below(here, "attention."), x, document_BS)
+            return attention(model, layer, _strip_prefix(here, "attention."), x, document_BS)
 
-        norm1, norm2 = (_norm(model.norm, _below(here, f"{name}_norm.")) for name in ("attention", "ffn"))
+        norm1, norm2 = (_norm(model.norm, _strip_prefix(here, f"{name}_norm.")) for name in ("attention", "ffn"))
         if model.norm_placement == "pre":
             x_BSD = x_BSD + attend(norm1(x_BSD))
             x_BSD = x_BSD + feed_forward(norm2(x_BSD))
@@ -164,14 +171,14 @@ def _forward(
             x_BSD = norm2(x_BSD + feed_forward(x_BSD))
         step.outputs[context.micro_step, layer] = x_BSD.detach()
     if model.moe is not None:
-        auxiliary = auxiliary + _pooled_losses(model.moe, sights, step)
+        auxiliary = auxiliary + _pooled_losses(model.moe, balance_terms, step)
     if model.norm_placement == "pre":
-        x_BSD = _norm(model.norm, _below(weights, "final_norm."))(x_BSD)
+        x_BSD = _norm(model.norm, _strip_prefix(weights, "final_norm."))(x_BSD)
     table = "embedding.weight" if model.tied_embeddings else "unembedding.weight"
-    return Pass(x_BSD @ weights[table].T, auxiliary)
+    return ForwardResult(x_BSD @ weights[table].T, auxiliary)
 
 
-def _below(parameters: Parameters, prefix: str) -> Parameters:
+def _strip_prefix(parameters: Parameters, prefix: str) -> Parameters:
     return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
 
 
@@ -223,7 +230,7 @@ def _cross_entropy(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
 
 
 @dataclass
-class Sight:
+class BalanceTerms:
     """Holds f and P of each block of tokens, (blocks, E), by loss, for balance losses that are pooled over layers."""
 
     fraction_bE: dict[str, Tensor]
@@ -235,21 +242,21 @@ def _moe(
     weights: Parameters,
     x_BSD: Tensor,
     tokens_BS: Tensor,
-    division: Division,
+    partition: TokenPartition,
     context: StepContext,
     step: ReferenceStep,
-) -> tuple[Tensor, Tensor, Sight]:
+) -> tuple[Tensor, Tensor, BalanceTerms]:
     """Runs one MoE block. Returns y, the sum of coefficient * loss over its own losses, and the terms of pooled
     losses."""
     ranks = []
-    for sequence_index_B, positions_S in division:
+    for sequence_index_B, positions_S in partition:
         here = (sequence_index_B[:, None], positions_S)
         document_BS = None if context.document_BS is None else context.document_BS[here]
         sequences, places = sequence_index_B.tolist(), positions_S.tolist()
         ranks.append(RankTokens(x_BSD[here], sequences, tokens_BS[here], None, places, document_BS))
     output = reference_layer(config, weights, list(ranks), training=True, context=context)
     y_BSD = torch.zeros_like(x_BSD)
-    for (sequence_index_B, positions_S), y in zip(division, output.y, strict=True):
+    for (sequence_index_B, positions_S), y in zip(partition, output.y, strict=True):
         y_BSD[sequence_index_B[:, None], positions_S] = y
 
     record = step.layers[context.layer]
@@ -259,12 +266,12 @@ def _moe(
     record.dropped += sum(int(dropped.sum()) for dropped in output.dropped)
     own = [loss for loss in config.losses if not _is_pooled(loss)]
     for loss in own:
-        _add_loss(record, loss, output.losses[_name(loss)])
-    total = sum((loss.coefficient * output.losses[_name(loss)] for loss in own), x_BSD.new_zeros(()))
-    return y_BSD, total, _look(config, weights, ranks, context)
+        _add_loss(record, loss, output.losses[_loss_name(loss)])
+    total = sum((loss.coefficient * output.losses[_loss_name(loss)] for loss in own), x_BSD.new_zeros(()))
+    return y_BSD, total, _balance_terms(config, weights, ranks, context)
 
 
-def _name(loss: Any) -> str:
+def _loss_name(loss: Any) -> str:
     if loss.kind != "balance":
         return str(loss.kind)
     return f"balance_{loss.scope}" + "_first" * (loss.choices == "first") + "_pooled" * (loss.layers == "pooled")
@@ -275,16 +282,16 @@ def _is_pooled(loss: Any) -> bool:
 
 
 def _add_loss(record: LayerRecord, loss: Any, value: Tensor) -> None:
-    record.losses[_name(loss)] = record.losses.get(_name(loss), 0.0) + float(value.detach())
+    record.losses[_loss_name(loss)] = record.losses.get(_loss_name(loss), 0.0) + float(value.detach())
 
 
-def _look(config: Any, weights: Parameters, ranks: list[RankTokens], context: StepContext) -> Sight:
+def _balance_terms(config: Any, weights: Parameters, ranks: list[RankTokens], context: StepContext) -> BalanceTerms:
     """Routes once more for the pooled losses, since `reference_layer` does not return its probabilities."""
-    sight = Sight({}, {})
+    terms = BalanceTerms({}, {})
     pooled = [loss for loss in config.losses if _is_pooled(loss)]
     if not pooled:
-        return sight
-    batch = collect(ranks, True, context)
+        return terms
+    batch = collect_tokens(ranks, True, context)
     routing = route(config, weights, batch)
     probability_TE = routing.scores_TE / routing.scores_TE.sum(-1, keepdim=True)
     for loss in pooled:
@@ -293,26 +300,26 @@ def _look(config: Any, weights: Parameters, ranks: list[RankTokens], context: St
             counted = 1 if loss.choices == "first" else config.router.k
             count_E, total = probability_TE.new_zeros(config.num_experts), max(1, len(block))
             for t in block:
-                for expert, reason in zip(routing.ids[t][:counted], routing.reasons[t], strict=False):
-                    count_E[expert] += reason != NOT_ROUTED
+                for expert, outcome in zip(routing.ids[t][:counted], routing.outcomes[t], strict=False):
+                    count_E[expert] += outcome != NOT_ROUTED
             fractions.append(count_E / (total * counted))
             probabilities.append(probability_TE[block].sum(0) / total)
-        sight.fraction_bE[_name(loss)] = torch.stack(fractions)
-        sight.probability_bE[_name(loss)] = torch.stack(probabilities)
-    return sight
+        terms.fraction_bE[_loss_name(loss)] = torch.stack(fractions)
+        terms.probability_bE[_loss_name(loss)] = torch.stack(probabilities)
+    return terms
 
 
-def _pooled_losses(config: Any, sights: dict[int, Sight], step: ReferenceStep) -> Tensor:
+def _pooled_losses(config: Any, balance_terms: dict[int, BalanceTerms], step: ReferenceStep) -> Tensor:
     """Returns the sum of coefficient * E * mean over blocks of sum_e f_e P_e, with f and P averaged over the layers
     first."""
     total = torch.zeros((), dtype=torch.float64)
     for loss in config.losses:
         if not _is_pooled(loss):
             continue
-        name = _name(loss)
-        fraction_bE = torch.stack([sight.fraction_bE[name] for sight in sights.values()]).mean(0)
-        for layer, sight in sights.items():
-            probability_bE = sight.probability_bE[name] / len(sights)
+        name = _loss_name(loss)
+        fraction_bE = torch.stack([terms.fraction_bE[name] for terms in balance_terms.values()]).mean(0)
+        for layer, terms in balance_terms.items():
+            probability_bE = terms.probability_bE[name] / len(balance_terms)
             part = config.num_experts * (fraction_bE * probability_bE).sum(1).mean()
             _add_loss(step.layers[layer], loss, part)
             total = total + loss.coefficient * part

@@ -26,7 +26,7 @@ def heads_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, 
     configured."""
     config, size = model.attention, model.attention.head_size
     window = config.window if layer in model.window_blocks.blocks(model.num_layers) else None
-    sees_BSS, position_BS = sees(document_BS, window), positions(document_BS)
+    mask_BSS, position_BS = attention_mask(document_BS, window), document_positions(document_BS)
     query, key, value = (linear(weights, name, x_BSD) for name in ("query", "key", "value"))
     if config.qk_norm is not None:
         query = _norm(config.qk_norm, size, weights["query_norm.weight"], query)
@@ -36,9 +36,9 @@ def heads_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, 
         shared = head // (config.num_heads // config.kv_heads)
         q, k, v = (t[..., h * size : (h + 1) * size] for t, h in ((query, head), (key, shared), (value, shared)))
         if model.position.kind == "rope":
-            q, k = rotate(q, model.position, position_BS), rotate(k, model.position, position_BS)
+            q, k = apply_rope(q, model.position, position_BS), apply_rope(k, model.position, position_BS)
         scores = (q @ k.transpose(1, 2)) / math.sqrt(size)
-        scores = torch.where(sees_BSS, scores, torch.full_like(scores, -math.inf))
+        scores = torch.where(mask_BSS, scores, torch.full_like(scores, -math.inf))
         if config.sinks:
             sink = weights["sinks"][head] * torch.ones_like(scores[..., :1])
             heads.append(softmax(torch.cat([sink, scores], -1))[..., 1:] @ v)
@@ -50,7 +50,7 @@ def heads_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, 
 def latent_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, document_BS: Tensor) -> Tensor:
     """Computes multi-head latent attention: DeepSeek-V2 (2405.04434), equations 9 to 13 and 37 to 47."""
     config = model.attention
-    position_BS, sees_BSS = positions(document_BS), sees(document_BS)
+    position_BS, mask_BSS = document_positions(document_BS), attention_mask(document_BS)
     nope, rope = config.nope_size, config.rope_size
     value_size = config.value_size
     if config.query_rank is None:
@@ -62,7 +62,7 @@ def latent_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor,
     keys_and_values = linear(
         weights, "kv_up", rms_norm(down[..., : config.kv_rank], weights["kv_norm.weight"], config.norm_eps)
     )
-    shared_key = rotate(down[..., config.kv_rank :], model.position, position_BS)
+    shared_key = apply_rope(down[..., config.kv_rank :], model.position, position_BS)
     scale, scaling = 1 / math.sqrt(nope + rope), model.position.scaling
     if scaling is not None and scaling.kind == "yarn" and scaling.mscale_all_dim is not None:
         scale *= (0.1 * scaling.mscale_all_dim * math.log(scaling.factor) + 1) ** 2
@@ -70,9 +70,9 @@ def latent_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor,
     for head in range(config.num_heads):
         q = query[..., head * (nope + rope) : (head + 1) * (nope + rope)]
         k_v = keys_and_values[..., head * (nope + value_size) : (head + 1) * (nope + value_size)]
-        turned = rotate(q[..., nope:], model.position, position_BS)
+        turned = apply_rope(q[..., nope:], model.position, position_BS)
         scores = scale * (q[..., :nope] @ k_v[..., :nope].transpose(1, 2) + turned @ shared_key.transpose(1, 2))
-        scores = torch.where(sees_BSS, scores, torch.full_like(scores, -math.inf))
+        scores = torch.where(mask_BSS, scores, torch.full_like(scores, -math.inf))
         heads.append(softmax(scores) @ k_v[..., nope:])
     return linear(weights, "out", torch.cat(heads, -1))
 
@@ -84,7 +84,7 @@ ATTENTION: dict[str, Callable[[Any, int, Parameters, Tensor, Tensor], Tensor]] =
 }
 
 
-def sees(document_BS: Tensor, window: int | None = None) -> Tensor:
+def attention_mask(document_BS: Tensor, window: int | None = None) -> Tensor:
     """Returns a bool mask (B, S, S): True where the query (dim 1) may attend to the key (dim 2).
 
     window: the last `window` keys, including the query's own position; None: all before it."""
@@ -98,7 +98,7 @@ def sees(document_BS: Tensor, window: int | None = None) -> Tensor:
     return found
 
 
-def positions(document_BS: Tensor) -> Tensor:
+def document_positions(document_BS: Tensor) -> Tensor:
     """Returns each token's position within its document, int64 (B, S)."""
     found = torch.zeros_like(document_BS)
     for b, row in enumerate(document_BS.tolist()):
@@ -107,21 +107,21 @@ def positions(document_BS: Tensor) -> Tensor:
     return found
 
 
-def rotate(x_BSh: Tensor, position: Any, position_BS: Tensor) -> Tensor:
+def apply_rope(x_BSh: Tensor, position: Any, position_BS: Tensor) -> Tensor:
     """Rotates each pair (x_i, x_{i + h/2}) of a token by its position times the pair's frequency. position: a
     RopeConfig."""
     half = x_BSh.shape[-1] // 2
     columns: list[Tensor] = [x_BSh[..., i] for i in range(2 * half)]
-    stretch = _stretch(position.scaling)
+    stretch = _attention_factor(position.scaling)
     for i in range(half):
-        angle_BS = position_BS.to(x_BSh.dtype) * _frequency(position, i, half)
+        angle_BS = position_BS.to(x_BSh.dtype) * _rope_frequency(position, i, half)
         one, two = columns[i], columns[i + half]
         columns[i] = stretch * (one * torch.cos(angle_BS) - two * torch.sin(angle_BS))
         columns[i + half] = stretch * (one * torch.sin(angle_BS) + two * torch.cos(angle_BS))
     return torch.stack(columns, -1)
 
 
-def _frequency(position: Any, i: int, half: int) -> float:
+def _rope_frequency(position: Any, i: int, half: int) -> float:
     """Returns the frequency of pair i, scaled as in the papers. kept: the share that is not divided by the factor."""
     scaling, frequency = position.scaling, float(position.theta) ** (-i / half)
     if scaling is None:
@@ -147,7 +147,7 @@ def _frequency(position: Any, i: int, half: int) -> float:
     return kept * frequency + (1 - kept) * frequency / scaling.factor
 
 
-def _stretch(scaling: Any) -> float:
+def _attention_factor(scaling: Any) -> float:
     """Returns the factor of YaRN (2309.00071) on queries and keys; 1 for other scalings."""
     if scaling is None or scaling.kind != "yarn":
         return 1.0

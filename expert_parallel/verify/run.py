@@ -15,8 +15,8 @@ from expert_parallel.training.config import Config
 from expert_parallel.verify import system_under_test
 from expert_parallel.verify.compare import (
     TOLERANCES,
-    Difference,
     Pairs,
+    TensorDifference,
     actual_tensors,
     broadcast_tensors,
     compare,
@@ -26,15 +26,15 @@ from expert_parallel.verify.compare import (
 )
 from expert_parallel.verify.dropout import check_dropout
 from expert_parallel.verify.layouts import Layout, check_layout
-from expert_parallel.verify.reference import Division, reference_step
+from expert_parallel.verify.reference import TokenPartition, reference_step
 from expert_parallel.verify.system_under_test import Tensors
-from expert_parallel.verify.traffic import AxisBytes, measure_step
+from expert_parallel.verify.traffic import AxisBytes, measure_step_bytes
 
-Say = Callable[[str], None]
+ProgressFn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class VerificationSpec:
     """Names what is verified.
 
     config: the shrunk config, in float64. dropout: the user's probabilities, by setting. bytes: also counts the bytes
@@ -56,7 +56,7 @@ class LayoutResult:
     counted."""
 
     layout: str
-    differences: list[Difference]
+    differences: list[TensorDifference]
     routed: int
     dropped: int
     grad_norm: float
@@ -67,18 +67,18 @@ class LayoutResult:
     seconds: float
     bytes: list[AxisBytes] = field(default_factory=list)
 
-    def wrong(self, tolerance: float) -> list[Difference]:
+    def wrong(self, tolerance: float) -> list[TensorDifference]:
         """Returns the differences above the tolerance, and tensors that no rank has."""
-        return [d for d in self.differences if not d.held or not d.relative <= tolerance]
+        return [d for d in self.differences if not d.is_present or not d.relative <= tolerance]
 
     def passes(self, tolerance: float) -> bool:
         """Returns True if nothing differs."""
-        counts_agree = all(axis.agrees for axis in self.bytes)
-        return not self.wrong(tolerance) and not self.ledger and not self.dropout and counts_agree
+        counts_match = all(axis.matches for axis in self.bytes)
+        return not self.wrong(tolerance) and not self.ledger and not self.dropout and counts_match
 
 
 @dataclass
-class Oracle:
+class ReferenceCache:
     """Computes the reference step on rank 0, once for all layouts that share it, and broadcasts it.
 
     initial: weights as one rank initialises them. start: weights that the step starts from."""
@@ -87,12 +87,12 @@ class Oracle:
     runtime: Runtime
     initial: Tensors
     start: Tensors
-    known: dict[tuple[int, str], Tensors] = field(default_factory=dict)
+    cache: dict[tuple[int, str], Tensors] = field(default_factory=dict)
 
-    def step(self, config: Config, sequences_GS: Tensor, division: Division) -> Tensors:
+    def step(self, config: Config, sequences_GS: Tensor, division: TokenPartition) -> Tensors:
         """Returns the tensors that the config's step should give. A collective."""
         training = config.training
-        if not _looks_at_ranks(config):
+        if not _has_rank_scope(config):
             size = len(sequences_GS) // training.micro_steps
             division = [(torch.arange(size), torch.arange(sequences_GS.shape[1] - 1))]
 
@@ -102,51 +102,53 @@ class Oracle:
             return expected_tensors(step, self.initial, self.start)
 
         key = (training.micro_steps, repr([[numbers.tolist() for numbers in place] for place in division]))
-        if key not in self.known:
-            self.known[key] = _from_rank_0(self.runtime, compute)
-        return self.known[key]
+        if key not in self.cache:
+            self.cache[key] = _from_rank_0(self.runtime, compute)
+        return self.cache[key]
 
 
-def verify(plan: Plan, runtime: Runtime, say: Say = lambda text: None) -> list[LayoutResult]:
+def verify(
+    spec: VerificationSpec, runtime: Runtime, print_progress: ProgressFn = lambda text: None
+) -> list[LayoutResult]:
     """Verifies every layout. Called by all ranks, which get the same results. Raises UserError for a layout that cannot
     be."""
-    for layout in plan.layouts:
-        runtime.together(lambda layout=layout: check_layout(plan.config, layout, runtime.world_size))  # type: ignore[misc]
-    initial = _from_rank_0(runtime, lambda: system_under_test.whole_model(plan.config))
-    oracle = Oracle(plan.config, runtime, initial, stirred(initial, plan.config.seed))
+    for layout in spec.layouts:
+        runtime.run_on_all_ranks(lambda layout=layout: check_layout(spec.config, layout, runtime.world_size))  # type: ignore[misc]
+    initial = _from_rank_0(runtime, lambda: system_under_test.initial_weights(spec.config))
+    reference = ReferenceCache(spec.config, runtime, initial, perturb(initial, spec.config.seed))
     results: list[LayoutResult] = []
-    for number, layout in enumerate(plan.layouts, start=1):
-        say(f"{number} of {len(plan.layouts)}: {layout.name}")
-        results.append(verify_layout(plan, layout, runtime, oracle))
+    for number, layout in enumerate(spec.layouts, start=1):
+        print_progress(f"{number} of {len(spec.layouts)}: {layout.name}")
+        results.append(verify_layout(spec, layout, runtime, reference))
     return results
 
 
-def verify_layout(plan: Plan, layout: Layout, runtime: Runtime, oracle: Oracle) -> LayoutResult:
+def verify_layout(spec: VerificationSpec, layout: Layout, runtime: Runtime, reference: ReferenceCache) -> LayoutResult:
     """Takes one step in the layout, and compares it with the reference. A collective."""
     began = time.perf_counter()
-    config = layout.apply(plan.config)
+    config = layout.apply(spec.config)
     sequences_GS = system_under_test.random_sequences(config)
-    replay = None if plan.dtype == "float64" else RouterReplay()
+    replay = None if spec.dtype == "float64" else RouterReplay()
     with system_under_test.set_up(config, runtime, sequences_GS) as run:
         mine, degrees = list(run.batches(0)), run.mesh.degrees
         divisions = _gather_divisions(run, mine)
-        expected = oracle.step(config, sequences_GS, divisions[0])
-        pairs, breaches = _take_step(run, mine, replay, oracle, expected)
-    if plan.dtype != "float64":
+        expected = reference.step(config, sequences_GS, divisions[0])
+        pairs, ledger_errors = _compare_step(run, mine, replay, reference, expected)
+    if spec.dtype != "float64":
         # Replays the float64 step's choices, since near ties of scores break differently in a narrower dtype.
-        config = config.model_copy(update={"training": config.training.model_copy(update={"dtype": plan.dtype})})
+        config = config.model_copy(update={"training": config.training.model_copy(update={"dtype": spec.dtype})})
         with system_under_test.set_up(config, runtime, sequences_GS) as run:
-            pairs, breaches = _take_step(run, mine, replay, oracle, expected)
-    counted = _count_bytes(config, runtime, sequences_GS) if plan.bytes else []
+            pairs, ledger_errors = _compare_step(run, mine, replay, reference, expected)
+    counted = _count_bytes(config, runtime, sequences_GS) if spec.bytes else []
     pairs |= coverage(divisions, (len(sequences_GS) // len(mine), sequences_GS.shape[1] - 1))
     return LayoutResult(
         layout=layout.name,
-        differences=compare(pairs, expected, TOLERANCES[plan.dtype][1]),
+        differences=compare(pairs, expected, TOLERANCES[spec.dtype][1]),
         routed=_sum(expected, "choices routed"),
         dropped=_sum(expected, "choices dropped"),
         grad_norm=float(expected["gradient norm/gradient norm"]),
-        ledger=sorted(set(chain.from_iterable(gather_json(breaches)))),
-        dropout=check_dropout(layout.apply(plan.config), plan.dropout, runtime),
+        ledger=sorted(set(chain.from_iterable(gather_json(ledger_errors)))),
+        dropout=check_dropout(layout.apply(spec.config), spec.dropout, runtime),
         backend=system_under_test.backend(config, runtime),
         degrees={name: getattr(degrees, name) for name in ("ep", "etp", "edp", "tp", "cp", "dp", "pp")}
         | {"micro_steps": len(mine)},
@@ -155,26 +157,26 @@ def verify_layout(plan: Plan, layout: Layout, runtime: Runtime, oracle: Oracle) 
     )
 
 
-def _take_step(
-    run: system_under_test.Run,
+def _compare_step(
+    run: system_under_test.TrainingRun,
     mine: list[system_under_test.MicroBatch],
     replay: RouterReplay | None,
-    oracle: Oracle,
+    reference: ReferenceCache,
     expected: Tensors,
 ) -> tuple[Pairs, list[str]]:
     """Takes a step from the reference's start. Returns this rank's tensors with the expected ones, and the ledger's
     errors."""
-    before = system_under_test.read(run.model)
-    system_under_test.write(run.model, oracle.start)
-    seen = system_under_test.take_step(run, mine, replay)
-    return actual_tensors(run, seen, before, oracle.start, expected), seen.breaches
+    before = system_under_test.read_weights(run.model)
+    system_under_test.write_weights(run.model, reference.start)
+    captured = system_under_test.capture_step(run, mine, replay)
+    return actual_tensors(run, captured, before, reference.start, expected), captured.ledger_errors
 
 
 def _count_bytes(config: Config, runtime: Runtime, sequences_GS: Tensor) -> list[AxisBytes]:
     """Takes one more step on a new model, and counts what it sends."""
     with system_under_test.set_up(config, runtime, sequences_GS) as run:
         batches = list(run.batches(0))
-        return measure_step(
+        return measure_step_bytes(
             run.model, run.engine, batches, config.training, config.parallel, run.mesh, step=0, seed=config.seed
         )
 
@@ -183,7 +185,7 @@ def _from_rank_0(runtime: Runtime, compute: Callable[[], Tensors]) -> Tensors:
     return broadcast_tensors(compute() if runtime.rank == 0 else None)
 
 
-def stirred(initial: Tensors, seed: int) -> Tensors:
+def perturb(initial: Tensors, seed: int) -> Tensors:
     """Adds noise to 1-D parameters: they are initialised to 0 or 1, so errors in biases and norms would not show."""
     generator = torch.Generator().manual_seed(seed)
     start = {}
@@ -194,11 +196,13 @@ def stirred(initial: Tensors, seed: int) -> Tensors:
     return start
 
 
-def _gather_divisions(run: system_under_test.Run, mine: list[system_under_test.MicroBatch]) -> list[Division]:
+def _gather_divisions(
+    run: system_under_test.TrainingRun, mine: list[system_under_test.MicroBatch]
+) -> list[TokenPartition]:
     """Returns, for each micro-step, the sequences and positions of every rank of the first pipeline stage. A
     collective."""
-    places = [[numbers.tolist() for numbers in place] for place in system_under_test.places(run, mine)]
-    everyone = gather_json({"stage": run.mesh.pp_rank, "places": places})
+    token_indices = [[numbers.tolist() for numbers in place] for place in system_under_test.token_indices(run, mine)]
+    everyone = gather_json({"stage": run.mesh.pp_rank, "places": token_indices})
     first = [rank["places"] for rank in everyone if rank["stage"] == 0]
     return [
         [(torch.tensor(rank[m][0], dtype=torch.int64), torch.tensor(rank[m][1])) for rank in first]
@@ -206,7 +210,7 @@ def _gather_divisions(run: system_under_test.Run, mine: list[system_under_test.M
     ]
 
 
-def _looks_at_ranks(config: Config) -> bool:
+def _has_rank_scope(config: Config) -> bool:
     """Returns True if a setting has scope `rank`, so that the reference depends on which rank holds which token."""
     moe = config.model.moe
     if moe is None:

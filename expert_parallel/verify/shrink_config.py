@@ -8,15 +8,15 @@ from typing import Any
 from expert_parallel.data.tokenizer import VOCABULARY_SIZE
 from expert_parallel.parallel.degrees import ParallelConfig
 from expert_parallel.training.config import Config
-from expert_parallel.verify.layouts import Layout, accumulations, own_layout
+from expert_parallel.verify.layouts import Layout, config_layout, micro_step_counts
 
 # Small, all different, and multiples of 8, which grouped matrix products require.
 SIZES = {"model.d_model": 16, "model.ffn.hidden": 48, "model.moe.experts.hidden": 32}
 SHARED_HIDDEN = 24
 HEAD_SIZE = 4
-MOST_KV_HEADS = 4
-MOST_HEADS_A_GROUP = 4
-MOST_EXPERTS = 16
+MAX_KV_HEADS = 4
+MAX_HEADS_PER_GROUP = 4
+MAX_EXPERTS = 16
 LATENT_SIZES = {"num_heads": 8, "query_rank": 12, "kv_rank": 8, "nope_size": 6, "rope_size": 4, "value_size": 5}
 WINDOW = 3  # shorter than a sequence, so that it masks some tokens
 ORIGINAL_LENGTH = 64  # so that some frequencies lie within the ramp of a rotary scaling
@@ -27,7 +27,7 @@ EPS = 1e-4
 
 
 @dataclass
-class Draft:
+class ConfigEditor:
     """Edits a config's tree, and records what it changed."""
 
     tree: dict[str, Any]
@@ -61,7 +61,7 @@ def _shown(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Reduced:
+class ShrunkConfig:
     """Holds the derived config. config: without its layout, which is `own`. changes: sizes that were reduced. settings:
     values that were set for the comparison."""
 
@@ -71,21 +71,21 @@ class Reduced:
     settings: list[str]
 
 
-def reduce_config(config: Config, num_ranks: int, full: bool, one_machine: bool = True) -> Reduced:
+def shrink_config(config: Config, num_ranks: int, full: bool, one_machine: bool = True) -> ShrunkConfig:
     """Derives the config to verify on `num_ranks` ranks. one_machine: all ranks are processes of one machine.
 
     Raises ValueError for a config that cannot be verified."""
     _refuse(config)
-    draft, small = Draft(config.model_dump(mode="json")), Draft({})
+    draft, small = ConfigEditor(config.model_dump(mode="json")), ConfigEditor({})
     _switch_off(draft)
     if one_machine and draft.get("model.moe.dispatcher.kind") == "hierarchical" and num_ranks % 2 == 0:
         draft.put("parallel.ranks_per_node", num_ranks // 2, "as if there were two nodes")
     if not full:
-        small = Draft(draft.tree)
+        small = ConfigEditor(draft.tree)
         _make_small(small, num_ranks)
-    own = own_layout(draft.tree)
+    own = config_layout(draft.tree)
     parallel = ParallelConfig(ranks_per_node=draft.get("parallel.ranks_per_node")).model_dump(mode="json")
-    return Reduced(Config.model_validate({**draft.tree, "parallel": parallel}), own, small.changes, draft.changes)
+    return ShrunkConfig(Config.model_validate({**draft.tree, "parallel": parallel}), own, small.changes, draft.changes)
 
 
 def _refuse(config: Config) -> None:
@@ -97,7 +97,7 @@ def _refuse(config: Config) -> None:
         )
 
 
-def _switch_off(draft: Draft) -> None:
+def _switch_off(draft: ConfigEditor) -> None:
     elsewhere = "checked separately"
     draft.put("model.dropout", 0.0, elsewhere)
     draft.put("model.moe.experts.hidden_dropout", 0.0, elsewhere)
@@ -115,7 +115,7 @@ def _switch_off(draft: Draft) -> None:
     draft.put("runtime.device", "auto")
 
 
-def _make_small(draft: Draft, num_ranks: int) -> None:
+def _make_small(draft: ConfigEditor, num_ranks: int) -> None:
     length = max(8, 2 * num_ranks)
     for path, size in {**SIZES, "model.vocab_size": VOCABULARY_SIZE, "training.sequence_length": length}.items():
         draft.at_most(path, size)
@@ -129,7 +129,7 @@ def _make_small(draft: Draft, num_ranks: int) -> None:
     SMALL_ATTENTION[draft.get("model.attention.kind")](draft)
     draft.at_most("model.position.scaling.original_length", ORIGINAL_LENGTH)
     micro_batch = num_ranks + 1  # not divisible by any number of data ranks, so that they get unequal numbers of tokens
-    draft.at_most("training.micro_steps", accumulations(num_ranks)[1])
+    draft.at_most("training.micro_steps", micro_step_counts(num_ranks)[1])
     draft.put("training.global_batch", draft.get("training.micro_steps") * micro_batch)
     if draft.get("model.moe") is not None:
         _make_moe_small(
@@ -137,11 +137,11 @@ def _make_small(draft: Draft, num_ranks: int) -> None:
         )
 
 
-def _small_heads(draft: Draft) -> None:
+def _small_heads(draft: ConfigEditor) -> None:
     kv_heads = draft.get("model.attention.num_kv_heads") or draft.get("model.attention.num_heads")
     group = draft.get("model.attention.num_heads") // kv_heads
-    draft.put("model.attention.num_heads", min(kv_heads, MOST_KV_HEADS) * min(group, MOST_HEADS_A_GROUP))
-    draft.at_most("model.attention.num_kv_heads", MOST_KV_HEADS)
+    draft.put("model.attention.num_heads", min(kv_heads, MAX_KV_HEADS) * min(group, MAX_HEADS_PER_GROUP))
+    draft.at_most("model.attention.num_kv_heads", MAX_KV_HEADS)
     draft.at_most("model.attention.head_size", HEAD_SIZE)
     draft.at_most("model.attention.window", WINDOW)
     pattern, num_layers = draft.get("model.window_blocks"), draft.get("model.num_layers")
@@ -151,7 +151,7 @@ def _small_heads(draft: Draft) -> None:
         draft.put("model.window_blocks.indices", list(range(0, num_layers, 2)))
 
 
-def _small_latent(draft: Draft) -> None:
+def _small_latent(draft: ConfigEditor) -> None:
     for name, size in LATENT_SIZES.items():
         draft.at_most(f"model.attention.{name}", size)
 
@@ -159,7 +159,7 @@ def _small_latent(draft: Draft) -> None:
 SMALL_ATTENTION = {"heads": _small_heads, "latent": _small_latent}
 
 
-def _fewer_blocks(draft: Draft) -> None:
+def _fewer_blocks(draft: ConfigEditor) -> None:
     """Reduces the number of blocks to a multiple of 4, for pipeline stages, with at least two MoE blocks if there are
     as many."""
     pattern, num_layers = draft.get("model.moe_blocks"), draft.get("model.num_layers")
@@ -178,11 +178,11 @@ def _fewer_blocks(draft: Draft) -> None:
         draft.put("model.moe_blocks.indices", list(range(draft.get("model.num_layers"))))
 
 
-def _make_moe_small(draft: Draft, tokens: dict[str, int]) -> None:
+def _make_moe_small(draft: ConfigEditor, tokens: dict[str, int]) -> None:
     """Shrinks the MoE settings. tokens: the approximate number of tokens in each scope."""
     moe = "model.moe"
     k, groups = draft.get(f"{moe}.router.k") or 1, draft.get(f"{moe}.router.group_limit.count") or 1
-    fewest = max(MOST_EXPERTS, 2 * k, 4 * groups)
+    fewest = max(MAX_EXPERTS, 2 * k, 4 * groups)
     draft.at_most(f"{moe}.num_experts", math.ceil(fewest / groups) * groups)
     draft.at_most(f"{moe}.shared_experts.hidden", SHARED_HIDDEN)
     if draft.get(f"{moe}.capacity.kind") == "factor":

@@ -19,42 +19,42 @@ from expert_parallel.model.transformer import Block
 from expert_parallel.moe.context import RouterReplay, StepContext
 from expert_parallel.moe.experts.grouped import choose_backend
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.nn.ffn import width_in
+from expert_parallel.nn.ffn import w_in_columns
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.config import DTYPES, Config
 from expert_parallel.training.engines.native import NativeEngine
-from expert_parallel.training.loop import Run
-from expert_parallel.training.setup import build, check_world
+from expert_parallel.training.loop import TrainingRun
+from expert_parallel.training.setup import build, check_world_size
 from expert_parallel.training.step import StepReport, train_step
 
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class GivenSequences(TokenSampler):
+class FixedSequenceSampler(TokenSampler):
     """Yields fixed sequences in place of samples of a text."""
 
-    given_GS: Tensor = field(default_factory=lambda: torch.empty(0))
+    sequences_GS: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def sequences(self, first: int, count: int) -> Tensor:
-        return self.given_GS[first : first + count]
+        return self.sequences_GS[first : first + count]
 
 
 @contextmanager
-def set_up(config: Config, runtime: Runtime, sequences_GS: Tensor) -> Iterator[Run]:
+def set_up(config: Config, runtime: Runtime, sequences_GS: Tensor) -> Iterator[TrainingRun]:
     """Sets up a training run without its data and folder. sequences_GS: those of step 0, (global_batch, sequence_length
     + 1)."""
-    degrees = runtime.together(lambda: check_world(config, runtime))
+    degrees = runtime.run_on_all_ranks(lambda: check_world_size(config, runtime))
     mesh, model, engine = build(config, runtime, degrees)
     length = config.training.sequence_length
     nothing = torch.zeros(length + 1, dtype=torch.uint8)
-    sampler = GivenSequences(nothing, length, config.seed, sequences_GS, separator=separator(config))
-    yield Run(config, runtime, mesh, model, engine, sampler, sequences_GS[:0], [])
-    _forget(mesh)
+    sampler = FixedSequenceSampler(nothing, length, config.seed, sequences_GS, separator=separator(config))
+    yield TrainingRun(config, runtime, mesh, model, engine, sampler, sequences_GS[:0], [])
+    _destroy_groups(mesh)
 
 
-def _forget(mesh: ParallelMesh) -> None:
+def _destroy_groups(mesh: ParallelMesh) -> None:
     """Destroys the process groups, which hold sockets and threads, except those of DTensors, which torch caches."""
     meshes = [over for over in (mesh.dense_mesh, mesh.expert_mesh) if over is not None]
     kept = {id(group) for over in meshes for group in over.get_all_groups()}
@@ -98,21 +98,21 @@ def random_sequences(config: Config) -> Tensor:
     return tokens_GS
 
 
-def whole_model(config: Config) -> Tensors:
+def initial_weights(config: Config) -> Tensors:
     """Returns the initial weights and balance biases of the model on one rank, by logical name, in float64."""
-    return read(build_model(config.model, dtype=torch.float64, seed=config.seed))
+    return read_weights(build_model(config.model, dtype=torch.float64, seed=config.seed))
 
 
-def read(model: nn.Module) -> Tensors:
+def read_weights(model: nn.Module) -> Tensors:
     """Returns the full weights of the parameters that this rank holds a shard of, and the balance biases. A collective
     if weights are sharded."""
     found: Tensors = {}
     for logical in logical_parameters(model):
         found |= logical.whole(logical.parameter.detach())
-    return _on_host(found | dict(_balance_biases(model)))
+    return _to_cpu(found | dict(_balance_biases(model)))
 
 
-def write(model: nn.Module, start: Tensors) -> None:
+def write_weights(model: nn.Module, start: Tensors) -> None:
     """Copies `start` into the model's parameters and balance biases, each rank its own shard."""
     for logical in logical_parameters(model):
         logical.fill(logical.parameter, [start[name] for name in logical.names])
@@ -125,17 +125,17 @@ def _balance_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, buffer) for name, buffer in part.named_buffers() if name.endswith("balance_bias_E"))
 
 
-def _on_host(tensors: Tensors) -> Tensors:
+def _to_cpu(tensors: Tensors) -> Tensors:
     # Waits for the device. float64 holds every dtype's values exactly; a copy, since the step overwrites its tensors.
     return {name: tensor.detach().to("cpu", torch.float64, copy=True) for name, tensor in tensors.items()}
 
 
-def places(run: Run, mine: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
+def token_indices(run: TrainingRun, mine: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
     """Returns, for each micro-step, the sequences of which this rank has a part, and their positions on this rank."""
     return [(batch.sequence_index_B.cpu(), run.own_positions) for batch in mine]
 
 
-def place_of(context: StepContext, length: int) -> tuple[Tensor, Tensor]:
+def context_token_indices(context: StepContext, length: int) -> tuple[Tensor, Tensor]:
     """Returns the sequences and positions that a block was called with, as `token_indices` has them."""
     assert context.sequence_index_B is not None
     positions_S = torch.arange(length) if context.positions_S is None else context.positions_S
@@ -143,7 +143,7 @@ def place_of(context: StepContext, length: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass
-class Seen:
+class CapturedStep:
     """Holds what one rank observed of a step. gradients: before clipping. outputs: by (micro-step, block), each with
     the block's context. ledger_errors: the ledger's messages."""
 
@@ -151,39 +151,39 @@ class Seen:
     gradients: Tensors = field(default_factory=dict)
     weights: Tensors = field(default_factory=dict)
     outputs: dict[tuple[int, int], tuple[StepContext, Tensor]] = field(default_factory=dict)
-    breaches: list[str] = field(default_factory=list)
+    ledger_errors: list[str] = field(default_factory=list)
 
 
-def take_step(run: Run, mine: list[MicroBatch], replay: RouterReplay | None = None) -> Seen:
+def capture_step(run: TrainingRun, mine: list[MicroBatch], replay: RouterReplay | None = None) -> CapturedStep:
     """Takes step 0 by training's own `train_step`, with hooks that record gradients and outputs."""
-    seen = Seen(StepReport(0.0, 0, {}))
+    captured = CapturedStep(StepReport(0.0, 0, {}))
 
-    def see_block(block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+    def capture_output(block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         context = arguments[1]
-        seen.outputs[context.micro_step, context.layer] = (context, output.x.detach().to("cpu", torch.float64))
+        captured.outputs[context.micro_step, context.layer] = (context, output.x.detach().to("cpu", torch.float64))
 
-    def see_gradients(*_: Any) -> None:
+    def capture_gradients(*_: Any) -> None:
         for logical in logical_parameters(run.model):
             assert logical.parameter.grad is not None, f"{logical.names[0]} has no gradient"
-            seen.gradients |= _on_host(logical.whole(logical.parameter.grad))
+            captured.gradients |= _to_cpu(logical.whole(logical.parameter.grad))
 
-    hooks = [block.register_forward_hook(see_block) for block in run.model.modules() if isinstance(block, Block)]
+    hooks = [block.register_forward_hook(capture_output) for block in run.model.modules() if isinstance(block, Block)]
     assert isinstance(run.engine, NativeEngine), "verify supports the native engine only"
-    hooks.append(run.engine.optimizer.register_step_pre_hook(see_gradients))
+    hooks.append(run.engine.optimizer.register_step_pre_hook(capture_gradients))
     training, seed = run.config.training, run.config.seed
-    with listening(seen.breaches):
-        seen.report = train_step(run.model, run.engine, mine, training, run.mesh, step=0, seed=seed, replay=replay)
+    with collecting_ledger_errors(captured.ledger_errors):
+        captured.report = train_step(run.model, run.engine, mine, training, run.mesh, step=0, seed=seed, replay=replay)
     for hook in hooks:
         hook.remove()
-    norm, limit = seen.report.grad_norm, training.clip_norm
+    norm, limit = captured.report.grad_norm, training.clip_norm
     if limit is not None and norm > limit:  # the step has clipped gradients in place: undo it
-        seen.gradients = {name: grad * (norm / limit) for name, grad in seen.gradients.items()}
-    seen.weights = read(run.model)
-    return seen
+        captured.gradients = {name: grad * (norm / limit) for name, grad in captured.gradients.items()}
+    captured.weights = read_weights(run.model)
+    return captured
 
 
 @contextmanager
-def listening(breaches: list[str]) -> Iterator[None]:
+def collecting_ledger_errors(ledger_errors: list[str]) -> Iterator[None]:
     """Collects the ledger's errors, which it reports as warnings here, so that the rest of the step is compared as
     well."""
     with warnings.catch_warnings(record=True) as said:
@@ -191,7 +191,7 @@ def listening(breaches: list[str]) -> Iterator[None]:
         yield
     for warning in said:
         if str(warning.message).startswith("ledger: "):
-            breaches.append(str(warning.message))
+            ledger_errors.append(str(warning.message))
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
@@ -202,5 +202,5 @@ def backend(config: Config, runtime: Runtime) -> str:
     if moe is None:
         return "none"
     hidden = moe.experts.hidden // config.parallel.etp
-    sizes = (config.model.d_model, width_in(moe.experts.activation, hidden), hidden)
+    sizes = (config.model.d_model, w_in_columns(moe.experts.activation, hidden), hidden)
     return choose_backend(moe.experts, DTYPES[config.training.dtype], runtime.device, sizes)

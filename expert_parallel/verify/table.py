@@ -8,7 +8,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from expert_parallel.verify.compare import GROUPS, Difference
+from expert_parallel.verify.compare import GROUPS, TensorDifference
 from expert_parallel.verify.explain import explain
 from expert_parallel.verify.run import LayoutResult
 
@@ -24,7 +24,7 @@ TITLES = {
 }
 
 
-def show(results: Sequence[LayoutResult], tolerance: float, console: Console) -> None:
+def print_results(results: Sequence[LayoutResult], tolerance: float, console: Console) -> None:
     """Prints the largest relative difference of each column, one line a layout, then what is wrong.
 
     In a terminal too narrow for the table, layouts are numbered and the columns are split over several tables."""
@@ -83,15 +83,15 @@ def _columns(results: Sequence[LayoutResult], tolerance: float) -> list[tuple[st
     return columns
 
 
-def _worst(differences: list[Difference], tolerance: float) -> Text:
-    if any(not d.held for d in differences):
+def _worst(differences: list[TensorDifference], tolerance: float) -> Text:
+    if any(not d.is_present for d in differences):
         return Text("missing", "bold red")
     worst = max((d.relative for d in differences), default=0.0)
     return Text("0" if worst == 0 else f"{worst:.0e}", "" if worst <= tolerance else "bold red")
 
 
 def _dropped(result: LayoutResult, tolerance: float) -> Text:
-    right = all(d.held and d.relative <= tolerance for d in result.differences if d.column == "dropped")
+    right = all(d.is_present and d.relative <= tolerance for d in result.differences if d.column == "dropped")
     share = f"{100 * result.dropped / max(1, result.routed):.0f} %"
     return Text(share if right else f"not {share}", "" if right else "bold red")
 

@@ -33,13 +33,13 @@ from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.training.config import TrainingConfig
 from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.step import train_step
-from expert_parallel.verify.formulas import Step, Terms, pipeline_bytes, tokens_between_ranks, weight_bytes
+from expert_parallel.verify.formulas import ByteCounts, StepSizes, activation_bytes, pipeline_bytes, weight_bytes
 from expert_parallel.verify.formulas_moe import (
     ExpertRows,
     dispatch_bytes,
     expert_tensor_bytes,
-    losses_and_totals,
     scope_bytes,
+    statistics_bytes,
 )
 
 
@@ -55,12 +55,12 @@ class AxisBytes:
     expected: dict[str, int]
 
     @property
-    def agrees(self) -> bool:
+    def matches(self) -> bool:
         """Returns True if the measured bytes are those of the formulas."""
         return self.measured == sum(self.expected.values())
 
 
-def measure_step(
+def measure_step_bytes(
     model: LanguageModel,
     engine: Engine,
     micro_batches: Sequence[MicroBatch],
@@ -79,17 +79,17 @@ def measure_step(
     not in the table."""
     if isinstance(model, Pipeline):
         train_step(model, engine, micro_batches, training, mesh, step=step, seed=seed)
-    rows_of_passes, hooks = _watch_experts(model)
-    with counting() as counted:
+    rows_of_passes, hooks = _record_expert_rows(model)
+    with counting_collective_bytes() as counted:
         report = train_step(model, engine, micro_batches, training, mesh, step=step, seed=seed)
     for hook in hooks:
         hook.remove()
 
     device = next(model.parameters()).device
     groups = axis_groups(mesh)
-    measured, num_ranks = _over_all_ranks(counted.sent, groups, device)
+    measured, num_ranks = _sum_over_ranks(counted.sent, groups, device)
     rows = _expert_rows(rows_of_passes, mesh, device)
-    expected = expected_bytes(Step(model.config, training, parallel, mesh), report.layers, rows)
+    expected = expected_bytes(StepSizes(model.config, training, parallel, mesh), report.layers, rows)
     assert set(expected) <= set(groups), f"formulas of {set(expected) - set(groups)}, which are no axes of the mesh"
 
     found = []
@@ -101,18 +101,18 @@ def measure_step(
     return found
 
 
-def expected_bytes(step: Step, layers: dict[int, LayerTotals], rows: ExpertRows) -> dict[str, dict[str, int]]:
+def expected_bytes(step: StepSizes, layers: dict[int, LayerTotals], rows: ExpertRows) -> dict[str, dict[str, int]]:
     """Returns the formulas' bytes by axis and content, over all ranks. Decisions of the router are taken from the step
     itself: layers (the totals of its report) and rows.
 
     The formulas leave out a sharded pipeline of more than three stages a rank, whose weights torch gathers more
     often."""
-    terms: Terms = Counter()
+    terms: ByteCounts = Counter()
     for part in (
-        tokens_between_ranks(step),
+        activation_bytes(step),
         pipeline_bytes(step),
         weight_bytes(step),
-        losses_and_totals(step),
+        statistics_bytes(step),
         scope_bytes(step),
     ):
         terms.update(part)
@@ -125,17 +125,17 @@ def expected_bytes(step: Step, layers: dict[int, LayerTotals], rows: ExpertRows)
     return by_axis
 
 
-def describe(found: list[AxisBytes]) -> str:
+def format_axis_bytes(found: list[AxisBytes]) -> str:
     """Formats a table of measured bytes and the formulas' next to each other, and below each axis what it sends."""
     lines = ["bytes that leave a rank in one training step, all ranks together", ""]
     width = max([len(" = ".join(axis.axes)) for axis in found] + [4]) + 2
     lines.append(f"{'axis':<{width}}{'ranks':>5}{'measured':>18}{'formula':>18}")
     for axis in found:
         expected = sum(axis.expected.values())
-        verdict = "" if axis.agrees else f"  differs by {axis.measured - expected:+,}"
+        verdict = "" if axis.matches else f"  differs by {axis.measured - expected:+,}"
         lines.append(f"{' = '.join(axis.axes):<{width}}{axis.num_ranks:>5}{axis.measured:>18,}{expected:>18,}{verdict}")
         lines += [f"{'':<{width}}{'':>23}{n:>18,}  {what}" for what, n in axis.expected.items()]
-    wrong = [" = ".join(axis.axes) for axis in found if not axis.agrees]
+    wrong = [" = ".join(axis.axes) for axis in found if not axis.matches]
     lines += [
         "",
         f"these axes differ from the formulas: {', '.join(wrong)}" if wrong else "all axes send what the formulas say",
@@ -151,7 +151,7 @@ def _size(x: Any) -> int:
     return x.numel() * x.element_size() if isinstance(x, Tensor) else sum(_size(part) for part in x)
 
 
-def _rows_to_others(arguments: Sequence[Any], num_ranks: int, me: int) -> int:
+def _all_to_all_bytes(arguments: Sequence[Any], num_ranks: int, me: int) -> int:
     """Returns the bytes that all_to_all_single sends to other ranks. Arguments: output, input, group, output splits,
     input splits; without splits all parts are equal."""
     x, splits = arguments[1], arguments[4]
@@ -161,7 +161,7 @@ def _rows_to_others(arguments: Sequence[Any], num_ranks: int, me: int) -> int:
 
 
 # c10d operator -> (arguments, P, this rank's index) -> P times the bytes that leave this rank, which is an integer.
-SENT: dict[str, Callable[[Sequence[Any], int, int], int]] = {
+BYTES_SENT: dict[str, Callable[[Sequence[Any], int, int], int]] = {
     "allreduce_": lambda a, P, me: 2 * (P - 1) * _size(a[0]),
     "allreduce_coalesced_": lambda a, P, me: 2 * (P - 1) * _size(a[0]),
     "_allgather_base_": lambda a, P, me: P * (P - 1) * _size(a[1]),
@@ -170,7 +170,7 @@ SENT: dict[str, Callable[[Sequence[Any], int, int], int]] = {
     "_reduce_scatter_base_": lambda a, P, me: (P - 1) * _size(a[1]),
     "reduce_scatter_": lambda a, P, me: (P - 1) * _size(a[1]),
     "reduce_scatter_tensor_coalesced_": lambda a, P, me: (P - 1) * _size(a[1]),
-    "alltoall_base_": lambda a, P, me: P * _rows_to_others(a, P, me),
+    "alltoall_base_": lambda a, P, me: P * _all_to_all_bytes(a, P, me),
     "alltoall_": lambda a, P, me: P * (_size(a[1]) - _size(a[1][me])),
     "send": lambda a, P, me: P * _size(a[0]),
     "recv_": lambda a, P, me: 0,
@@ -178,7 +178,7 @@ SENT: dict[str, Callable[[Sequence[Any], int, int], int]] = {
 }
 
 
-class CountBytes(TorchDispatchMode):
+class CollectiveByteCounter(TorchDispatchMode):
     """Counts what this rank sends while the mode is active, by name of the process group: `sent[name] / P` bytes.
 
     Sees all collectives that go through torch.distributed, also those of FSDP2 and of the backward pass."""
@@ -192,17 +192,17 @@ class CountBytes(TorchDispatchMode):
             return NotImplemented  # DTensor then dispatches to plain tensors, whose collectives are counted
         name = func.overloadpacket.__name__
         if func.namespace in ("c10d", "_c10d_functional") and name != "wait_tensor":
-            if func.namespace != "c10d" or name not in SENT:
-                raise NotImplementedError(f"bytes of {func.namespace}::{name} are not counted: add it to SENT")
+            if func.namespace != "c10d" or name not in BYTES_SENT:
+                raise NotImplementedError(f"bytes of {func.namespace}::{name} are not counted: add it to BYTES_SENT")
             # The process group is the first boxed script object; a later one holds the reduce op.
             boxed = next(argument for argument in args if isinstance(argument, torch.ScriptObject))
             group = dist.ProcessGroup.unbox(boxed)
-            self.sent[str(group.group_name)] += SENT[name](args, group.size(), group.rank())
+            self.sent[str(group.group_name)] += BYTES_SENT[name](args, group.size(), group.rank())
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def counting() -> Iterator[CountBytes]:
+def counting_collective_bytes() -> Iterator[CollectiveByteCounter]:
     """Counts collectives in its body. torch cannot create a CausalBias, which context parallel attention uses, inside a
     dispatch mode, so it is created with the mode disabled."""
 
@@ -212,7 +212,7 @@ def counting() -> Iterator[CountBytes]:
 
     CausalBias.__new__ = make_outside  # type: ignore[method-assign, assignment]
     try:
-        with CountBytes() as counted:
+        with CollectiveByteCounter() as counted:
             yield counted
     finally:
         del CausalBias.__new__
@@ -242,7 +242,7 @@ def _same_ranks(groups: Groups, axis: str) -> list[str]:
     return [axis] if group is None else [other for other in groups if groups[other] is group]
 
 
-def _over_all_ranks(sent: Counter[str], groups: Groups, device: torch.device) -> tuple[list[int], list[int]]:
+def _sum_over_ranks(sent: Counter[str], groups: Groups, device: torch.device) -> tuple[list[int], list[int]]:
     """Returns, by axis, the bytes of all ranks and the number of ranks. A collective."""
     bytes_A = torch.zeros(len(groups), dtype=torch.int64, device=device)
     sizes_A = torch.ones_like(bytes_A)
@@ -261,19 +261,19 @@ def _over_all_ranks(sent: Counter[str], groups: Groups, device: torch.device) ->
     return (bytes_A // sizes_A).tolist(), sizes_A.tolist()  # waits for the device
 
 
-def _watch_experts(model: LanguageModel) -> tuple[dict[int, list[int]], list[Any]]:
+def _record_expert_rows(model: LanguageModel) -> tuple[dict[int, list[int]], list[Any]]:
     """Registers hooks that record, by MoE block, how many rows this rank's experts receive in each pass, including
     recomputed ones. Returns the lists and the hooks."""
     rows: dict[int, list[int]] = {}
     hooks = []
     for layer, block in model.local_blocks():
         if block.moe is not None:
-            note = partial(_note_rows, rows.setdefault(layer, []))
+            note = partial(_append_rows, rows.setdefault(layer, []))
             hooks.append(block.moe.experts.register_forward_pre_hook(note))
     return rows, hooks
 
 
-def _note_rows(noted: list[int], experts: GroupedExperts, inputs: tuple[Any, ...]) -> None:
+def _append_rows(noted: list[int], experts: GroupedExperts, inputs: tuple[Any, ...]) -> None:
     noted.append(len(inputs[0].row_R))
 
 
@@ -282,10 +282,10 @@ def _expert_rows(rows_of_passes: dict[int, list[int]], mesh: ParallelMesh, devic
     rows = torch.zeros(2, dtype=torch.int64, device=device)
     for passes in rows_of_passes.values():
         mine = torch.tensor(passes, dtype=torch.int64, device=device)
-        fullest = mine.clone()
+        max_rows = mine.clone()
         if mesh.etp_group is not None:
-            dist.all_reduce(fullest, op=dist.ReduceOp.MAX, group=mesh.etp_group)
-        rows += torch.stack([mine.sum(), fullest.sum()])
+            dist.all_reduce(max_rows, op=dist.ReduceOp.MAX, group=mesh.etp_group)
+        rows += torch.stack([mine.sum(), max_rows.sum()])
     dist.all_reduce(rows)
     total, fullest_everywhere = rows.tolist()  # waits for the device
     return ExpertRows(total, fullest_everywhere // mesh.degrees.etp)

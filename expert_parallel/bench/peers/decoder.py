@@ -10,11 +10,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expert_parallel.bench.peers.contender import Case, Contender
+from expert_parallel.bench.peers.implementation import Case, Implementation
 from expert_parallel.bench.shapes import TrainShape
 
 
-class Trainee:
+class TrainableModel:
     """Trains a model.
 
     logits: (B, S) tokens -> (B, S, V). replicated_parameters: those that all ranks hold, whose gradients are summed
@@ -24,16 +24,16 @@ class Trainee:
         self,
         model: nn.Module,
         logits: Callable[[Tensor], Tensor],
-        replicated: Sequence[nn.Parameter],
+        replicated_parameters: Sequence[nn.Parameter],
         case: Case,
         computes: str,
         version: str,
-        surroundings: Callable[[], AbstractContextManager[None]] = nullcontext,
-        layers: Sequence[Contender] = (),
+        execution_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+        layers: Sequence[Implementation] = (),
     ) -> None:
         self.model, self.logits = model, logits
-        self.replicated = replicated
-        self.surroundings = surroundings
+        self.replicated_parameters = replicated_parameters
+        self.execution_context = execution_context
         self.case, self.layers = case, layers
         self.computes, self.version = computes, version
         self.parameters = list(model.parameters())
@@ -41,7 +41,7 @@ class Trainee:
 
     def step(self, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
         """Takes one training step on (inputs_BS, targets_BS), and returns this rank's sum of the cross entropy."""
-        with self.surroundings():
+        with self.execution_context():
             logits = self.logits(inputs_BS).flatten(0, 1).float()  # the loss is float32 in every dtype, as in ours
             loss = F.cross_entropy(logits, targets_BS.flatten(), reduction="sum")
             (loss / self.case.shape.tokens).backward()
@@ -63,14 +63,14 @@ class Trainee:
         """Sums the gradients of replicated parameters over the ranks, in one flat buffer."""
         if self.case.group is None:
             return
-        gradients = [parameter.grad for parameter in self.replicated if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.replicated_parameters if parameter.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat, group=self.case.group)
         for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(summed.view_as(gradient))
 
 
-class Attention(nn.Module):
+class DecoderAttention(nn.Module):
     """Computes causal self-attention with rotary positions."""
 
     def __init__(self, d_model: int, num_heads: int, head_size: int) -> None:
@@ -92,15 +92,15 @@ def _rotate(x: Tensor, cos_Sh: Tensor, sin_Sh: Tensor) -> Tensor:
     return x * cos_Sh + torch.cat([-second, first], -1) * sin_Sh
 
 
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
     """Applies pre-norm attention and a MoE layer, both with a residual. moe: an implementation, whose forward takes (T,
     D)."""
 
-    def __init__(self, shape: TrainShape, moe: Contender) -> None:
+    def __init__(self, shape: TrainShape, moe: Implementation) -> None:
         super().__init__()
         d_model = shape.layer.d_model
         self.attention_norm, self.moe_norm = nn.RMSNorm(d_model), nn.RMSNorm(d_model)
-        self.attention = Attention(d_model, shape.num_heads, shape.head_size)
+        self.attention = DecoderAttention(d_model, shape.num_heads, shape.head_size)
         self.moe_module, self.moe = moe.module, moe.forward  # as a submodule, so that its parameters are found
 
     def forward(self, x_BSD: Tensor, cos_Sh: Tensor, sin_Sh: Tensor) -> Tensor:
@@ -111,11 +111,11 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Stacks the blocks between an embedding and tied logits."""
 
-    def __init__(self, shape: TrainShape, layers: Sequence[Contender]) -> None:
+    def __init__(self, shape: TrainShape, layers: Sequence[Implementation]) -> None:
         super().__init__()
         self.embedding = nn.Embedding(shape.vocab_size, shape.layer.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.blocks = nn.ModuleList([Block(shape, moe) for moe in layers])
+        self.blocks = nn.ModuleList([DecoderBlock(shape, moe) for moe in layers])
         self.norm = nn.RMSNorm(shape.layer.d_model)
         angles_h = 10000.0 ** (-torch.arange(0, shape.head_size, 2) / shape.head_size)
         angles_Sh = torch.outer(torch.arange(shape.sequence_length), angles_h).repeat(1, 2)
@@ -130,20 +130,24 @@ class Decoder(nn.Module):
 
 
 @contextmanager
-def seeded() -> Iterator[None]:
+def fixed_seed() -> Iterator[None]:
     """Seeds torch's generator in its body, so that all ranks draw the same initial weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
 
 
-def build_decoder(shape: TrainShape, build: Callable[[Case], Contender], case: Case) -> Trainee:
+def build_decoder(shape: TrainShape, build: Callable[[Case], Implementation], case: Case) -> TrainableModel:
     """Builds a decoder with MoE layers of one peer. In bfloat16, weights and moments are bfloat16 as well."""
     layers = [build(case) for _ in range(shape.num_layers)]
-    with seeded(), torch.device(case.device):
+    with fixed_seed(), torch.device(case.device):
         model = Decoder(shape, layers)
     model.to(case.dtype)
-    experts = {id(p) for moe in layers for p in moe.parameters()} - {id(p) for moe in layers for p in moe.replicated()}
-    replicated = [parameter for parameter in model.parameters() if id(parameter) not in experts]
+    experts = {id(p) for moe in layers for p in moe.parameters()} - {
+        id(p) for moe in layers for p in moe.replicated_parameters()
+    }
+    replicated_parameters = [parameter for parameter in model.parameters() if id(parameter) not in experts]
     first, computes = layers[0], f"plain decoder, {layers[0].computes}"
-    return Trainee(model, model, replicated, case, computes, first.version, first.surroundings, layers)
+    return TrainableModel(
+        model, model, replicated_parameters, case, computes, first.version, first.execution_context, layers
+    )

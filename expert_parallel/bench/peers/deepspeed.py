@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expert_parallel.bench.peers.contender import Case, Contender, NotMeasured, installed
-from expert_parallel.nn.ffn import ACTIVATIONS, width_in
-from expert_parallel.runtime.process import Runtime, tell_deepspeed
+from expert_parallel.bench.peers.implementation import Case, Implementation, NotMeasured, installed_version
+from expert_parallel.nn.ffn import ACTIVATIONS, w_in_columns
+from expert_parallel.runtime.process import Runtime, set_deepspeed_environment
 
 PACKAGE = "deepspeed"
 CAPACITY_FACTOR = 1.0
@@ -21,14 +21,14 @@ class Expert(nn.Module):
     def __init__(self, d_model: int, hidden: int, activation: str) -> None:
         super().__init__()
         self.activate = ACTIVATIONS[activation]
-        self.w_in = nn.Parameter(torch.empty(d_model, width_in(activation, hidden)))
+        self.w_in = nn.Parameter(torch.empty(d_model, w_in_columns(activation, hidden)))
         self.w_out = nn.Parameter(torch.empty(hidden, d_model))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activate(x @ self.w_in) @ self.w_out
 
 
-class DeepSpeedLayer(Contender):
+class DeepSpeedLayer(Implementation):
     """Runs DeepSpeed's layer with its capacity."""
 
     def __init__(self, module: nn.Module, case: Case, computes: str, version: str) -> None:
@@ -45,7 +45,7 @@ class DeepSpeedLayer(Contender):
         y_TD, _, self.counts_E = self.module(x_TD)
         return y_TD
 
-    def forward_all(self, x_TD: Tensor) -> Tensor:
+    def forward_dropless(self, x_TD: Tensor) -> Tensor:
         """Computes the layer with what `drop_tokens=False` sets in DeepSpeed."""
         gate = self.module.deepspeed_moe.gate
         gate.drop_tokens = False
@@ -69,8 +69,8 @@ class DeepSpeedLayer(Contender):
 def start_deepspeed(runtime: Runtime) -> None:
     """Starts DeepSpeed's communication over the existing process groups. Raises `NotMeasured` where it is not
     installed."""
-    installed(PACKAGE)
-    tell_deepspeed(runtime)
+    installed_version(PACKAGE)
+    set_deepspeed_environment(runtime)
     import deepspeed
 
     from expert_parallel.training.engines.deepspeed import set_up_deepspeed
@@ -104,14 +104,14 @@ def build_moe(case: Case, use_tutel: bool) -> nn.Module:
     return layer
 
 
-def build(case: Case, use_tutel: bool = False) -> Contender:
+def build(case: Case, use_tutel: bool = False) -> Implementation:
     """Builds the layer with the case's weights."""
-    version = installed(PACKAGE)
+    version = installed_version(PACKAGE)
     if use_tutel:
-        version = f"{version}, Tutel {installed('tutel', extra='')}"
+        version = f"{version}, Tutel {installed_version('tutel', extra='')}"
         if case.device.type == "cpu" and case.dtype not in (torch.float32, torch.float64):
             raise NotMeasured("Tutel's CPU kernels take float32 and float64 alone")
-    case.even_experts()
+    case.experts_per_rank()
     start_deepspeed(case.runtime)
     layer: Any = build_moe(case, use_tutel).to(case.dtype)
     inner = layer.deepspeed_moe

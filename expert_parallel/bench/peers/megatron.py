@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expert_parallel.bench.peers.contender import Case, Contender, installed
+from expert_parallel.bench.peers.implementation import Case, Implementation, installed_version
 
 PACKAGE = "megatron-core"
 
 
-class MegatronLayer(Contender):
+class MegatronLayer(Implementation):
     """Runs Megatron-Core's layer."""
 
     def __init__(self, module: nn.Module, case: Case, computes: str, version: str) -> None:
@@ -28,10 +28,10 @@ class MegatronLayer(Contender):
     def bytes_sent(self) -> int:
         """Returns the bytes of a row for each choice on another rank, out and back, forward and backward, without its
         weights."""
-        return self.case.bytes_of_choices()
+        return self.case.bytes_of_one_row_per_choice()
 
-    def surroundings(self) -> AbstractContextManager[None]:
-        return on_this_device(self.case.device)
+    def execution_context(self) -> AbstractContextManager[None]:
+        return without_cuda_calls(self.case.device)
 
 
 class NoStream:
@@ -45,7 +45,7 @@ class NoStream:
 
 
 @contextmanager
-def on_this_device(device: torch.device) -> Iterator[None]:
+def without_cuda_calls(device: torch.device) -> Iterator[None]:
     """Lets Megatron-Core run on a CPU, where it asks torch for the current CUDA device and streams: patches these
     calls.
 
@@ -70,11 +70,11 @@ def _as_on_gpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False)
     return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def build(case: Case) -> Contender:
+def build(case: Case) -> Implementation:
     """Builds the layer with the case's weights."""
-    version = installed(PACKAGE)
-    num_local = case.even_experts()
-    with on_this_device(case.device):
+    version = installed_version(PACKAGE)
+    num_local = case.experts_per_rank()
+    with without_cuda_calls(case.device):
         layer: Any = build_moe(case).to(device=case.device, dtype=case.dtype)
     weights = case.weights
     with torch.no_grad():

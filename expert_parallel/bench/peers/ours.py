@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from expert_parallel import __version__
-from expert_parallel.bench.peers.contender import Case, Contender
+from expert_parallel.bench.peers.implementation import Case, Implementation
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.layer import MoELayer
@@ -15,7 +15,7 @@ from expert_parallel.moe.types import LoadStats
 CAPACITY_FACTOR = 1.0
 
 
-class Ours(Contender):
+class OurLayer(Implementation):
     """Runs our layer. `bytes_sent` counts everything that the layer's log counts: rows and metadata."""
 
     def __init__(self, layer: MoELayer, computes: str) -> None:
@@ -25,7 +25,7 @@ class Ours(Contender):
     def forward(self, x_TD: Tensor) -> Tensor:
         return self._forward(x_TD, StepContext())
 
-    def forward_all(self, x_TD: Tensor) -> Tensor:
+    def forward_dropless(self, x_TD: Tensor) -> Tensor:
         return self._forward(x_TD, StepContext(dropless=True))
 
     def _forward(self, x_TD: Tensor, context: StepContext) -> Tensor:
@@ -42,18 +42,18 @@ class Ours(Contender):
         return sum(count for (_, link), count in self.stats.log.bytes_sent.items() if link != "own")
 
 
-def build_ours(case: Case) -> Contender:
+def build_ours(case: Case) -> Implementation:
     """Builds our dropless layer."""
     return _build(case, {"kind": "dropless"}, f"dropless, {case.activation}")
 
 
-def build_with_capacity(case: Case) -> Contender:
+def build_with_capacity(case: Case) -> Implementation:
     """Builds our layer with a capacity that drops by position, second choices after first ones, as GShard does."""
     capacity = {"kind": "factor", "train": CAPACITY_FACTOR}
     return _build(case, capacity, f"capacity {CAPACITY_FACTOR:g}, {case.activation}")
 
 
-def _build(case: Case, capacity: dict[str, Any], computes: str) -> Contender:
+def _build(case: Case, capacity: dict[str, Any], computes: str) -> Implementation:
     shape = case.shape
     config: dict[str, Any] = {
         "d_model": shape.d_model,
@@ -69,4 +69,4 @@ def _build(case: Case, capacity: dict[str, Any], computes: str) -> Contender:
         layer.router.weight.copy_(case.weights.router_ED)
         layer.experts.w_in.copy_(case.weights.w_in_eDF)
         layer.experts.w_out.copy_(case.weights.w_out_eFD)
-    return Ours(layer, computes)
+    return OurLayer(layer, computes)

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expert_parallel.bench.peers.contender import Case, Contender, NotMeasured
-from expert_parallel.nn.ffn import ACTIVATIONS, width_in
+from expert_parallel.bench.peers.implementation import Case, Implementation, NotMeasured
+from expert_parallel.nn.ffn import ACTIVATIONS, w_in_columns
 
 LARGEST_ONE_HOT = 4e9  # bytes
 
@@ -63,14 +63,14 @@ class OneHotEinsum(PlainLayer):
         return torch.einsum("tec,ecd->td", combine_TEC, y_ECD)
 
 
-class Dense(nn.Module):
+class DenseFFN(nn.Module):
     """Computes one network with the hidden columns of all experts, which every token uses."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
         shape = case.shape
         hidden = shape.num_experts * shape.hidden
-        columns = width_in(case.activation, hidden)
+        columns = w_in_columns(case.activation, hidden)
         self.activate = ACTIVATIONS[case.activation]
 
         def normal(rows: int, columns: int) -> nn.Parameter:
@@ -82,31 +82,31 @@ class Dense(nn.Module):
         return self.activate(x_TD @ self.w_in) @ self.w_out
 
 
-class DenseContender(Contender):
+class DenseImplementation(Implementation):
     """Runs the dense network, whose outputs are not compared with the others'."""
 
     is_compared = False
 
 
-def build_mask_loop(case: Case) -> Contender:
+def build_mask_loop(case: Case) -> Implementation:
     """Builds the loop over experts."""
-    case.one_rank()
-    return Contender(MaskLoop(case), f"dropless, {case.activation}", f"torch {torch.__version__}")
+    case.require_one_rank()
+    return Implementation(MaskLoop(case), f"dropless, {case.activation}", f"torch {torch.__version__}")
 
 
-def build_einsum(case: Case) -> Contender:
+def build_einsum(case: Case) -> Implementation:
     """Builds the one-hot einsum. Raises `NotMeasured` where its tensors would be too large."""
-    case.one_rank()
+    case.require_one_rank()
     one_hot = 4 * case.shape.tokens**2 * case.shape.k  # bytes of (T, E, C) in float32, with C = T * k / E
     if one_hot > LARGEST_ONE_HOT:
         raise NotMeasured(f"each of its one-hot tensors would take {one_hot / 1e9:.0f} GB")
-    return Contender(
+    return Implementation(
         OneHotEinsum(case), f"padded to the fullest expert, {case.activation}", f"torch {torch.__version__}"
     )
 
 
-def build_dense(case: Case) -> Contender:
+def build_dense(case: Case) -> Implementation:
     """Builds the dense layer; each rank computes its own tokens."""
     hidden = case.shape.num_experts * case.shape.hidden
     computes = f"dense, hidden {hidden}, {case.activation}"
-    return DenseContender(Dense(case), computes, f"torch {torch.__version__}")
+    return DenseImplementation(DenseFFN(case), computes, f"torch {torch.__version__}")

@@ -10,12 +10,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from expert_parallel.bench.peers.contender import Case, Contender, NotMeasured, installed
+from expert_parallel.bench.peers.implementation import Case, Implementation, NotMeasured, installed_version
 
 PACKAGE = "torchtitan"
 
 
-class TitanLayer(Contender):
+class TitanLayer(Implementation):
     """Runs torchtitan's layer."""
 
     def __init__(self, module: nn.Module, case: Case, computes: str, version: str) -> None:
@@ -26,7 +26,7 @@ class TitanLayer(Contender):
         return self.module(x_TD[None])[0]  # torchtitan's layout is (B, L, D)
 
     @contextmanager
-    def surroundings(self) -> Iterator[None]:
+    def execution_context(self) -> Iterator[None]:
         """Silences torch's warning that the router's autocast to float32 has no effect on a CPU."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "In CPU autocast")
@@ -34,10 +34,10 @@ class TitanLayer(Contender):
 
     def bytes_sent(self) -> int:
         """Returns the bytes of a row for each choice on another rank, out and back, forward and backward."""
-        return self.case.bytes_of_choices()
+        return self.case.bytes_of_one_row_per_choice()
 
 
-def in_own_dtype(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def without_bfloat16_casts(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Disables casts to bfloat16 in torchtitan's experts, which cast whatever they receive, so that they compute in
     float32."""
 
@@ -49,14 +49,14 @@ def in_own_dtype(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def build(case: Case) -> Contender:
+def build(case: Case) -> Implementation:
     """Builds the layer with the case's weights."""
-    version = installed(PACKAGE)
+    version = installed_version(PACKAGE)
     if case.activation != "swiglu":
         raise NotMeasured("its experts are SwiGLU")
     if case.device.type == "cuda" and case.dtype != torch.bfloat16:
         raise NotMeasured("on GPUs its grouped products take bfloat16 alone")
-    num_local = case.even_experts()
+    num_local = case.experts_per_rank()
     layer: Any = build_moe(case, num_local)
     weights, experts = case.weights, layer.routed_experts.inner_experts
     w_gate_eDF, w_up_eDF = weights.w_in_eDF.chunk(2, -1)
@@ -64,7 +64,7 @@ def build(case: Case) -> Contender:
         layer.router.gate.weight.copy_(weights.router_ED)
         for own, given in (("w1_EFD", w_gate_eDF), ("w3_EFD", w_up_eDF), ("w2_EDF", weights.w_out_eFD)):
             getattr(experts, own).copy_(given.transpose(1, 2))
-    experts.forward = in_own_dtype(experts.forward)
+    experts.forward = without_bfloat16_casts(experts.forward)
     return TitanLayer(layer, case, "dropless, swiglu", version)
 
 

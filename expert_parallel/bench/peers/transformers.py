@@ -7,24 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expert_parallel.bench.peers.contender import Case, Contender, NotMeasured, installed
-from expert_parallel.bench.peers.decoder import Trainee, seeded
+from expert_parallel.bench.peers.decoder import TrainableModel, fixed_seed
+from expert_parallel.bench.peers.implementation import Case, Implementation, NotMeasured, installed_version
 from expert_parallel.bench.shapes import TrainShape
 
 PACKAGE = "transformers"
 
 
-class MixtralBlock(Contender):
+class MixtralBlock(Implementation):
     """Runs Mixtral's block."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.module(x_TD[None])[0]  # transformers' layout is (B, S, D)
 
 
-def build_mixtral(case: Case, kind: str) -> Contender:
+def build_mixtral(case: Case, kind: str) -> Implementation:
     """Builds Mixtral's block with the case's weights. kind: its `experts_implementation`."""
-    version = installed(PACKAGE)
-    case.one_rank()
+    version = installed_version(PACKAGE)
+    case.require_one_rank()
     if case.activation != "swiglu":
         raise NotMeasured("its experts are SwiGLU")
     if case.shape.k == 1:
@@ -53,9 +53,9 @@ build_eager = partial(build_mixtral, kind="eager")
 build_grouped_mm = partial(build_mixtral, kind="grouped_mm")
 
 
-def build_model(shape: TrainShape, case: Case) -> Trainee:
+def build_model(shape: TrainShape, case: Case) -> TrainableModel:
     """Builds a MixtralForCausalLM with all experts on every rank, so data parallel only."""
-    version = installed(PACKAGE)
+    version = installed_version(PACKAGE)
     if case.activation != "swiglu":
         raise NotMeasured("its experts are SwiGLU")
     from transformers.models.mixtral.configuration_mixtral import MixtralConfig
@@ -77,9 +77,11 @@ def build_model(shape: TrainShape, case: Case) -> Trainee:
         use_cache=False,
     )
     config._attn_implementation, config._experts_implementation = "sdpa", "grouped_mm"
-    with seeded(), torch.device(case.device):
+    with fixed_seed(), torch.device(case.device):
         model: Any = MixtralForCausalLM(config)
     model.to(case.dtype)
     parameters = list(model.parameters())
     computes = f"MixtralForCausalLM{', data parallel' if case.ranks > 1 else ''}, dropless, swiglu"
-    return Trainee(model, lambda inputs_BS: model(input_ids=inputs_BS).logits, parameters, case, computes, version)
+    return TrainableModel(
+        model, lambda inputs_BS: model(input_ids=inputs_BS).logits, parameters, case, computes, version
+    )

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from expert_parallel.bench.peers.contender import Case, Contender, NotMeasured, installed
+from expert_parallel.bench.peers.implementation import Case, Implementation, NotMeasured, installed_version
 from expert_parallel.nn.ffn import ACTIVATIONS
 
 PACKAGE = "tutel"
 CAPACITY_FACTOR = 1.0
 
 
-class TutelLayer(Contender):
+class TutelLayer(Implementation):
     """Runs Tutel's layer with its capacity."""
 
     def __init__(self, module: nn.Module, case: Case, computes: str, version: str) -> None:
@@ -26,7 +26,7 @@ class TutelLayer(Contender):
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.module(x_TD)
 
-    def forward_all(self, x_TD: Tensor) -> Tensor:
+    def forward_dropless(self, x_TD: Tensor) -> Tensor:
         """Computes the layer with factor 0, which is the capacity that the fullest expert needs."""
         (gate,) = self.module.gates
         gate.capacity_factor = 0.0
@@ -48,14 +48,14 @@ class TutelLayer(Contender):
         return 4 * rows * shape.d_model * self.case.dtype.itemsize
 
 
-def build(case: Case) -> Contender:
+def build(case: Case) -> Implementation:
     """Builds the layer with the case's weights."""
-    version = installed(PACKAGE, extra="")
+    version = installed_version(PACKAGE, extra="")
     if case.activation != "gelu":
         raise NotMeasured("its own experts have two matrices, without a gate")
     if case.device.type == "cpu" and case.dtype not in (torch.float32, torch.float64):
         raise NotMeasured("its CPU kernels take float32 and float64 alone")
-    num_local = case.even_experts()
+    num_local = case.experts_per_rank()
     from tutel import moe
 
     shape, weights = case.shape, case.weights

@@ -9,7 +9,7 @@ the same, because all experts prefer by the same order.
 import torch
 from torch import Tensor
 
-from expert_parallel.moe.dispatch.permute import places_in_queues
+from expert_parallel.moe.dispatch.permute import positions_in_queues
 
 
 def reroute(
@@ -46,9 +46,9 @@ def reroute(
         queue_M = torch.where(has_more_M, block_G[token_M] * num_experts + target_M, len(room_Q))
         # Of one token's choices at one expert only the foremost may stay.
         pair_M = torch.where(has_more_M, token_M * num_experts + target_M, num_tokens * num_experts)
-        is_second_M = places_in_queues(pair_M, num_tokens * num_experts + 1, rank_M) > 0
+        is_second_M = positions_in_queues(pair_M, num_tokens * num_experts + 1, rank_M) > 0
         queue_M = torch.where(is_second_M, len(room_Q), queue_M)
-        place_M = places_in_queues(queue_M, len(room_Q) + 1, rank_M)
+        place_M = positions_in_queues(queue_M, len(room_Q) + 1, rank_M)
         stays_M = (queue_M < len(room_Q)) & (place_M < torch.cat([room_Q, room_Q.new_zeros(1)])[queue_M])
         refused_M = has_more_M & ~stays_M
         if not bool(refused_M.any()):

@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 
 from expert_parallel.moe.context import TokenBatch
-from expert_parallel.parallel.collectives import gather_columns, group_rank, group_size
+from expert_parallel.parallel.collectives import all_gather_columns, group_rank, group_size
 
 Scope = Literal["rank", "sequence", "global"]
 
 
 @dataclass(frozen=True)
-class View:
+class ScopedTokens:
     """G tokens in order, in blocks of equal length (masked ones included) that are decided on their own.
 
-    index_G, real_G: as in TokenBatch. sizes: each block's real tokens. mine_T: where this rank's tokens stand.
+    index_G, real_G: as in TokenBatch. sizes: each block's real tokens. local_T: where this rank's tokens stand.
     """
 
     num_blocks: int
     index_G: Tensor
     real_G: Tensor
     sizes: list[int]
-    mine_T: Tensor
+    local_T: Tensor
 
     @property
     def block_G(self) -> Tensor:
@@ -37,7 +37,7 @@ class View:
         return torch.arange(len(self.index_G), device=self.index_G.device) // max(length, 1)
 
 
-def look_across(scope: Scope, batch: TokenBatch, *columns: Tensor) -> tuple[View, list[Tensor]]:
+def gather_scope(scope: Scope, batch: TokenBatch, *columns: Tensor) -> tuple[ScopedTokens, list[Tensor]]:
     """The view of this rank's tokens under `scope`, and the columns (T, ...) as (G, ...) in the view's order. Detached.
 
     `global` gathers the columns over the ranks, each with 9 bytes a token beside them, so that every rank decides all
@@ -47,25 +47,27 @@ def look_across(scope: Scope, batch: TokenBatch, *columns: Tensor) -> tuple[View
     real_T = torch.ones_like(batch.index_T, dtype=torch.bool) if batch.real_T is None else batch.real_T
     is_divided = group_size(batch.sequence_group) > 1 or batch.context.positions_S is not None
     if scope == "global" or (scope == "sequence" and is_divided):
-        return _look_across_ranks(scope, batch, real_T, columns)
+        return _gather_scope_over_ranks(scope, batch, real_T, columns)
     num_blocks = batch.num_sequences if scope == "sequence" else 1
-    sizes = [len(real_T) // max(num_blocks, 1)] * num_blocks if batch.real_T is None else _sizes(real_T, num_blocks)
-    mine_T = torch.arange(len(real_T), device=real_T.device)
-    return View(num_blocks, batch.index_T, real_T, sizes, mine_T), [column.detach() for column in columns]
+    sizes = (
+        [len(real_T) // max(num_blocks, 1)] * num_blocks if batch.real_T is None else _block_sizes(real_T, num_blocks)
+    )
+    local_T = torch.arange(len(real_T), device=real_T.device)
+    return ScopedTokens(num_blocks, batch.index_T, real_T, sizes, local_T), [column.detach() for column in columns]
 
 
-def _sizes(real_G: Tensor, num_blocks: int) -> list[int]:
+def _block_sizes(real_G: Tensor, num_blocks: int) -> list[int]:
     return real_G.view(num_blocks, -1).sum(1).tolist() if num_blocks else []
 
 
-def _look_across_ranks(
+def _gather_scope_over_ranks(
     scope: Scope, batch: TokenBatch, real_T: Tensor, columns: tuple[Tensor, ...]
-) -> tuple[View, list[Tensor]]:
+) -> tuple[ScopedTokens, list[Tensor]]:
     """ValueError, on every rank of the group alike, where the global order is not one."""
     group, num_blocks = (batch.group, 1) if scope == "global" else (batch.sequence_group, batch.num_sequences)
     lacks_index = scope == "global" and group_size(group) > 1 and not batch.is_global
     index_T = torch.full_like(batch.index_T, -1) if lacks_index else batch.index_T
-    (index_G, real_G, *gathered), lengths, sent = gather_columns([index_T, real_T, *columns], group)
+    (index_G, real_G, *gathered), lengths, sent = all_gather_columns([index_T, real_T, *columns], group)
     if bool((index_G < 0).any()):  # every rank sees it, whichever rank lacks them
         raise ValueError(
             "scope 'global' over several ranks needs each sequence's index in the micro-step's global batch: give "
@@ -73,17 +75,19 @@ def _look_across_ranks(
         )
     batch.scope_bytes.sent += sent
     index_G, order_G = index_G.sort(stable=True)
-    _refuse_disorder(index_G, batch, num_blocks if scope == "sequence" else None)
+    _check_global_order(index_G, batch, num_blocks if scope == "sequence" else None)
     place_G = torch.empty_like(order_G)
     place_G[order_G] = torch.arange(len(order_G), device=order_G.device)
     rank = group_rank(group)
     start = sum(lengths[:rank])
     real_G = real_G[order_G]
-    view = View(num_blocks, index_G, real_G, _sizes(real_G, num_blocks), place_G[start : start + lengths[rank]])
+    view = ScopedTokens(
+        num_blocks, index_G, real_G, _block_sizes(real_G, num_blocks), place_G[start : start + lengths[rank]]
+    )
     return view, [column[order_G] for column in gathered]
 
 
-def _refuse_disorder(index_G: Tensor, batch: TokenBatch, num_sequences: int | None) -> None:
+def _check_global_order(index_G: Tensor, batch: TokenBatch, num_sequences: int | None) -> None:
     """ValueError where two tokens have one place, or the tokens are not those of so many sequences of one length.
     index_G: sorted."""
     twice_G = index_G[1:] == index_G[:-1]

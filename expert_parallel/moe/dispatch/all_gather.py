@@ -6,20 +6,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from expert_parallel.moe.dispatch.async_collective import AsyncCollective, SplitSizes
 from expert_parallel.moe.dispatch.base import (
     ChunkRoute,
     Exchange,
     Metadata,
-    by_chunk,
-    by_peer,
-    departing,
-    total_sizes,
+    outgoing_metadata,
+    pack_by_rank,
+    sum_sizes,
+    unpack_by_chunk,
 )
-from expert_parallel.moe.dispatch.exchange import AsyncCollective, SplitSizes
 from expert_parallel.moe.dispatch.ledger import Ledger
-from expert_parallel.moe.dispatch.pass_fingerprint import PassKey, refuse_disagreement
+from expert_parallel.moe.dispatch.pass_fingerprint import PassFingerprint, raise_if_out_of_sync
 from expert_parallel.moe.dispatch.permute import sum_rows
-from expert_parallel.moe.dispatch.row_index import NOWHERE, RowChoices, columns, plan_travel
+from expert_parallel.moe.dispatch.row_index import NO_EXPERT, ChoicesByRow, build_send_index, column_of_choice
 from expert_parallel.parallel.collectives import Phase, Wait, all_gather_rows
 
 
@@ -37,7 +37,7 @@ class AllGatherExchange(Exchange):
     combine and the backward pass are those of the all-to-all."""
 
     def plan(
-        self, chunks: Sequence[RowChoices], fingerprint: PassKey, ledger: Ledger
+        self, chunks: Sequence[ChoicesByRow], fingerprint: PassFingerprint, ledger: Ledger
     ) -> tuple[list[ChunkRoute], Metadata]:
         """Gathers counts and choices. The host waits for the rows of each rank, and for the rows and choices that are
         kept."""
@@ -46,11 +46,11 @@ class AllGatherExchange(Exchange):
         routes: list[ChunkRoute] = []
         choice_sizes: list[SplitSizes] = []
         sent_weights: list[Tensor] = []
-        kept_choices: list[RowChoices] = []
+        kept_choices: list[ChoicesByRow] = []
         for choices, order, lengths, (expert_GK, weight_GK) in zip(
-            chunks, self._order(chunks), lengths_CP, gathered, strict=True
+            chunks, self._sort_by_rank(chunks), lengths_CP, gathered, strict=True
         ):
-            travel = plan_travel(choices, order, fingerprint.num_choices, self.merge)
+            travel = build_send_index(choices, order, fingerprint.num_choices, self.dedup)
             send_rows, send_choices = torch.stack([order.rows_P, order.choices_P]).tolist()  # the host waits
             here_GK = self.rank_of_expert_E1(expert_GK.long()) == self.peers.me
             row_V = here_GK.any(1).nonzero().squeeze(1)  # nonzero: the host waits for the number of rows
@@ -66,31 +66,37 @@ class AllGatherExchange(Exchange):
                 )
             )
             choice_sizes.append(SplitSizes(send_choices, receive_choices))
-            sent_weights.append(departing(choices, order, travel, sum(send_choices))[1])
+            sent_weights.append(outgoing_metadata(choices, order, travel, sum(send_choices))[1])
             kept_choices.append(
-                RowChoices(
+                ChoicesByRow(
                     row_N, expert_GK[row_V[row_N], column_N].long(), weight_GK[row_V[row_N], column_N], len(row_V)
                 )
             )
-        metadata = GatheredChoices(kept_choices, choice_sizes, self, ledger)
-        return routes, metadata.start(by_peer(sent_weights, choice_sizes))
+        metadata = GatheredMetadata(kept_choices, choice_sizes, self, ledger)
+        return routes, metadata.start(pack_by_rank(sent_weights, choice_sizes))
 
     def start(self, x_LD: Tensor, route: ChunkRoute, ledger: Ledger) -> AsyncCollective:
         """Gathers the rows of all ranks and keeps those of the route."""
         assert isinstance(route, GatheredRoute)
-        return AsyncAllGather(ledger, route, self).start(self._narrow(x_LD))
+        return AsyncAllGather(ledger, route, self).start(self._to_exchange_dtype(x_LD))
 
-    def _exchange_lengths(self, chunks: Sequence[RowChoices], fingerprint: PassKey, ledger: Ledger) -> list[list[int]]:
+    def _exchange_lengths(
+        self, chunks: Sequence[ChoicesByRow], fingerprint: PassFingerprint, ledger: Ledger
+    ) -> list[list[int]]:
         """Returns, for each chunk, the number of rows of each rank. The host waits for them."""
         lengths = [choices.num_rows for choices in chunks]
-        words = torch.tensor([[*lengths, *fingerprint.words]], dtype=torch.int32, device=chunks[0].row_N.device)
-        ledger.count_bytes(words, [1] * self.peers.size, self.peers, self.exchange_key(Phase.COUNTS))
-        table_PW = all_gather_rows(words, [1] * self.peers.size, self.peers.group).tolist()
-        refuse_disagreement([row[-2:] for row in table_PW], fingerprint, self.peers)
+        encoded = torch.tensor([[*lengths, *fingerprint.encoded]], dtype=torch.int32, device=chunks[0].row_N.device)
+        ledger.count_bytes(encoded, [1] * self.peers.size, self.peers, self.exchange_key(Phase.COUNTS))
+        table_PW = all_gather_rows(encoded, [1] * self.peers.size, self.peers.group).tolist()
+        raise_if_out_of_sync([row[-2:] for row in table_PW], fingerprint, self.peers)
         return [list(lengths_P) for lengths_P in zip(*(row[:-2] for row in table_PW), strict=True)]
 
     def _gather_choices(
-        self, chunks: Sequence[RowChoices], lengths_CP: Sequence[Sequence[int]], fingerprint: PassKey, ledger: Ledger
+        self,
+        chunks: Sequence[ChoicesByRow],
+        lengths_CP: Sequence[Sequence[int]],
+        fingerprint: PassFingerprint,
+        ledger: Ledger,
     ) -> list[tuple[Tensor, Tensor]]:
         """Returns the choices of all ranks for each chunk, as tables with one column for each choice: its expert
         (int32, `NO_EXPERT` for none) and its weight, without gradient."""
@@ -98,16 +104,16 @@ class AllGatherExchange(Exchange):
         dtype = chunks[0].weight_N.dtype
         tables = []
         for choices in chunks:
-            column_N = columns(choices)
-            expert_LK = choices.row_N.new_full((choices.num_rows, K), NOWHERE, dtype=torch.int32)
+            column_N = column_of_choice(choices)
+            expert_LK = choices.row_N.new_full((choices.num_rows, K), NO_EXPERT, dtype=torch.int32)
             expert_LK[choices.row_N, column_N] = choices.expert_N.to(torch.int32)
             weight_LK = choices.weight_N.new_zeros(choices.num_rows, K)
-            weight_LK[choices.row_N, column_N] = choices.weight_N.detach()  # GatheredChoices gives them their gradient
+            weight_LK[choices.row_N, column_N] = choices.weight_N.detach()  # GatheredMetadata gives them their gradient
             tables.append(torch.cat([expert_LK, weight_LK.view(torch.int32)], 1))
         table, lengths_P = torch.cat(tables), [sum(lengths) for lengths in zip(*lengths_CP, strict=True)]
         ledger.count_bytes(table, [len(table)] * self.peers.size, self.peers, self.exchange_key(Phase.METADATA))
         gathered = all_gather_rows(table, lengths_P, self.peers.group)
-        table_of_chunk = by_chunk(gathered, [SplitSizes([], list(lengths)) for lengths in lengths_CP])
+        table_of_chunk = unpack_by_chunk(gathered, [SplitSizes([], list(lengths)) for lengths in lengths_CP])
         copied = torch.contiguous_format  # aligned, for a view as another dtype
         return [(table_G[:, :K], table_G[:, K:].clone(memory_format=copied).view(dtype)) for table_G in table_of_chunk]
 
@@ -132,7 +138,7 @@ class AsyncAllGather(AsyncCollective):
         self.peers = exchange.peers
         self.key = exchange.exchange_key(Phase.DISPATCH)
 
-    def begin(self, x_LD: Tensor) -> Wait:
+    def launch(self, x_LD: Tensor) -> Wait:
         """Starts the all-gather; the ledger counts only the rows that are kept."""
         self.ledger.count_rows(*self.route.sizes, self.peers, self.key)
         return self.ledger.all_gather(x_LD, self.route.lengths, self.peers, self.key)
@@ -141,42 +147,42 @@ class AsyncAllGather(AsyncCollective):
         """Keeps the rows of the route."""
         return x_GD[self.route.row_V]
 
-    def begin_backward(self, grad_VD: Tensor) -> Wait:
+    def launch_backward(self, grad_VD: Tensor) -> Wait:
         """Returns the gradients of kept rows to the ranks that sent them."""
-        return self.ledger.all_to_all(grad_VD, *self.route.sizes.reversed, self.peers, self.key.of_backward)
+        return self.ledger.all_to_all(grad_VD, *self.route.sizes.reversed, self.peers, self.key.backward_key)
 
     def unpack_backward(self, grad_UD: Tensor) -> Tensor:
         """Sums the gradients of each row of x over the ranks that kept it."""
         return sum_rows(grad_UD, self.route.rows_L)
 
 
-class GatheredChoices(AsyncCollective):
+class GatheredMetadata(AsyncCollective):
     """Provides the choices of kept rows, which have been gathered already. In the backward pass the gradients of their
     weights return by all-to-all."""
 
     def __init__(
-        self, choices: list[RowChoices], sizes: list[SplitSizes], exchange: AllGatherExchange, ledger: Ledger
+        self, choices: list[ChoicesByRow], sizes: list[SplitSizes], exchange: AllGatherExchange, ledger: Ledger
     ) -> None:
         self.choices = choices
         self.chunk_sizes = sizes
-        self.sizes = total_sizes(sizes)
+        self.sizes = sum_sizes(sizes)
         self.ledger = ledger
         self.peers = exchange.peers
         self.key = exchange.exchange_key(Phase.METADATA)
 
-    def begin(self, weight_N: Tensor) -> Wait:
+    def launch(self, weight_N: Tensor) -> Wait:
         """Communicates nothing: it only connects the gathered weights to the autograd graph of the weights that were
         sent."""
         weights = [choices.weight_N for choices in self.choices]
-        kept_N = by_peer(weights, [sizes.reversed for sizes in self.chunk_sizes])
+        kept_N = pack_by_rank(weights, [sizes.reversed for sizes in self.chunk_sizes])
         return lambda: kept_N
 
-    def begin_backward(self, grad_N: Tensor) -> Wait:
+    def launch_backward(self, grad_N: Tensor) -> Wait:
         """Returns the gradients of the weights to the ranks that sent them."""
-        return self.ledger.all_to_all_metadata(grad_N, *self.sizes.reversed, self.peers, self.key.of_backward)
+        return self.ledger.all_to_all_metadata(grad_N, *self.sizes.reversed, self.peers, self.key.backward_key)
 
-    def arrived(self) -> list[RowChoices]:
+    def wait_for_choices(self) -> list[ChoicesByRow]:
         """Returns the choices of each chunk, with weights that have a gradient. Called once."""
-        weights = by_chunk(self.finish(), self.chunk_sizes)
+        weights = unpack_by_chunk(self.finish(), self.chunk_sizes)
         kept, self.choices = self.choices, []  # released, since this object lives until the backward pass
         return [replace(choices, weight_N=weight_N) for choices, weight_N in zip(kept, weights, strict=True)]

@@ -12,39 +12,39 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from expert_parallel.moe.dispatch.async_collective import AsyncAllToAll, AsyncCollective, SplitSizes
 from expert_parallel.moe.dispatch.base import (
     ChunkRoute,
     Exchange,
     Metadata,
-    by_chunk,
-    by_peer,
-    departing,
-    total_sizes,
+    outgoing_metadata,
+    pack_by_rank,
+    sum_sizes,
+    unpack_by_chunk,
 )
-from expert_parallel.moe.dispatch.exchange import AsyncAllToAll, AsyncCollective, SplitSizes
 from expert_parallel.moe.dispatch.ledger import Ledger
-from expert_parallel.moe.dispatch.pass_fingerprint import PassKey, refuse_disagreement
+from expert_parallel.moe.dispatch.pass_fingerprint import PassFingerprint, raise_if_out_of_sync
 from expert_parallel.moe.dispatch.permute import gather_rows
-from expert_parallel.moe.dispatch.row_index import Order, RowChoices, plan_travel
-from expert_parallel.parallel.collectives import Phase, Wait, start_counts
+from expert_parallel.moe.dispatch.row_index import ChoicesByRank, ChoicesByRow, build_send_index
+from expert_parallel.parallel.collectives import Phase, Wait, start_all_to_all_counts
 
 
 class AllToAllExchange(Exchange):
     """Exchanges rows by a variable-size all-to-all."""
 
     def plan(
-        self, chunks: Sequence[RowChoices], fingerprint: PassKey, ledger: Ledger
+        self, chunks: Sequence[ChoicesByRow], fingerprint: PassFingerprint, ledger: Ledger
     ) -> tuple[list[ChunkRoute], Metadata]:
         """Exchanges counts and starts the all-to-all of metadata. The host waits once, for the counts."""
-        orders = self._order(chunks)
+        orders = self._sort_by_rank(chunks)
         sent_PW = self._outgoing_counts(orders, fingerprint, ledger)
-        wait = start_counts(sent_PW, self.peers.group)
+        wait = start_all_to_all_counts(sent_PW, self.peers.group)
         travels = [
-            plan_travel(choices, order, fingerprint.num_choices, self.merge)
+            build_send_index(choices, order, fingerprint.num_choices, self.dedup)
             for choices, order in zip(chunks, orders, strict=True)
         ]
         sent_WP, received_WP = torch.stack([sent_PW, wait()]).mT.tolist()  # the host waits: counts become shapes
-        refuse_disagreement(list(zip(*received_WP[-2:], strict=True)), fingerprint, self.peers)
+        raise_if_out_of_sync(list(zip(*received_WP[-2:], strict=True)), fingerprint, self.peers)
         C = len(chunks)
         row_sizes = [SplitSizes(*sizes) for sizes in zip(sent_WP[:C], received_WP[:C], strict=True)]
         choice_sizes = [SplitSizes(*sizes) for sizes in zip(sent_WP[C : 2 * C], received_WP[C : 2 * C], strict=True)]
@@ -53,31 +53,31 @@ class AllToAllExchange(Exchange):
             for travel, sizes in zip(travels, row_sizes, strict=True)
         ]
         outgoing = [
-            departing(choices, order, travel, sum(sizes.send))
+            outgoing_metadata(choices, order, travel, sum(sizes.send))
             for choices, order, travel, sizes in zip(chunks, orders, travels, choice_sizes, strict=True)
         ]
         tags = [tag_N for tag_N, _ in outgoing]
         weights = [weight_N for _, weight_N in outgoing]
         num_rows = [sum(sizes.receive) for sizes in row_sizes]
-        metadata = AsyncChoices(tags, choice_sizes, num_rows, self, ledger)
-        return routes, metadata.start(by_peer(weights, choice_sizes))
+        metadata = AllToAllMetadata(tags, choice_sizes, num_rows, self, ledger)
+        return routes, metadata.start(pack_by_rank(weights, choice_sizes))
 
     def start(self, x_LD: Tensor, route: ChunkRoute, ledger: Ledger) -> AsyncCollective:
         """Sends each row to the ranks of its choices."""
-        x_UD = self._narrow(gather_rows(x_LD, route.token_U, route.rows_L))
+        x_UD = self._to_exchange_dtype(gather_rows(x_LD, route.token_U, route.rows_L))
         return AsyncAllToAll(ledger, route.sizes, self.peers, self.exchange_key(Phase.DISPATCH)).start(x_UD)
 
-    def _outgoing_counts(self, orders: Sequence[Order], fingerprint: PassKey, ledger: Ledger) -> Tensor:
+    def _outgoing_counts(self, orders: Sequence[ChoicesByRank], fingerprint: PassFingerprint, ledger: Ledger) -> Tensor:
         """Returns the message of counts, int32 (P, 2 C + 2): for each rank, the rows of each chunk, the choices of
         each, and the fingerprint."""
         counts = [order.rows_P for order in orders] + [order.choices_P for order in orders]
-        words_2P = counts[0].new_tensor(fingerprint.words)[:, None].expand(2, self.peers.size)
+        words_2P = counts[0].new_tensor(fingerprint.encoded)[:, None].expand(2, self.peers.size)
         sent_PW = torch.cat([torch.stack(counts), words_2P]).mT.to(torch.int32)  # half the bytes of int64
         ledger.count_bytes(sent_PW, [1] * self.peers.size, self.peers, self.exchange_key(Phase.COUNTS))
         return sent_PW
 
 
-class AsyncChoices(AsyncCollective):
+class AllToAllMetadata(AsyncCollective):
     """Exchanges the metadata of all chunks in one all-to-all: the expert of each choice, and its weight, which has a
     gradient.
 
@@ -93,15 +93,15 @@ class AsyncChoices(AsyncCollective):
         exchange: AllToAllExchange,
         ledger: Ledger,
     ) -> None:
-        self.tag_N = by_peer(tags, sizes)
+        self.tag_N = pack_by_rank(tags, sizes)
         self.chunk_sizes = sizes
         self.num_rows = num_rows
-        self.sizes = total_sizes(sizes)
+        self.sizes = sum_sizes(sizes)
         self.peers = exchange.peers
         self.ledger = ledger
         self.key = exchange.exchange_key(Phase.METADATA)
 
-    def begin(self, weight_N: Tensor) -> Wait:
+    def launch(self, weight_N: Tensor) -> Wait:
         """Sends a record for each choice: its tag, and the bits of its weight as one or two int32."""
         bits = weight_N.view(torch.int32).view(len(weight_N), weight_N.itemsize // 4)
         record = torch.cat([self.tag_N[:, None], bits], 1)
@@ -113,15 +113,15 @@ class AsyncChoices(AsyncCollective):
         bits = record[:, 1:].clone(memory_format=torch.contiguous_format)  # aligned, for a view as another dtype
         return bits.view(self.dtype).flatten(), record[:, 0]
 
-    def begin_backward(self, grad_N: Tensor) -> Wait:
+    def launch_backward(self, grad_N: Tensor) -> Wait:
         """Returns the gradients of the weights to the ranks that sent them."""
-        return self.ledger.all_to_all_metadata(grad_N, *self.sizes.reversed, self.peers, self.key.of_backward)
+        return self.ledger.all_to_all_metadata(grad_N, *self.sizes.reversed, self.peers, self.key.backward_key)
 
-    def arrived(self) -> list[RowChoices]:
+    def wait_for_choices(self) -> list[ChoicesByRow]:
         """Waits for the choices of each chunk; a row begins wherever a tag's lowest bit is set."""
         weight_N, tag_N = self.finish()
-        weights, tags = by_chunk(weight_N, self.chunk_sizes), by_chunk(tag_N, self.chunk_sizes)
+        weights, tags = unpack_by_chunk(weight_N, self.chunk_sizes), unpack_by_chunk(tag_N, self.chunk_sizes)
         return [
-            RowChoices((tag_N & 1).cumsum(0) - 1, (tag_N >> 1).long(), weight_N, rows)
+            ChoicesByRow((tag_N & 1).cumsum(0) - 1, (tag_N >> 1).long(), weight_N, rows)
             for tag_N, weight_N, rows in zip(tags, weights, self.num_rows, strict=True)
         ]

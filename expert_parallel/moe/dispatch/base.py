@@ -7,11 +7,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from expert_parallel.moe.dispatch.exchange import AsyncAllToAll, AsyncCollective, SplitSizes
+from expert_parallel.moe.dispatch.async_collective import AsyncAllToAll, AsyncCollective, SplitSizes
 from expert_parallel.moe.dispatch.ledger import Ledger
-from expert_parallel.moe.dispatch.pass_fingerprint import PassKey
+from expert_parallel.moe.dispatch.pass_fingerprint import PassFingerprint
 from expert_parallel.moe.dispatch.permute import NO_ROW, gather_rows
-from expert_parallel.moe.dispatch.row_index import IndexTable, Order, RowChoices, Travel, order_choices
+from expert_parallel.moe.dispatch.row_index import (
+    ChoicesByRank,
+    ChoicesByRow,
+    IndexTable,
+    SendIndex,
+    sort_choices_by_rank,
+)
 from expert_parallel.parallel.collectives import ExchangeKey, Hop, Peers, Phase
 
 
@@ -32,7 +38,7 @@ class ChunkRoute:
 class Metadata(Protocol):
     """Provides the choices that received rows serve. They may still be in transit when the first rows leave."""
 
-    def arrived(self) -> list[RowChoices]:
+    def wait_for_choices(self) -> list[ChoicesByRow]:
         """Waits for the choices of each chunk. Called once."""
         ...
 
@@ -50,18 +56,18 @@ class Exchange:
         self,
         peers: Peers,
         rank_of_expert: Sequence[int],
-        merge: bool,
+        dedup: bool,
         exchange_dtype: torch.dtype | None,
         hop: Hop = "",
     ) -> None:
         self.peers = peers
-        self.merge = merge
+        self.dedup = dedup
         self.exchange_dtype = exchange_dtype
         self.hop: Hop = hop
-        self.rank_of_expert_E1 = IndexTable([*rank_of_expert, peers.size])  # the last entry is read for NOWHERE
+        self.rank_of_expert_E1 = IndexTable([*rank_of_expert, peers.size])  # the last entry is read for NO_EXPERT
 
     def plan(
-        self, chunks: Sequence[RowChoices], fingerprint: PassKey, ledger: Ledger
+        self, chunks: Sequence[ChoicesByRow], fingerprint: PassFingerprint, ledger: Ledger
     ) -> tuple[list[ChunkRoute], Metadata]:
         """Exchanges counts and starts sending metadata. Returns the route of each chunk, and the metadata, still in
         transit.
@@ -78,7 +84,7 @@ class Exchange:
     def start_back(self, y_VD: Tensor, route: ChunkRoute, ledger: Ledger) -> AsyncCollective:
         """Starts returning the outputs of received rows to the ranks that sent them; see `combine`."""
         key = self.exchange_key(Phase.COMBINE)
-        return AsyncAllToAll(ledger, route.sizes.reversed, self.peers, key).start(self._narrow(y_VD))
+        return AsyncAllToAll(ledger, route.sizes.reversed, self.peers, key).start(self._to_exchange_dtype(y_VD))
 
     def add_up(self, y_UD: Tensor, route: ChunkRoute) -> Tensor:
         """Returns y_LD: for each row, the sum of the outputs that were returned for it, in a fixed order."""
@@ -88,17 +94,19 @@ class Exchange:
         """Returns the key of one of its phases in the log and in messages."""
         return ExchangeKey(phase, self.hop)
 
-    def _order(self, chunks: Sequence[RowChoices]) -> list[Order]:
+    def _sort_by_rank(self, chunks: Sequence[ChoicesByRow]) -> list[ChoicesByRank]:
         return [
-            order_choices(choices, self.rank_of_expert_E1(choices.expert_N), self.peers.size, self.merge)
+            sort_choices_by_rank(choices, self.rank_of_expert_E1(choices.expert_N), self.peers.size, self.dedup)
             for choices in chunks
         ]
 
-    def _narrow(self, x: Tensor) -> Tensor:
+    def _to_exchange_dtype(self, x: Tensor) -> Tensor:
         return x if self.exchange_dtype is None else x.to(self.exchange_dtype)
 
 
-def departing(choices: RowChoices, order: Order, travel: Travel, count: int) -> tuple[Tensor, Tensor]:
+def outgoing_metadata(
+    choices: ChoicesByRow, order: ChoicesByRank, travel: SendIndex, count: int
+) -> tuple[Tensor, Tensor]:
     """Returns tags and weights of the first `count` choices in sending order.
 
     Tags are int32: the expert, and in the lowest bit whether a row begins. Weights have a gradient.
@@ -109,7 +117,7 @@ def departing(choices: RowChoices, order: Order, travel: Travel, count: int) -> 
     return tag_N.to(torch.int32), gather_rows(choices.weight_N, choice_N, inverse_N1)
 
 
-def by_peer(parts: Sequence[Tensor], sizes: Sequence[SplitSizes]) -> Tensor:
+def pack_by_rank(parts: Sequence[Tensor], sizes: Sequence[SplitSizes]) -> Tensor:
     """Joins the messages of all chunks, each ordered by destination, into one, ordered by destination, then by
     chunk."""
     if len(parts) == 1:
@@ -118,7 +126,7 @@ def by_peer(parts: Sequence[Tensor], sizes: Sequence[SplitSizes]) -> Tensor:
     return torch.cat([block for blocks_C in zip(*blocks_CP, strict=True) for block in blocks_C])
 
 
-def by_chunk(message: Tensor, sizes: Sequence[SplitSizes]) -> list[Tensor]:
+def unpack_by_chunk(message: Tensor, sizes: Sequence[SplitSizes]) -> list[Tensor]:
     """Splits a received message, ordered by source, then by chunk, into one for each chunk, ordered by source."""
     if len(sizes) == 1:
         return [message]
@@ -128,7 +136,7 @@ def by_chunk(message: Tensor, sizes: Sequence[SplitSizes]) -> list[Tensor]:
     return [torch.cat(blocks[chunk :: len(sizes)]) for chunk in range(len(sizes))]
 
 
-def total_sizes(sizes: Sequence[SplitSizes]) -> SplitSizes:
+def sum_sizes(sizes: Sequence[SplitSizes]) -> SplitSizes:
     """Returns the split sizes of all chunks together."""
     send, receive = zip(*sizes, strict=True)
     return SplitSizes(*([sum(counts) for counts in zip(*table, strict=True)] for table in (send, receive)))

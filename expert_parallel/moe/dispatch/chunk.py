@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from expert_parallel.moe.dispatch.async_collective import AsyncCollective
 from expert_parallel.moe.dispatch.base import ChunkRoute, Exchange
-from expert_parallel.moe.dispatch.exchange import AsyncCollective
 from expert_parallel.moe.dispatch.ledger import Ledger
 from expert_parallel.moe.types import DispatchedTokens
 
@@ -26,59 +26,59 @@ class Chunk:
         self.ledger = ledger
         self.dtype = x_LD.dtype
         self.routes: list[ChunkRoute] = []
-        self.assigned: DispatchedTokens | None = None  # without its rows
+        self.expert_rows: DispatchedTokens | None = None  # without its rows
         self.rows = x_LD  # the input of the next exchange; in the end y_LD
-        self.under_way: AsyncCollective | None = None
-        self.steps = 0  # calls of `advance_dispatch`: exchanges started, and one when the last has finished
-        self.exchanges_left = len(exchanges)  # exchanges of the combine that are not started
+        self.in_progress: AsyncCollective | None = None
+        self.num_started = 0  # calls of `advance_dispatch`: exchanges started, and one when the last has finished
+        self.combines_left = len(exchanges)  # exchanges of the combine that are not started
 
     @property
-    def has_arrived(self) -> bool:
+    def is_dispatched(self) -> bool:
         """Returns True once the rows are on the ranks of their experts."""
-        return self.steps > len(self.exchanges)
+        return self.num_started > len(self.exchanges)
 
     @property
-    def is_home(self) -> bool:
+    def is_combined(self) -> bool:
         """Returns True once the outputs are back and summed."""
-        return self.has_arrived and self.exchanges_left == 0 and self.under_way is None
+        return self.is_dispatched and self.combines_left == 0 and self.in_progress is None
 
     @property
     def tokens(self) -> DispatchedTokens:
         """Returns what this rank's experts compute, once the rows have been received."""
-        assert self.has_arrived
-        assert self.assigned is not None
-        return replace(self.assigned, x_VD=self.rows)
+        assert self.is_dispatched
+        assert self.expert_rows is not None
+        return replace(self.expert_rows, x_VD=self.rows)
 
-    def advance(self) -> None:
+    def advance_dispatch(self) -> None:
         """Waits for the exchange in progress, and starts the next one towards the experts."""
         rows = self._waited()
-        if self.steps < len(self.exchanges):
-            exchange, route = self.exchanges[self.steps], self.routes[self.steps]
-            self.under_way = exchange.start(rows, route, self.ledger)
-        self.steps += 1
+        if self.num_started < len(self.exchanges):
+            exchange, route = self.exchanges[self.num_started], self.routes[self.num_started]
+            self.in_progress = exchange.start(rows, route, self.ledger)
+        self.num_started += 1
 
-    def send_back(self, y_VD: Tensor) -> None:
+    def start_combine(self, y_VD: Tensor) -> None:
         """Starts returning the outputs of the experts. y_VD: one row for each received row."""
         self.rows = y_VD
         self._start_back()
 
-    def come_back(self) -> None:
+    def advance_combine(self) -> None:
         """Waits for the exchange in progress, sums what it returned, and starts the next one of the combine. Does
         nothing once the chunk `is_combined`."""
-        if self.is_home:
+        if self.is_combined:
             return
-        self.rows = self.exchanges[self.exchanges_left].add_up(self._waited(), self.routes[self.exchanges_left])
+        self.rows = self.exchanges[self.combines_left].add_up(self._waited(), self.routes[self.combines_left])
         self._start_back()
 
     def _start_back(self) -> None:
-        if self.exchanges_left > 0:
-            self.exchanges_left -= 1
-            exchange, route = self.exchanges[self.exchanges_left], self.routes[self.exchanges_left]
-            self.under_way = exchange.start_back(self.rows, route, self.ledger)
+        if self.combines_left > 0:
+            self.combines_left -= 1
+            exchange, route = self.exchanges[self.combines_left], self.routes[self.combines_left]
+            self.in_progress = exchange.start_back(self.rows, route, self.ledger)
 
     def _waited(self) -> Tensor:
-        if self.under_way is not None:
-            exchange, self.under_way = self.under_way, None
+        if self.in_progress is not None:
+            exchange, self.in_progress = self.in_progress, None
             self.rows = exchange.finish().to(self.dtype)  # back from the dtype in transit
         return self.rows
 

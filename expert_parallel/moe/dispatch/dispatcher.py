@@ -19,12 +19,19 @@ from expert_parallel.moe.dispatch.all_to_all import AllToAllExchange
 from expert_parallel.moe.dispatch.base import Exchange, Metadata
 from expert_parallel.moe.dispatch.chunk import Chunk, chunk_sizes, join, split
 from expert_parallel.moe.dispatch.ledger import Ledger
-from expert_parallel.moe.dispatch.pass_fingerprint import PassKey, agree
-from expert_parallel.moe.dispatch.permute import NO_ROW, count_keys, gather_rows, inverse, padded_places, stable_argsort
-from expert_parallel.moe.dispatch.row_index import IndexTable, RowChoices, choices_of, row_table, without_nowhere
+from expert_parallel.moe.dispatch.pass_fingerprint import PassFingerprint, check_in_sync
+from expert_parallel.moe.dispatch.permute import (
+    NO_ROW,
+    count_keys,
+    gather_rows,
+    inverse_permutation,
+    padded_positions,
+    stable_argsort,
+)
+from expert_parallel.moe.dispatch.row_index import ChoicesByRow, IndexTable, choices_by_row, row_table, without_dropped
 from expert_parallel.moe.types import DispatchedTokens, RoutingPlan
 from expert_parallel.parallel.collectives import ExchangeKey, Peers, Phase, group_rank, group_size
-from expert_parallel.parallel.mesh import Nodes
+from expert_parallel.parallel.mesh import NodeGroups
 from expert_parallel.parallel.placement import ExpertPlacement
 from expert_parallel.settings import Settings
 
@@ -83,7 +90,7 @@ DispatcherConfig = Annotated[
 Exchanges = list[Exchange]
 
 
-def local_exchanges(config: LocalConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None) -> Exchanges:
+def local_exchanges(config: LocalConfig, placement: ExpertPlacement, group: Any, nodes: NodeGroups | None) -> Exchanges:
     """Returns no exchanges. Raises a ValueError if other ranks have experts."""
     if placement.num_ranks > 1:
         raise ValueError(
@@ -94,7 +101,7 @@ def local_exchanges(config: LocalConfig, placement: ExpertPlacement, group: Any,
 
 
 def all_to_all_exchanges(
-    config: AllToAllConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None
+    config: AllToAllConfig, placement: ExpertPlacement, group: Any, nodes: NodeGroups | None
 ) -> Exchanges:
     """Returns one all-to-all over the group."""
     peers = Peers.of(group, nodes.ranks_per_node if nodes else None)
@@ -102,7 +109,7 @@ def all_to_all_exchanges(
 
 
 def all_gather_exchanges(
-    config: AllGatherConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None
+    config: AllGatherConfig, placement: ExpertPlacement, group: Any, nodes: NodeGroups | None
 ) -> Exchanges:
     """Returns one all-gather over the group."""
     peers = Peers.of(group, nodes.ranks_per_node if nodes else None)
@@ -110,25 +117,25 @@ def all_gather_exchanges(
 
 
 def hierarchical_exchanges(
-    config: HierarchicalConfig, placement: ExpertPlacement, group: Any, nodes: Nodes | None
+    config: HierarchicalConfig, placement: ExpertPlacement, group: Any, nodes: NodeGroups | None
 ) -> Exchanges:
     """Returns two all-to-alls: between nodes, among ranks with the same index in their node; then within the node.
 
     Raises a ValueError if the nodes are not known.
     """
     if placement.num_ranks == 1:  # a model on one rank accepts the config of any layout
-        nodes = Nodes(1, None, None)
+        nodes = NodeGroups(1, None, None)
     if nodes is None:
         raise ValueError("model.moe.dispatcher.kind 'hierarchical' needs the nodes: pass `nodes` to the layer")
     between, within = Peers.of(nodes.rail_group, nodes.ranks_per_node), Peers.of(nodes.node_group, nodes.ranks_per_node)
     assert between.size * within.size == placement.num_ranks, (between, within, placement)
-    merge = config.one_row_per == "rank"
+    dedup = config.one_row_per == "rank"
     dtype = _dtype(config)
     node_of_expert = [rank // within.size for rank in placement.rank_of_expert]
     place_of_expert = [rank % within.size for rank in placement.rank_of_expert]  # the index of its rank in the node
     return [
-        AllToAllExchange(between, node_of_expert, merge, dtype, "between nodes"),
-        AllToAllExchange(within, place_of_expert, merge, dtype, "within the node"),
+        AllToAllExchange(between, node_of_expert, dedup, dtype, "between nodes"),
+        AllToAllExchange(within, place_of_expert, dedup, dtype, "within the node"),
     ]
 
 
@@ -157,7 +164,7 @@ class Dispatcher:
         config: Any,
         placement: ExpertPlacement,
         group: dist.ProcessGroup | None = None,
-        nodes: Nodes | None = None,
+        nodes: NodeGroups | None = None,
     ) -> None:
         assert placement.num_ranks == group_size(group), (placement, group_size(group))
         self.peers = Peers.of(group)
@@ -166,7 +173,7 @@ class Dispatcher:
         self.num_chunks = config.overlap if self.exchanges else 1
         self.expert_ids = placement.experts_on(group_rank(group))
         self.num_experts = placement.num_experts
-        self.slot_of_expert_E1 = IndexTable([*placement.slot_of_expert, len(self.expert_ids)])  # last: NOWHERE
+        self.slot_of_expert_E1 = IndexTable([*placement.slot_of_expert, len(self.expert_ids)])  # last: NO_EXPERT
         self.expert_of_slot_e = IndexTable(self.expert_ids)
 
     @property
@@ -175,7 +182,7 @@ class Dispatcher:
         exchanges = (exchange.rank_of_expert_E1 for exchange in self.exchanges)
         return [self.slot_of_expert_E1, self.expert_of_slot_e, *exchanges]
 
-    def send(self, x_TD: Tensor, plan: RoutingPlan, ledger: Ledger, context: StepContext) -> "RowsInFlight":
+    def dispatch(self, x_TD: Tensor, plan: RoutingPlan, ledger: Ledger, context: StepContext) -> "PendingDispatch":
         """Checks that all ranks are in the same pass, exchanges metadata, and starts sending the first rows.
 
         The caller computes each chunk that `receive_chunks` yields, then calls `combine`. Raises a ValueError, on all
@@ -183,29 +190,31 @@ class Dispatcher:
         """
         num_choices, sizes = plan.expert_ids_TK.shape[1], chunk_sizes(len(x_TD), self.num_chunks)
         parts = (split(x, sizes) for x in (plan.expert_ids_TK, plan.kept_TK, plan.weights_TK))
-        choices = [choices_of(*chunk) for chunk in zip(*parts, strict=True)]
+        choices = [choices_by_row(*chunk) for chunk in zip(*parts, strict=True)]
         chunks = [Chunk(number, x_LD, self.exchanges, ledger) for number, x_LD in enumerate(split(x_TD, sizes))]
         needs_grad = x_TD.requires_grad and torch.is_grad_enabled()
-        fingerprint = PassKey(x_TD.shape[1], x_TD.dtype, num_choices, needs_grad, context)
-        in_flight = RowsInFlight(self, chunks, plan.padded_rows, fingerprint, ledger)
+        fingerprint = PassFingerprint(x_TD.shape[1], x_TD.dtype, num_choices, needs_grad, context)
+        pending = PendingDispatch(self, chunks, plan.rows_per_expert, fingerprint, ledger)
         if self.exchanges:
             if len(self.exchanges) > 1:  # an exchange checks its own ranks alone; the others would wait forever
-                agree(fingerprint, self.peers, x_TD.device)
-            in_flight.plan_exchange(self.exchanges[0], choices)
+                check_in_sync(fingerprint, self.peers, x_TD.device)
+            pending.exchange_metadata(self.exchanges[0], choices)
         else:
             self._count_own_rows(len(x_TD), ledger)
-            if plan.padded_rows is None and not plan.is_whole:
-                choices = [without_nowhere(chunk) for chunk in choices]
-            in_flight.metadata = LocalChoices(choices)
-        chunks[0].advance()  # before the metadata of later exchanges is known
-        return in_flight
+            if plan.rows_per_expert is None and not plan.is_dropless:
+                choices = [without_dropped(chunk) for chunk in choices]
+            pending.metadata = LocalMetadata(choices)
+        chunks[0].advance_dispatch()  # before the metadata of later exchanges is known
+        return pending
 
     def _count_own_rows(self, num_rows: int, ledger: Ledger) -> None:
         """Counts every row as staying on this rank, which has all experts."""
         for phase in (Phase.DISPATCH, Phase.COMBINE):
             ledger.count_rows([num_rows], [num_rows], self.peers, ExchangeKey(phase))
 
-    def assign(self, choices: RowChoices, num_choices: int, padded_rows: int | None) -> tuple[DispatchedTokens, Tensor]:
+    def group_by_expert(
+        self, choices: ChoicesByRow, num_choices: int, rows_per_expert: int | None
+    ) -> tuple[DispatchedTokens, Tensor]:
         """Groups the choices of received rows by local expert, before the rows themselves have arrived.
 
         Returns the DispatchedTokens without rows, and the number of choices of each local expert, int64 (e).
@@ -214,14 +223,14 @@ class Dispatcher:
         num_local = len(self.expert_ids)
         slot_N = self.slot_of_expert_E1(choices.expert_N)
         counts_e = choices_e = count_keys(slot_N, num_local + 1)[:num_local]
-        if padded_rows is None:
+        if rows_per_expert is None:
             choice_R = stable_argsort(slot_N, num_local)
-            place_N = inverse(choice_R)
+            place_N = inverse_permutation(choice_R)
             row_R = choices.row_N.index_select(0, choice_R)
             weights_R = gather_rows(choices.weight_N, choice_R, place_N)
         else:
-            counts_e = slot_N.new_full((num_local,), padded_rows)
-            place_N, choice_R = padded_places(slot_N, num_local, padded_rows)
+            counts_e = slot_N.new_full((num_local,), rows_per_expert)
+            place_N, choice_R = padded_positions(slot_N, num_local, rows_per_expert)
             row_N1 = torch.cat([choices.row_N, choices.row_N.new_full((1,), NO_ROW)])
             row_R = row_N1[choice_R]  # NO_ROW is -1 and reads the last entry
             weights_R = gather_rows(choices.weight_N, choice_R[:, None], place_N[:, None])
@@ -232,22 +241,22 @@ class Dispatcher:
     def by_global_expert(self, counts_e: Tensor) -> Tensor:
         """Returns the counts of this rank's experts indexed by global expert, int64 (E); 0 for the experts of other
         ranks."""
-        expert_e = self.expert_of_slot_e.on(counts_e.device)
+        expert_e = self.expert_of_slot_e.values_on(counts_e.device)
         return counts_e.new_zeros(self.num_experts).scatter_(0, expert_e, counts_e)
 
 
-class LocalChoices:
+class LocalMetadata:
     """Provides the choices as they are, on a rank that exchanges no rows."""
 
-    def __init__(self, choices: list[RowChoices]) -> None:
+    def __init__(self, choices: list[ChoicesByRow]) -> None:
         self.choices = choices
 
-    def arrived(self) -> list[RowChoices]:
+    def wait_for_choices(self) -> list[ChoicesByRow]:
         """Returns the choices of each chunk."""
         return self.choices
 
 
-class RowsInFlight:
+class PendingDispatch:
     """Moves the chunks of one pass through dispatch and combine, so that the exchange of one chunk overlaps the
     experts' computation of another.
 
@@ -263,56 +272,61 @@ class RowsInFlight:
     metadata: Metadata
 
     def __init__(
-        self, dispatcher: Dispatcher, chunks: list[Chunk], padded_rows: int | None, fingerprint: PassKey, ledger: Ledger
+        self,
+        dispatcher: Dispatcher,
+        chunks: list[Chunk],
+        rows_per_expert: int | None,
+        fingerprint: PassFingerprint,
+        ledger: Ledger,
     ) -> None:
         self.dispatcher = dispatcher
         self.chunks = chunks
-        self.padded_rows = padded_rows
+        self.rows_per_expert = rows_per_expert
         self.fingerprint = fingerprint
         self.ledger = ledger
 
-    def plan_exchange(self, exchange: Exchange, choices: list[RowChoices]) -> None:
+    def exchange_metadata(self, exchange: Exchange, choices: list[ChoicesByRow]) -> None:
         """Gives every chunk its route through the exchange, and starts sending the choices of its rows."""
         routes, self.metadata = exchange.plan(choices, self.fingerprint, self.ledger)
         for chunk, route in zip(self.chunks, routes, strict=True):
             chunk.routes.append(route)
 
-    def arriving(self) -> Iterator[Chunk]:
+    def receive_chunks(self) -> Iterator[Chunk]:
         """Sends the remaining rows, and yields each chunk for the experts once its rows have been received.
 
         Before each chunk is yielded, every chunk in progress advances by one exchange, the oldest first, and another
         chunk starts, so that rows are in transit while the experts compute. Outputs are waited for only after the
         experts have computed one more chunk.
         """
-        self._assign_to_experts()
+        self._group_by_expert()
         num_sent = 1
         for number, chunk in enumerate(self.chunks):
-            while not chunk.has_arrived:
+            while not chunk.is_dispatched:
                 num_sent += 1
                 for moving in self.chunks[number:num_sent]:
-                    moving.advance()
+                    moving.advance_dispatch()
             for returning in self.chunks[: max(number - 1, 0)]:
-                returning.come_back()
+                returning.advance_combine()
             yield chunk
 
-    def returned(self) -> Tensor:
+    def combine(self) -> Tensor:
         """Waits for the outputs. Returns y_TD, in token order: the sum of each token's weighted outputs.
 
         The order of summation is fixed: by choice within a rank (the experts have summed those), then by rank
         (hierarchical: the ranks of a node, then nodes); with `one_row_per: choice`, by choice alone.
         """
-        while not all(chunk.is_home for chunk in self.chunks):
+        while not all(chunk.is_combined for chunk in self.chunks):
             for chunk in self.chunks:
-                chunk.come_back()
+                chunk.advance_combine()
         return join([chunk.rows for chunk in self.chunks])
 
-    def _assign_to_experts(self) -> None:
+    def _group_by_expert(self) -> None:
         """Exchanges the metadata of the later exchanges, and groups the rows that will be received by local expert."""
         for exchange in self.dispatcher.exchanges[1:]:
-            self.plan_exchange(exchange, self.metadata.arrived())
+            self.exchange_metadata(exchange, self.metadata.wait_for_choices())
         choices_per_chunk = []
-        for chunk, choices in zip(self.chunks, self.metadata.arrived(), strict=True):
+        for chunk, choices in zip(self.chunks, self.metadata.wait_for_choices(), strict=True):
             num_choices = self.fingerprint.num_choices
-            chunk.assigned, choices_e = self.dispatcher.assign(choices, num_choices, self.padded_rows)
+            chunk.expert_rows, choices_e = self.dispatcher.group_by_expert(choices, num_choices, self.rows_per_expert)
             choices_per_chunk.append(choices_e)
         self.computed_E = self.dispatcher.by_global_expert(torch.stack(choices_per_chunk).sum(0))

@@ -58,7 +58,7 @@ class Ledger:
         """
         self.count_rows(send, receive, peers, key)
         tags = _tags(send, peers, x.device) if self.config.kind == "rows" else None
-        rows = self._tagged(x, tags, send, peers, key)
+        rows = self._attach_tags(x, tags, send, peers, key)
         wait = collectives.start_all_to_all_rows(rows, send, receive, peers.group)
         return partial(self._wait_and_check, wait, x[:0], tags is not None, receive, peers, key)
 
@@ -70,7 +70,7 @@ class Ledger:
         """
         send = [counts[peers.me]] * peers.size
         tags = _tags(send[:1], peers, x.device) if self.config.kind == "rows" else None
-        rows = self._tagged(x, tags, send, peers, key)
+        rows = self._attach_tags(x, tags, send, peers, key)
         wait = collectives.start_all_gather_rows(rows, counts, peers.group)
         return partial(self._wait_and_check, wait, x[:0], tags is not None, counts, peers, key)
 
@@ -81,7 +81,9 @@ class Ledger:
         self.count_bytes(x, send, peers, key)
         return collectives.start_all_to_all_rows(x, send, receive, peers.group)
 
-    def _tagged(self, x: Tensor, tags: Tensor | None, send: Sequence[int], peers: Peers, key: ExchangeKey) -> Tensor:
+    def _attach_tags(
+        self, x: Tensor, tags: Tensor | None, send: Sequence[int], peers: Peers, key: ExchangeKey
+    ) -> Tensor:
         """Returns the rows as they are sent, and counts their bytes. With tags: uint8, each row followed by its tag and
         bit sum."""
         rows = x if tags is None else torch.cat([as_bytes(x), as_bytes(tags), as_bytes(_bit_sums(x))], dim=1)

@@ -10,7 +10,7 @@ from expert_parallel.parallel.collectives import Peers, all_gather_rows
 
 
 @dataclass(frozen=True)
-class PassKey:
+class PassFingerprint:
     """Describes what all ranks of a pass must have in common. `encoded` fits in two 31-bit integers.
 
     width: D. needs_grad: True if the pass has a backward pass. context: of it, the layer, micro-step and step count.
@@ -25,7 +25,7 @@ class PassKey:
     DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)  # encoded as their index
 
     @property
-    def words(self) -> list[int]:
+    def encoded(self) -> list[int]:
         """Packs the fields into two integers; large values wrap around."""
         shape = (
             self.width % 2**17
@@ -37,10 +37,10 @@ class PassKey:
         return [shape, c.layer % 2**10 | c.micro_step % 2**7 << 10 | c.step % 2**14 << 17]
 
     @staticmethod
-    def say(words: Sequence[int]) -> str:
+    def decode(encoded: Sequence[int]) -> str:
         """Describes encoded fields in words, for error messages."""
-        shape, place = words
-        dtype = PassKey.DTYPES[min(shape >> 18 & 15, 3)]
+        shape, place = encoded
+        dtype = PassFingerprint.DTYPES[min(shape >> 18 & 15, 3)]
         return (
             f"rows of {shape % 2**17} {str(dtype).removeprefix('torch.')} {'with' if shape >> 17 & 1 else 'without'} "
             f"gradient, {shape >> 22} choices a token, "
@@ -48,22 +48,22 @@ class PassKey:
         )
 
 
-def agree(fingerprint: PassKey, peers: Peers, device: torch.device) -> None:
+def check_in_sync(fingerprint: PassFingerprint, peers: Peers, device: torch.device) -> None:
     """Raises a ValueError on every rank of `peers` if one is in another pass. One small collective, for which the host
     waits."""
-    words = torch.tensor([fingerprint.words], dtype=torch.int32, device=device)
-    refuse_disagreement(all_gather_rows(words, [1] * peers.size, peers.group).tolist(), fingerprint, peers)
+    encoded = torch.tensor([fingerprint.encoded], dtype=torch.int32, device=device)
+    raise_if_out_of_sync(all_gather_rows(encoded, [1] * peers.size, peers.group).tolist(), fingerprint, peers)
 
 
-def refuse_disagreement(words_P2: Sequence[Sequence[int]], fingerprint: PassKey, peers: Peers) -> None:
+def raise_if_out_of_sync(words_P2: Sequence[Sequence[int]], fingerprint: PassFingerprint, peers: Peers) -> None:
     """Raises a ValueError on every rank if one is in another pass; it names both, instead of a hang or misread rows.
 
     `encoded_P2`: the encoded fingerprint of each rank.
     """
-    for peer, words in enumerate(words_P2):
-        if list(words) != fingerprint.words:
+    for peer, encoded in enumerate(words_P2):
+        if list(encoded) != fingerprint.encoded:
             raise ValueError(
                 f"the ranks are not in the same pass: rank {peers.ranks[peers.me]} has "
-                f"{PassKey.say(fingerprint.words)}; "
-                f"rank {peers.ranks[peer]} has {PassKey.say(words)} (steps modulo 16384)"
+                f"{PassFingerprint.decode(fingerprint.encoded)}; "
+                f"rank {peers.ranks[peer]} has {PassFingerprint.decode(encoded)} (steps modulo 16384)"
             )

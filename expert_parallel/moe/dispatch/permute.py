@@ -32,7 +32,7 @@ def stable_argsort(keys_N: Tensor, num_keys: int) -> Tensor:
     return keys_N.argsort(stable=True)
 
 
-def inverse(order_N: Tensor) -> Tensor:
+def inverse_permutation(order_N: Tensor) -> Tensor:
     """Returns the inverse of a permutation, int64: the position of each item."""
     return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
 
@@ -47,7 +47,7 @@ def sort_by_expert(slot_R: Tensor, num_local_experts: int) -> tuple[Tensor, Tens
     return order_R, count_keys(slot_R, num_local_experts)
 
 
-def padded_places(slot_N: Tensor, num_slots: int, block_rows: int) -> tuple[Tensor, Tensor]:
+def padded_positions(slot_N: Tensor, num_slots: int, block_rows: int) -> tuple[Tensor, Tensor]:
     """Groups items by slot, in blocks of `block_rows` places each. Returns (place_N, item_P).
 
     slot_N: int64; num_slots for an item without slot. place_N: the place of each item, NO_ROW for one without slot.
@@ -68,7 +68,7 @@ def padded_places(slot_N: Tensor, num_slots: int, block_rows: int) -> tuple[Tens
     return place_N.masked_fill(place_N == no_place, NO_ROW), item_P[:no_place]
 
 
-def places_in_queues(queue_N: Tensor, num_queues: int, order_N: Tensor) -> Tensor:
+def positions_in_queues(queue_N: Tensor, num_queues: int, order_N: Tensor) -> Tensor:
     """Returns the position of each item in its queue, from 0, if the items queue up in the order `order_N`; int64 (N).
 
     Counted with stable sorts: a top-k over a 0/1 mask would keep arbitrary items.

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from expert_parallel.moe.dispatch.permute import NO_ROW, count_keys, inverse, stable_argsort
+from expert_parallel.moe.dispatch.permute import NO_ROW, count_keys, inverse_permutation, stable_argsort
 
 # The expert of a dropped choice. As an index it reads the last entry: tables that are read with it (names in E1) have
 # one entry more than there are experts. NO_ROW has the same value and is used in tables of rows.
-NOWHERE = -1
+NO_EXPERT = -1
 
 
 class IndexTable(nn.Module):
@@ -36,9 +36,9 @@ class IndexTable(nn.Module):
 
     def forward(self, key_N: Tensor) -> Tensor:
         """Returns the value of each key."""
-        return self.on(key_N.device)[key_N]
+        return self.values_on(key_N.device)[key_N]
 
-    def on(self, device: torch.device) -> Tensor:
+    def values_on(self, device: torch.device) -> Tensor:
         """Returns all values on a device. They are moved here only if the weights were moved without `Module.to`, as
         `fully_shard` does."""
         if self.values.device != device:
@@ -54,7 +54,7 @@ class IndexTable(nn.Module):
 
 
 @dataclass(frozen=True)
-class RowChoices:
+class ChoicesByRow:
     """Lists the choices of L rows, sorted by row, within a row in choice order.
 
     row_N, expert_N: int64; expert_N is `NO_EXPERT` for a dropped choice. weight_N: router dtype. num_rows: L.
@@ -66,26 +66,28 @@ class RowChoices:
     num_rows: int
 
 
-def choices_of(expert_ids_TK: Tensor, kept_TK: Tensor, weights_TK: Tensor) -> RowChoices:
+def choices_by_row(expert_ids_TK: Tensor, kept_TK: Tensor, weights_TK: Tensor) -> ChoicesByRow:
     """Lists the choices of T tokens, with one row for each token."""
     num_tokens, num_choices = expert_ids_TK.shape
     row_T1 = torch.arange(num_tokens, device=expert_ids_TK.device)[:, None]
-    expert_TK = expert_ids_TK.masked_fill(~kept_TK, NOWHERE)
-    return RowChoices(row_T1.expand(-1, num_choices).flatten(), expert_TK.flatten(), weights_TK.flatten(), num_tokens)
+    expert_TK = expert_ids_TK.masked_fill(~kept_TK, NO_EXPERT)
+    return ChoicesByRow(row_T1.expand(-1, num_choices).flatten(), expert_TK.flatten(), weights_TK.flatten(), num_tokens)
 
 
-def without_nowhere(choices: RowChoices) -> RowChoices:
+def without_dropped(choices: ChoicesByRow) -> ChoicesByRow:
     """Removes dropped choices. The host waits for their number."""
-    if choices.expert_N.is_cpu and bool((choices.expert_N != NOWHERE).all()):
+    if choices.expert_N.is_cpu and bool((choices.expert_N != NO_EXPERT).all()):
         return choices
-    choice_N = (choices.expert_N != NOWHERE).nonzero().squeeze(1)
+    choice_N = (choices.expert_N != NO_EXPERT).nonzero().squeeze(1)
     if len(choice_N) == len(choices.expert_N):
         return choices
-    return RowChoices(choices.row_N[choice_N], choices.expert_N[choice_N], choices.weight_N[choice_N], choices.num_rows)
+    return ChoicesByRow(
+        choices.row_N[choice_N], choices.expert_N[choice_N], choices.weight_N[choice_N], choices.num_rows
+    )
 
 
 @dataclass(frozen=True)
-class Order:
+class ChoicesByRank:
     """Lists choices by destination rank, within one by row; dropped choices come last. Integers are int64.
 
     choice_N: the choice at each position. rank_N: its destination, P if dropped. first_N: bool, True where a sent row
@@ -99,7 +101,7 @@ class Order:
     choices_P: Tensor
 
 
-def order_choices(choices: RowChoices, rank_N: Tensor, num_ranks: int, merge: bool) -> Order:
+def sort_choices_by_rank(choices: ChoicesByRow, rank_N: Tensor, num_ranks: int, dedup: bool) -> ChoicesByRank:
     """Sorts choices by destination rank.
 
     rank_N: the destination of each choice, num_ranks if it is dropped. `dedup`: choices of one row with the same
@@ -110,16 +112,16 @@ def order_choices(choices: RowChoices, rank_N: Tensor, num_ranks: int, merge: bo
     choice_N = stable_argsort(rank_N, num_ranks + 1)
     rank_N = rank_N.index_select(0, choice_N)
     first_N = torch.ones_like(rank_N, dtype=torch.bool)
-    if merge:
+    if dedup:
         row_N = choices.row_N.index_select(0, choice_N)
         first_N[1:] = (row_N[1:] != row_N[:-1]) | (rank_N[1:] != rank_N[:-1])
     choices_P = count_keys(rank_N, num_ranks + 1)
-    rows_P = rank_N.new_zeros(num_ranks + 1).scatter_add_(0, rank_N, first_N.long()) if merge else choices_P
-    return Order(choice_N, rank_N, first_N, rows_P[:num_ranks], choices_P[:num_ranks])
+    rows_P = rank_N.new_zeros(num_ranks + 1).scatter_add_(0, rank_N, first_N.long()) if dedup else choices_P
+    return ChoicesByRank(choice_N, rank_N, first_N, rows_P[:num_ranks], choices_P[:num_ranks])
 
 
 @dataclass(frozen=True)
-class Travel:
+class SendIndex:
     """Holds which rows are sent, and where each row's outputs return to.
 
     token_U: the row of x that each sent row copies, sorted by destination. rows_L: (L, width), the sent rows of each
@@ -132,22 +134,22 @@ class Travel:
     place_N: Tensor
 
 
-def plan_travel(choices: RowChoices, order: Order, width: int, merge: bool) -> Travel:
+def build_send_index(choices: ChoicesByRow, order: ChoicesByRank, width: int, dedup: bool) -> SendIndex:
     """Computes which rows are sent. width: the largest number of choices of a row."""
-    place_N = inverse(order.choice_N)
+    place_N = inverse_permutation(order.choice_N)
     num_ranks = len(order.rows_P)
     row_N = choices.row_N.index_select(0, order.choice_N)
-    if not merge:
-        sent_N = torch.where(choices.expert_N == NOWHERE, NO_ROW, place_N)
-        return Travel(row_N, row_table(choices, sent_N, width), place_N)
+    if not dedup:
+        sent_N = torch.where(choices.expert_N == NO_EXPERT, NO_ROW, place_N)
+        return SendIndex(row_N, row_table(choices, sent_N, width), place_N)
     sent_N = order.first_N.cumsum(0) - 1  # the sent row of each choice
     token_U = torch.empty_like(row_N).scatter_(0, sent_N, row_N)
     rows_L = row_N.new_full((choices.num_rows, num_ranks + 1), NO_ROW)
     rows_L.view(-1).scatter_(0, row_N * (num_ranks + 1) + order.rank_N, sent_N)
-    return Travel(token_U, _at_most(rows_L[:, :num_ranks], width), place_N)
+    return SendIndex(token_U, _compact_columns(rows_L[:, :num_ranks], width), place_N)
 
 
-def row_table(choices: RowChoices, value_N: Tensor, width: int) -> Tensor:
+def row_table(choices: ChoicesByRow, value_N: Tensor, width: int) -> Tensor:
     """Returns (L, width): row l lists the values of its choices, in their order; NO_ROW fills the rest.
 
     width: the largest number of choices of a row.
@@ -155,17 +157,17 @@ def row_table(choices: RowChoices, value_N: Tensor, width: int) -> Tensor:
     if len(value_N) == choices.num_rows * width:  # every row has `width` choices
         return value_N.view(-1, width)
     table = value_N.new_full((choices.num_rows * width,), NO_ROW)
-    return table.scatter_(0, choices.row_N * width + columns(choices), value_N).view(-1, width)
+    return table.scatter_(0, choices.row_N * width + column_of_choice(choices), value_N).view(-1, width)
 
 
-def columns(choices: RowChoices) -> Tensor:
+def column_of_choice(choices: ChoicesByRow) -> Tensor:
     """Returns the index of each choice among those of its row, int64 (N)."""
     counts_L = count_keys(choices.row_N, choices.num_rows)
     start_L = counts_L.cumsum(0) - counts_L
     return torch.arange(len(choices.row_N), device=choices.row_N.device) - start_L.index_select(0, choices.row_N)
 
 
-def _at_most(table: Tensor, width: int) -> Tensor:
+def _compact_columns(table: Tensor, width: int) -> Tensor:
     """Moves the entries of each row to the front and returns the first `width` columns, in which all of them fit."""
     if table.shape[1] <= width:
         return table

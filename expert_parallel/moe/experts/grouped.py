@@ -12,14 +12,14 @@ from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from expert_parallel.moe.dispatch.permute import NO_ROW, gather_rows
+from expert_parallel.moe.experts.expert_tensor_parallel import all_gather_by_expert, reduce_scatter_by_expert
 from expert_parallel.moe.experts.fused import fused_experts
-from expert_parallel.moe.experts.grouped_gemm import PRODUCTS, Products, multiplies_bfloat16
-from expert_parallel.moe.experts.tensor_parallel import add_up_at_ranks, gather_from_ranks
+from expert_parallel.moe.experts.grouped_gemm import GROUPED_GEMMS, GroupedGemm, has_bfloat16_gemm
 from expert_parallel.moe.types import DispatchedTokens
-from expert_parallel.nn.ffn import ACTIVATIONS, GATED, Activation, ffn_params, width_in
+from expert_parallel.nn.ffn import ACTIVATIONS, GATED, Activation, ffn_params, w_in_columns
 from expert_parallel.nn.random import dropout, mix
 from expert_parallel.parallel.collectives import group_size
-from expert_parallel.parallel.sharding import divide
+from expert_parallel.parallel.sharding import shard_parameter
 from expert_parallel.settings import Settings
 
 
@@ -50,7 +50,7 @@ class ExpertsConfig(Settings):
         return ffn_params(d_model, self.hidden, self.activation, self.bias)
 
 
-def takes_grouped_mm(dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> bool:
+def supports_grouped_mm(dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> bool:
     """grouped_mm takes no float64, on CUDA no float32, and rows of 16-byte multiples only."""
     fits = all(size * dtype.itemsize % 16 == 0 for size in sizes)
     return fits and dtype in ((torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16))
@@ -61,9 +61,9 @@ def choose_backend(config: ExpertsConfig, dtype: torch.dtype, device: torch.devi
     it can (moe/MEASUREMENTS.md, log)."""
     if config.backend != "auto":
         return config.backend
-    if device.type == "cpu" and dtype == torch.bfloat16 and multiplies_bfloat16():
+    if device.type == "cpu" and dtype == torch.bfloat16 and has_bfloat16_gemm():
         return "bmm"
-    return "grouped_mm" if takes_grouped_mm(dtype, device, sizes) else "loop"
+    return "grouped_mm" if supports_grouped_mm(dtype, device, sizes) else "loop"
 
 
 class GroupedExperts(nn.Module):
@@ -84,7 +84,7 @@ class GroupedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.expert_ids, self.etp_group = config, expert_ids, etp_group
-        num_local, columns, etp = len(expert_ids), width_in(config.activation, config.hidden), group_size(etp_group)
+        num_local, columns, etp = len(expert_ids), w_in_columns(config.activation, config.hidden), group_size(etp_group)
         if config.hidden % etp:
             raise ValueError(f"model.moe.experts.hidden ({config.hidden}) is not a multiple of parallel.etp ({etp})")
         device = torch.empty(0).device
@@ -97,10 +97,10 @@ class GroupedExperts(nn.Module):
         if etp > 1:
             assert etp_group is not None
             gate_and_up = 2 if config.activation in GATED else 1
-            divide(self, "w_in", -1, etp_group, gate_and_up)
-            divide(self, "w_out", -2, etp_group)
+            shard_parameter(self, "w_in", -1, etp_group, gate_and_up)
+            shard_parameter(self, "w_out", -2, etp_group)
             if config.bias:
-                divide(self, "b_in", -1, etp_group, gate_and_up)
+                shard_parameter(self, "b_in", -1, etp_group, gate_and_up)
             self.to_empty(device=device)
 
     def forward(self, tokens: DispatchedTokens, dropout_seed: int = 0) -> Tensor:
@@ -111,43 +111,43 @@ class GroupedExperts(nn.Module):
         """
         config, x_VD = self.config, tokens.x_VD
         best = choose_backend(config, x_VD.dtype, x_VD.device, self.sizes)
-        if best == "grouped_mm" and not takes_grouped_mm(x_VD.dtype, x_VD.device, self.sizes):
+        if best == "grouped_mm" and not supports_grouped_mm(x_VD.dtype, x_VD.device, self.sizes):
             raise ValueError(
                 f"model.moe.experts.backend 'grouped_mm' cannot run {x_VD.dtype} of sizes {self.sizes} on "
                 f"{x_VD.device.type}: no float64, on CUDA bfloat16 alone, rows of 16-byte multiples"
             )
         if config.is_plain and group_size(self.etp_group) == 1:
-            tokens = self.laid_out(tokens, PRODUCTS[best])
-            return fused_experts(tokens, self.w_in, self.w_out, config.activation, PRODUCTS[best])
+            tokens = self.pad_for_backend(tokens, GROUPED_GEMMS[best])
+            return fused_experts(tokens, self.w_in, self.w_out, config.activation, GROUPED_GEMMS[best])
         row_R1 = tokens.row_R[:, None]  # of one column, since some may be NO_ROW
         x_RD = gather_rows(x_VD, row_R1, tokens.computed_VK)
-        y_RD = self._by_autograd(x_RD, tokens.counts_e, tokens.weights_R, PRODUCTS[best], dropout_seed)
+        y_RD = self._by_autograd(x_RD, tokens.counts_e, tokens.weights_R, GROUPED_GEMMS[best], dropout_seed)
         return gather_rows(y_RD, tokens.computed_VK, row_R1)
 
-    def laid_out(self, tokens: DispatchedTokens, products: Products) -> DispatchedTokens:
+    def pad_for_backend(self, tokens: DispatchedTokens, gemm: GroupedGemm) -> DispatchedTokens:
         """With rows of zeros where the products are faster with them."""
-        if products.even_out is None:
+        if gemm.pad_group_sizes is None:
             return tokens
         d_model, _, hidden = self.sizes
-        return padded(tokens, products.even_out(tokens.counts_e, d_model * hidden))
+        return pad_groups(tokens, gemm.pad_group_sizes(tokens.counts_e, d_model * hidden))
 
-    def _by_autograd(self, x_RD: Tensor, counts_e: Tensor, weights_R: Tensor, products: Products, seed: int) -> Tensor:
+    def _by_autograd(self, x_RD: Tensor, counts_e: Tensor, weights_R: Tensor, gemm: GroupedGemm, seed: int) -> Tensor:
         """weight_r * Expert_r(x_r) in x's dtype, one step after the other."""
         config = self.config
-        x_GD, everyones_e, gathered = gather_from_ranks(x_RD, counts_e, self.etp_group)
-        groups = products.groups(everyones_e)
-        hidden = products.rows(x_GD, self.w_in.to(x_RD.dtype), groups)
+        x_GD, everyones_e, gathered = all_gather_by_expert(x_RD, counts_e, self.etp_group)
+        groups = gemm.groups(everyones_e)
+        hidden = gemm.rows(x_GD, self.w_in.to(x_RD.dtype), groups)
         hidden = ACTIVATIONS[config.activation](_add_bias(hidden, self.b_in, everyones_e))
         if self.training:
             hidden = dropout(hidden, config.hidden_dropout, mix(seed, 0))
-        y_GD = products.rows(hidden, self.w_out.to(x_RD.dtype), groups)
-        y_RD = _add_bias(add_up_at_ranks(y_GD, gathered), self.b_out, counts_e)
+        y_GD = gemm.rows(hidden, self.w_out.to(x_RD.dtype), groups)
+        y_RD = _add_bias(reduce_scatter_by_expert(y_GD, gathered), self.b_out, counts_e)
         if self.training:
             y_RD = dropout(y_RD, config.output_dropout, mix(seed, 1))
         return (y_RD * weights_R[:, None]).to(x_RD.dtype)
 
 
-def padded(tokens: DispatchedTokens, counts_e: Tensor) -> DispatchedTokens:
+def pad_groups(tokens: DispatchedTokens, counts_e: Tensor) -> DispatchedTokens:
     """The same with counts_e computed rows of each expert, as many as it has or more: its own, then zeros."""
     added_e = counts_e - tokens.counts_e
     num_rows, total = len(tokens.row_R), int(counts_e.sum())

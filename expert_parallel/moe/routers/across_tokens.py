@@ -7,20 +7,20 @@ import torch
 from pydantic import AliasChoices, Field
 from torch import Tensor
 
-from expert_parallel.moe.capacity.limit import expert_capacity
-from expert_parallel.moe.capacity.token_scope import Scope, View, look_across
+from expert_parallel.moe.capacity.policies import expert_capacity
+from expert_parallel.moe.capacity.token_scope import Scope, ScopedTokens, gather_scope
 from expert_parallel.moe.context import TokenBatch
-from expert_parallel.moe.dispatch.permute import places_in_queues
+from expert_parallel.moe.dispatch.permute import positions_in_queues
 from expert_parallel.moe.routers.base import (
     LinearRouter,
     LinearSettings,
     RouterSettings,
     Score,
     Scores,
-    best,
     score_logits,
+    stable_topk,
 )
-from expert_parallel.moe.types import Reason, RoutingPlan
+from expert_parallel.moe.types import Outcome, RoutingPlan
 
 
 class ExpertChoiceConfig(RouterSettings):
@@ -73,23 +73,23 @@ class ExpertChoiceRouter(LinearRouter):
         return scores.scores_TE.gather(1, expert_ids_TK) * self.config.scale
 
     def choose(self, scores: Scores, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        view, (scores_GE,) = look_across(self.config.scope, batch, scores.scores_TE)
+        view, (scores_GE,) = gather_scope(self.config.scope, batch, scores.scores_TE)
         factor = self.config.train if self.training else self.config.eval
         capacities = [expert_capacity(factor, 0, size, 1, self.num_experts) for size in view.sizes]
         capacity_b = torch.tensor(capacities, dtype=torch.int64, device=scores_GE.device)
         taken_GE = _best_tokens(scores_GE, view, capacity_b)
-        reason_TK = torch.where(taken_GE, Reason.KEPT, Reason.NOT_ROUTED).to(torch.uint8)[view.mine_T]
-        ids_E = torch.arange(self.num_experts, device=reason_TK.device)
-        return ids_E.expand(reason_TK.shape).contiguous(), reason_TK
+        outcome_TK = torch.where(taken_GE, Outcome.KEPT, Outcome.NOT_ROUTED).to(torch.uint8)[view.local_T]
+        ids_E = torch.arange(self.num_experts, device=outcome_TK.device)
+        return ids_E.expand(outcome_TK.shape).contiguous(), outcome_TK
 
 
-def _best_tokens(scores_GE: Tensor, view: View, capacity_b: Tensor) -> Tensor:
+def _best_tokens(scores_GE: Tensor, view: ScopedTokens, capacity_b: Tensor) -> Tensor:
     """Bool: the capacity_b[block] largest of each (block, expert), earlier tokens first on ties."""
     num_tokens, num_experts = scores_GE.shape
     block_G = torch.where(view.real_G, view.block_G, view.num_blocks)  # padding queues apart, where nothing is taken
     queue_GE = block_G[:, None] * num_experts + torch.arange(num_experts, device=scores_GE.device)
     order_N = scores_GE.flatten().argsort(descending=True, stable=True)
-    place_N = places_in_queues(queue_GE.flatten(), (view.num_blocks + 1) * num_experts, order_N)
+    place_N = positions_in_queues(queue_GE.flatten(), (view.num_blocks + 1) * num_experts, order_N)
     capacity_b = torch.cat([capacity_b, capacity_b.new_zeros(1)])
     return place_N.view(num_tokens, num_experts) < capacity_b[block_G][:, None]
 
@@ -126,13 +126,13 @@ class SinkhornRouter(LinearRouter):
     def choose(self, scores: Scores, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         if not self.training:
             return super().choose(scores, batch)
-        view, (logits_GE,) = look_across(self.config.scope, batch, scores.logits_TE)
+        view, (logits_GE,) = gather_scope(self.config.scope, batch, scores.logits_TE)
         balanced_GE = sinkhorn(logits_GE, view, self.config.tolerance, self.config.max_iterations)
-        expert_ids_TK = best(balanced_GE[view.mine_T], self.config.k)
-        return expert_ids_TK, torch.full_like(expert_ids_TK, Reason.KEPT, dtype=torch.uint8)
+        expert_ids_TK = stable_topk(balanced_GE[view.local_T], self.config.k)
+        return expert_ids_TK, torch.full_like(expert_ids_TK, Outcome.KEPT, dtype=torch.uint8)
 
 
-def sinkhorn(logits_GE: Tensor, view: View, tolerance: float, max_iterations: int) -> Tensor:
+def sinkhorn(logits_GE: Tensor, view: ScopedTokens, tolerance: float, max_iterations: int) -> Tensor:
     """exp(logits) scaled so that, in each block, every row sums to 1 / T and every column to 1 / E. (G, E).
 
     A row's largest logit is taken off first: it cancels in the row's factor, and exp cannot overflow.

@@ -16,7 +16,7 @@ from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from expert_parallel.moe.context import TokenBatch, pass_seed
-from expert_parallel.moe.types import Reason, RoutingPlan
+from expert_parallel.moe.types import Outcome, RoutingPlan
 from expert_parallel.nn import random
 from expert_parallel.nn.random import Stream
 from expert_parallel.settings import Settings
@@ -30,7 +30,7 @@ class RouterSettings(Settings):
     kind: str
 
     @property
-    def normalises(self) -> bool:
+    def normalizes(self) -> bool:
         """Returns True if a token's weights sum to 1. A registered router may define `normalise` itself."""
         return getattr(self, "normalise", False)
 
@@ -58,7 +58,7 @@ class TokenChoiceSettings(RouterSettings):
     def refuse(self, num_experts: int) -> None:
         if self.k > num_experts:
             raise ValueError(f"router.k ({self.k}) is larger than num_experts ({num_experts})")
-        if self.k == 1 and self.normalises:
+        if self.k == 1 and self.normalizes:
             raise ValueError(
                 "router.normalise is true with router.k = 1: the only weight would always be 1 and the router would "
                 "never learn; set router.normalise to false"
@@ -97,16 +97,16 @@ def score_logits(logits_TE: Tensor, score: Score) -> Scores:
     return Scores(logits_TE, log_scores_TE, scores_TE, probabilities_TE, log_scores_TE.detach())
 
 
-def best(ranking_TE: Tensor, k: int) -> Tensor:
+def stable_topk(ranking_TE: Tensor, k: int) -> Tensor:
     """The k largest, descending, the smaller number first on ties, which topk leaves open; NaN is larger than all."""
     num_experts = ranking_TE.shape[1]
     assert k <= num_experts, (k, num_experts)
     has_numpy = ranking_TE.is_cpu and ranking_TE.dtype in (torch.float32, torch.float64)
-    return best_one_by_one(ranking_TE, k) if has_numpy and 4 * k <= num_experts else best_by_keys(ranking_TE, k)
+    return stable_topk_numpy(ranking_TE, k) if has_numpy and 4 * k <= num_experts else stable_topk_int64(ranking_TE, k)
 
 
-def best_one_by_one(ranking_TE: Tensor, k: int) -> Tensor:
-    """`best` for few of many on the CPU: k times the first largest that is left, by numpy (log in
+def stable_topk_numpy(ranking_TE: Tensor, k: int) -> Tensor:
+    """`stable_topk` for few of many on the CPU: k times the first largest that is left, by numpy (log in
     moe/MEASUREMENTS.md)."""
     num_tokens, num_experts = ranking_TE.shape
     lowest = torch.finfo(ranking_TE.dtype).min  # so that nothing is as small as what has been taken
@@ -118,9 +118,9 @@ def best_one_by_one(ranking_TE: Tensor, k: int) -> Tensor:
     return torch.from_numpy(places_TK)
 
 
-def best_by_keys(ranking_TE: Tensor, k: int) -> Tensor:
-    """`best` on any device. float32 numbers become whole ones of the same order, in whose lower half the expert's
-    number makes each different, so that topk leaves nothing open: no sort of all experts."""
+def stable_topk_int64(ranking_TE: Tensor, k: int) -> Tensor:
+    """`stable_topk` on any device. float32 numbers become int64 ones of the same order, whose lower half holds the
+    expert's number, so that no two are equal and topk is deterministic, without a sort of all experts."""
     if ranking_TE.dtype != torch.float32 or ranking_TE.numel() == 0:
         return ranking_TE.sort(dim=1, descending=True, stable=True).indices[:, :k]
     num_experts = ranking_TE.shape[1]
@@ -156,9 +156,9 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def choose(self, scores: Scores, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """(expert_ids_TK, reason_TK), without gradient."""
-        expert_ids_TK = best(scores.ranking_TE, self.num_choices)
-        return expert_ids_TK, torch.full_like(expert_ids_TK, Reason.KEPT, dtype=torch.uint8)
+        """(expert_ids_TK, outcome_TK), without gradient."""
+        expert_ids_TK = stable_topk(scores.ranking_TE, self.num_choices)
+        return expert_ids_TK, torch.full_like(expert_ids_TK, Outcome.KEPT, dtype=torch.uint8)
 
     def weights(self, scores: Scores | RoutingPlan, expert_ids_TK: Tensor, counted_TK: Tensor | None) -> Tensor:
         """The factor of each choice's output; where the router normalises, over the counted choices alone."""
@@ -179,20 +179,20 @@ class Router(nn.Module):
         if recorded is None:
             with torch.no_grad():
                 recorded = self.choose(scores, batch)
-        expert_ids_TK, reason_TK = recorded
+        expert_ids_TK, outcome_TK = recorded
         if batch.real_T is not None:
-            reason_TK = reason_TK.masked_fill(~batch.real_T[:, None], Reason.NOT_ROUTED)
+            outcome_TK = outcome_TK.masked_fill(~batch.real_T[:, None], Outcome.NOT_ROUTED)
         return RoutingPlan(
             logits_TE=scores.logits_TE,
             scores_TE=scores.scores_TE,
             probabilities_TE=scores.probabilities_TE,
             expert_ids_TK=expert_ids_TK,
             weights_TK=self.weights(scores, expert_ids_TK, None),
-            reason_TK=reason_TK,
+            outcome_TK=outcome_TK,
             num_experts=self.num_experts,
             log_scores_TE=scores.log_scores_TE,
             ranking_TE=scores.ranking_TE,
-            all_kept_TK=reason_TK if keeps_all and batch.real_T is None else None,
+            all_kept_TK=outcome_TK if keeps_all and batch.real_T is None else None,
         )
 
 
@@ -318,7 +318,7 @@ class TopKRouter(LinearRouter):
             return ranking_TE
         best_TGe = on_scores_TE.unflatten(1, (groups.count, -1)).sort(dim=2, descending=True).values
         group_TG = best_TGe[:, :, :2].sum(2) if groups.score == "top2_sum" else best_TGe[:, :, 0]
-        allowed_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, best(group_TG, groups.limit), True)
+        allowed_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, stable_topk(group_TG, groups.limit), True)
         allowed_TE = allowed_TG.repeat_interleave(self.num_experts // groups.count, dim=1)
         return ranking_TE.masked_fill(~allowed_TE, -torch.inf)
 

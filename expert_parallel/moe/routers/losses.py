@@ -54,7 +54,7 @@ LossConfig = Annotated[BalanceLossConfig | ZLossConfig, Field(discriminator="kin
 
 
 @dataclass(frozen=True)
-class MicroStep:
+class MicroStepCounts:
     """What the losses know of the micro-step: counts over the tokens of each scope, never fetched to the host.
 
     counts: by scope, int64 (blocks, 2 E + 1): choices of each expert, first choices of each expert, tokens; padding
@@ -67,8 +67,8 @@ class MicroStep:
 
 
 def count_documents(plan: RoutingPlan, batch: TokenBatch) -> Tensor:
-    """Of this rank's part of each sequence, or document: choices, first choices and tokens as MicroStep has them, (B,
-    2 E + 1)."""
+    """Counts choices, first choices and tokens of this rank's part of each sequence or document: (B, 2 E + 1), in the
+    order of MicroStepCounts."""
     num_rows, num_experts, document_T = batch.num_sequences, plan.num_experts, batch.sequence_T
     if batch.document_T is not None:
         num_rows, document_T = batch.num_documents, batch.document_T
@@ -84,7 +84,7 @@ def count_documents(plan: RoutingPlan, batch: TokenBatch) -> Tensor:
     return torch.cat([count(None), count(1), tokens_b[:, None]], dim=1)
 
 
-def count_micro_step(configs: list[LossConfig], plan: RoutingPlan, batch: TokenBatch) -> MicroStep:
+def count_micro_step(configs: list[LossConfig], plan: RoutingPlan, batch: TokenBatch) -> MicroStepCounts:
     """One all-reduce of 2 E + 2 numbers over the ranks of the micro-step. For a loss of scope `sequence`, where
     sequences are divided over ranks, before it one of 2 E + 1 numbers a sequence over those. Unconditional: a rank
     without tokens takes part."""
@@ -97,14 +97,14 @@ def count_micro_step(configs: list[LossConfig], plan: RoutingPlan, batch: TokenB
         num_sequences = num_sequences * 0
     of_rank = mine.sum(0)
     total = all_reduce_sum(torch.cat([of_rank, num_sequences[None]]), batch.group)
-    return MicroStep(
+    return MicroStepCounts(
         counts={"global": total[None, :-1], "rank": of_rank[None], "sequence": whole},
         num_blocks={"global": 1, "rank": group_size(batch.group), "sequence": total[-1].clamp(min=1)},
     )
 
 
 def fractions_and_probabilities(
-    config: BalanceLossConfig, plan: RoutingPlan, batch: TokenBatch, step: MicroStep
+    config: BalanceLossConfig, plan: RoutingPlan, batch: TokenBatch, step: MicroStepCounts
 ) -> tuple[Tensor, Tensor]:
     """f and P of each block of tokens, (blocks, E): the sum of E * f * P over all ranks is the loss. f carries no
     gradient and is the block's; P is this rank's part of it, so that the gradient of a share is a part of the
@@ -125,13 +125,13 @@ def fractions_and_probabilities(
     return counted_bE / (tokens_b1 * num_counted), sum_bE / tokens_b1 / step.num_blocks[config.scope]
 
 
-def balance_loss(config: BalanceLossConfig, plan: RoutingPlan, batch: TokenBatch, step: MicroStep) -> Tensor:
+def balance_loss(config: BalanceLossConfig, plan: RoutingPlan, batch: TokenBatch, step: MicroStepCounts) -> Tensor:
     """This rank's share, a scalar in router dtype."""
     fraction_bE, probability_bE = fractions_and_probabilities(config, plan, batch, step)
     return plan.num_experts * (fraction_bE * probability_bE).sum()
 
 
-def z_loss(config: ZLossConfig, plan: RoutingPlan, batch: TokenBatch, step: MicroStep) -> Tensor:
+def z_loss(config: ZLossConfig, plan: RoutingPlan, batch: TokenBatch, step: MicroStepCounts) -> Tensor:
     """This rank's share, a scalar in router dtype."""
     squares_T = plan.logits_TE.logsumexp(-1).square()
     if batch.real_T is not None:

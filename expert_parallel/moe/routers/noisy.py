@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from expert_parallel.moe.context import TokenBatch, pass_seed
-from expert_parallel.moe.routers.base import LinearRouter, LinearSettings, Scores, best, score_logits
-from expert_parallel.moe.types import Reason
+from expert_parallel.moe.routers.base import LinearRouter, LinearSettings, Scores, score_logits, stable_topk
+from expert_parallel.moe.types import Outcome
 from expert_parallel.nn import random
 from expert_parallel.nn.random import Stream
 
@@ -86,14 +86,14 @@ class GShardRouter(LinearRouter):
         return replace(scores, ranking_TE=scores.ranking_TE + noise_TE)
 
     def choose(self, scores: Scores, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        first_T1 = best(scores.log_scores_TE, 1)
-        second_T1 = best(scores.ranking_TE.scatter(1, first_T1, -torch.inf), 1)
+        first_T1 = stable_topk(scores.log_scores_TE, 1)
+        second_T1 = stable_topk(scores.ranking_TE.scatter(1, first_T1, -torch.inf), 1)
         expert_ids_TK = torch.cat([first_T1, second_T1], dim=1)
-        reason_TK = torch.full_like(expert_ids_TK, Reason.KEPT, dtype=torch.uint8)
+        outcome_TK = torch.full_like(expert_ids_TK, Outcome.KEPT, dtype=torch.uint8)
         if not self.training or self.config.second != "proportional":
-            return expert_ids_TK, reason_TK
+            return expert_ids_TK, outcome_TK
         seed = pass_seed(batch.context, Stream.SECOND_EXPERT)
         g2_T = scores.log_scores_TE.gather(1, expert_ids_TK).softmax(-1)[:, 1]
         taken_T = random.uniform(seed, batch.index_T, 1)[:, 0] < g2_T.double() / self.config.threshold
-        reason_TK[:, 1] = torch.where(taken_T, Reason.KEPT, Reason.NOT_ROUTED).to(torch.uint8)
-        return expert_ids_TK, reason_TK
+        outcome_TK[:, 1] = torch.where(taken_T, Outcome.KEPT, Outcome.NOT_ROUTED).to(torch.uint8)
+        return expert_ids_TK, outcome_TK

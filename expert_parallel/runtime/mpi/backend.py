@@ -4,7 +4,7 @@ start_mpi(rank, world_size)          # checks, then registers the backend with t
 dist.init_process_group(BACKEND, store=store, rank=rank, world_size=world_size, timeout=timeout)
 ...
 dist.destroy_process_group()
-finish_mpi()                         # only if all ranks end in order; see there
+finalize_mpi()                         # only if all ranks end in order; see there
 """
 
 import sys
@@ -22,7 +22,7 @@ def load_mpi() -> Any:
     try:
         import mpi4py
 
-        mpi4py.rc.finalize = False  # see finish_mpi
+        mpi4py.rc.finalize = False  # see finalize_mpi
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no MPI library
         raise ValueError(
@@ -45,7 +45,7 @@ def start_mpi(rank: int, world_size: int) -> None:
     if world.size != world_size:
         raise ValueError(
             f"runtime.backend is 'mpi' and there are {world_size} ranks but MPI's COMM_WORLD has {world.size} "
-            f"({library_line()}): start the ranks with the mpirun of that library"
+            f"({mpi_version_line()}): start the ranks with the mpirun of that library"
         )
     if world.rank != rank:
         raise ValueError(
@@ -55,24 +55,24 @@ def start_mpi(rank: int, world_size: int) -> None:
     # autograd communicates from its own threads in the backward pass, and the watchdog aborts the job from another.
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise ValueError(
-            f"runtime.backend is 'mpi' but {library_line()} gives thread level {MPI.Query_thread()}, needed is "
+            f"runtime.backend is 'mpi' but {mpi_version_line()} gives thread level {MPI.Query_thread()}, needed is "
             f"{MPI.THREAD_MULTIPLE} (MPI_THREAD_MULTIPLE)"
         )
     if BACKEND not in dist.Backend.backend_list:
-        from expert_parallel.runtime.mpi.process_group import group_maker
+        from expert_parallel.runtime.mpi.process_group import group_builder
 
-        make = group_maker(Watchdog(lambda: end_job(1)))
+        make = group_builder(Watchdog(lambda: abort_job(1)))
         dist.Backend.register_backend(BACKEND, make, extended_api=True, devices=["cpu", "cuda"])
 
 
-def library_line() -> str:
+def mpi_version_line() -> str:
     """Returns the library's name and version and the world size, as in "Open MPI v5.0.11, COMM_WORLD of 4"."""
     MPI = load_mpi()
     name = MPI.Get_library_version().splitlines()[0].split(",")[0].replace("Version:", "")
     return f"{' '.join(name.split())}, COMM_WORLD of {MPI.COMM_WORLD.size}"
 
 
-def finish_mpi() -> None:
+def finalize_mpi() -> None:
     """Calls MPI_Finalize, which waits for all ranks. Does nothing if MPI was never initialised.
 
     A rank that fails alone must not call it: it would wait for the others, and they for it in a collective, for ever.
@@ -84,7 +84,7 @@ def finish_mpi() -> None:
             MPI.Finalize()
 
 
-def end_job(code: int) -> NoReturn:
+def abort_job(code: int) -> NoReturn:
     """Ends all ranks of the job at once with this exit code, from any thread."""
     sys.stdout.flush()
     sys.stderr.flush()

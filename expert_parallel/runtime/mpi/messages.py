@@ -10,7 +10,7 @@ from torch import Tensor
 # MPI before version 4, and Open MPI 5, count elements with an int. Longer tensors are sent as blocks of elements.
 MAX_COUNT = 2**31 - 1
 
-# The MPI datatype of each dtype. MPI has no 2-byte floats: they are sent as bits, and reduced in the dtypes of WIDER.
+# The MPI datatype of each dtype. MPI has no 2-byte floats: they are sent as bits, and reduced as REDUCE_DTYPES says.
 DATATYPES: dict[torch.dtype, MPI.Datatype] = {
     torch.float64: MPI.DOUBLE,
     torch.float32: MPI.FLOAT,
@@ -27,10 +27,10 @@ DATATYPES: dict[torch.dtype, MPI.Datatype] = {
 }
 
 # The dtypes in which these are reduced: sums of 2-byte floats are so rounded once, at the end.
-WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.bool: torch.uint8}
+REDUCE_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.bool: torch.uint8}
 
 
-def message(x: Tensor, blocks: int = 1) -> list[object]:
+def buffer_spec(x: Tensor, blocks: int = 1) -> list[object]:
     """Returns MPI's description of a contiguous tensor, seen as `blocks` equal blocks (one per rank in all-to-all).
 
     Raises ValueError if its elements do not divide.
@@ -39,11 +39,11 @@ def message(x: Tensor, blocks: int = 1) -> list[object]:
     if rest:
         raise ValueError(f"a tensor of {x.numel()} elements does not divide over {blocks} ranks")
     if x.numel() > MAX_COUNT:
-        return [_buffer(x), 1, contiguous(count, x.dtype)]
+        return [_buffer(x), 1, contiguous_datatype(count, x.dtype)]
     return [_buffer(x), count, DATATYPES[x.dtype]]  # the count of one block
 
 
-def rows_message(x: Tensor, rows: Sequence[int]) -> list[object]:
+def rows_buffer_spec(x: Tensor, rows: Sequence[int]) -> list[object]:
     """Returns MPI's description of a contiguous tensor (sum(rows), ...) whose first rows[0] rows belong to rank 0, and
     so on. Raises ValueError if the rows do not add up."""
     count, size = x.shape[0], x.numel()
@@ -51,12 +51,12 @@ def rows_message(x: Tensor, rows: Sequence[int]) -> list[object]:
         raise ValueError(f"splits {list(rows)} come to {sum(rows)} rows, the tensor has {count}")
     width = size // max(1, count)
     if size > MAX_COUNT:
-        return [_buffer(x), rows, contiguous(width, x.dtype)]
+        return [_buffer(x), rows, contiguous_datatype(width, x.dtype)]
     return [_buffer(x), [width * rank_rows for rank_rows in rows], DATATYPES[x.dtype]]
 
 
 @cache
-def contiguous(count: int, dtype: torch.dtype) -> MPI.Datatype:
+def contiguous_datatype(count: int, dtype: torch.dtype) -> MPI.Datatype:
     """Returns a datatype of `count` consecutive elements, which may be more than an int can count."""
     element = DATATYPES[dtype]
     if count <= MAX_COUNT:

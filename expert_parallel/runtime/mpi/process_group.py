@@ -16,7 +16,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from expert_parallel.runtime.mpi import messages
-from expert_parallel.runtime.mpi.messages import WIDER, message, rows_message
+from expert_parallel.runtime.mpi.messages import REDUCE_DTYPES, buffer_spec, rows_buffer_spec
 from expert_parallel.runtime.mpi.watchdog import Watchdog
 
 # AVG is computed as a sum and a division.
@@ -32,7 +32,7 @@ REDUCTIONS = {
 }
 
 
-def group_maker(watchdog: Watchdog) -> Callable[[Any, Any], "MPIGroup"]:
+def group_builder(watchdog: Watchdog) -> Callable[[Any, Any], "MPIGroup"]:
     """Returns the factory that torch calls to create the default group, and every further group on its members."""
 
     def make(options: Any, _: Any) -> MPIGroup:
@@ -43,7 +43,7 @@ def group_maker(watchdog: Watchdog) -> Callable[[Any, Any], "MPIGroup"]:
     return make
 
 
-def takes_gpu_pointers() -> bool:
+def query_cuda_support() -> bool:
     """Returns True if the MPI library is CUDA-aware, by an extension of Open MPI and MPICH; False if it has none."""
     try:
         return bool(ctypes.CDLL(MPI.__file__).MPIX_Query_cuda_support())
@@ -51,7 +51,7 @@ def takes_gpu_pointers() -> bool:
         return False
 
 
-class Call(dist.Work):
+class MPIWork(dist.Work):
     """Implements torch's Work handle over an MPI request.
 
     request: None: already complete. keep: the tensor that MPI reads or writes until then, kept alive. finish: called
@@ -104,10 +104,10 @@ class MPIGroup(ProcessGroup):
         self.seconds = timeout.total_seconds()
         self.watchdog = watchdog
         self.members = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-        self.gpu_pointers = takes_gpu_pointers()
-        self.done = Call()
-        self.sending: list[Call] = []
-        self.its_name = self.its_description = ""
+        self.is_cuda_aware = query_cuda_support()
+        self.done = MPIWork()
+        self.pending_sends: list[MPIWork] = []
+        self.torch_name = self.torch_description = ""
 
     # -- names and settings of the group ------------------------------------------------------------------------------
 
@@ -115,16 +115,16 @@ class MPIGroup(ProcessGroup):
         return "mpi4py"
 
     def getGroupName(self) -> str:
-        return self.its_name
+        return self.torch_name
 
     def setGroupName(self, name: str) -> None:
-        self.its_name = name
+        self.torch_name = name
 
     def getGroupDesc(self) -> str:
-        return self.its_description
+        return self.torch_description
 
     def setGroupDesc(self, description: str) -> None:
-        self.its_description = description
+        self.torch_description = description
 
     group_name = property(getGroupName)
     group_desc = property(getGroupDesc)
@@ -138,34 +138,34 @@ class MPIGroup(ProcessGroup):
 
     # -- one tensor to all, or all to one -----------------------------------------------------------------------------
 
-    def broadcast(self, tensors: list[Tensor], options: Any) -> Call:
+    def broadcast(self, tensors: list[Tensor], options: Any) -> MPIWork:
         for x in tensors:
-            buffer = self._readable(x)
+            buffer = self._send_buffer(x)
             with self._watch("broadcast"):
-                self.comm.Bcast(message(buffer), options.rootRank)
-            self._finish(x, buffer)
+                self.comm.Bcast(buffer_spec(buffer), options.rootRank)
+            self._copy_back(x, buffer)
         return self.done
 
-    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], options: Any) -> Call:
-        is_root, target = self.comm.rank == options.rootRank, self._writable(outputs[0])
-        source = self._readable(torch.cat([part.reshape(-1) for part in inputs[0]])) if is_root else None
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], options: Any) -> MPIWork:
+        is_root, target = self.comm.rank == options.rootRank, self._receive_buffer(outputs[0])
+        source = self._send_buffer(torch.cat([part.reshape(-1) for part in inputs[0]])) if is_root else None
         with self._watch("scatter"):
-            sent = None if source is None else message(source, self.comm.size)
-            self.comm.Scatter(sent, message(target), options.rootRank)
-        return self._finish(outputs[0], target)
+            sent = None if source is None else buffer_spec(source, self.comm.size)
+            self.comm.Scatter(sent, buffer_spec(target), options.rootRank)
+        return self._copy_back(outputs[0], target)
 
-    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], options: Any) -> Call:
-        is_root, source = self.comm.rank == options.rootRank, self._readable(inputs[0])
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], options: Any) -> MPIWork:
+        is_root, source = self.comm.rank == options.rootRank, self._send_buffer(inputs[0])
         target = source.new_empty(self.comm.size, source.numel()) if is_root else None
         with self._watch("gather"):
-            received = None if target is None else message(target, self.comm.size)
-            self.comm.Gather(message(source), received, options.rootRank)
+            received = None if target is None else buffer_spec(target, self.comm.size)
+            self.comm.Gather(buffer_spec(source), received, options.rootRank)
         if target is not None:
             for output, part in zip(outputs[0], target, strict=True):
                 output.copy_(part.view(output.shape))
         return self.done
 
-    def barrier(self, opts: Any = None) -> Call:  # torch passes it under this name
+    def barrier(self, opts: Any = None) -> MPIWork:  # torch passes it under this name
         with self._watch("barrier"):
             self.comm.Barrier()
         return self.done
@@ -179,29 +179,29 @@ class MPIGroup(ProcessGroup):
         output_splits: Sequence[int],
         input_splits: Sequence[int],
         options: Any = None,
-    ) -> Call:
-        source, target = self._readable(input), self._writable(output)
+    ) -> MPIWork:
+        source, target = self._send_buffer(input), self._receive_buffer(output)
         with self._watch("all_to_all_single"):
             if output_splits or input_splits:
-                self.comm.Alltoallv(rows_message(source, input_splits), rows_message(target, output_splits))
+                self.comm.Alltoallv(rows_buffer_spec(source, input_splits), rows_buffer_spec(target, output_splits))
             else:
-                self.comm.Alltoall(message(source, self.comm.size), message(target, self.comm.size))
-        return self._finish(output, target)
+                self.comm.Alltoall(buffer_spec(source, self.comm.size), buffer_spec(target, self.comm.size))
+        return self._copy_back(output, target)
 
-    def all_gather_single(self, output: Tensor, input: Tensor, options: Any = None) -> Call:
-        source, target = self._readable(input), self._writable(output)
+    def all_gather_single(self, output: Tensor, input: Tensor, options: Any = None) -> MPIWork:
+        source, target = self._send_buffer(input), self._receive_buffer(output)
         own = target.data_ptr() + self.comm.rank * source.nbytes
-        sent = MPI.IN_PLACE if source.data_ptr() == own else message(source)  # FSDP2 gathers in place
+        sent = MPI.IN_PLACE if source.data_ptr() == own else buffer_spec(source)  # FSDP2 gathers in place
         with self._watch("all_gather_single"):
-            self.comm.Allgather(sent, message(target, self.comm.size))
-        return self._finish(output, target)
+            self.comm.Allgather(sent, buffer_spec(target, self.comm.size))
+        return self._copy_back(output, target)
 
-    def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], options: Any = None) -> Call:
+    def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], options: Any = None) -> MPIWork:
         for output, x in zip(outputs, inputs, strict=True):
             self.all_gather_single(output, x)
         return self.done
 
-    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], options: Any = None) -> Call:
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], options: Any = None) -> MPIWork:
         for parts, x in zip(outputs, inputs, strict=True):
             gathered = x.new_empty(self.comm.size, *x.shape)
             self.all_gather_single(gathered, x)
@@ -211,57 +211,59 @@ class MPIGroup(ProcessGroup):
 
     # -- reductions ---------------------------------------------------------------------------------------------------
 
-    def allreduce(self, tensors: list[Tensor], options: Any) -> Call:
+    def allreduce(self, tensors: list[Tensor], options: Any) -> MPIWork:
         for x in tensors:
-            total = self._readable(x, WIDER.get(x.dtype))
+            total = self._send_buffer(x, REDUCE_DTYPES.get(x.dtype))
             with self._watch("all_reduce"):
                 for part in total.view(-1).split(messages.MAX_COUNT):
-                    self.comm.Allreduce(MPI.IN_PLACE, message(part), _reduction(options))
-            self._finish(x, self._averaged(total, options))
+                    self.comm.Allreduce(MPI.IN_PLACE, buffer_spec(part), _reduction(options))
+            self._copy_back(x, self._averaged(total, options))
         return self.done
 
     allreduce_coalesced = allreduce
 
-    def reduce(self, tensors: list[Tensor], options: Any) -> Call:
+    def reduce(self, tensors: list[Tensor], options: Any) -> MPIWork:
         for x in tensors:
-            is_root, total = self.comm.rank == options.rootRank, self._readable(x, WIDER.get(x.dtype))
+            is_root, total = self.comm.rank == options.rootRank, self._send_buffer(x, REDUCE_DTYPES.get(x.dtype))
             with self._watch("reduce"):
                 for part in total.view(-1).split(messages.MAX_COUNT):
-                    sent, received = (MPI.IN_PLACE, message(part)) if is_root else (message(part), None)
+                    sent, received = (MPI.IN_PLACE, buffer_spec(part)) if is_root else (buffer_spec(part), None)
                     self.comm.Reduce(sent, received, _reduction(options), options.rootRank)
             if is_root:
-                self._finish(x, self._averaged(total, options))
+                self._copy_back(x, self._averaged(total, options))
         return self.done
 
-    def reduce_scatter_single(self, output: Tensor, input: Tensor, options: Any) -> Call:
-        source = self._readable(input, WIDER.get(input.dtype)).view(self.comm.size, -1)
-        target = self._writable(output, WIDER.get(output.dtype))
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, options: Any) -> MPIWork:
+        source = self._send_buffer(input, REDUCE_DTYPES.get(input.dtype)).view(self.comm.size, -1)
+        target = self._receive_buffer(output, REDUCE_DTYPES.get(output.dtype))
         with self._watch("reduce_scatter_single"):
             columns = max(1, messages.MAX_COUNT // self.comm.size)
             for part, total in zip(source.split(columns, dim=1), target.view(-1).split(columns), strict=True):
                 blocks = part.contiguous()
-                self.comm.Reduce_scatter_block(message(blocks, self.comm.size), message(total), _reduction(options))
-        return self._finish(output, self._averaged(target, options))
+                self.comm.Reduce_scatter_block(
+                    buffer_spec(blocks, self.comm.size), buffer_spec(total), _reduction(options)
+                )
+        return self._copy_back(output, self._averaged(target, options))
 
-    def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], options: Any) -> Call:
+    def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], options: Any) -> MPIWork:
         for output, x in zip(outputs, inputs, strict=True):
             self.reduce_scatter_single(output, x, options)
         return self.done
 
     # -- point to point -----------------------------------------------------------------------------------------------
 
-    def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> Call:
-        source = self._readable(tensors[0])
-        call = self._call("send", self.comm.Isend(message(source), rank, tag), source)
-        self.sending = [other for other in self.sending if not other.is_completed()] + [
+    def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> MPIWork:
+        source = self._send_buffer(tensors[0])
+        call = self._pending("send", self.comm.Isend(buffer_spec(source), rank, tag), source)
+        self.pending_sends = [other for other in self.pending_sends if not other.is_completed()] + [
             call
         ]  # keeps their buffers alive
         return call
 
-    def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> Call:
-        target = self._writable(tensors[0])
-        request = self.comm.Irecv(message(target), rank, tag)
-        return self._call("recv", request, target, lambda: self._finish(tensors[0], target))
+    def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> MPIWork:
+        target = self._receive_buffer(tensors[0])
+        request = self.comm.Irecv(buffer_spec(target), rank, tag)
+        return self._pending("recv", request, target, lambda: self._copy_back(tensors[0], target))
 
     # -- names of torch before 2.13 -----------------------------------------------------------------------------------
 
@@ -273,21 +275,21 @@ class MPIGroup(ProcessGroup):
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
-    def _readable(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def _send_buffer(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Returns x in contiguous memory that MPI can read, in `dtype` if given; x itself if it already is.
 
         GPU tensors are copied to pinned host memory unless MPI is CUDA-aware.
         """
-        if x.is_cuda and not self.gpu_pointers:
+        if x.is_cuda and not self.is_cuda_aware:
             return torch.empty(x.shape, dtype=dtype or x.dtype, pin_memory=True).copy_(x)
         source = x.contiguous() if dtype is None else x.to(dtype).contiguous()
         if x.is_cuda:  # MPI does not see CUDA streams: x must have been computed before it reads
             torch.cuda.current_stream(x.device).synchronize()
         return source
 
-    def _writable(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def _receive_buffer(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Returns memory for MPI to write the result for x to; x itself if possible. `_copy_back` completes it."""
-        if x.is_cuda and not self.gpu_pointers:
+        if x.is_cuda and not self.is_cuda_aware:
             return torch.empty(x.shape, dtype=dtype or x.dtype, pin_memory=True)
         if x.is_cuda:
             torch.cuda.current_stream(x.device).synchronize()  # no kernel may still read x's memory
@@ -295,7 +297,7 @@ class MPIGroup(ProcessGroup):
             return x
         return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
-    def _finish(self, x: Tensor, written: Tensor) -> Call:
+    def _copy_back(self, x: Tensor, written: Tensor) -> MPIWork:
         """Copies the result into x if MPI wrote to other memory."""
         if written is not x:
             x.detach().copy_(written)
@@ -309,8 +311,10 @@ class MPIGroup(ProcessGroup):
     def _watch(self, call: str) -> Watchdog:
         return self.watchdog.watch(f"{call} among ranks {self.members}", self.seconds)
 
-    def _call(self, name: str, request: MPI.Request, keep: Tensor, finish: Callable[[], object] = lambda: None) -> Call:
-        return Call(request, keep, finish, lambda: self._watch(name))
+    def _pending(
+        self, name: str, request: MPI.Request, keep: Tensor, finish: Callable[[], object] = lambda: None
+    ) -> MPIWork:
+        return MPIWork(request, keep, finish, lambda: self._watch(name))
 
 
 def _reduction(options: Any) -> MPI.Op:

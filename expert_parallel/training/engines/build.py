@@ -6,7 +6,7 @@ import torch
 
 from expert_parallel.model.transformer import LanguageModel, Transformer
 from expert_parallel.parallel.mesh import ParallelMesh
-from expert_parallel.runtime.process import Runtime, tell_deepspeed
+from expert_parallel.runtime.process import Runtime, set_deepspeed_environment
 from expert_parallel.training.config import TrainingConfig
 from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.engines.native import NativeEngine
@@ -30,8 +30,8 @@ def build_deepspeed(
     config: TrainingConfig,
 ) -> Engine:
     """Builds the DeepSpeed engine. Raises UserError if DeepSpeed is missing on any rank, or has another version."""
-    tell_deepspeed(runtime)
-    engine = runtime.together(load_deepspeed)
+    set_deepspeed_environment(runtime)
+    engine = runtime.run_on_all_ranks(load_deepspeed)
     assert isinstance(model, Transformer), "a pipeline is refused with the config"
     return engine(model, optimizer, mesh, runtime, config)
 
@@ -44,7 +44,7 @@ def load_deepspeed() -> Callable[..., Engine]:
             f"training.engine.kind is 'deepspeed' but the package {error.name} is not installed: pip install "
             "'expert-parallel[deepspeed]'"
         ) from None
-    deepspeed.refuse_version()
+    deepspeed.check_deepspeed_version()
     return deepspeed.DeepSpeedEngine
 
 

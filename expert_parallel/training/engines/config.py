@@ -27,7 +27,7 @@ class DeepSpeedConfig(Settings):
 EngineConfig = Annotated[NativeConfig | DeepSpeedConfig, Field(discriminator="kind")]
 
 
-def refuse_engine(engine: EngineConfig, parallel: ParallelConfig, *, dtype: str, writes_sample: bool) -> None:
+def validate_engine(engine: EngineConfig, parallel: ParallelConfig, *, dtype: str, writes_sample: bool) -> None:
     """Raises a ValueError if the engine cannot run the other settings. writes_sample: `run.sample` is given."""
     if isinstance(engine, NativeConfig):
         return

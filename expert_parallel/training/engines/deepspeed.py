@@ -21,18 +21,18 @@ from expert_parallel.checkpoint.state import TorchState, TrainingState
 from expert_parallel.model.transformer import Block, ModelOutput, Transformer
 from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.parameters import logical_parameters
-from expert_parallel.parallel.degrees import grid
-from expert_parallel.parallel.mesh import ParallelMesh, group_maker
+from expert_parallel.parallel.degrees import ranks_by_group
+from expert_parallel.parallel.mesh import ParallelMesh, group_builder
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.config import TrainingConfig
 from expert_parallel.training.engines.config import DeepSpeedConfig
 from expert_parallel.training.engines.zero import ZeroState
-from expert_parallel.training.grads import BUCKET_BYTES, clip_gradients, global_norm
+from expert_parallel.training.grads import BUCKET_BYTES, clip_gradients, global_grad_norm
 
 VERSION = "0.19.8"
 
 
-class PlainOutput(nn.Module):
+class TupleOutput(nn.Module):
     """Returns the model's output as a tuple: DeepSpeed's hooks find tensors in tuples and dicts, not in dataclasses."""
 
     def __init__(self, model: Transformer) -> None:
@@ -44,14 +44,14 @@ class PlainOutput(nn.Module):
         return output.logits, output.losses, output.stats, output.pooled
 
 
-class WithExperts(PlainOutput, MoE):
+class MoETupleOutput(TupleOutput, MoE):
     """Makes DeepSpeed treat the model as one with experts, by being an instance of DeepSpeed's MoE layer.
 
     It uses nothing else of that class. Its groups are registered when DeepSpeed asks MoE layers to create theirs.
     """
 
     def __init__(self, model: Transformer, num_experts: int, name: str, ep_group: Any, edp_group: Any) -> None:
-        PlainOutput.__init__(self, model)
+        TupleOutput.__init__(self, model)
         self.num_experts = num_experts
         self.registered = (name, ep_group, edp_group)
 
@@ -83,12 +83,12 @@ class DeepSpeedEngine:
         self.clip_norm = config.clip_norm
         # ZeRO-3 always averages over all ranks; the factor turns the mean into a sum (exact for powers of two).
         self.loss_factor = float(runtime.world_size) if self.stage == 3 else 1.0
-        freeze_by_hooks(optimizer)
+        register_freeze_hooks(optimizer)
         frozen = [group["frozen_rows"] for group in optimizer.param_groups]
         module = mark_experts(model, optimizer, mesh, runtime)
         if self.stage == 3:
-            prepare_for_gathering(module, model)
-        settings = deepspeed_settings(config, on_gpu=runtime.device.type == "cuda")
+            prepare_zero3(module, model)
+        settings = deepspeed_config(config, on_gpu=runtime.device.type == "cuda")
         self.engine, *_ = deepspeed.initialize(
             args=Namespace(device_rank=runtime.device.index or 0),
             model=module,
@@ -123,14 +123,14 @@ class DeepSpeedEngine:
             return float(self.engine.get_global_grad_norm())  # device sync: the loop reports the norm
         # Without ZeRO, DeepSpeed clips by the mean of the ranks' norms, which is wrong if experts are sharded.
         # Gradients are not sharded here, so our own norm and clipping apply.
-        norm = global_norm(self.model, self.mesh)
+        norm = global_grad_norm(self.model, self.mesh)
         if self.clip_norm is not None:
             clip_gradients(self.model, norm, self.clip_norm)
         self.engine.step()
         return float(norm)
 
 
-def refuse_version() -> None:
+def check_deepspeed_version() -> None:
     """Raises ValueError if another version of DeepSpeed is installed."""
     if deepspeed.__version__.split("+")[0] != VERSION:
         raise ValueError(
@@ -151,20 +151,20 @@ def set_up_deepspeed(runtime: Runtime) -> None:
 
 def mark_experts(
     model: Transformer, optimizer: torch.optim.Optimizer, mesh: ParallelMesh, runtime: Runtime
-) -> PlainOutput:
+) -> TupleOutput:
     """Tells DeepSpeed which ranks share the dense parameters, and which the experts.
 
     DeepSpeed reads `allreduce` and `group_name` of a parameter, `moe` and `name` of an optimizer group, and its
     registry of groups by these names. With ep 1 experts are replicated like all other parameters, and nothing is
     marked.
     """
-    degrees, make = mesh.degrees, group_maker(runtime.device.type, runtime.timeout)
+    degrees, make = mesh.degrees, group_builder(runtime.device.type, runtime.timeout)
     world = make([list(range(degrees.world_size))], alone=True)
     groups._WORLD_GROUP = world  # DeepSpeed's own would not have the user's timeout
     groups._EXPERT_PARALLEL_GROUP = {}
     groups._EXPERT_DATA_PARALLEL_GROUP = {}
     if degrees.ep == 1:
-        return PlainOutput(model)
+        return TupleOutput(model)
     name = f"ep_size_{degrees.ep}"  # DeepSpeed parses this name
     experts: set[Any] = {logical.parameter for logical in logical_parameters(model) if logical.is_expert}
     for parameter in experts:
@@ -174,11 +174,11 @@ def mark_experts(
         if group["params"][0] in experts:
             group["moe"] = True
             group["name"] = name
-    ranks = grid(degrees)
-    return WithExperts(model, len(experts), name, make(ranks["ep"], alone=True), make(ranks["edp"], alone=True))
+    ranks = ranks_by_group(degrees)
+    return MoETupleOutput(model, len(experts), name, make(ranks["ep"], alone=True), make(ranks["edp"], alone=True))
 
 
-def freeze_by_hooks(optimizer: torch.optim.Optimizer) -> None:
+def register_freeze_hooks(optimizer: torch.optim.Optimizer) -> None:
     """Registers hooks that set the gradients of frozen rows to 0 before DeepSpeed reads them."""
     for group in optimizer.param_groups:
         for parameter, rows in group["frozen_rows"].items():
@@ -186,7 +186,7 @@ def freeze_by_hooks(optimizer: torch.optim.Optimizer) -> None:
             parameter.register_hook(partial(torch.Tensor.masked_fill, mask=mask, value=0.0))
 
 
-def prepare_for_gathering(module: PlainOutput, model: Transformer) -> None:
+def prepare_zero3(module: TupleOutput, model: Transformer) -> None:
     """Tells ZeRO-3 which weights to gather together, as it gathers them when a module's forward pass begins.
 
     Blocks are gathered whole, since dataclasses inside them hide tensors from its hooks; the table of the logits, which
@@ -198,7 +198,7 @@ def prepare_for_gathering(module: PlainOutput, model: Transformer) -> None:
     deepspeed.zero.register_external_parameter(module, table.weight)
 
 
-def deepspeed_settings(config: TrainingConfig, *, on_gpu: bool) -> dict[str, Any]:
+def deepspeed_config(config: TrainingConfig, *, on_gpu: bool) -> dict[str, Any]:
     """Returns DeepSpeed's config. The model casts by itself, so that DeepSpeed sees float32 only."""
     assert isinstance(config.engine, DeepSpeedConfig)
     stage, clips = config.engine.zero_stage, config.clip_norm is not None

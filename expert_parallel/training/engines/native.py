@@ -8,8 +8,8 @@ from expert_parallel.checkpoint.state import TorchState, TrainingState
 from expert_parallel.model.transformer import LanguageModel, ModelOutput
 from expert_parallel.moe.context import StepContext
 from expert_parallel.parallel.mesh import ParallelMesh
-from expert_parallel.training.freeze import freeze_gradients
-from expert_parallel.training.grads import clip_gradients, global_norm, reduce_gradients
+from expert_parallel.training.freeze import zero_frozen_gradients
+from expert_parallel.training.grads import clip_gradients, global_grad_norm, reduce_gradients
 
 
 class NativeEngine:
@@ -41,8 +41,8 @@ class NativeEngine:
 
     def update(self, rate: float) -> float:
         reduce_gradients(self.model, self.mesh, sharded=is_sharded(self.model))
-        freeze_gradients(self.optimizer)
-        norm = global_norm(self.model, self.mesh)
+        zero_frozen_gradients(self.optimizer)
+        norm = global_grad_norm(self.model, self.mesh)
         if self.clip_norm is not None:
             clip_gradients(self.model, norm, self.clip_norm)
         for group in self.optimizer.param_groups:

@@ -13,16 +13,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from expert_parallel.checkpoint.manifest import MOMENTS, WEIGHTS
-from expert_parallel.checkpoint.state import Range
+from expert_parallel.checkpoint.state import FlatRange
 
 
 @dataclass(frozen=True)
-class Place:
+class FlatSlice:
     """Locates this rank's range of a parameter: it begins at `offset` in `flat`, which the optimizer updates."""
 
     flat: Tensor
     offset: int
-    range: Range
+    range: FlatRange
 
 
 class ZeroState:
@@ -32,48 +32,48 @@ class ZeroState:
         self.zero = zero
         self.optimizer = optimizer
         self.stage = stage
-        self.flats: list[Tensor] = (
+        self.flat_tensors: list[Tensor] = (
             zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
         )
 
-    def range_of(self, part: str, parameter: nn.Parameter) -> Range | None:
+    def flat_range(self, part: str, parameter: nn.Parameter) -> FlatRange | None:
         if part == WEIGHTS and self.stage < 3:
             return None
-        return self.place(parameter).range
+        return self.flat_slice(parameter).range
 
     def tensor(self, part: str, parameter: nn.Parameter) -> Tensor:
         if part == WEIGHTS and self.stage < 3:
             return parameter.detach()
-        place = self.place(parameter)
-        flat = place.flat if part == WEIGHTS else self.optimizer.state[place.flat][part]
-        return flat.detach().narrow(0, place.offset, place.range.length)
+        flat_slice = self.flat_slice(parameter)
+        flat = flat_slice.flat if part == WEIGHTS else self.optimizer.state[flat_slice.flat][part]
+        return flat.detach().narrow(0, flat_slice.offset, flat_slice.range.length)
 
-    def place(self, parameter: Any) -> Place:
+    def flat_slice(self, parameter: Any) -> FlatSlice:
         """Returns where this rank's range of the parameter is stored."""
         if self.stage == 3:
             number, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = size * dist.get_rank(parameter.ds_process_group)
             length = min(size, max(0, parameter.ds_numel - start))  # the partitions of the last ranks may be padded
-            return Place(self.flats[number], offset, Range(start, length, tuple(parameter.ds_shape)))
+            return FlatSlice(self.flat_tensors[number], offset, FlatRange(start, length, tuple(parameter.ds_shape)))
         mapping = parameter._hp_mapping
         if mapping is None:  # other ranks hold all of it
-            return Place(self.flats[0], 0, Range(0, 0, tuple(parameter.shape)))
+            return FlatSlice(self.flat_tensors[0], 0, FlatRange(0, 0, tuple(parameter.shape)))
         here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-        flat = self.flats[mapping.param_group_index]
-        return Place(flat, there.start, Range(here.start, here.numel, tuple(parameter.shape)))
+        flat = self.flat_tensors[mapping.param_group_index]
+        return FlatSlice(flat, there.start, FlatRange(here.start, here.numel, tuple(parameter.shape)))
 
-    def make_moments(self, step: int) -> None:
-        for flat in self.flats:
+    def init_moments(self, step: int) -> None:
+        for flat in self.flat_tensors:
             state = self.optimizer.state[flat]
             state["step"] = torch.tensor(float(step), device=flat.device)  # a fused AdamW counts on the device
             state.update({moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS})
 
-    def finish(self) -> None:
+    def finish_loading(self) -> None:
         """Updates copies of the loaded weights: compute weights in stage 3, float32 copies in stages 1 and 2."""
         if self.stage < 3:
             self.zero.refresh_fp32_params()
             return
-        for number in range(len(self.flats)):
+        for number in range(len(self.flat_tensors)):
             self.zero._reassign_or_swap_out_partitioned_parameters(number)
         if self.zero.persistent_parameters:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
@@ -85,11 +85,13 @@ class ZeroState:
         """
         masks: dict[Tensor, Tensor] = {}
         for parameter, rows in rows_of.items():
-            place = self.place(parameter)
-            if place.range.length == 0:
+            flat_slice = self.flat_slice(parameter)
+            if flat_slice.range.length == 0:
                 continue
-            whole = rows.view(-1, *[1] * (len(place.range.shape) - 1)).expand(place.range.shape).flatten()
-            mask = masks.setdefault(place.flat, torch.zeros_like(place.flat, dtype=torch.bool, requires_grad=False))
-            start, length = place.range.start, place.range.length
-            mask[place.offset : place.offset + length] = whole[start : start + length]
+            whole = rows.view(-1, *[1] * (len(flat_slice.range.shape) - 1)).expand(flat_slice.range.shape).flatten()
+            mask = masks.setdefault(
+                flat_slice.flat, torch.zeros_like(flat_slice.flat, dtype=torch.bool, requires_grad=False)
+            )
+            start, length = flat_slice.range.start, flat_slice.range.length
+            mask[flat_slice.offset : flat_slice.offset + length] = whole[start : start + length]
         return masks

@@ -1,5 +1,5 @@
 """The row kernels on the CPU: torch's own operations that write where they are told, in blocks of rows that stay in the
-caches. torch_ops.py says what each computes; `dots`, `weigh_` and `slope`,
+caches. torch_ops.py says what each computes; `row_dots`, `weigh_` and `activation_grad`,
 which are here alone, are the parts of its backward pass."""
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def weigh_(x_RD: Tensor, weights_R: Tensor) -> Tensor:
     return _weighed(x_RD, weights_R, x_RD)
 
 
-def dots(x_RD: Tensor, y_RD: Tensor, dtype: torch.dtype) -> Tensor:
+def row_dots(x_RD: Tensor, y_RD: Tensor, dtype: torch.dtype) -> Tensor:
     """The scalar product of each row of x with that of y, (R). Products are rounded to x's dtype."""
     return torch.cat([(x * y).sum(1, dtype=dtype) for x, y in _blocks(x_RD, y_RD)])
 
@@ -55,11 +55,11 @@ def activate(h_RF2: Tensor, activation: str, weights_R: Tensor | None = None) ->
 def activate_backward(h_RF2: Tensor, g_RF: Tensor, weights_R: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """g_RF is overwritten."""
     a_RF = activate(h_RF2, activation)
-    dot_R = dots(g_RF, a_RF, weights_R.dtype)
-    return weigh_(a_RF, weights_R), slope(h_RF2, weigh_(g_RF, weights_R), activation), dot_R
+    dot_R = row_dots(g_RF, a_RF, weights_R.dtype)
+    return weigh_(a_RF, weights_R), activation_grad(h_RF2, weigh_(g_RF, weights_R), activation), dot_R
 
 
-def slope(h_RF2: Tensor, g_RF: Tensor, activation: str) -> Tensor:
+def activation_grad(h_RF2: Tensor, g_RF: Tensor, activation: str) -> Tensor:
     """The gradient of h, where g_RF is that of the activation. g_RF is overwritten: without a gate, with it."""
     if activation == "gelu":
         return aten.gelu_backward.grad_input(g_RF, h_RF2, grad_input=g_RF)

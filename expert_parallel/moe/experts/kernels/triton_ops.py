@@ -14,7 +14,7 @@ from torch import Tensor
 from expert_parallel.moe.experts.kernels import torch_ops
 from expert_parallel.moe.experts.kernels import triton_kernels as kernels
 from expert_parallel.moe.experts.kernels.torch_ops import wide_dtype
-from expert_parallel.nn.ffn import GATED, width_in
+from expert_parallel.nn.ffn import GATED, w_in_columns
 
 
 def gather(x_LD: Tensor, row_R: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ weigh_ = torch_ops.weigh_  # one pass as it is
 
 def activate(h_RF2: Tensor, activation: str, weights_R: Tensor | None = None) -> Tensor:
     """See torch_ops."""
-    num_rows, hidden = h_RF2.shape[0], h_RF2.shape[1] // width_in(activation, 1)
+    num_rows, hidden = h_RF2.shape[0], h_RF2.shape[1] // w_in_columns(activation, 1)
     a_RF = h_RF2.new_empty(num_rows, hidden)
     if a_RF.numel():
         grid, tile = _cut(a_RF)

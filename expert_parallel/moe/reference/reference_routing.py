@@ -37,7 +37,7 @@ class RankTokens:
 
 
 @dataclass(frozen=True)
-class Token:
+class ReferenceToken:
     """A real token. row: among its rank's tokens, padding included. sequence: among the sequences of all ranks, as they
     are first met, rank after rank. index: its place in the global order. document: of its sequence."""
 
@@ -50,8 +50,8 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Batch:
-    tokens: list[Token]
+class ReferenceBatch:
+    tokens: list[ReferenceToken]
     x_TD: Tensor
     num_ranks: int
     num_sequences: int
@@ -60,17 +60,17 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Routing:
+class ReferenceRouting:
     """ids, reasons: T rows of K. ranking: T rows of E, what rerouting goes by, largest first; -inf: never."""
 
     logits_TE: Tensor
     scores_TE: Tensor
     ids: list[list[int]]
-    reasons: list[list[int]]
+    outcomes: list[list[int]]
     ranking: list[list[float]]
 
 
-def collect(ranks: list[RankTokens], training: bool, context: StepContext) -> Batch:
+def collect_tokens(ranks: list[RankTokens], training: bool, context: StepContext) -> ReferenceBatch:
     tokens, rows = [], []
     numbers: dict[tuple[str, int, int], int] = {}  # of the sequences
     for rank, sight in enumerate(ranks):
@@ -86,14 +86,14 @@ def collect(ranks: list[RankTokens], training: bool, context: StepContext) -> Ba
                 token_id = None if sight.token_ids_BS is None else int(sight.token_ids_BS[b, s])
                 document = 0 if sight.document_BS is None else int(sight.document_BS[b, s])
                 index = indices[b] * 2**32 + positions[s]
-                tokens.append(Token(rank, b * length + s, sequence, index, token_id, document))
+                tokens.append(ReferenceToken(rank, b * length + s, sequence, index, token_id, document))
                 rows.append(sight.x_BSD[b, s])
     nothing = ranks[0].x_BSD.reshape(-1, ranks[0].x_BSD.shape[-1])[:0]
     x_TD = torch.stack(rows) if rows else nothing
-    return Batch(tokens, x_TD, len(ranks), len(numbers), training, context)
+    return ReferenceBatch(tokens, x_TD, len(ranks), len(numbers), training, context)
 
 
-def blocks(scope: str, batch: Batch) -> list[list[int]]:
+def blocks(scope: str, batch: ReferenceBatch) -> list[list[int]]:
     """Numbers of the tokens that are looked at together, in the block's order. A block may be empty."""
     everyone = range(len(batch.tokens))
     if scope == "document":  # what losses of scope `sequence` look at; empty ones are left out
@@ -109,17 +109,17 @@ def blocks(scope: str, batch: Batch) -> list[list[int]]:
     return sequences
 
 
-def draw(numbers: Callable[[int, Tensor, int], Tensor], stream: Stream, batch: Batch, width: int) -> Tensor:
+def draw(numbers: Callable[[int, Tensor, int], Tensor], stream: Stream, batch: ReferenceBatch, width: int) -> Tensor:
     index_T = torch.tensor([token.index for token in batch.tokens], dtype=torch.int64, device=batch.x_TD.device)
     return numbers(pass_seed(batch.context, stream), index_T, width)
 
 
-def best_of(values: list[float], count: int) -> list[int]:
+def best_indices(values: list[float], count: int) -> list[int]:
     """Places of the largest, largest first; of equals, the first."""
     return sorted(range(len(values)), key=lambda e: (-values[e], e))[:count]
 
 
-def route(config: Any, parameters: dict[str, Tensor], batch: Batch) -> Routing:
+def route(config: Any, parameters: dict[str, Tensor], batch: ReferenceBatch) -> ReferenceRouting:
     return ROUTERS[config.router.kind](config, parameters, batch)
 
 
@@ -137,12 +137,12 @@ def _score(score: str, logits: Tensor) -> Tensor:
     return _softmax(logits) if score == "softmax" else 1 / (1 + torch.exp(-logits))
 
 
-def _take_best(logits: Tensor, scores: Tensor, ranking: list[list[float]], k: int) -> Routing:
-    ids = [best_of(row, k) for row in ranking]
-    return Routing(logits, scores, ids, [[KEPT] * k for _ in ids], ranking)
+def _take_best(logits: Tensor, scores: Tensor, ranking: list[list[float]], k: int) -> ReferenceRouting:
+    ids = [best_indices(row, k) for row in ranking]
+    return ReferenceRouting(logits, scores, ids, [[KEPT] * k for _ in ids], ranking)
 
 
-def _top_k(config: Any, parameters: dict[str, Tensor], batch: Batch) -> Routing:
+def _top_k(config: Any, parameters: dict[str, Tensor], batch: ReferenceBatch) -> ReferenceRouting:
     router, x_TD = config.router, batch.x_TD
     if batch.training and router.jitter > 0:
         u_TD = draw(uniform, Stream.JITTER, batch, x_TD.shape[-1])
@@ -162,11 +162,11 @@ def _within_groups(limits: Any, row: list[float]) -> list[float]:
     size = len(row) // limits.count
     groups = [row[g * size : (g + 1) * size] for g in range(limits.count)]
     marks = [max(group) if limits.score == "max" else sum(sorted(group)[-2:]) for group in groups]
-    allowed = best_of(marks, limits.limit)
+    allowed = best_indices(marks, limits.limit)
     return [value if e // size in allowed else -math.inf for e, value in enumerate(row)]
 
 
-def _noisy_top_k(config: Any, parameters: dict[str, Tensor], batch: Batch) -> Routing:
+def _noisy_top_k(config: Any, parameters: dict[str, Tensor], batch: ReferenceBatch) -> ReferenceRouting:
     router = config.router
     logits = _logits(parameters, batch.x_TD)
     ranked = logits
@@ -184,28 +184,28 @@ def _noisy_top_k(config: Any, parameters: dict[str, Tensor], batch: Batch) -> Ro
     return _take_best(logits, _softmax(logits), ranked.tolist(), router.k)
 
 
-def _gshard(config: Any, parameters: dict[str, Tensor], batch: Batch) -> Routing:
+def _gshard(config: Any, parameters: dict[str, Tensor], batch: ReferenceBatch) -> ReferenceRouting:
     router, num_experts = config.router, config.num_experts
     logits = _logits(parameters, batch.x_TD)
     scores = _softmax(logits)
     clean, values, ranking = logits.tolist(), scores.tolist(), logits.tolist()
-    ids, reasons = [], []
+    ids, outcomes = [], []
     if batch.training and router.second == "gumbel":
         ranking = (logits + draw(gumbel, Stream.SECOND_EXPERT, batch, num_experts).to(logits.dtype)).tolist()
     lots = draw(uniform, Stream.SECOND_EXPERT, batch, 1).tolist()
     for t in range(len(batch.tokens)):
-        first = best_of(clean[t], 1)[0]
-        second = next(e for e in best_of(ranking[t], num_experts) if e != first)
-        reason = KEPT
+        first = best_indices(clean[t], 1)[0]
+        second = next(e for e in best_indices(ranking[t], num_experts) if e != first)
+        outcome = KEPT
         if batch.training and router.second == "proportional":
             share = values[t][second] / (values[t][first] + values[t][second])
-            reason = KEPT if lots[t][0] < share / router.threshold else NOT_ROUTED
+            outcome = KEPT if lots[t][0] < share / router.threshold else NOT_ROUTED
         ids.append([first, second])
-        reasons.append([KEPT, reason])
-    return Routing(logits, scores, ids, reasons, ranking)
+        outcomes.append([KEPT, outcome])
+    return ReferenceRouting(logits, scores, ids, outcomes, ranking)
 
 
-def _hash(config: Any, parameters: dict[str, Tensor], batch: Batch) -> Routing:
+def _hash(config: Any, parameters: dict[str, Tensor], batch: ReferenceBatch) -> ReferenceRouting:
     """All scores are equal: normalised, they are the weights 1 / k."""
     ids_T = torch.tensor([token.token_id for token in batch.tokens], dtype=torch.int64, device=batch.x_TD.device)
     ranking = uniform(mix(config.router.seed), ids_T, config.num_experts).tolist()
@@ -213,23 +213,23 @@ def _hash(config: Any, parameters: dict[str, Tensor], batch: Batch) -> Routing:
     return _take_best(logits, _softmax(logits), ranking, config.router.k)
 
 
-def _expert_choice(config: Any, parameters: dict[str, Tensor], batch: Batch) -> Routing:
+def _expert_choice(config: Any, parameters: dict[str, Tensor], batch: ReferenceBatch) -> ReferenceRouting:
     router, num_experts = config.router, config.num_experts
     logits = _logits(parameters, batch.x_TD)
     scores = _softmax(logits)
     ranking = scores.tolist()
-    reasons = [[NOT_ROUTED] * num_experts for _ in batch.tokens]
+    outcomes = [[NOT_ROUTED] * num_experts for _ in batch.tokens]
     factor = Fraction(str(router.train if batch.training else router.eval))
     for block in blocks(router.scope, batch):
         capacity = math.ceil(factor * len(block) / num_experts)
         for e in range(num_experts):
             column = [ranking[t][e] for t in block]
-            for place in best_of(column, capacity):
-                reasons[block[place]][e] = KEPT
-    return Routing(logits, scores, [list(range(num_experts)) for _ in batch.tokens], reasons, ranking)
+            for place in best_indices(column, capacity):
+                outcomes[block[place]][e] = KEPT
+    return ReferenceRouting(logits, scores, [list(range(num_experts)) for _ in batch.tokens], outcomes, ranking)
 
 
-def _sinkhorn(config: Any, parameters: dict[str, Tensor], batch: Batch) -> Routing:
+def _sinkhorn(config: Any, parameters: dict[str, Tensor], batch: ReferenceBatch) -> ReferenceRouting:
     router = config.router
     logits = _logits(parameters, batch.x_TD)
     scores = _score(router.score, logits)
@@ -239,7 +239,7 @@ def _sinkhorn(config: Any, parameters: dict[str, Tensor], batch: Batch) -> Routi
         for block in blocks(router.scope, batch):
             balanced = _sinkhorn_block(router, [ranking[t] for t in block]) if block else []
             for t, row in zip(block, balanced, strict=True):
-                routing.ids[t][:] = best_of(row, router.k)
+                routing.ids[t][:] = best_indices(row, router.k)
     return routing
 
 
@@ -257,7 +257,7 @@ def _sinkhorn_block(router: Any, logits: list[list[float]]) -> list[list[float]]
     return [[d1[e] * cost[t][e] * d0[t] for e in columns] for t in rows]
 
 
-ROUTERS: dict[str, Callable[[Any, dict[str, Tensor], Batch], Routing]] = {
+ROUTERS: dict[str, Callable[[Any, dict[str, Tensor], ReferenceBatch], ReferenceRouting]] = {
     "top_k": _top_k,
     "noisy_top_k": _noisy_top_k,
     "gshard": _gshard,

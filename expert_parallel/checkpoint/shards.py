@@ -7,44 +7,44 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import Tensor
 
-from expert_parallel.checkpoint.digest import MODULUS, as_text, digest
+from expert_parallel.checkpoint.digest import MODULUS, digest, format_digest
 from expert_parallel.checkpoint.manifest import (
     MOMENTS,
     WEIGHTS,
-    Entry,
-    FileRecord,
+    FileMetadata,
     Manifest,
-    Piece,
     Shapes,
-    check_pieces,
-    compare_shapes,
+    ShardMetadata,
+    TensorMetadata,
+    check_shapes,
+    check_shards,
 )
-from expert_parallel.checkpoint.state import Range, TrainingState, balance_biases, range_pieces
+from expert_parallel.checkpoint.state import FlatRange, TrainingState, balance_biases, range_shards
 from expert_parallel.checkpoint.tensor_files import write_tensors
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.parameters import (
     LogicalParameter,
-    first_row,
     logical_parameters,
     pieces,
-    place_among_holders,
+    replica_index_and_count,
+    shard_offset,
 )
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.settings import Settings
 
 
 @dataclass(frozen=True)
-class Held:
+class LocalTensor:
     """Describes a local tensor that this rank writes.
 
-    part: `weights`, `exp_avg` or `exp_avg_sq`. first: `first_row` of the parameter. range: the flat range that this
+    part: `weights`, `exp_avg` or `exp_avg_sq`. first: `shard_offset` of the parameter. range: the flat range that this
     rank holds (ZeRO); None: the whole local tensor.
     """
 
     part: str
     logical: LogicalParameter | str  # str: the name of a buffer, which is whole on this rank
     first: int
-    range: Range | None = None
+    range: FlatRange | None = None
 
     def pieces(self, local: Tensor) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]:
         """Yields the shards of the local tensor: (full name, logical shape, start, values)."""
@@ -54,19 +54,21 @@ class Held:
         if self.range is None:
             shape, found = tuple(self.logical.shape), pieces(self.logical, local, self.first)
         else:
-            shape, found = self.range.shape[self.logical.is_expert :], range_pieces(self.logical, local, self.range)
+            shape, found = self.range.shape[self.logical.is_expert :], range_shards(self.logical, local, self.range)
         for name, start, values in found:
             yield f"{self.part}/{name}", shape, start, values
 
 
-class RankPart(Settings):
+class RankManifest(Settings):
     """Holds a rank's share of the manifest, as its marker file has it. Digests cover its own pieces only."""
 
-    files: dict[str, FileRecord]
-    tensors: dict[str, Entry]
+    files: dict[str, FileMetadata]
+    tensors: dict[str, TensorMetadata]
 
 
-def share_of_writing(model: LanguageModel, mesh: ParallelMesh, state: TrainingState | None = None) -> Iterator[Held]:
+def assign_writers(
+    model: LanguageModel, mesh: ParallelMesh, state: TrainingState | None = None
+) -> Iterator[LocalTensor]:
     """Yields the local tensors that this rank writes.
 
     Of a parameter that several ranks hold, one rank writes it, chosen so that all write about equally many elements;
@@ -75,36 +77,38 @@ def share_of_writing(model: LanguageModel, mesh: ParallelMesh, state: TrainingSt
     """
     loads: dict[tuple[bool, int], list[int]] = {}
     for logical in logical_parameters(model):
-        index, count = place_among_holders(logical, mesh)
+        index, count = replica_index_and_count(logical, mesh)
         # All ranks of a group see the same parameters in the same order, so they agree without communication.
         load = loads.setdefault((logical.is_expert, count), [0] * count)
-        first = first_row(logical.parameter)
+        first = shard_offset(logical.parameter)
         for part in (WEIGHTS, *MOMENTS):
-            divided = None if state is None else state.range_of(part, logical.parameter)
+            divided = None if state is None else state.flat_range(part, logical.parameter)
             if divided is not None:
                 if divided.length > 0:
-                    yield Held(part, logical, 0, divided)
+                    yield LocalTensor(part, logical, 0, divided)
                 continue
             writer = load.index(min(load))
             load[writer] += len(logical.names) * logical.shape.numel()
             if writer == index:
-                yield Held(part, logical, first)
+                yield LocalTensor(part, logical, first)
     if mesh.stage_rank == 0:
-        yield from (Held(WEIGHTS, name, 0) for name, _ in balance_biases(model))
+        yield from (LocalTensor(WEIGHTS, name, 0) for name, _ in balance_biases(model))
 
 
-def write_part(folder: Path, rank: int, content: list[tuple[Held, Tensor]]) -> RankPart:
+def write_rank_file(folder: Path, rank: int, content: list[tuple[LocalTensor, Tensor]]) -> RankManifest:
     """Writes this rank's file and returns its part of the manifest. A rank without tensors writes no file."""
     file = f"rank_{rank:05d}.safetensors"
-    entries: dict[str, Entry] = {}
+    entries: dict[str, TensorMetadata] = {}
     tensors: list[tuple[str, Tensor]] = []
     places: dict[str, tuple[str, tuple[int, ...]]] = {}
     for held, local in content:
         for name, shape, start, values in held.pieces(local):
             key = name if values.shape == shape else f"{name}@{','.join(map(str, start))}"
-            piece = Piece(file=file, key=key, start=start, shape=tuple(values.shape))
+            piece = ShardMetadata(file=file, key=key, start=start, shape=tuple(values.shape))
             before = entries[name].pieces if name in entries else ()
-            entries[name] = Entry(dtype=values.dtype, shape=shape, digest=as_text(0), pieces=(*before, piece))
+            entries[name] = TensorMetadata(
+                dtype=values.dtype, shape=shape, digest=format_digest(0), pieces=(*before, piece)
+            )
             places[key] = (name, start)
             tensors.append((key, values))
     totals = dict.fromkeys(entries, 0)
@@ -114,33 +118,33 @@ def write_part(folder: Path, rank: int, content: list[tuple[Held, Tensor]]) -> R
         totals[name] += digest(values, start, entries[name].shape)
 
     files = {file: write_tensors(folder / file, tensors, add_digest)} if tensors else {}
-    found = {name: entry.model_copy(update={"digest": as_text(totals[name])}) for name, entry in entries.items()}
-    return RankPart(files=files, tensors=found)
+    found = {name: entry.model_copy(update={"digest": format_digest(totals[name])}) for name, entry in entries.items()}
+    return RankManifest(files=files, tensors=found)
 
 
-def add_up(manifest: Manifest, markers: list[Path], expected: Shapes) -> Manifest:
+def merge_manifests(manifest: Manifest, markers: list[Path], expected: Shapes) -> Manifest:
     """Merges the manifests of all ranks. Raises ValueError if a tensor is missing, unexpected, or not covered exactly
     once."""
-    files: dict[str, FileRecord] = {}
-    tensors: dict[str, Entry] = {}
+    files: dict[str, FileMetadata] = {}
+    tensors: dict[str, TensorMetadata] = {}
     for path in markers:
         try:
-            part = RankPart.model_validate_json(path.read_text(encoding="utf-8"))
+            part = RankManifest.model_validate_json(path.read_text(encoding="utf-8"))
         except ValidationError as error:
             raise ValueError(f"{path} is damaged: {error.errors()[0]['msg']}") from error
         files |= part.files
         for name, entry in part.tensors.items():
-            other = tensors.get(name, entry.model_copy(update={"digest": as_text(0), "pieces": ()}))
+            other = tensors.get(name, entry.model_copy(update={"digest": format_digest(0), "pieces": ()}))
             assert (entry.shape, entry.dtype) == (other.shape, other.dtype), (name, entry, other)
             total = (int(other.digest, 16) + int(entry.digest, 16)) % MODULUS
-            joined = {"digest": as_text(total), "pieces": (*other.pieces, *entry.pieces)}
+            joined = {"digest": format_digest(total), "pieces": (*other.pieces, *entry.pieces)}
             tensors[name] = entry.model_copy(update=joined)
     whole = manifest.model_copy(update={"files": files, "tensors": dict(sorted(tensors.items()))})
-    compare_shapes(f"step {manifest.step}: what the ranks have written", whole.shapes, expected)
-    check_pieces(f"step {manifest.step}: what the ranks have written", whole)
+    check_shapes(f"step {manifest.step}: what the ranks have written", whole.shapes, expected)
+    check_shards(f"step {manifest.step}: what the ranks have written", whole)
     return whole
 
 
-def marker(folder: Path, rank: int) -> Path:
+def rank_manifest_path(folder: Path, rank: int) -> Path:
     """Returns the path of a rank's manifest, whose presence says that the rank's file is complete."""
     return folder / f"rank_{rank:05d}.json"

@@ -4,18 +4,18 @@ from collections.abc import Callable
 from functools import partial
 
 from expert_parallel.bench.peers import deepspeed, megatron, ours, plain, torchtitan, transformers, tutel
-from expert_parallel.bench.peers.contender import Case, Contender
-from expert_parallel.bench.peers.decoder import Trainee, build_decoder
+from expert_parallel.bench.peers.decoder import TrainableModel, build_decoder
+from expert_parallel.bench.peers.implementation import Case, Implementation
 from expert_parallel.bench.shapes import TrainShape
 
-Adapter = Callable[[Case], Contender]
+LayerBuilder = Callable[[Case], Implementation]
 
 
-def _in_decoder(build: Adapter, shape: TrainShape, case: Case) -> Trainee:
+def _in_decoder(build: LayerBuilder, shape: TrainShape, case: Case) -> TrainableModel:
     return build_decoder(shape, build, case)
 
 
-PEERS: dict[str, Adapter] = {
+PEERS: dict[str, LayerBuilder] = {
     "ours with capacity": ours.build_with_capacity,
     "mask loop": plain.build_mask_loop,
     "one-hot einsum": plain.build_einsum,
@@ -28,11 +28,11 @@ PEERS: dict[str, Adapter] = {
     "transformers grouped_mm": transformers.build_grouped_mm,
     "dense": plain.build_dense,
 }
-DEFAULT = tuple(name for name in PEERS if name != "dense")
+DEFAULT_PEERS = tuple(name for name in PEERS if name != "dense")
 
 # Models for `bench train`: a peer's layers in a plain decoder, or a peer's own model.
-TrainAdapter = Callable[[TrainShape, Case], Trainee]
-TRAINEES: dict[str, TrainAdapter] = {
-    **{name: partial(_in_decoder, PEERS[name]) for name in DEFAULT if name != "one-hot einsum"},
+ModelBuilder = Callable[[TrainShape, Case], TrainableModel]
+TRAIN_PEERS: dict[str, ModelBuilder] = {
+    **{name: partial(_in_decoder, PEERS[name]) for name in DEFAULT_PEERS if name != "one-hot einsum"},
     "transformers model": transformers.build_model,
 }

@@ -20,7 +20,7 @@ from expert_parallel.parallel.collectives import all_gather_rows, all_to_all_row
 
 
 @dataclass(frozen=True)
-class Gathered:
+class GatheredRows:
     """How the gathered rows lie. rows_P: every rank's number of rows. order_G: of the rows one rank after the other,
     which stands at each place once they are grouped by expert. place_G: its inverse."""
 
@@ -30,14 +30,14 @@ class Gathered:
     place_G: Tensor
 
 
-def gather_from_ranks(
+def all_gather_by_expert(
     x_RD: Tensor, counts_e: Tensor, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor, Gathered | None]:
-    """(x_GD, counts_e, what add_up_at_ranks needs): the rows of all ranks of the group, grouped by expert, within one
-    by rank; and their number for each expert.
+) -> tuple[Tensor, Tensor, GatheredRows | None]:
+    """Gathers the rows of all ranks of the group, grouped by expert and, for each expert, ordered by rank.
 
-    x_RD: this rank's rows, grouped by expert; every rank may have another number of them, even 0. Two collectives: the
-    numbers, and the rows, padded to the fullest rank's. A group of one rank: as it was.
+    x_RD: this rank's rows, grouped by expert; their number may differ between ranks and may be 0. Returns x_GD, its
+    number of rows for each expert, and the argument of `reduce_scatter_by_expert`. Takes two collectives: one for the
+    numbers and one for the rows, padded to the largest rank's number. A group of one rank returns its input.
     """
     num_ranks, num_local = group_size(group), len(counts_e)
     if num_ranks == 1:
@@ -49,21 +49,21 @@ def gather_from_ranks(
     order_G, total_e = sort_by_expert(slot_G, num_local)
     place_G = torch.empty_like(order_G)
     place_G[order_G] = torch.arange(len(order_G), device=order_G.device)
-    rows = Gathered(group, rows_P, order_G, place_G)
-    return _Gather.apply(x_RD, rows), total_e, rows
+    rows = GatheredRows(group, rows_P, order_G, place_G)
+    return _AllGather.apply(x_RD, rows), total_e, rows
 
 
-def add_up_at_ranks(y_GD: Tensor, rows: Gathered | None) -> Tensor:
+def reduce_scatter_by_expert(y_GD: Tensor, rows: GatheredRows | None) -> Tensor:
     """y_RD: of each row of this rank, the sum of all ranks' y_GD. Added in the order of the ranks, in
     promote_types(float32, y's dtype), and rounded once."""
-    return y_GD if rows is None else _AddUp.apply(y_GD, rows)
+    return y_GD if rows is None else _ReduceScatter.apply(y_GD, rows)
 
 
-def _gather(x_RD: Tensor, rows: Gathered) -> Tensor:
+def _gather(x_RD: Tensor, rows: GatheredRows) -> Tensor:
     return all_gather_rows(x_RD, rows.rows_P, rows.group)[rows.order_G]
 
 
-def _add_up(y_GD: Tensor, rows: Gathered) -> Tensor:
+def _add_up(y_GD: Tensor, rows: GatheredRows) -> Tensor:
     mine, num_ranks = rows.rows_P[group_rank(rows.group)], len(rows.rows_P)
     received = all_to_all_rows(y_GD[rows.place_G], rows.rows_P, [mine] * num_ranks, rows.group)
     first, *others = received.view(num_ranks, mine, *y_GD.shape[1:]).unbind(0)
@@ -73,9 +73,9 @@ def _add_up(y_GD: Tensor, rows: Gathered) -> Tensor:
     return total.to(y_GD.dtype)
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, rows: Gathered) -> Tensor:
+    def forward(ctx: Any, x_RD: Tensor, rows: GatheredRows) -> Tensor:
         ctx.rows = rows
         return _gather(x_RD, rows)
 
@@ -85,9 +85,9 @@ class _Gather(torch.autograd.Function):
         return _add_up(grad_GD, ctx.rows), None
 
 
-class _AddUp(torch.autograd.Function):
+class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_GD: Tensor, rows: Gathered) -> Tensor:
+    def forward(ctx: Any, y_GD: Tensor, rows: GatheredRows) -> Tensor:
         ctx.rows = rows
         return _add_up(y_GD, rows)
 

@@ -15,10 +15,10 @@ from pydantic import AliasChoices, Field
 from torch import Tensor
 
 from expert_parallel.moe.capacity.reroute import reroute
-from expert_parallel.moe.capacity.token_scope import Scope, View, look_across
+from expert_parallel.moe.capacity.token_scope import Scope, ScopedTokens, gather_scope
 from expert_parallel.moe.context import TokenBatch, pass_seed
-from expert_parallel.moe.dispatch.permute import count_keys, places_in_queues
-from expert_parallel.moe.types import Reason, RoutingPlan
+from expert_parallel.moe.dispatch.permute import count_keys, positions_in_queues
+from expert_parallel.moe.types import Outcome, RoutingPlan
 from expert_parallel.nn import random
 from expert_parallel.nn.random import Stream
 from expert_parallel.settings import Settings
@@ -38,7 +38,7 @@ class DroplessConfig(Settings):
     pad: ClassVar[bool] = False
 
 
-class LimitSettings(Settings):
+class CapacitySettings(Settings):
     """Is the base class of limits on the choices of an expert: they form a queue, and overflow beyond its capacity."""
 
     scope: Scope = "rank"
@@ -61,7 +61,7 @@ class LimitSettings(Settings):
     receive_bound: ClassVar[None] = None  # not a setting of these kinds
 
 
-class FactorConfig(LimitSettings):
+class FactorConfig(CapacitySettings):
     """Limits each expert to max(minimum, ceil(factor * T * k / E)) choices of a scope's T tokens (GShard, Lepikhin et
     al. 2020; Switch, Fedus et al. 2021, eq. 3)."""
 
@@ -74,7 +74,7 @@ class FactorConfig(LimitSettings):
     """Sets the smallest capacity of an expert, in choices of a scope."""
 
 
-class AbsoluteConfig(LimitSettings):
+class AbsoluteConfig(CapacitySettings):
     """Limits each expert to a fixed number of choices of a scope's tokens."""
 
     kind: Literal["absolute"]
@@ -92,7 +92,7 @@ def expert_capacity(factor: float, minimum: int, num_tokens: int, num_choices: i
     return max(minimum, math.ceil(Fraction(str(factor)) * num_tokens * num_choices / num_experts))
 
 
-def capacity_of_blocks(
+def block_capacities(
     config: FactorConfig | AbsoluteConfig, sizes: Sequence[int], num_choices: int, num_experts: int, training: bool
 ) -> list[int]:
     """Choices that one expert takes of each block of so many tokens."""
@@ -114,31 +114,31 @@ def apply_capacity(
 ) -> tuple[RoutingPlan, int | None]:
     """The plan with what overflows marked DROPPED_CAPACITY, or REROUTED and renamed; its weights are left as they were.
     And the most choices that one expert takes of all the scope's tokens here, for `pad`."""
-    columns = [plan.expert_ids_TK.to(torch.int32), plan.reason_TK]
+    columns = [plan.expert_ids_TK.to(torch.int32), plan.outcome_TK]
     looks_at_scores = config.priority in ("probability", "batch_priority")
     columns += [plan.scores_TE.gather(1, plan.expert_ids_TK)] if looks_at_scores else []
     columns += [_ranking(plan)] if config.overflow == "reroute" else []
-    view, (ids_GK, reason_GK, *more) = look_across(config.scope, batch, *columns)
+    view, (ids_GK, outcome_GK, *more) = gather_scope(config.scope, batch, *columns)
     ids_GK, ranking_GE = ids_GK.long(), more[-1] if config.overflow == "reroute" else None
     scores_GK = more[0] if looks_at_scores else None
-    capacities = capacity_of_blocks(config, view.sizes, ids_GK.shape[1], plan.num_experts, training)
+    capacities = block_capacities(config, view.sizes, ids_GK.shape[1], plan.num_experts, training)
 
-    routed_GK = reason_GK != Reason.NOT_ROUTED
+    routed_GK = outcome_GK != Outcome.NOT_ROUTED
     order_N = queue_order(config, view, scores_GK, routed_GK, batch, training)
     queue_GK = view.block_G[:, None] * plan.num_experts + ids_GK
     num_queues = view.num_blocks * plan.num_experts
     queue_GK = queue_GK.masked_fill(~routed_GK, num_queues)  # a queue apart, without a capacity
-    place_GK = places_in_queues(queue_GK.flatten(), num_queues + 1, order_N).view_as(queue_GK)
+    place_GK = positions_in_queues(queue_GK.flatten(), num_queues + 1, order_N).view_as(queue_GK)
     capacity_Q = queue_capacities(capacities, plan.num_experts, ids_GK.device)
     overflows_GK = routed_GK & (place_GK >= capacity_Q[queue_GK])
-    reason_GK = reason_GK.masked_fill(overflows_GK, Reason.DROPPED_CAPACITY)
+    outcome_GK = outcome_GK.masked_fill(overflows_GK, Outcome.DROPPED_CAPACITY)
 
     if ranking_GE is not None:
         taken_Q = count_keys(queue_GK.masked_fill(overflows_GK, num_queues).flatten(), num_queues + 1)
         room_Q = (capacity_Q - taken_Q)[:num_queues]
         ids_GK, rerouted_GK = reroute(ids_GK, routed_GK, overflows_GK, ranking_GE, view.block_G, room_Q, order_N)
-        reason_GK = reason_GK.masked_fill(rerouted_GK, Reason.REROUTED)
-    limited = replace(plan, expert_ids_TK=ids_GK[view.mine_T], reason_TK=reason_GK[view.mine_T])
+        outcome_GK = outcome_GK.masked_fill(rerouted_GK, Outcome.REROUTED)
+    limited = replace(plan, expert_ids_TK=ids_GK[view.local_T], outcome_TK=outcome_GK[view.local_T])
     return limited, sum(capacities)
 
 
@@ -160,7 +160,12 @@ def _ranking(plan: RoutingPlan) -> Tensor:
 
 
 def queue_order(
-    config: LimitSettings, view: View, scores_GK: Tensor | None, routed_GK: Tensor, batch: TokenBatch, training: bool
+    config: CapacitySettings,
+    view: ScopedTokens,
+    scores_GK: Tensor | None,
+    routed_GK: Tensor,
+    batch: TokenBatch,
+    training: bool,
 ) -> Tensor:
     """All choices of the view, flat indices g * K + k, in the order in which they queue up. int64 (G * K)."""
     num_tokens, num_choices = routed_GK.shape

@@ -36,11 +36,11 @@ class AsyncCollective:
     `finish` overlaps the exchange in both passes. A subclass defines the two exchanges.
     """
 
-    def begin(self, x: Tensor) -> Wait:
+    def launch(self, x: Tensor) -> Wait:
         """Starts the exchange of the forward pass. x: detached."""
         raise NotImplementedError
 
-    def begin_backward(self, grad: Tensor) -> Wait:
+    def launch_backward(self, grad: Tensor) -> Wait:
         """Starts the exchange of the backward pass. grad: the gradient of the (first) output."""
         raise NotImplementedError
 
@@ -64,14 +64,14 @@ class AsyncCollective:
         return _Node.apply(token, self._finish_forward, self._start_backward)
 
     def _start_forward(self, x: Tensor) -> Tensor:
-        self._wait = self.begin(x.detach())  # detached: a backend's thread may keep its input, and so the graph, alive
+        self._wait = self.launch(x.detach())  # detached: a backend's thread may keep its input, and so the graph, alive
         return x.new_empty(0)  # the token: an empty tensor that makes the node of `finish` depend on that of `start`
 
     def _finish_forward(self, token: Tensor) -> Outputs:
         return self.unpack(self._waited())
 
     def _start_backward(self, grad: Tensor) -> Tensor:
-        self._wait = self.begin_backward(grad)
+        self._wait = self.launch_backward(grad)
         return grad.new_empty(0)
 
     def _finish_backward(self, token: Tensor) -> Tensor:
@@ -112,10 +112,10 @@ class AsyncAllToAll(AsyncCollective):
         self.peers = peers
         self.key = key
 
-    def begin(self, x: Tensor) -> Wait:
+    def launch(self, x: Tensor) -> Wait:
         """Starts the all-to-all of the rows."""
         return self.ledger.all_to_all(x, *self.sizes, self.peers, self.key)
 
-    def begin_backward(self, grad: Tensor) -> Wait:
+    def launch_backward(self, grad: Tensor) -> Wait:
         """Starts the all-to-all of the rows' gradients."""
-        return self.ledger.all_to_all(grad, *self.sizes.reversed, self.peers, self.key.of_backward)
+        return self.ledger.all_to_all(grad, *self.sizes.reversed, self.peers, self.key.backward_key)

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from expert_parallel.moe.context import StepContext
-from expert_parallel.moe.reference.routing import (
+from expert_parallel.moe.reference.reference_routing import (
     DROPPED_CAPACITY,
     DROPPED_RECEIVE_BOUND,
     KEPT,
     NOT_ROUTED,
     REROUTED,
-    Batch,
     RankTokens,
-    Routing,
+    ReferenceBatch,
+    ReferenceRouting,
     blocks,
-    collect,
+    collect_tokens,
     draw,
     route,
 )
@@ -46,7 +46,7 @@ class ReferenceOutput:
     losses: dict[str, Tensor]
     dropped: list[Tensor]
     routed_E: list[int]
-    reasons: list[Tensor]
+    outcomes: list[Tensor]
     expert_ids: list[Tensor]
     kept_E: list[int]
 
@@ -66,11 +66,11 @@ def reference_layer(
     of randomness count; what it says of tokens is read from tokens_by_rank. rank_of_expert: for receive_bound.
     """
     ranks = [entry if isinstance(entry, RankTokens) else RankTokens(entry) for entry in tokens_by_rank]
-    batch = collect(ranks, training, context)
+    batch = collect_tokens(ranks, training, context)
     routing = route(config, parameters, batch)
-    ids, reasons = _limit(config, routing, batch)
-    weights = _weigh(config, routing, ids, reasons)
-    _bound(config, batch, ids, reasons, rank_of_expert)
+    ids, outcomes = _apply_capacity(config, routing, batch)
+    weights = _weigh(config, routing, ids, outcomes)
+    _bound(config, batch, ids, outcomes, rank_of_expert)
     outputs = [_rows(config, parameters, sight.x_BSD) for sight in ranks]
     num_choices = config.num_experts if config.router.kind == "expert_choice" else config.router.k
     unrouted = torch.arange(num_choices) if config.router.kind == "expert_choice" else torch.zeros(num_choices).long()
@@ -78,19 +78,19 @@ def reference_layer(
     all_reasons = [torch.full((len(rows), num_choices), NOT_ROUTED, dtype=torch.uint8) for rows in outputs]
     for t, token in enumerate(batch.tokens):
         all_ids[token.rank][token.row] = torch.tensor(ids[t])
-        all_reasons[token.rank][token.row] = torch.tensor(reasons[t], dtype=torch.uint8)
+        all_reasons[token.rank][token.row] = torch.tensor(outcomes[t], dtype=torch.uint8)
         for j, expert in enumerate(ids[t]):
-            if reasons[t][j] in (KEPT, REROUTED):
+            if outcomes[t][j] in (KEPT, REROUTED):
                 y = weights[t][j] * _expert(config, parameters, f"experts.{expert}.", batch.x_TD[t])
                 outputs[token.rank][token.row] = outputs[token.rank][token.row] + y
     return ReferenceOutput(
         y=[_stack(rows, sight.x_BSD) for rows, sight in zip(outputs, ranks, strict=True)],
         losses=_losses(config, routing, batch),
         dropped=[(r == DROPPED_CAPACITY) | (r == DROPPED_RECEIVE_BOUND) for r in all_reasons],
-        routed_E=_count(config, routing.ids, routing.reasons, (KEPT,)),
-        reasons=all_reasons,
+        routed_E=_count(config, routing.ids, routing.outcomes, (KEPT,)),
+        outcomes=all_reasons,
         expert_ids=all_ids,
-        kept_E=_count(config, ids, reasons, (KEPT, REROUTED)),
+        kept_E=_count(config, ids, outcomes, (KEPT, REROUTED)),
     )
 
 
@@ -104,15 +104,15 @@ def _stack(rows: list[Tensor], x_BSD: Tensor) -> Tensor:
     return torch.stack(rows).view(x_BSD.shape) if rows else x_BSD.clone()
 
 
-def _count(config: Any, ids: list[list[int]], reasons: list[list[int]], wanted: tuple[int, ...]) -> list[int]:
+def _count(config: Any, ids: list[list[int]], outcomes: list[list[int]], wanted: tuple[int, ...]) -> list[int]:
     counts = [0] * config.num_experts
-    for row, why in zip(ids, reasons, strict=True):
-        for expert, reason in zip(row, why, strict=True):
-            counts[expert] += reason in wanted
+    for row, why in zip(ids, outcomes, strict=True):
+        for expert, outcome in zip(row, why, strict=True):
+            counts[expert] += outcome in wanted
     return counts
 
 
-def _weigh(config: Any, routing: Routing, ids: list[list[int]], reasons: list[list[int]]) -> list[Tensor]:
+def _weigh(config: Any, routing: ReferenceRouting, ids: list[list[int]], outcomes: list[list[int]]) -> list[Tensor]:
     """scale * score of each choice's expert; a hash's equal scores are always normalised, expert choice's never."""
     router = config.router
     normalise = router.kind == "hash" or (router.kind != "expert_choice" and router.normalise)
@@ -122,7 +122,7 @@ def _weigh(config: Any, routing: Routing, ids: list[list[int]], reasons: list[li
         weight = torch.stack([routing.scores_TE[t, expert] for expert in row])
         counted = [True for _ in row]
         if config.capacity.kind != "dropless" and config.capacity.renormalise:
-            counted = [reason in (KEPT, REROUTED) for reason in reasons[t]]
+            counted = [outcome in (KEPT, REROUTED) for outcome in outcomes[t]]
             weight = torch.where(torch.tensor(counted, device=weight.device), weight, torch.zeros_like(weight))
         if normalise and any(counted):
             weight = weight / weight.sum()
@@ -130,11 +130,13 @@ def _weigh(config: Any, routing: Routing, ids: list[list[int]], reasons: list[li
     return weights
 
 
-def _limit(config: Any, routing: Routing, batch: Batch) -> tuple[list[list[int]], list[list[int]]]:
+def _apply_capacity(
+    config: Any, routing: ReferenceRouting, batch: ReferenceBatch
+) -> tuple[list[list[int]], list[list[int]]]:
     """Expert ids and reasons after capacity."""
-    ids, reasons = [list(row) for row in routing.ids], [list(row) for row in routing.reasons]
+    ids, outcomes = [list(row) for row in routing.ids], [list(row) for row in routing.outcomes]
     if config.capacity.kind == "dropless":
-        return ids, reasons
+        return ids, outcomes
     for block in blocks(config.capacity.scope, batch):
         room = [_capacity(config, len(block), batch.training)] * config.num_experts
         overflowing = []
@@ -142,20 +144,20 @@ def _limit(config: Any, routing: Routing, batch: Batch) -> tuple[list[list[int]]
             if room[ids[t][j]] > 0:
                 room[ids[t][j]] -= 1
             else:
-                reasons[t][j] = DROPPED_CAPACITY
+                outcomes[t][j] = DROPPED_CAPACITY
                 overflowing.append((t, j))
         if config.capacity.overflow == "drop":
             continue
         for t, j in overflowing:
-            seen = {e for e, reason in zip(routing.ids[t], routing.reasons[t], strict=True) if reason != NOT_ROUTED}
-            seen |= {e for e, reason in zip(ids[t], reasons[t], strict=True) if reason == REROUTED}
+            seen = {e for e, outcome in zip(routing.ids[t], routing.outcomes[t], strict=True) if outcome != NOT_ROUTED}
+            seen |= {e for e, outcome in zip(ids[t], outcomes[t], strict=True) if outcome == REROUTED}
             ranking = routing.ranking[t]
             others = [e for e in range(config.num_experts) if e not in seen and room[e] > 0 and ranking[e] > -math.inf]
             if others:
                 best = min(others, key=lambda e: (-ranking[e], e))
-                ids[t][j], reasons[t][j] = best, REROUTED
+                ids[t][j], outcomes[t][j] = best, REROUTED
                 room[best] -= 1
-    return ids, reasons
+    return ids, outcomes
 
 
 def _capacity(config: Any, num_tokens: int, training: bool) -> int:
@@ -166,7 +168,7 @@ def _capacity(config: Any, num_tokens: int, training: bool) -> int:
     return max(config.capacity.minimum, math.ceil(ideal))
 
 
-def _queue(config: Any, routing: Routing, batch: Batch, block: list[int]) -> list[tuple[int, int]]:
+def _queue(config: Any, routing: ReferenceRouting, batch: ReferenceBatch, block: list[int]) -> list[tuple[int, int]]:
     """(token, choice) of the routed choices of a block, first come first."""
     capacity, k = config.capacity, config.router.k
     scores = routing.scores_TE.tolist()
@@ -182,24 +184,24 @@ def _queue(config: Any, routing: Routing, batch: Batch, block: list[int]) -> lis
         queue = [(t, j) for t in tokens for j in range(k)]
     if capacity.priority == "probability":
         queue.sort(key=lambda tj: -scores[tj[0]][routing.ids[tj[0]][tj[1]]])
-    return [(t, j) for t, j in queue if routing.reasons[t][j] != NOT_ROUTED]
+    return [(t, j) for t, j in queue if routing.outcomes[t][j] != NOT_ROUTED]
 
 
 def _bound(
     config: Any,
-    batch: Batch,
+    batch: ReferenceBatch,
     ids: list[list[int]],
-    reasons: list[list[int]],
+    outcomes: list[list[int]],
     rank_of_expert: tuple[int, ...] | None,
 ) -> None:
-    """Marks in `reasons` what is beyond the receive bound."""
+    """Marks in `outcomes` what is beyond the receive bound."""
     if config.capacity.kind != "dropless" or config.capacity.receive_bound is None:
         return
     if rank_of_expert is None:
         raise ValueError("receive_bound needs rank_of_expert")
     ranks = range(batch.num_ranks)
     rows: dict[tuple[int, int], list[tuple[int, int]]] = {(s, d): [] for s in ranks for d in ranks}
-    kept = [(t, j) for t, row in enumerate(reasons) for j, reason in enumerate(row) if reason in (KEPT, REROUTED)]
+    kept = [(t, j) for t, row in enumerate(outcomes) for j, outcome in enumerate(row) if outcome in (KEPT, REROUTED)]
     for t, j in sorted(kept, key=lambda tj: (tj[1], tj[0])):
         rows[batch.tokens[t].rank, rank_of_expert[ids[t][j]]].append((t, j))
     most = math.ceil(Fraction(str(config.capacity.receive_bound)) * len(kept) / len(ranks))
@@ -207,7 +209,7 @@ def _bound(
         allowed = _share([len(rows[s, d]) for s in ranks], most)
         for s in ranks:
             for t, j in rows[s, d][allowed[s] :]:
-                reasons[t][j] = DROPPED_RECEIVE_BOUND
+                outcomes[t][j] = DROPPED_RECEIVE_BOUND
 
 
 def _share(sent: list[int], most: int) -> list[int]:
@@ -253,7 +255,7 @@ def _shared(config: Any, parameters: dict[str, Tensor], x_D: Tensor) -> Tensor:
     return parameters["shared_experts.w_out.weight"] @ h + parameters.get("shared_experts.w_out.bias", 0)
 
 
-def _losses(config: Any, routing: Routing, batch: Batch) -> dict[str, Tensor]:
+def _losses(config: Any, routing: ReferenceRouting, batch: ReferenceBatch) -> dict[str, Tensor]:
     losses = {}
     for loss in config.losses:
         if loss.kind == "z_loss":
@@ -269,7 +271,7 @@ def _losses(config: Any, routing: Routing, batch: Batch) -> dict[str, Tensor]:
     return losses
 
 
-def _switch_loss(config: Any, loss: Any, routing: Routing, block: list[int]) -> Tensor:
+def _switch_loss(config: Any, loss: Any, routing: ReferenceRouting, block: list[int]) -> Tensor:
     """E * sum_e f_e * P_e over one block of tokens; 0 for a block without tokens."""
     if not block:
         return routing.scores_TE[:0].sum()
@@ -280,7 +282,7 @@ def _switch_loss(config: Any, loss: Any, routing: Routing, block: list[int]) -> 
         chosen = 0
         for t in block:
             for j in range(counted):
-                chosen += routing.ids[t][j] == e and routing.reasons[t][j] != NOT_ROUTED
+                chosen += routing.ids[t][j] == e and routing.outcomes[t][j] != NOT_ROUTED
         mean = torch.stack([row[e] for row in probabilities]).sum() / len(block)
         total = total + chosen / (len(block) * counted) * mean
     return config.num_experts * total

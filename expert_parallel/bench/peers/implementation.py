@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from expert_parallel.bench.shapes import Shape
-from expert_parallel.nn.ffn import width_in
-from expert_parallel.parallel.collectives import anywhere, group_rank, group_size
+from expert_parallel.bench.shapes import LayerShape
+from expert_parallel.nn.ffn import w_in_columns
+from expert_parallel.parallel.collectives import any_rank, group_rank, group_size
 from expert_parallel.parallel.placement import ExpertPlacement
 from expert_parallel.runtime.process import Runtime
 
@@ -45,7 +45,7 @@ class Case:
     group: the ranks that divide tokens and experts; None: one rank. x_TD: this rank's tokens, a leaf. dy_TD: the
     gradient of the output."""
 
-    shape: Shape
+    shape: LayerShape
     activation: str
     dtype: torch.dtype
     device: torch.device
@@ -68,29 +68,29 @@ class Case:
         placement = ExpertPlacement.contiguous(self.shape.num_experts, self.ranks)
         return ids_TK, torch.tensor(placement.rank_of_expert)[ids_TK]
 
-    def bytes_of_choices(self) -> int:
+    def bytes_of_one_row_per_choice(self) -> int:
         """Returns the bytes that this rank sends if each choice on another rank is a row, out and back, forward and
         backward."""
         _, ranks_TK = self.routing()
         return 4 * int((ranks_TK != group_rank(self.group)).sum()) * self.shape.d_model * self.dtype.itemsize
 
-    def one_rank(self) -> None:
+    def require_one_rank(self) -> None:
         """Raises `NotMeasured` on more than one rank."""
         if self.ranks > 1:
             raise NotMeasured("on one rank only: it does not divide experts over ranks")
 
-    def even_experts(self) -> int:
+    def experts_per_rank(self) -> int:
         """Returns the number of experts on each rank. Raises `NotMeasured` where they do not divide evenly."""
         if self.shape.num_experts % self.ranks:
             raise NotMeasured(f"its {self.shape.num_experts} experts must divide evenly over {self.ranks} ranks")
         return self.shape.num_experts // self.ranks
 
 
-class Contender:
+class Implementation:
     """Wraps one layer for the benchmark.
 
     computes: a description for the table. is_compared: True if its outputs must equal ours. An implementation with a
-    capacity overrides `forward_all` and `dropped_share`; one whose traffic is known overrides `bytes_sent`."""
+    capacity overrides `forward_dropless` and `dropped_share`; one whose traffic is known overrides `bytes_sent`."""
 
     is_compared = True
 
@@ -102,11 +102,11 @@ class Contender:
         """Computes the layer, (T, D) -> (T, D)."""
         return self.module(x_TD)
 
-    def forward_all(self, x_TD: Tensor) -> Tensor:
+    def forward_dropless(self, x_TD: Tensor) -> Tensor:
         """Computes the layer without dropping any choice, for the comparison of outputs."""
         return self.forward(x_TD)
 
-    def surroundings(self) -> AbstractContextManager[None]:
+    def execution_context(self) -> AbstractContextManager[None]:
         """Returns the context in which forward and backward run."""
         return nullcontext()
 
@@ -121,12 +121,12 @@ class Contender:
     def parameters(self) -> list[nn.Parameter]:
         return list(self.module.parameters())
 
-    def replicated(self) -> list[nn.Parameter]:
+    def replicated_parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that all ranks hold: all but the experts."""
         return [parameter for name, parameter in self.module.named_parameters() if "experts" not in name]
 
 
-def attempt(trial: Callable[[], T]) -> T:
+def try_build(trial: Callable[[], T]) -> T:
     """Returns what `trial` builds. Raises `NotMeasured` on all ranks if it fails on one, with any exception, so that a
     failing peer does not end the benchmark. A collective."""
     result, why = None, ""
@@ -139,13 +139,13 @@ def attempt(trial: Callable[[], T]) -> T:
     except Exception as error:
         text = (str(error).strip() or "no message").splitlines()[0]
         why = f"it fails with {type(error).__name__}: {text}"
-    if anywhere(bool(why)):
+    if any_rank(bool(why)):
         raise NotMeasured(why or "it fails on another rank")
     assert result is not None
     return result
 
 
-def first_that_fits(build: Callable[[Case], T], cases: Sequence[Case]) -> tuple[T, Case]:
+def first_supported(build: Callable[[Case], T], cases: Sequence[Case]) -> tuple[T, Case]:
     """Builds with the first case that is supported, and returns both. Raises `NotMeasured` with all reasons if none
     is."""
     reasons = []
@@ -157,7 +157,7 @@ def first_that_fits(build: Callable[[Case], T], cases: Sequence[Case]) -> tuple[
     raise NotMeasured("; ".join(dict.fromkeys(reasons)))
 
 
-def installed(package: str, extra: str = "bench") -> str:
+def installed_version(package: str, extra: str = "bench") -> str:
     """Returns the version of an installed package. Raises `NotMeasured` where it is not installed."""
     try:
         return version(package)
@@ -167,7 +167,7 @@ def installed(package: str, extra: str = "bench") -> str:
 
 
 def build_case(
-    shape: Shape, activation: str, dtype: torch.dtype, runtime: Runtime, group: dist.ProcessGroup | None
+    shape: LayerShape, activation: str, dtype: torch.dtype, runtime: Runtime, group: dist.ProcessGroup | None
 ) -> Case:
     """Builds weights and tokens that depend on seeds and indices alone."""
     device = runtime.device
@@ -180,7 +180,7 @@ def build_case(
         return (torch.randn(*size, generator=generator, device=device) * std).to(dtype)
 
     experts = placement.experts_on(rank)
-    columns = width_in(activation, hidden)
+    columns = w_in_columns(activation, hidden)
     weights = Weights(
         router_ED=normal(0, shape.num_experts, d_model, std=d_model**-0.5),
         w_in_eDF=torch.stack([normal(1000 + 2 * e, d_model, columns, std=d_model**-0.5) for e in experts]),

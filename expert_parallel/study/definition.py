@@ -53,7 +53,7 @@ class StudyConfig(Settings):
     """Sets the number of threads of each run."""
 
     @model_validator(mode="after")
-    def _fit_together(self) -> "StudyConfig":
+    def _check_consistency(self) -> "StudyConfig":
         if self.reference not in self.variants:
             raise ValueError(f"reference is {self.reference!r}, it must be one of {', '.join(self.variants)}")
         for name, values in (("seeds", self.seeds), ("learning_rates", self.learning_rates)):
@@ -68,7 +68,7 @@ class StudyConfig(Settings):
 
 
 # Settings of a run that the study sets -> why `base` must not.
-OF_THE_STUDY = {
+STUDY_OWNED_SETTINGS = {
     "run.folder": "runs lie below the study's own folder",
     "seed": "the study has `seeds`",
     "training.optimizer.learning_rate": "the study has `learning_rates`",
@@ -77,7 +77,7 @@ OF_THE_STUDY = {
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """Describes one training run of a study. A trial and the run that continues it share a folder."""
 
     variant: str
@@ -107,7 +107,7 @@ class Study:
     def folder(self) -> Path:
         return Path(self.settings.folder)
 
-    def run(self, variant: str, rate: float, seed: int, steps: int) -> Run:
+    def run(self, variant: str, rate: float, seed: int, steps: int) -> StudyRun:
         """Returns a run with its config. Raises ValueError where the variant's settings cannot work."""
         folder = self.folder / variant / f"lr_{rate:g}" / f"seed_{seed}"
         own = {
@@ -115,18 +115,18 @@ class Study:
             "seed": seed,
             "training": {"steps": steps, "optimizer": {"learning_rate": rate}},
         }
-        return Run(variant, rate, seed, steps, _config_of(self.settings, variant, own))
+        return StudyRun(variant, rate, seed, steps, _config_of(self.settings, variant, own))
 
-    def trials(self, variant: str) -> list[Run]:
+    def trials(self, variant: str) -> list[StudyRun]:
         """Returns the variant's trials: each learning rate with the first seed."""
         first = self.settings.seeds[0]
         return [self.run(variant, rate, first, self.settings.trial_steps) for rate in self.settings.learning_rates]
 
-    def finals(self, variant: str, rate: float) -> list[Run]:
+    def finals(self, variant: str, rate: float) -> list[StudyRun]:
         """Returns the variant's runs with all seeds, at this learning rate."""
         return [self.run(variant, rate, seed, self.steps) for seed in self.settings.seeds]
 
-    def all_runs(self) -> list[Run]:
+    def all_runs(self) -> list[StudyRun]:
         """Returns every run that could be trained, of all variants in the settings."""
         return [
             run
@@ -149,7 +149,7 @@ def read_study(path: Path, overrides: list[str], only: list[str] | None) -> Stud
         if name not in settings.variants:
             raise ValueError(f"--only: there is no variant {name!r}, there are {', '.join(settings.variants)}")
     names = [name for name in settings.variants if only is None or name in only or name == settings.reference]
-    for setting, whose in OF_THE_STUDY.items():
+    for setting, whose in STUDY_OWNED_SETTINGS.items():
         if _has(settings.base, setting.split(".")):
             raise ValueError(f"{path}: base.{setting} is given, but {whose}")
     configs = [_config_of(settings, name, {"run": {"folder": settings.folder}}) for name in settings.variants]
