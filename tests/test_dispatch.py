@@ -1,5 +1,5 @@
-"""The MoE layer on real ranks against moe/reference/reference_layer.py: values, input gradients, every parameter's gradient, in
-float64.
+"""The MoE layer on real ranks against moe/reference/reference_layer.py, in float64: values, input gradients and the
+gradient of every parameter.
 
 Every router x policy x dispatcher x ep, with scenarios made from the router's bias, the ranks' token counts and the
 token ids; each case asserts that it is what it says. Row counts are checked over all ranks, forward and backward.

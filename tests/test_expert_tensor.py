@@ -1,5 +1,6 @@
 """Experts whose columns are divided over ranks (etp), and sequences whose tokens are (sequence group), on real ranks
-against moe/reference/reference_layer.py: values, input gradients, every parameter's gradient, losses and counts, in float64."""
+against moe/reference/reference_layer.py, in float64: values, input gradients, the gradient of every parameter, losses
+and counts."""
 
 import copy
 import zlib

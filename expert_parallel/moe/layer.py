@@ -74,8 +74,8 @@ class MoELayer(nn.Module):
         if (placement.num_experts, placement.num_ranks) != (config.num_experts, group_size(ep_group)) or 0 in sizes:
             raise ValueError(
                 f"placement spreads {placement.num_experts} experts over {placement.num_ranks} ranks as {sizes}; "
-                f"num_experts is {config.num_experts}, the group has {group_size(ep_group)} ranks, and each rank needs at "
-                "least one expert"
+                f"num_experts is {config.num_experts}, the group has {group_size(ep_group)} ranks, and each rank "
+                "needs at least one expert"
             )
         self.config = config
         self.ep_group = ep_group

@@ -88,10 +88,12 @@ def shard_offset(parameter: Tensor) -> int:
 
 
 def pieces(logical: LogicalParameter, local: Tensor, first: int) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """What this rank has of the logical tensors: (name, where it begins there, view of `local`), a rectangle each.
+    """Yields this rank's rectangles of the logical tensors: (name, start in the logical tensor, view of `local`).
 
-    local: the parameter's local tensor, or one of its shape (moments, a copy of either). first: its shard_offset, by which
-    FSDP2 divides what tp or etp has left; for a stack of experts this divides the names."""
+    local: the parameter's local tensor, or a tensor of its shape (its moments, a copy of either). first: the
+    parameter's `shard_offset`. FSDP2 shards the tensor that tp or etp has left; for a stack of experts it shards the
+    names.
+    """
     by_dim = [[Segment(0, 0, size)] for size in local.shape]
     by_dim[0] = [Segment(0, 0, first + len(local))]
     if logical.tensor_shard is not None:

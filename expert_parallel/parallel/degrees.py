@@ -207,8 +207,8 @@ def rank_coordinates(degrees: ParallelDegrees, rank: int) -> dict[str, int]:
     return coordinates | dict(zip(EXPERT_ORDER, (experts == rank).nonzero()[0, 1:].tolist(), strict=True))
 
 
-def format_rank_table(degrees: ParallelDegrees, contents: Callable[[dict[str, int]], str] = lambda place: "") -> str:
-    """Formats a table of all ranks with their coordinates and `contents(coordinates)`, a text on what the rank holds."""
+def format_rank_table(degrees: ParallelDegrees, contents: Callable[[dict[str, int]], str] = lambda _: "") -> str:
+    """Formats a table of all ranks with their coordinates and the text `contents(coordinates)` of each."""
     axes = [*DENSE_ORDER, *EXPERT_ORDER]
     lines = ["rank  " + " ".join(f"{axis:>4}" for axis in axes)]
     for rank in range(degrees.world_size):

@@ -1,8 +1,8 @@
 """Computes a whole training step on one rank in float64, slow and simple: what every layout is compared with.
 
 Written from the formulas, without any parallel code and without code of model/, training/ or the fast MoE layer: plain
-attention, plain cross entropy, gradients by autograd, AdamW by hand; the MoE layers are moe/reference/reference_layer.py. Here B
-are the sequences of a whole micro-step and V the vocabulary; the other letters are those of moe/types.py."""
+attention, plain cross entropy, gradients by autograd, AdamW by hand, and the MoE layers of moe/reference. Here B are
+the sequences of a whole micro-step and V the vocabulary; the other letters are those of moe/types.py."""
 
 import math
 from collections.abc import Callable

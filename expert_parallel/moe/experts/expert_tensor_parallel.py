@@ -33,11 +33,11 @@ class GatheredRows:
 def all_gather_by_expert(
     x_RD: Tensor, counts_e: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, GatheredRows | None]:
-    """(x_GD, counts_e, what reduce_scatter_by_expert needs): the rows of all ranks of the group, grouped by expert, within one
-    by rank; and their number for each expert.
+    """Gathers the rows of all ranks of the group, grouped by expert and, for each expert, ordered by rank.
 
-    x_RD: this rank's rows, grouped by expert; every rank may have another number of them, even 0. Two collectives: the
-    numbers, and the rows, padded to the fullest rank's. A group of one rank: as it was.
+    x_RD: this rank's rows, grouped by expert; their number may differ between ranks and may be 0. Returns x_GD, its
+    number of rows for each expert, and the argument of `reduce_scatter_by_expert`. Takes two collectives: one for the
+    numbers and one for the rows, padded to the largest rank's number. A group of one rank returns its input.
     """
     num_ranks, num_local = group_size(group), len(counts_e)
     if num_ranks == 1:

@@ -1,4 +1,5 @@
-"""Products of rows that are grouped by expert with the experts' matrices. `GROUPED_GEMMS` maps each `backend:` to its own.
+"""Multiplies rows that are grouped by expert with the experts' matrices. `GROUPED_GEMMS` maps each `backend:` to its
+implementation.
 
 rows:  result[r] = x[r] @ weight[expert of row r]            (R, K), (e, K, N) -> (R, N)
 sums:  result[e] = sum over the rows of e of x[r]^T g[r]     (R, K), (R, N)    -> (e, K, N)
@@ -16,9 +17,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GroupedGemm:
-    """groups: from counts_e what the other two want to know of the groups. rows is differentiable. pad_group_sizes: from
-    counts_e and K * N counts that are faster, as a rule, in spite of the zeros that fill them up; None: those that are
-    there."""
+    """Holds the functions of one backend.
+
+    groups: turns counts_e into the description of the groups that `rows` and `sums` take. rows: is differentiable.
+    pad_group_sizes: turns counts_e and K * N into group sizes that are usually faster although rows of zeros fill them
+    up; None if the backend is fastest without padding.
+    """
 
     groups: Callable[[Tensor], Any]
     rows: Callable[[Tensor, Tensor, Any], Tensor]

@@ -119,8 +119,8 @@ def stable_topk_numpy(ranking_TE: Tensor, k: int) -> Tensor:
 
 
 def stable_topk_int64(ranking_TE: Tensor, k: int) -> Tensor:
-    """`stable_topk` on any device. float32 numbers become whole ones of the same order, in whose lower half the expert's
-    number makes each different, so that topk leaves nothing open: no sort of all experts."""
+    """`stable_topk` on any device. float32 numbers become int64 ones of the same order, whose lower half holds the
+    expert's number, so that no two are equal and topk is deterministic, without a sort of all experts."""
     if ranking_TE.dtype != torch.float32 or ranking_TE.numel() == 0:
         return ranking_TE.sort(dim=1, descending=True, stable=True).indices[:, :k]
     num_experts = ranking_TE.shape[1]

@@ -10,7 +10,7 @@ from torch import Tensor
 # MPI before version 4, and Open MPI 5, count elements with an int. Longer tensors are sent as blocks of elements.
 MAX_COUNT = 2**31 - 1
 
-# The MPI datatype of each dtype. MPI has no 2-byte floats: they are sent as bits, and reduced in the dtypes of REDUCE_DTYPES.
+# The MPI datatype of each dtype. MPI has no 2-byte floats: they are sent as bits, and reduced as REDUCE_DTYPES says.
 DATATYPES: dict[torch.dtype, MPI.Datatype] = {
     torch.float64: MPI.DOUBLE,
     torch.float32: MPI.FLOAT,
