@@ -8,8 +8,8 @@ The gradient of an expert's weight is summed over these groups:
     group                      by
     expert parallel (ep)       nothing here: each row went to its expert's rank, and the backward pass of combine brings
                                its dy there, so that the product over rows (experts/fused.py) is the whole sum
-    expert tensor (etp)        likewise: experts/expert_tensor_parallel.py gathers the rows and their dy; only b_out, which is
-                               replicated, is summed below
+    expert tensor (etp)        likewise: experts/expert_tensor_parallel.py gathers the rows and their dy; only b_out,
+                               which is replicated, is summed below
     expert data (edp)          reduce_gradients below; where they are sharded, FSDP2 in its backward pass
 """
 
