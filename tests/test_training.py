@@ -175,7 +175,8 @@ def run_steps(model: LanguageModel, config: TrainingConfig, mesh: ParallelMesh, 
 @cache
 def slow(micro_steps: int, global_batch: int) -> dict[str, Any]:
     """One rank, with the MoE layers of moe/reference/reference_layer.py. In a pool of one, for its process group."""
-    return run_ranks(1, train_slowly, {"world": 8 if global_batch % 8 == 0 else 1, "micro_steps": micro_steps})[0]
+    layout = {"world": 8 if global_batch % 8 == 0 else 1, "micro_steps": micro_steps}
+    return run_ranks(1, train_slowly, layout, STEPS if global_batch == 6 else FEW_STEPS)[0]
 
 
 def train_slowly(rank: int, layout: dict[str, Any], steps: int) -> dict[str, Any]:
