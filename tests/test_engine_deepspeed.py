@@ -246,7 +246,7 @@ def test_the_defect_of_experts_that_are_not_marked_is_found() -> None:
 
 def save(run: OneRun, folder: Path, step: int) -> None:
     settings = CheckpointConfig(background=True)
-    about: dict[str, Any] = {"config": {"model": MODEL}, "layout": "a test", "say": lambda text: None}
+    about: dict[str, Any] = {"config": {"model": MODEL}, "layout": "a test", "print_rank_0": lambda text: None}
     with CheckpointSaver(folder, run.model, run.engine.state, run.mesh, run.runtime, settings, **about) as saver:
         saver.save(step, is_last=True)
 

@@ -452,7 +452,7 @@ def take_steps(
         kept_E = report.layers[0].kept_E
         seen |= {f"{step}/loss": report.loss, f"{step}/norm": report.grad_norm, f"{step}/kept": kept_E.tolist()}
     if save:
-        keep, quiet = CheckpointConfig(background=False), {"layout": "", "say": lambda text: None}
+        keep, quiet = CheckpointConfig(background=False), {"layout": "", "print_rank_0": lambda text: None}
         with CheckpointSaver(folder, model, engine.state, mesh, runtime, keep, config=tree, **quiet) as saver:
             saver.save(steps[-1] + 1, is_last=True)
     return seen
