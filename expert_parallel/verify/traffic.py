@@ -226,8 +226,9 @@ def axis_groups(mesh: ParallelMesh) -> Groups:
 
     `nodes`, `node`: the two exchanges of hierarchical dispatch. Where weights are sharded over some of the ranks only,
     FSDP2 has groups of its own."""
-    names = ("tp", "cp", "pp", "ep", "etp", "edp", "dense", "stage", "sequence", "key", "tied")
+    names = ("tp", "cp", "pp", "ep", "etp", "edp", "dense", "stage", "sequence")
     groups: Groups = {name: getattr(mesh, f"{name}_group") for name in names}
+    groups |= {"key": mesh.kv_replica_group, "tied": mesh.tied_embedding_group}
     groups |= {"nodes": mesh.nodes.rail_group, "node": mesh.nodes.node_group}
     for name, device_mesh in (("dense", mesh.dense_mesh), ("edp", mesh.expert_mesh)):
         if device_mesh is not None and device_mesh.ndim == 2:
