@@ -299,22 +299,22 @@ def dropout_drawn_anew() -> tuple[Any, str, Any]:
 
 
 def documents_see_each_other() -> tuple[Any, str, Any]:
-    from expert_parallel.model.attention_mask import Sight
+    from expert_parallel.model.attention_mask import AttentionContext
 
-    original = Sight.mask
-    return Sight, "mask", lambda self, window=None: original(replace(self, document_BS=None), window)
+    original = AttentionContext.mask
+    return AttentionContext, "mask", lambda self, window=None: original(replace(self, document_BS=None), window)
 
 
 def positions_run_on() -> tuple[Any, str, Any]:
-    from expert_parallel.model.attention_mask import Sight
+    from expert_parallel.model.attention_mask import AttentionContext
 
-    original = Sight.of
+    original = AttentionContext.of
 
-    def wrong(*arguments: Any) -> Sight:
-        sight = original(*arguments)
-        return replace(sight, position_BS=sight.index_BS)
+    def wrong(*arguments: Any) -> AttentionContext:
+        attention_context = original(*arguments)
+        return replace(attention_context, position_BS=attention_context.index_BS)
 
-    return Sight, "of", staticmethod(wrong)
+    return AttentionContext, "of", staticmethod(wrong)
 
 
 def balance_of_rows() -> tuple[Any, str, Any]:
