@@ -1,4 +1,4 @@
-"""Expert Parallel: mixture-of-experts training, correct in every layout and proven so.
+"""Trains mixture-of-experts models with expert parallelism. Every layout is verified to compute the same model.
 
 The public names are loaded at first use: `import expert_parallel` alone does not import torch.
 """

@@ -125,7 +125,9 @@ def test_upcycled_folder_trains_and_is_exported(tmp_path: Path) -> None:
 
 def test_refusals_are_one_sentence(theirs: Path, tmp_path: Path) -> None:
     nothing = tmp_path / "nothing"
-    assert f"{nothing} is no Hugging Face model: it has no config.json" in refusal("convert", "import", nothing, "out")
+    assert f"{nothing} is not a Hugging Face model: it has no config.json" in refusal(
+        "convert", "import", nothing, "out"
+    )
     assert f"there is no checkpoint {nothing}" in refusal("convert", "export", nothing, tmp_path / "out")
     assert f"there is no checkpoint {nothing}" in refusal("convert", "upcycle", nothing, "out", "--experts", "2")
     done("convert", "import", theirs, tmp_path / "run")
@@ -135,5 +137,5 @@ def test_refusals_are_one_sentence(theirs: Path, tmp_path: Path) -> None:
         "convert", "export", tmp_path / "run", out, "--dtype", "int8"
     )
     assert "--family is 'gpt2'" in refusal("convert", "export", tmp_path / "run", out, "--family", "gpt2")
-    assert "has experts already" in refusal("convert", "upcycle", theirs, out, "--experts", "2")
+    assert "already has experts" in refusal("convert", "upcycle", theirs, out, "--experts", "2")
     assert not out.exists()

@@ -112,20 +112,20 @@ def test_files(theirs: Path) -> None:
     (theirs / "b.safetensors").unlink()
     refused(theirs, r"b.safetensors cannot be read: .*No such file")
     shards(**{names[0]: "b.safetensors"})
-    refused(theirs, rf"a.safetensors holds {names[0]}, which {INDEX} does not place there")
+    refused(theirs, rf"a.safetensors holds {names[0]}, which {INDEX} does not assign to this file")
     shards(odd="a.safetensors")
-    refused(theirs, f"a.safetensors lacks odd, which {INDEX} places there")
+    refused(theirs, f"a.safetensors lacks odd, which {INDEX} assigns to this file")
     shards(**{names[0]: "../theirs/a.safetensors"})
-    refused(theirs, rf"{names[0]} lies in '../theirs/a.safetensors', which is no safetensors file of this folder")
+    refused(theirs, rf"assigns {names[0]} to '../theirs/a.safetensors', which is not a safetensors file of this folder")
     halves["b.safetensors"] = names[19:]
     shards()
-    refused(theirs, f"a.safetensors holds {names[19]}, which {INDEX} does not place there")  # it stands in b, too
+    refused(theirs, f"a.safetensors holds {names[19]}, which {INDEX} does not assign to this file")  # b has it, too
     (theirs / INDEX).write_text("{")
     refused(theirs, f"{INDEX} cannot be read")
     (theirs / CONFIG).write_text("[]")
     refused(theirs, f"{CONFIG} is not a JSON object")
     (theirs / CONFIG).unlink()
-    refused(theirs, f"is no Hugging Face model: it has no {CONFIG}")
+    refused(theirs, f"is not a Hugging Face model: it has no {CONFIG}")
 
 
 def test_an_index_that_names_the_wrong_file(theirs: Path) -> None:
@@ -134,7 +134,7 @@ def test_an_index_that_names_the_wrong_file(theirs: Path) -> None:
     save_file({"odd": torch.ones(1)}, theirs / "b.safetensors")
     places = dict.fromkeys(tensors, "a.safetensors")
     (theirs / INDEX).write_text(json.dumps({"weight_map": {**places, EXPERT: "b.safetensors"}}))
-    refused(theirs, f"a.safetensors holds {EXPERT}, which {INDEX} does not place there")
+    refused(theirs, f"a.safetensors holds {EXPERT}, which {INDEX} does not assign to this file")
 
 
 def test_out_must_be_new(theirs: Path, tmp_path: Path) -> None:
@@ -154,34 +154,38 @@ YARN = {"rope_type": "yarn", "factor": 2.0}
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("mixtral", {"embedding_multiplier": 2.0}, "embedding_multiplier is 2.0: this key is not known"),
-        ("mixtral", {"hidden_act": "gelu"}, "hidden_act is 'gelu': only 'silu' can be had"),
+        ("mixtral", {"embedding_multiplier": 2.0}, "embedding_multiplier is 2.0: this key is unknown"),
+        ("mixtral", {"hidden_act": "gelu"}, "hidden_act is 'gelu': only 'silu' is supported"),
         ("mixtral", {"attention_dropout": 0.1}, "attention_dropout is 0.1: only 0.0"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
         ("mixtral", {"model_type": "mamba"}, "model_type is 'mamba', it must be one of llama, qwen2"),
-        ("mixtral", {"hidden_size": None}, "hidden_size is None: it must be a whole number"),
-        ("mixtral", {"hidden_size": "16"}, "hidden_size is '16': it must be a whole number"),
-        ("mixtral", {"rms_norm_eps": None}, "rms_norm_eps is None: a value is needed"),
+        ("mixtral", {"hidden_size": None}, "hidden_size is None: it must be an integer"),
+        ("mixtral", {"hidden_size": "16"}, "hidden_size is '16': it must be an integer"),
+        ("mixtral", {"rms_norm_eps": None}, "rms_norm_eps is None: it must have a value"),
         ("mixtral", {"rms_norm_eps": "1e-6"}, "model.norm.eps: .*found '1e-6'"),
         ("mixtral", {"num_experts_per_tok": 5}, r"model.moe: .*k \(5\) is larger than num_experts \(4\)"),
-        ("mixtral", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config says 'fp8'"),
-        ("mixtral", {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config says 'mxfp4'"),
-        ("mixtral", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type is 'longrope': we have default, linear"),
+        ("mixtral", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config has quant_method 'fp8'"),
+        ("mixtral", {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config has quant_method 'mxfp4'"),
+        (
+            "mixtral",
+            {"rope_parameters": {"rope_type": "longrope"}},
+            "rope_type is 'longrope', it must be one of default",
+        ),
         ("mixtral", {"rope_parameters": {"rope_type": "yarn", "type": "linear"}}, "rope_type is 'linear' and 'yarn'"),
         ("mixtral", {"rope_parameters": {"rope_type": "linear"}}, "factor of the rotary positions is missing"),
-        ("mixtral", {"rope_parameters": {**YARN, "odd": 1}}, "odd of the rotary positions is 1: it is not known"),
-        ("mixtral", {"rope_parameters": {"full_attention": {}}}, "rope_parameters is .* differ from block to block"),
+        ("mixtral", {"rope_parameters": {**YARN, "odd": 1}}, "odd of the rotary positions is 1: 'yarn' has no such"),
+        ("mixtral", {"rope_parameters": {"full_attention": {}}}, "rope_parameters is .* differ between blocks"),
         ("mixtral", {"rope_theta": 1.5}, "rope_theta of the rotary positions is 1000000.0 in one place and 1.5"),
         ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0: only None"),
-        ("olmoe", {"head_dim": 6}, r"head_dim is 6: 4 heads must make up hidden_size \(16\)"),
+        ("olmoe", {"head_dim": 6}, r"head_dim is 6: 4 heads .* add up to hidden_size \(16\)"),
         (
             "qwen3_moe",
             {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
             "max_window_layers is",
         ),
         ("qwen3_moe", {"mlp_only_layers": [0], "intermediate_size": None}, "intermediate_size is missing"),
-        ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types is .*sliding_attention and full_attention"),
+        ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types is .*sliding_attention or full_attention"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "sliding_window is None: layer_types gives 3 blocks"),
         ("deepseek_v3", {"attention_bias": True}, "attention_bias is True: only False"),
         ("deepseek_v3", {"num_key_value_heads": 2}, r"num_key_value_heads is 2: it must be num_attention_heads \(4\)"),
@@ -331,19 +335,19 @@ EXPERTS = {"num_experts": 4, "experts": {"hidden": 12}}
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"norm": {"kind": "layer_norm"}}, "nearest is mixtral: model.norm.kind is 'layer_norm', there .* 'rms_norm'"),
+        ({"norm": {"kind": "layer_norm"}}, "nearest is mixtral: model.norm.kind is 'layer_norm', .* 'rms_norm'"),
         ({"norm_placement": "post"}, "model.norm_placement is 'post'"),
         (
             {"moe": {**EXPERTS, "router": {"k": 2, "scale": 2.0}}},
-            "model.moe.router.scale is 2.0, there it would be 1.0",
+            "model.moe.router.scale is 2.0, the family has 1.0",
         ),
         ({"moe": {**EXPERTS, "router": {"k": 2, "bias": True}}}, "model.moe.router.bias is True"),
         ({"moe": {**EXPERTS, "shared_experts": {"hidden": 12}}}, "model.moe.shared_experts.hidden is 12, .* None"),
-        ({"moe": {**EXPERTS, "router": {"kind": "hash"}}}, "model.moe.router.kind is 'hash', there .* 'top_k'"),
-        ({"position": {"kind": "learned", "max_length": 9}}, "model.position.kind is 'learned', there .* 'rope'"),
+        ({"moe": {**EXPERTS, "router": {"kind": "hash"}}}, "model.moe.router.kind is 'hash', .* 'top_k'"),
+        ({"position": {"kind": "learned", "max_length": 9}}, "model.position.kind is 'learned', .* 'rope'"),
         (
             {"moe": {"num_experts": 4, "experts": {"hidden": 12, "activation": "relu"}}},
-            "model.moe.experts.activation is 'relu', there it would be 'swiglu'",
+            "model.moe.experts.activation is 'relu', the family has 'swiglu'",
         ),
         (
             {"moe": {**EXPERTS, "router": {"k": 1, "normalise": False}}, "norm": {"eps": 1e-4}},
@@ -353,7 +357,7 @@ EXPERTS = {"num_experts": 4, "experts": {"hidden": 12}}
 )
 def test_models_of_no_family(change: Config, words: str) -> None:
     model = ModelConfig.model_validate({**OURS, **change})
-    with pytest.raises(ValueError, match=f"none of the families .* compute what this model does; .*{words}"):
+    with pytest.raises(ValueError, match=f"none of the families .* computes the same as this model; .*{words}"):
         choose_family(model, None, None)
 
 

@@ -150,7 +150,7 @@ def test_the_commands(run: Path, tmp_path: Path) -> None:
     added = said("add", run, tmp_path / "added", "--like", "1,2")
     measured = re.fullmatch(
         rf"wrote {tmp_path / 'added'}: 7 experts\n"
-        r"held-out text: cross entropy (\S+) before, (\S+) after, apart \S+ nats\n",
+        r"held-out text: cross entropy (\S+) before, (\S+) after, change \S+ nats\n",
         added,
     )
     assert measured is not None, added
@@ -167,10 +167,10 @@ def test_the_commands(run: Path, tmp_path: Path) -> None:
     [
         (["add", "--like", "5"], "--like names expert 5, model.moe.num_experts is 5"),
         (["add", "--like", "a"], "--like is 'a', it must be a list of expert numbers"),
-        (["remove", "--experts", "0,1,2,3,4"], "--experts names all 5 experts: none would stay"),
+        (["remove", "--experts", "0,1,2,3,4"], "--experts names all 5 experts: none would remain"),
         (["remove", "--experts", "0,1,2,3"], "model.moe.router.k (2) is larger than model.moe.num_experts (1)"),
         (["merge", "--experts", "1,2", "--experts", "2,3"], "--experts names expert 2 twice"),
-        (["merge", "--experts", "1"], "it takes two experts or more to merge"),
+        (["merge", "--experts", "1"], "a merge needs two or more experts"),
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_nothing(

@@ -163,7 +163,7 @@ def test_refused(tmp_path: Path, options: dict[str, Any], words: tuple[str, ...]
 
 def test_a_mixture_is_not_upcycled_again(tmp_path: Path) -> None:
     mixture = upcycle(dense_run(tmp_path / "dense"), tmp_path / "moe", Upcycling(2), SHARD)
-    with pytest.raises(ValueError, match="has experts already"):
+    with pytest.raises(ValueError, match="already has experts"):
         upcycle(mixture, tmp_path / "again", Upcycling(2), SHARD)
 
 
@@ -183,7 +183,7 @@ def test_command_compares_logits_where_there_is_no_data(tmp_path: Path) -> None:
     upcycle(tmp_path / "theirs", tmp_path / "moe", Upcycling(2), SHARD)
     line = compare(tmp_path / "theirs", tmp_path / "moe")
     assert line.startswith("random tokens: the logits differ by ")
-    assert float(line.split()[6]) < 1e-5
+    assert float(line.split()[8].rstrip(",")) < 1e-5
 
 
 def test_held_out_loss_of_packed_documents_with_a_loss_by_sequence(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ from expert_parallel.cli import verify as command
 from expert_parallel.cli.app import app
 from expert_parallel.cli.verify import build_verification_spec
 from expert_parallel.moe.experts.grouped_gemm import has_bfloat16_gemm
+from expert_parallel.moe.routers.base import TokenChoiceSettings, TopKRouter
+from expert_parallel.moe.routers.registry import ROUTERS
 from expert_parallel.runtime.process import CPU, Launch, Runtime, UserError
 from expert_parallel.training.config import Config, load_config
 from expert_parallel.verify.compare import TOLERANCES, TensorDifference, compare, parameter_group
@@ -545,6 +547,16 @@ def test_in_full_the_sizes_stay() -> None:
 def test_a_receive_bound_is_refused() -> None:
     config = config_of(moe={"capacity": {"kind": "dropless", "receive_bound": 2.0}})
     with pytest.raises(ValueError, match=r"model\.moe\.capacity\.receive_bound: .* depends on the layout"):
+        shrink_config(config, 4, full=False)
+
+
+def test_a_registered_router_without_a_reference_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class MyRouter(TopKRouter):
+        Config = TokenChoiceSettings
+
+    monkeypatch.setitem(ROUTERS, "mine", MyRouter)
+    config = config_of(moe={"router": {"kind": "mine", "k": 2}})
+    with pytest.raises(ValueError, match=r"router\.kind is 'mine': verify needs a reference .*moe/reference"):
         shrink_config(config, 4, full=False)
 
 

@@ -95,7 +95,7 @@ class Manifest(Settings):
 
 
 class UnsupportedFormatError(ValueError):
-    """Says that another version of this package wrote the manifest, which need not be damaged."""
+    """Reports that another version of this package wrote the manifest, which may be undamaged."""
 
 
 def add_checksum(tree: dict[str, Any]) -> dict[str, Any]:

@@ -257,7 +257,7 @@ class SaveJob:
         try:
             update_latest_link(saver.folder)
             prune(saver.folder, saver.settings.keep, saver.settings.keep_every)
-        except OSError as error:  # the new checkpoint is complete all the same
+        except OSError as error:  # the new checkpoint is complete nevertheless
             saver.print_rank_0(f"{self.final} is complete, but {error.filename} cannot be changed: {error.strerror}")
 
 

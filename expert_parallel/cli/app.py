@@ -1,4 +1,4 @@
-"""Defines the command line `expert-parallel`, and its commands train, check, generate, experts and verify."""
+"""Defines the command line `expert-parallel`, with its commands train, check, generate, experts and verify."""
 
 import sys
 from pathlib import Path
@@ -22,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # reflows the paragraphs of docstrings to the width of the terminal
 )
 app.add_typer(bench, name="bench")
 app.add_typer(checkpoint, name="checkpoint")
@@ -137,16 +138,16 @@ def experts_command(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="HTML file to write; default: experts.html in RUN")] = None,
     json: Annotated[Path | None, typer.Option(help="also write the report's numbers to this JSON file")] = None,
-    text: Annotated[Path | None, typer.Option(help="text file to route; default: held-out data of the run")] = None,
+    text: Annotated[Path | None, typer.Option(help="text file to route; default: the run's held-out data")] = None,
     sequences: Annotated[
-        int | None, typer.Option(min=1, help="most sequences to route; default: as in evaluation")
+        int | None, typer.Option(min=1, help="maximum number of sequences to route; default: as in evaluation")
     ] = None,
     log_level: LogLevel = "warning",
 ) -> None:
     """Report in one HTML file what the experts of a run have learned.
 
-    Shows their load over training, which expert takes which token of a text, and the tokens that each takes most. Runs
-    on this process alone, whatever layout trained the run.
+    Shows the load of each expert over training, the experts of each token of a text, and the most frequent tokens of
+    each expert. Runs on this process alone, whatever layout trained the run.
     """
     from expert_parallel.report.experts import as_json, build_report
     from expert_parallel.report.page import render
@@ -184,7 +185,7 @@ def verify(
     from expert_parallel.verify.ranks import RankError
 
     runtime_config, settings = early_config(config, overrides or [])
-    if runtime_config.device == "cuda":  # so that a config for a cluster can be verified on a laptop
+    if runtime_config.device == "cuda":  # a config for a cluster can be verified on a laptop
         runtime_config = runtime_config.model_copy(update={"device": "auto"})
     try:
         with exit_on_user_error(log_level=log_level), distributed(runtime_config, settings) as runtime:

@@ -33,9 +33,9 @@ def inspect(path: AnyPath) -> None:
 def verify(path: AnyPath) -> None:
     """Verify that a checkpoint is complete and undamaged.
 
-    Checks the SHA-256 of all files, names and shapes against the config, that each tensor is there once, and
-    recomputes all digests. Exit code 1 if it is damaged (what is damaged is listed), 2 if another version of
-    expert-parallel wrote it.
+    Checks the SHA-256 of all files, checks that every tensor of the config's model occurs once and has the right
+    shape, and recomputes all digests. Exit code 1 and a list of problems if it is damaged, 2 if it has a format that
+    this version does not read.
     """
     from expert_parallel.checkpoint.files import Checkpoint
     from expert_parallel.checkpoint.folders import find_checkpoint

@@ -26,8 +26,8 @@ def import_command(
 ) -> None:
     """Create a run folder from a Hugging Face model.
 
-    The weights are the same bit for bit; the run's config can be edited. Supports Mixtral, Qwen3-MoE, OLMoE,
-    DeepSeek-V3, gpt-oss, Llama, Qwen2 and Qwen3. A key of config.json or a tensor that is not supported is an error.
+    Keeps the weights bit for bit. Supports Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3, gpt-oss, Llama, Qwen2 and Qwen3.
+    Fails if a key of config.json or a tensor is not supported. The config of the run can be edited before training.
     """
     from expert_parallel.interop.importing import import_folder
 
@@ -40,7 +40,9 @@ def export_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder (its newest checkpoint) or a checkpoint")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="the Hugging Face folder to create")],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: unchanged")] = None,
-    family: Annotated[str | None, typer.Option(help="model family; default: one that computes the same")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="model_type to write, such as mixtral; default: one that computes the same")
+    ] = None,
     shard_gb: ShardGB = 4.0,
 ) -> None:
     """Export a checkpoint as a Hugging Face model, for transformers and inference servers."""
@@ -67,9 +69,9 @@ def upcycle_command(
     check: Annotated[bool, typer.Option(help="compare outputs with the dense model; needs memory for both")] = True,
     shard_gb: ShardGB = 2.0,
 ) -> None:
-    """Upcycle a dense model into a mixture of experts, as the start of training.
+    """Upcycle a dense model into a mixture of experts, from which training can start.
 
-    Without noise it computes the same as the dense model.
+    Without noise, the mixture computes the same as the dense model.
     """
     from expert_parallel.interop.upcycle import Upcycling, compare, upcycle
 

@@ -19,7 +19,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="settings that override the file, such as training.steps=100"),
 ]
 Level = Literal["debug", "info", "warning", "error"]
-LogLevel = Annotated[Level, typer.Option(help="least severe log messages to show on stderr, on every rank")]
+LogLevel = Annotated[Level, typer.Option(help="lowest level of the log messages on stderr, on every rank")]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Describes every setting, from the typed settings alone: as sections of rows, as Markdown, and as JSON schemas."""
+"""Describes every setting as rows, Markdown and JSON schemas, all derived from the Settings classes."""
 
 import json
 import textwrap
@@ -37,8 +37,10 @@ Every setting of a run, and of a study. This page is generated from the typed se
 
 @dataclass(frozen=True)
 class Setting:
-    """Holds a setting's row, as texts. alias: another name that a file may use, or None. allowed: empty if any value of
-    the type is."""
+    """Holds the texts of a setting's row.
+
+    alias: another name that a file may use, or None. allowed: the allowed values; empty if the type allows all.
+    """
 
     path: str
     alias: str | None
@@ -50,8 +52,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Section:
-    """Holds the rows of a block, or of one kind of a block. path: empty for the file's top level. title: the file.
-    purpose: what the block is for. note: what else its class says. kind: the kind and, in parentheses, what it is."""
+    """Holds the rows of a block, or of one kind of a block.
+
+    path: empty for the top level of the file. title: names the file. purpose: the description of the block. note: the
+    rest of its class's docstring. kind: the kinds that the rows are for, as shown; empty if there is only one.
+    """
 
     path: str
     title: str
@@ -79,7 +84,7 @@ def _inner_sections(block: type[Settings], title: str, path: str) -> Iterator[Se
             kind = f"kind: {' | '.join(kinds_of(inner)) or 'a registered router'}" if len(found) > 1 else ""
             kind += " (default)" if kind and isinstance(field.default, inner) else ""
             section = _section(inner, title, place + brackets, _one_line(field.description or ""), kind)
-            if isinstance(field.discriminator, str):  # pydantic then wants the kind, even one that has a default
+            if isinstance(field.discriminator, str):  # pydantic then requires the kind, even if it has a default
                 selector, *others = section.settings
                 section = replace(section, settings=[replace(selector, default="required"), *others])
             yield section

@@ -1,4 +1,4 @@
-"""The command `expert-parallel settings`."""
+"""Defines the command `expert-parallel settings`."""
 
 import difflib
 import re
@@ -23,7 +23,7 @@ def settings(
         typer.Option(metavar="FOLDER", help="write reference.md, schema.json and study.schema.json there instead"),
     ] = None,
 ) -> None:
-    """Print what can be set: all blocks, or the settings of one block, with types, defaults and allowed values."""
+    """Print the settings of a config: all blocks, or one block with its types, defaults and allowed values."""
     if write is not None:
         files = reference_files()
         with exit_on_user_error(OSError):

@@ -38,17 +38,14 @@ def study(
     Trains all of them and reports what each needs to reach the dense model's loss. If interrupted, the same command
     resumes it. Writes results.json, table.md and loss.png.
     """
-    console = Console(
-        highlight=False, markup=False, soft_wrap=True
-    )  # the runs' output contains brackets, which are not markup
+    # markup: off, since the output of the runs contains brackets
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     with exit_on_user_error(ValueError, OSError, ImportError, log_level=log_level), interrupt_on_signals():
-        draw = find_plot()  # first, so that a study of hours does not fail at its end without matplotlib
+        draw = find_plot()  # first, so that a long study does not fail at its end without matplotlib
         loaded = read_study(config, overrides or [], None if only is None else [n.strip() for n in only.split(",")])
         console.print(format_outline(loaded))
         train_all(loaded, console)
-        everything = replace(
-            loaded, names=done_variants(loaded)
-        )  # includes variants trained before, with another --only
+        everything = replace(loaded, names=done_variants(loaded))  # also those trained earlier, with another --only
         rates = {name: best_rate(everything, name) for name in everything.names}
         find_data_digest(everything)
         console.print("timing a step of each variant against the reference's")

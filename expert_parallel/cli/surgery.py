@@ -36,7 +36,7 @@ def add_command(
 ) -> None:
     """Add experts to all MoE blocks: copies of existing ones, with some noise.
 
-    training.trainable can train the new experts alone.
+    To train only the new experts, set training.trainable.
     """
     from expert_parallel.interop.surgery import add
 

@@ -185,9 +185,14 @@ def read_texts(split: InputSplit, field: str, *, zero_is_separator: bool) -> Ite
     elif split.format == "jsonl":
         try:
             with split.file.open("rb") as stream:
-                where, first, last = str(split.file), split.first, split.last
                 texts = read_jsonl(
-                    stream, field, where, FIELD, zero_is_separator=zero_is_separator, first=first, last=last
+                    stream,
+                    field,
+                    str(split.file),
+                    FIELD,
+                    zero_is_separator=zero_is_separator,
+                    first=split.first,
+                    last=split.last,
                 )
                 yield from (text for _, text in texts)
         except OSError as error:

@@ -1,1 +1,1 @@
-"""Weights of others: Hugging Face folders in and out, dense models turned into mixtures of experts."""
+"""Imports and exports Hugging Face models, upcycles dense models, and adds, removes and merges experts."""

@@ -1,4 +1,4 @@
-"""DeepSeek-V3: latent attention, sigmoid scores with a selection bias, groups of experts, shared experts."""
+"""Defines the rules and the tensor map of DeepSeek-V3: latent attention, expert groups, shared experts."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,10 @@ from expert_parallel.interop.tensor_map import IDENTITY, TensorMapping, half_spl
 
 @dataclass(frozen=True)
 class GroupLimit:
-    """DeepSeek's limit of groups; one group alone is no limit."""
+    """Translates group-limited routing: a token's experts come from topk_group of n_group groups of experts.
+
+    A single group is no limit.
+    """
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         count, limit = theirs.size("n_group"), theirs.size("topk_group")
@@ -23,7 +26,7 @@ class GroupLimit:
 
 @dataclass(frozen=True)
 class SharedExperts:
-    """DeepSeek's shared experts, as one network of their joint width."""
+    """Translates n_shared_experts shared experts to one network with their total hidden size."""
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         hidden = theirs.size("n_shared_experts") * get_setting(ours, "moe.experts.hidden")
@@ -36,7 +39,7 @@ class SharedExperts:
 
 @dataclass(frozen=True)
 class LatentHeads:
-    """DeepSeek's latent attention; each head has its keys and values."""
+    """Translates the sizes of multi-head latent attention, in which every head has its own keys and values."""
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         count = theirs.size("num_attention_heads")
@@ -48,8 +51,8 @@ class LatentHeads:
         rope, nope = (get_setting(ours, f"attention.{size}") for size in ("rope_size", "nope_size"))
         for key, value in (("head_dim", rope), ("qk_head_dim", rope + nope)):
             if theirs.take(key, default=value) != value:
-                raise theirs.refuse(key, f"it must be {value}, which follows from the sizes of a head's parts")
-        theirs.take("rope_interleave", default=True)  # the table of tensors looks at it
+                raise theirs.refuse(key, f"it must be {value}, as follows from qk_rope_head_dim and qk_nope_head_dim")
+        theirs.take("rope_interleave", default=True)  # only the tensor map uses it
 
     def write(self, ours: Tree, theirs: Tree) -> None:
         theirs |= {key: get_setting(ours, path) for key, path in LATENT_SIZES.items()}
@@ -66,6 +69,7 @@ LATENT_SIZES = {
 
 
 def deepseek_v3_tensor_map(config: Tree) -> list[TensorMapping]:
+    """Returns the map of DeepSeek-V3. rope_interleave: rotary rows are interleaved in the files (the default)."""
     here, there = "blocks.{L}.attention", "model.layers.{L}.self_attn"
     nope, rope, kv_rank = (config[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "kv_lora_rank"))
     interleaved = config.get("rope_interleave", True)

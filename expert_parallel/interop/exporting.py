@@ -1,4 +1,4 @@
-"""A run or a checkpoint of ours -> a Hugging Face folder that transformers and servers load."""
+"""Exports a run or a checkpoint as a Hugging Face folder, for transformers and inference servers."""
 
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,16 @@ from expert_parallel.interop.rules import NEUTRAL, Tree
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.training.config import read_config
 
-INCOMPATIBLE = 1000  # counts as so many differences
+INCOMPATIBLE = 1000  # number of differences that an incompatible structure counts as
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def export_run(path: Path, out: Path, *, family: str | None, dtype: str | None, shard_bytes: int) -> tuple[str, Path]:
-    """Returns the family and the folder. Tensors keep their dtype and bits where no dtype is given. ValueError where no
-    family computes what the model does, with the setting that is in the way."""
+    """Exports a model. Returns the family's name and the folder.
+
+    family: None chooses one that computes the same. dtype: None keeps every tensor's dtype and bits. Raises a
+    ValueError that names the setting that differs if no family computes the same as the model.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(path)
@@ -47,8 +50,10 @@ def export_run(path: Path, out: Path, *, family: str | None, dtype: str | None, 
 
 
 def files_to_copy(tokenizer: Path | None, origin: Path | None) -> list[Path]:
-    """What goes with the weights: the run's tokenizer, and what its origin had beside them, of which the tokenizer's
-    files only if the run still has that tokenizer: it may have been trained on other tokens."""
+    """Returns the files to copy: the run's tokenizer, and the files of the model that it was imported from.
+
+    Omits that model's tokenizer files if the run now has another tokenizer, since it was then trained on other tokens.
+    """
     if origin is None:
         return [] if tokenizer is None else [tokenizer]
     theirs = origin / TOKENIZER_FILE
@@ -67,6 +72,7 @@ def write_weights(
     model: ModelConfig,
     dtype: torch.dtype | None,
 ) -> None:
+    """Writes all weights, pair by pair. config: the config.json of the export. dtype: None keeps each tensor's own."""
     for pair in match_model_tensors(family, config, model):
         ours = [cast(name, checkpoint.read(f"weights/{name}"), dtype) for name in pair.ours]
         for name, tensor in zip(pair.theirs, pair.transform.to_theirs(ours), strict=True):
@@ -74,13 +80,16 @@ def write_weights(
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Selection biases stay as they are: bfloat16 swallows the steps that they were made of."""
+    """Converts a tensor to a dtype, except selection biases: bfloat16 would round away their small updates."""
     return tensor if dtype is None or name.endswith("balance_bias_E") else tensor.to(dtype)
 
 
 def choose_family(model: ModelConfig, wanted: str | None, origin: str | None) -> str:
-    """The family whose config.json, read back, is this model. `wanted` alone if given; else that which it was imported
-    from, else the first. ValueError with the settings that the nearest family cannot have."""
+    """Returns the name of a family that computes the same: its config.json, read back, gives the same model.
+
+    wanted: considers this family only. origin: the family that the model was imported from, which is preferred; then
+    the order is that of FAMILIES. Raises a ValueError that names the first setting that the closest family lacks.
+    """
     if wanted is not None and wanted not in FAMILIES:
         raise ValueError(f"--family is {wanted!r}, it must be one of {', '.join(FAMILIES)}")
     names = [wanted] if wanted else sorted(FAMILIES, key=lambda name: name != origin)
@@ -91,25 +100,28 @@ def choose_family(model: ModelConfig, wanted: str | None, origin: str | None) ->
     nearest = min(found, key=lambda name: len(found[name]))
     count = len(found[nearest])
     more = f" (and {count - 1} more)" if 1 < count < INCOMPATIBLE else ""
-    what = f"the family {wanted} does not" if wanted else f"none of the families {', '.join(FAMILIES)} does"
-    raise ValueError(f"{what} compute what this model does; nearest is {nearest}: {found[nearest][0]}{more}")
+    reason = f"{found[nearest][0]}{more}"
+    if wanted:
+        raise ValueError(f"the family {wanted} does not compute the same as this model: {reason}")
+    families = ", ".join(FAMILIES)
+    raise ValueError(f"none of the families {families} computes the same as this model; nearest is {nearest}: {reason}")
 
 
 def differences(family: Family, model: ModelConfig) -> list[str]:
-    """Where the model that the family's config.json gives differs from this one, each as a sentence."""
+    """Returns the differences between a model and what the family's config.json for it gives, one sentence each."""
     config, ours = family.write(model), leaves(settings(model), "model")
     try:
         read = family.read(config)
-    except ValueError as error:  # of another structure: experts or none, another kind of attention
-        return [f"it has no such model ({error})"] * INCOMPATIBLE
+    except ValueError as error:  # another structure, such as no experts or another kind of attention
+        return [f"the family has no such model ({error})"] * INCOMPATIBLE
     refusal: list[str] = []
     try:
         back = leaves(settings(read_model_config(family, config)), "model")
-    except ValueError as error:  # what it can say of this model does not go together
+    except ValueError as error:  # the settings that it can express are not valid together
         refusal = [str(error)]
         back = ours | {path: value for path, value in leaves(read, "model").items() if path in ours}
     different = [
-        f"{path} is {ours.get(path)!r}, there it would be {back.get(path)!r}"
+        f"{path} is {ours.get(path)!r}, the family has {back.get(path)!r}"
         for path in dict.fromkeys([*ours, *back])
         if ours.get(path) != back.get(path)
     ]
@@ -117,7 +129,7 @@ def differences(family: Family, model: ModelConfig) -> list[str]:
 
 
 def leaves(tree: Tree, prefix: str) -> dict[str, Any]:
-    """Values by dotted path."""
+    """Flattens a tree. Returns the values by dotted path."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= leaves(value, f"{prefix}.{key}") if isinstance(value, dict) else {f"{prefix}.{key}": value}
@@ -125,10 +137,13 @@ def leaves(tree: Tree, prefix: str) -> dict[str, Any]:
 
 
 def export_config(name: str, model: ModelConfig, origin: Tree, run: Tree) -> Tree:
-    """The model's config.json: that of its origin as it stands, if it still says this model; else a new one, with what
-    the origin says beside the computation."""
+    """Returns the model's config.json.
+
+    It is that of the model's origin, unchanged, if that still describes the model. Otherwise it is a new one that keeps
+    the origin's keys that do not affect the logits. run: the run's config.
+    """
     family = FAMILIES[name]
-    # What we write is not packed, and brings no code of its own.
+    # The exported weights are not quantized, and no code is exported.
     origin = {key: value for key, value in origin.items() if key not in ("quantization_config", "auto_map")}
     if origin.get("model_type") == name and settings(read_model_config(family, origin)) == settings(model):
         return origin

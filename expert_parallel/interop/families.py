@@ -1,5 +1,7 @@
-"""The families of Hugging Face models that we read and write: each is its rules for config.json and its table of
-tensors. A further one is one more entry of FAMILIES."""
+"""Lists the families of Hugging Face models that we read and write: rules for config.json, and a map of tensors.
+
+A new family is a new entry of FAMILIES.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,8 +41,11 @@ from expert_parallel.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Family:
-    """architecture: the class in transformers. links: of a model with this config.json. neutral: keys of its
-    config.json that change nothing that is computed, beside those of all families."""
+    """Defines how one `model_type` is read and written.
+
+    architecture: the class in transformers. tensor_map: returns the mappings of a model, given its config.json.
+    neutral: keys of config.json that do not affect the logits, in addition to `NEUTRAL`.
+    """
 
     architecture: str
     rules: tuple[Rule, ...]
@@ -48,15 +53,18 @@ class Family:
     neutral: tuple[str, ...] = ()
 
     def read(self, values: Tree) -> Tree:
-        """config.json -> the `model` block of our config. ValueError for a key with its value, where we compute
-        something else or do not know."""
+        """Returns the `model` block of our config for a config.json.
+
+        Raises a ValueError that names the first key whose value we do not support or do not know.
+        """
         theirs = HuggingFaceConfig(values)
         ours: Tree = {}
         if quantized := values.get("quantization_config"):
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
             if not (method == "mxfp4" and self.architecture == "GptOssForCausalLM"):
                 raise ValueError(
-                    f"config.json: quantization_config says {method!r}: save the model unquantised, then import it"
+                    f"config.json: quantization_config has quant_method {method!r}, which is not supported: save the "
+                    "model without quantization, then import it"
                 )
             theirs.asked.add("quantization_config")
         for rule in self.rules:
@@ -65,7 +73,7 @@ class Family:
         return ours
 
     def write(self, model: ModelConfig) -> Tree:
-        """The nearest config.json that this family has. Whether it is this model's: read it back and compare."""
+        """Returns the closest config.json that the family has. Read it back to find out if it is the same model."""
         ours, theirs = settings(model), {"architectures": [self.architecture]}
         for rule in self.rules:
             rule.write(ours, theirs)
@@ -73,8 +81,10 @@ class Family:
 
 
 def settings(model: ModelConfig) -> Tree:
-    """What decides over the logits of generation (which has no capacity limits), with defaults resolved. The rest is of
-    training, of speed, or of the layout."""
+    """Returns the settings that the logits of generation depend on, with defaults resolved.
+
+    Omits settings of training, speed and layout, and the capacity, since generation is dropless.
+    """
     tree = model.model_dump(mode="json")
     window_layers = model.window_blocks.blocks(model.num_layers) if get_setting(tree, "attention.window") else []
     tree |= {"moe_layers": model.moe_layers, "window_layers": window_layers}
@@ -99,6 +109,7 @@ def settings(model: ModelConfig) -> Tree:
 
 
 def common_rules(eps: Any = REQUIRED, tied: bool = False) -> list[Rule]:
+    """Returns the rules of every family. eps, tied: the defaults of rms_norm_eps and tie_word_embeddings."""
     return [
         CopyInt("vocab_size", "vocab_size"),
         CopyInt("num_hidden_layers", "num_layers"),
@@ -111,7 +122,10 @@ def common_rules(eps: Any = REQUIRED, tied: bool = False) -> list[Rule]:
 
 
 def head_rules(kv_heads: Any = REQUIRED) -> list[Rule]:
-    """kv_heads: what an absent num_key_value_heads means; None: as many as there are heads."""
+    """Returns the rules of the numbers of heads.
+
+    kv_heads: the default of num_key_value_heads; None stands for num_attention_heads.
+    """
     return [
         CopyInt("num_attention_heads", "attention.num_heads"),
         CopyInt("num_key_value_heads", "attention.num_kv_heads", kv_heads),
@@ -119,6 +133,7 @@ def head_rules(kv_heads: Any = REQUIRED) -> list[Rule]:
 
 
 def swiglu_expert_rules(count: tuple[str, ...], hidden: str) -> list[Rule]:
+    """Returns the rules of top-k SwiGLU experts. count, hidden: the keys of their number and their hidden size."""
     return [
         Const("moe.router.kind", "top_k"),
         CopyInt(count, "moe.num_experts"),
@@ -261,6 +276,6 @@ FAMILIES: dict[str, Family] = {
             SlidingWindowByLayer(),
         ),
         gpt_oss_tensor_map,
-        neutral=("experts_per_token", "initial_context_length"),  # num_experts_per_tok and max_position_embeddings
+        neutral=("experts_per_token", "initial_context_length"),  # repeat other keys
     ),
 }

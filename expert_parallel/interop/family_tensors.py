@@ -1,5 +1,7 @@
-"""Tables of tensors: which logical tensor of ours has which names on disk. What a model does not have is passed over,
-so families that differ by a bias or a norm share a table."""
+"""Builds the tensor maps of the families: which logical tensor has which names in a Hugging Face folder.
+
+Mappings of tensors that a model lacks are ignored, so families that differ by a bias or a norm share a map.
+"""
 
 from expert_parallel.interop.rules import Tree
 from expert_parallel.interop.tensor_map import (
@@ -16,6 +18,7 @@ from expert_parallel.interop.tensor_map import (
 
 
 def outside_blocks() -> list[TensorMapping]:
+    """Returns the mappings of embedding, unembedding and residual norms."""
     return [
         TensorMapping("embedding.weight", ("model.embed_tokens.weight",), IDENTITY),
         TensorMapping("final_norm.weight", ("model.norm.weight",), IDENTITY),
@@ -26,7 +29,7 @@ def outside_blocks() -> list[TensorMapping]:
 
 
 def attention() -> list[TensorMapping]:
-    """With what some families have and others have not: biases, norms, sinks."""
+    """Returns the mappings of attention, including the biases, norms and sinks that only some families have."""
     matrices = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
     names = {f"{own}.{leaf}": f"{their}.{leaf}" for own, their in matrices.items() for leaf in ("weight", "bias")}
     names |= {"query_norm.weight": "q_norm.weight", "key_norm.weight": "k_norm.weight", "sinks": "sinks"}
@@ -35,7 +38,7 @@ def attention() -> list[TensorMapping]:
 
 
 def dense(ours: str, theirs: str) -> list[TensorMapping]:
-    """A dense SwiGLU network: {gate,up,down}_proj."""
+    """Returns the mappings of a dense SwiGLU network: {gate,up,down}_proj."""
     tensor_map = []
     for leaf in ("weight", "bias"):
         tensor_map += [
@@ -48,7 +51,10 @@ def dense(ours: str, theirs: str) -> list[TensorMapping]:
 
 
 def experts(theirs: str, gate: str, up: str, down: str) -> list[TensorMapping]:
-    """SwiGLU experts, one by one. theirs: the block's own name."""
+    """Returns the mappings of a router and its SwiGLU experts, each a module of its own.
+
+    theirs: the name of their MoE module. gate, up, down: the names of an expert's matrices.
+    """
     here, there = "blocks.{L}.moe.experts.{E}", f"{theirs}.experts.{{E}}"
     return [
         TensorMapping("blocks.{L}.moe.router.weight", (f"{theirs}.gate.weight",), IDENTITY),
@@ -62,19 +68,25 @@ EXPERTS = experts("model.layers.{L}.mlp", "gate_proj", "up_proj", "down_proj")
 
 
 def llama_tensor_map(config: Tree) -> list[TensorMapping]:
+    """Returns the map of dense models: Llama, Qwen2 and Qwen3."""
     return [*outside_blocks(), *attention(), *DENSE]
 
 
 def mixtral_tensor_map(config: Tree) -> list[TensorMapping]:
+    """Returns the map of Mixtral."""
     return [*outside_blocks(), *attention(), *experts("model.layers.{L}.block_sparse_moe", "w1", "w3", "w2")]
 
 
 def qwen3_moe_tensor_map(config: Tree) -> list[TensorMapping]:
+    """Returns the map of Qwen3-MoE and OLMoE."""
     return [*outside_blocks(), *attention(), *DENSE, *EXPERTS]
 
 
 def gpt_oss_tensor_map(config: Tree) -> list[TensorMapping]:
-    """Experts are stacks of (in, out), gate and up in turn; or, in OpenAI's own files, of 4-bit blocks with scales."""
+    """Returns the map of gpt-oss.
+
+    Experts are stacks (E, in, out) with alternating gate and up columns; OpenAI's own files hold them as MXFP4.
+    """
     here, there = "blocks.{L}.moe.experts.{E}", "model.layers.{L}.mlp.experts"
     tensor_map = [
         *outside_blocks(),

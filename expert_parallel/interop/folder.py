@@ -1,6 +1,6 @@
-"""Folders of Hugging Face models: config.json, safetensors files with or without an index, and what goes with them.
+"""Reads and writes folders of Hugging Face models: config.json, safetensors files, their index, tokenizer files.
 
-Read tensor by tensor, written shard by shard: no more than one shard is in memory. Nothing is unpickled.
+Reads tensor by tensor and writes shard by shard, so memory holds at most one shard. Nothing is unpickled.
 """
 
 import json
@@ -18,7 +18,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 GENERATION = "generation_config.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# Copied as they are: text and vocabulary, and how to generate.
+# Copied unchanged, since only tokenizers and generation use them.
 COPIED_FILES = (
     GENERATION,
     "tokenizer.json",
@@ -33,7 +33,7 @@ COPIED_FILES = (
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. ValueError: one sentence."""
+    """Reads a file that holds a JSON object. Raises a ValueError of one sentence if it does not."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -44,20 +44,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class HuggingFaceFolder:
-    """Opened for reading; its files stay mapped into memory. ValueError where it is not whole: a file is missing or
-    damaged, or the index and the files disagree."""
+    """Reads the tensors of a folder, whose files stay memory-mapped.
+
+    Raises a ValueError if a file is missing or damaged, or if the index and the files disagree.
+    """
 
     def __init__(self, path: Path) -> None:
         if not (path / CONFIG).is_file():
-            raise ValueError(f"{path} is no Hugging Face model: it has no {CONFIG}")
+            raise ValueError(f"{path} is not a Hugging Face model: it has no {CONFIG}")
         self.path, self.config = path, read_json(path / CONFIG)
-        self.files: dict[str, Any] = {}  # by tensor: the file that holds it
+        self.files: dict[str, Any] = {}  # by tensor name: the open file that holds it
         by_index = read_index(path)
         for file in sorted(set(by_index.values())) or [SINGLE]:
             self._open(file, {name for name, place in by_index.items() if place == file} if by_index else None)
 
     def _open(self, file: str, wanted: set[str] | None) -> None:
-        """wanted: what the index places there."""
+        """Opens a file. wanted: the tensors that the index assigns to it; None: there is no index."""
         try:
             opened = safe_open(self.path / file, "pt")
         except (OSError, SafetensorError) as error:
@@ -65,22 +67,26 @@ class HuggingFaceFolder:
         names = set(opened.keys())
         for name in sorted(names):
             if wanted is not None and name not in wanted:
-                raise ValueError(f"{self.path / file} holds {name}, which {INDEX} does not place there")
+                raise ValueError(f"{self.path / file} holds {name}, which {INDEX} does not assign to this file")
             self.files[name] = opened
         for name in sorted((wanted or names) - names):
-            raise ValueError(f"{self.path / file} lacks {name}, which {INDEX} places there")
+            raise ValueError(f"{self.path / file} lacks {name}, which {INDEX} assigns to this file")
 
     def shape(self, name: str) -> list[int]:
+        """Returns a tensor's shape without reading its data."""
         return list(self.files[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
+        """Reads a tensor to the CPU, in the dtype of the file."""
         tensor: Tensor = self.files[name].get_tensor(name)
         return tensor
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """File by tensor; empty where all are in one file. ValueError for an index that is not in order, and for a folder
-    without safetensors."""
+    """Returns the file of each tensor, or an empty dict if the folder has a single file and no index.
+
+    Raises a ValueError for an index that is not valid, and for a folder without safetensors.
+    """
     if (path / INDEX).is_file():
         places = read_json(path / INDEX).get("weight_map")
         if not isinstance(places, dict) or not places:
@@ -88,14 +94,14 @@ def read_index(path: Path) -> dict[str, str]:
         for name, file in places.items():
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
                 raise ValueError(
-                    f"{path / INDEX}: {name} lies in {file!r}, which is no safetensors file of this folder"
+                    f"{path / INDEX} assigns {name} to {file!r}, which is not a safetensors file of this folder"
                 )
         return places
     if not (path / SINGLE).is_file():
         pickled = sorted(found.name for pattern in PICKLED for found in path.glob(pattern))
         if pickled:
             raise ValueError(
-                f"{path} has {pickled[0]}, which is pickled and could run code when it is read: convert it to "
+                f"{path} has {pickled[0]}, which is pickled and could run code when it is loaded: convert it to "
                 "safetensors (in transformers: from_pretrained, then save_pretrained), then import that"
             )
         raise ValueError(f"{path} has no weights: neither {SINGLE} nor {INDEX}")
@@ -103,8 +109,11 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 class FolderWriter:
-    """Writes a Hugging Face folder in files of about `shard_bytes`. Use it as a context manager: the folder has its
-    name when all is in it, and leaving by an exception removes what was written. ValueError where it exists."""
+    """Writes a Hugging Face folder, in files of at most `shard_bytes` unless a single tensor is larger.
+
+    Use it as a context manager. The folder gets its final name only in `finish`, and an exception removes what was
+    written. Raises a ValueError if the folder exists.
+    """
 
     def __init__(self, final: Path, shard_bytes: int) -> None:
         if final.exists():
@@ -112,29 +121,32 @@ class FolderWriter:
         self.final, self.shard_bytes = final, shard_bytes
         self.partial = final.parent / f"partial_{final.name}_{secrets.token_hex(4)}"
         self.partial.mkdir(parents=True)
-        self.places: dict[str, int] = {}  # by tensor: the number of its shard
+        self.places: dict[str, int] = {}  # by tensor name: the index of its shard
         self.num_shards = self.total_bytes = 0
         self._shard: dict[str, Tensor] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        assert name not in self.places, f"{name} comes twice"
+        """Adds a tensor to the current shard, and first writes that shard if it would become too large."""
+        assert name not in self.places, f"{name} is added twice"
         if self._shard and sum(part.nbytes for part in self._shard.values()) + tensor.nbytes > self.shard_bytes:
             self._write_shard()
         self.places[name] = self.num_shards
-        held = tensor.detach().cpu().contiguous()
-        if held.untyped_storage().nbytes() > held.nbytes:  # a half of another: files hold no tensors that share memory
+        held = tensor.detach().cpu().contiguous()  # waits for the device: files are written from host memory
+        if held.untyped_storage().nbytes() > held.nbytes:  # a view: safetensors refuses tensors that share storage
             held = held.clone()
         self._shard[name] = held
         self.total_bytes += tensor.nbytes
 
     def write_json(self, file: str, tree: dict[str, Any]) -> None:
+        """Writes a JSON file into the folder."""
         (self.partial / file).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
     def copy(self, file: Path) -> None:
+        """Copies a file into the folder, under the same name."""
         shutil.copyfile(file, self.partial / file.name)
 
     def finish(self) -> Path:
-        """Names the shards as all loaders expect them, writes the index, and gives the folder its name."""
+        """Renames the shards as loaders expect, writes the index, and renames the folder. Returns its path."""
         self._write_shard()
         count = self.num_shards
         names = [SINGLE] if count == 1 else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]

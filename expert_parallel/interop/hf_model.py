@@ -1,4 +1,4 @@
-"""A Hugging Face folder seen as one of our models: its settings, and its tensors under our names."""
+"""Opens a Hugging Face folder as one of our models: its settings, and its tensors by logical name."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +18,11 @@ Shapes = dict[str, list[int]]
 
 
 class HuggingFaceModel:
-    """Opened and compared with its config.json before any weight is read. ValueError names the first key that we do not
-    compute as it says, and the first tensor that is missing, left over or of another shape."""
+    """Opens a folder, and checks config.json and the shapes of all tensors before any weight is read.
+
+    Raises a ValueError that names the first key that is not supported, or the first tensor that is missing, left over
+    or of another shape.
+    """
 
     def __init__(self, path: Path) -> None:
         self.folder = HuggingFaceFolder(path)
@@ -34,17 +37,17 @@ class HuggingFaceModel:
         check_shapes(self.folder, hugging_face_shapes(self.pairs, shapes))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every logical name with its tensor, in the dtype of the file: one pair's tensors at a time."""
+        """Yields every logical name and its tensor, in the file's dtype. Memory holds the tensors of one pair."""
         for pair in self.pairs:
             theirs = [self.folder.read(name) for name in pair.theirs]
             if len({tensor.dtype for tensor in theirs}) > 1:
                 both = ", ".join(f"{n} is {t.dtype}" for n, t in zip(pair.theirs, theirs, strict=True))
-                raise ValueError(f"{self.folder.path}: {both}: they are one tensor here and need one dtype")
+                raise ValueError(f"{self.folder.path}: {both}: they become one tensor and must have the same dtype")
             yield from zip(pair.ours, pair.transform.to_ours(theirs), strict=True)
 
 
 def read_model_config(family: Family, config: Tree) -> ModelConfig:
-    """ValueError: one sentence."""
+    """Reads a config.json. Raises a ValueError of one sentence if a key or a resulting setting is not valid."""
     tree = family.read(config)
     try:
         return ModelConfig.model_validate(tree)
@@ -54,22 +57,25 @@ def read_model_config(family: Family, config: Tree) -> ModelConfig:
         message = (
             first["ctx"]["error"] if first["type"] == "value_error" else f"{first['msg']}, found {first['input']!r}"
         )
-        raise ValueError(f"config.json leads to settings that cannot be had: {where}: {message}") from None
+        raise ValueError(f"config.json gives settings that are not valid: {where}: {message}") from None
 
 
 def logical_shapes(model: ModelConfig) -> Shapes:
-    """By logical name."""
+    """Returns the shape of every weight of a model, by logical name."""
     return {name.removeprefix("weights/"): shape for name, shape in expected_shapes(model, moments=False).items()}
 
 
 def match_model_tensors(family: Family, config: Tree, model: ModelConfig) -> list[TensorPair]:
-    """config: their config.json, which decides between forms."""
+    """Returns the pairs of a model. config: its config.json, on which the layout of some tensors depends."""
     experts = 0 if model.moe is None else model.moe.num_experts
     return match_tensors(family.tensor_map(config), logical_shapes(model), experts)
 
 
 def hugging_face_shapes(pairs: list[TensorPair], ours: Shapes) -> Shapes:
-    """What a folder of this model holds, from the shapes of ours: the forms are applied to tensors without data."""
+    """Returns the shape of every tensor that the Hugging Face folder must hold. ours: shapes by logical name.
+
+    Applies the transforms to meta tensors, which have no data.
+    """
     shapes: Shapes = {}
     for pair in pairs:
         empty = [torch.empty(ours[name], device="meta") for name in pair.ours]
@@ -81,6 +87,7 @@ def hugging_face_shapes(pairs: list[TensorPair], ours: Shapes) -> Shapes:
 
 
 def check_shapes(folder: HuggingFaceFolder, expected: Shapes) -> None:
+    """Raises a ValueError for the first tensor that is missing, left over or of another shape."""
     counts = f"{len(folder.files)} tensors found, {len(expected)} expected"
     for name in expected:
         if name not in folder.files:

@@ -1,4 +1,4 @@
-"""A Hugging Face folder -> a run folder of ours, from which `generate` speaks and `train` goes on."""
+"""Imports a Hugging Face folder as a run folder, which `generate` and `train` can use."""
 
 import secrets
 import shutil
@@ -14,20 +14,25 @@ from expert_parallel.interop.folder import CONFIG, COPIED_FILES
 from expert_parallel.interop.hf_model import HuggingFaceModel
 from expert_parallel.training.config import Config, dump_config
 
-ORIGIN = "huggingface"  # in a run: config.json, tokenizer and the like, as they were when the model was imported
-MAX_SEQUENCE_LENGTH = 2048  # tokens of a training sequence, where the model allows more
+ORIGIN = "huggingface"  # subfolder of a run: config.json, tokenizer files etc. of the imported model
+MAX_SEQUENCE_LENGTH = 2048  # training.sequence_length of the new config is the model's limit, but at most this
 
 
 def import_folder(path: Path, out: Path, shard_bytes: int) -> Path:
-    """Weights keep the bits and the dtype that they have in the folder. ValueError for what we cannot have exactly."""
+    """Imports a model and returns the run folder `out`. Weights keep their bits and dtype.
+
+    Raises a ValueError for a model that we do not compute exactly.
+    """
     source = HuggingFaceModel(path)
     config, tokenizer = imported_config(source, out), path / TOKENIZER_FILE
     return write_run(out, config, source.weights(), origin=path, tokenizer=tokenizer, shard_bytes=shard_bytes)
 
 
 def imported_config(source: HuggingFaceModel, out: Path) -> Config:
-    """A config to edit: the model is given, training has numbers to start from, data is text through the folder's
-    tokenizer, without corpora yet."""
+    """Returns the config of the new run, which the user can edit.
+
+    Sets the model, initial values for training, and tokenized data without any corpora yet.
+    """
     theirs = source.folder.config
     longest = theirs.get("max_position_embeddings")
     ends = theirs.get("eos_token_id")
@@ -48,19 +53,19 @@ def imported_config(source: HuggingFaceModel, out: Path) -> Config:
 
 
 def find_origin(path: Path) -> Path | None:
-    """What the run of this checkpoint was imported from."""
+    """Returns the folder with the Hugging Face files that a run or checkpoint was imported from, or None."""
     run = run_folder(path)
     return run / ORIGIN if run is not None and (run / ORIGIN / CONFIG).is_file() else None
 
 
 def find_tokenizer(path: Path) -> Path | None:
-    """That of the run of this checkpoint."""
+    """Returns the tokenizer file of a run or checkpoint, or None."""
     run = run_folder(path)
     return run / TOKENIZER_FILE if run is not None and (run / TOKENIZER_FILE).is_file() else None
 
 
 def run_folder(path: Path) -> Path | None:
-    """The run whose folder, checkpoints or checkpoint `path` is; None where a checkpoint lies by itself."""
+    """Returns the run folder of a run, its folder of checkpoints or one of them; None if a checkpoint is in no run."""
     candidates = (path, *path.resolve().parents[:2])
     return next((folder for folder in candidates if (folder / "config.yaml").is_file()), None)
 
@@ -74,8 +79,11 @@ def write_run(
     tokenizer: Path | None,
     shard_bytes: int,
 ) -> Path:
-    """config.yaml, a checkpoint of step 0, and the tokenizer's file if there is one: whole or not at all. weights: by
-    logical name. origin: a Hugging Face folder whose config.json and the like are kept beside."""
+    """Writes a run folder: config.yaml, a checkpoint of step 0 and, if given, the tokenizer file. Returns `out`.
+
+    weights: by logical name. origin: a Hugging Face folder, whose config.json and tokenizer files are copied into
+    `ORIGIN`. The folder gets its name when it is complete; an error leaves nothing behind.
+    """
     if out.exists():
         raise ValueError(f"{out} exists already")
     partial = out.parent / f"partial_{out.name}_{secrets.token_hex(4)}"

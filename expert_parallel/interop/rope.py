@@ -1,12 +1,14 @@
-"""Rotary positions in a config.json: transformers 5 has all in rope_parameters, the versions before in rope_theta and
-rope_scaling."""
+"""Defines the rule for rotary positions in a config.json.
+
+transformers 5 stores them in rope_parameters, earlier versions in rope_theta and rope_scaling.
+"""
 
 import math
 from dataclasses import dataclass
 
 from expert_parallel.interop.rules import REQUIRED, HuggingFaceConfig, Tree, get_setting, set_setting
 
-SCALINGS = {  # their rope_type -> (their key, ours, what its absence means)
+SCALINGS = {  # rope_type -> (key in config.json, our setting, default)
     "linear": (("factor", "factor", REQUIRED),),
     "llama3": (
         ("factor", "factor", REQUIRED),
@@ -29,8 +31,11 @@ SCALINGS = {  # their rope_type -> (their key, ours, what its absence means)
 
 @dataclass(frozen=True)
 class Rope:
-    """Both forms are read, and both are written: then every version reads one. is_optional: nothing said means plain
-    rotary positions; in gpt-oss it means other things in other versions."""
+    """Translates rotary positions. Reads and writes both forms, so that every version of transformers finds its own.
+
+    is_optional: without any of the keys, positions are unscaled. In gpt-oss the keys are required, since versions of
+    transformers have different defaults.
+    """
 
     default_theta: float = 10000.0
     is_optional: bool = True
@@ -44,22 +49,24 @@ class Rope:
             raise ValueError(f"config.json: rope_theta is {theta!r}, it must be a number above 0")
         if len(kinds) > 1 or (kind != "default" and kind not in SCALINGS):
             names = ", ".join(("default", *SCALINGS))
-            raise ValueError(f"config.json: rope_type is {' and '.join(map(repr, sorted(kinds)))}: we have {names}")
+            both = " and ".join(map(repr, sorted(kinds)))
+            raise ValueError(f"config.json: rope_type is {both}, it must be one of {names}")
         set_setting(ours, "position", {"kind": "rope", "theta": self.default_theta if theta is None else theta})
         longest = theirs.size("max_position_embeddings", default=None)
         if kind != "default":
             set_setting(ours, "position.scaling", {"kind": kind, **_scaling(kind, found, longest)})
         if found:
             key, value = next(iter(found.items()))
-            raise ValueError(f"config.json: {key} of the rotary positions is {value!r}: it is not known for {kind!r}")
+            raise ValueError(f"config.json: {key} of the rotary positions is {value!r}: {kind!r} has no such parameter")
 
     def _parameters(self, theirs: HuggingFaceConfig) -> Tree:
+        """Merges the keys of both forms. Raises a ValueError if they contradict each other."""
         newer, older = theirs.take("rope_parameters", default=None), theirs.take("rope_scaling", default=None)
         for key, value in (("rope_parameters", newer), ("rope_scaling", older)):
             if value is not None and not isinstance(value, dict):
-                raise theirs.refuse(key, "it must be a block")
+                raise theirs.refuse(key, "it must be an object")
             if any(isinstance(inner, dict) for inner in (value or {}).values()):
-                raise theirs.refuse(key, "rotary positions that differ from block to block are not known here")
+                raise theirs.refuse(key, "rotary positions that differ between blocks are not supported")
         theta = theirs.take("rope_theta", default=None)
         if not (newer or older or self.is_optional):
             raise ValueError("config.json: rope_parameters or rope_scaling is missing")
@@ -74,7 +81,7 @@ class Rope:
                     )
                 found[key] = value
         if found.pop("partial_rotary_factor", 1.0) != 1.0 or theirs.take("partial_rotary_factor", default=1.0) != 1.0:
-            raise ValueError("config.json: partial_rotary_factor is not 1: rotating a part of a head is not known here")
+            raise ValueError("config.json: partial_rotary_factor is not 1: partly rotary heads are not supported")
         return found
 
     def write(self, ours: Tree, theirs: Tree) -> None:
@@ -88,15 +95,15 @@ class Rope:
 
 
 def _scaling(kind: str, found: Tree, longest: int | None) -> Tree:
-    """Our settings of it; what is understood is taken out of `found`. longest: max_position_embeddings."""
+    """Returns our settings of a scaling, and removes their keys from `found`. longest: max_position_embeddings."""
     ours = {}
     for their, own, default in SCALINGS[kind]:
         value = found.pop(their, default)
         if value is REQUIRED:
-            raise ValueError(f"config.json: {their} of the rotary positions is missing, {kind!r} needs it")
+            raise ValueError(f"config.json: {their} of the rotary positions is missing: {kind!r} needs it")
         ours[own] = value
     if "original_length" in ours and ours["original_length"] is None:
         ours["original_length"] = longest
-    if ours["factor"] is None and longest is not None:  # DeepSeek-V3
+    if ours["factor"] is None and longest is not None:  # DeepSeek-V3 may omit it
         ours["factor"] = longest / ours["original_length"]
     return {name: value for name, value in ours.items() if value is not None}

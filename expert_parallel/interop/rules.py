@@ -1,5 +1,7 @@
-"""Rules between a config.json and our model settings. Each is read in one direction and written in the other, and
-every key of a config.json is looked at by a rule, known to change nothing that is computed, or refused."""
+"""Defines rules that translate a config.json to our model settings, and back.
+
+Every key of a config.json is read by a rule, known not to affect the logits (`NEUTRAL`), or refused.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,7 +10,7 @@ from typing import Any, Protocol
 Tree = dict[str, Any]
 REQUIRED = object()
 
-# Of training, of generation, of bookkeeping: the logits are the same whatever they say.
+# Keys of training, generation and bookkeeping: the logits do not depend on them.
 NEUTRAL = frozenset(
     (
         *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "auto_map", "_name_or_path"),
@@ -19,14 +21,17 @@ NEUTRAL = frozenset(
 
 
 class HuggingFaceConfig:
-    """The keys of a config.json. It knows which of them nobody has asked for."""
+    """Holds the values of a config.json, and records which keys the rules have read."""
 
     def __init__(self, values: Tree) -> None:
         self.values = values
         self.asked: set[str] = set()
 
     def take(self, *keys: str, default: Any = REQUIRED) -> Any:
-        """The value of the first of these names (older and newer ones of one setting) that is there."""
+        """Returns the value of the first key that exists. keys: older and newer names of one setting.
+
+        Raises a ValueError if none exists and there is no default.
+        """
         self.asked |= set(keys)
         found = [key for key in keys if key in self.values]
         if found:
@@ -36,26 +41,28 @@ class HuggingFaceConfig:
         return default
 
     def size(self, *keys: str, default: Any = REQUIRED, least: int = 1) -> Any:
-        """A whole number, `least` or more, so that rules may calculate with it; or the default."""
+        """Returns an integer of at least `least`, or the default. Raises a ValueError for any other value."""
         value = self.take(*keys, default=default)
         if type(value) is not int or value < least:
             if value is default:
                 return value
             key = next((key for key in keys if key in self.values), keys[0])
-            raise self.refuse(key, f"it must be a whole number, {least} or more")
+            raise self.refuse(key, f"it must be an integer, {least} or more")
         return value
 
     def refuse(self, key: str, why: str) -> ValueError:
+        """Returns the error that names a key with its value and the reason."""
         return ValueError(f"config.json: {key} is {self.values.get(key)!r}: {why}")
 
     def refuse_unknown_keys(self, neutral: Iterable[str]) -> None:
+        """Raises a ValueError for a key that no rule has read. neutral: keys that do not affect the logits."""
         for key in self.values:
             if key not in self.asked and key not in NEUTRAL and key not in neutral:
-                raise self.refuse(key, "this key is not known here, and may change what the model computes")
+                raise self.refuse(key, "this key is unknown, and may change what the model computes")
 
 
 def get_setting(tree: Tree, path: str) -> Any:
-    """The value at a dotted path, None where a block on the way is absent."""
+    """Returns the value at a dotted path, or None if a block of the path is absent."""
     value: Any = tree
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
@@ -63,6 +70,7 @@ def get_setting(tree: Tree, path: str) -> Any:
 
 
 def set_setting(tree: Tree, path: str, value: Any) -> None:
+    """Sets the value at a dotted path, and creates absent blocks."""
     *parents, leaf = path.split(".")
     for key in parents:
         tree = tree.setdefault(key, {})
@@ -70,16 +78,21 @@ def set_setting(tree: Tree, path: str, value: Any) -> None:
 
 
 class Rule(Protocol):
+    """Translates some keys of a config.json to some of our settings, and back. Rules run in order.
+
+    A rule may read settings that earlier rules have set.
+    """
+
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
-        """Fills in our settings. ValueError for what we have no setting for."""
+        """Fills in our settings. Raises a ValueError for a value that we have no setting for."""
 
     def write(self, ours: Tree, theirs: Tree) -> None:
-        """Fills in their keys. What they cannot say is left out: reading back shows the difference."""
+        """Fills in their keys. Omits what the format cannot express: reading the result back shows the difference."""
 
 
 @dataclass(frozen=True)
 class Copy:
-    """One number or word on both sides. keys: its names in theirs; the first is written."""
+    """Copies a value between a key and a setting. keys: its names in config.json; only the first is written."""
 
     keys: tuple[str, ...] | str
     path: str
@@ -87,12 +100,13 @@ class Copy:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Returns the keys as a tuple."""
         return (self.keys,) if isinstance(self.keys, str) else self.keys
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         value = theirs.take(*self.names, default=self.default)
         if value is None and self.default is not None:
-            raise theirs.refuse(self.names[0], "a value is needed")
+            raise theirs.refuse(self.names[0], "it must have a value")
         set_setting(ours, self.path, value)
 
     def write(self, ours: Tree, theirs: Tree) -> None:
@@ -101,7 +115,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class CopyInt(Copy):
-    """A whole number, 1 or more."""
+    """Copies an integer of at least 1."""
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         set_setting(ours, self.path, theirs.size(*self.names, default=self.default))
@@ -109,8 +123,8 @@ class CopyInt(Copy):
 
 @dataclass(frozen=True)
 class Require:
-    """A key that we can only take at one value, which is also what its absence means. written: where others' loaders
-    want to see it."""
+    """Accepts only one value of a key, which is also its default. written: exports write the key, for loaders that
+    require it."""
 
     key: str
     value: Any
@@ -118,7 +132,7 @@ class Require:
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         if theirs.take(self.key, default=self.value) != self.value:
-            raise theirs.refuse(self.key, f"only {self.value!r} can be had here")
+            raise theirs.refuse(self.key, f"only {self.value!r} is supported")
 
     def write(self, ours: Tree, theirs: Tree) -> None:
         if self.written:
@@ -127,7 +141,7 @@ class Require:
 
 @dataclass(frozen=True)
 class Const:
-    """What a family says by being that family."""
+    """Sets one of our settings to the value that it has in every model of the family."""
 
     path: str
     value: Any
@@ -141,8 +155,10 @@ class Const:
 
 @dataclass(frozen=True)
 class HeadSize:
-    """default: what an absent head_dim means; None: hidden_size / num_attention_heads. is_free: head_dim may be another
-    than that."""
+    """Translates head_dim. default: used if the key is absent; None: hidden_size / num_attention_heads.
+
+    is_free: head_dim may differ from hidden_size / num_attention_heads.
+    """
 
     default: int | None = None
     is_free: bool = True
@@ -153,11 +169,11 @@ class HeadSize:
         if size is None and "head_dim" not in theirs.values:
             size = self.default
         if size is None and width % heads:
-            raise theirs.refuse("num_attention_heads", f"it does not divide hidden_size ({width})")
+            raise theirs.refuse("num_attention_heads", f"it must divide hidden_size ({width})")
         if size is None:
             size = width // heads
         if not self.is_free and size * heads != width:
-            raise theirs.refuse("head_dim", f"{heads} heads must make up hidden_size ({width})")
+            raise theirs.refuse("head_dim", f"{heads} heads of this size must add up to hidden_size ({width})")
         set_setting(ours, "attention.head_size", size)
 
     def write(self, ours: Tree, theirs: Tree) -> None:
@@ -167,7 +183,7 @@ class HeadSize:
 
 @dataclass(frozen=True)
 class QKNorm:
-    """Norms of queries and keys, with the eps of the others."""
+    """Enables norms of queries and keys, with the epsilon of the other norms."""
 
     kind: str
 
@@ -178,12 +194,15 @@ class QKNorm:
         pass
 
 
-# ------------------------------------------------------------------------------------ what differs from block to block
+# ---------------------------------------------------------------------------------------- settings that vary by block
 
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """Attention to the last `sliding_window` positions, in all blocks. switch: the key that turns it on, if any."""
+    """Limits attention to the last `sliding_window` positions in all blocks.
+
+    switch: the key that enables it, if any.
+    """
 
     switch: str | None = None
 
@@ -193,7 +212,7 @@ class SlidingWindow:
             size = None
         first = theirs.size("max_window_layers", default=0, least=0)
         if self.switch is not None and size is not None and first:
-            raise theirs.refuse("max_window_layers", "versions of transformers differ in which blocks have a window")
+            raise theirs.refuse("max_window_layers", "versions of transformers disagree about which blocks it selects")
         if size is not None:
             set_setting(ours, "attention.window", size)
 
@@ -206,8 +225,11 @@ class SlidingWindow:
 
 @dataclass(frozen=True)
 class SlidingWindowByLayer:
-    """Attention to the last `sliding_window` positions in the blocks that layer_types names. switch: as in Window;
-    then the blocks from max_window_layers on have it where layer_types is absent, else every other, the first too."""
+    """Limits attention to the last `sliding_window` positions in the blocks that layer_types names.
+
+    switch: the key that enables it, if any. If layer_types is absent, the blocks from max_window_layers on have the
+    window; without a switch, every second block has it, beginning with the first.
+    """
 
     switch: str | None = None
 
@@ -224,10 +246,10 @@ class SlidingWindowByLayer:
             kinds = ["sliding_attention" if windowed else "full_attention" for windowed in usual]
         known = ("sliding_attention", "full_attention")
         if not isinstance(kinds, list) or len(kinds) != count or any(kind not in known for kind in kinds):
-            raise theirs.refuse("layer_types", f"{count} of sliding_attention and full_attention are known here")
+            raise theirs.refuse("layer_types", f"it must list {count} of sliding_attention or full_attention")
         blocks = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
         if blocks and size is None:
-            raise theirs.refuse("sliding_window", f"layer_types gives {len(blocks)} blocks a window")
+            raise theirs.refuse("sliding_window", f"layer_types gives {len(blocks)} blocks a sliding window")
         if blocks:
             set_setting(ours, "attention.window", size)
             set_setting(
@@ -244,13 +266,13 @@ class SlidingWindowByLayer:
 
 @dataclass(frozen=True)
 class SparseStep:
-    """Qwen's choice of MoE blocks: every decoder_sparse_step-th that is not in mlp_only_layers."""
+    """Places MoE blocks as Qwen does: every decoder_sparse_step-th block that is not in mlp_only_layers."""
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         step = theirs.size("decoder_sparse_step", default=1)
         dense = theirs.take("mlp_only_layers", default=None) or []
         if not isinstance(dense, list):
-            raise theirs.refuse("mlp_only_layers", "it must be a list of blocks")
+            raise theirs.refuse("mlp_only_layers", "it must be a list of block indices")
         blocks = [layer for layer in range(step - 1, ours["num_layers"], step) if layer not in dense]
         if len(blocks) == ours["num_layers"]:
             set_setting(ours, "moe_blocks", {"kind": "all"})
@@ -266,7 +288,7 @@ class SparseStep:
 
 @dataclass(frozen=True)
 class FirstDense:
-    """DeepSeek's choice: the first blocks stay dense."""
+    """Places MoE blocks as DeepSeek does: in all blocks but the first `first_k_dense_replace`."""
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         k = theirs.size("first_k_dense_replace", least=0)
@@ -278,7 +300,7 @@ class FirstDense:
 
 @dataclass(frozen=True)
 class DenseHidden:
-    """The hidden size of the dense blocks. Where all are MoE, the key is there in theirs all the same."""
+    """Translates the hidden size of the dense blocks. If all blocks are MoE, the key is read and ignored."""
 
     key: str = "intermediate_size"
 
@@ -287,7 +309,7 @@ class DenseHidden:
         if ours["moe_blocks"]["kind"] == "all":
             return
         if hidden is None:
-            raise ValueError(f"config.json: {self.key} is missing, the dense blocks need it")
+            raise ValueError(f"config.json: {self.key} is missing: the dense blocks need it")
         set_setting(ours, "ffn", {"hidden": hidden, "activation": "swiglu"})
 
     def write(self, ours: Tree, theirs: Tree) -> None:

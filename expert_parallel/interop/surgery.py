@@ -1,8 +1,7 @@
-"""Expert surgery: a checkpoint with more, fewer or merged experts, its optimizer state with them.
+"""Adds, removes or merges the experts of a checkpoint, together with their optimizer state.
 
-Whatever is done, each new expert is the mean of some old ones, its parents: their matrices and biases, their rows of
-the router, their balance biases, their moments. An expert with one parent is it, bit for bit, but for the noise that
-tells an added one from its parent.
+Each new expert is the mean of one or more old experts, its parents: of their matrices and biases, rows of the router,
+balance biases and moments. An expert with one parent equals it bit for bit, except for the noise on an added expert.
 """
 
 import hashlib
@@ -29,8 +28,12 @@ ROUTER = re.compile(r"(\w+)/blocks\.\d+\.moe\.router\..+")
 
 @dataclass(frozen=True)
 class Surgery:
-    """parents: of each new expert, by its new number. noise: added to the weights and the router's rows of those from
-    `first_added` on, normal, in standard deviations of each tensor."""
+    """Describes the new experts.
+
+    parents: the old experts whose mean each new expert is. noise: standard deviation of the Gaussian noise, relative to
+    the standard deviation of each tensor. first_added: experts from this index on get noise on their matrices and their
+    rows of the router; None: no expert does.
+    """
 
     parents: list[tuple[int, ...]]
     noise: float = 0.0
@@ -38,36 +41,43 @@ class Surgery:
     seed: int = 0
 
     def is_added(self, expert: int) -> bool:
+        """Returns True if the expert gets noise."""
         return self.first_added is not None and expert >= self.first_added
 
 
 def add(num_experts: int, like: Sequence[int], noise: float, seed: int) -> Surgery:
-    """New experts after the old ones, each a copy of one of `like`. Without noise a copy and its parent would get the
-    same tokens and the same gradients for ever."""
+    """Appends copies of the experts `like`.
+
+    Without noise, a copy and its parent would always get the same tokens and gradients. Raises a ValueError for an
+    expert that does not exist.
+    """
     _refuse_unknown(num_experts, like, "--like")
     old = [(expert,) for expert in range(num_experts)]
     return Surgery([*old, *((expert,) for expert in like)], noise, num_experts, seed)
 
 
 def remove(num_experts: int, experts: Sequence[int]) -> Surgery:
-    """Those that stay keep their order."""
+    """Removes experts; the others keep their order. Raises a ValueError if none would remain."""
     _refuse_unknown(num_experts, experts, "--experts")
     stay = [expert for expert in range(num_experts) if expert not in experts]
     if not stay:
-        raise ValueError(f"--experts names all {num_experts} experts: none would stay")
+        raise ValueError(f"--experts names all {num_experts} experts: none would remain")
     return Surgery([(expert,) for expert in stay])
 
 
 def merge(num_experts: int, groups: Sequence[Sequence[int]]) -> Surgery:
-    """Each group becomes one expert, in the place of its first."""
+    """Merges each group into one expert, at the position of the one that is named first.
+
+    Raises a ValueError for a group of fewer than two experts, and for an expert that is named twice.
+    """
     named = [expert for group in groups for expert in group]
     _refuse_unknown(num_experts, named, "--experts")
     twice = next((expert for expert in named if named.count(expert) > 1), None)
     if twice is not None:
-        raise ValueError(f"--experts names expert {twice} twice: it can be merged into one only")
+        raise ValueError(f"--experts names expert {twice} twice: it can be merged only once")
     for group in groups:
         if len(group) < 2:
-            raise ValueError(f"--experts {','.join(map(str, group))}: it takes two experts or more to merge")
+            raise ValueError(f"--experts {','.join(map(str, group))}: a merge needs two or more experts")
     group_of = {expert: tuple(group) for group in groups for expert in group}
     parents = {expert: group_of.get(expert, (expert,)) for expert in range(num_experts)}
     return Surgery([parents[expert] for expert in parents if expert == parents[expert][0]])
@@ -80,8 +90,10 @@ def _refuse_unknown(num_experts: int, experts: Sequence[int], option: str) -> No
 
 
 def perform_surgery(source: Path, out: Path, surgery: Surgery, shard_bytes: int) -> Path:
-    """A run folder `out` whose checkpoint, of the same step, is that of `source` with other experts. ValueError where
-    the model cannot be had with so many; then nothing is left behind."""
+    """Writes a run folder whose checkpoint has the same step as that of `source`, and the new experts. Returns `out`.
+
+    Raises a ValueError if the model's settings do not allow the new number of experts; an error leaves nothing behind.
+    """
     checkpoint = open_checkpoint(source)
     num_experts, config = num_experts_of(checkpoint), surgery_config(checkpoint, out, surgery)
     if out.exists():
@@ -108,6 +120,7 @@ def perform_surgery(source: Path, out: Path, surgery: Surgery, shard_bytes: int)
 
 
 def num_experts_of(checkpoint: Checkpoint) -> int:
+    """Returns the number of experts of a checkpoint's model. Raises a ValueError for a dense model."""
     moe = read_config(checkpoint.config, str(checkpoint.path)).model.moe
     if moe is None:
         raise ValueError(f"{checkpoint.path}: the model has no experts (model.moe)")
@@ -115,6 +128,7 @@ def num_experts_of(checkpoint: Checkpoint) -> int:
 
 
 def surgery_config(checkpoint: Checkpoint, out: Path, surgery: Surgery) -> Config:
+    """Returns the checkpoint's config with the new number of experts and the new run folder."""
     tree: dict[str, Any] = checkpoint.config
     moe = {**tree["model"]["moe"], "num_experts": len(surgery.parents)}
     model = {**tree["model"], "moe": moe}
@@ -122,7 +136,11 @@ def surgery_config(checkpoint: Checkpoint, out: Path, surgery: Surgery) -> Confi
 
 
 def new_tensor(checkpoint: Checkpoint, name: str, surgery: Surgery, num_experts: int) -> Tensor:
-    """name: in full, of the new model. num_experts: of the old one."""
+    """Computes a tensor of the new checkpoint.
+
+    name: the full name in the new checkpoint, such as weights/blocks.0.moe.experts.3.w_in. num_experts: the number
+    before.
+    """
     expert = EXPERT.fullmatch(name)
     if expert is not None:
         before, number, after = expert.groups()
@@ -139,11 +157,12 @@ def new_tensor(checkpoint: Checkpoint, name: str, surgery: Surgery, num_experts:
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    """Averages in float64, rounded once to the tensors' dtype; a single tensor is returned unchanged."""
     return tensors[0] if len(tensors) == 1 else torch.stack([t.double() for t in tensors]).mean(0).to(tensors[0].dtype)
 
 
 def _noisy(tensor: Tensor, name: str, surgery: Surgery) -> Tensor:
-    """Weights alone, vectors not: biases may be 0."""
+    """Adds noise to a matrix of the weights. Vectors get none, since a constant bias has standard deviation 0."""
     if surgery.noise == 0 or tensor.dim() == 1 or not name.startswith("weights/"):
         return tensor
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

@@ -1,5 +1,7 @@
-"""MoE layers of Switch Transformers, in and out, as single layers: the model around them (T5's encoder and decoder) is
-none of ours."""
+"""Imports and exports MoE layers of Switch Transformers as single layers.
+
+The model around them, T5's encoder and decoder, is not supported.
+"""
 
 from collections.abc import Mapping
 
@@ -19,18 +21,20 @@ TENSOR_MAP = [
     TensorMapping("experts.{E}.w_out", ("experts.expert_{E}.wo.weight",), TRANSPOSED),
 ]
 ROUTER = "router.classifier.weight"
-ACTIVATIONS = ("relu", "gelu")  # of the same name in both
+ACTIVATIONS = ("relu", "gelu")  # both sides use the same names
 
 
 def switch_config(values: Tree) -> MoEConfig:
-    """From the config.json of a Switch model: the layer as it is in evaluation, with the capacity that each sequence
-    has. ValueError for what we compute otherwise. Jitter and dropout are training's; ours have them elsewhere."""
+    """Returns the layer's config for a Switch model's config.json: as in evaluation, with a capacity per sequence.
+
+    Jitter and dropout, which only training uses, are ignored. Raises a ValueError for a value that is not supported.
+    """
     theirs = HuggingFaceConfig(values)
     activation, capacity = theirs.take("dense_act_fn", default="relu"), theirs.take("expert_capacity", default=64)
     if activation not in ACTIVATIONS:
-        raise theirs.refuse("dense_act_fn", f"of those here only {', '.join(ACTIVATIONS)} are in Switch's layers")
+        raise theirs.refuse("dense_act_fn", f"it must be one of {', '.join(ACTIVATIONS)}")
     if theirs.take("router_ignore_padding_tokens", default=False):
-        raise theirs.refuse("router_ignore_padding_tokens", "only False can be had here")
+        raise theirs.refuse("router_ignore_padding_tokens", "only False is supported")
     return MoEConfig.model_validate(
         {
             "d_model": theirs.take("d_model"),
@@ -43,21 +47,24 @@ def switch_config(values: Tree) -> MoEConfig:
 
 
 def switch_prefixes(folder: HuggingFaceFolder) -> list[str]:
-    """Of its MoE layers: `encoder.block.1.layer.1.mlp.`, ..."""
+    """Returns the name prefixes of a folder's MoE layers, such as `encoder.block.1.layer.1.mlp.`."""
     return sorted(name.removesuffix(ROUTER) for name in folder.files if name.endswith(ROUTER))
 
 
 def read_switch_layer(folder: HuggingFaceFolder, prefix: str) -> MoELayer:
+    """Reads one MoE layer of a folder. prefix: one of `switch_prefixes`."""
     names = [name.removeprefix(prefix) for name in folder.files if name.startswith(prefix)]
     return from_switch(switch_config(folder.config), {name: folder.read(prefix + name) for name in names})
 
 
 def from_switch(config: MoEConfig, state: Mapping[str, Tensor]) -> MoELayer:
-    """A layer with the weights of a transformers SwitchTransformersSparseMLP's state, in their dtype. ValueError where
-    a tensor is missing, left over or of another shape."""
+    """Builds a layer with the weights of a state dict of transformers' SwitchTransformersSparseMLP, in their dtype.
+
+    Raises a ValueError if a tensor is missing, left over or of another shape, or if the dtypes differ.
+    """
     dtypes = {tensor.dtype for tensor in state.values()}
     if len(dtypes) != 1:
-        raise ValueError(f"the Switch layer's tensors are of {len(dtypes)} dtypes, they must have one")
+        raise ValueError(f"the tensors of the Switch layer have {len(dtypes)} dtypes, they must have the same one")
     layer = MoELayer(config).to(dtypes.pop())
     left = dict(state)
     ours: dict[str, Tensor] = {}
@@ -80,7 +87,7 @@ def from_switch(config: MoEConfig, state: Mapping[str, Tensor]) -> MoELayer:
 
 
 def to_switch(layer: MoELayer) -> dict[str, Tensor]:
-    """The state of a transformers SwitchTransformersSparseMLP with this layer's weights."""
+    """Returns the state dict of a transformers SwitchTransformersSparseMLP with this layer's weights."""
     ours: dict[str, Tensor] = {}
     for logical in logical_parameters(layer):
         ours |= logical.whole(logical.parameter.detach())

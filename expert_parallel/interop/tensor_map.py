@@ -1,4 +1,7 @@
-"""Which of our logical tensors are which of a Hugging Face folder's, and in what form: one table, both directions."""
+"""Maps logical tensors of our models to tensors of a Hugging Face model, and converts them in both directions.
+
+In this folder `ours` means our logical names, settings and layouts, and `theirs` those of the Hugging Face model.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,8 +15,10 @@ TensorFn = Callable[[list[Tensor]], Iterable[Tensor]]
 
 @dataclass(frozen=True)
 class Transform:
-    """How one side's tensors become the other's. Each way undoes the other, bit for bit. What is made of a stack comes
-    one by one, so that no second stack is held."""
+    """Converts tensors between the two layouts. Each direction inverts the other, bit for bit (MXFP4 is only read).
+
+    Tensors taken from a stack are yielded one by one, so that memory never holds the stack twice.
+    """
 
     to_ours: TensorFn
     to_theirs: TensorFn
@@ -21,8 +26,10 @@ class Transform:
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """Templates of names: {L} is the block's number, {E} the expert's. Where {E} stands on our side alone, theirs is
-    one stack of all experts."""
+    """Maps a template of our names to theirs. {L} stands for the block's index, {E} for the expert's.
+
+    If only our template has {E}, their tensor is one stack of all experts.
+    """
 
     ours: str
     theirs: tuple[str, ...]
@@ -31,7 +38,7 @@ class TensorMapping:
 
 @dataclass(frozen=True)
 class TensorPair:
-    """Tensors on our side, and those on theirs that are the same numbers."""
+    """Holds the names of tensors with the same values on both sides: a mapping with its indices filled in."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
@@ -39,10 +46,10 @@ class TensorPair:
 
 
 def match_tensors(tensor_map: Iterable[TensorMapping], names: Iterable[str], num_experts: int) -> list[TensorPair]:
-    """Every logical name of a model once, each with what it is in theirs.
+    """Returns the pairs of a model, in which every logical name occurs once.
 
-    names: the model's logical names. A link whose tensors the model does not have (a bias, say) is passed over.
-    ValueError for a logical tensor that no link names: their format has no place for it.
+    names: the model's logical names. Mappings of tensors that the model lacks (such as biases) are ignored. Raises a
+    ValueError for a logical tensor without a mapping, since it cannot be written in their format.
     """
     left = dict.fromkeys(names)
     layers = sorted({int(name.split(".")[1]) for name in left if name.startswith("blocks.")})
@@ -52,14 +59,16 @@ def match_tensors(tensor_map: Iterable[TensorMapping], names: Iterable[str], num
             pairs += [pair for pair in _match_layer(mapping, layer, num_experts) if pair.ours[0] in left]
     for pair in pairs:
         for name in pair.ours:
-            assert name in left, f"{name} has two links, or is not of this model"
+            assert name in left, f"{name} has two mappings, or the model lacks it"
             del left[name]
     if left:
-        raise ValueError(f"their format has no tensor for {next(iter(left))} ({len(left)} such tensors)")
+        raise ValueError(f"the Hugging Face format has no tensor for {next(iter(left))} ({len(left)} such tensors)")
     return pairs
 
 
 def _match_layer(mapping: TensorMapping, layer: int, num_experts: int) -> Iterator[TensorPair]:
+    """Yields the pairs of one block: one for each expert, or a single one if their tensor is a stack."""
+
     def filled(template: str, expert: int) -> str:
         return template.replace("{L}", str(layer)).replace("{E}", str(expert))
 
@@ -76,7 +85,7 @@ def _match_layer(mapping: TensorMapping, layer: int, num_experts: int) -> Iterat
         yield TensorPair(ours, tuple(filled(name, 0) for name in mapping.theirs), mapping.transform)
 
 
-# ---------------------------------------------------------------------------------------------------------------- forms
+# ----------------------------------------------------------------------------------------------------------- transforms
 
 
 def _transpose(tensors: list[Tensor]) -> list[Tensor]:
@@ -84,7 +93,7 @@ def _transpose(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _concatenate(tensors: list[Tensor]) -> list[Tensor]:
-    """Rows below each other: [gate; up]."""
+    """Concatenates tensors along dimension 0: [gate; up]."""
     return [torch.cat(tensors)]
 
 
@@ -94,19 +103,20 @@ def _split_halves(tensors: list[Tensor]) -> list[Tensor]:
 
 IDENTITY = Transform(lambda tensors: tensors, lambda tensors: tensors)
 TRANSPOSED = Transform(_transpose, _transpose)
-GATE_UP_ROWS = Transform(_concatenate, _split_halves)  # ours: (2F, D) = [gate; up], theirs: two of (F, D)
-GATE_UP_COLUMNS = Transform(  # ours: (D, 2F) = [gate | up], theirs: two of (F, D)
+GATE_UP_ROWS = Transform(_concatenate, _split_halves)  # ours: (2F, D) = [gate; up]; theirs: two of (F, D)
+GATE_UP_COLUMNS = Transform(  # ours: (D, 2F) = [gate | up]; theirs: two of (F, D)
     lambda tensors: _transpose(_concatenate(tensors)), lambda tensors: _split_halves(_transpose(tensors))
 )
 
 
 def _deinterleave(stack_EX2F: Tensor) -> Iterator[Tensor]:
-    """(E, ..., 2F), gate and up in turn, to E of (..., 2F) = [gate | up]."""
+    """Splits (E, ..., 2F) with alternating gate and up columns into E tensors (..., 2F) = [gate | up]."""
     for tensor in stack_EX2F.unbind(0):
         yield torch.cat([tensor[..., ::2], tensor[..., 1::2]], -1)
 
 
 def _interleave(tensors: list[Tensor]) -> list[Tensor]:
+    """Inverts `_deinterleave`."""
     stack = tensors[0].new_empty(len(tensors), *tensors[0].shape)
     for tensor, place in zip(tensors, stack, strict=True):
         place[..., ::2], place[..., 1::2] = tensor.chunk(2, -1)
@@ -118,8 +128,11 @@ STACKED_INTERLEAVED = Transform(lambda tensors: _deinterleave(tensors[0]), _inte
 
 
 def half_split_rows(period: int, rope_size: int) -> Transform:
-    """Of every `period` rows the last `rope_size` are rotary, in neighbouring pairs in theirs: (x0, x1), (x2, x3), ...;
-    ours are half-split: x0, x2, ..., x1, x3, ..."""
+    """Returns the transform that reorders rotary rows from interleaved (theirs) to half-split (ours).
+
+    The last `rope_size` of every `period` rows are rotary. Theirs rotate adjacent pairs (x0, x1), (x2, x3), ...; ours
+    are ordered x0, x2, ..., x1, x3, ..., as `apply_rope` expects.
+    """
     rows = torch.arange(period)
     rotary = rows[period - rope_size :]
     half_split = torch.cat([rows[: period - rope_size], rotary[::2], rotary[1::2]])
@@ -129,6 +142,7 @@ def half_split_rows(period: int, rope_size: int) -> Transform:
 
 
 def _take_rows(tensors: list[Tensor], order: Tensor) -> list[Tensor]:
+    """Permutes every len(order) consecutive rows by `order`."""
     return [tensor.unflatten(0, (-1, len(order)))[:, order.to(tensor.device)].flatten(0, 1) for tensor in tensors]
 
 
@@ -137,8 +151,10 @@ FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2
 
 
 def _dequantize_mxfp4(tensors: list[Tensor]) -> Iterator[Tensor]:
-    """blocks (E, N, G, 16) and scales (E, N, G), bytes, to E of (32 G, N) in bfloat16, which holds these exactly. The
-    low half of a byte comes first."""
+    """Dequantizes blocks (E, N, G, 16) and scales (E, N, G), both uint8, to E tensors (32 G, N).
+
+    The low four bits of a byte come first. The result is bfloat16, which represents every MXFP4 value exactly.
+    """
     blocks_ENGB, scales_ENG = tensors
     values = torch.tensor(FP4_VALUES, dtype=torch.bfloat16)
     for blocks_NGB, scales_NG in zip(blocks_ENGB, scales_ENG, strict=True):
@@ -148,8 +164,11 @@ def _dequantize_mxfp4(tensors: list[Tensor]) -> Iterator[Tensor]:
 
 
 def _packed_shapes(tensors: list[Tensor]) -> list[Tensor]:
-    """The shapes alone: packing would round."""
-    assert tensors[0].is_meta, "MXFP4 is read, never written"
+    """Returns meta tensors with the shapes of the blocks and scales, to check a folder before it is read.
+
+    Writing is not supported, as quantization would round.
+    """
+    assert tensors[0].is_meta, "MXFP4 is only read, never written"
     rows, columns = tensors[0].shape
     groups = (len(tensors), columns, rows // 32)
     return [torch.empty(*groups, 16, dtype=torch.uint8, device="meta"), torch.empty(groups, device="meta")]

@@ -1,8 +1,8 @@
-"""Upcycling: a dense model -> a mixture of experts that computes the same at first.
+"""Upcycles a dense model into a mixture of experts that initially computes the same.
 
-Each expert is a copy of its block's dense network (Komatsuzaki et al. 2022, 2212.05055). Whatever the router says, the
-weights of the chosen ones sum to 1, and so the output is the dense one's. With `split: G` each copy is cut into G
-experts of hidden / G columns each (He et al. 2024, 2410.07524, virtual groups): see `Upcycling`.
+Each expert is a copy of its block's dense network (Komatsuzaki et al. 2022, arXiv:2212.05055). The weights of a token's
+experts sum to 1, so the output is the dense network's whatever the router chooses. With `split` = G each copy is split
+into G experts with hidden / G columns each (virtual groups, He et al. 2024, arXiv:2410.07524): see `Upcycling`.
 """
 
 import hashlib
@@ -40,14 +40,14 @@ DENSE = re.compile(r"(blocks\.\d+)\.ffn\.(w_in|w_out)\.(weight|bias)")
 
 @dataclass(frozen=True)
 class Upcycling:
-    """copies * split experts, of which each token takes k * split. Expert c * split + g is part g of copy c.
+    """Makes copies * split experts, of which each token uses k * split. Expert c * split + g is part g of copy c.
 
-    All parts of a copy get the same row in the router, so the k * split best are k whole copies. Their weights are
-    p_c / split each, the p_c summing to 1; the second matrix of each part is multiplied by `split`. Then the output is
-    sum_c p_c sum_g part_g(x) = sum_c p_c dense(x) = dense(x). A power of two as `split` rounds nothing.
+    All parts of a copy have the same row in the router, so the k * split best experts are k complete copies. Each part
+    has the weight p_c / split, where the p_c sum to 1, and its second matrix is multiplied by `split`. So the output is
+    sum_c p_c sum_g part_g(x) = sum_c p_c dense(x) = dense(x). If `split` is a power of two, the factor does not round.
 
-    noise: normal, in standard deviations of each matrix, another for each expert; then the output is no longer exactly
-    the dense one's.
+    noise: standard deviation of the Gaussian noise, relative to that of each matrix, drawn independently for each
+    expert; with noise the output is only approximately the dense model's.
     """
 
     copies: int
@@ -57,21 +57,21 @@ class Upcycling:
     seed: int = 0
 
     def refuse(self, model: ModelConfig) -> None:
-        """ValueError where the model or the numbers do not allow it."""
+        """Raises a ValueError if the model or the options do not allow upcycling."""
         if model.ffn is None or model.moe is not None:
-            raise ValueError("the model has experts already (model.moe): only a dense one can be upcycled")
+            raise ValueError("the model already has experts (model.moe): only a dense model can be upcycled")
         if self.k > self.copies:
             raise ValueError(f"--k ({self.k}) is larger than --experts ({self.copies})")
         if self.k * self.split == 1:
             raise ValueError(
-                "--k is 1: the weight of a single expert would always be 1 and the router would never learn; use --k 2 "
+                "--k is 1: the weight of a single expert is always 1, so the router would get no gradient; use --k 2 "
                 "or more, or --split 2 or more"
             )
         if model.ffn.hidden % self.split:
             raise ValueError(f"--split ({self.split}) does not divide model.ffn.hidden ({model.ffn.hidden})")
 
     def model(self, dense: ModelConfig) -> dict[str, Any]:
-        """The settings of the mixture. The balance loss is training's; it changes no output."""
+        """Returns the `model` block of the mixture, with a balance loss for training, which changes no output."""
         assert dense.ffn is not None
         moe = {
             "num_experts": self.copies * self.split,
@@ -82,7 +82,7 @@ class Upcycling:
         return {**dense.model_dump(mode="json"), "ffn": None, "moe": moe}
 
     def weights(self, dense: ModelConfig, weights: Weights) -> Weights:
-        """Those of the dense model, by logical name -> those of the mixture. One matrix of it is held at a time."""
+        """Yields the mixture's weights by logical name, from those of the dense model. Reads them one by one."""
         assert dense.ffn is not None
         is_gated = dense.ffn.activation in GATED
         for name, tensor in weights:
@@ -101,9 +101,12 @@ class Upcycling:
                 yield f"{block}.moe.router.weight", self._router(block, dense)
 
     def _parts(self, matrix: str, leaf: str, tensor: Tensor, is_gated: bool) -> list[Tensor]:
-        """Of one copy: the hidden columns g * F / G to (g + 1) * F / G, in the layout of experts."""
+        """Splits a tensor of a dense network into the G = `split` parts of a copy, in the layout of experts.
+
+        Part g has the hidden columns g * F / G to (g + 1) * F / G. matrix: w_in or w_out. leaf: weight or bias.
+        """
         if (matrix, leaf) == ("w_out", "bias"):
-            return [tensor] * self.split  # the weights of the chosen experts sum to 1
+            return [tensor] * self.split  # not divided, since the weights of a token's experts sum to 1
         if matrix == "w_out":
             return [part * self.split if self.split > 1 else part for part in tensor.mT.chunk(self.split)]
         halves = tensor.chunk(2) if is_gated else (tensor,)
@@ -112,25 +115,30 @@ class Upcycling:
         return parts if leaf == "bias" else [part.mT for part in parts]
 
     def _with_noise(self, name: str, part: Tensor) -> Tensor:
+        """Adds noise to a matrix."""
         if self.noise == 0:
             return part
-        wide = part.float()
+        wide = part.float()  # so that small noise is not rounded away before the sum
         return (wide + self.noise * wide.std() * self._normal(name, part.shape)).to(part.dtype)
 
     def _router(self, block: str, dense: ModelConfig) -> Tensor:
+        """Draws a router's weight, (copies * split, D), float32, with the same row for all parts of a copy."""
         rows = self._normal(f"{block}.moe.router.weight", torch.Size([self.copies, dense.d_model]))
         return (rows * dense.init_std).repeat_interleave(self.split, dim=0)
 
     def _normal(self, name: str, shape: torch.Size) -> Tensor:
-        """A function of the seed and the name."""
+        """Draws standard normal numbers, float32, as a function of the seed and the name."""
         key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
         return torch.randn(shape, generator=torch.Generator().manual_seed(mix(self.seed, key)))
 
 
 @dataclass(frozen=True)
 class DenseSource:
-    """A dense model, opened: the config of its run (of a Hugging Face folder: the one that import would write), its
-    tensors by logical name, and what goes with it: a Hugging Face folder, a tokenizer's file."""
+    """Holds an opened model: a run, a checkpoint or a Hugging Face folder.
+
+    config: the run's config; for a Hugging Face folder, the one that import would write. origin: the Hugging Face
+    folder that it came from, or None. tokenizer: the tokenizer file, or None; it may not exist.
+    """
 
     config: Config
     path: Path
@@ -138,6 +146,7 @@ class DenseSource:
     tokenizer: Path | None
 
     def weights(self) -> Weights:
+        """Yields the weights by logical name, in the dtype of the file."""
         if self.path == self.origin:
             yield from HuggingFaceModel(self.path).weights()
             return
@@ -148,7 +157,7 @@ class DenseSource:
 
 
 def open_dense_source(path: Path, out: Path) -> DenseSource:
-    """path: a Hugging Face folder, a run or a checkpoint. out: the folder of the run that is to be made."""
+    """Opens a Hugging Face folder, a run or a checkpoint. out: run folder, which becomes run.folder of the config."""
     if (path / CONFIG).is_file():
         source = HuggingFaceModel(path)
         return DenseSource(imported_config(source, out), path, origin=path, tokenizer=path / TOKENIZER_FILE)
@@ -158,7 +167,7 @@ def open_dense_source(path: Path, out: Path) -> DenseSource:
 
 
 def upcycle(source: Path, out: Path, upcycling: Upcycling, shard_bytes: int) -> Path:
-    """Writes a run folder whose checkpoint of step 0 is the mixture. ValueError where it cannot be had."""
+    """Writes a run folder whose checkpoint of step 0 is the mixture. Returns `out`. Raises ValueError: see `refuse`."""
     dense = open_dense_source(source, out)
     upcycling.refuse(dense.config.model)
     tree = {**dense.config.model_dump(mode="json"), "model": upcycling.model(dense.config.model)}
@@ -172,35 +181,40 @@ def upcycle(source: Path, out: Path, upcycling: Upcycling, shard_bytes: int) -> 
     )
 
 
-SEQUENCES, LENGTH = 4, 64  # of random tokens
+SEQUENCES, LENGTH = 4, 64  # size of the batch of random tokens in `compare`
 
 
 def compare(dense_path: Path, mixture_path: Path) -> str:
-    """A line for people: the cross entropy of both on the held-out text of the run's data; where it has no data, how
-    far the logits are apart for random tokens."""
+    """Compares two models, and returns a line of text for the user.
+
+    It holds the cross entropy of both on the held-out text of the run's data or, for a run without data, the largest
+    absolute difference of their logits for random tokens.
+    """
     dense, mixture = open_dense_source(dense_path, mixture_path), open_dense_source(mixture_path, mixture_path)
     models = [build_from_weights(part.config.model, part.weights()) for part in (dense, mixture)]
     if not has_data(dense):
         before, after = (model(random_tokens(model.config), StepContext(dropless=True)).logits for model in models)
         apart, largest = float((after - before).abs().max()), float(before.abs().max())
-        return f"random tokens: the logits differ by {apart:.2g} at most, the largest is {largest:.3g}"
+        return f"random tokens: the logits differ by at most {apart:.2g}, the largest is {largest:.3g}"
     before_loss, after_loss = (held_out_loss(model, dense) for model in models)
-    apart = after_loss - before_loss
-    return f"held-out text: cross entropy {before_loss:.6f} before, {after_loss:.6f} after, apart {apart:+.2g} nats"
+    change = after_loss - before_loss
+    return f"held-out text: cross entropy {before_loss:.6f} before, {after_loss:.6f} after, change {change:+.2g} nats"
 
 
 def has_data(dense: DenseSource) -> bool:
+    """Returns False if the config names no corpora, as after an import."""
     data = dense.config.data
     return not isinstance(data, TokensData) or bool(data.corpora)
 
 
 def random_tokens(model: ModelConfig) -> Tensor:
+    """Draws the same tokens in each call, int64 (SEQUENCES, LENGTH)."""
     return torch.randint(model.vocab_size, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def build_from_weights(config: ModelConfig, weights: Weights) -> Transformer:
-    """In float32, in evaluation mode. weights: by logical name."""
+    """Builds a model in float32 and evaluation mode, without gradients. weights: by logical name."""
     tensors = dict(weights)
     model = build_model(config, dtype=torch.float32).eval()
     for logical in logical_parameters(model):
@@ -212,7 +226,7 @@ def build_from_weights(config: ModelConfig, weights: Weights) -> Transformer:
 
 
 def held_out_loss(model: Transformer, dense: DenseSource) -> float:
-    """Nats a token, without capacity limits."""
+    """Computes the mean cross entropy on the held-out text, in nats per token, dropless."""
     data = open_data(dense.config.data, data_requirements(dense.config))
     total, count = 0.0, 0
     for sequences in data.held_out.split(8):

@@ -1,1 +1,1 @@
-"""This room holds what the MoE layer and the model around it share: feed-forwards, norms, random numbers."""
+"""Provides what the MoE layer and the model share: feed-forward networks, norms, and random numbers."""

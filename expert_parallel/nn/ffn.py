@@ -1,4 +1,4 @@
-"""The dense feed-forward network (shared experts, dense blocks), the activations, and Linear in the input's dtype."""
+"""Implements the dense feed-forward network of dense blocks and shared experts, its activations, and `Linear`."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -14,13 +14,16 @@ Activation = Literal["relu", "gelu", "swiglu", "geglu", "gpt_oss"]
 
 
 def gpt_oss(x: Tensor) -> Tensor:
-    """(up + 1) * gate * sigmoid(1.702 gate), of a gate of at most 7 and an up of -7 to 7: gpt-oss."""
+    """Computes (up + 1) * gate * sigmoid(1.702 gate) of x = [gate | up], (..., 2F) -> (..., F).
+
+    Clamps gate to at most 7 and up to [-7, 7] first. Source: gpt-oss.
+    """
     gate, up = x.chunk(2, -1)
     gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
-# kind -> function of the first matrix's output. The gated ones take [gate | up] side by side (Shazeer 2020).
+# Applied to the output of the first matrix, (..., w_in_columns). Gated ones take [gate | up] (Shazeer 2020).
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -32,12 +35,12 @@ GATED = ("swiglu", "geglu", "gpt_oss")
 
 
 def w_in_columns(activation: str, hidden: int) -> int:
-    """Columns of the first matrix: twice the hidden size where a gate stands beside it."""
+    """Returns the number of columns of the first matrix: 2 * hidden for gated activations, else hidden."""
     return 2 * hidden if activation in GATED else hidden
 
 
 def ffn_params(d_model: int, hidden: int, activation: str, bias: bool) -> int:
-    """Counts the parameters of one feed-forward network: both matrices (the first with the gate), and both biases."""
+    """Counts the parameters of a feed-forward network: both matrices (the first includes the gate), and biases."""
     columns = w_in_columns(activation, hidden)
     return d_model * columns + hidden * d_model + (columns + d_model if bias else 0)
 
@@ -46,18 +49,22 @@ class FFNConfig(Settings):
     """Describes a feed-forward network: y = activation(x W_in + b_in) W_out + b_out."""
 
     hidden: int = Field(ge=1, validation_alias=AliasChoices("hidden", "ffn_hidden_size"))
-    """Sets the width between the two matrices, that of one half for gated activations."""
+    """Sets the hidden size: the columns between the two matrices, without those of the gate."""
     activation: Activation = "swiglu"
     """Sets the activation; `swiglu`, `geglu` and `gpt_oss` are gated (Shazeer 2020)."""
     bias: bool = False
     """Adds biases to both matrices."""
 
     def num_params(self, d_model: int) -> int:
+        """Counts the parameters of the network."""
         return ffn_params(d_model, self.hidden, self.activation, self.bias)
 
 
 class Linear(nn.Linear):
-    """Computes in its input's dtype, whatever dtype the weight is kept in (float32 for a bfloat16 model)."""
+    """Applies a linear layer in its input's dtype, whatever the dtype of the weight.
+
+    (..., in_features) -> (..., out_features). A bfloat16 model keeps float32 weights for the optimizer.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -65,8 +72,10 @@ class Linear(nn.Linear):
 
 
 class FFN(nn.Module):
-    """Dense feed-forward network. (..., D) -> (..., D). gather_sequence: where tensor parallel divides the hidden
-    columns, this rank's tokens -> those of all its ranks."""
+    """Computes activation(x W_in + b_in) W_out + b_out, in the dtype of x. (..., D) -> (..., D).
+
+    gather_sequence: with tensor parallelism, gathers the tokens of all ranks, since each has only some hidden columns.
+    """
 
     def __init__(self, config: FFNConfig, d_model: int) -> None:
         super().__init__()
@@ -80,5 +89,5 @@ class FFN(nn.Module):
 
 
 def identity(x: Tensor) -> Tensor:
-    """Stands for a collective where a rank is alone."""
+    """Returns x; replaces a collective where there is no other rank."""
     return x

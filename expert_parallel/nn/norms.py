@@ -1,4 +1,7 @@
-"""The norms: of residuals, and of queries and keys. All compute in float32 or wider."""
+"""Implements norms of the residual stream, and of queries and keys.
+
+All compute in float32 or wider, since the mean of squares loses accuracy in bfloat16, and return the input's dtype.
+"""
 
 from typing import Literal
 
@@ -24,7 +27,7 @@ class NormConfig(Settings):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. Zhang and Sennrich 2019."""
+    """Computes x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -37,7 +40,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(RMSNorm):
-    """(x - mean) / sqrt(variance + eps) * weight + bias. Ba et al. 2016."""
+    """Computes (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (Ba et al. 2016)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__(width, eps)
@@ -62,12 +65,12 @@ class QKNormConfig(Settings):
     """Adds this epsilon under the square root."""
 
     def num_params(self, heads: int, head_size: int) -> int:
-        """Counts the weights of the one norm of so many heads' queries, or keys."""
+        """Counts the weights of one norm, of queries or of keys. heads: the number of query or key heads."""
         return heads * head_size if self.kind == "whole" else head_size
 
 
 class HeadNorm(RMSNorm):
-    """Of each head by itself. x: (..., heads * head_size). weight: (head_size)."""
+    """Normalizes each head separately. x: (..., heads * head_size). weight: (head_size,), shared by all heads."""
 
     def __init__(self, heads: int, head_size: int, eps: float) -> None:
         super().__init__(head_size, eps)
@@ -77,7 +80,7 @@ class HeadNorm(RMSNorm):
 
 
 class WholeNorm(RMSNorm):
-    """Of all heads together. x: (..., heads * head_size). weight: (heads * head_size)."""
+    """Normalizes all heads together. x: (..., heads * head_size). weight: (heads * head_size,)."""
 
     def __init__(self, heads: int, head_size: int, eps: float) -> None:
         super().__init__(heads * head_size, eps)

@@ -1,7 +1,7 @@
-"""Random numbers as pure functions of named keys: the same on every layout, after a resume, and in recomputation.
+"""Computes random numbers as pure functions of keys: the same in every layout, after a resume, and in recomputation.
 
-No generator state is kept anywhere; a checkpoint holds a seed. The mixing function is the finaliser of
-SplitMix64 (Steele, Lea and Flood 2014), on int64 tensors with wrap-around.
+There is no generator state, so a checkpoint needs only the seed. The hash is the finalizer of SplitMix64 (Steele, Lea
+and Flood 2014), on int64 tensors that wrap around on overflow.
 """
 
 from enum import IntEnum
@@ -16,7 +16,7 @@ _MASK = (1 << 64) - 1
 
 
 def mix(*keys: int) -> int:
-    """Hashes integers to one of 63 bits: a seed for torch.Generator. `mix(1, 2)` differs from `mix(2, 1)`."""
+    """Hashes integers to a non-negative 63-bit integer, a valid seed of torch.Generator. The order of keys matters."""
     state = 0
     for key in keys:
         state = (state + key + _GOLDEN) & _MASK
@@ -27,7 +27,7 @@ def mix(*keys: int) -> int:
 
 
 class Stream(IntEnum):
-    """What a random number is for: two uses never share one."""
+    """Separates the uses of random numbers: part of the key, so that no two uses share a number."""
 
     JITTER = 0
     NOISE = 1
@@ -37,9 +37,10 @@ class Stream(IntEnum):
 
 
 def uniform(seed: int, row_index_T: Tensor, width: int) -> Tensor:
-    """Uniform numbers in [0, 1), float64, shape (T, width), each a function of (seed, its row's index, its column).
+    """Returns uniform numbers in [0, 1), (T, width), float64, each a function of (seed, row index, column).
 
-    seed: from `mix`, since seed and row index are added. row_index_T: int64, on the device where the result is wanted.
+    seed: from `mix`; as seed and row index are added, nearby seeds would repeat rows. row_index_T: int64, on the
+    device of the result.
     """
     column = torch.arange(width, device=row_index_T.device)
     row_key_T = _mix_tensor(row_index_T + seed)
@@ -47,22 +48,25 @@ def uniform(seed: int, row_index_T: Tensor, width: int) -> Tensor:
 
 
 def normal(seed: int, row_index_T: Tensor, width: int) -> Tensor:
-    """Standard normal numbers, keyed as `uniform` is, by the inverse of the distribution function."""
+    """Returns standard normal numbers by inverting the distribution function. Arguments and result: see `uniform`."""
     return _open(uniform(seed, row_index_T, width)).mul(2).sub(1).erfinv() * 2**0.5
 
 
 def gumbel(seed: int, row_index_T: Tensor, width: int) -> Tensor:
-    """Standard Gumbel numbers: argmax of log p + gumbel is a draw from p."""
+    """Returns standard Gumbel numbers: argmax(log p + gumbel) is a draw from p. Arguments: see `uniform`."""
     return -(-_open(uniform(seed, row_index_T, width)).log()).log()
 
 
 def _open(u: Tensor) -> Tensor:
-    """[0, 1) in steps of 2^-53 -> (0, 1)."""
+    """Maps [0, 1) in steps of 2^-53 to (0, 1), where logarithm and erfinv are finite."""
     return u.clamp(min=2.0**-54)
 
 
 def dropout(x: Tensor, probability: float, seed: int) -> Tensor:
-    """Inverted dropout whose mask depends on (seed, shape of x) alone; the identity for probability 0."""
+    """Applies inverted dropout: zeroes numbers with the probability, and divides the others by 1 - probability.
+
+    The mask depends only on the seed, and on the shape and device type of x. Probability 0 returns x itself.
+    """
     if probability == 0.0:
         return x
     generator = torch.Generator(x.device).manual_seed(seed)
@@ -71,6 +75,7 @@ def dropout(x: Tensor, probability: float, seed: int) -> Tensor:
 
 
 def _mix_tensor(state: Tensor) -> Tensor:
+    """Hashes each int64 to an int64, of which `mix` with one key returns the upper 63 bits."""
     state = state + _GOLDEN
     state = (state ^ _shift_right(state, 30)) * _MIX_1
     state = (state ^ _shift_right(state, 27)) * _MIX_2
@@ -78,5 +83,5 @@ def _mix_tensor(state: Tensor) -> Tensor:
 
 
 def _shift_right(state: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's `>>` on int64 copies the sign bit."""
+    """Shifts logically: torch's `>>` on int64 copies the sign bit."""
     return (state >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,1 +1,1 @@
-"""Process groups, collectives and sharding. Nothing here depends on a model."""
+"""Provides process groups, collectives and sharding. Nothing here depends on a model."""

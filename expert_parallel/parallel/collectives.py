@@ -164,8 +164,7 @@ def start_all_to_all_rows(
     and so on.
 
     x: (sum(send_counts), ...), any dtype. The result is (sum(receive_counts), ...), ordered by source rank. A rank that
-    has no rows to send or receive must take part all the same. Gradients do not pass:
-    moe/dispatch/async_collective.py adds them.
+    has no rows to send or receive must take part nevertheless. No gradient; moe/dispatch/async_collective.py adds it.
     """
     assert x.shape[0] == sum(send_counts), (x.shape, send_counts)
     if group_size(group) == 1:

@@ -1,1 +1,1 @@
-"""A study: dense models and mixtures of experts, trained alike and compared by what each loss costs."""
+"""Trains dense models and mixtures of experts alike, and compares the cost of reaching the same loss."""

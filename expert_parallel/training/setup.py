@@ -34,7 +34,9 @@ def build_mesh_and_model(
     config: Config, runtime: Runtime, degrees: ParallelDegrees, *, initialize: bool = True
 ) -> tuple[ParallelMesh, LanguageModel]:
     """Builds process groups and this rank's part of the model."""
-    moe, parallel, training = config.model.moe, config.parallel, config.training
+    moe = config.model.moe
+    parallel = config.parallel
+    training = config.training
     mesh = build_mesh(
         degrees,
         runtime.device.type,

@@ -1,1 +1,1 @@
-"""The proof that any layout computes the same model: see README.md."""
+"""Verifies that every layout computes the same model: see README.md."""

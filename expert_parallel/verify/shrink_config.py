@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from expert_parallel.data.tokenizer import VOCABULARY_SIZE
+from expert_parallel.moe.reference.reference_routing import ROUTERS as REFERENCE_ROUTERS
 from expert_parallel.parallel.degrees import ParallelConfig
 from expert_parallel.training.config import Config
 from expert_parallel.verify.layouts import Layout, config_layout, micro_step_counts
@@ -90,6 +91,11 @@ def shrink_config(config: Config, num_ranks: int, full: bool, one_machine: bool 
 
 def _refuse(config: Config) -> None:
     moe = config.model.moe
+    if moe is not None and moe.router.kind not in REFERENCE_ROUTERS:
+        raise ValueError(
+            f"model.moe.router.kind is {moe.router.kind!r}: verify needs a reference implementation of a registered "
+            "router; add one to ROUTERS in expert_parallel/moe/reference/reference_routing.py"
+        )
     if moe is not None and moe.capacity.receive_bound is not None:
         raise ValueError(
             "model.moe.capacity.receive_bound: which tokens it drops depends on the layout by definition, so there is "

@@ -1,1 +1,1 @@
-"""Engines update the weights from micro-steps: PyTorch alone (native), or DeepSpeed."""
+"""Provides the engines, which update the weights from micro-steps: PyTorch alone (native), or DeepSpeed."""
