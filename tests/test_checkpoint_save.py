@@ -350,7 +350,7 @@ def save_with_a_doubled_part(rank: int, folder: Path) -> str:
 
 def fake_mesh() -> ParallelMesh:
     """Of one rank alone, without torch.distributed."""
-    names = ["pp", "dp", "cp", "tp", "stage", "dense", "sequence", "key", "tied", "ep", "etp", "edp"]
+    names = ["pp", "dp", "cp", "tp", "stage", "dense", "sequence", "kv_replica", "tied_embedding", "ep", "etp", "edp"]
     groups: dict[str, Any] = {f"{name}_group": None for name in names}
     nodes = NodeGroups(1, None, None)
     return ParallelMesh(degrees=ParallelDegrees(1), rank=0, **groups, nodes=nodes, dense_mesh=None, expert_mesh=None)

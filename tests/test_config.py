@@ -282,7 +282,7 @@ def test_a_setting_is_given_by_one_name(override: str, names: str, config_file: 
 def test_a_preset_gives_way_to_an_alias() -> None:
     tree = {"preset": "switch", "num_experts": 4, "experts": {"ffn_hidden_size": 8}}
     moe = MoEConfig.model_validate(tree | {"router": {"k": 2, "normalize": True}})
-    assert (moe.router.normalises, moe.experts.hidden) == (True, 8)
+    assert (moe.router.normalizes, moe.experts.hidden) == (True, 8)
     with pytest.raises(ValueError, match=r"router\.normalise and router\.normalize are the same setting"):
         MoEConfig.model_validate(tree | {"router": {"normalise": True, "normalize": True}})
 
