@@ -311,11 +311,11 @@ def run_wrongly_divided(rank: int, fault: str) -> str:
             "StepContext.positions_S is not set: each sequence is divided over 2 ranks, so the positions of this "
             "rank's 3 tokens in it are needed",
         ),
-        ("twice", "StepContext.positions_S: two tokens of sequence 3 stand at position 2"),
+        ("twice", "StepContext.positions_S: two tokens of sequence 3 have position 2"),
         (
             "others",
-            "StepContext.sequence_index_B: the ranks that share sequences must have the same ones: here are 2, on all "
-            "of them 3, of 3 to 6 tokens",
+            "StepContext.sequence_index_B: ranks that share sequences must have the same ones, of equal length: this "
+            "rank has 2, the ranks together 3, of 3 to 6 tokens",
         ),
     ],
 )
