@@ -187,6 +187,7 @@ class LinearRouter(Router):
         self.bias = nn.Parameter(torch.empty(num_experts)) if config.bias else None
 
     def logits(self, x_TD: Tensor) -> Tensor:
+        """Computes x W + b in x's dtype, to which the parameters are cast."""
         bias = None if self.bias is None else self.bias.to(x_TD.dtype)
         return F.linear(x_TD, self.weight.to(x_TD.dtype), bias)
 

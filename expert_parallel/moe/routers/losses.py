@@ -69,7 +69,9 @@ class MicroStepCounts:
 def count_documents(plan: RoutingPlan, batch: TokenBatch) -> Tensor:
     """Counts choices, first choices and tokens of this rank's part of each sequence or document: (B, 2 E + 1), in the
     order of MicroStepCounts."""
-    num_rows, num_experts, document_T = batch.num_sequences, plan.num_experts, batch.sequence_T
+    num_rows = batch.num_sequences
+    num_experts = plan.num_experts
+    document_T = batch.sequence_T
     if batch.document_T is not None:
         num_rows, document_T = batch.num_documents, batch.document_T
 
