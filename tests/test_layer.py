@@ -43,7 +43,7 @@ def test_input_of_another_shape_is_refused(x: Tensor, said: str) -> None:
 
 def test_positions_of_another_shape_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"StepContext.positions_S is torch.int64 of shape .4,., the layer's input asks"
+        ValueError, match=r"StepContext.positions_S is torch.int64 of shape .4,., the layer's input needs"
     ):
         make_layer()(torch.zeros(2, 3, 8), StepContext(positions_S=torch.arange(4)))
 
@@ -52,14 +52,16 @@ def test_positions_are_part_of_whose_choices_are_played_back() -> None:
     layer, x_TD, replay = make_layer(), draw(3, 8), RouterReplay()
     layer(x_TD, StepContext(positions_S=torch.tensor([4, 0, 2]), replay=replay))
     assert replay.recorded[0, 0, 0].index_T.tolist() == [4, 0, 2]
-    with pytest.raises(ValueError, match=r"recorded of other tokens: 3 of them, here are 3; or .* elsewhere in them"):
+    with pytest.raises(
+        ValueError, match=r"was recorded for other tokens: it has 3, this pass has 3, or their .* positions differ"
+    ):
         layer(x_TD, StepContext(positions_S=torch.tensor([4, 0, 1]), replay=replay))
 
 
 def test_a_placement_that_does_not_fit_is_refused() -> None:
     config = make_layer().config
     with pytest.raises(
-        ValueError, match=r"spreads 3 experts over 1 ranks as .3.; there are 4 .num_experts. and 1 ranks"
+        ValueError, match=r"spreads 3 experts over 1 ranks as .3.; num_experts is 4, the group has 1 ranks"
     ):
         MoELayer(config, placement=ExpertPlacement((0, 0, 0), 1))
 

@@ -179,7 +179,7 @@ def test_a_layer_refuses_a_replay_of_other_tokens() -> None:
     layer = MoELayer(MoEConfig.model_validate({"d_model": 4, "num_experts": 4, "experts": {"hidden": 4}}))
     context = StepContext(replay=RouterReplay())
     layer(torch.zeros(5, 4), context)
-    with pytest.raises(ValueError, match="recorded of other tokens: 5 of them, here are 6"):
+    with pytest.raises(ValueError, match="recorded for other tokens: it has 5, this pass has 6"):
         layer(torch.zeros(6, 4), context)
     other = MoELayer(layer.config.model_copy(update={"router": TopKRouterConfig(k=3)}))
     with pytest.raises(ValueError, match="holds 2 choices a token, the router makes 3"):
