@@ -131,9 +131,9 @@ def test_rows_of_zeros_change_nothing(activation: str, choices: list[list[int]],
     results = []
     for backend in ("bmm", "loop"):
         experts = make_experts(activation, backend=backend, hidden=hidden)
-        pad_for_backend = experts.pad_for_backend(tokens, GROUPED_GEMMS[backend])
+        padded = experts.pad_for_backend(tokens, GROUPED_GEMMS[backend])
         if backend == "bmm" and choices is CHOICES["some rows fewer"]:
-            assert pad_for_backend.counts_e.tolist() == [2, 2, 2, 2], "so that there are some"
+            assert padded.counts_e.tolist() == [2, 2, 2, 2], "so that there are some"
         results.append(with_gradients(experts(tokens), tokens, experts))
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 

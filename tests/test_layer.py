@@ -53,7 +53,7 @@ def test_positions_are_part_of_whose_choices_are_played_back() -> None:
     layer(x_TD, StepContext(positions_S=torch.tensor([4, 0, 2]), replay=replay))
     assert replay.recorded[0, 0, 0].index_T.tolist() == [4, 0, 2]
     with pytest.raises(
-        ValueError, match=r"recorded for other tokens: it has 3, this pass has 3, or .* positions differ"
+        ValueError, match=r"was recorded for other tokens: it has 3, this pass has 3, or their .* positions differ"
     ):
         layer(x_TD, StepContext(positions_S=torch.tensor([4, 0, 1]), replay=replay))
 

@@ -12,14 +12,9 @@ from torch import Tensor
 
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext, TokenBatch, token_batch
-from expert_parallel.moe.routers import base as routing_module
-from expert_parallel.moe.routers.base import (
-    TopKRouter,
-    TopKRouterConfig,
-    stable_topk,
-    stable_topk_int64,
-    stable_topk_numpy,
-)
+from expert_parallel.moe.routers import topk
+from expert_parallel.moe.routers.base import TopKRouter, TopKRouterConfig
+from expert_parallel.moe.routers.topk import stable_topk, stable_topk_int64, stable_topk_numpy
 from expert_parallel.moe.types import Outcome, RoutingPlan
 
 LESSON_LOGITS = [2.1, 0.5, 1.8, 0.2, 0.9, 1.5, 0.3, 0.4]
@@ -380,6 +375,6 @@ def test_which_way_best_takes(
     calls: list[str] = []
     for name, function in (("stable_topk_numpy", stable_topk_numpy), ("stable_topk_int64", stable_topk_int64)):
         noted = lambda x_TE, k, name=name, function=function: (calls.append(name), function(x_TE, k))[1]  # noqa: E731
-        monkeypatch.setattr(routing_module, name, noted)
+        monkeypatch.setattr(topk, name, noted)
     assert stable_topk(torch.zeros(5, 40, dtype=dtype, device=device), k).shape == (5, k)
     assert calls == [taken]

@@ -127,11 +127,11 @@ def test_the_same_choices_fall_on_every_layout(decision: str) -> None:
         )
     for number, (world_size, ep) in enumerate(LAYOUTS):
         way = ("strided", "reversed", "lopsided")[number % 3]
-        pad_for_backend = over_ranks(world_size, ep, way, decision)
+        on_ranks = over_ranks(world_size, ep, way, decision)
         for sequence, (ids, reasons, y) in alone.items():
             where = f"{world_size} ranks, ep {ep}, {way}, sequence {sequence}"
-            assert pad_for_backend[sequence][:2] == [ids, reasons], where
-            torch.testing.assert_close(pad_for_backend[sequence][2], y, rtol=1e-10, atol=1e-12, msg=where)
+            assert on_ranks[sequence][:2] == [ids, reasons], where
+            torch.testing.assert_close(on_ranks[sequence][2], y, rtol=1e-10, atol=1e-12, msg=where)
 
 
 def run_rank_scope(rank: int, world_size: int) -> list[Any]:
@@ -311,11 +311,11 @@ def run_wrongly_divided(rank: int, fault: str) -> str:
             "StepContext.positions_S is not set: each sequence is divided over 2 ranks, so the positions of this "
             "rank's 3 tokens in it are needed",
         ),
-        ("twice", "StepContext.positions_S: two tokens of sequence 3 stand at position 2"),
+        ("twice", "StepContext.positions_S: two tokens of sequence 3 have position 2"),
         (
             "others",
-            "StepContext.sequence_index_B: the ranks that share sequences must have the same ones: here are 2, on all "
-            "of them 3, of 3 to 6 tokens",
+            "StepContext.sequence_index_B: ranks that share sequences must have the same ones, of equal length: this "
+            "rank has 2, the ranks together 3, of 3 to 6 tokens",
         ),
     ],
 )

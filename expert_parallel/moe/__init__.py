@@ -1,1 +1,1 @@
-"""The mixture-of-experts layer. Knows nothing of models, training or files."""
+"""Provides the mixture-of-experts layer. Nothing here depends on models, training or files."""

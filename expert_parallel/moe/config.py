@@ -72,12 +72,13 @@ class MoEConfig(Settings):
 def refuse_combinations(
     router: RouterSettings, capacity: CapacityConfig, losses: list[LossConfig], num_experts: int
 ) -> None:
-    """Raises a ValueError of one sentence that names the settings and their numbers."""
+    """Raises a ValueError if the settings exclude each other or one of them would do nothing: a sentence that names
+    them and their values."""
     names = [loss_name(loss) for loss in losses]
     if len(set(names)) < len(names):
         raise ValueError(f"losses: each kind and scope may occur once, found {', '.join(names)}")
     if router.kind == "hash" and losses:
-        raise ValueError(f"losses: {names[0]} would do nothing: router.kind is 'hash', which learns nothing")
+        raise ValueError(f"losses: {names[0]} would do nothing: router.kind is 'hash', which has no parameters")
     if router.kind == "expert_choice" and any(loss.kind == "balance" for loss in losses):
         raise ValueError("losses: balance would do nothing: router.kind is 'expert_choice', which is always balanced")
     if isinstance(capacity, DroplessConfig):
@@ -161,7 +162,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def apply_preset(tree: Any) -> Any:
-    """Returns the block with its preset's values as defaults; a block of another `kind` replaces the preset's."""
+    """Returns the block with its preset's values as defaults; a block of another `kind` replaces the preset's.
+
+    Raises a ValueError if there is no preset of this name.
+    """
     if not isinstance(tree, dict) or not isinstance(tree.get("preset"), str):
         return tree  # no preset, or none that its field accepts
     if tree["preset"] not in PRESETS:
@@ -170,7 +174,8 @@ def apply_preset(tree: Any) -> Any:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of both, of `above` if both have one. A block of another `kind` replaces the one below."""
+    """Merges two trees of settings; where both have a key, `above` wins. A block of another `kind` replaces the whole
+    block below."""
     merged = {**below, **above}
     for key in below.keys() & above.keys():
         old, new = below[key], above[key]

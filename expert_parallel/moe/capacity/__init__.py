@@ -1,1 +1,1 @@
-"""Capacity bounds how many choices an expert or a rank takes, and says what becomes of the rest."""
+"""Limits how many choices an expert or a rank computes, and drops or reroutes the others."""

@@ -1,7 +1,7 @@
-"""Capacity: how many choices an expert takes, and what becomes of those beyond. RoutingPlan -> RoutingPlan.
+"""Limits the choices of each expert to its capacity, and drops or reroutes those that overflow.
 
-`POLICIES` maps each `kind:` to its function. A dropped choice adds nothing; for a token whose choices are all dropped
-routed experts add nothing at all.
+A policy is a function from a RoutingPlan to a RoutingPlan; `POLICIES` maps each `kind:` to its own. A dropped choice
+adds nothing to its token's output, so the routed experts add nothing to a token whose choices are all dropped.
 """
 
 import math
@@ -33,7 +33,7 @@ class DroplessConfig(Settings):
     )
     """Drops choices beyond ceil(receive_bound * choices of the expert-parallel group / its ranks) on a rank, which
     bounds its memory; null drops nothing."""
-    # Not settings of this kind: no tokens share a capacity, and there is none to pad to.
+    # Not settings of this kind: without a capacity, no tokens share one and no rows are padded to it.
     scope: ClassVar[None] = None
     pad: ClassVar[bool] = False
 
@@ -88,14 +88,17 @@ CapacityConfig = Annotated[DroplessConfig | FactorConfig | AbsoluteConfig, Field
 
 
 def expert_capacity(factor: float, minimum: int, num_tokens: int, num_choices: int, num_experts: int) -> int:
-    """C, in exact decimal arithmetic: in floats 1.1 * 100 is more than 110, and its ceiling 111."""
+    """Returns the capacity of an expert, max(minimum, ceil(factor * T * k / E)), in choices.
+
+    Computed in exact decimal arithmetic: in floats, 1.1 * 100 is more than 110 and its ceiling is 111.
+    """
     return max(minimum, math.ceil(Fraction(str(factor)) * num_tokens * num_choices / num_experts))
 
 
 def block_capacities(
     config: FactorConfig | AbsoluteConfig, sizes: Sequence[int], num_choices: int, num_experts: int, training: bool
 ) -> list[int]:
-    """Choices that one expert takes of each block of so many tokens."""
+    """Returns the capacity of an expert in each block, in choices. sizes: the number of real tokens of each block."""
     if isinstance(config, AbsoluteConfig):
         return [config.train if training else config.eval] * len(sizes)
     factor = config.train if training else config.eval
@@ -105,29 +108,32 @@ def block_capacities(
 def keep_all(
     config: DroplessConfig, plan: RoutingPlan, batch: TokenBatch, training: bool
 ) -> tuple[RoutingPlan, int | None]:
-    """The plan as it is; there is no most that an expert takes."""
+    """Returns the plan unchanged, and None: there is no limit per expert."""
     return plan, None
 
 
 def apply_capacity(
     config: FactorConfig | AbsoluteConfig, plan: RoutingPlan, batch: TokenBatch, training: bool
 ) -> tuple[RoutingPlan, int | None]:
-    """The plan with what overflows marked DROPPED_CAPACITY, or REROUTED and renamed; its weights are left as they were.
-    And the most choices that one expert takes of all the scope's tokens here, for `pad`."""
-    columns = [plan.expert_ids_TK.to(torch.int32), plan.outcome_TK]
-    looks_at_scores = config.priority in ("probability", "batch_priority")
-    columns += [plan.scores_TE.gather(1, plan.expert_ids_TK)] if looks_at_scores else []
+    """Marks choices beyond capacity DROPPED_CAPACITY, or REROUTED to another expert. Leaves weights unchanged.
+
+    Also returns the largest number of rows that an expert can get from these tokens, to which `pad` pads: the sum of
+    its capacities in all blocks. Queues are those of the whole scope, so every rank of it calls this.
+    """
+    columns = [plan.expert_ids_TK.to(torch.int32), plan.outcome_TK]  # int32: half the bytes, if ranks exchange them
+    needs_scores = config.priority in ("probability", "batch_priority")
+    columns += [plan.scores_TE.gather(1, plan.expert_ids_TK)] if needs_scores else []
     columns += [_ranking(plan)] if config.overflow == "reroute" else []
     view, (ids_GK, outcome_GK, *more) = gather_scope(config.scope, batch, *columns)
     ids_GK, ranking_GE = ids_GK.long(), more[-1] if config.overflow == "reroute" else None
-    scores_GK = more[0] if looks_at_scores else None
+    scores_GK = more[0] if needs_scores else None
     capacities = block_capacities(config, view.sizes, ids_GK.shape[1], plan.num_experts, training)
 
     routed_GK = outcome_GK != Outcome.NOT_ROUTED
     order_N = queue_order(config, view, scores_GK, routed_GK, batch, training)
     queue_GK = view.block_G[:, None] * plan.num_experts + ids_GK
     num_queues = view.num_blocks * plan.num_experts
-    queue_GK = queue_GK.masked_fill(~routed_GK, num_queues)  # a queue apart, without a capacity
+    queue_GK = queue_GK.masked_fill(~routed_GK, num_queues)  # an additional queue, of capacity 0
     place_GK = positions_in_queues(queue_GK.flatten(), num_queues + 1, order_N).view_as(queue_GK)
     capacity_Q = queue_capacities(capacities, plan.num_experts, ids_GK.device)
     overflows_GK = routed_GK & (place_GK >= capacity_Q[queue_GK])
@@ -143,8 +149,8 @@ def apply_capacity(
 
 
 def queue_capacities(capacities: list[int], num_experts: int, device: torch.device) -> Tensor:
-    """Of each queue, int64 (blocks * E + 1), 0 for the last. Equal ones are filled in on the device: nothing is copied
-    to it."""
+    """Returns the capacity of each queue, int64 (blocks * E + 1): one queue for each block and expert, and a last one
+    of capacity 0. Equal capacities are filled in on the device, without a copy from the host."""
     if len(set(capacities)) == 1:
         capacity_Q = torch.full((len(capacities) * num_experts + 1,), capacities[0], device=device)
     else:
@@ -155,7 +161,7 @@ def queue_capacities(capacities: list[int], num_experts: int, device: torch.devi
 
 
 def _ranking(plan: RoutingPlan) -> Tensor:
-    assert plan.ranking_TE is not None, "refused at start: this router has no next best expert"
+    assert plan.ranking_TE is not None, "the config refuses rerouting for a router without ranking"
     return plan.ranking_TE
 
 
@@ -167,7 +173,11 @@ def queue_order(
     batch: TokenBatch,
     training: bool,
 ) -> Tensor:
-    """All choices of the view, flat indices g * K + k, in the order in which they queue up. int64 (G * K)."""
+    """Returns all choices of the scope in queue order, as flat indices g * K + k; int64 (G * K).
+
+    scores_GK: the scores of the choices, needed by the priorities `batch_priority` and `probability`. Every sort is
+    stable, so ties are in order of position.
+    """
     num_tokens, num_choices = routed_GK.shape
     token_G = torch.arange(num_tokens, device=routed_GK.device)
     if config.priority == "random" and training:

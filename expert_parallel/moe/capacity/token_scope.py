@@ -1,9 +1,9 @@
-"""Scopes: the tokens that a decision looks across (capacity, expert choice, Sinkhorn), in an order that no layout
-changes.
+"""Gathers the tokens that are decided on together (by capacity, expert choice or Sinkhorn), in an order that does not
+depend on the layout.
 
-`rank`: this rank's tokens of the micro-step. `sequence`: each sequence on its own, whole, on however many ranks its
-tokens are. `global`: the tokens of all ranks, each once, in global order: index of the sequence in the micro-step's
-global batch, then position.
+`rank`: this rank's tokens of the micro-step. `sequence`: each sequence by itself, with its tokens on all ranks.
+`global`: the tokens of all ranks, each once, in global order: by the index of their sequence in the micro-step's global
+batch, then by position.
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,11 @@ Scope = Literal["rank", "sequence", "global"]
 
 @dataclass(frozen=True)
 class ScopedTokens:
-    """G tokens in order, in blocks of equal length (masked ones included) that are decided on their own.
+    """Describes the G tokens of a scope, in order, in blocks of equal length (including padding); each block is decided
+    by itself.
 
-    index_G, real_G: as in TokenBatch. sizes: each block's real tokens. local_T: where this rank's tokens stand.
+    index_G, real_G: as in TokenBatch. sizes: the number of real tokens of each block. local_T: int64, the indices of
+    this rank's tokens among the G.
     """
 
     num_blocks: int
@@ -33,16 +35,18 @@ class ScopedTokens:
 
     @property
     def block_G(self) -> Tensor:
+        """Returns the block of each token, int64."""
         length = len(self.index_G) // max(self.num_blocks, 1)
         return torch.arange(len(self.index_G), device=self.index_G.device) // max(length, 1)
 
 
 def gather_scope(scope: Scope, batch: TokenBatch, *columns: Tensor) -> tuple[ScopedTokens, list[Tensor]]:
-    """The view of this rank's tokens under `scope`, and the columns (T, ...) as (G, ...) in the view's order. Detached.
+    """Returns the tokens of `scope` that are decided on with this rank's, and the columns (T, ...) as (G, ...), in
+    their order and detached.
 
-    `global` gathers the columns over the ranks, each with 9 bytes a token beside them, so that every rank decides all
-    of it alike; `sequence` does so over the ranks among which sequences are divided. Every rank calls it, with tokens
-    or without.
+    `global` gathers the columns of all ranks, with 9 more bytes a token, so that every rank decides on all tokens, with
+    the same result; `sequence` does so over the ranks that share sequences. Every rank calls this, also one without
+    tokens. Raises a ValueError, on every rank of the group, if the tokens have no valid global order.
     """
     real_T = torch.ones_like(batch.index_T, dtype=torch.bool) if batch.real_T is None else batch.real_T
     is_divided = group_size(batch.sequence_group) > 1 or batch.context.positions_S is not None
@@ -57,18 +61,19 @@ def gather_scope(scope: Scope, batch: TokenBatch, *columns: Tensor) -> tuple[Sco
 
 
 def _block_sizes(real_G: Tensor, num_blocks: int) -> list[int]:
+    """Returns the number of real tokens of each block. The host waits for them: capacities are computed from them."""
     return real_G.view(num_blocks, -1).sum(1).tolist() if num_blocks else []
 
 
 def _gather_scope_over_ranks(
     scope: Scope, batch: TokenBatch, real_T: Tensor, columns: tuple[Tensor, ...]
 ) -> tuple[ScopedTokens, list[Tensor]]:
-    """ValueError, on every rank of the group alike, where the global order is not one."""
+    """Gathers the tokens of all ranks and sorts them by global index."""
     group, num_blocks = (batch.group, 1) if scope == "global" else (batch.sequence_group, batch.num_sequences)
     lacks_index = scope == "global" and group_size(group) > 1 and not batch.is_global
-    index_T = torch.full_like(batch.index_T, -1) if lacks_index else batch.index_T
+    index_T = torch.full_like(batch.index_T, -1) if lacks_index else batch.index_T  # -1 tells the other ranks
     (index_G, real_G, *gathered), lengths, sent = all_gather_columns([index_T, real_T, *columns], group)
-    if bool((index_G < 0).any()):  # every rank sees it, whichever rank lacks them
+    if bool((index_G < 0).any()):  # the host waits; all ranks raise, even if only one lacks the indices
         raise ValueError(
             "scope 'global' over several ranks needs each sequence's index in the micro-step's global batch: give "
             "StepContext.sequence_index_B on all of them"
@@ -88,8 +93,11 @@ def _gather_scope_over_ranks(
 
 
 def _check_global_order(index_G: Tensor, batch: TokenBatch, num_sequences: int | None) -> None:
-    """ValueError where two tokens have one place, or the tokens are not those of so many sequences of one length.
-    index_G: sorted."""
+    """Raises a ValueError if two tokens have the same index, or if the tokens are not those of num_sequences sequences
+    of one length (None: of any number and length).
+
+    index_G: sorted. The host waits for the comparisons.
+    """
     twice_G = index_G[1:] == index_G[:-1]
     if bool(twice_G.any()):
         sequence, position = divmod(int(index_G[1:][twice_G][0]), 2**32)
@@ -97,12 +105,13 @@ def _check_global_order(index_G: Tensor, batch: TokenBatch, num_sequences: int |
             raise ValueError(
                 f"StepContext.sequence_index_B: two sequences of this micro-step have the index {sequence}"
             )
-        raise ValueError(f"StepContext.positions_S: two tokens of sequence {sequence} stand at position {position}")
+        raise ValueError(f"StepContext.positions_S: two tokens of sequence {sequence} have position {position}")
     if num_sequences is None or len(index_G) == 0:
         return
     lengths_b = torch.unique_consecutive(index_G >> 32, return_counts=True)[1].tolist()
     if len(lengths_b) != num_sequences or len(set(lengths_b)) > 1:
         raise ValueError(
-            f"StepContext.sequence_index_B: the ranks that share sequences must have the same ones: here are "
-            f"{num_sequences}, on all of them {len(lengths_b)}, of {min(lengths_b)} to {max(lengths_b)} tokens"
+            f"StepContext.sequence_index_B: ranks that share sequences must have the same ones, of equal length: this "
+            f"rank has {num_sequences}, the ranks together {len(lengths_b)}, of {min(lengths_b)} to {max(lengths_b)} "
+            "tokens"
         )

@@ -1,1 +1,1 @@
-"""Dispatchers carry rows to their experts' ranks and back; a ledger counts every exchange."""
+"""Sends rows to the ranks of their experts and back; a ledger accounts for every exchange."""

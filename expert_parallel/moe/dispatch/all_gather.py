@@ -50,7 +50,7 @@ class AllGatherExchange(Exchange):
         for choices, order, lengths, (expert_GK, weight_GK) in zip(
             chunks, self._sort_by_rank(chunks), lengths_CP, gathered, strict=True
         ):
-            travel = build_send_index(choices, order, fingerprint.num_choices, self.dedup)
+            send_index = build_send_index(choices, order, fingerprint.num_choices, self.dedup)
             send_rows, send_choices = torch.stack([order.rows_P, order.choices_P]).tolist()  # the host waits
             here_GK = self.rank_of_expert_E1(expert_GK.long()) == self.peers.me
             row_V = here_GK.any(1).nonzero().squeeze(1)  # nonzero: the host waits for the number of rows
@@ -58,15 +58,15 @@ class AllGatherExchange(Exchange):
             receive_rows, receive_choices = self._count_by_source(lengths, row_V, row_N)
             routes.append(
                 GatheredRoute(
-                    travel.token_U[: sum(send_rows)],
-                    travel.rows_L,
+                    send_index.token_U[: sum(send_rows)],
+                    send_index.rows_L,
                     SplitSizes(send_rows, receive_rows),
                     lengths,
                     row_V,
                 )
             )
             choice_sizes.append(SplitSizes(send_choices, receive_choices))
-            sent_weights.append(outgoing_metadata(choices, order, travel, sum(send_choices))[1])
+            sent_weights.append(outgoing_metadata(choices, order, send_index, sum(send_choices))[1])
             kept_choices.append(
                 ChoicesByRow(
                     row_N, expert_GK[row_V[row_N], column_N].long(), weight_GK[row_V[row_N], column_N], len(row_V)
@@ -85,9 +85,11 @@ class AllGatherExchange(Exchange):
     ) -> list[list[int]]:
         """Returns, for each chunk, the number of rows of each rank. The host waits for them."""
         lengths = [choices.num_rows for choices in chunks]
+        # int32 has half the bytes of int64.
         encoded = torch.tensor([[*lengths, *fingerprint.encoded]], dtype=torch.int32, device=chunks[0].row_N.device)
         ledger.count_bytes(encoded, [1] * self.peers.size, self.peers, self.exchange_key(Phase.COUNTS))
-        table_PW = all_gather_rows(encoded, [1] * self.peers.size, self.peers.group).tolist()
+        gathered_PW = all_gather_rows(encoded, [1] * self.peers.size, self.peers.group)
+        table_PW = gathered_PW.tolist()  # the host waits: lengths become shapes
         raise_if_out_of_sync([row[-2:] for row in table_PW], fingerprint, self.peers)
         return [list(lengths_P) for lengths_P in zip(*(row[:-2] for row in table_PW), strict=True)]
 
@@ -171,8 +173,7 @@ class GatheredMetadata(AsyncCollective):
         self.key = exchange.exchange_key(Phase.METADATA)
 
     def launch(self, weight_N: Tensor) -> Wait:
-        """Communicates nothing: it only connects the gathered weights to the autograd graph of the weights that were
-        sent."""
+        """Connects the gathered weights to the autograd graph of the weights that were sent. Communicates nothing."""
         weights = [choices.weight_N for choices in self.choices]
         kept_N = pack_by_rank(weights, [sizes.reversed for sizes in self.chunk_sizes])
         return lambda: kept_N

@@ -39,7 +39,7 @@ class AllToAllExchange(Exchange):
         orders = self._sort_by_rank(chunks)
         sent_PW = self._outgoing_counts(orders, fingerprint, ledger)
         wait = start_all_to_all_counts(sent_PW, self.peers.group)
-        travels = [
+        send_indices = [
             build_send_index(choices, order, fingerprint.num_choices, self.dedup)
             for choices, order in zip(chunks, orders, strict=True)
         ]
@@ -49,12 +49,12 @@ class AllToAllExchange(Exchange):
         row_sizes = [SplitSizes(*sizes) for sizes in zip(sent_WP[:C], received_WP[:C], strict=True)]
         choice_sizes = [SplitSizes(*sizes) for sizes in zip(sent_WP[C : 2 * C], received_WP[C : 2 * C], strict=True)]
         routes = [
-            ChunkRoute(travel.token_U[: sum(sizes.send)], travel.rows_L, sizes)
-            for travel, sizes in zip(travels, row_sizes, strict=True)
+            ChunkRoute(send_index.token_U[: sum(sizes.send)], send_index.rows_L, sizes)
+            for send_index, sizes in zip(send_indices, row_sizes, strict=True)
         ]
         outgoing = [
-            outgoing_metadata(choices, order, travel, sum(sizes.send))
-            for choices, order, travel, sizes in zip(chunks, orders, travels, choice_sizes, strict=True)
+            outgoing_metadata(choices, order, send_index, sum(sizes.send))
+            for choices, order, send_index, sizes in zip(chunks, orders, send_indices, choice_sizes, strict=True)
         ]
         tags = [tag_N for tag_N, _ in outgoing]
         weights = [weight_N for _, weight_N in outgoing]
@@ -71,8 +71,8 @@ class AllToAllExchange(Exchange):
         """Returns the message of counts, int32 (P, 2 C + 2): for each rank, the rows of each chunk, the choices of
         each, and the fingerprint."""
         counts = [order.rows_P for order in orders] + [order.choices_P for order in orders]
-        words_2P = counts[0].new_tensor(fingerprint.encoded)[:, None].expand(2, self.peers.size)
-        sent_PW = torch.cat([torch.stack(counts), words_2P]).mT.to(torch.int32)  # half the bytes of int64
+        encoded_2P = counts[0].new_tensor(fingerprint.encoded)[:, None].expand(2, self.peers.size)
+        sent_PW = torch.cat([torch.stack(counts), encoded_2P]).mT.to(torch.int32)  # half the bytes of int64
         ledger.count_bytes(sent_PW, [1] * self.peers.size, self.peers, self.exchange_key(Phase.COUNTS))
         return sent_PW
 

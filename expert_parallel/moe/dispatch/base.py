@@ -95,24 +95,26 @@ class Exchange:
         return ExchangeKey(phase, self.hop)
 
     def _sort_by_rank(self, chunks: Sequence[ChoicesByRow]) -> list[ChoicesByRank]:
+        """Sorts the choices of each chunk by the rank of the group that leads to their experts."""
         return [
             sort_choices_by_rank(choices, self.rank_of_expert_E1(choices.expert_N), self.peers.size, self.dedup)
             for choices in chunks
         ]
 
     def _to_exchange_dtype(self, x: Tensor) -> Tensor:
+        """Converts rows to the dtype in which they are sent. The gradient is sent in that dtype too."""
         return x if self.exchange_dtype is None else x.to(self.exchange_dtype)
 
 
 def outgoing_metadata(
-    choices: ChoicesByRow, order: ChoicesByRank, travel: SendIndex, count: int
+    choices: ChoicesByRow, order: ChoicesByRank, send_index: SendIndex, count: int
 ) -> tuple[Tensor, Tensor]:
     """Returns tags and weights of the first `count` choices in sending order.
 
     Tags are int32: the expert, and in the lowest bit whether a row begins. Weights have a gradient.
     """
     choice_N = order.choice_N[:count]
-    inverse_N1 = torch.where(travel.place_N < count, travel.place_N, NO_ROW)[:, None]
+    inverse_N1 = torch.where(send_index.place_N < count, send_index.place_N, NO_ROW)[:, None]
     tag_N = choices.expert_N[choice_N] << 1 | order.first_N[:count]
     return tag_N.to(torch.int32), gather_rows(choices.weight_N, choice_N, inverse_N1)
 

@@ -71,12 +71,14 @@ class Chunk:
         self._start_back()
 
     def _start_back(self) -> None:
+        """Starts the next exchange of the combine, if there is one."""
         if self.combines_left > 0:
             self.combines_left -= 1
             exchange, route = self.exchanges[self.combines_left], self.routes[self.combines_left]
             self.in_progress = exchange.start_back(self.rows, route, self.ledger)
 
     def _waited(self) -> Tensor:
+        """Waits for the exchange in progress, if there is one, and returns the rows."""
         if self.in_progress is not None:
             exchange, self.in_progress = self.in_progress, None
             self.rows = exchange.finish().to(self.dtype)  # back from the dtype in transit

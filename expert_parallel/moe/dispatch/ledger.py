@@ -127,9 +127,8 @@ class Ledger:
             return rows
         me = peers.ranks[peers.me]
         found = set()
-        for tag in sorted(
-            set(expected_V.tolist()) - set(tag_V.tolist())
-        ):  # from here on the host may wait: a row is wrong
+        # The host waits below, but only if a row is wrong.
+        for tag in set(expected_V.tolist()) - set(tag_V.tolist()):
             found.add((tag, "was lost"))
         for tag in tag_V[torch.isin(tag_V, expected_V)].tolist():
             if int((tag_V == tag).sum()) > 1:

@@ -52,15 +52,16 @@ def check_in_sync(fingerprint: PassFingerprint, peers: Peers, device: torch.devi
     """Raises a ValueError on every rank of `peers` if one is in another pass. One small collective, for which the host
     waits."""
     encoded = torch.tensor([fingerprint.encoded], dtype=torch.int32, device=device)
-    raise_if_out_of_sync(all_gather_rows(encoded, [1] * peers.size, peers.group).tolist(), fingerprint, peers)
+    gathered_P2 = all_gather_rows(encoded, [1] * peers.size, peers.group)
+    raise_if_out_of_sync(gathered_P2.tolist(), fingerprint, peers)  # the host waits
 
 
-def raise_if_out_of_sync(words_P2: Sequence[Sequence[int]], fingerprint: PassFingerprint, peers: Peers) -> None:
+def raise_if_out_of_sync(encoded_P2: Sequence[Sequence[int]], fingerprint: PassFingerprint, peers: Peers) -> None:
     """Raises a ValueError on every rank if one is in another pass; it names both, instead of a hang or misread rows.
 
-    `encoded_P2`: the encoded fingerprint of each rank.
+    encoded_P2: the encoded fingerprint of each rank, on the host.
     """
-    for peer, encoded in enumerate(words_P2):
+    for peer, encoded in enumerate(encoded_P2):
         if list(encoded) != fingerprint.encoded:
             raise ValueError(
                 f"the ranks are not in the same pass: rank {peers.ranks[peers.me]} has "

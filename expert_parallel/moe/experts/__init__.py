@@ -1,1 +1,1 @@
-"""Experts compute the rows that have arrived, whoever sent them."""
+"""Computes the local experts on the rows that this rank received."""

@@ -1,10 +1,11 @@
-"""Expert tensor parallel: each expert's hidden columns are divided over the ranks of a group, each of which brings rows
-of its own.
+"""Exchanges rows for expert tensor parallelism (ETP), which shards the hidden columns of each expert over a group.
 
-    gather   everybody's rows, grouped by expert:     (r0: e0 e1)(r1: e0 e1)  ->  (e0: r0 r1)(e1: r0 r1)
-    add up   everybody's partial outputs, in the order of the ranks, at the rank whose row it is
+Each rank of the group has rows of its own, which all of them must multiply:
 
-Each is the other's gradient (Korthikanti et al. 2022, section 4.2.2: g and its conjugate, for rows).
+    all-gather      the rows of all ranks, grouped by expert:   (r0: e0 e1)(r1: e0 e1)  ->  (e0: r0 r1)(e1: r0 r1)
+    reduce-scatter  the partial outputs of all ranks, summed in the order of the ranks on the rank that owns the row
+
+Each is the gradient of the other (Korthikanti et al. 2022, section 4.2.2: g and its conjugate, for rows).
 """
 
 from dataclasses import dataclass
@@ -21,8 +22,11 @@ from expert_parallel.parallel.collectives import all_gather_rows, all_to_all_row
 
 @dataclass(frozen=True)
 class GatheredRows:
-    """How the gathered rows lie. rows_P: every rank's number of rows. order_G: of the rows one rank after the other,
-    which stands at each place once they are grouped by expert. place_G: its inverse."""
+    """Describes the order of gathered rows.
+
+    rows_P: the number of rows of each rank. order_G: int64, the permutation that groups rows by expert, from the order
+    of the ranks. place_G: its inverse.
+    """
 
     group: dist.ProcessGroup | None
     rows_P: list[int]
@@ -43,7 +47,7 @@ def all_gather_by_expert(
     if num_ranks == 1:
         return x_RD, counts_e, None
     counts_Pe = all_gather_rows(counts_e[None], [1] * num_ranks, group)
-    rows_P = counts_Pe.sum(1).tolist()
+    rows_P = counts_Pe.sum(1).tolist()  # the host waits: numbers of rows become shapes
     slot_G = torch.arange(num_local, device=x_RD.device).repeat(num_ranks)
     slot_G = slot_G.repeat_interleave(counts_Pe.flatten(), output_size=sum(rows_P))
     order_G, total_e = sort_by_expert(slot_G, num_local)
@@ -54,8 +58,11 @@ def all_gather_by_expert(
 
 
 def reduce_scatter_by_expert(y_GD: Tensor, rows: GatheredRows | None) -> Tensor:
-    """y_RD: of each row of this rank, the sum of all ranks' y_GD. Added in the order of the ranks, in
-    promote_types(float32, y's dtype), and rounded once."""
+    """Returns y_RD: for each row of this rank, the sum over the ranks of their partial outputs.
+
+    y_GD: this rank's partial outputs of the gathered rows. Summed in promote_types(float32, y's dtype), in the order of
+    the ranks, and rounded once, so that a rerun gives the same bits.
+    """
     return y_GD if rows is None else _ReduceScatter.apply(y_GD, rows)
 
 
@@ -64,6 +71,8 @@ def _gather(x_RD: Tensor, rows: GatheredRows) -> Tensor:
 
 
 def _add_up(y_GD: Tensor, rows: GatheredRows) -> Tensor:
+    """Sums the partial outputs of this rank's rows. Uses an all-to-all, since a reduce-scatter leaves the order of the
+    sum and its dtype to the backend."""
     mine, num_ranks = rows.rows_P[group_rank(rows.group)], len(rows.rows_P)
     received = all_to_all_rows(y_GD[rows.place_G], rows.rows_P, [mine] * num_ranks, rows.group)
     first, *others = received.view(num_ranks, mine, *y_GD.shape[1:]).unbind(0)
@@ -74,6 +83,8 @@ def _add_up(y_GD: Tensor, rows: GatheredRows) -> Tensor:
 
 
 class _AllGather(torch.autograd.Function):
+    """Gathers rows; in the backward pass, sums their gradients over the ranks."""
+
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, rows: GatheredRows) -> Tensor:
         ctx.rows = rows
@@ -86,6 +97,8 @@ class _AllGather(torch.autograd.Function):
 
 
 class _ReduceScatter(torch.autograd.Function):
+    """Sums partial outputs over the ranks; in the backward pass, gathers their gradients."""
+
     @staticmethod
     def forward(ctx: Any, y_GD: Tensor, rows: GatheredRows) -> Tensor:
         ctx.rows = rows

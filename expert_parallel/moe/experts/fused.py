@@ -1,7 +1,7 @@
-"""The experts of one rank as one differentiable operation: gather, multiply, activate, multiply, weigh, add up.
+"""Computes the experts of one rank as a single autograd function: gather, multiply, activate, multiply, weight, sum.
 
-Against autograd over the same steps: gathered rows are not kept for the backward pass but gathered again, and as a rule
-neither are activations nor outputs: the first product is enough.
+Compared with autograd over the same steps it saves memory: the backward pass gathers the rows again, and usually
+recomputes activations from the first product, which is all that is saved (see `saves_outputs`).
 """
 
 from typing import Any
@@ -16,10 +16,11 @@ from expert_parallel.moe.types import DispatchedTokens
 
 
 def fused_experts(tokens: DispatchedTokens, w_in: Tensor, w_out: Tensor, activation: str, gemm: GroupedGemm) -> Tensor:
-    """y_VD, in x's dtype: of each arrived row, the sum over its choices of weight * activation(x W_in) W_out.
+    """Returns y_VD: for each received row, the sum over its choices of weight * activation(x W_in) W_out, in x's dtype.
 
-    w_in: (e, D, F), or (e, D, 2F) = [gate | up] for gated activations. w_out: (e, F, D). Of x's dtype or wider: they
-    are cast to it in each pass, so that no copy is kept between them. Autocast has no say in it.
+    w_in: (e, D, F), or (e, D, 2F) = [gate | up] for gated activations. w_out: (e, F, D). Both may be wider than x; the
+    forward and the backward pass each cast them to x's dtype, so that no copy is kept between the passes. Runs with
+    autocast disabled.
     """
     with torch.autocast(tokens.x_VD.device.type, enabled=False):
         y_VD: Tensor = _FusedExperts.apply(tokens.x_VD, tokens.weights_R, w_in, w_out, tokens, activation, gemm)
@@ -27,12 +28,17 @@ def fused_experts(tokens: DispatchedTokens, w_in: Tensor, w_out: Tensor, activat
 
 
 def saves_outputs(x_VD: Tensor, w_out: Tensor) -> bool:
-    """Whether activations and outputs are kept, too. On the CPU, where to make an activation again takes some 4 % of a
-    layer's time, and where they are few: of wide experts (F >= D), which a token has few of."""
+    """Returns True if the backward pass uses saved activations and outputs instead of recomputing them.
+
+    That is so on the CPU, where recomputing an activation takes about 4 % of a layer's time, for wide experts (F >= D):
+    a token uses few of these, so there is little to save.
+    """
     return x_VD.is_cpu and w_out.shape[1] >= w_out.shape[2]
 
 
 class _FusedExperts(torch.autograd.Function):
+    """Implements `fused_experts`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -44,12 +50,16 @@ class _FusedExperts(torch.autograd.Function):
         activation: str,
         gemm: GroupedGemm,
     ) -> Tensor:
-        ops, groups, weights_R = ops_for(x_VD), gemm.groups(tokens.counts_e), weights_R.detach()
-        ctx.activation, ctx.gemm, ctx.groups = activation, gemm, groups
+        ops = ops_for(x_VD)
+        groups = gemm.groups(tokens.counts_e)
+        weights_R = weights_R.detach()
+        ctx.activation = activation
+        ctx.gemm = gemm
+        ctx.groups = groups
         h_RF = gemm.rows(ops.gather(x_VD, tokens.row_R), w_in.to(x_VD.dtype), groups)
         saved = (x_VD, weights_R, w_in, w_out, tokens.row_R, tokens.computed_VK, h_RF)
         w_out = w_out.to(x_VD.dtype)
-        if not saves_outputs(x_VD, w_out):
+        if not saves_outputs(x_VD, w_out):  # weights are applied before W_out: the backward pass then needs no outputs
             ctx.save_for_backward(*saved)
             y_RD = gemm.rows(ops.activate(h_RF, activation, weights_R), w_out, groups)
             return ops.combine(y_RD, tokens.computed_VK)
@@ -61,23 +71,30 @@ class _FusedExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_VD: Tensor) -> tuple[Tensor | None, ...]:
-        """A weight is multiplied in once on the way to dW_out, and once to dh, of which dW_in and dx are made: at the
-        narrower of activations and outputs. Large tensors are let go as soon as they have served."""
-        x_VD, weights_R, w_in, w_out, row_R, computed_VK, h_RF, *kept = ctx.saved_tensors
-        ops, gemm, groups, activation = ops_for(x_VD), ctx.gemm, ctx.groups, ctx.activation
+        """Computes the gradients of x, weights, w_in and w_out; large tensors are released after their last use.
+
+        The gradient of a choice's weight is <dy, y> = <dy W_out^T, a>, with dy the gradient of its token's output. Each
+        choice's weight is applied once on the way to dW_out and once on the way to dh, from which dW_in and dx follow:
+        to rows of outputs if those are saved, else to rows of activations.
+        """
+        x_VD, weights_R, w_in, w_out, row_R, computed_VK, h_RF, *saved = ctx.saved_tensors
+        ops = ops_for(x_VD)
+        gemm = ctx.gemm
+        groups = ctx.groups
+        activation = ctx.activation
         needs_x, _, needs_in, needs_out = ctx.needs_input_grad[:4]
         dx_VD = dw_in = dw_out = None
         with torch.autocast(x_VD.device.type, enabled=False):
             w_out_T = w_out.to(x_VD.dtype).mT
             dy_RD = ops.gather(dy_VD, row_R)
-            if kept:  # the gradient of a weight is <dy, y>
-                a_RF, y_RD = kept
+            if saved:
+                a_RF, y_RD = saved
                 dweights_R = ops.row_dots(dy_RD, y_RD, weights_R.dtype)
                 dy_RD = ops.weigh_(dy_RD, weights_R)
                 dh_RF = None
                 if needs_in or needs_x:
                     dh_RF = ops.activation_grad(h_RF, gemm.rows(dy_RD, w_out_T, groups), activation)
-            else:  # the same is <dy W_out^T, a>, and needs no output (SonicMoE, Guo et al. 2025)
+            else:  # <dy W_out^T, a> needs no output (SonicMoE, Guo et al. 2025)
                 g_RF = gemm.rows(dy_RD, w_out_T, groups)
                 a_RF, dh_RF, dweights_R = ops.activate_backward(h_RF, g_RF, weights_R, activation)
                 del g_RF

@@ -1,7 +1,7 @@
-"""The experts of one rank: feed-forward networks with stacked weights, run on rows that are grouped by expert.
+"""Implements the experts of one rank: feed-forward networks with stacked weights, run on rows grouped by expert.
 
-Plain experts are one operation with a backward pass of its own (fused.py); those with biases, dropouts or columns
-divided over ranks are left to autograd. Either way grouped_gemm.py multiplies. Neither sees tokens or ranks.
+Plain experts are a single autograd function (fused.py); those with biases, dropout or columns sharded over ranks are
+differentiated by autograd, step by step. Both multiply by grouped_gemm.py.
 """
 
 from typing import Literal
@@ -42,7 +42,7 @@ class ExpertsConfig(Settings):
 
     @property
     def is_plain(self) -> bool:
-        """Returns True for two products and an activation alone, which fused.py computes."""
+        """Returns True for experts without biases and dropout, which fused.py can compute."""
         return not (self.bias or self.hidden_dropout or self.output_dropout)
 
     def num_params(self, d_model: int) -> int:
@@ -51,14 +51,19 @@ class ExpertsConfig(Settings):
 
 
 def supports_grouped_mm(dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> bool:
-    """grouped_mm takes no float64, on CUDA no float32, and rows of 16-byte multiples only."""
+    """Returns True if torch's grouped_mm supports this dtype and these widths of rows.
+
+    It takes bfloat16, on the CPU also float32, and rows of a multiple of 16 bytes.
+    """
     fits = all(size * dtype.itemsize % 16 == 0 for size in sizes)
     return fits and dtype in ((torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16))
 
 
 def choose_backend(config: ExpertsConfig, dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> str:
-    """The backend that runs: the one that is set; for `auto` bmm where a CPU multiplies bfloat16, else grouped_mm where
-    it can (moe/MEASUREMENTS.md, log)."""
+    """Returns the backend to use: the configured one; for `auto` the fastest (moe/MEASUREMENTS.md, log).
+
+    That is bmm for bfloat16 on a CPU that multiplies it, else grouped_mm if it is supported, else loop.
+    """
     if config.backend != "auto":
         return config.backend
     if device.type == "cpu" and dtype == torch.bfloat16 and has_bfloat16_gemm():
@@ -67,12 +72,12 @@ def choose_backend(config: ExpertsConfig, dtype: torch.dtype, device: torch.devi
 
 
 class GroupedExperts(nn.Module):
-    """The experts with global numbers `expert_ids`, in slot order.
+    """Holds the experts with the global ids `expert_ids`, in slot order, and computes them.
 
     w_in: (e, D, F), or (e, D, 2F) = [gate | up] for gated activations. w_out: (e, F, D). b_in, b_out: (e, ...).
 
-    etp_group: the ranks over which F is divided; they hold the same experts, other columns. Everything but b_out is
-    then this rank's part (see parallel/sharding.py). ValueError where F cannot be divided.
+    etp_group: the ranks over which F is sharded; they hold the same experts, each with other columns. All parameters
+    but b_out are then this rank's shard (see parallel/sharding.py). Raises a ValueError if F cannot be divided evenly.
     """
 
     def __init__(
@@ -83,12 +88,16 @@ class GroupedExperts(nn.Module):
         etp_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.expert_ids, self.etp_group = config, expert_ids, etp_group
-        num_local, columns, etp = len(expert_ids), w_in_columns(config.activation, config.hidden), group_size(etp_group)
+        self.config = config
+        self.expert_ids = expert_ids
+        self.etp_group = etp_group
+        num_local = len(expert_ids)
+        columns = w_in_columns(config.activation, config.hidden)
+        etp = group_size(etp_group)
         if config.hidden % etp:
             raise ValueError(f"model.moe.experts.hidden ({config.hidden}) is not a multiple of parallel.etp ({etp})")
         device = torch.empty(0).device
-        with torch.device("meta" if etp > 1 else device):  # the whole experts are never held
+        with torch.device("meta" if etp > 1 else device):  # unsharded weights never take memory
             self.w_in = nn.Parameter(torch.empty(num_local, d_model, columns))
             self.w_out = nn.Parameter(torch.empty(num_local, config.hidden, d_model))
             self.b_in = nn.Parameter(torch.empty(num_local, columns)) if config.bias else None
@@ -104,40 +113,41 @@ class GroupedExperts(nn.Module):
             self.to_empty(device=device)
 
     def forward(self, tokens: DispatchedTokens, dropout_seed: int = 0) -> Tensor:
-        """y_VD, in x's dtype: of each arrived row, the sum over its choices of weight * Expert(x).
+        """Returns y_VD: for each received row, the sum over its choices of weight * Expert(x), in x's dtype.
 
-        With an etp_group every rank of it calls this, each with rows of its own. The products see the rows of all; bias
-        b_out, dropout of outputs and weights are applied once, by the rank whose rows they are.
+        Every rank of the etp_group calls this, each with rows of its own. Each rank multiplies the rows of all of them
+        with its columns; b_out, output dropout and weights are applied by the rank that owns the rows. Raises a
+        ValueError if the configured backend does not support x's dtype or the sizes.
         """
         config, x_VD = self.config, tokens.x_VD
         best = choose_backend(config, x_VD.dtype, x_VD.device, self.sizes)
         if best == "grouped_mm" and not supports_grouped_mm(x_VD.dtype, x_VD.device, self.sizes):
             raise ValueError(
                 f"model.moe.experts.backend 'grouped_mm' cannot run {x_VD.dtype} of sizes {self.sizes} on "
-                f"{x_VD.device.type}: no float64, on CUDA bfloat16 alone, rows of 16-byte multiples"
+                f"{x_VD.device.type}: it takes bfloat16, on CPUs also float32, and sizes of a multiple of 16 bytes"
             )
         if config.is_plain and group_size(self.etp_group) == 1:
             tokens = self.pad_for_backend(tokens, GROUPED_GEMMS[best])
             return fused_experts(tokens, self.w_in, self.w_out, config.activation, GROUPED_GEMMS[best])
-        row_R1 = tokens.row_R[:, None]  # of one column, since some may be NO_ROW
+        row_R1 = tokens.row_R[:, None]  # a table of one column, since some may be NO_ROW (see gather_rows)
         x_RD = gather_rows(x_VD, row_R1, tokens.computed_VK)
         y_RD = self._by_autograd(x_RD, tokens.counts_e, tokens.weights_R, GROUPED_GEMMS[best], dropout_seed)
         return gather_rows(y_RD, tokens.computed_VK, row_R1)
 
     def pad_for_backend(self, tokens: DispatchedTokens, gemm: GroupedGemm) -> DispatchedTokens:
-        """With rows of zeros where the products are faster with them."""
+        """Pads the experts' rows with zeros to the group sizes that are fastest for this backend."""
         if gemm.pad_group_sizes is None:
             return tokens
         d_model, _, hidden = self.sizes
         return pad_groups(tokens, gemm.pad_group_sizes(tokens.counts_e, d_model * hidden))
 
     def _by_autograd(self, x_RD: Tensor, counts_e: Tensor, weights_R: Tensor, gemm: GroupedGemm, seed: int) -> Tensor:
-        """weight_r * Expert_r(x_r) in x's dtype, one step after the other."""
+        """Computes weight_r * Expert_r(x_r) for each row r, in x's dtype, step by step under autograd."""
         config = self.config
-        x_GD, everyones_e, gathered = all_gather_by_expert(x_RD, counts_e, self.etp_group)
-        groups = gemm.groups(everyones_e)
+        x_GD, gathered_e, gathered = all_gather_by_expert(x_RD, counts_e, self.etp_group)
+        groups = gemm.groups(gathered_e)
         hidden = gemm.rows(x_GD, self.w_in.to(x_RD.dtype), groups)
-        hidden = ACTIVATIONS[config.activation](_add_bias(hidden, self.b_in, everyones_e))
+        hidden = ACTIVATIONS[config.activation](_add_bias(hidden, self.b_in, gathered_e))
         if self.training:
             hidden = dropout(hidden, config.hidden_dropout, mix(seed, 0))
         y_GD = gemm.rows(hidden, self.w_out.to(x_RD.dtype), groups)
@@ -148,21 +158,25 @@ class GroupedExperts(nn.Module):
 
 
 def pad_groups(tokens: DispatchedTokens, counts_e: Tensor) -> DispatchedTokens:
-    """The same with counts_e computed rows of each expert, as many as it has or more: its own, then zeros."""
+    """Returns the same tokens with counts_e computed rows for each expert: its own, then rows of zeros.
+
+    counts_e: int64, at least the rows that each expert has. On a GPU the host waits.
+    """
     added_e = counts_e - tokens.counts_e
-    num_rows, total = len(tokens.row_R), int(counts_e.sum())
+    num_rows, total = len(tokens.row_R), int(counts_e.sum())  # the host waits: the total becomes a shape
     if total == num_rows:
         return tokens
     own_R = torch.arange(num_rows, device=counts_e.device)
     place_R = own_R + (added_e.cumsum(0) - added_e).repeat_interleave(tokens.counts_e, output_size=num_rows)
     own_P = place_R.new_full((total,), NO_ROW).scatter_(0, place_R, own_R)
     row_P = place_R.new_full((total,), NO_ROW).scatter_(0, place_R, tokens.row_R)
-    computed_VK = torch.cat([place_R, place_R.new_tensor([NO_ROW])])[tokens.computed_VK]  # NO_ROW takes the last
+    computed_VK = torch.cat([place_R, place_R.new_tensor([NO_ROW])])[tokens.computed_VK]  # NO_ROW reads the last entry
     weights_P = gather_rows(tokens.weights_R, own_P[:, None], place_R[:, None])
     return DispatchedTokens(tokens.x_VD, row_P, computed_VK, counts_e, weights_P)
 
 
 def _add_bias(rows: Tensor, bias_e: Tensor | None, counts_e: Tensor) -> Tensor:
+    """Adds to each row the bias of its expert. bias_e: (e, width); None: no bias."""
     if bias_e is None:
         return rows
     return rows + bias_e.to(rows.dtype).repeat_interleave(counts_e, dim=0, output_size=rows.shape[0])

@@ -31,105 +31,123 @@ class GroupedGemm:
 
 
 def loop_rows(x_RK: Tensor, weight_eKN: Tensor, sizes: list[int]) -> Tensor:
-    """One product an expert. Any dtype. unbind, since indexing would allocate a full gradient for each expert."""
+    """Computes `rows` by one product for each expert, in any dtype."""
+    # unbind: the gradient of an indexing expression would be a tensor of all experts' size for each expert.
     blocks = zip(x_RK.split(sizes), weight_eKN.unbind(0), strict=True)
     return torch.cat([x @ weight for x, weight in blocks])
 
 
 def loop_sums(x_RK: Tensor, g_RN: Tensor, sizes: list[int]) -> Tensor:
+    """Computes `sums` by one product for each expert, in any dtype."""
     return torch.stack([x.T @ g for x, g in zip(x_RK.split(sizes), g_RN.split(sizes), strict=True)])
 
 
 def grouped_mm_rows(x_RK: Tensor, weight_eKN: Tensor, ends_e: Tensor) -> Tensor:
-    if x_RK.shape[0] == 0:  # not every device's kernel takes an empty product
+    """Computes `rows` by torch's grouped_mm. ends_e: int32, the end of each expert's rows."""
+    if x_RK.shape[0] == 0:  # the kernels of some devices reject empty products; the sum keeps weights in the graph
         return x_RK @ weight_eKN.sum(0)
     return _as_dtype(x_RK, lambda x, weight: F.grouped_mm(x, weight, offs=ends_e), weight_eKN)
 
 
 def grouped_mm_sums(x_RK: Tensor, g_RN: Tensor, ends_e: Tensor) -> Tensor:
+    """Computes `sums` by torch's grouped_mm. ends_e: int32, the end of each expert's rows."""
     if x_RK.shape[0] == 0:
         return x_RK.new_zeros(len(ends_e), x_RK.shape[1], g_RN.shape[1])
     return _as_dtype(x_RK, lambda x, g: F.grouped_mm(x.T, g, offs=ends_e), g_RN)
 
 
 class ExpertSpan(NamedTuple):
-    """Consecutive experts, each with `rows` rows."""
+    """Describes consecutive experts that have equally many rows: how many experts, and how many rows each."""
 
     experts: int
     rows: int
 
 
-# What a product costs beside its own operations, in operations: bfloat16 with AVX512-BF16 (moe/MEASUREMENTS.md, log).
+# The overhead of a call of bmm, in floating-point operations that take as long; measured for bfloat16 with AVX512-BF16
+# (moe/MEASUREMENTS.md, log).
 CALL_FLOPS = 2.5e6
 
 
-def bmm_rows(x_RK: Tensor, weight_eKN: Tensor, runs: list[ExpertSpan]) -> Tensor:
-    """Neighbours with equally many rows are one batched product. Any dtype. Autocast has no say in it, as it would have
-    none where a result's place is given."""
-    weights = weight_eKN.split([run.experts for run in runs])
+def bmm_rows(x_RK: Tensor, weight_eKN: Tensor, spans: list[ExpertSpan]) -> Tensor:
+    """Computes `rows` by one batched product for each span of experts, in any dtype. Runs with autocast disabled.
+
+    Without autograd (as in fused.py), each product is written directly into the result. Autocast does not apply to such
+    products, and so must not apply to the others.
+    """
+    weights = weight_eKN.split([span.experts for span in spans])
     if torch.is_grad_enabled():
         with torch.autocast(x_RK.device.type, enabled=False):
-            blocks = [torch.bmm(x, weight) for x, weight in zip(_stacked(x_RK, runs), weights, strict=True)]
+            blocks = [torch.bmm(x, weight) for x, weight in zip(_stacked(x_RK, spans), weights, strict=True)]
         return torch.cat([block.flatten(0, 1) for block in blocks])
     result_RN = x_RK.new_empty(len(x_RK), weight_eKN.shape[2])
-    for x, weight, result in zip(_stacked(x_RK, runs), weights, _stacked(result_RN, runs), strict=True):
+    for x, weight, result in zip(_stacked(x_RK, spans), weights, _stacked(result_RN, spans), strict=True):
         torch.bmm(x, weight, out=result)
     return result_RN
 
 
-def bmm_sums(x_RK: Tensor, g_RN: Tensor, runs: list[ExpertSpan]) -> Tensor:
-    result_eKN = x_RK.new_empty(sum(run.experts for run in runs), x_RK.shape[1], g_RN.shape[1])
-    results = result_eKN.split([run.experts for run in runs])
-    for x, g, result in zip(_stacked(x_RK, runs), _stacked(g_RN, runs), results, strict=True):
+def bmm_sums(x_RK: Tensor, g_RN: Tensor, spans: list[ExpertSpan]) -> Tensor:
+    """Computes `sums` by one batched product for each span of experts, in any dtype."""
+    result_eKN = x_RK.new_empty(sum(span.experts for span in spans), x_RK.shape[1], g_RN.shape[1])
+    results = result_eKN.split([span.experts for span in spans])
+    for x, g, result in zip(_stacked(x_RK, spans), _stacked(g_RN, spans), results, strict=True):
         torch.bmm(x.mT, g, out=result)
     return result_eKN
 
 
-def _stacked(x_RK: Tensor, runs: list[ExpertSpan]) -> list[Tensor]:
-    """Of each run (experts, rows, K)."""
-    blocks = x_RK.split([run.experts * run.rows for run in runs])
-    return [block.reshape(run.experts, run.rows, block.shape[1]) for block, run in zip(blocks, runs, strict=True)]
+def _stacked(x_RK: Tensor, spans: list[ExpertSpan]) -> list[Tensor]:
+    """Splits rows into a view (experts, rows, K) for each span."""
+    blocks = x_RK.split([span.experts * span.rows for span in spans])
+    return [block.reshape(span.experts, span.rows, block.shape[1]) for block, span in zip(blocks, spans, strict=True)]
 
 
 def expert_spans(counts_e: Tensor) -> list[ExpertSpan]:
-    """counts 3 3 5 5 5 -> (2 experts of 3 rows) (3 of 5). On a GPU the host waits."""
-    return [ExpertSpan(len(list(run)), rows) for rows, run in groupby(counts_e.tolist())]
+    """Groups consecutive experts with equal counts: 3 3 5 5 5 -> (2 experts of 3 rows) (3 of 5)."""
+    counts = counts_e.tolist()  # the host waits: counts become shapes
+    return [ExpertSpan(len(list(equal)), rows) for rows, equal in groupby(counts)]
 
 
 def pad_group_sizes(counts_e: Tensor, product_size: int) -> Tensor:
-    """counts_e, some raised to their neighbours', so that there are few runs. An expert joins the run before it if the
-    rows of zeros that this takes cost less than a product more would, and leave the run with half as many rows again
-    at most. Experts without rows get none: their weights need not be read. product_size: K * N. On a GPU the host
-    waits."""
-    affordable = CALL_FLOPS / (2 * product_size)
-    runs, own = [ExpertSpan(0, 0)], 0  # own: rows of the last run that are not zeros
-    for count in counts_e.tolist():
-        experts, rows = runs[-1]
+    """Returns counts_e with some counts raised to those of neighbouring experts, so that there are fewer spans.
+
+    An expert joins the span before it if the added rows of zeros cost less than another product would, and if at most
+    a third of the span's rows are zeros. Experts without rows get none, so that their weights are not read.
+    product_size: K * N.
+    """
+    affordable = CALL_FLOPS / (2 * product_size)  # in rows
+    spans = [ExpertSpan(0, 0)]
+    own = 0  # rows of the last span that are not padding
+    for count in counts_e.tolist():  # the host waits, as for expert_spans
+        experts, rows = spans[-1]
         higher = max(rows, count)
         total = higher * (experts + 1)
         is_cheap = total - rows * experts - count <= affordable and 2 * total <= 3 * (own + count)
         if is_cheap and (rows == 0) == (count == 0):
-            runs[-1], own = ExpertSpan(experts + 1, higher), own + count
+            spans[-1] = ExpertSpan(experts + 1, higher)
+            own += count
         else:
-            runs.append(ExpertSpan(1, count))
+            spans.append(ExpertSpan(1, count))
             own = count
-    return counts_e.new_tensor([run.rows for run in runs for _ in range(run.experts)])
+    return counts_e.new_tensor([span.rows for span in spans for _ in range(span.experts)])
 
 
 def _as_dtype(x: Tensor, product: Callable[[Tensor, Tensor], Tensor], y: Tensor) -> Tensor:
-    """product(x, y), computed in float32 where this CPU has no instructions for products of 16-bit numbers: torch's are
-    then several times slower than float32's (moe/MEASUREMENTS.md, log)."""
+    """Returns product(x, y) in x's dtype, computed in float32 on a CPU without bfloat16 instructions: there torch's
+    bfloat16 products are several times slower than float32's (moe/MEASUREMENTS.md, log)."""
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not has_bfloat16_gemm():
         return product(x.float(), y.float()).to(x.dtype)
     return product(x, y)
 
 
 def has_bfloat16_gemm() -> bool:
-    """Private names of torch, here alone. Where a release lacks them, its own product is used."""
+    """Returns True if this CPU has instructions for products of bfloat16 numbers.
+
+    Reads a private name of torch; a release without it is taken to have them, so its own product is used.
+    """
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)()
 
 
-# backend -> its products. loop, bmm: any dtype and device. grouped_mm: float32 and bfloat16, on CUDA bfloat16 alone.
+# Each backend's functions. loop and bmm take any dtype and device; for grouped_mm see grouped.supports_grouped_mm. In
+# the groups of `loop`, tolist makes the host wait: counts become shapes.
 GROUPED_GEMMS: dict[str, GroupedGemm] = {
     "loop": GroupedGemm(lambda counts_e: counts_e.tolist(), loop_rows, loop_sums),
     "grouped_mm": GroupedGemm(lambda counts_e: counts_e.cumsum(0, dtype=torch.int32), grouped_mm_rows, grouped_mm_sums),

@@ -1,1 +1,1 @@
-"""The reference layer computes what the fast one must, slowly and without any of its code."""
+"""Computes what the MoE layer must, slowly and with none of its code: the reference for tests."""

@@ -1,6 +1,6 @@
-"""The layer in one function: route, limit, dispatch, compute, combine, on one rank.
+"""Computes a mixture-of-experts layer in one function: route, apply capacity, dispatch, compute, combine, on one rank.
 
-Read it to see what the layer computes; the layer itself adds ranks, other routers and policies, and speed.
+It shows what MoELayer computes; that adds ranks, other routers and capacity policies, and speed.
 Sources: Shazeer et al. 2017 (sparsely gated mixture of experts); Lepikhin et al. 2021 (GShard: expert capacity).
 """
 
@@ -12,10 +12,11 @@ from torch import Tensor
 def moe_layer(
     x_TD: Tensor, router_ED: Tensor, w_in_EDF: Tensor, w_out_EFD: Tensor, k: int, capacity: int | None = None
 ) -> Tensor:
-    """Sends each token to its k best experts, and returns the weighted sum of what they make of it, (T, D).
+    """Sends each token to its k best experts, and returns the weighted sum of their outputs, (T, D).
 
-    T tokens of width D, E experts with hidden width F and a GELU. capacity: an expert takes at most so many tokens,
-    all first choices before all second ones, earlier tokens first; what is beyond adds nothing. None: it takes all.
+    T tokens of width D; E experts with hidden width F and a GELU. capacity: the largest number of tokens of an expert;
+    all first choices come before all second ones, earlier tokens first, and choices beyond capacity add nothing. None:
+    no limit.
     """
     # route: softmax over all experts, the k best, renormalised
     scores_TE = (x_TD @ router_ED.T).softmax(dim=1)  # (T, E)
@@ -24,7 +25,7 @@ def moe_layer(
 
     y_TD = torch.zeros_like(x_TD)  # (T, D)
     for expert, (w_in_DF, w_out_FD) in enumerate(zip(w_in_EDF, w_out_EFD, strict=True)):
-        # limit: the choices of this expert, choice by choice, then by position
+        # apply capacity: the choices of this expert, first choices before second ones, then by position
         choice_C, token_C = (experts_TK == expert).T.nonzero(as_tuple=True)  # (C), (C)
         choice_C, token_C = choice_C[:capacity], token_C[:capacity]  # (C), C <= capacity
         # dispatch and compute

@@ -1,9 +1,9 @@
-"""The slow, obviously right MoE layer: the oracle of every test. Loops over tokens, choices and experts.
+"""Implements the MoE layer as plainly as possible, by loops over tokens, choices and experts: the reference for tests.
 
-Written from the formulas, on one rank, with no code of the fast layer: nothing here imports routing, capacity,
-permute, dispatch, experts or balance. `tokens_by_rank` holds what each rank of a layout would see, so that settings
-that look at one rank's tokens (capacity, `scope: rank`) mean the same here as there. The routers stand in
-routing.py.
+It follows the formulas, on one rank, without code of the layer that it tests: nothing here imports routers, capacity,
+dispatch or experts. `tokens_by_rank` holds the tokens that each rank of a layout would have, so that settings which
+depend on the tokens of one rank (capacity, `scope: rank`) have the same meaning. The routers are in
+reference_routing.py.
 """
 
 import math
@@ -36,10 +36,12 @@ __all__ = ["RankTokens", "ReferenceOutput", "reference_layer"]
 
 @dataclass(frozen=True)
 class ReferenceOutput:
-    """Lists of tensors have one entry a rank. y: (B, S, D). dropped: bool (T, K), for capacity or receive bound.
-    reasons: uint8 (T, K), values of types.Reason. expert_ids: int64 (T, K), after rerouting; of padding 0, or for
-    expert choice as of any token. T counts padding here. losses: of the whole micro-step, without their coefficients.
-    routed_E: choices by the expert first chosen. kept_E: kept and rerouted choices by the expert they reached.
+    """Holds the results of the reference layer. Lists of tensors have one entry for each rank, and T includes padding.
+
+    y: (B, S, D). losses: of the whole micro-step, before coefficients. dropped: bool (T, K), by capacity or receive
+    bound. routed_E: the choices of each expert that the router made. outcomes: uint8 (T, K), values of types.Outcome.
+    expert_ids: int64 (T, K), after rerouting; 0 for padding, or 0 to E - 1 with expert choice. kept_E: the choices that
+    each expert computes.
     """
 
     y: list[Tensor]
@@ -59,61 +61,67 @@ def reference_layer(
     context: StepContext = StepContext(),  # noqa: B008
     rank_of_expert: tuple[int, ...] | None = None,
 ) -> ReferenceOutput:
-    """The layer of `config` (a MoEConfig without dropout) on all ranks' tokens.
+    """Computes the layer of `config` (a MoEConfig without dropout) on the tokens of all ranks, differentiably.
 
     parameters: logical name -> tensor, as `logical_parameters` names them: `router.weight`, `router.balance_bias_E`,
-    `experts.3.w_in`, `shared_experts.w_in.weight`, ... tokens_by_rank: a tensor is (B, S, D). context: only its keys
-    of randomness count; what it says of tokens is read from tokens_by_rank. rank_of_expert: for receive_bound.
+    `experts.3.w_in`, `shared_experts.w_in.weight`, ... tokens_by_rank: a tensor is (B, S, D). context: only the keys of
+    random numbers are used; its tensors are replaced by those of tokens_by_rank. rank_of_expert: needed for
+    receive_bound. Raises a ValueError if that is missing.
     """
     ranks = [entry if isinstance(entry, RankTokens) else RankTokens(entry) for entry in tokens_by_rank]
     batch = collect_tokens(ranks, training, context)
     routing = route(config, parameters, batch)
     ids, outcomes = _apply_capacity(config, routing, batch)
     weights = _weigh(config, routing, ids, outcomes)
-    _bound(config, batch, ids, outcomes, rank_of_expert)
-    outputs = [_rows(config, parameters, sight.x_BSD) for sight in ranks]
+    _apply_receive_bound(config, batch, ids, outcomes, rank_of_expert)
+    outputs = [_shared_outputs(config, parameters, rank.x_BSD) for rank in ranks]
     num_choices = config.num_experts if config.router.kind == "expert_choice" else config.router.k
     unrouted = torch.arange(num_choices) if config.router.kind == "expert_choice" else torch.zeros(num_choices).long()
     all_ids = [unrouted.repeat(len(rows), 1) for rows in outputs]
-    all_reasons = [torch.full((len(rows), num_choices), NOT_ROUTED, dtype=torch.uint8) for rows in outputs]
+    all_outcomes = [torch.full((len(rows), num_choices), NOT_ROUTED, dtype=torch.uint8) for rows in outputs]
     for t, token in enumerate(batch.tokens):
         all_ids[token.rank][token.row] = torch.tensor(ids[t])
-        all_reasons[token.rank][token.row] = torch.tensor(outcomes[t], dtype=torch.uint8)
+        all_outcomes[token.rank][token.row] = torch.tensor(outcomes[t], dtype=torch.uint8)
         for j, expert in enumerate(ids[t]):
             if outcomes[t][j] in (KEPT, REROUTED):
                 y = weights[t][j] * _expert(config, parameters, f"experts.{expert}.", batch.x_TD[t])
                 outputs[token.rank][token.row] = outputs[token.rank][token.row] + y
     return ReferenceOutput(
-        y=[_stack(rows, sight.x_BSD) for rows, sight in zip(outputs, ranks, strict=True)],
+        y=[_stack(rows, rank.x_BSD) for rows, rank in zip(outputs, ranks, strict=True)],
         losses=_losses(config, routing, batch),
-        dropped=[(r == DROPPED_CAPACITY) | (r == DROPPED_RECEIVE_BOUND) for r in all_reasons],
+        dropped=[(outcome == DROPPED_CAPACITY) | (outcome == DROPPED_RECEIVE_BOUND) for outcome in all_outcomes],
         routed_E=_count(config, routing.ids, routing.outcomes, (KEPT,)),
-        outcomes=all_reasons,
+        outcomes=all_outcomes,
         expert_ids=all_ids,
         kept_E=_count(config, ids, outcomes, (KEPT, REROUTED)),
     )
 
 
-def _rows(config: Any, parameters: dict[str, Tensor], x_BSD: Tensor) -> list[Tensor]:
-    """Of every token, padding too, what it has before any routed expert adds to it."""
+def _shared_outputs(config: Any, parameters: dict[str, Tensor], x_BSD: Tensor) -> list[Tensor]:
+    """Returns the output of the shared experts for each token, including padding; zeros without shared experts."""
     rows = x_BSD.reshape(x_BSD.shape[0] * x_BSD.shape[1], x_BSD.shape[2])
     return [torch.zeros_like(x) if config.shared_experts is None else _shared(config, parameters, x) for x in rows]
 
 
 def _stack(rows: list[Tensor], x_BSD: Tensor) -> Tensor:
+    """Stacks the rows of one rank to the shape of its input."""
     return torch.stack(rows).view(x_BSD.shape) if rows else x_BSD.clone()
 
 
 def _count(config: Any, ids: list[list[int]], outcomes: list[list[int]], wanted: tuple[int, ...]) -> list[int]:
+    """Counts the choices of each expert whose outcome is one of `wanted`."""
     counts = [0] * config.num_experts
-    for row, why in zip(ids, outcomes, strict=True):
-        for expert, outcome in zip(row, why, strict=True):
+    for ids_K, outcomes_K in zip(ids, outcomes, strict=True):
+        for expert, outcome in zip(ids_K, outcomes_K, strict=True):
             counts[expert] += outcome in wanted
     return counts
 
 
 def _weigh(config: Any, routing: ReferenceRouting, ids: list[list[int]], outcomes: list[list[int]]) -> list[Tensor]:
-    """scale * score of each choice's expert; a hash's equal scores are always normalised, expert choice's never."""
+    """Returns the weights of each token's choices, K of each: scale * score, normalised if the router normalises.
+
+    Hash routing always normalises its equal scores; expert choice never normalises.
+    """
     router = config.router
     normalise = router.kind == "hash" or (router.kind != "expert_choice" and router.normalise)
     scale = 1.0 if router.kind == "hash" else router.scale
@@ -133,7 +141,7 @@ def _weigh(config: Any, routing: ReferenceRouting, ids: list[list[int]], outcome
 def _apply_capacity(
     config: Any, routing: ReferenceRouting, batch: ReferenceBatch
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Expert ids and reasons after capacity."""
+    """Returns the expert ids and outcomes after capacity, by a loop over each block's queue."""
     ids, outcomes = [list(row) for row in routing.ids], [list(row) for row in routing.outcomes]
     if config.capacity.kind == "dropless":
         return ids, outcomes
@@ -149,10 +157,10 @@ def _apply_capacity(
         if config.capacity.overflow == "drop":
             continue
         for t, j in overflowing:
-            seen = {e for e, outcome in zip(routing.ids[t], routing.outcomes[t], strict=True) if outcome != NOT_ROUTED}
-            seen |= {e for e, outcome in zip(ids[t], outcomes[t], strict=True) if outcome == REROUTED}
+            used = {e for e, outcome in zip(routing.ids[t], routing.outcomes[t], strict=True) if outcome != NOT_ROUTED}
+            used |= {e for e, outcome in zip(ids[t], outcomes[t], strict=True) if outcome == REROUTED}
             ranking = routing.ranking[t]
-            others = [e for e in range(config.num_experts) if e not in seen and room[e] > 0 and ranking[e] > -math.inf]
+            others = [e for e in range(config.num_experts) if e not in used and room[e] > 0 and ranking[e] > -math.inf]
             if others:
                 best = min(others, key=lambda e: (-ranking[e], e))
                 ids[t][j], outcomes[t][j] = best, REROUTED
@@ -161,6 +169,7 @@ def _apply_capacity(
 
 
 def _capacity(config: Any, num_tokens: int, training: bool) -> int:
+    """Returns the capacity of an expert in a block of so many real tokens."""
     setting = config.capacity.train if training else config.capacity.eval
     if config.capacity.kind == "absolute":
         return setting
@@ -169,13 +178,13 @@ def _capacity(config: Any, num_tokens: int, training: bool) -> int:
 
 
 def _queue(config: Any, routing: ReferenceRouting, batch: ReferenceBatch, block: list[int]) -> list[tuple[int, int]]:
-    """(token, choice) of the routed choices of a block, first come first."""
+    """Returns the routed choices of a block as (token, choice), in queue order."""
     capacity, k = config.capacity, config.router.k
     scores = routing.scores_TE.tolist()
     tokens = list(block)
     if capacity.priority == "random" and batch.training:
-        lots = draw(uniform, Stream.PRIORITY, batch, 1).tolist()
-        tokens.sort(key=lambda t: lots[t][0])
+        numbers = draw(uniform, Stream.PRIORITY, batch, 1).tolist()
+        tokens.sort(key=lambda t: numbers[t][0])
     if capacity.priority == "batch_priority":
         tokens.sort(key=lambda t: -max(scores[t][e] for e in routing.ids[t]))
     if capacity.first_choices_first:
@@ -187,38 +196,38 @@ def _queue(config: Any, routing: ReferenceRouting, batch: ReferenceBatch, block:
     return [(t, j) for t, j in queue if routing.outcomes[t][j] != NOT_ROUTED]
 
 
-def _bound(
+def _apply_receive_bound(
     config: Any,
     batch: ReferenceBatch,
     ids: list[list[int]],
     outcomes: list[list[int]],
     rank_of_expert: tuple[int, ...] | None,
 ) -> None:
-    """Marks in `outcomes` what is beyond the receive bound."""
+    """Marks choices beyond the receive bound in `outcomes`, in place."""
     if config.capacity.kind != "dropless" or config.capacity.receive_bound is None:
         return
     if rank_of_expert is None:
-        raise ValueError("receive_bound needs rank_of_expert")
+        raise ValueError("capacity.receive_bound is set: give rank_of_expert, the rank of each expert")
     ranks = range(batch.num_ranks)
     rows: dict[tuple[int, int], list[tuple[int, int]]] = {(s, d): [] for s in ranks for d in ranks}
     kept = [(t, j) for t, row in enumerate(outcomes) for j, outcome in enumerate(row) if outcome in (KEPT, REROUTED)]
     for t, j in sorted(kept, key=lambda tj: (tj[1], tj[0])):
         rows[batch.tokens[t].rank, rank_of_expert[ids[t][j]]].append((t, j))
-    most = math.ceil(Fraction(str(config.capacity.receive_bound)) * len(kept) / len(ranks))
+    limit = math.ceil(Fraction(str(config.capacity.receive_bound)) * len(kept) / len(ranks))
     for d in ranks:
-        allowed = _share([len(rows[s, d]) for s in ranks], most)
+        allowed = _send_quotas([len(rows[s, d]) for s in ranks], limit)
         for s in ranks:
             for t, j in rows[s, d][allowed[s] :]:
                 outcomes[t][j] = DROPPED_RECEIVE_BOUND
 
 
-def _share(sent: list[int], most: int) -> list[int]:
-    """How many of its rows each source may send to one destination that takes at most so many."""
+def _send_quotas(sent: list[int], limit: int) -> list[int]:
+    """Returns how many of its rows each source may send to one destination that receives at most `limit`."""
     total = sum(sent)
-    if total <= most:
+    if total <= limit:
         return sent
-    allowed = [most * count // total for count in sent]
-    rest, s = most - sum(allowed), 0
+    allowed = [limit * count // total for count in sent]
+    rest, s = limit - sum(allowed), 0
     while rest > 0:
         if allowed[s] < sent[s]:
             allowed[s] += 1
@@ -228,6 +237,7 @@ def _share(sent: list[int], most: int) -> list[int]:
 
 
 def _activate(activation: str, h: Tensor) -> Tensor:
+    """Applies an activation of ffn.ACTIVATIONS, written out; gated kinds halve the last dimension."""
     half = h.shape[-1] // 2
     if activation == "relu":
         return torch.clamp(h, min=0)
@@ -245,17 +255,20 @@ def _gelu(h: Tensor) -> Tensor:
 
 
 def _expert(config: Any, parameters: dict[str, Tensor], prefix: str, x_D: Tensor) -> Tensor:
+    """Computes one expert on one token."""
     h = x_D @ parameters[prefix + "w_in"] + parameters.get(prefix + "b_in", 0)
     return _activate(config.experts.activation, h) @ parameters[prefix + "w_out"] + parameters.get(prefix + "b_out", 0)
 
 
 def _shared(config: Any, parameters: dict[str, Tensor], x_D: Tensor) -> Tensor:
+    """Computes the shared experts on one token."""
     h = parameters["shared_experts.w_in.weight"] @ x_D + parameters.get("shared_experts.w_in.bias", 0)
     h = _activate(config.shared_experts.activation, h)
     return parameters["shared_experts.w_out.weight"] @ h + parameters.get("shared_experts.w_out.bias", 0)
 
 
 def _losses(config: Any, routing: ReferenceRouting, batch: ReferenceBatch) -> dict[str, Tensor]:
+    """Returns the losses of the whole micro-step by name, before coefficients."""
     losses = {}
     for loss in config.losses:
         if loss.kind == "z_loss":
@@ -272,7 +285,8 @@ def _losses(config: Any, routing: ReferenceRouting, batch: ReferenceBatch) -> di
 
 
 def _switch_loss(config: Any, loss: Any, routing: ReferenceRouting, block: list[int]) -> Tensor:
-    """E * sum_e f_e * P_e over one block of tokens; 0 for a block without tokens."""
+    """Computes E * sum over experts of f_e * P_e for one block of tokens; 0 for a block without tokens (Fedus et al.
+    2021, eq. 4-6)."""
     if not block:
         return routing.scores_TE[:0].sum()
     probabilities = [routing.scores_TE[t] / routing.scores_TE[t].sum() for t in block]

@@ -1,7 +1,7 @@
-"""The routers of the slow reference layer (see layer.py): who goes where, one token, expert or block at a time.
+"""Implements the routers of the reference layer (see reference_layer.py), by one token, expert or block at a time.
 
-No code of the fast layer but its random numbers, which both must agree on. Padding is taken away before anything else:
-T counts the real tokens of all ranks, rank after rank.
+They share no code with the tested layer except its random numbers, on which both must agree. Padding is removed first:
+T counts the real tokens of all ranks, in the order of the ranks.
 """
 
 import math
@@ -21,11 +21,12 @@ KEPT, REROUTED, DROPPED_CAPACITY, DROPPED_RECEIVE_BOUND, NOT_ROUTED = range(5)
 
 @dataclass(frozen=True)
 class RankTokens:
-    """What one rank of a layout sees.
+    """Holds the tokens of one rank of a layout.
 
-    x_BSD: B may be 0. sequence_index: of each sequence in the micro-step's global batch; None: 0, 1, ...
-    token_ids_BS: for hash routing. mask_BS: bool, False is padding. positions_S: where its tokens stand in their
-    sequences, which are then those of the same index on other ranks that have positions; None: all of each is here.
+    x_BSD: B may be 0. sequence_index: the index of each sequence in the micro-step's global batch; None: 0, 1, ...
+    token_ids_BS: for hash routing. mask_BS: bool, False for padding. positions_S: the positions of the tokens in their
+    sequences, if those are divided over ranks: sequences of the same index on ranks with positions are one; None:
+    sequences are whole. document_BS: int64, the document of each token in its row; None: rows are not packed.
     """
 
     x_BSD: Tensor
@@ -38,8 +39,11 @@ class RankTokens:
 
 @dataclass(frozen=True)
 class ReferenceToken:
-    """A real token. row: among its rank's tokens, padding included. sequence: among the sequences of all ranks, as they
-    are first met, rank after rank. index: its place in the global order. document: of its sequence."""
+    """Describes a real token.
+
+    row: its index among the tokens of its rank, including padding. sequence: the number of its sequence, counted over
+    the ranks in their order. index: its place in the global order. document: its document in the sequence.
+    """
 
     rank: int
     row: int
@@ -51,6 +55,8 @@ class ReferenceToken:
 
 @dataclass(frozen=True)
 class ReferenceBatch:
+    """Holds the real tokens of all ranks, and the keys of random numbers."""
+
     tokens: list[ReferenceToken]
     x_TD: Tensor
     num_ranks: int
@@ -61,7 +67,10 @@ class ReferenceBatch:
 
 @dataclass(frozen=True)
 class ReferenceRouting:
-    """ids, reasons: T rows of K. ranking: T rows of E, what rerouting goes by, largest first; -inf: never."""
+    """Holds a routing decision.
+
+    ids, outcomes: T lists of K. ranking: T lists of E; rerouting prefers larger values, and -inf excludes an expert.
+    """
 
     logits_TE: Tensor
     scores_TE: Tensor
@@ -71,32 +80,37 @@ class ReferenceRouting:
 
 
 def collect_tokens(ranks: list[RankTokens], training: bool, context: StepContext) -> ReferenceBatch:
+    """Lists the real tokens of all ranks, in the order of the ranks."""
     tokens, rows = [], []
-    numbers: dict[tuple[str, int, int], int] = {}  # of the sequences
-    for rank, sight in enumerate(ranks):
-        num_here, length, _ = sight.x_BSD.shape
-        indices = list(range(num_here)) if sight.sequence_index is None else sight.sequence_index
-        positions = list(range(length)) if sight.positions_S is None else sight.positions_S
+    numbers: dict[tuple[str, int, int], int] = {}  # the number of each sequence
+    for rank, given in enumerate(ranks):
+        num_here, length, _ = given.x_BSD.shape
+        indices = list(range(num_here)) if given.sequence_index is None else given.sequence_index
+        positions = list(range(length)) if given.positions_S is None else given.positions_S
         for b in range(num_here):
-            key = ("divided", 0, indices[b]) if sight.positions_S is not None else ("whole", rank, b)
+            key = ("divided", 0, indices[b]) if given.positions_S is not None else ("whole", rank, b)
             sequence = numbers.setdefault(key, len(numbers))
             for s in range(length):
-                if sight.mask_BS is not None and not bool(sight.mask_BS[b, s]):
+                if given.mask_BS is not None and not bool(given.mask_BS[b, s]):
                     continue
-                token_id = None if sight.token_ids_BS is None else int(sight.token_ids_BS[b, s])
-                document = 0 if sight.document_BS is None else int(sight.document_BS[b, s])
+                token_id = None if given.token_ids_BS is None else int(given.token_ids_BS[b, s])
+                document = 0 if given.document_BS is None else int(given.document_BS[b, s])
                 index = indices[b] * 2**32 + positions[s]
                 tokens.append(ReferenceToken(rank, b * length + s, sequence, index, token_id, document))
-                rows.append(sight.x_BSD[b, s])
+                rows.append(given.x_BSD[b, s])
     nothing = ranks[0].x_BSD.reshape(-1, ranks[0].x_BSD.shape[-1])[:0]
     x_TD = torch.stack(rows) if rows else nothing
     return ReferenceBatch(tokens, x_TD, len(ranks), len(numbers), training, context)
 
 
 def blocks(scope: str, batch: ReferenceBatch) -> list[list[int]]:
-    """Numbers of the tokens that are looked at together, in the block's order. A block may be empty."""
+    """Returns the tokens that are decided on together, as a list of token numbers for each block of the scope.
+
+    Tokens are in the order of the block, which may be empty. The scope `document` is that of losses of scope
+    `sequence`.
+    """
     everyone = range(len(batch.tokens))
-    if scope == "document":  # what losses of scope `sequence` look at; empty ones are left out
+    if scope == "document":  # documents without real tokens are left out
         places = sorted({(token.sequence, token.document) for token in batch.tokens})
         return [[t for t in everyone if (batch.tokens[t].sequence, batch.tokens[t].document) == p] for p in places]
     if scope == "global":
@@ -110,16 +124,18 @@ def blocks(scope: str, batch: ReferenceBatch) -> list[list[int]]:
 
 
 def draw(numbers: Callable[[int, Tensor, int], Tensor], stream: Stream, batch: ReferenceBatch, width: int) -> Tensor:
+    """Draws the random numbers (T, width) of one stream by a function of nn/random.py."""
     index_T = torch.tensor([token.index for token in batch.tokens], dtype=torch.int64, device=batch.x_TD.device)
     return numbers(pass_seed(batch.context, stream), index_T, width)
 
 
 def best_indices(values: list[float], count: int) -> list[int]:
-    """Places of the largest, largest first; of equals, the first."""
+    """Returns the indices of the `count` largest values, in descending order; equal values in order of index."""
     return sorted(range(len(values)), key=lambda e: (-values[e], e))[:count]
 
 
 def route(config: Any, parameters: dict[str, Tensor], batch: ReferenceBatch) -> ReferenceRouting:
+    """Routes all tokens by the router of `config`."""
     return ROUTERS[config.router.kind](config, parameters, batch)
 
 
@@ -138,11 +154,13 @@ def _score(score: str, logits: Tensor) -> Tensor:
 
 
 def _take_best(logits: Tensor, scores: Tensor, ranking: list[list[float]], k: int) -> ReferenceRouting:
+    """Chooses the k best experts of each token by the ranking."""
     ids = [best_indices(row, k) for row in ranking]
     return ReferenceRouting(logits, scores, ids, [[KEPT] * k for _ in ids], ranking)
 
 
 def _top_k(config: Any, parameters: dict[str, Tensor], batch: ReferenceBatch) -> ReferenceRouting:
+    """Implements `top_k`: Jiang et al. 2024, eq. 2; Fedus et al. 2021 (jitter); DeepSeek-V3 2024, eq. 12-16."""
     router, x_TD = config.router, batch.x_TD
     if batch.training and router.jitter > 0:
         u_TD = draw(uniform, Stream.JITTER, batch, x_TD.shape[-1])
@@ -159,14 +177,16 @@ def _top_k(config: Any, parameters: dict[str, Tensor], batch: ReferenceBatch) ->
 
 
 def _within_groups(limits: Any, row: list[float]) -> list[float]:
+    """Sets the values of all experts outside the token's best groups to -inf."""
     size = len(row) // limits.count
     groups = [row[g * size : (g + 1) * size] for g in range(limits.count)]
-    marks = [max(group) if limits.score == "max" else sum(sorted(group)[-2:]) for group in groups]
-    allowed = best_indices(marks, limits.limit)
+    group_scores = [max(group) if limits.score == "max" else sum(sorted(group)[-2:]) for group in groups]
+    allowed = best_indices(group_scores, limits.limit)
     return [value if e // size in allowed else -math.inf for e, value in enumerate(row)]
 
 
 def _noisy_top_k(config: Any, parameters: dict[str, Tensor], batch: ReferenceBatch) -> ReferenceRouting:
+    """Implements `noisy_top_k`: Shazeer et al. 2017, eq. 3-5; Riquelme et al. 2021."""
     router = config.router
     logits = _logits(parameters, batch.x_TD)
     ranked = logits
@@ -185,28 +205,31 @@ def _noisy_top_k(config: Any, parameters: dict[str, Tensor], batch: ReferenceBat
 
 
 def _gshard(config: Any, parameters: dict[str, Tensor], batch: ReferenceBatch) -> ReferenceRouting:
+    """Implements `gshard`: Lepikhin et al. 2020, algorithm 1."""
     router, num_experts = config.router, config.num_experts
     logits = _logits(parameters, batch.x_TD)
     scores = _softmax(logits)
-    clean, values, ranking = logits.tolist(), scores.tolist(), logits.tolist()
+    clean = logits.tolist()  # without noise
+    values = scores.tolist()
+    ranking = clean
     ids, outcomes = [], []
     if batch.training and router.second == "gumbel":
         ranking = (logits + draw(gumbel, Stream.SECOND_EXPERT, batch, num_experts).to(logits.dtype)).tolist()
-    lots = draw(uniform, Stream.SECOND_EXPERT, batch, 1).tolist()
+    numbers = draw(uniform, Stream.SECOND_EXPERT, batch, 1).tolist()
     for t in range(len(batch.tokens)):
         first = best_indices(clean[t], 1)[0]
         second = next(e for e in best_indices(ranking[t], num_experts) if e != first)
         outcome = KEPT
         if batch.training and router.second == "proportional":
             share = values[t][second] / (values[t][first] + values[t][second])
-            outcome = KEPT if lots[t][0] < share / router.threshold else NOT_ROUTED
+            outcome = KEPT if numbers[t][0] < share / router.threshold else NOT_ROUTED
         ids.append([first, second])
         outcomes.append([KEPT, outcome])
     return ReferenceRouting(logits, scores, ids, outcomes, ranking)
 
 
 def _hash(config: Any, parameters: dict[str, Tensor], batch: ReferenceBatch) -> ReferenceRouting:
-    """All scores are equal: normalised, they are the weights 1 / k."""
+    """Chooses experts by a hash of the token id. All scores are equal, so the normalised weights are 1 / k."""
     ids_T = torch.tensor([token.token_id for token in batch.tokens], dtype=torch.int64, device=batch.x_TD.device)
     ranking = uniform(mix(config.router.seed), ids_T, config.num_experts).tolist()
     logits = batch.x_TD.new_zeros(len(ids_T), config.num_experts)
@@ -214,6 +237,7 @@ def _hash(config: Any, parameters: dict[str, Tensor], batch: ReferenceBatch) -> 
 
 
 def _expert_choice(config: Any, parameters: dict[str, Tensor], batch: ReferenceBatch) -> ReferenceRouting:
+    """Implements `expert_choice`: Zhou et al. 2022, eq. 1-3."""
     router, num_experts = config.router, config.num_experts
     logits = _logits(parameters, batch.x_TD)
     scores = _softmax(logits)
@@ -230,6 +254,7 @@ def _expert_choice(config: Any, parameters: dict[str, Tensor], batch: ReferenceB
 
 
 def _sinkhorn(config: Any, parameters: dict[str, Tensor], batch: ReferenceBatch) -> ReferenceRouting:
+    """Implements `sinkhorn`: Clark et al. 2022 (S-BASE)."""
     router = config.router
     logits = _logits(parameters, batch.x_TD)
     scores = _score(router.score, logits)
@@ -244,6 +269,7 @@ def _sinkhorn(config: Any, parameters: dict[str, Tensor], batch: ReferenceBatch)
 
 
 def _sinkhorn_block(router: Any, logits: list[list[float]]) -> list[list[float]]:
+    """Balances the logits of one block by the loop of Megatron-Core's sinkhorn."""
     rows, columns = range(len(logits)), range(len(logits[0]))
     cost = [[math.exp(value - max(row)) for value in row] for row in logits]
     d1 = [1.0 for _ in columns]

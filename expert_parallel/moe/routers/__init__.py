@@ -1,1 +1,1 @@
-"""Routers choose each token's experts and their weights; losses spread the tokens over the experts."""
+"""Chooses the experts of each token and their weights, and computes the losses that balance the load of the experts."""

@@ -1,5 +1,5 @@
-"""Routers that look across tokens: expert choice and Sinkhorn. Both take a `scope` (see
-moe/capacity/token_scope.py)."""
+"""Implements the expert-choice and Sinkhorn routers, whose choice for a token depends on the other tokens of a `scope`
+(see capacity/token_scope.py)."""
 
 from typing import Literal
 
@@ -18,8 +18,8 @@ from expert_parallel.moe.routers.base import (
     Score,
     Scores,
     score_logits,
-    stable_topk,
 )
+from expert_parallel.moe.routers.topk import stable_topk
 from expert_parallel.moe.types import Outcome, RoutingPlan
 
 
@@ -61,7 +61,10 @@ class ExpertChoiceConfig(RouterSettings):
 
 
 class ExpertChoiceRouter(LinearRouter):
-    """K = E: choice e of a token is expert e; those not taken are NOT_ROUTED. Ties go to the earlier token."""
+    """Lets each expert choose its best tokens; on ties, the earlier token.
+
+    Its plans have K = E: choice e of a token is expert e, and NOT_ROUTED if the expert did not choose the token.
+    """
 
     Config = ExpertChoiceConfig
     config: ExpertChoiceConfig  # type: ignore[assignment]  # weighs by itself, so needs no `normalise`
@@ -84,9 +87,10 @@ class ExpertChoiceRouter(LinearRouter):
 
 
 def _best_tokens(scores_GE: Tensor, view: ScopedTokens, capacity_b: Tensor) -> Tensor:
-    """Bool: the capacity_b[block] largest of each (block, expert), earlier tokens first on ties."""
+    """Returns a bool mask (G, E) of the capacity_b[block] largest scores of each expert in each block; on ties, earlier
+    tokens come first."""
     num_tokens, num_experts = scores_GE.shape
-    block_G = torch.where(view.real_G, view.block_G, view.num_blocks)  # padding queues apart, where nothing is taken
+    block_G = torch.where(view.real_G, view.block_G, view.num_blocks)  # padding: an additional block of capacity 0
     queue_GE = block_G[:, None] * num_experts + torch.arange(num_experts, device=scores_GE.device)
     order_N = scores_GE.flatten().argsort(descending=True, stable=True)
     place_N = positions_in_queues(queue_GE.flatten(), (view.num_blocks + 1) * num_experts, order_N)
@@ -117,6 +121,9 @@ class SinkhornConfig(LinearSettings):
 
 
 class SinkhornRouter(LinearRouter):
+    """Chooses the k experts of each token by balanced logits in training, and by the logits in evaluation. The weights
+    come from the logits in both, so the balancing has no gradient."""
+
     Config = SinkhornConfig
     config: SinkhornConfig
 
@@ -133,20 +140,24 @@ class SinkhornRouter(LinearRouter):
 
 
 def sinkhorn(logits_GE: Tensor, view: ScopedTokens, tolerance: float, max_iterations: int) -> Tensor:
-    """exp(logits) scaled so that, in each block, every row sums to 1 / T and every column to 1 / E. (G, E).
+    """Scales the rows and columns of exp(logits) so that, in each block of T real tokens, every row sums to 1 / T and
+    every column to 1 / E. Returns (G, E) in router dtype; rows of padding are 0.
 
-    A row's largest logit is taken off first: it cancels in the row's factor, and exp cannot overflow.
+    Source: Clark et al. 2022 (S-BASE), with the stopping rule of Megatron-Core. The largest logit of each row is
+    subtracted first, so that exp cannot overflow; it cancels in the factor of the row.
     """
     if logits_GE.numel() == 0:
         return logits_GE
     cost_GE = (logits_GE - logits_GE.amax(-1, keepdim=True)).exp() * view.real_G[:, None]
     cost_bSE = cost_GE.view(view.num_blocks, -1, logits_GE.shape[1])
-    num_tokens_b, num_experts = logits_GE.new_tensor(view.sizes).clamp(min=1).view(-1, 1, 1), logits_GE.shape[1]
-    tiny = torch.finfo(cost_bSE.dtype).tiny
-    row_bS1, column_b1E = torch.ones_like(cost_bSE[:, :, :1]), torch.ones_like(cost_bSE[:, :1])
+    num_tokens_b = logits_GE.new_tensor(view.sizes).clamp(min=1).view(-1, 1, 1)
+    num_experts = logits_GE.shape[1]
+    tiny = torch.finfo(cost_bSE.dtype).tiny  # sums of 0, as of padding, have a finite inverse
+    row_bS1 = torch.ones_like(cost_bSE[:, :, :1])
+    column_b1E = torch.ones_like(cost_bSE[:, :1])
     done_b = torch.zeros_like(num_tokens_b, dtype=torch.bool)
     for _ in range(max_iterations):
-        # A block that is done stays as it is: what becomes of it does not depend on the others.
+        # A block that has converged is not changed any more, so its result does not depend on the other blocks.
         row_bS1 = torch.where(
             done_b, row_bS1, 1 / (num_tokens_b * (cost_bSE * column_b1E).sum(2, True).clamp(min=tiny))
         )
@@ -155,6 +166,6 @@ def sinkhorn(logits_GE: Tensor, view: ScopedTokens, tolerance: float, max_iterat
             done_b, before_b1E, 1 / (num_experts * (cost_bSE * row_bS1).sum(1, True).clamp(min=tiny))
         )
         done_b = (column_b1E - before_b1E).abs().mean(2, True) <= tolerance
-        if bool(done_b.all()):
+        if bool(done_b.all()):  # the host waits once a round
             break
     return (cost_bSE * row_bS1 * column_b1E).view_as(logits_GE)

@@ -1,21 +1,20 @@
-"""Routers: which experts each token goes to, and with which weight. x_TD -> RoutingPlan.
+"""Defines the interface of routers, which choose the experts and weights of each token, and the top-k and hash routers.
 
-This file: what all of them share, top-k and hash. Those with noise stand in `noisy.py`, those that look across
-tokens in `across_tokens.py`, the dict of all in `registry.py`. A router owns its parameters and knows nothing of
-capacity or losses.
+A router owns its parameters and does not depend on capacity or losses. `noisy.py` has the routers that use random
+numbers, `across_tokens.py` those whose choice for a token depends on other tokens, and `registry.py` the dict of all.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from expert_parallel.moe.context import TokenBatch, pass_seed
+from expert_parallel.moe.routers.topk import stable_topk
 from expert_parallel.moe.types import Outcome, RoutingPlan
 from expert_parallel.nn import random
 from expert_parallel.nn.random import Stream
@@ -25,13 +24,13 @@ Score = Literal["softmax", "sigmoid"]
 
 
 class RouterSettings(Settings):
-    """Is the base class of every router's settings."""
+    """Is the base class of the settings of all routers."""
 
     kind: str
 
     @property
     def normalizes(self) -> bool:
-        """Returns True if a token's weights sum to 1. A registered router may define `normalise` itself."""
+        """Returns True if a token's weights sum to 1. A registered router may have a field `normalise` of its own."""
         return getattr(self, "normalise", False)
 
     def num_choices(self, num_experts: int) -> int:
@@ -78,9 +77,12 @@ class LinearSettings(TokenChoiceSettings):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a router thinks of its tokens. log_scores_TE: log of the scores up to a number of each token's own; a
-    softmax over it normalises exactly, without the epsilon that a sum of sigmoids needs and that a router can
-    learn to hide under. The rest: see RoutingPlan."""
+    """Holds a router's scores of all experts for T tokens, in router dtype.
+
+    log_scores_TE: the logarithms of the scores, up to a constant for each token. Weights are normalised by a softmax
+    over it, which is exact: dividing by a sum of sigmoids needs an epsilon, which distorts weights if all scores are
+    tiny. The other fields are those of RoutingPlan.
+    """
 
     logits_TE: Tensor
     log_scores_TE: Tensor
@@ -90,54 +92,23 @@ class Scores:
 
 
 def score_logits(logits_TE: Tensor, score: Score) -> Scores:
-    """Ranked by log scores, which stay apart where scores round to equals (sigmoids of logits beyond 17 in float32)."""
+    """Computes the scores of router logits by softmax or sigmoid.
+
+    The ranking is by log scores, which still differ where the scores round to the same number (sigmoids of logits
+    above 17 in float32).
+    """
     log_scores_TE = logits_TE if score == "softmax" else F.logsigmoid(logits_TE)
     probabilities_TE = log_scores_TE.softmax(-1)
     scores_TE = probabilities_TE if score == "softmax" else logits_TE.sigmoid()
     return Scores(logits_TE, log_scores_TE, scores_TE, probabilities_TE, log_scores_TE.detach())
 
 
-def stable_topk(ranking_TE: Tensor, k: int) -> Tensor:
-    """The k largest, descending, the smaller number first on ties, which topk leaves open; NaN is larger than all."""
-    num_experts = ranking_TE.shape[1]
-    assert k <= num_experts, (k, num_experts)
-    has_numpy = ranking_TE.is_cpu and ranking_TE.dtype in (torch.float32, torch.float64)
-    return stable_topk_numpy(ranking_TE, k) if has_numpy and 4 * k <= num_experts else stable_topk_int64(ranking_TE, k)
-
-
-def stable_topk_numpy(ranking_TE: Tensor, k: int) -> Tensor:
-    """`stable_topk` for few of many on the CPU: k times the first largest that is left, by numpy (log in
-    moe/MEASUREMENTS.md)."""
-    num_tokens, num_experts = ranking_TE.shape
-    lowest = torch.finfo(ranking_TE.dtype).min  # so that nothing is as small as what has been taken
-    left_TE = ranking_TE.detach().clamp(min=lowest).contiguous().numpy()
-    places_TK, start_T = np.empty((num_tokens, k), np.int64), np.arange(num_tokens) * num_experts
-    for number in range(k):
-        place_T = places_TK[:, number] = left_TE.argmax(1)
-        left_TE.ravel()[start_T + place_T] = -np.inf
-    return torch.from_numpy(places_TK)
-
-
-def stable_topk_int64(ranking_TE: Tensor, k: int) -> Tensor:
-    """`stable_topk` on any device. float32 numbers become int64 ones of the same order, whose lower half holds the
-    expert's number, so that no two are equal and topk is deterministic, without a sort of all experts."""
-    if ranking_TE.dtype != torch.float32 or ranking_TE.numel() == 0:
-        return ranking_TE.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    num_experts = ranking_TE.shape[1]
-    bits_TE = (ranking_TE + 0.0).view(torch.int32)  # + 0.0: the negative zero is a zero
-    bits_TE = bits_TE.masked_fill(ranking_TE.isnan(), 0x7FC00000)  # first, whatever its sign: as in a sort
-    order_TE = (bits_TE ^ (bits_TE >> 31 & 0x7FFFFFFF)).long() << 32
-    last_first_E = torch.arange(num_experts - 1, -1, -1, device=ranking_TE.device)
-    return num_experts - 1 - (order_TE.bitwise_or_(last_first_E).topk(k, dim=1).values & 0xFFFFFFFF)
-
-
 class Router(nn.Module):
-    """The frame of every router: score, choose, weigh.
+    """Is the base class of all routers: `forward` scores the experts, chooses some, and computes their weights.
 
-    A router of your own overrides `score`; `choose` where it does not take the k best; `weights`, unless it derives
-    from LinearRouter. One line registers it: `ROUTERS["mine"] = MyRouter` (see moe/README.md).
-
-    Config: the class of its settings. When it plays recorded choices back, only `choose` is left out.
+    A subclass defines `score`; `choose` if it does not take the k best; `weights`, unless it derives from
+    LinearRouter; and Config, the class of its settings. It is registered by one line, `ROUTERS["mine"] = MyRouter`
+    (see moe/README.md). When recorded choices are replayed, `choose` is not called.
     """
 
     Config: ClassVar[type[RouterSettings]]
@@ -152,29 +123,37 @@ class Router(nn.Module):
         return self.config.num_choices(self.num_experts)
 
     def score(self, x_TD: Tensor, batch: TokenBatch) -> Scores:
-        """x_TD in router dtype."""
+        """Computes the scores of all experts for each token. x_TD: in router dtype."""
         raise NotImplementedError
 
     def choose(self, scores: Scores, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """(expert_ids_TK, outcome_TK), without gradient."""
+        """Returns (expert_ids_TK, outcome_TK): int64, and uint8 with values of Outcome. Runs without gradient."""
         expert_ids_TK = stable_topk(scores.ranking_TE, self.num_choices)
         return expert_ids_TK, torch.full_like(expert_ids_TK, Outcome.KEPT, dtype=torch.uint8)
 
     def weights(self, scores: Scores | RoutingPlan, expert_ids_TK: Tensor, counted_TK: Tensor | None) -> Tensor:
-        """The factor of each choice's output; where the router normalises, over the counted choices alone."""
+        """Returns the factor of each choice's output, (T, K) in router dtype.
+
+        counted_TK: bool, the choices among which a router that normalises divides the weight; None: all.
+        """
         raise NotImplementedError
 
     def forward(self, x_TD: Tensor, batch: TokenBatch, recorded: tuple[Tensor, Tensor] | None = None) -> RoutingPlan:
-        """x_TD: any float dtype; computes in promote_types(float32, x's dtype), also under autocast. recorded: choices
-        to take instead. What stands in padded rows does not matter, NaN included."""
+        """Routes the tokens of x_TD, which has any float dtype.
+
+        Computes in promote_types(float32, x's dtype), also under autocast: in 16 bits, logits that differ would often
+        round to ties. recorded: (expert_ids_TK, outcome_TK) to use instead of the router's own choice. Padded rows may
+        contain anything, including NaN.
+        """
         x_TD = x_TD.to(torch.promote_types(torch.float32, x_TD.dtype))
         if batch.real_T is not None:
-            x_TD = x_TD.masked_fill(~batch.real_T[:, None], 0)
+            x_TD = x_TD.masked_fill(~batch.real_T[:, None], 0)  # 0 * NaN would be NaN in the router's gradient
         with torch.autocast(x_TD.device.type, enabled=False):
             return self._route(x_TD, batch, recorded)
 
     def _route(self, x_TD: Tensor, batch: TokenBatch, recorded: tuple[Tensor, Tensor] | None) -> RoutingPlan:
         scores = self.score(x_TD, batch)
+        # The default `choose` keeps every choice, which is thus known without a look at the tensor.
         keeps_all = recorded is None and getattr(self.choose, "__func__", None) is Router.choose
         if recorded is None:
             with torch.no_grad():
@@ -197,7 +176,8 @@ class Router(nn.Module):
 
 
 class LinearRouter(Router):
-    """Logits x W + b, in router dtype; weights are the chosen experts' scores times `scale`."""
+    """Is the base class of routers with logits x W + b, in router dtype. The weights of a token are the scores of its
+    experts, normalised if the settings say so, times `scale`."""
 
     config: LinearSettings
 
@@ -207,6 +187,7 @@ class LinearRouter(Router):
         self.bias = nn.Parameter(torch.empty(num_experts)) if config.bias else None
 
     def logits(self, x_TD: Tensor) -> Tensor:
+        """Computes x W + b in x's dtype, to which the parameters are cast."""
         bias = None if self.bias is None else self.bias.to(x_TD.dtype)
         return F.linear(x_TD, self.weight.to(x_TD.dtype), bias)
 
@@ -215,7 +196,8 @@ class LinearRouter(Router):
             return scores.scores_TE.gather(1, expert_ids_TK) * self.config.scale
         assert scores.log_scores_TE is not None
         chosen_TK = scores.log_scores_TE.gather(1, expert_ids_TK)
-        if counted_TK is not None:  # a token without any gets weights of 0, not NaN
+        if counted_TK is not None:
+            # The lowest finite number, not -inf, so that a token without counted choices gets weights of 0, not NaN.
             lowest = torch.finfo(chosen_TK.dtype).min
             chosen_TK = chosen_TK.masked_fill(~counted_TK, lowest)
             return chosen_TK.softmax(-1).masked_fill(~counted_TK, 0) * self.config.scale
@@ -273,10 +255,11 @@ class TopKRouterConfig(LinearSettings):
 
 
 class TopKRouter(LinearRouter):
-    """p = score(x W + b); the k largest of (p + balance bias) are chosen, the smaller expert number first on ties.
+    """Chooses the k experts with the largest score(x W + b) + balance bias; on ties, the smaller expert id comes first.
 
-    Sources: Shazeer et al. 2017 eq. 3 (without noise); Fedus et al. 2021 eq. 1-2 and appendix C (input jitter);
-    Jiang et al. 2024 eq. 2; DeepSeek-V3 2024 eq. 12-16 (sigmoid, balance bias: it moves the choice, never a weight).
+    The balance bias changes which experts are chosen, but never a weight. Sources: Shazeer et al. 2017, eq. 3 (without
+    noise); Fedus et al. 2021, eq. 1-2 and appendix C (input jitter); Jiang et al. 2024, eq. 2; DeepSeek-V3 2024, eq.
+    12-16 (sigmoid, balance bias).
     """
 
     Config = TopKRouterConfig
@@ -288,7 +271,8 @@ class TopKRouter(LinearRouter):
         self.register_buffer("balance_bias_E", torch.zeros(num_experts) if config.balance_bias_rate > 0 else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":
-        """`.to(dtype)` and the like, but the balance bias stays at float32 or wider: bfloat16 swallows its steps."""
+        """Applies `.to(...)` and its like, but keeps the balance bias in float32 or wider: in bfloat16, its steps would
+        round to nothing."""
         before_E = self.balance_bias_E
         super()._apply(fn, recurse)
         if self.balance_bias_E is not None and self.balance_bias_E.dtype.itemsize < torch.float32.itemsize:
@@ -309,14 +293,18 @@ class TopKRouter(LinearRouter):
 
     @torch.no_grad()
     def _ranking(self, scores: Scores) -> Tensor:
-        """The balance bias, and the sum of a group's two best, are defined on scores, not on their logarithms."""
-        ranking_TE, on_scores_TE = scores.ranking_TE, scores.scores_TE.detach()
+        """Returns the ranking with the balance bias and the group limit, -inf for experts outside the allowed groups.
+
+        Both are defined on scores, not on their logarithms.
+        """
+        ranking_TE = scores.ranking_TE
+        scores_TE = scores.scores_TE.detach()
         if self.balance_bias_E is not None:
-            ranking_TE = on_scores_TE = on_scores_TE + self.balance_bias_E.to(on_scores_TE.dtype)
+            ranking_TE = scores_TE = scores_TE + self.balance_bias_E.to(scores_TE.dtype)
         groups = self.config.group_limit
         if groups is None:
             return ranking_TE
-        best_TGe = on_scores_TE.unflatten(1, (groups.count, -1)).sort(dim=2, descending=True).values
+        best_TGe = scores_TE.unflatten(1, (groups.count, -1)).sort(dim=2, descending=True).values
         group_TG = best_TGe[:, :, :2].sum(2) if groups.score == "top2_sum" else best_TGe[:, :, 0]
         allowed_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, stable_topk(group_TG, groups.limit), True)
         allowed_TE = allowed_TG.repeat_interleave(self.num_experts // groups.count, dim=1)
@@ -334,6 +322,8 @@ class HashConfig(TokenChoiceSettings):
 
 
 class HashRouter(Router):
+    """Chooses the experts of a token by a hash of its id alone. It has no parameters."""
+
     Config = HashConfig
     config: HashConfig
 
@@ -341,7 +331,7 @@ class HashRouter(Router):
         if batch.ids_T is None:
             raise ValueError("router.kind 'hash' needs the token ids: give StepContext.token_ids_BS")
         flat_TE = x_TD.new_zeros(len(x_TD), self.num_experts)
-        # The experts of a token, ranked by their hashes with it: the k first are always different ones.
+        # Ranks a token's experts by a hash of the token id and the expert, so that its k experts are always distinct.
         ranking_TE = random.uniform(random.mix(self.config.seed), batch.ids_T, self.num_experts)
         return Scores(flat_TE, flat_TE, flat_TE + 1 / self.num_experts, flat_TE + 1 / self.num_experts, ranking_TE)
 

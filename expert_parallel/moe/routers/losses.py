@@ -1,7 +1,7 @@
-"""Balancing: losses that spread the tokens over the experts, and the bias update that does so without a loss.
+"""Computes the losses that balance the load of the experts, and the bias update that balances it without a loss.
 
-Functions of a RoutingPlan. Each returns this rank's SHARE of the loss: the shares of all ranks add up to the loss of
-the whole micro-step, and so do their gradients. `LOSSES` maps each `kind:` to its function.
+Each loss is a function of a RoutingPlan and returns this rank's SHARE: the shares of all ranks sum to the loss of the
+whole micro-step, and so do their gradients. `LOSSES` maps each `kind:` to its function.
 """
 
 from collections.abc import Callable
@@ -55,11 +55,11 @@ LossConfig = Annotated[BalanceLossConfig | ZLossConfig, Field(discriminator="kin
 
 @dataclass(frozen=True)
 class MicroStepCounts:
-    """What the losses know of the micro-step: counts over the tokens of each scope, never fetched to the host.
+    """Holds the counts of one micro-step that losses use. They stay on the device, so the host does not wait.
 
-    counts: by scope, int64 (blocks, 2 E + 1): choices of each expert, first choices of each expert, tokens; padding
-    does not count. `global` is one block, `rank` one for this rank, `sequence` one for each of its sequences, whole.
-    num_blocks: by scope, of all ranks together.
+    counts: by scope, int64 (blocks, 2 E + 1): the choices of each expert, its first choices, and the number of tokens;
+    padding is not counted. `global` has one block, `rank` one for this rank, `sequence` one for each sequence of which
+    this rank has tokens, counted over all its ranks. num_blocks: by scope, the number of blocks of all ranks together.
     """
 
     counts: dict[str, Tensor]
@@ -69,7 +69,9 @@ class MicroStepCounts:
 def count_documents(plan: RoutingPlan, batch: TokenBatch) -> Tensor:
     """Counts choices, first choices and tokens of this rank's part of each sequence or document: (B, 2 E + 1), in the
     order of MicroStepCounts."""
-    num_rows, num_experts, document_T = batch.num_sequences, plan.num_experts, batch.sequence_T
+    num_rows = batch.num_sequences
+    num_experts = plan.num_experts
+    document_T = batch.sequence_T
     if batch.document_T is not None:
         num_rows, document_T = batch.num_documents, batch.document_T
 
@@ -85,15 +87,17 @@ def count_documents(plan: RoutingPlan, batch: TokenBatch) -> Tensor:
 
 
 def count_micro_step(configs: list[LossConfig], plan: RoutingPlan, batch: TokenBatch) -> MicroStepCounts:
-    """One all-reduce of 2 E + 2 numbers over the ranks of the micro-step. For a loss of scope `sequence`, where
-    sequences are divided over ranks, before it one of 2 E + 1 numbers a sequence over those. Unconditional: a rank
-    without tokens takes part."""
+    """Counts choices and tokens of each scope, by one all-reduce of 2 E + 2 numbers over the ranks of the micro-step.
+
+    If sequences are divided over ranks and a loss has scope `sequence`, another all-reduce comes before it: 2 E + 1
+    numbers for each sequence, over the ranks that share it. Every rank calls this, also one without tokens.
+    """
     mine = count_documents(plan, batch)
     is_divided = group_size(batch.sequence_group) > 1
     needs_sequences = any(isinstance(config, BalanceLossConfig) and config.scope == "sequence" for config in configs)
     whole = all_reduce_sum(mine, batch.sequence_group) if is_divided and needs_sequences else mine
-    num_sequences = (whole[:, -1] > 0).sum()  # a sequence of padding alone is none
-    if group_rank(batch.sequence_group) > 0:  # and one that is divided over ranks is counted by the first of them
+    num_sequences = (whole[:, -1] > 0).sum()  # sequences of padding alone are not counted
+    if group_rank(batch.sequence_group) > 0:  # a sequence that is divided over ranks is counted by the first of them
         num_sequences = num_sequences * 0
     of_rank = mine.sum(0)
     total = all_reduce_sum(torch.cat([of_rank, num_sequences[None]]), batch.group)
@@ -106,9 +110,12 @@ def count_micro_step(configs: list[LossConfig], plan: RoutingPlan, batch: TokenB
 def fractions_and_probabilities(
     config: BalanceLossConfig, plan: RoutingPlan, batch: TokenBatch, step: MicroStepCounts
 ) -> tuple[Tensor, Tensor]:
-    """f and P of each block of tokens, (blocks, E): the sum of E * f * P over all ranks is the loss. f carries no
-    gradient and is the block's; P is this rank's part of it, so that the gradient of a share is a part of the
-    whole's."""
+    """Returns f and P of each block of tokens, (blocks, E) each; the sum of E * f * P over blocks and ranks is the
+    loss.
+
+    f is that of the whole block and has no gradient. P is this rank's part of the block's, divided by the number of
+    blocks, so the gradients of the ranks sum to that of the loss.
+    """
     num_experts, num_choices = plan.num_experts, plan.expert_ids_TK.shape[1]
     choices_bE, first_bE, tokens_b1 = step.counts[config.scope].split([num_experts, num_experts, 1], dim=1)
     counted_bE, num_counted = (first_bE, 1) if config.choices == "first" else (choices_bE, num_choices)
@@ -126,13 +133,13 @@ def fractions_and_probabilities(
 
 
 def balance_loss(config: BalanceLossConfig, plan: RoutingPlan, batch: TokenBatch, step: MicroStepCounts) -> Tensor:
-    """This rank's share, a scalar in router dtype."""
+    """Returns this rank's share of the balance loss, a scalar in router dtype."""
     fraction_bE, probability_bE = fractions_and_probabilities(config, plan, batch, step)
     return plan.num_experts * (fraction_bE * probability_bE).sum()
 
 
 def z_loss(config: ZLossConfig, plan: RoutingPlan, batch: TokenBatch, step: MicroStepCounts) -> Tensor:
-    """This rank's share, a scalar in router dtype."""
+    """Returns this rank's share of the router z-loss, a scalar in router dtype."""
     squares_T = plan.logits_TE.logsumexp(-1).square()
     if batch.real_T is not None:
         squares_T = squares_T * batch.real_T
@@ -145,8 +152,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {"balance": balance_loss, "z_loss": z
 def router_losses(
     configs: list[LossConfig], plan: RoutingPlan, batch: TokenBatch
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
-    """Each configured loss's share before its coefficient, by name; and f and P of those that are pooled over
-    layers."""
+    """Returns this rank's share of each loss, before its coefficient, by name; and f and P of each loss that is pooled
+    over layers, by name."""
     if not configs:
         return {}, {}
     step = count_micro_step(configs, plan, batch)
@@ -156,8 +163,11 @@ def router_losses(
 
 
 def pool_layers(pooled: dict[int, dict[str, tuple[Tensor, Tensor]]]) -> dict[int, dict[str, Tensor]]:
-    """Each layer's part of the pooled losses, before coefficients: E * sum of (mean over layers of f) * P / layers. The
-    sum over layers is E * mean f * mean P, transformers' load_balancing_loss_func. pooled: by layer and loss."""
+    """Returns the part of each layer in the pooled losses, before coefficients, by layer and loss; see `pooled_part`.
+
+    pooled: f and P, by layer and loss. The parts of all layers sum to E * sum over experts of (mean f) * (mean P),
+    which is load_balancing_loss_func of transformers.
+    """
     parts: dict[int, dict[str, Tensor]] = {layer: {} for layer in pooled}
     for name in next(iter(pooled.values()), {}):
         fraction_bE = torch.stack([terms[name][0] for terms in pooled.values()]).sum(0)
@@ -167,13 +177,16 @@ def pool_layers(pooled: dict[int, dict[str, tuple[Tensor, Tensor]]]) -> dict[int
 
 
 def pooled_part(fraction_bE: Tensor, probability_bE: Tensor, num_layers: int) -> Tensor:
-    """E * sum of (mean over layers of f) * P / layers. fraction_bE: f, summed over all layers. probability_bE: P of one
-    layer for its part; summed over all layers for the whole loss."""
+    """Computes E * sum over blocks and experts of (f / layers) * (P / layers).
+
+    fraction_bE: f, summed over all layers. probability_bE: P of one layer, for its part of the loss, or P summed over
+    all layers, for the whole loss.
+    """
     return fraction_bE.shape[1] * (fraction_bE / num_layers * probability_bE).sum() / num_layers
 
 
 def loss_name(config: LossConfig) -> str:
-    """Two losses of one kind are told apart by their settings."""
+    """Returns the name of a loss in metrics; losses of one kind differ in their settings, which the name contains."""
     if not isinstance(config, BalanceLossConfig):
         return config.kind
     first, pooled = config.choices == "first", config.layers == "pooled"
@@ -182,9 +195,11 @@ def loss_name(config: LossConfig) -> str:
 
 @torch.no_grad()
 def update_balance_bias(balance_bias_E: Tensor, choices_E: Tensor, rate: float) -> None:
-    """b_e += rate * sign(mean load - load_e), in place, once a step. DeepSeek-V3 2024, section 2.1.2.
+    """Adds rate * sign(mean load - load_e) to the balance bias of each expert, in place. Call it once a step.
 
-    choices_E: every choice of the whole step, before drops, summed over micro-steps and data ranks.
+    choices_E: the choices of each expert in the whole step, before drops, summed over micro-steps and data ranks.
+    Source: DeepSeek-V3 2024, section 2.1.2.
     """
+    # float64: exact for counts below 2^53, so that equal loads leave the bias as it is.
     load_E = choices_E.to(torch.float64)
     balance_bias_E += rate * (load_E.mean() - load_E).sign().to(balance_bias_E.dtype)

@@ -1,5 +1,7 @@
-"""Routers that draw lots in training: noisy top-k, and GShard's random second expert. Each lot is a function of named
-keys (nn/random.py)."""
+"""Implements the routers that use random numbers in training: noisy top-k, and GShard's random second expert.
+
+Each random number is a function of named keys (see nn/random.py), so every layout and every rerun draws the same.
+"""
 
 from dataclasses import replace
 from typing import Literal
@@ -10,7 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from expert_parallel.moe.context import TokenBatch, pass_seed
-from expert_parallel.moe.routers.base import LinearRouter, LinearSettings, Scores, score_logits, stable_topk
+from expert_parallel.moe.routers.base import LinearRouter, LinearSettings, Scores, score_logits
+from expert_parallel.moe.routers.topk import stable_topk
 from expert_parallel.moe.types import Outcome
 from expert_parallel.nn import random
 from expert_parallel.nn.random import Stream
@@ -33,7 +36,10 @@ class NoisyTopKConfig(LinearSettings):
 
 
 class NoisyTopKRouter(LinearRouter):
-    """H(x) = x W + noise; the k largest of H are chosen; scores = softmax(H). Shazeer et al. 2017, eq. 3-5."""
+    """Chooses the k largest of H(x) = x W + noise; the scores are softmax(H). Shazeer et al. 2017, eq. 3-5.
+
+    Gumbel noise changes the choice alone: the scores are then softmax(x W).
+    """
 
     Config = NoisyTopKConfig
     config: NoisyTopKConfig
@@ -44,7 +50,7 @@ class NoisyTopKRouter(LinearRouter):
 
     def score(self, x_TD: Tensor, batch: TokenBatch) -> Scores:
         logits_TE = self.logits(x_TD)
-        # Unconditional, so that W_noise has a gradient (of zeros, in evaluation) in every pass.
+        # Computed in evaluation too, so that W_noise has a gradient in every pass (of zeros, in evaluation).
         spread_TE = None if self.noise_weight is None else F.softplus(F.linear(x_TD, self.noise_weight.to(x_TD.dtype)))
         if not self.training:
             return score_logits(logits_TE if spread_TE is None else logits_TE + 0 * spread_TE, "softmax")
@@ -74,6 +80,9 @@ class GShardConfig(LinearSettings):
 
 
 class GShardRouter(LinearRouter):
+    """Chooses the best expert of each token, and a second one at random. A second choice that is not drawn is
+    NOT_ROUTED. Source: Lepikhin et al. 2020, algorithm 1."""
+
     Config = GShardConfig
     config: GShardConfig
 

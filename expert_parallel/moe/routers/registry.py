@@ -1,4 +1,6 @@
-"""All routers, by `kind:`, and the settings that choose one. A router of your own is registered by one line.
+"""Maps each `kind:` to its router, and defines the settings that choose one.
+
+One line registers a router of your own:
 
 ROUTERS["mine"] = MyRouter                                    # in Python, before the config is read
 
@@ -44,7 +46,7 @@ class RegisteredRouterConfig(RouterSettings):
 
     model_config = ConfigDict(extra="allow")
 
-    kind: str = Field(json_schema_extra={"not": {"enum": list(_OURS)}})  # for editors: else it would allow any key
+    kind: str = Field(json_schema_extra={"not": {"enum": list(_OURS)}})  # or editors would accept any key for our kinds
 
     @model_validator(mode="after")
     def _check(self) -> "RegisteredRouterConfig":
@@ -89,17 +91,18 @@ RouterConfig = Annotated[
 
 
 def router_settings(config: RouterSettings) -> RouterSettings:
-    """The settings in force: a registered router's own, with its defaults."""
+    """Returns the settings that the router gets: for a registered router those of its own class, with its defaults."""
     return config.resolve() if isinstance(config, RegisteredRouterConfig) else config
 
 
 def build_router(config: RouterSettings, d_model: int, num_experts: int) -> Router:
+    """Builds the router of these settings, with uninitialised weights."""
     return ROUTERS[config.kind](router_settings(config), d_model, num_experts)
 
 
 def router_params(config: RouterSettings, d_model: int, num_experts: int) -> int:
-    """Counts the parameters of a router. It is built on the meta device for that, without memory: what a registered
-    router holds, its settings do not say."""
+    """Counts the parameters of a router by building it on the meta device, which takes no memory: the settings of a
+    registered router do not tell its parameters."""
     with torch.device("meta"):
         router = build_router(config, d_model, num_experts)
     return sum(parameter.numel() for parameter in router.parameters())

@@ -1,6 +1,9 @@
-"""The row kernels on the CPU: torch's own operations that write where they are told, in blocks of rows that stay in the
-caches. torch_ops.py says what each computes; `row_dots`, `weigh_` and `activation_grad`,
-which are here alone, are the parts of its backward pass."""
+"""Implements the row kernels on the CPU by torch operations that write into given memory, on blocks of rows that fit
+the caches.
+
+torch_ops.py defines what each function computes. `row_dots` and `activation_grad`, which only this file has, are parts
+of `activate_backward`.
+"""
 
 from collections.abc import Iterator
 
@@ -12,11 +15,12 @@ from expert_parallel.moe.dispatch.permute import NO_ROW, sum_rows
 from expert_parallel.moe.experts.kernels import torch_ops
 
 aten = torch.ops.aten
-BLOCK_ELEMENTS = 2**18  # a block of the three or four matrices that one step touches fits a core's second-level cache
+BLOCK_ELEMENTS = 2**18  # so that the three or four blocks that one step touches fit a core's second-level cache
 
 
 def gather(x_LD: Tensor, row_R: Tensor) -> Tensor:
-    absent_N = (row_R == NO_ROW).nonzero().squeeze(1)
+    """Gathers rows as torch_ops.gather does."""
+    absent_N = (row_R == NO_ROW).nonzero().squeeze(1)  # on the CPU: nothing to wait for
     if len(absent_N) == 0:
         return x_LD.index_select(0, row_R)
     if len(x_LD) == 0:
@@ -25,23 +29,28 @@ def gather(x_LD: Tensor, row_R: Tensor) -> Tensor:
 
 
 def weigh_(x_RD: Tensor, weights_R: Tensor) -> Tensor:
+    """Multiplies each row by its weight in place, in the wider of both dtypes; rounds once."""
     return _weighed(x_RD, weights_R, x_RD)
 
 
 def row_dots(x_RD: Tensor, y_RD: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scalar product of each row of x with that of y, (R). Products are rounded to x's dtype."""
+    """Returns the scalar product of each row of x with the same row of y, (R) in `dtype`.
+
+    Products are rounded to x's dtype before they are summed in `dtype`.
+    """
     return torch.cat([(x * y).sum(1, dtype=dtype) for x, y in _blocks(x_RD, y_RD)])
 
 
 def combine(y_RD: Tensor, rows_VK: Tensor, weights_R: Tensor | None = None) -> Tensor:
-    """Weighted rows are rounded to y_RD's dtype before they are added: what is added up is then the same, bit for bit,
-    whichever rank adds it."""
+    """Computes torch_ops.combine, but rounds weighted rows to y's dtype before they are summed, as rows are that come
+    from other ranks: so the summands have the same bits on every layout."""
     if weights_R is not None:
         y_RD = _weighed(y_RD, weights_R, torch.empty_like(y_RD))
     return sum_rows(y_RD, rows_VK)
 
 
 def activate(h_RF2: Tensor, activation: str, weights_R: Tensor | None = None) -> Tensor:
+    """Computes torch_ops.activate, with intermediate results in h's dtype."""
     if activation in ("swiglu", "geglu"):
         gate_RF, up_RF = h_RF2.chunk(2, 1)
         a_RF = (F.silu(gate_RF) if activation == "swiglu" else F.gelu(gate_RF)).mul_(up_RF)
@@ -53,14 +62,15 @@ def activate(h_RF2: Tensor, activation: str, weights_R: Tensor | None = None) ->
 
 
 def activate_backward(h_RF2: Tensor, g_RF: Tensor, weights_R: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """g_RF is overwritten."""
+    """Computes torch_ops.activate_backward. Overwrites g_RF."""
     a_RF = activate(h_RF2, activation)
     dot_R = row_dots(g_RF, a_RF, weights_R.dtype)
     return weigh_(a_RF, weights_R), activation_grad(h_RF2, weigh_(g_RF, weights_R), activation), dot_R
 
 
 def activation_grad(h_RF2: Tensor, g_RF: Tensor, activation: str) -> Tensor:
-    """The gradient of h, where g_RF is that of the activation. g_RF is overwritten: without a gate, with it."""
+    """Returns the gradient of h. g_RF: the gradient of the activation; overwritten, by the result if there is no
+    gate."""
     if activation == "gelu":
         return aten.gelu_backward.grad_input(g_RF, h_RF2, grad_input=g_RF)
     if activation == "relu":
@@ -77,16 +87,17 @@ def activation_grad(h_RF2: Tensor, g_RF: Tensor, activation: str) -> Tensor:
 
 
 def _weighed(x_RD: Tensor, weights_R: Tensor, out_RD: Tensor) -> Tensor:
-    """Each row times its weight, rounded once to x's dtype, in out_RD."""
+    """Writes each row times its weight to out_RD, rounded once to x's dtype, and returns out_RD."""
     if x_RD.dtype == weights_R.dtype:
         return torch.mul(x_RD, weights_R[:, None], out=out_RD)
     wide = torch.promote_types(x_RD.dtype, weights_R.dtype)
-    for x, weights_R1, out in _blocks(x_RD, weights_R[:, None], out_RD):  # mul would make all of x wide at once
+    # In blocks, since torch.mul would convert all of x at once.
+    for x, weights_R1, out in _blocks(x_RD, weights_R[:, None], out_RD):
         out.copy_(x.to(wide, copy=True).mul_(weights_R1))
     return out_RD
 
 
 def _blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of each, so few that they stay in the caches."""
+    """Yields successive blocks of the same rows of all matrices, small enough for the caches."""
     rows = max(1, BLOCK_ELEMENTS // max(1, matrices[0].shape[1]))
     return zip(*(matrix.split(rows) for matrix in matrices), strict=True)

@@ -1,8 +1,8 @@
-"""What the kernels compute, in plain torch: the fallback on any device, and what triton_ops.py is tested against.
+"""Defines in plain torch what the row kernels compute: the fallback on any device, and the reference for triton_ops.py.
 
-The functions know no autograd, and are pure, but for those whose names end in an underscore. Values are float32,
+The functions have no gradients, and no side effects except those whose names end in an underscore. Values are float32,
 bfloat16, float16 or float64; they are computed in promote_types(float32, dtype), called wide here, and rounded once.
-Row numbers are int64; NO_ROW names no row.
+Row indices are int64; NO_ROW stands for no row.
 """
 
 import math
@@ -16,12 +16,12 @@ from expert_parallel.nn.ffn import ACTIVATIONS
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What values of `dtype` are computed in; the router's dtype as well."""
+    """Returns the dtype in which values of `dtype` are computed; it is the router dtype too."""
     return torch.promote_types(torch.float32, dtype)
 
 
 def gather(x_LD: Tensor, row_R: Tensor) -> Tensor:
-    """x_LD[row_R], zeros where row_R is NO_ROW."""
+    """Returns x_LD[row_R], with zeros where row_R is NO_ROW; (R, D) in x's dtype."""
     if x_LD.shape[0] == 0:
         return x_LD.new_zeros(len(row_R), x_LD.shape[1])
     return x_LD[row_R.clamp(min=0)].masked_fill_((row_R == NO_ROW)[:, None], 0)
@@ -33,8 +33,10 @@ def weigh_(x_RD: Tensor, weights_R: Tensor) -> Tensor:
 
 
 def activate(h_RF2: Tensor, activation: str, weights_R: Tensor | None = None) -> Tensor:
-    """a_RF, the activation of h, times each row's weight if given. h_RF2: (R, F), or (R, 2F) = [gate | up] for gated
-    kinds of ffn.ACTIVATIONS."""
+    """Returns a_RF: the activation of h, times the weight of each row if given, in h's dtype.
+
+    h_RF2: (R, F), or (R, 2F) = [gate | up] for gated kinds of ffn.ACTIVATIONS.
+    """
     a_RF = ACTIVATIONS[activation](h_RF2.to(wide_dtype(h_RF2.dtype)))
     if weights_R is not None:
         a_RF = a_RF * weights_R.to(a_RF.dtype)[:, None]
@@ -42,12 +44,12 @@ def activate(h_RF2: Tensor, activation: str, weights_R: Tensor | None = None) ->
 
 
 def activate_backward(h_RF2: Tensor, g_RF: Tensor, weights_R: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(a_RF, dh_RF2, dot_R) where y_r = weight_r * (activation(h_r) W), and g_RF is the gradient of the activation for
-    weights of 1: the activation computed again and the gradient of h, both times the weight, and sum over F of
-    g * activation.
+    """Computes the backward pass of y_r = weight_r * (activation(h_r) W), and the activation again.
 
-    dot_R: router dtype. It is the gradient of the weight, which so needs no y. Source: SonicMoE (Guo et al. 2025). What
-    is summed is not rounded to h's dtype before.
+    g_RF: the gradient of activation(h) as if all weights were 1. Returns (a_RF, dh_RF2, dot_R): the activation and the
+    gradient of h, both times the weight, in h's dtype; and the sum over F of g * activation, in router dtype. The
+    latter is the gradient of the weight, which therefore needs no y (SonicMoE, Guo et al. 2025). Its summands are not
+    rounded to h's dtype.
     """
     h, g = h_RF2.to(wide_dtype(h_RF2.dtype)), g_RF.to(wide_dtype(h_RF2.dtype))
     if activation == "relu":
@@ -63,10 +65,9 @@ def activate_backward(h_RF2: Tensor, g_RF: Tensor, weights_R: Tensor, activation
 
 
 def combine(y_RD: Tensor, rows_VK: Tensor, weights_R: Tensor | None = None) -> Tensor:
-    """y_VD: y_V = sum over k, in the order of k, of weights_R[r] * y_RD[r] with r = rows_VK[v, k]; without weights, of
-    rows.
+    """Returns y_VD: for each v, the sum over k of weights_R[r] * y_RD[r] with r = rows_VK[v, k], in the order of k.
 
-    NO_ROW adds nothing. Returns (V, D) in y_RD's dtype.
+    NO_ROW adds nothing. Without weights, rows are summed as they are. The result has y_RD's dtype.
     """
     num_rows, num_choices = rows_VK.shape
     wide = wide_dtype(y_RD.dtype)
@@ -83,7 +84,7 @@ def combine(y_RD: Tensor, rows_VK: Tensor, weights_R: Tensor | None = None) -> T
 
 
 def _gated(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(value, its derivative by gate, its derivative by up)."""
+    """Returns the value of a gated activation, its derivative by gate, and its derivative by up."""
     if activation == "swiglu":
         sigmoid = torch.sigmoid(gate)
         silu = gate * sigmoid
@@ -100,5 +101,6 @@ def _gated(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor, T
 
 
 def _gelu_slope(x: Tensor) -> Tensor:
+    """Returns the derivative of the exact GELU, x * Phi(x)."""
     normal = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
     return normal + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)

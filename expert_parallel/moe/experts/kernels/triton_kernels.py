@@ -1,9 +1,9 @@
-"""The Triton kernels: a program computes a tile of rows and columns, reads what it needs once and writes it once.
+"""Implements the row kernels in Triton: each program computes a tile of rows and columns in one pass over memory.
 
-No atomics: each value is written by one program and each sum has one order, so a rerun gives the same bits. Arguments
-named like tensors are pointers to contiguous ones. Row numbers are int64 before they are multiplied, since row * D
-passes 2^31. WIDE is the dtype of the arithmetic. num_rows changes every step, so no kernel is compiled for a kind of
-number. torch_ops.py says what is computed.
+torch_ops.py defines what is computed. There are no atomics: each value is written by one program and each sum has one
+order, so a rerun gives the same bits. Arguments with names of tensors are pointers to contiguous ones. Row indices are
+converted to int64 before they are multiplied, since row * D can exceed 2^31. WIDE is the dtype of the arithmetic.
+num_rows changes every step, so kernels are not specialized for its value.
 """
 
 import triton
@@ -12,6 +12,7 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["num_rows"])
 def gather(x_LD, row_R, out_RD, num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Gathers rows as torch_ops.gather does."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     row = tl.load(row_R + r, mask=r < num_rows, other=-1).to(tl.int64)
@@ -21,8 +22,11 @@ def gather(x_LD, row_R, out_RD, num_rows, num_columns, BLOCK_R: tl.constexpr, BL
 
 @triton.jit
 def activation_and_slopes(gate, up, KIND: tl.constexpr):
-    """(value, its derivative by gate, its derivative by up). Kinds without a gate take `gate` alone. What a caller
-    leaves unused is not computed. Comparisons, not minima: they keep a NaN, as torch does."""
+    """Returns the value of an activation, its derivative by gate, and its derivative by up.
+
+    Kinds without a gate use `gate` alone. The compiler removes what a caller does not use. Clamps are comparisons, not
+    minima, since these keep a NaN, as torch does.
+    """
     slope_up = gate
     if KIND == "relu":
         value = tl.where(gate <= 0, 0.0, gate)
@@ -69,6 +73,7 @@ def activate(
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
+    """Computes torch_ops.activate."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     inside = (r < num_rows) & (f < hidden)
@@ -99,7 +104,7 @@ def activate_backward(
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """A program has all columns of its rows, so that the sums over F need no other program."""
+    """Computes torch_ops.activate_backward. A program has all columns of its rows, so that it can sum over F alone."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     weight = tl.load(weights_R + r, mask=r < num_rows, other=0.0).to(WIDE)[:, None]
     dots = tl.zeros((BLOCK_R, BLOCK_F), WIDE)
@@ -135,10 +140,11 @@ def combine(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Computes torch_ops.combine."""
     v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)[:, None]
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     total = tl.zeros((BLOCK_V, BLOCK_D), WIDE)
-    for k in tl.range(K, loop_unroll_factor=4):  # the rows of four choices are on their way at once
+    for k in tl.range(K, loop_unroll_factor=4):  # unrolled, so that the rows of four choices are loaded at once
         row = tl.load(rows_VK + v * K + k, mask=v < num_rows, other=-1).to(tl.int64)
         y = tl.load(y_RD + row * num_columns + d, mask=(row >= 0) & (d < num_columns), other=0.0).to(WIDE)
         if WEIGHTED:

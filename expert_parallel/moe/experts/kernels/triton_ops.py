@@ -1,7 +1,7 @@
-"""The functions of torch_ops.py, each one launch of a kernel in triton_kernels.py.
+"""Implements the functions of torch_ops.py on the GPU, each by one launch of a kernel in triton_kernels.py.
 
-What a launch needs are shapes of tensors, never values in them: nothing waits for the GPU, and a CUDA graph can hold
-all of it. Empty results launch nothing.
+A launch depends on the shapes of tensors, never on their values: the host does not wait for the GPU, and CUDA graphs
+can capture it. Empty results launch nothing.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +18,7 @@ from expert_parallel.nn.ffn import GATED, w_in_columns
 
 
 def gather(x_LD: Tensor, row_R: Tensor) -> Tensor:
-    """See torch_ops."""
+    """Gathers rows as torch_ops.gather does."""
     out_RD = x_LD.new_empty(len(row_R), x_LD.shape[1])
     if out_RD.numel():
         grid, tile = _cut(out_RD)
@@ -27,16 +27,16 @@ def gather(x_LD: Tensor, row_R: Tensor) -> Tensor:
     return out_RD
 
 
-weigh_ = torch_ops.weigh_  # one pass as it is
+weigh_ = torch_ops.weigh_  # it is one pass over memory already
 
 
 def activate(h_RF2: Tensor, activation: str, weights_R: Tensor | None = None) -> Tensor:
-    """See torch_ops."""
+    """Computes torch_ops.activate."""
     num_rows, hidden = h_RF2.shape[0], h_RF2.shape[1] // w_in_columns(activation, 1)
     a_RF = h_RF2.new_empty(num_rows, hidden)
     if a_RF.numel():
         grid, tile = _cut(a_RF)
-        weights = h_RF2 if weights_R is None else weights_R  # a pointer must be there, though nothing is read
+        weights = h_RF2 if weights_R is None else weights_R  # any pointer: without weights, the kernel does not read it
         tensors = (h_RF2.contiguous(), weights.contiguous(), a_RF)
         kind = (activation, activation in GATED, weights_R is not None, _wide(h_RF2))
         with _on(h_RF2):
@@ -45,13 +45,13 @@ def activate(h_RF2: Tensor, activation: str, weights_R: Tensor | None = None) ->
 
 
 def activate_backward(h_RF2: Tensor, g_RF: Tensor, weights_R: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """See torch_ops. g_RF is overwritten, with a_RF."""
-    a_RF = g_RF.contiguous()  # each value of g is read before one of a takes its place
+    """Computes torch_ops.activate_backward. Overwrites g_RF with a_RF."""
+    a_RF = g_RF.contiguous()  # safe: a program reads each value of g before it writes a in its place
     dh_RF2 = h_RF2.new_empty(h_RF2.shape)
     if a_RF.numel() == 0:
         return a_RF, dh_RF2, h_RF2.new_zeros(len(g_RF), dtype=wide_dtype(h_RF2.dtype))
     dot_R = h_RF2.new_empty(len(g_RF), dtype=wide_dtype(h_RF2.dtype))
-    grid, tile = _cut(a_RF, TILE // 2)  # twice the values live as in a forward pass
+    grid, tile = _cut(a_RF, TILE // 2)  # half a tile, since about twice as many values are live as in a forward pass
     kind = (activation, activation in GATED, _wide(h_RF2))
     tensors = (h_RF2.contiguous(), a_RF, weights_R.contiguous(), a_RF, dh_RF2, dot_R)
     with _on(h_RF2):
@@ -60,11 +60,11 @@ def activate_backward(h_RF2: Tensor, g_RF: Tensor, weights_R: Tensor, activation
 
 
 def combine(y_RD: Tensor, rows_VK: Tensor, weights_R: Tensor | None = None) -> Tensor:
-    """See torch_ops."""
+    """Computes torch_ops.combine."""
     y_VD = y_RD.new_empty(len(rows_VK), y_RD.shape[1])
     if y_VD.numel():
         grid, tile = _cut(y_VD)
-        weights = rows_VK if weights_R is None else weights_R  # a pointer must be there, though nothing is read
+        weights = rows_VK if weights_R is None else weights_R  # any pointer, as in `activate`
         inputs = (y_RD.contiguous(), rows_VK.contiguous(), weights.contiguous())
         kind = (rows_VK.shape[1], weights_R is not None, _wide(y_RD))
         with _on(y_RD):
@@ -72,13 +72,14 @@ def combine(y_RD: Tensor, rows_VK: Tensor, weights_R: Tensor | None = None) -> T
     return y_VD
 
 
-TILE = 4096  # values of a program
+TILE = 4096  # the number of values that a program computes
 
 
 def _cut(out: Tensor, values: int = TILE) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(grid, tile): programs and values of each, both (by rows, by columns). Columns first: they lie side by side.
+    """Divides a matrix into tiles. Returns (grid, tile), both as (rows, columns): the number of tiles, and their sizes.
 
-    The tile depends on the columns alone, since each new tile is compiled and the number of rows changes every step.
+    A tile is as wide as possible, since a row is contiguous in memory. Its size depends on the number of columns alone:
+    each new size is compiled, and the number of rows changes every step.
     """
     num_rows, num_columns = out.shape
     columns = min(1024, max(16, triton.next_power_of_2(num_columns)))
@@ -87,9 +88,10 @@ def _cut(out: Tensor, values: int = TILE) -> tuple[tuple[int, int], tuple[int, i
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Returns a context with x's device as the current one, on which Triton launches."""
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
 
 
 def _wide(x: Tensor) -> tl.dtype:
+    """Returns Triton's name of `wide_dtype`."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32
