@@ -106,7 +106,7 @@ class MoELayer(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "MoELayer":
         """Copies the weights and shares the process groups, which cannot be copied."""
         groups = (self.ep_group, self.data_group, self.sequence_group, self.etp_group)
-        memo |= {id(ep_group): ep_group for ep_group in groups}
+        memo |= {id(group): group for group in groups}
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         copied.__dict__ = copy.deepcopy(self.__dict__, memo)
