@@ -23,6 +23,12 @@ LONG_FILES = (
     "test_kernels",
     "test_interop",
     "test_old_files",
+    "test_checkpoint_save",
+    "test_scope",
+    "test_logging",
+    "test_expert_tensor",
+    "test_overlap",
+    "test_interop_layouts",
 )
 BEGAN = pytest.StashKey[float]()
 
