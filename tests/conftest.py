@@ -1,5 +1,8 @@
 """Options of all tests. Hypothesis measures no times: shared machines can be slow."""
 
+import os
+import shutil
+import tempfile
 import time
 
 import pytest
@@ -42,6 +45,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[BEGAN] = time.monotonic()
+    if not hasattr(config, "workerinput"):  # the workers of pytest-xdist inherit it
+        os.environ["EP_TESTS_SHARED_FOLDER"] = tempfile.mkdtemp(prefix="expert-parallel-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["EP_TESTS_SHARED_FOLDER"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

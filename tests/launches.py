@@ -2,13 +2,14 @@
 
 result = start("torchrun", "train", config)      # returncode and output of all ranks together
 folder = run_folder("torchrun")                  # of a run of 2 steps; made once, then shared: copy before changing
+output = run_output("torchrun")                  # what it printed, with --log-level info
 """
 
+import fcntl
 import os
 import socket
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -90,19 +91,28 @@ def start(launcher: str, *arguments: str | Path) -> Finished:
     return Finished(process.returncode, output)
 
 
-@cache
 def run_folder(launcher: str) -> Path:
-    folder = Path(_temporary().name, launcher)
-    folder.mkdir()
-    result = start(launcher, "train", small_config(folder))
-    assert result.returncode == 0, result.output
-    assert result.output.count("done: 2 steps") == 1, f"one rank speaks, and it comes to the end:\n{result.output}"
-    return folder / "run"
+    return _finished_run(launcher) / "run"
+
+
+def run_output(launcher: str) -> str:
+    return (_finished_run(launcher) / "output.txt").read_text()
 
 
 @cache
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory()  # removed when Python ends
+def _finished_run(launcher: str) -> Path:
+    """The workers of pytest-xdist share one run of each launcher: the first that needs it makes it."""
+    folder = Path(os.environ["EP_TESTS_SHARED_FOLDER"]) / launcher  # set by conftest.py
+    folder.mkdir(parents=True, exist_ok=True)
+    done = folder / "output.txt"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            result = start(launcher, "train", small_config(folder), "--log-level", "info")
+            assert result.returncode == 0, result.output
+            assert result.output.count("done: 2 steps") == 1, f"one rank speaks, to the end:\n{result.output}"
+            done.write_text(result.output)
+    return folder
 
 
 def environment() -> dict[str, str]:

@@ -181,7 +181,7 @@ def test_a_sequence_ends_with_its_end_token() -> None:
 
 
 def shares(logits: Tensor, sampling: Sampling) -> list[float]:
-    drawn = torch.stack([draw(logits, sampling, 1, index) for index in range(4000)])
+    drawn = torch.stack([draw(logits, sampling, 1, index) for index in range(2000)])
     return [float(share) for share in torch.bincount(drawn, minlength=len(logits)) / len(drawn)]
 
 
@@ -189,13 +189,13 @@ def test_draws_by_hand() -> None:
     """Probabilities 0.1, 0.2, 0.3, 0.4; kept and renormalised as top_k and top_p say."""
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log()
     assert int(draw(logits, Sampling(), 0, 0)) == 3
-    assert shares(logits, Sampling(temperature=1.0)) == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.03)
-    assert shares(logits, Sampling(temperature=1.0, top_k=2)) == pytest.approx([0, 0, 3 / 7, 4 / 7], abs=0.03)
-    assert shares(logits, Sampling(temperature=1.0, top_p=0.69)) == pytest.approx([0, 0, 3 / 7, 4 / 7], abs=0.03)
-    assert shares(logits, Sampling(temperature=1.0, top_p=0.71)) == pytest.approx([0, 2 / 9, 3 / 9, 4 / 9], abs=0.03)
+    assert shares(logits, Sampling(temperature=1.0)) == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.04)
+    assert shares(logits, Sampling(temperature=1.0, top_k=2)) == pytest.approx([0, 0, 3 / 7, 4 / 7], abs=0.04)
+    assert shares(logits, Sampling(temperature=1.0, top_p=0.69)) == pytest.approx([0, 0, 3 / 7, 4 / 7], abs=0.04)
+    assert shares(logits, Sampling(temperature=1.0, top_p=0.71)) == pytest.approx([0, 2 / 9, 3 / 9, 4 / 9], abs=0.04)
     assert shares(logits, Sampling(temperature=1.0, top_p=1e-9)) == [0, 0, 0, 1]
     squares = [share / 0.30 for share in (0.01, 0.04, 0.09, 0.16)]
-    assert shares(logits, Sampling(temperature=0.5)) == pytest.approx(squares, abs=0.03)
+    assert shares(logits, Sampling(temperature=0.5)) == pytest.approx(squares, abs=0.04)
 
 
 def test_draws_are_those_of_transformers() -> None:
@@ -206,7 +206,7 @@ def test_draws_are_those_of_transformers() -> None:
     warped = TopPLogitsWarper(0.7)(None, TopKLogitsWarper(20)(None, logits[None] / 0.8))[0].softmax(0)  # type: ignore[arg-type]
     seen = shares(logits, Sampling(temperature=0.8, top_k=20, top_p=0.7))
     assert {i for i, share in enumerate(seen) if share} <= set(warped.nonzero().flatten().tolist())
-    assert seen == pytest.approx(warped.tolist(), abs=0.03)
+    assert seen == pytest.approx(warped.tolist(), abs=0.04)
 
 
 @pytest.mark.parametrize(

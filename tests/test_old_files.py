@@ -142,6 +142,7 @@ def test_an_exported_model_computes_what_it_computed(old: Path, tmp_path: Path) 
 # The quickstart's first losses, on 2 ranks of one thread
 
 
+@pytest.mark.full
 def test_the_quickstart_begins_as_it_did(old: Path, tmp_path: Path) -> None:
     """As it is, in float32. Steps 1 to 14 are the same to the last digits; by then rounding, which differs between
     processors, has moved a token to another expert, and it grows: without AVX2 step 20 came to 2.7063, with it to

@@ -384,7 +384,7 @@ def test_the_picture(tmp_path: Path) -> None:
 def test_a_study_that_is_stopped_goes_on_and_ends(tmp_path: Path, corpus: str) -> None:
     folder = tmp_path / "study"
     path = tmp_path / "study.json"  # which is YAML, too
-    overrides = [*TINY, corpus, f"folder={folder}", "learning_rates=[0.003]", "trial_steps=6"]
+    overrides = [*TINY, corpus, f"folder={folder}", "learning_rates=[0.003]", "trial_steps=6", "seeds=[0]"]
     path.write_text(json.dumps(load_tree(CONFIG, [*overrides, "variants.switch.claim=stopped once"])))
     command = [sys.executable, "-m", "expert_parallel", "study", str(path)]
 
@@ -402,11 +402,10 @@ def test_a_study_that_is_stopped_goes_on_and_ends(tmp_path: Path, corpus: str) -
     second = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert second.returncode == 0, second.stderr
     result = StudyResult.model_validate_json((folder / "results.json").read_text())
-    assert [len(one.curves) for one in result.variants] == [2, 2]
+    assert [len(one.curves) for one in result.variants] == [1, 1]
     assert all(curve.steps == [0, 2, 4, 6] for one in result.variants for curve in one.curves)
     assert result.variant("switch").reached
     assert "stopped once" in (folder / "table.md").read_text()
-    assert "time left" in second.stdout
     assert (folder / "loss.png").exists()
     assert len(json.loads((folder / "sittings.json").read_text())) == 2
     losses = [json.loads(line)["step"] for line in next(folder.glob("dense/*/seed_0/metrics.jsonl")).open()]

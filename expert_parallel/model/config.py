@@ -19,7 +19,8 @@ from expert_parallel.settings import Settings
 Recompute = Literal["none", "moe", "block"]
 
 
-# kind -> module, made of (its settings, d_model, rotary positions or None), called with (x (B, S, D), AttentionContext).
+# kind -> module, made of (its settings, d_model, rotary positions or None), called with (x (B, S, D),
+# AttentionContext).
 ATTENTION: dict[str, type[Attention] | type[LatentAttention]] = {"heads": Attention, "latent": LatentAttention}
 
 
