@@ -707,6 +707,8 @@ def test_allowances_by_hand() -> None:
     assert send_quotas(torch.tensor([[9, 1], [5, 5]]), 1.0).tolist() == [[7, 1], [3, 5]]
     assert send_quotas(torch.tensor([[9, 1], [5, 5]]), 1.25).tolist() == [[9, 1], [4, 5]]  # 12 of 14
     assert send_quotas(torch.tensor([[9, 1], [5, 5]]), 1.4).tolist() == [[9, 1], [5, 5]]
+    # A source that wants nothing is given nothing of what is left over.
+    assert send_quotas(torch.tensor([[0, 0, 0], [8, 0, 0], [7, 0, 0]]), 1.0)[:, 0].tolist() == [0, 3, 2]
 
 
 def test_beyond_the_bound_first_choices_go_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -414,17 +414,18 @@ def test_every_token_is_carried_and_none_twice(routing: tuple[Tensor, Tensor, Te
         assert float(y_TD[t]) == len(set(ranks) if merge else ranks) * (1000.0 + t)
 
 
-def test_bfloat16_sums_are_taken_in_float32_and_rounded_once() -> None:
+@pytest.mark.parametrize("shape", [(1,), (1, 1)], ids=["embedding bag", "column by column, as on a GPU"])
+def test_bfloat16_sums_are_taken_in_float32_and_rounded_once(shape: tuple[int, ...]) -> None:
     """1 + 2^-9 + 2^-9 + 2^-9: a bfloat16 sum, rounded at each step, would stay 1."""
     tiny = 2.0**-9
-    x = torch.tensor([[1.0], [tiny], [tiny], [tiny]], dtype=torch.bfloat16)
+    x = torch.tensor([1.0, tiny, tiny, tiny], dtype=torch.bfloat16).view(4, *shape)
     result = gather_rows(x, ids([0, 1, 2, 3]), ids([0], [0], [0], [0]))
     assert result.dtype == torch.bfloat16
     assert float(result) == float(torch.tensor(1.0 + 3 * tiny).bfloat16()) > 1.0
     stepwise = x[0] + x[1] + x[2] + x[3]
     assert float(stepwise) == 1.0
 
-    y = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    y = torch.zeros(1, *shape, dtype=torch.bfloat16, requires_grad=True)
     gather_rows(y, ids([0], [0], [0], [0]), ids([0, 1, 2, 3])).backward(x)
     assert y.grad is not None
     assert float(y.grad) == float(result)
