@@ -31,6 +31,7 @@ from expert_parallel.moe.types import MoEOutput
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.training.config import DTYPES, TrainingConfig
 from expert_parallel.training.engines.native import NativeEngine
+from expert_parallel.training.grads import clip_gradients
 from expert_parallel.training.metrics import coefficient_of_variation, step_metrics
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.step import StepReport, evaluate, train_step
@@ -245,6 +246,15 @@ def test_lower_precision_stays_near(dtype: str, tolerance: float, data: str) -> 
     layout = {**LAYOUTS[3], "data": data, "dtype": dtype}
     for result in run_ranks(4, train, layout, 5):
         assert result["losses"][:5] == pytest.approx(expected, rel=tolerance)
+
+
+def test_a_norm_below_the_limit_scales_nothing() -> None:
+    layer = torch.nn.Linear(2, 1, bias=False)
+    layer.weight.grad = torch.tensor([[0.3, 0.4]])
+    clip_gradients(layer, torch.tensor(0.5, dtype=torch.float64), 1.0)
+    assert layer.weight.grad.tolist() == torch.tensor([[0.3, 0.4]]).tolist()
+    clip_gradients(layer, torch.tensor(0.5, dtype=torch.float64), 0.25)
+    assert layer.weight.grad.tolist() == torch.tensor([[0.15, 0.2]]).tolist()
 
 
 def test_loss_falls() -> None:

@@ -95,7 +95,7 @@ def test_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert expected, f"no output is shown of: {content}"
             assert_prints("".join(run(command, tmp_path) for command in content.splitlines()), expected)
             num_run += 1
-    assert num_run == 6
+    assert num_run == 7
 
 
 def test_the_router_is_short() -> None:

@@ -97,7 +97,10 @@ class MachineProfile(StrictModel):
 
 
 def read_machine(path: Path) -> MachineProfile:
-    """Reads a file of `bench machine`. Raises ValueError, with the path, where it is not one."""
+    """Reads the speeds of a machine from a file that `bench machine` wrote.
+
+    Raises a ValueError that names the path if the file cannot be read or is something else.
+    """
     try:
         return MachineProfile.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -44,10 +44,12 @@ class OverlapTask(Settings):
 
 
 class OverlapResult(BaseModel):
-    """Holds times of one layer, forward and backward.
+    """Holds the times of one layer's forward and backward pass.
 
-    exchange: rows out and back, with experts that do nothing. experts: this rank's alone. difference: the largest error
-    of an output or gradient in chunks, relative to the largest value at once."""
+    exchange: the all-to-alls alone, with experts that return their input. experts: the expert computation alone,
+    without an exchange. at_once, in_chunks: the whole layer, without and with overlap. difference: the largest error of
+    any output or gradient of the layer in chunks, relative to the largest value of the layer without chunks.
+    """
 
     kind: Literal["overlap"] = "overlap"
     facts: Environment

@@ -17,14 +17,17 @@ Tokens = Tensor | np.ndarray[Any, Any]  # 1-D integers, on the CPU or memory-map
 
 
 class Sampler(Protocol):
-    """Draws an endless sequence of samples, in which sample i is a function of (seed, i) and the data alone."""
+    """Draws an endless sequence of samples, each of S + 1 token ids: S inputs and, shifted by one, their targets.
+
+    Sample i is a function of (seed, i) and the data alone.
+    """
 
     @property
     def separator(self) -> int | None:
         """Returns the token that ends a document, or None if documents are joined."""
 
     def sequences(self, first: int, count: int) -> Tensor:
-        """Returns samples first .. first + count - 1 as int64, (count, S + 1)."""
+        """Returns the samples first to first + count - 1: token ids, int64, (count, S + 1)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -92,7 +92,10 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Copy:
-    """Copies a value between a key and a setting. keys: its names in config.json; only the first is written."""
+    """Copies a value unchanged between config.json and a setting.
+
+    keys: the names that reading accepts in config.json; writing uses the first. path: the setting's path in `model`.
+    """
 
     keys: tuple[str, ...] | str
     path: str

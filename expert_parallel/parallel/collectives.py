@@ -92,8 +92,8 @@ def sum_traffic(
 class Peers:
     """Describes a process group from one member's point of view.
 
-    ranks: the members' global ranks. links: the link class between each member and this rank. group None: this rank
-    alone.
+    ranks: the global ranks of the members. links: for each member, how it is connected to this rank ("own", "node" or
+    "network"). If group is None, this rank is the only member.
     """
 
     group: dist.ProcessGroup | None

@@ -15,8 +15,9 @@ SHUFFLES = 10
 class TopToken:
     """Holds a token that an expert receives more often than others do.
 
-    count: of the expert's computed choices. share: of all its choices. lift: share over the token's share of all
-    experts' choices."""
+    count: how often the expert computed the token. share: count divided by the number of all choices that the expert
+    computed. lift: that share divided by the token's share of the choices of all experts.
+    """
 
     token: int
     count: int
@@ -41,11 +42,13 @@ class Specialization:
 
 @dataclass(frozen=True)
 class ExpertStats:
-    """Holds the statistics of one block.
+    """Holds the statistics of the experts of one transformer block.
 
-    count: computed choices of each expert. first_count: tokens whose first expert it is. top_tokens: by expert.
-    class_share: (experts, classes), rows sum to 1, or 0 for an expert without choices. overall_class_share: of all
-    choices."""
+    count: number of choices that each expert computed. first_count: number of tokens that rank each expert first.
+    top_tokens: the most typical tokens of each expert. class_share: (experts, character classes), the share of each
+    class in an expert's choices; a row sums to 1, or to 0 if the expert has none. overall_class_share: the same over
+    the choices of all experts.
+    """
 
     count: list[int]
     first_count: list[int]

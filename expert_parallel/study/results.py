@@ -159,9 +159,9 @@ def hardware() -> str:
 def format_study(result: StudyResult) -> str:
     """Formats a table in Markdown, and below it the conditions of the measurement."""
     lines = [
-        f"Held-out loss after {result.steps:,} steps of {result.tokens_of_step:,} tokens; and what "
-        f"`{result.reference}` needed over what the variant needed to come down, for good, to the loss that "
-        f"`{result.reference}` ended with: mean (smallest to largest) of {len(result.seeds)} seeds.",
+        f"Held-out loss after {result.steps:,} steps of {result.tokens_of_step:,} tokens; and the speed-up: steps, "
+        f"time and FLOPs of `{result.reference}` divided by those that the variant took to reach the final loss of "
+        f"`{result.reference}`, and to stay below it. Mean (smallest to largest) of {len(result.seeds)} seeds.",
         "",
         "| variant | parameters, for a token | FLOPs a token | learning rate | held-out loss | fewer steps | less time "
         "| fewer FLOPs |",

@@ -120,8 +120,10 @@ def outgoing_metadata(
 
 
 def pack_by_rank(parts: Sequence[Tensor], sizes: Sequence[SplitSizes]) -> Tensor:
-    """Joins the messages of all chunks, each ordered by destination, into one, ordered by destination, then by
-    chunk."""
+    """Merges the messages of all chunks into one that is ordered by destination rank, then by chunk.
+
+    parts: the message of each chunk, ordered by destination. sizes: the split sizes of each chunk.
+    """
     if len(parts) == 1:
         return parts[0]
     blocks_CP = [part.split(chunk.send) for part, chunk in zip(parts, sizes, strict=True)]
