@@ -60,7 +60,7 @@ def load_tree(path: Path, overrides: Sequence[str] = (), block: type[Settings] =
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     for override in overrides:
-        _override(tree, override, block)
+        apply_override(tree, override, block)
     return tree
 
 
@@ -87,8 +87,11 @@ def setting_paths(block: type[Settings], prefix: str = "") -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def _override(tree: dict[str, Any], override: str, block: type[Settings]) -> None:
-    """Sets one `dotted.key=value` in the tree, which has own names alone."""
+def apply_override(tree: dict[str, Any], override: str, block: type[Settings]) -> None:
+    """Sets one `dotted.key=value` in the tree, whose names are not aliases. block: the class that the tree is for.
+
+    Raises a ValueError if the override is malformed.
+    """
     blocks = [block]
     dotted, equals, text = override.partition("=")
     *parents, leaf = dotted.split(".")

@@ -15,8 +15,10 @@ from expert_parallel.cli.options import ConfigFile, LogLevel, Overrides, early_c
 from expert_parallel.cli.settings import settings
 from expert_parallel.cli.study import study
 from expert_parallel.cli.surgery import experts
+from expert_parallel.config import load_tree
+from expert_parallel.runtime.output import print_line
 from expert_parallel.runtime.process import UserError, distributed
-from expert_parallel.training.config import load_config
+from expert_parallel.training.config import Config, load_config, renamed_folder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,7 +57,8 @@ def expert_parallel(
 def train(config: ConfigFile, overrides: Overrides = None, log_level: LogLevel = "warning") -> None:
     """Train a model, or resume from the newest checkpoint in run.folder.
 
-    Runs on this process alone, or on every rank of a launcher. Exit code 75 if SIGUSR1 stopped it (0 under torchrun).
+    CONFIG may also be the folder of a run, which then continues in this folder. Runs on this process alone, or on every
+    rank of a launcher. Exit code 75 if SIGUSR1 stopped it (0 under torchrun).
     """
     from expert_parallel.training.loop import train as run
     from expert_parallel.training.resume import EXIT_CODE, stop_on_signal
@@ -65,9 +68,22 @@ def train(config: ConfigFile, overrides: Overrides = None, log_level: LogLevel =
         exit_on_user_error(log_level=log_level),
         distributed(*early_config(config, overrides or [])) as runtime,
     ):
-        is_done = run(runtime.run_on_all_ranks(lambda: load_config(config, overrides or [])), runtime, stop)
+        loaded = runtime.run_on_all_ranks(lambda: load_config(config, overrides or []))
+        if runtime.rank == 0:
+            print_run_folder(config, loaded)
+        is_done = run(loaded, runtime, stop)
     if not is_done and runtime.launch.launcher != "torchrun":  # torchrun treats any code but 0 as a failure
         raise typer.Exit(EXIT_CODE)
+
+
+def print_run_folder(path: Path, config: Config) -> None:
+    """Prints a line if the config's run folder is not the one that its file names."""
+    path = path / "config.yaml" if path.is_dir() else path
+    tree = load_tree(path)
+    if (renamed := renamed_folder(path, tree)) is not None and renamed == config.run.folder:
+        print_line(
+            f"run.folder: {renamed}, where this config.yaml and its checkpoints lie, instead of {tree['run']['folder']}"
+        )
 
 
 @app.command()
@@ -129,7 +145,7 @@ def generate(
             use_cache=cache,
         )
         if ranks.rank == 0:
-            print(f"\n{'-' * 80}\n".join(texts))
+            print_line(f"\n{'-' * 80}\n".join(texts))
 
 
 @app.command("experts")

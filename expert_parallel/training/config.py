@@ -8,7 +8,8 @@ import torch
 from pydantic import AliasChoices, Field, model_validator
 
 from expert_parallel.checkpoint.config import CheckpointConfig
-from expert_parallel.config import dump_tree, load_tree, read_settings
+from expert_parallel.checkpoint.files import list_checkpoints
+from expert_parallel.config import apply_override, dump_tree, load_tree, read_settings
 from expert_parallel.data.config import DataConfig, StdlibData, TokensData
 from expert_parallel.data.tokenizer import VOCABULARY_SIZE
 from expert_parallel.model.config import ModelConfig, Recompute
@@ -209,9 +210,32 @@ class Config(Settings):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file, applies overrides (`dotted.key=value`, the value as YAML), and validates the settings. Raises
-    a ValueError of one sentence that names the setting's path."""
-    return read_settings(Config, load_tree(path, overrides, Config), str(path))
+    """Reads a config, applies overrides (`dotted.key=value`, the value as YAML), and validates the settings.
+
+    path: a YAML file, or the folder of a run, whose config.yaml is read. The config.yaml of a run belongs to the folder
+    in which it lies, even if it names another, as that of a copied or moved run does (see `renamed_folder`). Raises a
+    ValueError of one sentence that names the setting's path.
+    """
+    path = path / "config.yaml" if path.is_dir() else path
+    tree = load_tree(path, (), Config)
+    if (renamed := renamed_folder(path, tree)) is not None:
+        tree["run"]["folder"] = renamed
+    for override in overrides:
+        apply_override(tree, override, Config)
+    return read_settings(Config, tree, str(path))
+
+
+def renamed_folder(path: Path, tree: dict[str, Any]) -> str | None:
+    """Returns the folder of a config.yaml that has checkpoints beside it, if its `run.folder` names another folder.
+
+    path: the file. tree: its content. Such a run was copied or moved: to train it in the folder that the file names
+    would overwrite the original. None otherwise.
+    """
+    run = tree.get("run")
+    named = run.get("folder") if isinstance(run, dict) else None
+    if path.name != "config.yaml" or not isinstance(named, str) or not list_checkpoints(path.parent / "checkpoints"):
+        return None
+    return None if Path(named).resolve() == path.parent.resolve() else str(path.parent)
 
 
 def read_config(tree: dict[str, Any], where: str) -> Config:

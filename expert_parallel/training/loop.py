@@ -23,6 +23,7 @@ from expert_parallel.parallel.collectives import all_gather_text
 from expert_parallel.parallel.degrees import ParallelDegrees
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.parallel.sequence import SequenceShard
+from expert_parallel.runtime.output import print_line
 from expert_parallel.runtime.process import Runtime, UserError
 from expert_parallel.training.config import Config, dump_config
 from expert_parallel.training.engines.engine import Engine
@@ -30,6 +31,7 @@ from expert_parallel.training.generate import generate_texts, open_run_tokenizer
 from expert_parallel.training.metrics import Metrics, MetricsWriter, format_progress_line, memory_metrics, step_metrics
 from expert_parallel.training.replay import RecordConfig, ReplayConfig, ReplaySpec, load_routing, save_routing
 from expert_parallel.training.resume import StopSignal, changed_since_checkpoint, check_can_resume, check_same_model
+from expert_parallel.training.run_lock import own_run_folder
 from expert_parallel.training.setup import build, check_world_size, data_requirements, format_degrees
 from expert_parallel.training.step import StepReport, evaluate, train_step
 
@@ -41,7 +43,12 @@ def train(config: Config, runtime: Runtime, stop: StopSignal | None = None) -> b
 
     Returns False if a signal stopped it earlier, else True.
     """
-    stop = stop or StopSignal()
+    with own_run_folder(Path(config.run.folder), runtime):
+        return _train(config, runtime, stop or StopSignal())
+
+
+def _train(config: Config, runtime: Runtime, stop: StopSignal) -> bool:
+    """Trains in a run folder that this run owns; see `train`."""
     run = set_up_run(config, runtime)
     training = config.training
     tokens_per_step = training.global_batch * training.sequence_length
@@ -122,7 +129,7 @@ class TrainingRun:
     def print_rank_0(self, text: str) -> None:
         """Prints on rank 0, in one write, since the thread that saves prints, too."""
         if self.runtime.rank == 0:
-            print(f"{text}\n", end="", flush=True)
+            print_line(text)
 
     def resume(self) -> int:
         """Loads the newest checkpoint, or the weights of `checkpoint.start_from`. Returns the number of steps already
