@@ -18,7 +18,7 @@ from expert_parallel.cli.surgery import experts
 from expert_parallel.config import load_tree
 from expert_parallel.runtime.output import print_line
 from expert_parallel.runtime.process import UserError, distributed
-from expert_parallel.training.config import Config, load_config, renamed_folder
+from expert_parallel.training.config import load_config, renamed_folder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -70,17 +70,17 @@ def train(config: ConfigFile, overrides: Overrides = None, log_level: LogLevel =
     ):
         loaded = runtime.run_on_all_ranks(lambda: load_config(config, overrides or []))
         if runtime.rank == 0:
-            print_run_folder(config, loaded)
+            print_run_folder(config, overrides or [])
         is_done = run(loaded, runtime, stop)
     if not is_done and runtime.launch.launcher != "torchrun":  # torchrun treats any code but 0 as a failure
         raise typer.Exit(EXIT_CODE)
 
 
-def print_run_folder(path: Path, config: Config) -> None:
-    """Prints a line if the config's run folder is not the one that its file names."""
+def print_run_folder(path: Path, overrides: list[str]) -> None:
+    """Prints a line if the folder of a run's config.yaml replaces the one that the file names."""
     path = path / "config.yaml" if path.is_dir() else path
     tree = load_tree(path)
-    if (renamed := renamed_folder(path, tree)) is not None and renamed == config.run.folder:
+    if (renamed := renamed_folder(path, tree)) is not None and not any(o.startswith("run.folder=") for o in overrides):
         print_line(
             f"run.folder: {renamed}, where this config.yaml and its checkpoints lie, instead of {tree['run']['folder']}"
         )
