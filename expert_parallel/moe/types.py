@@ -1,17 +1,19 @@
 """Defines the types that the steps of an MoE layer pass to each other, and the legend of shape letters.
 
-A name such as `x_TD` ends with its shape, one letter for each dimension. Capitals are logical sizes, never shards:
+A choice is one pair of a token and an expert chosen for it. A name such as `x_TD` ends with its shape, one letter for
+each dimension. Capitals are logical sizes, never shards:
 
     T  tokens on this rank                  D  model width
-    K  choices of a token                   F  hidden width of an expert
+    K  experts chosen for a token           F  hidden width of an expert
     E  experts in total                     P  ranks of the group that exchanges rows
     e  experts on this rank                 B  sequences on this rank
     N  T * K, the choices of all tokens     S  positions of a sequence
     U  rows that this rank sends, one for each token and destination rank, or one for each choice
     V  rows that this rank receives         R  rows that this rank's experts compute: one for each choice, and padding
     L  rows that enter an exchange          G  tokens of a scope, over all its ranks
-    C  chunks of a pass                     W  words of a message to one rank
-    b  blocks of a scope, decided apart     Q  queues: one for each block and expert
+    C  chunks that a pass's tokens form     W  words of a message to one rank
+    b  blocks: parts of a scope that are decided on separately, each with its own capacity
+    Q  queues of choices: one for each block and expert
     M  choices that overflow, or the rows of a result in permute.py
     1  after a letter: one entry more (E1, N1), or a dimension of size 1 (T1, R1)
 
@@ -29,7 +31,7 @@ from expert_parallel.parallel.collectives import CommLog, LinkClass, Phase, sum_
 
 
 class Outcome(IntEnum):
-    """Lists what can happen to a choice, that is, to one pair of a token and an expert chosen for it."""
+    """Lists what can happen to a choice, one pair of a token and an expert chosen for it."""
 
     KEPT = 0
     REROUTED = 1
