@@ -27,7 +27,8 @@ Keys = NDArray[np.uint64]
 
 
 def digest(part: Tensor, start: Sequence[int], shape: Sequence[int]) -> int:
-    """Returns the digest of `part`, a rectangle that begins at `start` in a logical tensor of `shape`.
+    """Returns the digest of `part`, a rectangular part that begins at the indices `start` of a logical tensor of
+    `shape`.
 
     part: on the CPU, of any dtype of 1 to 8 bytes; an 8-byte value counts as two words of 4 bytes. The digests of all
     shards of a tensor add up, modulo MODULUS, to the digest of the tensor.

@@ -78,7 +78,8 @@ class Checkpoint:
         return self.read_slice(name, [0] * len(shape), shape)
 
     def read_slice(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """Reads a rectangle of a logical tensor, and nothing outside it; assembles it if it spans several shards."""
+        """Reads the rectangle of a logical tensor that begins at `start` and has `shape`, and nothing outside it;
+        assembles it if it spans several shards."""
         entry = self.tensors[name]
         stop = [first + size for first, size in zip(start, shape, strict=True)]
         assert all(last <= whole for last, whole in zip(stop, entry.shape, strict=True)), (name, start, shape)
@@ -99,7 +100,7 @@ class Checkpoint:
         return part
 
     def check_file(self, file: str) -> None:
-        """Raises ValueError if the file's bytes or its tensors are not those of the manifest."""
+        """Raises ValueError if the file's SHA-256 or its tensors differ from those that the manifest lists."""
         check_sha256(self.path / file, self.manifest.files[file])
         named = set()
         for name, entry in self.tensors.items():
@@ -131,19 +132,21 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a checkpoint for reading.
 
-    path: a `step_` folder, the link `latest`, a folder of checkpoints or a run (the newest checkpoint is taken). Raises
-    ValueError if there is none or its manifest is invalid; tensor files are checked when they are read.
+    path: a `step_` folder, the link `latest`, or a folder of checkpoints or a run's folder, of which the newest
+    checkpoint is taken. Raises ValueError if there is none or its manifest is invalid; tensor files are checked when
+    they are read.
     """
     found = find_checkpoint(path)
     return Checkpoint(found, read_manifest(found))
 
 
 class CheckpointWriter:
-    """Writes a checkpoint from one process, in files of about `shard_bytes`; at most one of them is in memory.
+    """Writes a checkpoint from one process, in files of about `shard_bytes` bytes, of which it holds one in memory at a
+    time.
 
-    Use it as a context manager: leaving it by an exception removes what was written. final: step_folder(parent, step).
-    Raises ValueError if `final` exists, or if a tensor is missing, given twice, of the wrong shape, or not part of the
-    model that config["model"] describes.
+    Use it as a context manager: if the body raises, the files written so far are removed. final: the checkpoint's
+    folder, as `step_folder` names it. layout: a description for readers. Raises ValueError if `final` exists, or if a
+    tensor is missing, given twice, of the wrong shape, or not part of the model that config["model"] describes.
     """
 
     def __init__(
@@ -191,8 +194,8 @@ class CheckpointWriter:
         self.tensors[name] = TensorMetadata(dtype=tensor.dtype, shape=shape, digest=total, pieces=(piece,))
 
     def finish(self) -> Path:
-        """Checks that no tensor is missing (moments: all or none), writes the manifest and renames the folder to
-        `final`."""
+        """Checks that no tensor is missing (moments: all or none), writes the manifest, renames the folder to `final`,
+        and returns `final`."""
         manifest = self._manifest()
         moments = manifest.has_moments
         expected = {n: s for n, s in self.expected.items() if moments or n.startswith(f"{WEIGHTS}/")}

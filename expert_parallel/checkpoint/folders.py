@@ -48,10 +48,10 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Resolves a path to a checkpoint folder.
+    """Returns the folder of the checkpoint that a path stands for.
 
-    path: a checkpoint, a link to one, a folder of checkpoints or a run (the newest checkpoint is taken). Raises
-    ValueError if there is none, or if one has lost its manifest.
+    path: a checkpoint's folder, a link to one, or a folder of checkpoints or a run's folder, of which the newest
+    checkpoint is taken. Raises ValueError if there is none, or if one has lost its manifest.
     """
     if (path / MANIFEST).is_file():
         return path.resolve() if path.is_symlink() else path
@@ -63,7 +63,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def make_partial_folder(final: Path) -> Path:
-    """Creates an empty folder next to `final`, under a name that no earlier attempt has used."""
+    """Creates an empty folder next to `final`, under a name that no earlier attempt has used, and returns its path."""
     partial = final.parent / f"{PARTIAL}{final.name}_{secrets.token_hex(4)}"
     partial.mkdir(parents=True)
     return partial
@@ -83,7 +83,8 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def update_latest_link(folder: Path) -> None:
-    """Updates the link `latest` atomically. Call it before older checkpoints are removed."""
+    """Makes the link `latest` point to the newest checkpoint, atomically. Call it before older checkpoints are
+    removed."""
     latest, newest = folder / LATEST, complete_checkpoints(folder)
     if not newest:
         return
@@ -108,7 +109,7 @@ def prune(folder: Path, keep: int, keep_every: int | None) -> None:
 
 
 def remove_partial_folders(folder: Path) -> None:
-    """Removes what interrupted saves left behind. No save may be in progress."""
+    """Removes the partial folders and links that interrupted saves have left. No save may be in progress."""
     for path in folder.glob(f"{PARTIAL}*"):
         if path.is_symlink():
             path.unlink(missing_ok=True)
@@ -129,7 +130,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def add_path_to_oserror(path: Path) -> Iterator[None]:
-    """Adds the file's path to an OSError that lacks it, as that of a write to a full disk does."""
+    """Re-raises an OSError of its body with the file's path, which the error of a write to a full disk lacks."""
     try:
         yield
     except OSError as error:

@@ -39,7 +39,7 @@ def load_checkpoint(
     *,
     model_only: bool = False,
 ) -> Checkpoint:
-    """Loads weights, and optionally optimizer state, into a model of any layout.
+    """Loads weights, and optionally optimizer state, into a model of any layout. Returns the checkpoint.
 
     state: `engine.state`, or `TorchState(optimizer)` for a torch optimizer. Only the weights are loaded if state is
     None, `model_only` is set, or the checkpoint has no moments; an engine that keeps its own copy of the weights must

@@ -34,7 +34,8 @@ Shapes = dict[str, list[int]]
 
 
 class ShardMetadata(Settings):
-    """Locates a rectangular part of a logical tensor: it begins at `start` and is stored under `key` in `file`."""
+    """Locates a rectangular part of a logical tensor: it begins at the indices `start`, has `shape`, and is stored
+    under the name `key` in `file`."""
 
     file: FileName
     key: str
@@ -43,7 +44,8 @@ class ShardMetadata(Settings):
 
 
 class TensorMetadata(Settings):
-    """Describes a logical tensor and its pieces. digest: the digest of digest.py, 32 hexadecimal digits."""
+    """Describes a logical tensor. digest: its digest as computed by digest.py, 32 hexadecimal digits. pieces: the
+    rectangular parts in which it is stored."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -65,8 +67,9 @@ class FileMetadata(Settings):
 
 
 class Manifest(Settings):
-    """Lists the files and tensors of a checkpoint. config: the run's resolved config. layout: the layout that wrote it,
-    for readers; loading ignores it."""
+    """Lists the files and tensors of a checkpoint. config: the run's resolved config. layout: a description of the
+    parallel layout that wrote it, for readers; loading ignores it. files: by file name. tensors: by full name, such as
+    `weights/embedding.weight`."""
 
     format: int
     step: Size
@@ -95,17 +98,18 @@ class Manifest(Settings):
 
 
 class UnsupportedFormatError(ValueError):
-    """Reports that another version of this package wrote the manifest, which may be undamaged."""
+    """Reports that a manifest has a format that this version of the package does not read; it may be undamaged."""
 
 
 def add_checksum(tree: dict[str, Any]) -> dict[str, Any]:
-    """Adds the SHA-256 of all other keys to a manifest's JSON, replacing one that is there."""
+    """Returns a manifest's JSON tree with the SHA-256 of all its other keys, in place of an earlier one."""
     rest = {key: value for key, value in tree.items() if key != SHA256}
     return {SHA256: hashlib.sha256(_canonical_json(rest).encode()).hexdigest(), **rest}
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads and validates a manifest. Raises ValueError: one sentence with the folder and what is wrong."""
+    """Reads and validates the manifest of the checkpoint `folder`. Raises ValueError, which names the folder and the
+    fault."""
     try:
         tree = json.loads((folder / MANIFEST).read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicate_keys)
         recorded = tree.pop(SHA256, None) if isinstance(tree, dict) else None
@@ -150,7 +154,8 @@ def _refuse_newer(what: str, found: int, newest: int) -> None:
 
 
 def check_shards(what: str, manifest: Manifest) -> None:
-    """Raises ValueError if the shards of a tensor do not cover it exactly once, or lie in a file that is not listed."""
+    """Raises ValueError if the shards of a tensor do not cover it exactly once, or are in a file that the manifest does
+    not list. what: the beginning of the message."""
     places: dict[tuple[str, str], str] = {}
     for name, entry in manifest.tensors.items():
         check_coverage(f"{what}: {name}", entry.shape, [(piece.start, piece.shape) for piece in entry.pieces])
@@ -163,7 +168,8 @@ def check_shards(what: str, manifest: Manifest) -> None:
 
 
 def check_coverage(what: str, shape: Sequence[int], pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
-    """Raises ValueError unless the rectangles (start, shape) lie within `shape`, do not overlap, and fill it."""
+    """Raises ValueError unless `pieces`, rectangles (start, shape), lie within a tensor of `shape`, do not overlap, and
+    fill it. what: the beginning of the message."""
     for start, size in pieces:
         fits = len(start) == len(size) == len(shape)
         if not fits or any(s + n > whole for s, n, whole in zip(start, size, shape, strict=True)):
@@ -190,7 +196,8 @@ def _find_overlap(pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tupl
 
 
 def check_shapes(what: str, found: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> None:
-    """Raises ValueError, which names the first tensor that is missing, has another shape, or is unexpected."""
+    """Raises ValueError, which names the first tensor that is missing from `found`, has another shape than in
+    `expected`, or is not expected. what: the beginning of the message."""
     for name, shape in expected.items():
         if name not in found:
             raise ValueError(f"{what}: {name} is missing ({len(found)} tensors found, {len(expected)} expected)")

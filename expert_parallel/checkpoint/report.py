@@ -1,4 +1,5 @@
-"""Formats what the `checkpoint` commands print: the content of a checkpoint, its damage, and how two of them differ."""
+"""Formats the output of the `checkpoint` commands: the content of a checkpoint, its damage, and how two of them
+differ."""
 
 import re
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from expert_parallel.settings import changed_settings
 
 
 def format_checkpoint(checkpoint: Checkpoint) -> str:
-    """Formats step, parameters, layout, experts, tensors (grouped by name) and files of a checkpoint."""
+    """Returns a text with the step, parameters, layout, experts, tensors (grouped by name) and files of a
+    checkpoint."""
     manifest = checkpoint.manifest
     weights = {name.removeprefix(f"{WEIGHTS}/"): e for name, e in manifest.tensors.items() if name.startswith(WEIGHTS)}
     numbers = sum(entry.numel for entry in weights.values())
@@ -38,8 +40,8 @@ def format_checkpoint(checkpoint: Checkpoint) -> str:
 
 
 def find_problems(checkpoint: Checkpoint) -> Iterator[str]:
-    """Yields every problem of a checkpoint: bytes of files, names and shapes against its config, digests of the
-    content.
+    """Yields a sentence for every problem of a checkpoint: damaged or unlisted files, tensors whose name or shape does
+    not fit its config, tensors whose digest differs from the manifest's.
 
     Opening the checkpoint has already checked that the manifest is valid and covers each tensor once.
     """
@@ -71,7 +73,7 @@ def find_problems(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def recompute_digest(checkpoint: Checkpoint, name: str) -> int:
-    """Computes the digest of a tensor from the files, shard by shard."""
+    """Returns the digest of a tensor, computed from the files shard by shard."""
     entry = checkpoint.tensors[name]
     parts = (
         digest(checkpoint.read_slice(name, piece.start, piece.shape), piece.start, entry.shape)
@@ -82,14 +84,15 @@ def recompute_digest(checkpoint: Checkpoint, name: str) -> int:
 
 @dataclass(frozen=True)
 class CheckpointDifference:
-    """Says how a tensor differs between two checkpoints."""
+    """Describes how a tensor differs between two checkpoints. name: the tensor's full name. what: the difference in
+    words."""
 
     name: str
     what: str
 
 
 def compare_checkpoints(first: Checkpoint, second: Checkpoint) -> Iterator[CheckpointDifference]:
-    """Yields tensors that one of two checkpoints lacks, or whose shape, dtype or values differ.
+    """Yields a difference for each tensor that one of two checkpoints lacks, or whose shape, dtype or values differ.
 
     Tensors with equal digests in the manifests count as equal and are not read.
     """
@@ -106,7 +109,8 @@ def compare_checkpoints(first: Checkpoint, second: Checkpoint) -> Iterator[Check
 
 
 def format_header(first: Checkpoint, second: Checkpoint) -> str:
-    """Formats paths, steps, layouts and config changes of two checkpoints."""
+    """Returns a text with the paths, steps and layouts of two checkpoints, and the settings in which their configs
+    differ."""
     both = {"A": first, "B": second}
     lines = [f"{letter}: {c.path}, step {c.step}, written by {c.manifest.layout}" for letter, c in both.items()]
     lines.append(f"layouts: {'the same' if first.manifest.layout == second.manifest.layout else 'different'}")

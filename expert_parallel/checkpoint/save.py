@@ -47,9 +47,11 @@ GRACE_SECONDS = 60.0  # for a save in progress when the run ends with an excepti
 
 
 class CheckpointSaver:
-    """Saves weights and moments into `folder`. As a context manager it waits, on leaving, for the save in progress.
+    """Saves checkpoints of weights and moments into `folder`. As a context manager it waits, at the end, for the save
+    in progress.
 
-    config: the resolved config of the run. layout: a description for people. print_rank_0: prints on rank 0.
+    config: the resolved config of the run. layout: a description of the parallel layout for readers, such as the
+    degrees. print_rank_0: a function that prints a line on rank 0.
     """
 
     def __init__(
@@ -79,10 +81,10 @@ class CheckpointSaver:
         self.job: SaveJob | None = None
 
     def save(self, step: int, *, is_last: bool = False) -> None:
-        """Saves a checkpoint; every rank must call it.
+        """Starts saving a checkpoint, after the save in progress has finished; every rank must call it.
 
-        If a save fails, the failure is printed and training continues. Only the last save (here or in `finish`) raises
-        UserError.
+        If a save fails, the failure is printed and training continues. Only a failure of the run's last save raises
+        UserError, here or in `finish`. is_last: True for that save.
         """
         self._report_failure(self.finish)
         if is_last:
@@ -176,7 +178,8 @@ class CheckpointSaver:
 
 @dataclass
 class SaveJob:
-    """Runs one save on one rank: its thread, what it writes, and its outcome."""
+    """Runs one save on one rank: holds the thread that writes, the tensors that it writes, and the failure if there is
+    one."""
 
     saver: CheckpointSaver
     final: Path

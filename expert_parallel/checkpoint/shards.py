@@ -35,10 +35,11 @@ from expert_parallel.settings import Settings
 
 @dataclass(frozen=True)
 class LocalTensor:
-    """Describes a local tensor that this rank writes.
+    """Describes a weight, a moment or a buffer of which this rank writes its local part.
 
-    part: `weights`, `exp_avg` or `exp_avg_sq`. first: `shard_offset` of the parameter. range: the flat range that this
-    rank holds (ZeRO); None: the whole local tensor.
+    part: `weights`, `exp_avg` or `exp_avg_sq`. logical: the parameter, or the name of a buffer. first: the first row of
+    this rank's FSDP2 shard (see `shard_offset`). range: the range of the flattened local tensor that this rank holds
+    (ZeRO); None: it holds the whole local tensor.
     """
 
     part: str
@@ -47,7 +48,8 @@ class LocalTensor:
     range: FlatRange | None = None
 
     def pieces(self, local: Tensor) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]:
-        """Yields the shards of the local tensor: (full name, logical shape, start, values)."""
+        """Yields the rectangular parts of logical tensors that `local` consists of: (full name, shape of the logical
+        tensor, start of the part in it, values)."""
         if isinstance(self.logical, str):
             yield f"{self.part}/{self.logical}", tuple(local.shape), (0,) * local.dim(), local
             return
@@ -60,7 +62,8 @@ class LocalTensor:
 
 
 class RankManifest(Settings):
-    """Holds a rank's share of the manifest, as its marker file has it. Digests cover its own pieces only."""
+    """Holds the files and tensors that one rank has written, as in its rank_N.json. Digests are those of this rank's
+    parts of a tensor only."""
 
     files: dict[str, FileMetadata]
     tensors: dict[str, TensorMetadata]
@@ -71,9 +74,9 @@ def assign_writers(
 ) -> Iterator[LocalTensor]:
     """Yields the local tensors that this rank writes.
 
-    Of a parameter that several ranks hold, one rank writes it, chosen so that all write about equally many elements;
-    ranges that the state shards (ZeRO) are written by their owner. state None: all parameters are replicated or held
-    whole.
+    A tensor that several ranks hold is written by one of them, chosen so that all write about equally many elements.
+    Ranges that the engine's state shards (ZeRO) are written by the rank that holds them. state: None if the engine does
+    not shard by flat ranges.
     """
     loads: dict[tuple[bool, int], list[int]] = {}
     for logical in logical_parameters(model):
@@ -96,7 +99,8 @@ def assign_writers(
 
 
 def write_rank_file(folder: Path, rank: int, content: list[tuple[LocalTensor, Tensor]]) -> RankManifest:
-    """Writes this rank's file and returns its part of the manifest. A rank without tensors writes no file."""
+    """Writes this rank's safetensors file and returns its part of the manifest. A rank without tensors writes no file.
+    content: the tensors to write, with their descriptions."""
     file = f"rank_{rank:05d}.safetensors"
     entries: dict[str, TensorMetadata] = {}
     tensors: list[tuple[str, Tensor]] = []
@@ -123,8 +127,11 @@ def write_rank_file(folder: Path, rank: int, content: list[tuple[LocalTensor, Te
 
 
 def merge_manifests(manifest: Manifest, markers: list[Path], expected: Shapes) -> Manifest:
-    """Merges the manifests of all ranks. Raises ValueError if a tensor is missing, unexpected, or not covered exactly
-    once."""
+    """Returns `manifest` with the files and tensors of all ranks. Raises ValueError if a tensor is missing, unexpected,
+    or not covered exactly once.
+
+    markers: the paths of the ranks' manifests, rank_N.json. expected: the shape of every tensor by full name.
+    """
     files: dict[str, FileMetadata] = {}
     tensors: dict[str, TensorMetadata] = {}
     for path in markers:
@@ -146,5 +153,5 @@ def merge_manifests(manifest: Manifest, markers: list[Path], expected: Shapes) -
 
 
 def rank_manifest_path(folder: Path, rank: int) -> Path:
-    """Returns the path of a rank's manifest, whose presence says that the rank's file is complete."""
+    """Returns the path of a rank's manifest; once it exists, the rank's safetensors file is complete."""
     return folder / f"rank_{rank:05d}.json"

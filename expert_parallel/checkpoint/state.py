@@ -1,6 +1,7 @@
-"""Locates weights and moments in memory for saving and loading: whole local tensors, or flat ranges (ZeRO).
+"""Locates weights and moments in memory for saving and loading: as whole local tensors, or (ZeRO) as ranges of
+flattened ones.
 
-`expected_shapes` lists names and shapes of a complete checkpoint from the config alone.
+`expected_shapes` returns the names and shapes of all tensors of a complete checkpoint, from the config alone.
 """
 
 import math
@@ -21,9 +22,10 @@ Rectangle = tuple[tuple[int, ...], tuple[int, ...]]  # start, shape
 
 @dataclass(frozen=True)
 class FlatRange:
-    """Holds a range of a parameter's flattened local tensor: `length` elements from `start`. No other rank has them.
+    """Describes the range of a parameter's flattened local tensor that this rank holds: `length` elements from `start`
+    on, which no other rank holds.
 
-    shape: of the whole local tensor.
+    shape: the shape of the whole local tensor, before it was flattened.
     """
 
     start: int
@@ -32,14 +34,17 @@ class FlatRange:
 
 
 class TrainingState(Protocol):
-    """Gives access to an engine's weights and optimizer state. part: `weights`, `exp_avg` or `exp_avg_sq`."""
+    """Gives access to an engine's weights and optimizer state. The argument part is `weights`, `exp_avg` or
+    `exp_avg_sq`."""
 
     def flat_range(self, part: str, parameter: nn.Parameter) -> FlatRange | None:
-        """Returns the flat range stored on this rank (ZeRO), or None if the whole local tensor is."""
+        """Returns the range of the flattened tensor that this rank stores (ZeRO), or None if it stores the whole local
+        tensor."""
         ...
 
     def tensor(self, part: str, parameter: nn.Parameter) -> Tensor:
-        """Returns the memory itself: in the parameter's local shape, or 1-D if it is a flat range."""
+        """Returns the tensor itself, not a copy: in the parameter's local shape, or 1-D if this rank stores a flat
+        range of it."""
         ...
 
     def init_moments(self, step: int) -> None:
@@ -47,7 +52,8 @@ class TrainingState(Protocol):
         ...
 
     def finish_loading(self) -> None:
-        """Is called after weights (and moments, if any) have been filled, to update copies derived from them."""
+        """Updates copies of the weights; called after loading has filled the weights, and the moments if there are
+        any."""
         ...
 
 
@@ -77,9 +83,11 @@ class TorchState:
 def range_shards(
     logical: LogicalParameter, values: Tensor, found: FlatRange
 ) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """Yields the shards in a flat range: (logical name, start, view of `values`), each a rectangle.
+    """Yields the rectangular parts of logical tensors that make up a flat range: (logical name, start in the logical
+    tensor, view of `values`).
 
-    It corresponds to `pieces` of moe/parameters.py. Only data-parallel ranks may shard the parameter.
+    values: the elements of the range, 1-D. found: the range. It does for ZeRO what `pieces` of moe/parameters.py does
+    for whole local tensors. Only data-parallel ranks may shard the parameter.
     """
     assert logical.tensor_shard is None, logical.names
     shape = found.shape[1:] if logical.is_expert else found.shape
@@ -93,7 +101,8 @@ def range_shards(
 
 
 def rectangles(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Rectangle]:
-    """Splits elements begin..end of a flattened tensor into rectangles: end of a row, whole rows, start of a row.
+    """Splits the elements begin to end - 1 of a flattened tensor of `shape` into rectangles, (start, shape) each: the
+    end of a row, whole rows, and the start of a row.
 
     >>> list(rectangles((4, 3), 2, 10))
     [((0, 2), (1, 1)), ((1, 0), (2, 3)), ((3, 0), (1, 1))]
@@ -128,7 +137,7 @@ def flat_index(place: tuple[int, ...], shape: tuple[int, ...]) -> int:
 def expected_shapes(model: ModelConfig, moments: bool) -> Shapes:
     """Returns the shape of every tensor by full name, such as `weights/blocks.3.moe.experts.17.w_in`.
 
-    moments: also those of the optimizer.
+    moments: True includes the optimizer's moments.
     """
     whole = build_model(model, device=torch.device("meta"))
     shapes = {f"{WEIGHTS}/{name}": list(bias.shape) for name, bias in balance_biases(whole)}
@@ -139,6 +148,6 @@ def expected_shapes(model: ModelConfig, moments: bool) -> Shapes:
 
 
 def balance_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields the buffers that training changes (router balance biases), by their names in the whole model."""
+    """Yields (name in the whole model, tensor) for each buffer that training changes: the balance biases of routers."""
     for part in model if isinstance(model, nn.ModuleList) else [model]:
         yield from ((name, buffer) for name, buffer in part.named_buffers() if name.endswith("balance_bias_E"))

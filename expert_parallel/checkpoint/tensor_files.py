@@ -26,7 +26,7 @@ TensorHook = Callable[[str, Tensor], None]
 def write_tensors(
     path: Path, tensors: Sequence[tuple[str, Tensor]], on_tensor: TensorHook | None = None
 ) -> FileMetadata:
-    """Writes a new safetensors file and waits until it is on disk.
+    """Writes a new safetensors file, waits until it is on disk, and returns its size and SHA-256.
 
     tensors: (key, tensor), on any device and with any strides; one at a time is copied to the CPU, made contiguous, and
     passed to `on_tensor`. Raises OSError, which names the file.
@@ -78,7 +78,8 @@ class TensorFile:
         return DTYPES.get(part.get_dtype()), tuple(part.get_shape())
 
     def read(self, key: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """Reads a rectangle of a tensor. It shares the memory map where safetensors can."""
+        """Reads the rectangle of a tensor that begins at `start` and has `shape`. The result may share memory with the
+        mapped file."""
         part = self.file.get_slice(key)
         if not shape:
             return self.file.get_tensor(key)
@@ -86,7 +87,7 @@ class TensorFile:
 
 
 def check_sha256(path: Path, record: FileMetadata) -> None:
-    """Raises ValueError if the file is missing or differs from the manifest in size or content."""
+    """Raises ValueError if the file is missing, or its size or SHA-256 differs from `record`, the manifest's."""
     if not path.is_file():
         raise ValueError(f"{path} is missing, though the manifest names it")
     if (size := path.stat().st_size) != record.bytes:

@@ -16,8 +16,8 @@ from expert_parallel.data.sampler import Sampler
 class MicroBatch:
     """Holds this rank's sequences of one micro-step.
 
-    documents_BS: the number of the document within its row, counted from 0, non-decreasing; None if documents are
-    joined. The token that ends a document belongs to it.
+    documents_BS: the number of each token's document within its sequence, counted from 0, non-decreasing; None if
+    documents are joined. The token that ends a document belongs to it.
     """
 
     inputs_BS: Tensor  # int64
@@ -32,14 +32,15 @@ class MicroBatch:
         return MicroBatch(inputs_BS, targets_BS, self.sequence_index_B.to(device), documents_BS)
 
     def select_positions(self, positions_S: Tensor) -> "MicroBatch":
-        """Selects some positions of each sequence."""
+        """Returns the micro-batch restricted to the given positions of each sequence."""
         documents_BS = None if self.documents_BS is None else self.documents_BS[:, positions_S]
         inputs_BS, targets_BS = self.inputs_BS[:, positions_S], self.targets_BS[:, positions_S]
         return MicroBatch(inputs_BS, targets_BS, self.sequence_index_B, documents_BS)
 
 
 def shard_bounds(total: int, num_ranks: int, rank: int) -> tuple[int, int]:
-    """Returns (first, count) of this rank's consecutive share of `total` items; the first ranks take the remainder."""
+    """Returns (index of the first item, number of items) of the consecutive share of `total` items that `rank` takes;
+    if they do not divide evenly, the first ranks take one more."""
     share, rest = divmod(total, num_ranks)
     return rank * share + min(rank, rest), share + (rank < rest)
 
@@ -54,8 +55,12 @@ def micro_batch(
     num_ranks: int,
     rank: int,
 ) -> MicroBatch:
-    """Returns this rank's share of one micro-step: micro-steps split a step's samples in order, ranks split a
-    micro-step."""
+    """Returns this rank's share of one micro-step. The sequences of a step are split into micro-steps in order, and
+    those of a micro-step over the data-parallel ranks in order.
+
+    global_batch: the number of sequences of a step. num_ranks, rank: the number of data-parallel ranks, and this one's
+    index.
+    """
     assert global_batch % num_micro_steps == 0, f"global_batch {global_batch}, num_micro_steps {num_micro_steps}"
     size = global_batch // num_micro_steps
     first, count = shard_bounds(size, num_ranks, rank)
@@ -64,13 +69,15 @@ def micro_batch(
 
 
 def held_out_batch(sequences: Tensor, num_ranks: int, rank: int, separator: int | None) -> MicroBatch:
-    """Returns this rank's share of one evaluation batch. sequences: the whole batch, int64, (n, S + 1)."""
+    """Returns this rank's share of one evaluation batch. sequences: the whole batch, int64, (n, S + 1). separator: the
+    token that ends a document, or None if documents are joined."""
     first, count = shard_bounds(len(sequences), num_ranks, rank)
     return make_micro_batch(sequences[first : first + count], first, separator)
 
 
 def make_micro_batch(sequences: Tensor, first: int, separator: int | None) -> MicroBatch:
-    """Splits sequences, int64, (B, S + 1), into inputs and targets. first: the first one's index in the batch."""
+    """Splits sequences, int64, (B, S + 1), into inputs and targets. first: the index of the first sequence in the
+    micro-step's global batch. separator: the token that ends a document, or None if documents are joined."""
     inputs_BS = sequences[:, :-1].contiguous()
     return MicroBatch(
         inputs_BS=inputs_BS,
@@ -81,6 +88,7 @@ def make_micro_batch(sequences: Tensor, first: int, separator: int | None) -> Mi
 
 
 def number_documents(inputs_BS: Tensor, separator: int) -> Tensor:
-    """Returns how many documents have ended before each position, int64, (B, S)."""
+    """Returns the number of each token's document in its sequence, that is, how many documents have ended before it;
+    int64, (B, S)."""
     ends_BS = (inputs_BS == separator).long()
     return ends_BS.cumsum(1) - ends_BS

@@ -1,6 +1,6 @@
-"""Blends corpora: a run's samples are drawn from corpora by their weights, and from each in a shuffled order.
+"""Blends corpora: a run's sequences are drawn from several corpora by their weights, and from each in a shuffled order.
 
-Everything is a function of (seed, sample index), at the same small cost for any index, and no table grows with the
+A sequence depends on (seed, its number) only, at the same small cost for any number, and no table grows with the
 corpora: an epoch's order is a permutation that is computed for one window at a time. (A table would take 8 bytes per
 window on every rank, and a new one each epoch: 200 MB for 100 billion tokens in sequences of 4,096. The table of a
 blend takes 8 MB, whatever it blends.)
@@ -24,10 +24,10 @@ ROUNDS = 6
 
 
 class BlendPattern(NamedTuple):
-    """Holds the order of corpora within one period of PERIOD samples.
+    """Holds, for PERIOD successive sequences, from which corpus each is drawn; this order repeats.
 
-    corpus: the corpus of each sample. before: how many samples of the same corpus precede it. counts: samples of each
-    corpus per period.
+    corpus: the index of the corpus of each sequence. before: how many earlier sequences of the period come from the
+    same corpus. counts: the number of sequences of each corpus in a period.
     """
 
     corpus: np.ndarray[Any, Any]
@@ -37,9 +37,11 @@ class BlendPattern(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class CorpusSplit:
-    """Holds the tokens of a corpus that are for training, or those that are held out.
+    """Holds the training part or the held-out part of a corpus.
 
-    setting: path of the setting that names the corpus. file, begin: its tokens begin at token `begin` of `file`.
+    setting: the path of the setting that names the corpus, for error messages. tokens: the part's token ids, which
+    begin at token number `begin` of `file`. weight: the corpus's share of the sequences, relative to the sum of all
+    weights.
     """
 
     setting: str
@@ -49,7 +51,8 @@ class CorpusSplit:
     weight: float
 
     def num_windows(self, sequence_length: int, purpose: str) -> int:
-        """Returns the number of windows. Raises ValueError if there is none."""
+        """Returns the number of windows of sequence_length + 1 tokens in this part. Raises ValueError if there is none.
+        purpose: of these tokens, for the error message."""
         number = count_windows(self.tokens, sequence_length)
         if number < 1:
             what = f"{self.setting}: {self.file} holds"
@@ -57,7 +60,8 @@ class CorpusSplit:
         return number
 
     def read_windows(self, sequence_length: int, order: Sequence[int], vocab_size: int) -> Tensor:
-        """Reads windows, int64, (len(order), S + 1). Raises ValueError if a token is outside the vocabulary."""
+        """Returns the windows whose indices are in `order`, int64, (len(order), S + 1). Raises ValueError if a token id
+        is not below vocab_size."""
         tokens = read_windows(self.tokens, sequence_length, order)
         wrong = (tokens < 0) | (tokens >= vocab_size)
         if wrong.any():
@@ -72,7 +76,7 @@ class CorpusSplit:
 
 @dataclass(frozen=True, eq=False)
 class BlendSampler:
-    """Draws an endless sequence of samples from several corpora, each with its own epochs (a Sampler)."""
+    """Draws an endless series of sequences from several corpora, each with epochs of its own; implements Sampler."""
 
     splits: Sequence[CorpusSplit]
     sequence_length: int
@@ -99,7 +103,8 @@ class BlendSampler:
         return [part.num_windows(self.sequence_length, "training") for part in self.splits]
 
     def locate(self, sample: int) -> tuple[int, int, int]:
-        """Returns (corpus, epoch of the corpus, window) of a sample."""
+        """Returns (index of the corpus, epoch of this corpus, index of the window) from which sequence number `sample`
+        is read."""
         period, place = divmod(sample, PERIOD)
         corpus_p, before_p, counts = self.pattern
         corpus = int(corpus_p[place])
@@ -113,13 +118,14 @@ class BlendSampler:
         return torch.cat([torch.empty((0, length + 1), dtype=torch.int64), *rows])
 
     def epochs(self, num_samples: int) -> list[float]:
-        """Returns how many epochs of each corpus `num_samples` samples make up."""
+        """Returns how many epochs of each corpus the first `num_samples` sequences make up."""
         periods = num_samples / PERIOD
         return [periods * count / n for count, n in zip(self.pattern.counts, self.num_windows, strict=True)]
 
 
 def blended_held_out(splits: Sequence[CorpusSplit], sequence_length: int, limit: int, vocab_size: int) -> Tensor:
-    """Returns held-out sequences, int64, (n, S + 1), as many of each corpus as among the first `limit` samples."""
+    """Returns held-out sequences, int64, (n, S + 1): from each corpus as many as it has among the first `limit`
+    training sequences, or all that it has if these are fewer."""
     corpus_p = blend_pattern(tuple(part.weight for part in splits)).corpus
     found = []
     for number, part in enumerate(splits):
@@ -131,10 +137,10 @@ def blended_held_out(splits: Sequence[CorpusSplit], sequence_length: int, limit:
 
 @lru_cache(maxsize=8)
 def blend_pattern(weights: tuple[float, ...]) -> BlendPattern:
-    """Returns the order of corpora in a period: in proportion to the weights, each corpus at equal distances.
+    """Returns the order of corpora in a period: each corpus occurs in proportion to its weight, at equal distances.
 
-    The j-th of a corpus's n samples is placed at (j + 1/2) / n of the period. So every stretch of samples is in
-    proportion, too, up to about one sample per corpus.
+    The j-th of a corpus's n sequences is placed at (j + 1/2) / n of the period. So every stretch of sequences is in
+    proportion, too, up to about one sequence per corpus.
     """
     shares = np.array(weights) / sum(weights) * PERIOD
     counts = np.floor(shares).astype(np.int64)
@@ -148,7 +154,8 @@ def blend_pattern(weights: tuple[float, ...]) -> BlendPattern:
 
 
 def permute_index(position: int, size: int, key: int) -> int:
-    """Maps a position to its place in a permutation of range(size), which depends on the key.
+    """Returns the number to which a pseudo-random permutation of range(size) maps `position`. key: selects the
+    permutation.
 
     It is a Feistel network (Luby and Rackoff 1988) over the next power of four, applied again while the result is
     outside the range (cycle walking, Black and Rogaway 2002).

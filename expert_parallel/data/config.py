@@ -1,4 +1,5 @@
-"""Holds the settings of the training data: where it comes from, how documents are separated, what is held out."""
+"""Holds the settings of the training data: its sources, how documents are separated, and the fraction held out for
+evaluation."""
 
 import platform
 from typing import Annotated, Any, Literal

@@ -31,10 +31,11 @@ CHUNK = 1 << 20  # sequences checked at a time
 
 @dataclass(frozen=True, eq=False)
 class IndexedDataset:
-    """Holds a memory-mapped corpus. tokens: all token ids, concatenated.
+    """Holds a memory-mapped corpus in Megatron's format, in which a document consists of one or more sequences.
 
-    lengths, begins: of each sequence, its tokens and its first byte. documents: the first sequence of each document,
-    then the number of sequences.
+    tokens: all token ids, concatenated. lengths: the number of tokens of each sequence. begins: the byte of PREFIX.bin
+    at which each sequence begins. documents: the index of the first sequence of each document, then the number of
+    sequences.
     """
 
     path: Path
@@ -52,13 +53,14 @@ class IndexedDataset:
         return len(self.documents) - 1
 
     def document_begin(self, document: int) -> int:
-        """Returns the index of a document's first token; the number of tokens for the document after the last."""
+        """Returns the index in `tokens` of a document's first token. For document = num_documents it returns the number
+        of tokens."""
         sequence = int(self.documents[document])
         at_end = sequence == len(self.lengths)
         return self.num_tokens if at_end else int(self.begins[sequence]) // self.tokens.itemsize
 
     def held_out_begin(self, held_out: float) -> int:
-        """Returns the index of the first held-out token.
+        """Returns the index in `tokens` of the first held-out token. held_out: the fraction of the tokens to hold out.
 
         The fewest last documents that make up the fraction are held out; if these are more than half of all tokens (a
         single document, say), the split is within a document.
@@ -71,17 +73,19 @@ class IndexedDataset:
 
 
 def with_suffix(prefix: str, suffix: str) -> Path:
-    """Appends a suffix to a prefix, which may contain dots."""
+    """Returns the path prefix + suffix; the prefix may contain dots."""
     return Path(prefix + suffix)
 
 
 def smallest_dtype(vocab_size: int) -> type[np.generic]:
-    """Returns the dtype that Megatron would choose, or uint8 if that is enough. Megatron reads all of them."""
+    """Returns the dtype for token ids that Megatron would choose, or uint8 if that is enough. Megatron can read each of
+    them."""
     return np.uint8 if vocab_size <= 256 else np.uint16 if vocab_size < 65500 else np.int32
 
 
 def write_index(path: Path, dtype: type[np.generic], lengths: np.ndarray[Any, Any]) -> None:
-    """Writes the index of documents of one sequence each. lengths: int32, the tokens of each."""
+    """Writes PREFIX.idx for documents of one sequence each. dtype: that of the token ids. lengths: int32, the number of
+    tokens of each document."""
     code = next(code for code, known in DTYPES.items() if known is dtype)
     ends = np.cumsum(lengths, dtype="<i8") * np.dtype(dtype).itemsize
     with path.open("wb") as stream:

@@ -1,4 +1,4 @@
-"""Formats what `data inspect` prints about token files."""
+"""Formats the output of `data inspect`, which describes token files."""
 
 import numpy as np
 
@@ -14,8 +14,8 @@ from expert_parallel.data.tokenizer import (
 
 
 def format_corpus(prefix: str, num_shown: int, verify: bool) -> str:
-    """Formats counts, lengths and first tokens of a corpus. Raises ValueError if files (with `verify`: tokens) are
-    damaged."""
+    """Returns a text with the counts, document lengths and first `num_shown` tokens of the corpus PREFIX. verify: reads
+    and checks all tokens. Raises ValueError if a file is damaged."""
     corpus, info = open_indexed_dataset(prefix), read_info(prefix)
     begins = np.array([corpus.document_begin(number) for number in sample_documents(corpus.num_documents)])
     ends = np.array([corpus.document_begin(number + 1) for number in sample_documents(corpus.num_documents)])
@@ -40,14 +40,15 @@ def format_corpus(prefix: str, num_shown: int, verify: bool) -> str:
 
 
 def sample_documents(number: int, most: int = 100_000) -> list[int]:
-    """Selects at most `most` documents, evenly spaced, so that a median does not need the whole index of a large
-    corpus."""
+    """Returns the numbers of at most `most` of `number` documents, evenly spaced, so that a median does not need the
+    whole index of a large corpus."""
     count = min(number, most)
     return [place * number // count for place in range(count)]
 
 
 def verify_tokens(prefix: str, corpus: IndexedDataset, info: TokensInfo | None) -> str:
-    """Reads all tokens and checks their range, SHA-256 and the end of each document."""
+    """Reads all tokens, checks their range, their SHA-256 and the end of each document, and returns a text that says
+    what was checked. Raises ValueError if a check fails."""
     low, high = 0, 0
     for first in range(0, corpus.num_tokens, CHUNK):
         chunk = corpus.tokens[first : first + CHUNK]

@@ -19,7 +19,7 @@ from expert_parallel.data.tokenizer import SEPARATOR, ByteTokenizer, Tokenizer
 
 @dataclass(frozen=True)
 class DataRequirements:
-    """Holds what a run requires of its data."""
+    """Holds the requirements of a run that its data must meet."""
 
     sequence_length: int
     vocab_size: int
@@ -32,7 +32,8 @@ class DataRequirements:
 class RunData:
     """Holds the opened data of a run.
 
-    config: as given, with data.sha256 and the token that ends documents filled in.
+    sampler: draws the training sequences. description: a text for the terminal. config: the settings of the data, with
+    data.sha256 and the id of the token that ends documents filled in.
     """
 
     sampler: Sampler
@@ -90,9 +91,10 @@ TOKENIZER_FILE = "tokenizer.json"  # in a run's folder
 
 
 def load_tokenizer(config: DataConfig, folder: Path | None = None) -> Tokenizer | None:
-    """Returns the tokenizer of the data, or None if a corpus of Megatron's names none.
+    """Returns the tokenizer of the data, or None if it is unknown, as for a corpus that Megatron made.
 
-    folder: of a run, which keeps a copy of its tokenizer, so that it can generate text without its corpora.
+    folder: the run's folder, which keeps a copy of the tokenizer, so that the run can generate text without its
+    corpora.
     """
     if not isinstance(config, TokensData):
         return ByteTokenizer()

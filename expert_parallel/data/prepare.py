@@ -43,9 +43,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class InputSplit:
-    """Holds one input of a job: a text file, a byte range of a JSONL file, or a row group of a parquet file.
+    """Describes one input of a job: a text file, a byte range of a JSONL file, or a row group of a parquet file.
 
-    JSONL: the lines that begin at bytes first .. last - 1. Parquet: row group `first`. bytes: approximate size on disk.
+    first, last: for JSONL, it consists of the lines that begin at the bytes first to last - 1; for parquet, of row
+    group number `first`. bytes: its approximate size on disk.
     """
 
     file: Path
@@ -60,7 +61,8 @@ Job = list[InputSplit]
 
 @dataclass(frozen=True)
 class TokenizedJob:
-    """Holds the tokens of a job's documents, concatenated, each with its end token. lengths: int32, per document."""
+    """Holds the tokens of a job's documents, concatenated, each followed by the token that ends documents. lengths:
+    int32, the number of tokens of each document. num_empty: the number of empty documents, which are left out."""
 
     tokens: np.ndarray[Any, Any]
     lengths: np.ndarray[Any, Any]
@@ -69,7 +71,7 @@ class TokenizedJob:
 
 @dataclass(frozen=True)
 class PrepareProgress:
-    """Counts what has been written so far."""
+    """Counts the input bytes that have been tokenized so far, of total_bytes, and the documents and tokens written."""
 
     bytes_done: int
     total_bytes: int
@@ -89,9 +91,9 @@ def prepare(
     print_message: Callable[[str], None],
     report: Callable[[PrepareProgress], None],
 ) -> TokensInfo:
-    """Writes PREFIX.bin, .idx, .json and, unless tokens are bytes, .tokenizer.json. tokenizer: `bytes`, the path of a
-    tokenizer.json, or `train:VOCAB_SIZE`. Raises ValueError, with file and position, if something is wrong; then no
-    output is left."""
+    """Tokenizes files and writes PREFIX.bin, .idx, .json and, unless tokens are bytes, .tokenizer.json. Returns the
+    content of PREFIX.json. tokenizer: `bytes`, the path of a tokenizer.json, or `train:VOCAB_SIZE`. Raises ValueError,
+    with file and position, if an input is not valid; no output is left then."""
     found = [file for _, file in match_files(files, "FILES")]
     jobs = list(split_into_jobs(found, format))
     with atomic_outputs(prefix) as partial_name, executor(workers) as submit:
@@ -139,7 +141,7 @@ def prepare(
 
 
 def split_into_jobs(files: Iterable[Path], format: str) -> Iterator[Job]:
-    """Splits files into jobs of about JOB_BYTES; small files share a job."""
+    """Splits files into jobs, lists of inputs of about JOB_BYTES together; small files share a job."""
     job: Job = []
     for file in files:
         for split in split_file(file, SUFFIXES.get(file.suffix.lower(), "text") if format == "auto" else format):
@@ -179,7 +181,7 @@ def file_size(file: Path) -> int:
 
 
 def read_texts(split: InputSplit, field: str, *, zero_is_separator: bool) -> Iterator[str]:
-    """Reads the documents of one input. zero_is_separator: a zero byte ends documents, so no text may contain one."""
+    """Yields the texts of the documents of one input. zero_is_separator: see decode_text_file."""
     if split.format == "parquet":
         yield from read_parquet(split.file, split.first, field, FIELD, zero_is_separator=zero_is_separator)
     elif split.format == "jsonl":
@@ -203,7 +205,7 @@ def read_texts(split: InputSplit, field: str, *, zero_is_separator: bool) -> Ite
 
 @lru_cache(maxsize=1)  # all jobs of a worker have the same tokenizer
 def cached_tokenizer(name: str, end_id: int, sha256: str | None) -> Tokenizer:
-    """Opens a tokenizer once per worker. sha256: of its file, so that a changed file is opened anew."""
+    """Opens a tokenizer once per worker process. sha256: that of its file, so that a changed file is opened again."""
     return open_tokenizer(name, end_id)
 
 
@@ -257,7 +259,7 @@ def parse_vocab_size(tokenizer: str) -> int:
 def train_on_jobs(
     jobs: list[Job], path: Path, vocab_size: int, field: str, print_message: Callable[[str], None]
 ) -> None:
-    """Trains a tokenizer on the texts, or on every n-th job if they exceed TRAINING_BYTES."""
+    """Trains a tokenizer on all texts, or on every n-th job if they exceed TRAINING_BYTES, and writes it to `path`."""
     size = sum(split.bytes for job in jobs for split in job)
     every = -(-size // TRAINING_BYTES)
     part = "all of it" if every == 1 else f"1 of every {every} parts of it"
@@ -270,7 +272,7 @@ def train_on_jobs(
 
 @contextmanager
 def atomic_outputs(prefix: str) -> Iterator[Callable[[str], Path]]:
-    """Yields a function from suffix to a temporary path, unique to this command.
+    """Yields a function that returns the temporary path of the output with a given suffix, unique to this command.
 
     On success the files are renamed, the index last, since a corpus exists only with its index. On failure they are
     removed.
@@ -305,7 +307,7 @@ def check_absent(paths: Iterable[Path]) -> None:
 
 @contextmanager
 def output_errors(prefix: str) -> Iterator[None]:
-    """Turns an OSError into a ValueError about the output; errors of reading are ValueErrors already."""
+    """Turns an OSError of its body into a ValueError about the output; errors of reading are ValueErrors already."""
     try:
         yield
     except OSError as error:
@@ -314,7 +316,8 @@ def output_errors(prefix: str) -> Iterator[None]:
 
 @contextmanager
 def executor(workers: int) -> Iterator[Callable[..., Future[Any]] | None]:
-    """Yields the `submit` of a process pool, or None if one worker is enough: this process."""
+    """Yields the `submit` of a pool of `workers` processes, or None if workers is 1: this process then does the
+    work."""
     if workers == 1:
         yield None
         return
@@ -328,7 +331,8 @@ def executor(workers: int) -> Iterator[Callable[..., Future[Any]] | None]:
 def map_in_order(
     submit: Callable[..., Future[Any]] | None, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
-    """Yields results in the order of the items, with at most `ahead` of them in progress, which bounds the memory."""
+    """Yields work(item) for each item, in the order of the items, with at most `ahead` results pending, which bounds
+    the memory. submit: from `executor`."""
     if submit is None:
         yield from map(work, items)
         return

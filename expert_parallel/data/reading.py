@@ -11,7 +11,8 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def match_files(paths: list[str], setting: str) -> list[tuple[str, Path]]:
-    """Expands glob patterns to (setting that names the file, file): patterns in the order given, matches sorted.
+    """Returns (setting that names the file, file) for each file that the glob patterns match: patterns in the order
+    given, the matches of each sorted.
 
     As in a shell, a glob skips hidden files. Folders that it matches are skipped. A file that is matched twice is
     refused: its text could be in both the training and the held-out part.
@@ -59,7 +60,8 @@ def decode_utf8(content: bytes, where: str, offset: int) -> str:
 
 
 def decode_text_file(content: bytes, where: str, *, zero_is_separator: bool) -> str:
-    """Decodes a text file. zero_is_separator: a zero byte ends documents, so no text may contain one."""
+    """Decodes a text file. where: the file, for error messages. zero_is_separator: True if a zero byte ends documents,
+    so that no text may contain one. Raises ValueError if the text is not valid."""
     text = decode_utf8(content, where, offset=0)
     if zero_is_separator and (at := content.find(0)) >= 0:
         raise ValueError(f"{where} holds a zero byte at offset {at}: where tokens are bytes, it ends a document")
@@ -76,7 +78,8 @@ def read_jsonl(
     first: int = 0,
     last: int | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """Yields (line number, text) of the lines that begin at bytes first .. last - 1; line numbers count from there.
+    """Yields (line number, text) for each line that begins at the bytes first to last - 1 of a JSONL file; the first of
+    these lines has number 1.
 
     Lines without the field and blank lines are refused, not skipped; an empty string is a text. stream: the whole file,
     open. setting: names the field in errors, in which line numbers count from the start of the file. zero_is_separator:
@@ -110,8 +113,8 @@ def _parse_line(line: bytes, field: str, setting: str, offset: int, zero_is_sepa
 
 
 def check_text(value: Any, field: str, setting: str, zero_is_separator: bool) -> str:
-    """Returns the value if it is valid text. Raises ValueError if it is of another type, or contains a forbidden
-    character."""
+    """Returns `value` if it is valid text. Raises ValueError if it is not a string, or contains a character that is not
+    allowed."""
     if not isinstance(value, str):
         raise ValueError(f": field {field!r} ({setting}) is of type {type(value).__name__}, not a string")
     try:

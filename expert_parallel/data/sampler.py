@@ -1,4 +1,4 @@
-"""Samples sequences from a stream of tokens.
+"""Draws training sequences, and evaluation sequences, from a stream of tokens.
 
 Shape letters in this package: B sequences of one rank's micro-batch, S positions of a sequence.
 """
@@ -17,9 +17,10 @@ Tokens = Tensor | np.ndarray[Any, Any]  # 1-D integers, on the CPU or memory-map
 
 
 class Sampler(Protocol):
-    """Draws an endless sequence of samples, each of S + 1 token ids: S inputs and, shifted by one, their targets.
+    """Draws an endless series of training sequences, each of S + 1 token ids: S inputs and, shifted by one, their
+    targets.
 
-    Sample i is a function of (seed, i) and the data alone.
+    Sequence number i depends on (seed, i) and the data only.
     """
 
     @property
@@ -27,15 +28,15 @@ class Sampler(Protocol):
         """Returns the token that ends a document, or None if documents are joined."""
 
     def sequences(self, first: int, count: int) -> Tensor:
-        """Returns the samples first to first + count - 1: token ids, int64, (count, S + 1)."""
+        """Returns the sequences number first to first + count - 1: token ids, int64, (count, S + 1)."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenSampler:
-    """Samples from one stream that fits into memory (a Sampler).
+    """Draws sequences from one stream of tokens that fits into memory; implements Sampler.
 
-    The tokens are cut into windows of S + 1 that overlap by one, so that each token but the first is a target once.
-    Every epoch visits all windows in its own order.
+    The stream is cut into windows of S + 1 tokens that overlap by one, so that each token but the first is a target
+    once. A window is one sequence. Every epoch visits all windows, in an order of its own.
     """
 
     tokens: Tokens
@@ -64,14 +65,14 @@ class TokenSampler:
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
 def epoch_order(seed: int, epoch: int, num_windows: int) -> Tensor:
-    """Returns the order in which an epoch visits the windows, int64, (num_windows,)."""
+    """Returns the order in which an epoch visits the windows of a stream: their indices, int64, (num_windows,)."""
     key = hashlib.sha256(f"epoch order {seed} {epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)  # the seed is a signed 64-bit
     return torch.randperm(num_windows, generator=generator)
 
 
 def held_out_sequences(tokens: Tokens, sequence_length: int, limit: int | None) -> Tensor:
-    """Returns windows of the held-out part, int64, (n, S + 1), at most `limit`, evenly spaced."""
+    """Returns at most `limit` evenly spaced windows of the held-out tokens, int64, (n, S + 1); None: all windows."""
     there = count_windows(tokens, sequence_length)
     if there < 1:
         raise ValueError(
@@ -81,7 +82,7 @@ def held_out_sequences(tokens: Tokens, sequence_length: int, limit: int | None) 
 
 
 def evenly_spaced(there: int, limit: int | None) -> list[int]:
-    """Selects at most `limit` of `there` windows, evenly spaced."""
+    """Returns the indices of at most `limit` of `there` windows, evenly spaced; None: all of them."""
     assert limit is None or limit >= 1, f"limit {limit}"
     count = there if limit is None else min(limit, there)
     return [number * there // count for number in range(count)]
@@ -92,7 +93,8 @@ def count_windows(tokens: Tokens, sequence_length: int) -> int:
 
 
 def read_windows(tokens: Tokens, sequence_length: int, order: Sequence[int]) -> Tensor:
-    """Reads windows, int64, (len(order), S + 1); window w begins at token w * S. Nothing else is read."""
+    """Returns the windows whose indices are in `order`, int64, (len(order), S + 1); window w begins at token w * S.
+    Only these tokens are read."""
     begins = np.array(order, dtype=np.int64)[:, None] * sequence_length
     return torch.from_numpy(np.asarray(tokens)[begins + np.arange(sequence_length + 1)].astype(np.int64))
 

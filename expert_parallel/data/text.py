@@ -1,4 +1,5 @@
-"""Loads text from disk as one stream of bytes: documents in a fixed pseudo-random order, with separators in between."""
+"""Loads text from disk as one stream of bytes: all documents in a fixed pseudo-random order, with a zero byte between
+two."""
 
 import hashlib
 import io
@@ -28,8 +29,8 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Holds a corpus in memory. train, held_out: uint8, 1-D, views of one stream of documents with separators in
-    between."""
+    """Holds the bytes of all documents in memory. train, held_out: uint8, 1-D, the training part and the held-out part
+    of one stream, in which a zero byte separates two documents."""
 
     train: Tensor
     held_out: Tensor
@@ -39,7 +40,8 @@ class Corpus:
 
 
 def load_corpus(config: StdlibData | FilesData) -> Corpus:
-    """Reads all documents, shuffles them in a fixed pseudo-random order, joins them, and holds out the end."""
+    """Reads all documents, shuffles them in a fixed pseudo-random order, joins them into one stream, and holds out its
+    end for evaluation."""
     documents = sorted(SOURCES[config.kind](config), key=lambda d: hashlib.sha256(d.name.encode()).digest())
     assert all(d.content for d in documents), "a source yields no empty documents"
     assert documents, "a source yields documents"
@@ -60,7 +62,8 @@ def load_corpus(config: StdlibData | FilesData) -> Corpus:
 
 
 def held_out_start(sizes: list[int], held_out: float) -> int:
-    """Returns the byte of the joined stream at which the held-out part begins. sizes: of the documents, in order.
+    """Returns the index of the byte of the joined stream at which the held-out part begins. sizes: the documents'
+    numbers of bytes, in order. held_out: the fraction to hold out.
 
     It is the start of a document: the fewest last documents that make up the fraction are held out. If these are more
     than half of the stream (a single document, or one much larger than the others), the split is within a document.
@@ -80,7 +83,8 @@ def held_out_start(sizes: list[int], held_out: float) -> int:
 
 
 def stdlib_documents(config: StdlibData) -> Iterator[Document]:
-    """Yields every non-empty .py file of the standard library. Its bytes are unchanged: a few files are not UTF-8."""
+    """Yields every non-empty .py file of the standard library as a document, with its bytes unchanged: a few files are
+    not UTF-8."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files: list[Path] = []
     for folder, subfolders, names in os.walk(root):
@@ -96,7 +100,8 @@ def stdlib_documents(config: StdlibData) -> Iterator[Document]:
 
 
 def file_documents(config: FilesData) -> Iterator[Document]:
-    """Yields the documents of all matched files, named by the file's position in the list and the line.
+    """Yields the documents of all files that `data.paths` matches, each named by the file's position in this list and
+    the number of its line.
 
     If documents are kept apart, a zero byte within one is refused: it would end the document.
     """

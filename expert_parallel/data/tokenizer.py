@@ -1,4 +1,5 @@
-"""Encodes text as token ids: bytes, or a tokenizer.json of Hugging Face's `tokenizers`; and reads PREFIX.json.
+"""Encodes text as token ids, either its bytes or by a tokenizer.json of Hugging Face's `tokenizers`, and reads
+PREFIX.json.
 
 PREFIX.json describes token files that `data prepare` made, and their tokenizer. This module does not import torch, so
 that workers start quickly.
@@ -28,8 +29,8 @@ END_TOKENS = (END_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sente
 
 
 class Tokenizer(Protocol):
-    """Encodes and decodes text. vocab_size: the largest id + 1. end_id: ends a document; None if there is no such
-    token."""
+    """Encodes and decodes text. vocab_size: the largest token id + 1. end_id: the id of the token that ends a document;
+    None if there is no such token."""
 
     vocab_size: int
     end_id: int | None
@@ -53,10 +54,10 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """Encodes with a tokenizer.json.
+    """Encodes text by a tokenizer.json.
 
-    Special tokens in the text are encoded as ordinary text, and none are added. end: the token that ends documents;
-    None: the first of END_TOKENS in the vocabulary.
+    Special tokens in the text are encoded as ordinary text, and none are added. end: the token that ends documents, as
+    its text or its id; None takes the first of END_TOKENS that is in the vocabulary.
     """
 
     def __init__(self, path: Path, end: str | int | None = None) -> None:
@@ -88,12 +89,14 @@ class FileTokenizer:
 
 
 def open_tokenizer(name: str, end: str | int | None = None) -> Tokenizer:
-    """Opens a tokenizer. name: `bytes`, or the path of a tokenizer.json. Raises ValueError if it cannot be read."""
+    """Opens a tokenizer. name: `bytes`, or the path of a tokenizer.json. end: see FileTokenizer. Raises ValueError if
+    it cannot be read."""
     return ByteTokenizer() if name == "bytes" else FileTokenizer(Path(name), end)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Trains byte-level BPE, which can encode any text (Sennrich et al. 2016; Radford et al. 2019).
+    """Trains a byte-level BPE tokenizer, which can encode any text, and writes it to `path` (Sennrich et al. 2016;
+    Radford et al. 2019).
 
     The vocabulary is smaller than vocab_size if the text has no more pairs to merge.
     """
@@ -120,7 +123,8 @@ def file_sha256(path: Path) -> str:
 
 
 class Sources(Settings):
-    """Counts the files that a token file was made from. sha256: hash of the files' SHA-256s, in order."""
+    """Describes the input files that a token file was made from: their number, their bytes in total, and sha256, the
+    SHA-256 of the concatenated SHA-256s of the files, in order."""
 
     files: int
     bytes: int
@@ -135,8 +139,8 @@ def _check_file_name(name: str) -> str:
 
 
 class TokensInfo(Settings):
-    """Describes a token file, as PREFIX.json. tokenizer: `bytes`, or the name of a tokenizer.json in the same folder.
-    sha256: hash of PREFIX.bin."""
+    """Describes a token file: the content of PREFIX.json. tokenizer: `bytes`, or the name of a tokenizer.json in the
+    same folder. end_id: the id of the token that ends a document. sha256: that of PREFIX.bin."""
 
     format: Literal["expert_parallel tokens 1"] = "expert_parallel tokens 1"
     tokenizer: Annotated[str, AfterValidator(_check_file_name)]
@@ -183,8 +187,8 @@ def check_info(prefix: str, tokens: IndexedDataset, info: TokensInfo) -> None:
 
 
 def recorded_tokenizer(prefix: str, info: TokensInfo) -> tuple[str, int]:
-    """Returns (name or path, end_id) of the tokenizer in PREFIX.json. Raises ValueError if its file is missing or
-    another."""
+    """Returns (`bytes` or the path of a tokenizer.json, end_id) of the tokenizer that PREFIX.json names. Raises
+    ValueError if its file is missing, or its SHA-256 is not the one in PREFIX.json."""
     if info.tokenizer == "bytes":
         return "bytes", info.end_id
     path = Path(prefix).parent / info.tokenizer
@@ -195,7 +199,7 @@ def recorded_tokenizer(prefix: str, info: TokensInfo) -> tuple[str, int]:
 
 
 def check_tokenizer(path: Path, prefix: str, info: TokensInfo) -> None:
-    """Raises ValueError if the file is not the tokenizer that made the corpus."""
+    """Raises ValueError if the SHA-256 of the tokenizer.json `path` is not that of the tokenizer in PREFIX.json."""
     if (found := file_sha256(path)) != info.tokenizer_sha256:
         raise ValueError(
             f"{path} is not the tokenizer of {prefix}: it has sha256 {found}, "

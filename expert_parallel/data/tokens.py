@@ -1,4 +1,4 @@
-"""Opens the token files of a blend, and checks that they fit each other, the settings and the model.
+"""Opens the token files of `data.corpora`, and checks that they fit each other, the settings and the model.
 
 Start-up reads PREFIX.json and the index; tokens are read when a batch needs them.
 """
@@ -23,7 +23,8 @@ from expert_parallel.data.tokenizer import (
 
 
 class TokenCorpus(NamedTuple):
-    """Holds one opened corpus of `data.corpora`. setting: the path of its setting, for errors."""
+    """Holds one opened corpus of `data.corpora`. setting: the path of the setting that names it, for error messages.
+    weight: its share of the training sequences, relative to the sum of all weights."""
 
     setting: str
     weight: float
@@ -32,8 +33,8 @@ class TokenCorpus(NamedTuple):
 
 
 def open_corpora(config: TokensData, vocab_size: int) -> list[TokenCorpus]:
-    """Opens all corpora. Raises ValueError if a file is damaged, or if corpora, settings and model do not fit each
-    other."""
+    """Opens all corpora of `data.corpora`. vocab_size: the model's. Raises ValueError if a file is damaged, or if
+    corpora, settings and model do not fit each other."""
     if not config.corpora:
         raise ValueError("data.corpora is empty: there is nothing to train on")
     corpora = []
@@ -57,7 +58,7 @@ def open_corpora(config: TokensData, vocab_size: int) -> list[TokenCorpus]:
 
 
 def find_end_id(config: TokensData, corpora: list[TokenCorpus]) -> int | None:
-    """Returns the token that ends a document, or None if it is unknown and not needed."""
+    """Returns the id of the token that ends a document, or None if it is unknown and not needed."""
     end_id = next((corpus.info.end_id for corpus in corpora if corpus.info is not None), config.end_id)
     if end_id is None and (tokenizer := load_tokenizer(config)) is not None:
         end_id = tokenizer.end_id
@@ -67,12 +68,14 @@ def find_end_id(config: TokensData, corpora: list[TokenCorpus]) -> int | None:
 
 
 def corpus_digest(corpus: TokenCorpus) -> str:
-    """Returns the SHA-256 of the tokens from PREFIX.json, or that of the index for a corpus from Megatron."""
+    """Returns a SHA-256 that identifies a corpus: that of its tokens, from PREFIX.json, or that of its index file if
+    Megatron made it."""
     return corpus.info.sha256 if corpus.info is not None else file_sha256(with_suffix(str(corpus.tokens.path), ".idx"))
 
 
 def split_corpora(corpora: list[TokenCorpus], held_out: float) -> tuple[list[CorpusSplit], list[CorpusSplit]]:
-    """Splits each corpus; returns (training parts, held-out parts)."""
+    """Splits each corpus; returns (the training parts of all corpora, their held-out parts). held_out: the fraction
+    that is held out."""
     train, held = [], []
     for setting, weight, indexed, _ in corpora:
         begin, file = indexed.held_out_begin(held_out), with_suffix(str(indexed.path), ".bin")
@@ -82,7 +85,8 @@ def split_corpora(corpora: list[TokenCorpus], held_out: float) -> tuple[list[Cor
 
 
 def load_tokenizer(config: TokensData) -> Tokenizer | None:
-    """Opens the tokenizer of data.tokenizer, else that of the corpora; returns None if neither names one."""
+    """Opens the tokenizer that `data.tokenizer` names, or else the one that made the corpora; returns None if neither
+    is known."""
     name = tokenizer_name(config)
     try:
         return None if name is None else open_tokenizer(*name)
@@ -91,7 +95,8 @@ def load_tokenizer(config: TokensData) -> Tokenizer | None:
 
 
 def tokenizer_name(config: TokensData) -> tuple[str, int | None] | None:
-    """Returns (`bytes` or the path of a tokenizer.json, the token that ends documents or None); None if unknown."""
+    """Returns (`bytes` or the path of a tokenizer.json, the id of the token that ends documents or None); returns None
+    if the tokenizer is unknown."""
     if config.tokenizer is not None:
         return config.tokenizer, config.end_id
     described = first_described_corpus(config)
@@ -99,7 +104,7 @@ def tokenizer_name(config: TokensData) -> tuple[str, int | None] | None:
 
 
 def first_described_corpus(config: TokensData) -> tuple[str, TokensInfo] | None:
-    """Returns (prefix, PREFIX.json) of the first corpus that has a PREFIX.json, or None."""
+    """Returns (prefix, content of PREFIX.json) of the first corpus that has a PREFIX.json, or None if none has one."""
     infos = ((entry.path, read_info(entry.path)) for entry in config.corpora)
     return next(((prefix, info) for prefix, info in infos if info is not None), None)
 
@@ -107,8 +112,8 @@ def first_described_corpus(config: TokensData) -> tuple[str, TokensInfo] | None:
 def load_saved_tokenizer(config: TokensData, kept: Path) -> Tokenizer:
     """Opens the tokenizer that a run's folder keeps in `kept`, even if its corpora are missing.
 
-    The folder may be a copy, or its model imported: so the file is ignored if tokens are bytes, and must match
-    PREFIX.json if that is available.
+    kept: the path of the tokenizer.json in the run's folder. The folder may be a copy of another run, or hold an
+    imported model, so the file is ignored if tokens are bytes, and must match PREFIX.json if that is available.
     """
     try:
         described, end_id = first_described_corpus(config), config.end_id

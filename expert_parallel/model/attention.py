@@ -59,21 +59,23 @@ class HeadsConfig(Settings):
 
     @property
     def rope_columns(self) -> tuple[str, int]:
-        """Returns the setting of the columns of a head that have rotary positions, and their number."""
+        """Returns the name of the setting for the number of columns of a head that have rotary positions, and this
+        number."""
         return "head_size", self.head_size
 
     @property
     def activations_per_token(self) -> int:
-        """Returns the numbers per token that the backward pass needs: queries, keys, values and the heads' outputs."""
+        """Returns how many values per token the backward pass needs: queries, keys, values and the heads' outputs."""
         return (2 * self.num_heads + 2 * self.kv_heads) * self.head_size
 
     @property
     def multiplications_per_key(self) -> int:
-        """Returns the multiplications of a token with each key that it attends to and its value, over all heads."""
+        """Returns how many multiplications a token takes for each token that it attends to (query times key, and weight
+        times value), over all heads."""
         return 2 * self.num_heads * self.head_size
 
     def num_params(self, d_model: int) -> int:
-        """Counts the four matrices, their biases, the norms of queries and keys, and the sinks."""
+        """Counts the parameters: four matrices, their biases, the norms of queries and keys, and the sinks."""
         heads, kv_heads, norm = self.num_heads, self.kv_heads, self.qk_norm
         columns = (heads + 2 * kv_heads) * self.head_size
         count = d_model * columns + heads * self.head_size * d_model
@@ -125,7 +127,8 @@ def attend_with_sinks(
 ) -> Tensor:
     """Computes `causal_attention` with one more logit, the head's sink, in every softmax: a key without a value.
 
-    A head can so attend to nothing (Xiao et al. 2023; gpt-oss).
+    So a head can attend to no token at all (Xiao et al. 2023; gpt-oss). Shapes are those of `AttentionFn`; sinks_H:
+    (H).
     """
     # Softmax in float32 or wider: bfloat16 logits would lose the small weights.
     softmax_dtype = torch.promote_types(torch.float32, query_BHSh.dtype)
@@ -147,8 +150,9 @@ def attend_with_sinks(
 class Attention(nn.Module):
     """Computes softmax(q k^T / sqrt(h)) v with q, k, v and the output projected linearly. (B, T, D) -> (B, T, D).
 
-    rope: None if positions are not rotary. gather_sequence: with tensor parallelism, gathers the T tokens of all ranks
-    to the S tokens that every rank's heads attend from. `attention_fn`: replaced by context parallelism.
+    rope: None if positions are not rotary. gather_sequence: with tensor parallelism, gathers the T tokens of each rank
+    into the S tokens of all ranks, since each rank has only some heads. `attention_fn`: the function that attends;
+    context parallelism replaces it.
     """
 
     def __init__(self, config: HeadsConfig, d_model: int, rope: RopeConfig | None) -> None:
@@ -171,7 +175,7 @@ class Attention(nn.Module):
         self.attention_fn: AttentionFn = causal_attention
 
     def forward(self, x_BTD: Tensor, attention_context: AttentionContext) -> Tensor:
-        """Attends over the keys that the attention context makes visible to each query."""
+        """Computes attention; the attention context tells which keys each query attends to."""
         x_BSD = self.gather_sequence(x_BTD)
         query, key, value = self.query(x_BSD), self.key(x_BSD), self.value(x_BSD)  # (B, S, heads * h) each
         if self.query_norm is not None and self.key_norm is not None:

@@ -1,6 +1,6 @@
 """Determines which keys each query of a pass may attend to: causal, within its document, after the cached tokens.
 
-It is built once per pass, from inputs that every rank has whole, and shared by all blocks.
+`AttentionContext` is built once per forward pass, from the whole sequences, and shared by all blocks.
 """
 
 from dataclasses import dataclass, field
@@ -16,12 +16,13 @@ from expert_parallel.parallel.sequence import SequenceShard
 
 @dataclass(eq=False)
 class AttentionContext:
-    """Provides attention masks and rotary tables to all blocks of one pass, and memoises them.
+    """Provides attention masks and rotary tables to all blocks of one forward pass, and memoises them.
 
-    index_BS: int64, the index of each token of this context parallel rank in its sequence, (B, S), or (1, S) if it is
-    the same in all sequences. position_BS: likewise, the position in its document, as rotary and learned positions
-    count. num_keys: L, the number of keys of a sequence, which are in sequence order. document_BS, key_document_BL:
-    int64, the document of each query and each key; None: a sequence is one document. cache: keys of earlier tokens.
+    index_BS: int64, the index in its sequence of each token that this context parallel rank holds, (B, S), or (1, S) if
+    all sequences have the same. position_BS: int64, the same shape, the position of each token in its document, for
+    rotary and learned positions. num_keys: L, the number of keys of a sequence, which are in sequence order.
+    document_BS, key_document_BL: int64, the number of each query's and each key's document; None: a sequence is one
+    document. cache: the keys and values of earlier tokens, in generation.
     """
 
     index_BS: Tensor
@@ -47,8 +48,9 @@ class AttentionContext:
     ) -> Self:
         """Builds the context of one pass.
 
-        length: of whole sequences. document_BL: int64, the document of every token of the whole sequences,
-        non-decreasing within a sequence; not with a cache. cache: must have whole sequences (cp 1).
+        length: the number of tokens of a whole sequence. document_BL: int64, the number of the document of each token
+        of the whole sequences, non-decreasing within a sequence; None with a cache. cache: only if every rank has whole
+        sequences (cp 1).
         """
         index_1S = place.context(length).to(device)[None]
         if cache is not None:
@@ -72,7 +74,8 @@ class AttentionContext:
     def mask(self, window: int | None = None) -> Tensor | None:
         """Returns a mask, bool (B or 1, 1, S, L), True where a query sees a key; None if plain causal masking suffices.
 
-        window: sliding window: a query sees the last `window` keys, including the one at its own position.
+        window: the size of a sliding window: a query sees the last `window` keys, including the one at its own
+        position; None: all keys before it.
         """
         if self.is_causal and (window is None or window >= self.num_keys):
             return None

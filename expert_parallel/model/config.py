@@ -35,7 +35,7 @@ AttentionConfig = Annotated[
 
 
 class AllBlocks(Settings):
-    """Selects all blocks."""
+    """Selects all transformer blocks."""
 
     kind: Literal["all"] = "all"
 
@@ -93,7 +93,7 @@ def _check_blocks(name: str, pattern: Blocks, num_layers: int, what: str) -> Non
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Counts the parameters of a model or of a part of it: those of routed experts, and all others (dense)."""
+    """Holds the number of parameters of a model or of a part of it: those of routed experts, and all others (dense)."""
 
     dense: int
     experts: int
@@ -143,7 +143,8 @@ class ModelConfig(Settings):
         return self.moe_blocks.blocks(self.num_layers) if self.moe is not None else []
 
     def attention_of(self, layer: int) -> AttentionConfig:
-        """Returns a block's attention settings, without the window if window_blocks does not select the block."""
+        """Returns the attention settings of block number `layer`, without the window if window_blocks does not select
+        it."""
         attention = self.attention
         if isinstance(attention, HeadsConfig) and layer not in self.window_blocks.blocks(self.num_layers):
             return attention.model_copy(update={"window": None})
@@ -152,8 +153,8 @@ class ModelConfig(Settings):
     def num_params(self) -> int:
         """Counts all parameters, exactly those that `Transformer` has, without building it.
 
-        These are the embedding and the table of the logits (one and the same with `tied_embeddings`, counted once),
-        learned positions, the final norm, and in each block its norms, attention, and feed-forward: a dense one, or
+        These are the embedding and the output projection (one weight with `tied_embeddings`, counted once), learned
+        positions, the final norm, and in each block its norms, attention, and feed-forward network: a dense one, or
         router, shared and routed experts. Biases, norms of queries and keys, and sinks count wherever they are set.
         Buffers, such as a router's balance bias, are no parameters.
         """
@@ -163,9 +164,9 @@ class ModelConfig(Settings):
         """Counts the parameters that one token uses: all but routed experts, and of these as many as its router gives
         it.
 
-        That is `k` for routers with a k, and else their mean in training (`experts_per_token`), both before drops. The
-        tables count whole, as in published numbers of active parameters (Mixtral 8x7B: 12.9 B), though a token looks
-        up one row of the embedding.
+        That is `k` experts for routers with a k, and otherwise the mean number in training (`experts_per_token`), both
+        before drops. Embedding and output projection count in full, as in published numbers of active parameters
+        (Mixtral 8x7B: 12.9 B), though a token looks up one row of the embedding.
         """
         counts, moe = self.parameter_counts(), self.moe
         if moe is None:
@@ -173,13 +174,13 @@ class ModelConfig(Settings):
         return counts.dense + round(counts.experts * moe.router.experts_per_token(moe.num_experts) / moe.num_experts)
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """Counts the floating-point operations of a training step for each token: forward and backward, of which the
-        forward pass is a third. A multiplication with its addition is 2.
+        """Counts the floating-point operations that a training step takes per token, forward and backward; the forward
+        pass is a third of them. A multiplication with its addition counts as 2.
 
-        That is 6 for each active parameter, but none for tables that are only looked up (an untied embedding, learned
-        positions), and attention to the half of `sequence_length` tokens that one sees on average. Norms, biases and
-        sinks, which are few, count as if they were matrices, windows as if they were whole, dropped choices as if they
-        were computed. Neither recomputation nor the optimizer counts.
+        These are 6 for each active parameter, except tables that are only looked up (an untied embedding, learned
+        positions), and those of attention to half of `sequence_length` tokens, as many as a token attends to on
+        average. Norms, biases and sinks, which are few, count like matrices, windowed attention like full attention,
+        and dropped choices as if they were computed. Recomputation and the optimizer are not counted.
 
         Sources: Kaplan et al. 2020, section 2.1 (6 N); Chowdhery et al. 2022, appendix B (attention, there to the whole
         sequence).
@@ -193,10 +194,12 @@ class ModelConfig(Settings):
     def parameter_counts(
         self, blocks: range | None = None, *, is_first: bool = True, is_last: bool = True
     ) -> ParameterCounts:
-        """Counts the parameters of a pipeline stage with these blocks; by default of the whole model.
+        """Counts the parameters of a pipeline stage that has the blocks numbered `blocks`; by default of the whole
+        model.
 
-        is_first: the stage has the embedding and learned positions. is_last: it has the final norm and the table of the
-        logits, where `tied_embeddings` shares it across stages a copy.
+        is_first: True if the stage has the embedding and learned positions. is_last: True if it has the final norm and
+        the output projection; with `tied_embeddings`, a last stage that is not the first counts its copy of the
+        embedding.
         """
         d_model, moe = self.d_model, self.moe
         blocks = range(self.num_layers) if blocks is None else blocks

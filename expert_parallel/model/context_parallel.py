@@ -15,8 +15,11 @@ from expert_parallel.parallel.sequence import SequenceShard
 
 
 class ContextParallelAttention:
-    """Replaces `causal_attention`. Shapes are those of `AttentionFn`, of the positions of `place` alone: S = L / cp for
-    queries, and keys and values of S tokens, too. mask: over the keys of whole sequences, (B or 1, 1, S, L)."""
+    """Computes causal attention when sequences are divided over the ranks of `group`; replaces `causal_attention`.
+
+    Queries, keys and values are those of the S = L / cp tokens at this rank's positions, which `place` tells; otherwise
+    shapes are those of `AttentionFn`. mask: over the keys of whole sequences, (B or 1, 1, S, L).
+    """
 
     def __init__(self, place: SequenceShard, group: dist.ProcessGroup) -> None:
         self.place, self.group = place, group
@@ -29,13 +32,14 @@ class ContextParallelAttention:
         mask: Tensor | None = None,
         sinks_H: Tensor | None = None,
     ) -> Tensor:
-        """Gathers keys and values in one all-gather, then attends."""
+        """Gathers the keys and values of whole sequences in one all-gather, then attends to them."""
         sizes = [key_BGLh.shape[-1], value_BGLv.shape[-1]]
         key_BGLh, value_BGLv = self.gather(torch.cat([key_BGLh, value_BGLv], -1)).split(sizes, -1)
         return self.attend_to_gathered(query_BHSh, key_BGLh, value_BGLv, mask, sinks_H)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Gathers (..., L / cp, h) at the positions of `place` to (..., L, h) of whole sequences, in sequence order.
+        """Gathers (..., L / cp, h), the rows at this rank's positions, into (..., L, h) of whole sequences, in sequence
+        order.
 
         In the backward pass each rank gets the sum of all ranks' gradients for its own positions.
         """

@@ -50,12 +50,13 @@ def generate(
 ) -> list[list[int]]:
     """Returns each prompt followed by up to `num_tokens` new tokens; `end_id` ends a sequence and is its last token.
 
-    window: the most tokens that the model is given; when it is full, the older half is dropped. `tokenizer_vocab_size`:
-    only token ids below it are generated; None: all of the model's vocabulary. Every rank of the mesh must call it with
-    the same arguments and gets the same result. Data parallel ranks split the sequences; the rank that holds the last
-    position of a sequence samples its next token. Sequences are padded to a length that context and tensor parallel
-    ranks divide. The cache is not used with context parallelism, nor with routers whose choices depend on other tokens
-    (expert choice): then the whole window runs again for each token.
+    window: the largest number of tokens of a sequence that the model is given; when a sequence is longer, its older
+    half is dropped. `tokenizer_vocab_size`: only token ids below this number are generated; None: all of the model's
+    vocabulary. Every rank of the mesh must call it with the same arguments and gets the same result. Data parallel
+    ranks split the sequences; the rank that holds the last position of a sequence samples its next token. Sequences are
+    padded to a length that context and tensor parallel ranks divide. The cache is not used with context parallelism,
+    nor with routers whose choices depend on other tokens (expert choice): then the whole window runs again for each
+    token.
 
     Raises ValueError for empty prompts, unknown tokens, a window below 2, and logits that are not finite.
     """
@@ -190,9 +191,10 @@ class _Decoder:
 
 
 def draw(logits_V: Tensor, sampling: Sampling, seed: int, index: int) -> Tensor:
-    """Samples a token id from logits (V): a CPU tensor, int64, a function of (seed, index). -1: logits are not finite.
+    """Returns a token id drawn from logits (V), a function of (seed, index): int64, on the CPU; -1 if a logit is not
+    finite.
 
-    On the CPU and in float64, so that all devices give the same token. Equal logits are ordered by token id.
+    Computed on the CPU in float64, so that all devices give the same token. Equal logits are ordered by token id.
     """
     logits_V = logits_V.double().cpu()
     if not bool(logits_V.isfinite().all()):

@@ -5,11 +5,12 @@ from torch import Tensor, nn
 
 
 class KVCache:
-    """Stores keys and values of all earlier tokens for the blocks of this rank; latent attention stores its latents.
+    """Stores the keys and values of all earlier tokens for each block of this rank; latent attention stores its
+    latents.
 
-    length_B: int64, the number of valid tokens of each sequence. The caller advances it after all blocks have run;
-    slots beyond it are overwritten. capacity: the most tokens of a sequence. One more slot takes the padding of passes
-    that go beyond the capacity.
+    length_B: int64, the number of tokens of each sequence that the cache holds. The caller advances it after all blocks
+    have run; slots beyond it are overwritten. capacity: the largest number of tokens of a sequence. One additional slot
+    receives padding beyond the capacity.
     """
 
     def __init__(self, num_sequences: int, capacity: int, device: torch.device | None = None) -> None:

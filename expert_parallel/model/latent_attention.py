@@ -53,21 +53,24 @@ class LatentAttentionConfig(Settings):
 
     @property
     def rope_columns(self) -> tuple[str, int]:
-        """Returns the setting of the columns of a head that have rotary positions, and their number."""
+        """Returns the name of the setting for the number of columns of a head that have rotary positions, and this
+        number."""
         return "rope_size", self.rope_size
 
     @property
     def activations_per_token(self) -> int:
-        """Returns the numbers per token that the backward pass needs: queries, keys, values and the heads' outputs."""
+        """Returns how many values per token the backward pass needs: queries, keys, values and the heads' outputs."""
         return self.num_heads * 2 * (self.key_size + self.value_size)
 
     @property
     def multiplications_per_key(self) -> int:
-        """Returns the multiplications of a token with each key that it attends to and its value, over all heads."""
+        """Returns how many multiplications a token takes for each token that it attends to (query times key, and weight
+        times value), over all heads."""
         return self.num_heads * (self.key_size + self.value_size)
 
     def num_params(self, d_model: int) -> int:
-        """Counts the matrices down to the latents and up from them, the norms of the latents, and the last matrix."""
+        """Counts the parameters: the projections down to the latents and up from them, the norms of the latents, and
+        the output projection."""
         heads, query_rank, kv_rank = self.num_heads, self.query_rank, self.kv_rank
         if query_rank is None:
             query = d_model * heads * self.key_size
@@ -114,7 +117,7 @@ class LatentAttention(nn.Module):
         self.attention_fn: AttentionFn = causal_attention
 
     def forward(self, x_BTD: Tensor, attention_context: AttentionContext) -> Tensor:
-        """Attends over the keys that the attention context makes visible to each query."""
+        """Computes attention; the attention context tells which keys each query attends to."""
         config = self.config
         has_query_latent = config.query_rank is not None
         query_BTq = self.query_norm(self.query_down(x_BTD)) if has_query_latent else x_BTD

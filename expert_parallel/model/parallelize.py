@@ -40,10 +40,11 @@ def build_model(
 ) -> Transformer:
     """Builds a model whose initial weights depend on `seed` alone, not on the layout.
 
-    mesh: None: the whole model on this rank. sharding: FSDP2 over mesh.dense_mesh, and over mesh.expert_mesh for
-    experts. dtype: of computation; weights are kept in promote_types(float32, dtype). device: `meta` builds shapes
-    alone. seed: None leaves weights uninitialised, for a checkpoint to fill. `stage_spec`, model_class: of a pipeline
-    stage; default: the whole model. No rank ever allocates more than its own shard of the weights.
+    mesh: the process groups; None builds the whole model on this rank. sharding: applies FSDP2 over mesh.dense_mesh,
+    and over mesh.expert_mesh to experts; None does not shard. dtype: the dtype of computation; weights are kept in
+    promote_types(float32, dtype). device: `meta` builds shapes without values. seed: None leaves weights uninitialised,
+    for a checkpoint to fill. `stage_spec`, model_class: the pipeline stage to build and its class; by default the whole
+    model. No rank ever allocates more than its own shard of the weights.
     """
     with torch.device("meta"):  # so that whole parameters are never allocated before they are sharded
         model = model_class(config, dtype, mesh, recompute, stage_spec)
@@ -62,7 +63,8 @@ def build_model(
 
 
 def apply_tp_and_cp(model: Transformer, mesh: ParallelMesh) -> None:
-    """Applies tensor, sequence and context parallelism to the blocks, the embedding and the logits."""
+    """Applies tensor, sequence and context parallelism to the blocks, the embedding and the output projection, in
+    place."""
     tp_group, cp_group = mesh.tp_group, mesh.cp_group
     for _, block in model.local_blocks():
         if cp_group is not None:
@@ -95,13 +97,15 @@ def kv_copies(config: ModelConfig, degrees: ParallelDegrees) -> int:
 
 
 def split_into_stages(config: ModelConfig, num_stages: int) -> list[StageSpec]:
-    """Splits the blocks into stages of equal size, in order; if they do not divide evenly, the first have one more."""
+    """Splits the transformer blocks into stages of equal size, in order; if they do not divide evenly, the first stages
+    have one block more."""
     blocks = torch.arange(config.num_layers).tensor_split(num_stages)
     return [StageSpec(range(int(b[0]), int(b[-1]) + 1), number, num_stages) for number, b in enumerate(blocks)]
 
 
 def validate_degrees(config: ModelConfig, degrees: ParallelDegrees, stages_per_rank: int) -> None:
-    """Raises ValueError if the model's sizes do not divide over the ranks, with both numbers."""
+    """Raises ValueError, which names both numbers, if a size of the model is not a multiple of the degree that divides
+    it."""
     attention, moe = config.attention, config.moe
     tp, etp = degrees.tp, degrees.etp
     divided = [("model.attention.num_heads", attention.num_heads, "parallel.tp", tp)]
@@ -133,8 +137,8 @@ def validate_degrees(config: ModelConfig, degrees: ParallelDegrees, stages_per_r
 
 
 def apply_fsdp(model: Transformer, mesh: ParallelMesh, config: ShardedConfig) -> None:
-    """Applies FSDP2, innermost modules first: to the experts of each MoE layer over expert_mesh, to the rest over
-    dense_mesh.
+    """Applies FSDP2 in place, to inner modules first: to the experts of each MoE layer over mesh.expert_mesh, to all
+    other modules over mesh.dense_mesh.
 
     Matrices are gathered in the compute dtype; norms and routers, which compute in float32, in float32. Gradients are
     summed in float32 and never averaged: the loss is divided once, by the global token count.

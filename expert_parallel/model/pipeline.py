@@ -1,8 +1,8 @@
 """Implements pipeline parallelism with the schedules of torch.distributed.pipelining.
 
-Stages pass on x (B, S, D), in the compute dtype, and `balance` (N), in float32 or wider: a vector to which every stage
-adds its balance losses. So the last stage has the whole loss, and its gradient reaches the routers of all stages.
-Nothing is averaged.
+A stage sends two tensors to the next: its output x (B, S, D), in the compute dtype, and `balance` (N), in float32 or
+wider, a vector to which every stage adds its auxiliary losses. So the last stage has the whole loss, and its gradient
+reaches the routers of all stages. Gradients are summed, never averaged.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,11 +42,13 @@ SCHEDULES = {"1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
 class PipelineStep:
     """Holds the inputs of all micro-steps of one step, and collects statistics from the stages of this rank.
 
-    tokens: (B, S) per micro-step, int64, all of one shape. cross_entropy: a function of (last stage, its output, number
-    of the micro-step) that returns the summed cross entropy divided by the number of targets of the step; None: forward
-    only. cache: of generation, see Transformer. stats, pooled: by micro-step and MoE block.
+    tokens: for each micro-step (B, S), int64, all of one shape. cross_entropy: a function of (last stage, its output,
+    number of the micro-step) that returns the summed cross entropy divided by the number of targets of the step; None
+    runs the forward pass only. cache: for generation, see Transformer. stats, pooled: for each micro-step, the
+    statistics and pooled terms by number of the MoE block (see ModelOutput).
 
-    A plain class: the schedule would split tensors, lists and tuples into micro-batches, but passes objects on whole.
+    It is a class of its own because the schedule splits tensors, lists and tuples into micro-batches, but passes other
+    objects on whole.
     """
 
     def __init__(
@@ -65,10 +67,11 @@ class PipelineStep:
 
     @property
     def num_blocks(self) -> int:
-        """Returns the number of blocks over which losses of scope `sequence` are computed in each micro-step.
+        """Returns how many sequences or documents of a micro-step have f and P of their own, for losses of scope
+        `sequence`.
 
-        These are the sequences of the micro-step, or as many documents as they may hold. The number is the same in all
-        micro-steps of a step, since it determines the size of `balance`.
+        These are the sequences of the micro-step or, if they are packed, as many documents as they may hold. The number
+        is the same in all micro-steps of a step, since it determines the size of `balance`.
         """
         per_row = max(1 if c.document_BS is None else c.documents_per_row for c in self.contexts)
         return len(self.tokens[0]) * per_row
@@ -82,9 +85,9 @@ class Stage(Transformer):
     ) -> Any:
         """Runs one micro-step. Returns (x, balance) for the next stage; on the last stage the loss, a scalar.
 
-        x: (B, S, D), balance: (N): the result of the stage before; None on the first stage. micro_step: its number, a
-        CPU tensor, as the schedule splits a tensor of all numbers. Without a cross entropy (forward only) returns a
-        ModelOutput.
+        x: (B, S, D), and balance: (N), are what the previous stage returned; None on the first stage. micro_step: the
+        number of the micro-step, as a CPU tensor, since the schedule splits a tensor of all numbers. If `pipeline_step`
+        has no cross entropy (forward only), it returns a ModelOutput.
         """
         number = int(micro_step)  # on the CPU: no device synchronisation
         output = super().forward(pipeline_step.tokens[number], pipeline_step.contexts[number], x, pipeline_step.cache)
@@ -128,7 +131,8 @@ class Stage(Transformer):
 
 
 def pooled_shapes(config: ModelConfig, num_blocks: int) -> dict[str, tuple[int, int]]:
-    """Returns the shape (blocks, E) of f and P for each loss that is pooled over layers, by name."""
+    """Returns the shape (blocks, E) of f and P for each balance loss that is pooled over layers, by name of the loss.
+    num_blocks: see `PipelineStep.num_blocks`."""
     experts = 0 if config.moe is None else config.moe.num_experts
     return {
         name: (num_blocks if loss.scope == "sequence" else 1, experts) for name, loss in pooled_losses(config).items()
@@ -136,12 +140,12 @@ def pooled_shapes(config: ModelConfig, num_blocks: int) -> dict[str, tuple[int, 
 
 
 def balance_size(config: ModelConfig, num_blocks: int) -> int:
-    """Returns N, the length of the vector `balance`."""
+    """Returns N, the length of the vector `balance` that stages pass on. num_blocks: see `PipelineStep.num_blocks`."""
     return 1 + sum(2 * blocks * experts for blocks, experts in pooled_shapes(config, num_blocks).values())
 
 
 class Pipeline(LanguageModel, nn.ModuleList):
-    """Runs this rank's stages of a model. Iterating yields the stages in order."""
+    """Runs this rank's pipeline stages of a model. Iterating over it yields these stages in order."""
 
     def __init__(self, stages: Sequence[Transformer], mesh: ParallelMesh, config: PipelineConfig) -> None:
         super().__init__(stages)
@@ -181,7 +185,7 @@ class Pipeline(LanguageModel, nn.ModuleList):
     def forward(self, tokens_BS: Tensor, context: StepContext, cache: KVCache | None = None) -> ModelOutput:
         """Runs the forward pass alone, stage after stage, without gradients.
 
-        Returns the logits on the rank of the last stage, and the output (B, S, D) of its own last stage on others.
+        Returns the logits on the rank of the last stage; on other ranks, the output (B, S, D) of the rank's last stage.
         """
         pipeline_step = PipelineStep([tokens_BS], [context], cache=cache)
         num_ranks, rank = group_size(self.group), group_rank(self.group)
@@ -257,7 +261,7 @@ def _exchange(send_or_recv: Callable[..., Any], x: Tensor, group: dist.ProcessGr
 
 
 def build_pipeline(config: ModelConfig, mesh: ParallelMesh, *, pipeline: PipelineConfig, **settings: Any) -> Pipeline:
-    """Builds this rank's stages: every pp-th one, from its own pipeline rank on. settings: passed to build_model."""
+    """Builds this rank's stages: those whose number modulo pp is its pipeline rank. settings: passed to build_model."""
     per_rank = pipeline.stages_per_rank if isinstance(pipeline, InterleavedConfig) else 1
     specs = split_into_stages(config, mesh.degrees.pp * per_rank)[mesh.pp_rank :: mesh.degrees.pp]
     stages = [build_model(config, mesh, stage_spec=spec, model_class=Stage, **settings) for spec in specs]
@@ -265,7 +269,7 @@ def build_pipeline(config: ModelConfig, mesh: ParallelMesh, *, pipeline: Pipelin
 
 
 def validate_schedule(config: PipelineConfig, pp: int, num_micro_steps: int) -> None:
-    """Raises ValueError if the schedule cannot run this many micro-steps."""
+    """Raises ValueError if the pipeline schedule cannot run `num_micro_steps` micro-steps on `pp` ranks."""
     if isinstance(config, OneForwardOneBackwardConfig) and num_micro_steps < pp:
         raise ValueError(
             f"training.micro_steps ({num_micro_steps}) is smaller than parallel.pp ({pp}): a pipeline needs a "

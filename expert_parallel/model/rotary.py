@@ -165,9 +165,10 @@ SCALINGS: dict[str, Callable[[Any, float, Tensor], tuple[Tensor, float]]] = {
 
 
 def rope_cos_sin(config: RopeConfig, size: int, position_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns cos and sin of the angles of each position, (B or 1, 1, S, size / 2) each, times the attention factor.
+    """Returns cos and sin of the rotary angles of each position, (B or 1, 1, S, size / 2) each, times YaRN's attention
+    factor.
 
-    position_BS: int64, (B or 1, S). dtype: of the result.
+    size: the number of rotated columns of a head. position_BS: int64, (B or 1, S). dtype: the dtype of the results.
     """
     # Angles in float32 or wider: bfloat16 cannot represent integers above 256 exactly.
     angle_dtype = torch.promote_types(torch.float32, dtype)

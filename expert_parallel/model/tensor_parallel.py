@@ -31,7 +31,7 @@ from expert_parallel.parallel.sharding import shard_parameter
 
 
 class GatherTokens(torch.autograd.Function):
-    """All-gathers (..., T, D) of each rank to (..., P * T, D) in rank order. Gradients are reduce-scattered."""
+    """All-gathers (..., T, D) of each of P ranks to (..., P * T, D) in rank order. Gradients are reduce-scattered."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -57,7 +57,8 @@ class ReduceScatterTokens(torch.autograd.Function):
 
 
 def gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All-gathers (..., T, D) along T. No gradient: see GatherTokens."""
+    """All-gathers (..., T, D) of each of P ranks to (..., P * T, D) in rank order. It has no gradient: see
+    GatherTokens."""
     rows = x.movedim(-2, 0).contiguous()
     gathered = rows.new_empty(group_size(group) * rows.shape[0], *rows.shape[1:])
     all_gather_single(gathered, rows, group=group)
@@ -65,7 +66,8 @@ def gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def reduce_scatter_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Reduce-scatters (..., P * T, D) along T, in the dtype of x. No gradient: see ReduceScatterTokens."""
+    """Sums (..., P * T, D) over the P ranks, in the dtype of x, and returns this rank's (..., T, D). It has no
+    gradient: see ReduceScatterTokens."""
     rows = x.movedim(-2, 0).contiguous()
     own = rows.new_empty(rows.shape[0] // group_size(group), *rows.shape[1:])
     reduce_scatter_single(own, rows, group=group)
@@ -73,7 +75,7 @@ def reduce_scatter_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class AllReduceSum(torch.autograd.Function):
-    """Sums over the ranks. The gradient is summed too, since each rank back-propagates its own share of the loss."""
+    """Sums x over the ranks. The gradient is summed too, since each rank back-propagates its own share of the loss."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -144,7 +146,8 @@ class VocabularyParallelEmbedding(nn.Embedding):
 
 
 def vocab_start_index(vocab_size: int, group: dist.ProcessGroup | None) -> int:
-    """Returns the first token id of this rank's vocabulary shard; shards are those of `torch.tensor_split`."""
+    """Returns the first token id of this rank's vocabulary shard. The vocabulary is divided as by
+    `torch.tensor_split`."""
     small, larger = divmod(vocab_size, group_size(group))
     return group_rank(group) * small + min(group_rank(group), larger)
 
@@ -206,8 +209,8 @@ def gather_logits(logits_BSV: Tensor, group: dist.ProcessGroup | None, vocab_siz
 
 
 def apply_tp_to_attention(attention: Attention, group: dist.ProcessGroup, kv_copies: int) -> None:
-    """Splits the heads of an attention module over `group`. kv_copies: the number of consecutive ranks that hold the
-    same key and value heads."""
+    """Splits the heads of an attention module over `group`, in place. kv_copies: the number of consecutive ranks that
+    hold the same key and value heads."""
     _apply_column_parallel(attention.query, group)
     _apply_column_parallel(attention.key, group, copies=kv_copies)
     _apply_column_parallel(attention.value, group, copies=kv_copies)
@@ -224,8 +227,9 @@ def apply_tp_to_attention(attention: Attention, group: dist.ProcessGroup, kv_cop
 def apply_tp_to_latent_attention(attention: LatentAttention, group: dist.ProcessGroup) -> None:
     """Splits the heads of a latent attention module over `group`.
 
-    The projections down to the latents stay whole on every rank. Each rank applies them to its own tokens and the
-    latents are gathered; so the gradients of these weights are of own tokens alone, and must be summed over `group`.
+    The module is changed in place. The projections down to the latents stay whole on every rank. Each rank applies them
+    to its own tokens, and the latents are gathered; so the gradients of these weights come from the rank's own tokens
+    only, and must be summed over `group`.
     """
     _apply_column_parallel(attention.query if attention.config.query_rank is None else attention.query_up, group)
     _apply_column_parallel(attention.kv_up, group)
@@ -239,7 +243,7 @@ def _gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def apply_tp_to_ffn(ffn: FFN, group: dist.ProcessGroup) -> None:
-    """Splits the hidden columns of a dense feed-forward over `group`."""
+    """Splits the hidden columns of a dense feed-forward network over `group`, in place."""
     _apply_column_parallel(ffn.w_in, group, blocks=2 if ffn.activation in GATED else 1)
     ffn.w_out = RowParallelLinear(ffn.w_out, group)
     ffn.gather_sequence = partial(_gather_tokens, group=group)

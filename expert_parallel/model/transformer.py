@@ -34,9 +34,10 @@ Pooled = dict[str, tuple[Tensor, Tensor]]
 
 
 class BlockOutput(NamedTuple):
-    """Holds the output x (B, S, D) of a block and the losses, stats and pooled terms of its MoEOutput.
+    """Holds the output x (B, S, D) of a block, and the losses, stats and pooled terms that its MoE layer returned
+    (MoEOutput).
 
-    stats is None and the others are empty for a dense block. FSDP2 finds the tensors since a tuple is a pytree.
+    For a dense block, stats is None and the others are empty. FSDP2 finds the tensors since a tuple is a pytree.
     """
 
     x: Tensor
@@ -48,9 +49,10 @@ class BlockOutput(NamedTuple):
 class ModelOutput(NamedTuple):
     """Holds the output of a model or of a pipeline stage.
 
-    logits: (B, S, vocab) in the compute dtype; of a stage that is not the last, its output x (B, S, D) instead.
-    losses, stats: by number of the MoE block. pooled: of a pipeline stage, the terms of losses that are pooled over the
-    layers of all stages; a whole model has these losses in `losses`.
+    logits: (B, S, vocab) in the compute dtype; a stage that is not the last holds its output x (B, S, D) here instead.
+    losses: the weighted auxiliary losses of each MoE block, by its number and by name. stats: the LoadStats of each MoE
+    block. pooled: only for a pipeline stage, the terms of losses that are pooled over the layers of all stages; a whole
+    model has these losses in `losses`.
     """
 
     logits: Tensor
@@ -61,7 +63,8 @@ class ModelOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class StageSpec:
-    """Describes one pipeline stage: its blocks and its number. The first stage embeds, the last computes logits."""
+    """Describes one pipeline stage: the numbers of its blocks, and its own number. The first stage embeds the tokens,
+    the last one computes the logits."""
 
     blocks: range
     number: int = 0
@@ -82,7 +85,7 @@ class Block(nn.Module):
     """Computes one transformer block, (B, S, D) -> (B, S, D).
 
     Pre-norm: x + attention(norm(x)), then x + ffn(norm(x)). Post-norm: norm(x + attention(x)), then norm(x + ffn(x)).
-    recompute: which part discards its activations and runs again in the backward pass.
+    recompute: the part (`moe`, `block` or `none`) whose activations are discarded and recomputed in the backward pass.
     """
 
     def __init__(
@@ -112,7 +115,7 @@ class Block(nn.Module):
             self.ffn = FFN(config.ffn, config.d_model)
 
     def forward(self, x: Tensor, context: StepContext, attention_context: AttentionContext) -> BlockOutput:
-        """Runs the block on x (B, S, D), under activation checkpointing if `recompute` says so."""
+        """Runs the block on x (B, S, D), with activation checkpointing of the part that `recompute` names."""
         # All randomness is a function of the context, so recomputation need not save generator states. The second
         # forward pass replays the routing of the first: rounding could otherwise choose other experts.
         if self.recompute != "none" and torch.is_grad_enabled():
@@ -148,7 +151,7 @@ class Block(nn.Module):
 
 
 def build_moe_layer(config: MoEConfig, mesh: ParallelMesh | None) -> MoELayer:
-    """Builds an MoE layer on the process groups of the mesh; None: on this rank alone."""
+    """Builds an MoE layer on the process groups of the mesh, or on a single rank if mesh is None."""
     if mesh is None:
         return MoELayer(config)
     return MoELayer(
@@ -162,7 +165,8 @@ def build_moe_layer(config: MoEConfig, mesh: ParallelMesh | None) -> MoELayer:
 
 
 class LanguageModel(nn.Module):
-    """Defines what training, checkpoints and generation use of a decoder: a whole one, or this rank's pipeline stages.
+    """Defines the interface of a decoder for training, checkpoints and generation: a whole model, or this rank's stages
+    of it.
 
     It is called with tokens (B, S), int64, a StepContext and, in generation, a KVCache, and returns a
     ModelOutput. It is a class rather than a Protocol because callers also use it as an nn.Module.
@@ -177,16 +181,17 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def local_blocks(self) -> Iterator[tuple[int, Block]]:
-        """Yields the blocks of this rank with their numbers."""
+        """Yields (number, block) for each transformer block that this rank holds."""
         raise NotImplementedError
 
 
 class Transformer(LanguageModel):
     """Implements the decoder or one pipeline stage of it. Tokens (B, S), int64 -> ModelOutput.
 
-    compute_dtype: of all activations, whatever dtype the weights have. mesh: passed to the MoE layers; None: this rank
-    alone. `stage_spec`: None: the whole model. With context or sequence parallelism each rank is given whole sequences
-    and returns the logits of the positions `place.context` alone. Weights are left uninitialised: see `init_weights`.
+    compute_dtype: the dtype of all activations, whatever dtype the weights have. mesh: passed to the MoE layers; None
+    runs the whole model on one rank. `stage_spec`: the pipeline stage to build; None builds the whole model. With
+    context or sequence parallelism each rank is given whole sequences and returns the logits of the positions
+    `place.context` only. Weights are left uninitialised: see `init_weights`.
     """
 
     def __init__(
@@ -231,10 +236,10 @@ class Transformer(LanguageModel):
     ) -> ModelOutput:
         """Runs the blocks of this rank.
 
-        tokens_BS: whole sequences, int64. context: `document_BS` and `mask_BS` are of whole sequences too; the block
-        number and the tokens are filled in here. x: (B, S, D), the output of the stage before; None on the first
-        stage, which embeds the tokens. cache: holds the tokens before these; the caller advances its length. Raises
-        ValueError for more tokens than there are learned positions.
+        tokens_BS: whole sequences, int64. context: its `document_BS` and `mask_BS` have the shape of tokens_BS; the
+        block number and the tokens are filled in here. x: (B, S, D), the output of the previous stage; None on the
+        first stage, which embeds the tokens. cache: holds the keys and values of earlier tokens; the caller advances
+        its length. Raises ValueError for more tokens than there are learned positions.
         """
         length = tokens_BS.shape[1]
         attention_context = AttentionContext.of(self.place, length, tokens_BS.device, context.document_BS, cache)
@@ -309,6 +314,7 @@ class Transformer(LanguageModel):
 
 
 def pooled_losses(config: ModelConfig) -> dict[str, BalanceLossConfig]:
-    """Returns the settings of the losses that are pooled over layers, by name, in the order of the config."""
+    """Returns the settings of the balance losses that are pooled over layers, by name of the loss, in the order of the
+    config."""
     losses = [] if config.moe is None else config.moe.losses
     return {loss_name(loss): loss for loss in losses if isinstance(loss, BalanceLossConfig) and loss.layers == "pooled"}

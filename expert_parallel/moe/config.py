@@ -72,8 +72,8 @@ class MoEConfig(Settings):
 def refuse_combinations(
     router: RouterSettings, capacity: CapacityConfig, losses: list[LossConfig], num_experts: int
 ) -> None:
-    """Raises a ValueError if the settings exclude each other or one of them would do nothing: a sentence that names
-    them and their values."""
+    """Raises a ValueError, which names the settings and their values, if they exclude each other or one would have no
+    effect."""
     names = [loss_name(loss) for loss in losses]
     if len(set(names)) < len(names):
         raise ValueError(f"losses: each kind and scope may occur once, found {', '.join(names)}")
@@ -162,7 +162,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def apply_preset(tree: Any) -> Any:
-    """Returns the block with its preset's values as defaults; a block of another `kind` replaces the preset's.
+    """Returns the layer's tree of settings with its preset's values as defaults; a subtree with another `kind` than the
+    preset's replaces the preset's subtree.
 
     Raises a ValueError if there is no preset of this name.
     """
@@ -174,8 +175,8 @@ def apply_preset(tree: Any) -> Any:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Merges two trees of settings; where both have a key, `above` wins. A block of another `kind` replaces the whole
-    block below."""
+    """Returns two trees of settings merged into one; where both have a key, `above` wins. A subtree of `above` with
+    another `kind` replaces the whole subtree of `below`."""
     merged = {**below, **above}
     for key in below.keys() & above.keys():
         old, new = below[key], above[key]

@@ -1,7 +1,7 @@
 """Checks that the ledger's counts of one layer, summed over micro-steps and ranks, add up.
 
     choices:  routed = kept + rerouted + dropped;  kept + rerouted of an expert = choices that its rank computed
-    rows:     sent = received, with tokens and with outputs, forward and backward; as many return as were sent
+    rows:     sent = received, in dispatch and combine, forward and backward; each of these exchanges has equally many
 
 Each rank sums its passes in one float64 vector (exact for counts below 2^53), and one all-reduce of all layers' vectors
 gives every rank the totals.
@@ -34,7 +34,8 @@ LINKS: tuple[LinkClass, ...] = ("node", "network")
 
 
 def count_choices(routed: RoutingPlan, plan: RoutingPlan, real_T: Tensor | None) -> dict[str, Tensor]:
-    """Returns the fields of LoadStats that the plans determine: counts by expert and outcome, tokens, and entropy.
+    """Returns the fields of LoadStats that depend on the plans only: choices by expert and outcome, tokens, and
+    entropy.
 
     routed: the plan before capacity. plan: after it. real_T: bool; None: no padding. Detached; nothing is copied to the
     host.
@@ -68,9 +69,10 @@ def count_routed(plan: RoutingPlan) -> Tensor:
 class LayerTotals(ExpertCounts):
     """Holds the sums of LoadStats of one MoE layer over passes and ranks. Counts per expert are on the CPU.
 
-    rows_sent, rows_received: by exchange, including rows that stayed on their rank. rows_moved, bytes_sent: by link
-    class, forward and backward; bytes include metadata. rows_own: rows of the dispatch that stayed on their rank.
-    gathered_bytes: sent by scopes beyond a rank. losses: before coefficients, summed over passes.
+    rows_sent, rows_received: the number of rows in each of EXCHANGES, including rows that stayed on their rank.
+    rows_moved, bytes_sent: rows and bytes sent over each of LINKS, forward and backward; bytes include metadata.
+    rows_own: rows that stayed on their rank in dispatch. gathered_bytes: bytes sent to gather the tokens of scopes
+    wider than one rank. losses: each loss before its coefficient, summed over passes. Other fields: see LoadStats.
     """
 
     num_tokens: int

@@ -1,5 +1,5 @@
-"""Defines the inputs of a pass other than its tokens (`StepContext`), what a layer derives from them (`TokenBatch`),
-and the recording and replay of choices."""
+"""Defines the inputs of a forward pass other than its hidden states (`StepContext`), what a layer derives from them
+(`TokenBatch`), and the recording and replay of the router's choices."""
 
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -15,10 +15,11 @@ from expert_parallel.parallel.collectives import group_size
 
 @dataclass(frozen=True)
 class RecordedChoices:
-    """Records a layer's choices: as the router made them, and as capacity left them.
+    """Records the experts chosen for each token in one pass of one layer, before and after capacity was applied.
 
-    index_T: int64, which tokens they belong to (see TokenBatch). Ids are int64, outcomes uint8 (values of `Outcome`).
-    `rows_per_expert`: see RoutingPlan.
+    index_T: int64, the place of each token in the global order (see TokenBatch). routed_ids_TK, routed_outcome_TK: as
+    the router chose. ids_TK, outcome_TK: after capacity. Ids are expert ids, int64; outcomes are uint8, values of
+    `Outcome`. `rows_per_expert`: see RoutingPlan.
     """
 
     index_T: Tensor
@@ -30,29 +31,30 @@ class RecordedChoices:
 
     @property
     def routed(self) -> tuple[Tensor, Tensor]:
-        """Returns the ids and outcomes that the router takes instead of choosing."""
+        """Returns the expert ids and outcomes before capacity, which the router takes instead of choosing."""
         return self.routed_ids_TK, self.routed_outcome_TK
 
     @classmethod
     def of(cls, index_T: Tensor, routed: RoutingPlan, plan: RoutingPlan) -> Self:
-        """Takes the choices from the plan before and after capacity."""
+        """Builds the record from `routed`, the plan before capacity, and `plan`, the plan after it."""
         before, after = (routed.expert_ids_TK, routed.outcome_TK), (plan.expert_ids_TK, plan.outcome_TK)
         return cls(index_T, *before, *after, plan.rows_per_expert)
 
     def apply_to(self, routed: RoutingPlan) -> RoutingPlan:
-        """Returns the routed plan with these choices instead of its own. Padding tokens are those of `routed`, not the
-        recorded ones."""
+        """Returns the plan `routed` with the recorded choices after capacity instead of its own. Padding tokens are
+        those of `routed`, not the recorded ones."""
         outcome_TK = self.outcome_TK.masked_fill(~routed.routed_TK, Outcome.NOT_ROUTED)
         return replace(routed, expert_ids_TK=self.ids_TK, outcome_TK=outcome_TK, rows_per_expert=self.rows_per_expert)
 
 
 @dataclass
 class RouterReplay:
-    """Records the choices of each pass, by (step, micro-step, layer), and replays them: a pass that is recorded here
-    takes its recorded choices, any other records its own.
+    """Records the router's choices in each pass of each layer, and replays them: a pass whose (step, micro-step, layer)
+    has been recorded takes the recorded choices, any other records its own.
 
-    Pass one as `StepContext.replay` in a first pass and again in a second. Recomputation does this by itself, so that
-    rounding cannot break ties differently. Weights are recomputed, with gradients.
+    Pass the same object as `StepContext.replay` in a first pass and again in a second. Activation recomputation does
+    this by itself, so that rounding cannot break ties differently. The weights of the choices are recomputed, with
+    gradients.
     """
 
     recorded: dict[tuple[int, int, int], RecordedChoices] = field(default_factory=dict)
@@ -68,20 +70,19 @@ class RouterReplay:
 
 @dataclass(frozen=True)
 class StepContext:
-    """Tells a forward pass where in the run it is, the key of all randomness (so that no generator state is stored),
-    and what its tokens are.
+    """Tells a forward pass which step of the run it belongs to, and describes its tokens.
 
-    seed, step, micro_step, layer: the key of randomness. coordinate: for dropout, distinguishes the ranks that have
-    tokens of their own.
+    seed, step, micro_step, layer: the key of all random numbers, so that no generator state is stored. coordinate: a
+    number that differs between ranks with different tokens, so that they draw different dropout masks.
 
     `sequence_index_B` (int64): each sequence's index in the global batch of the micro-step; None: this rank's sequences
     count from 0. `positions_S` (int64): the positions of this rank's tokens in their sequences, equal for all
     sequences, in any order; None: 0, 1, ... If sequences are divided over ranks, each rank gives its own positions, and
-    all give the same sequences in the same order. `token_ids_BS` (int64): for hash routing. `mask_BS` (bool): False
-    marks padding, which is not routed, takes no capacity and is in no loss. `document_BS` (int64, from 0): the document
-    of each token in its row, if rows are packed with up to `documents_per_row` documents; losses of scope `sequence`
-    then treat each document as a sequence. `dropless`: ignores capacity (in generation, a token's output must not
-    depend on the others). `replay`: see RouterReplay.
+    all give the same sequences in the same order. `token_ids_BS` (int64): ids of the vocabulary, for hash routing.
+    `mask_BS` (bool): False marks padding, which is not routed, takes no capacity and is in no loss. `document_BS`
+    (int64, from 0): the number of each token's document in its sequence, if sequences are packed with up to
+    `documents_per_row` documents each; losses of scope `sequence` then treat each document as a sequence. `dropless`:
+    True ignores capacity (in generation, a token's output must not depend on the others). `replay`: see RouterReplay.
     """
 
     seed: int = 0
@@ -101,8 +102,8 @@ class StepContext:
 
 @dataclass
 class ScopeBytes:
-    """Counts the bytes that this rank sends in one pass for decisions across ranks; capacity/token_scope.py adds to
-    it."""
+    """Counts the bytes that this rank sends in one pass to gather the tokens of scopes wider than one rank;
+    capacity/token_scope.py adds to it."""
 
     sent: int = 0
 
@@ -112,11 +113,12 @@ class TokenBatch:
     """Describes the T tokens of a layer's input.
 
     index_T: int64, the token's place in the global order: its sequence's index * 2^32 + its position. is_global: True
-    if the caller gave the sequences' indices. sequence_T: int64, the sequence's number on this rank. real_T: bool,
-    False for padding; None: no padding. ids_T: int64, token ids. group: the ranks whose tokens make up the micro-step.
-    sequence_group: the ranks over which these sequences are divided; None: they are whole. document_T: int64, the
-    token's document, of the num_documents that these sequences may hold; None: rows are not packed. scope_bytes: bytes
-    sent by scopes beyond this rank, counted as they are sent.
+    if the caller gave `sequence_index_B`; otherwise the sequences of every rank have the indices 0, 1, ... sequence_T:
+    int64, the index of the token's sequence among this rank's sequences. real_T: bool, False for padding; None: no
+    padding. ids_T: int64, token ids. group: the ranks whose tokens make up the micro-step. sequence_group: the ranks
+    over which each of these sequences is divided; None: this rank holds whole sequences. document_T: int64, the index
+    of the token's document among the num_documents = B * documents_per_row that this rank's sequences may hold; None:
+    sequences are not packed. scope_bytes: counts the bytes sent to gather the tokens of scopes wider than this rank.
     """
 
     index_T: Tensor
@@ -139,10 +141,10 @@ def token_batch(
     group: dist.ProcessGroup | None,
     sequence_group: dist.ProcessGroup | None = None,
 ) -> TokenBatch:
-    """Builds the description of the tokens of x_BSD.
+    """Builds the TokenBatch that describes the tokens of x_BSD.
 
-    Raises a ValueError if a tensor of the context does not have the shape or dtype of these tokens, or if positions are
-    missing.
+    group, sequence_group: see TokenBatch. Raises a ValueError if a tensor of the context does not have the shape or
+    dtype that these tokens need, or if sequences are divided over ranks and `positions_S` is None.
     """
     num_sequences, length, _ = x_BSD.shape
     for name, shape, dtype in (
@@ -185,10 +187,9 @@ def token_batch(
 
 
 def global_index(sequence_index_B: Tensor, length: int, positions_S: Tensor | None = None) -> Tensor:
-    """Returns the place of each token in the global order, for sequences of one length; int64 (B * length), see
-    TokenBatch.
+    """Returns the place of each token in the global order, sequence index * 2^32 + position; int64 (B * length).
 
-    positions_S: the positions of the tokens in their sequences; None: 0, 1, ...
+    All sequences have the same length. positions_S: the positions of the tokens in their sequences; None: 0, 1, ...
     """
     if positions_S is None:
         positions_S = torch.arange(length, device=sequence_index_B.device)
@@ -196,9 +197,10 @@ def global_index(sequence_index_B: Tensor, length: int, positions_S: Tensor | No
 
 
 def find_recorded(batch: TokenBatch, num_choices: int) -> RecordedChoices | None:
-    """Returns the choices that the context's replay recorded for this pass, or None.
+    """Returns the choices that `StepContext.replay` has recorded for this pass, or None if there are none.
 
-    Raises a ValueError if they belong to other tokens, or to a router with another number of choices.
+    num_choices: K of the router. Raises a ValueError if the recorded choices belong to other tokens, or to a router
+    with another K.
     """
     replay = batch.context.replay
     recorded = None if replay is None else replay.find(batch.context)
@@ -218,10 +220,11 @@ def find_recorded(batch: TokenBatch, num_choices: int) -> RecordedChoices | None
 
 
 def pass_seed(context: StepContext, stream: Stream) -> int:
-    """Returns the seed of one stream in one pass of one layer; equal on every rank, unlike dropout's."""
+    """Returns the seed of one stream of random numbers in one pass of one layer; equal on every rank, unlike
+    `dropout_seed`."""
     return mix(context.seed, context.step, context.micro_step, context.layer, stream)
 
 
 def dropout_seed(context: StepContext) -> int:
-    """Returns the seed of dropout in one pass of one layer, different on ranks with tokens of their own."""
+    """Returns the seed of dropout in one pass of one layer; it differs between ranks with different tokens."""
     return mix(context.seed, context.step, context.micro_step, context.layer, Stream.DROPOUT, context.coordinate)

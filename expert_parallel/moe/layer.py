@@ -113,10 +113,11 @@ class MoELayer(nn.Module):
         return copied
 
     def forward(self, x: Tensor, context: StepContext | None = None) -> MoEOutput:
-        """Routes, applies capacity, dispatches, computes and combines.
+        """Routes the tokens, applies capacity, dispatches them to their experts, computes and combines. Returns the
+        output, the auxiliary losses and the counts.
 
-        x: (B, S, D), or (T, D) as one sequence. Every rank of the group calls it; B and S may differ between ranks and
-        be 0.
+        x: (B, S, D), or (T, D) as one sequence. Every rank of the layer's groups calls it; B and S may differ between
+        ranks and be 0.
 
         Raises a ValueError for input of another shape, and on all ranks together if they are not in the same pass. An
         error on one rank alone (its own input is wrong) leaves the others waiting, so it must end the process.

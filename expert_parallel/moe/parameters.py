@@ -28,8 +28,9 @@ TIED = ("embedding.weight",)  # the names of the parameter of which the last pip
 class LogicalParameter:
     """Relates a parameter of this rank to the logical tensors of which it holds all or a shard.
 
-    names: of the logical tensors: one for a dense parameter; one for each local expert, in slot order, for a stack.
-    is_expert: True for a stack. tensor_shard: the part that tensor parallelism (tp or etp) gives this rank; None: all.
+    names: the names of the logical tensors: one for a dense parameter; one for each local expert, in slot order, for a
+    stack of experts. is_expert: True for a stack of experts. tensor_shard: the shard that this rank holds under tensor
+    parallelism (tp or etp); None: the parameter is not sharded by it.
     """
 
     parameter: nn.Parameter
@@ -64,10 +65,10 @@ class LogicalParameter:
 
 
 def logical_parameters(module: nn.Module, prefix: str = "") -> Iterator[LogicalParameter]:
-    """Yields every parameter of the module once, in the order of `named_parameters`; a tied one under its first name.
+    """Yields every parameter of the module once, in the order of `named_parameters`; a tied parameter under its first
+    name.
 
-    A ModuleList is taken as parts of one model: their parameters have the names that they have in the model. prefix:
-    put before every name.
+    A ModuleList holds parts of one model: its own indices are not part of the names. prefix: put before every name.
     """
     if isinstance(module, nn.ModuleList):
         for part in module:

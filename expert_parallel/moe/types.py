@@ -1,17 +1,19 @@
 """Defines the types that the steps of an MoE layer pass to each other, and the legend of shape letters.
 
-A name such as `x_TD` ends with its shape, one letter for each dimension. Capitals are logical sizes, never shards:
+A choice is one pair of a token and an expert chosen for it. A name such as `x_TD` ends with its shape, one letter for
+each dimension. Capitals are logical sizes, never shards:
 
     T  tokens on this rank                  D  model width
-    K  choices of a token                   F  hidden width of an expert
+    K  experts chosen for a token           F  hidden width of an expert
     E  experts in total                     P  ranks of the group that exchanges rows
     e  experts on this rank                 B  sequences on this rank
     N  T * K, the choices of all tokens     S  positions of a sequence
     U  rows that this rank sends, one for each token and destination rank, or one for each choice
     V  rows that this rank receives         R  rows that this rank's experts compute: one for each choice, and padding
     L  rows that enter an exchange          G  tokens of a scope, over all its ranks
-    C  chunks of a pass                     W  words of a message to one rank
-    b  blocks of a scope, decided apart     Q  queues: one for each block and expert
+    C  chunks that a pass's tokens form     W  words of a message to one rank
+    b  blocks: parts of a scope that are decided on separately, each with its own capacity
+    Q  queues of choices: one for each block and expert
     M  choices that overflow, or the rows of a result in permute.py
     1  after a letter: one entry more (E1, N1), or a dimension of size 1 (T1, R1)
 
@@ -29,7 +31,7 @@ from expert_parallel.parallel.collectives import CommLog, LinkClass, Phase, sum_
 
 
 class Outcome(IntEnum):
-    """Lists what can happen to a choice."""
+    """Lists what can happen to a choice, one pair of a token and an expert chosen for it."""
 
     KEPT = 0
     REROUTED = 1
@@ -48,8 +50,8 @@ class RoutingPlan:
     `outcome_TK`: uint8, values of `Outcome`. num_experts: E. log_scores_TE: the scores from which weights are
     recomputed after drops (see Scores). ranking_TE: detached, the scores by which rerouting finds the next best expert;
     -inf excludes an expert. all_kept_TK: the object `outcome_TK` itself if the router kept all choices (see
-    `is_dropless`). `rows_per_expert`: the number of rows that each expert computes, padded with zeros; None: no
-    padding.
+    `is_dropless`). `rows_per_expert`: the number of rows to which the rows of each expert are padded with zeros; None:
+    no padding.
     """
 
     logits_TE: Tensor
@@ -83,12 +85,13 @@ class RoutingPlan:
 
 @dataclass(frozen=True)
 class DispatchedTokens:
-    """Holds all that an expert backend may see: the rows that this rank received, and which local experts compute them.
+    """Holds the input of this rank's experts: the rows that this rank received, and which local experts compute them.
 
-    x_VD: the received rows. row_R: int64, the index in x_VD of the input of each computed row, grouped by local expert;
-    NO_ROW for padding. computed_VK: int64, its inverse: the computed rows of each received row, in choice order; NO_ROW
-    fills the rest. counts_e: int64, computed rows of each local expert; they sum to R. weights_R: router dtype, the
-    factor of each expert's output.
+    x_VD: the received rows. row_R: int64, for each row that an expert computes, the index in x_VD of its input; grouped
+    by local expert; NO_ROW for padding. computed_VK: int64, the inverse: for each received row, the indices of the
+    computed rows that use it, in choice order; NO_ROW fills the rest. counts_e: int64, the number of rows that each
+    local expert computes; they sum to R. weights_R: router dtype, the factor of the expert's output in each computed
+    row.
     """
 
     x_VD: Tensor
@@ -99,17 +102,17 @@ class DispatchedTokens:
 
     @staticmethod
     def from_grouped_rows(x_RD: Tensor, counts_e: Tensor, weights_R: Tensor) -> "DispatchedTokens":
-        """Builds it from rows that are grouped by expert and serve one choice each."""
+        """Builds DispatchedTokens from rows that are already grouped by expert, each the input of one choice."""
         row_R = torch.arange(len(x_RD), device=x_RD.device)
         return DispatchedTokens(x_RD, row_R, row_R[:, None], counts_e, weights_R)
 
 
 @dataclass(frozen=True)
 class RowCounts:
-    """Counts rows that crossed between ranks in a forward pass, summed over all hops.
+    """Counts the rows that this rank exchanged with other ranks in one forward pass, summed over all hops.
 
-    sent, received: with tokens. returned: with expert outputs. own: rows that stayed on this rank; not part of the
-    other three.
+    sent, received: rows of tokens, in dispatch. returned: rows of expert outputs that came back to this rank, in
+    combine. own: rows that stayed on this rank in dispatch; not part of the other three.
     """
 
     sent: int = 0
@@ -119,7 +122,7 @@ class RowCounts:
 
     @staticmethod
     def of(log: CommLog) -> "RowCounts":
-        """Reads the rows of the forward pass from a log."""
+        """Builds the counts from the communication log of one pass; rows of its backward pass are not counted."""
         others: tuple[LinkClass, ...] = ("node", "network")  # all link classes except "own"
         return RowCounts(
             sent=sum_traffic(log.rows_sent, others, Phase.DISPATCH, is_backward=False),
@@ -131,11 +134,11 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class ExpertCounts:
-    """Counts the choices of each expert by outcome, int64 (E).
+    """Counts, for each of the E experts, the choices (pairs of a token and an expert) by outcome. Fields are int64 (E).
 
-    routed_E: as the router chose. kept_E, rerouted_E (under the expert that the choice was rerouted to),
-    dropped_capacity_E, dropped_receive_bound_E: by outcome. computed_E: choices that an expert computed, counted on the
-    rank that holds it.
+    routed_E: choices that the router made. kept_E: those that stayed with the router's expert. rerouted_E: those that
+    were rerouted to this expert. dropped_capacity_E, dropped_receive_bound_E: those that were dropped, by reason.
+    computed_E: choices that the expert did compute, counted on the rank that holds it.
     """
 
     routed_E: Tensor
@@ -147,7 +150,7 @@ class ExpertCounts:
 
     @property
     def dropped_E(self) -> Tensor:
-        """Returns the dropped choices of each expert, int64 (E)."""
+        """Returns the number of dropped choices of each expert, int64 (E)."""
         return self.dropped_capacity_E + self.dropped_receive_bound_E
 
 
@@ -156,11 +159,12 @@ class LoadStats(ExpertCounts):
     """Reports what happened to this rank's tokens in one forward pass of one layer. Detached; sum over ranks for
     totals.
 
-    computed_E covers this rank's experts alone, indexed by global expert. num_tokens, `num_tokens_without_expert`: real
-    tokens, and those that no expert computes. entropy: the sum over real tokens of the entropy of the router's
-    probabilities, in nats. rows, log: rows and bytes of the exchange; the backward pass adds its own to `log`.
-    gathered_bytes: bytes that scopes wider than this rank sent to others. losses: each loss before its coefficient;
-    this rank's share, so that the sum over ranks is the loss.
+    computed_E counts for this rank's experts only, indexed by global expert id; it is 0 for all others. num_tokens: the
+    number of real tokens (without padding); `num_tokens_without_expert`: how many of them no routed expert computes.
+    entropy: the sum over real tokens of the entropy of the router's probabilities, in nats. rows: numbers of rows
+    exchanged. log: rows and bytes exchanged, by exchange and link class; the backward pass adds its rows and bytes.
+    gathered_bytes: bytes that this rank sent to gather the tokens of scopes wider than one rank. losses: this rank's
+    share of each loss, before its coefficient; the sum over ranks is the loss.
     """
 
     num_tokens: Tensor
@@ -173,7 +177,7 @@ class LoadStats(ExpertCounts):
 
     @property
     def rows_own(self) -> int:
-        """Returns the rows that stayed on this rank."""
+        """Returns the number of rows that stayed on this rank in dispatch."""
         return self.rows.own
 
 
@@ -181,9 +185,10 @@ class LoadStats(ExpertCounts):
 class MoEOutput:
     """Holds what `MoELayer.forward` returns.
 
-    y: shape and dtype of the input. losses: named scalars, already multiplied by their coefficients, this rank's share:
-    add them to the training loss, and SUM gradients over ranks. stats: see LoadStats. pooled: f and P of the losses
-    that are pooled over layers; `losses` has the values that pool this layer alone (see losses.pool_layers).
+    y: shape and dtype of the input. losses: this rank's share of each auxiliary loss, scalars already multiplied by
+    their coefficients: add them to the training loss, and SUM gradients over ranks. stats: see LoadStats. pooled: for
+    each balance loss that is computed once for all layers (`layers: pooled`), its f and P in this layer (see
+    losses.pool_layers); `losses` has the value of such a loss if this were the only layer.
     """
 
     y: Tensor

@@ -1,6 +1,6 @@
 """Implements collectives on rows of tensors, and the log of the traffic that they cause.
 
-Every function takes a process group; None stands for this rank alone, and nothing is communicated.
+Functions that take a process group accept None, which stands for a group of this rank only: nothing is communicated.
 """
 
 import math
@@ -39,7 +39,8 @@ Hop = Literal["", "between nodes", "within the node"]
 
 
 class ExchangeKey(NamedTuple):
-    """Identifies one exchange of a pass. hop: the step of a hierarchical exchange, or "" if rows travel in one step."""
+    """Identifies one exchange of a forward or backward pass. hop: the step of a hierarchical exchange, or "" if rows
+    are sent in one step."""
 
     phase: Phase
     hop: Hop = ""
@@ -47,7 +48,7 @@ class ExchangeKey(NamedTuple):
 
     @property
     def backward_key(self) -> "ExchangeKey":
-        """Returns the key of the exchange that carries the gradients back."""
+        """Returns the key of the exchange of gradients, in the backward pass, that belongs to this exchange."""
         return self._replace(is_backward=True)
 
     def __str__(self) -> str:
@@ -58,8 +59,9 @@ class ExchangeKey(NamedTuple):
 class CommLog:
     """Counts the rows and bytes that this rank exchanged in one pass, by (ExchangeKey, link class).
 
-    The link class `own` counts rows that never left the rank. The caller creates the log, passes it down and reads it;
-    the backward pass adds its entries as it runs.
+    The link class tells how the other rank is connected: `own` counts rows that stayed on this rank, `node` those
+    exchanged within a node, `network` those between nodes. The caller creates the log, passes it down and reads it; the
+    backward pass adds its entries as it runs.
     """
 
     rows_sent: Counter[tuple[ExchangeKey, LinkClass]] = field(default_factory=Counter)
@@ -67,7 +69,7 @@ class CommLog:
     bytes_sent: Counter[tuple[ExchangeKey, LinkClass]] = field(default_factory=Counter)
 
     def bytes_to_others(self, phase: Phase, *, is_backward: bool = False) -> int:
-        """Returns the bytes that this rank sent to others, over all hops."""
+        """Returns the number of bytes that this rank sent to other ranks in one phase, summed over all hops."""
         return sum_traffic(self.bytes_sent, ("node", "network"), phase, is_backward)
 
 
@@ -77,9 +79,9 @@ def sum_traffic(
     phase: Phase | None = None,
     is_backward: bool | None = None,
 ) -> int:
-    """Sums a counter of a CommLog over the given link classes and over all hops.
+    """Returns the sum of a counter of a CommLog over the given link classes and over all hops.
 
-    phase, is_backward: None sums over all phases, or over the forward and the backward pass.
+    phase: None sums over all phases. is_backward: None sums over the forward and the backward pass.
     """
     return sum(
         number
@@ -90,7 +92,7 @@ def sum_traffic(
 
 @dataclass(frozen=True)
 class Peers:
-    """Describes a process group from one member's point of view.
+    """Describes a process group as one of its ranks sees it.
 
     ranks: the global ranks of the members. links: for each member, how it is connected to this rank ("own", "node" or
     "network"). If group is None, this rank is the only member.
@@ -146,9 +148,10 @@ def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def start_all_to_all_counts(counts_PC: Tensor, group: dist.ProcessGroup | None) -> Wait:
-    """Starts an all-to-all of counts. Row p of the result holds what rank p counted for this rank.
+    """Starts an all-to-all of counts. Row p of the result is the row that rank p sent to this rank.
 
-    counts_PC: (P, C), integers on any device; row p goes to rank p. No gradient.
+    counts_PC: (P, C), integers on any device; row p goes to rank p. Returns a function that waits for the result (P,
+    C). No gradient.
     """
     if group_size(group) == 1:
         return lambda: counts_PC
@@ -248,7 +251,8 @@ def from_bytes(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Returns True on all ranks if the flag is set on any rank. A collective over the world; blocks the host."""
+    """Returns True on all ranks if `flag` is True on any rank. It is a collective over all ranks, and blocks the
+    host."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return flag
     count = torch.tensor([int(flag)])  # a CPU tensor goes through gloo (or MPI): the GPU is not synchronised

@@ -1,4 +1,5 @@
-"""Validates the degrees of parallelism and computes every rank's coordinates. Pure arithmetic: no process groups.
+"""Validates the degrees of parallelism and computes every rank's coordinates, by arithmetic alone: it needs no process
+groups.
 
 The same ranks form two grids ("parallel folding", Liu et al. 2025): pp, dp, cp, tp for the dense parts, and within each
 pipeline stage edp, ep, etp for the experts. By default pp is the outermost axis and tp (etp) the innermost, so that the
@@ -99,7 +100,8 @@ class ParallelConfig(Settings):
         return self.pipeline.stages_per_rank if isinstance(self.pipeline, InterleavedConfig) else 1
 
     def degrees(self, world_size: int) -> "ParallelDegrees":
-        """Returns the degrees of a world. Raises a ValueError if its size does not fit."""
+        """Returns the degrees of parallelism for `world_size` ranks. Raises a ValueError if this number is not a
+        multiple of the product of the degrees, or FSDP2's shards do not divide it."""
         degrees = ParallelDegrees(
             world_size, self.cp, self.tp, self.pp, self.ep, self.etp, tuple(self.order), tuple(self.expert_order)
         )
@@ -110,9 +112,10 @@ class ParallelConfig(Settings):
 
 @dataclass(frozen=True)
 class ParallelDegrees:
-    """Holds the degrees of parallelism of a world: world_size = dp * cp * tp * pp = edp * ep * etp * pp.
+    """Holds the degrees of parallelism of `world_size` ranks, dp * cp * tp * pp = edp * ep * etp * pp.
 
-    dp and edp are derived from the others. Raises ValueError where the world size is not a multiple of their product.
+    dp and edp are derived from the other degrees. Raises ValueError where the world size is not a multiple of their
+    product.
     """
 
     world_size: int
@@ -153,7 +156,7 @@ class ParallelDegrees:
 
 
 def rank_grids(degrees: ParallelDegrees) -> tuple[Tensor, Tensor]:
-    """Arranges the ranks as two tensors, [pp, dp, cp, tp] and [pp, edp, ep, etp], int64.
+    """Returns the ranks arranged as two grids, int64 tensors of shape [pp, dp, cp, tp] and [pp, edp, ep, etp].
 
     >>> rank_grids(ParallelDegrees(world_size=4, tp=2, ep=2))[0].squeeze().tolist()
     [[0, 1], [2, 3]]
@@ -183,7 +186,8 @@ GROUPS: dict[str, tuple[AxisOrder, AxisOrder]] = {
 
 
 def ranks_by_group(degrees: ParallelDegrees) -> dict[str, list[list[int]]]:
-    """Lists the ranks of all process groups by name; the ranks of a group are in ascending order.
+    """Returns, for each name in GROUPS, the ranks of all process groups of this name; the ranks of a group are in
+    ascending order.
 
     >>> groups = ranks_by_group(ParallelDegrees(world_size=4, ep=2))
     >>> {axis: groups[axis] for axis in ("edp", "ep")}
@@ -202,14 +206,14 @@ def _ranks_along(ranks: Tensor, all_axes: AxisOrder, axes: AxisOrder) -> list[li
 
 
 def rank_coordinates(degrees: ParallelDegrees, rank: int) -> dict[str, int]:
-    """Returns the coordinates of a rank on every axis of both grids."""
+    """Returns the coordinates of a rank on every axis of both grids, by name of the axis."""
     dense, experts = rank_grids(degrees)
     coordinates = dict(zip(DENSE_ORDER, (dense == rank).nonzero()[0].tolist(), strict=True))
     return coordinates | dict(zip(EXPERT_ORDER, (experts == rank).nonzero()[0, 1:].tolist(), strict=True))
 
 
 def format_rank_table(degrees: ParallelDegrees, contents: Callable[[dict[str, int]], str] = lambda _: "") -> str:
-    """Formats a table of all ranks with their coordinates and the text `contents(coordinates)` of each."""
+    """Returns a table, as text, of all ranks with their coordinates and, for each, the text `contents(coordinates)`."""
     axes = [*DENSE_ORDER, *EXPERT_ORDER]
     lines = ["rank  " + " ".join(f"{axis:>4}" for axis in axes)]
     for rank in range(degrees.world_size):
@@ -221,8 +225,8 @@ def format_rank_table(degrees: ParallelDegrees, contents: Callable[[dict[str, in
 
 
 def shard_counts(config: ShardedConfig, degrees: ParallelDegrees) -> tuple[int, int]:
-    """Returns the number of FSDP2 shards of dense weights and of experts. Raises ValueError where it does not divide
-    the number of ranks that hold the same weights."""
+    """Returns (number of FSDP2 shards of dense weights, number of FSDP2 shards of experts). Raises ValueError if one
+    does not divide the number of ranks that hold the same weights."""
     dense = degrees.dp * degrees.cp
     shards = config.shards or dense
     if dense % shards:
@@ -240,10 +244,11 @@ def shard_counts(config: ShardedConfig, degrees: ParallelDegrees) -> tuple[int, 
 
 
 def node_and_rail_ranks(degrees: ParallelDegrees, ranks_per_node: int) -> dict[str, list[list[int]]]:
-    """Lists the ranks of all node groups and rail groups within the expert parallel groups.
+    """Returns the ranks of all node groups and of all rail groups within the expert parallel groups.
 
-    A node group holds the ranks of an expert parallel group that share a node; a rail group holds one rank of each of
-    its nodes. Raises ValueError if an expert parallel group has different numbers of ranks on its nodes.
+    A node group holds the ranks of an expert parallel group that share a node; a rail group holds one rank of each node
+    of an expert parallel group, those with the same index within their node. Raises ValueError if an expert parallel
+    group has different numbers of ranks on its nodes.
 
     >>> node_and_rail_ranks(ParallelDegrees(world_size=4, ep=4), ranks_per_node=2)
     {'node': [[0, 1], [2, 3]], 'rail': [[0, 2], [1, 3]]}

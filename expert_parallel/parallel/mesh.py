@@ -26,8 +26,9 @@ __all__ = ["ParallelDegrees", "ParallelMesh", "build_mesh", "build_node_groups",
 class NodeGroups:
     """Holds the process groups of a hierarchical exchange within this rank's expert parallel group.
 
-    node_group: the members on this rank's node. rail_group: on each node, the member with this rank's index within its
-    node. None: this rank alone.
+    ranks_per_node: the number of consecutive global ranks that share a node. node_group: the ranks of the expert
+    parallel group that are on this rank's node. rail_group: of each node, the rank that has the same index within its
+    node as this rank. None stands for a group of this rank only.
     """
 
     ranks_per_node: int
@@ -37,7 +38,7 @@ class NodeGroups:
 
 @dataclass(frozen=True)
 class ParallelMesh:
-    """Holds the process groups of one rank. A group of None contains this rank alone.
+    """Holds the process groups that this rank belongs to. None stands for a group of this rank only.
 
     pp_group: the stages of one pipeline. dp_group, cp_group, tp_group: the ranks along one axis of the dense grid.
     stage_group (dp x cp x tp): all ranks of this pipeline stage; a micro-step consists of their tokens.
@@ -85,7 +86,8 @@ class ParallelMesh:
 
     @property
     def stage_rank(self) -> int:
-        """Returns this rank's index within its stage, whose ranks all hold different tokens: it seeds dropout."""
+        """Returns this rank's index within stage_group, whose ranks all hold different tokens; it is part of the seed
+        of dropout."""
         return group_rank(self.stage_group)
 
 
@@ -132,9 +134,10 @@ def build_mesh(
 ) -> ParallelMesh:
     """Builds the process groups of this rank. Every rank of the world must call it with the same arguments.
 
-    ranks_per_node: None: all ranks share a node. hierarchical: build node and rail groups too. data: a ShardedConfig
-    also builds the device meshes for FSDP2. kv_copies: the number of consecutive tensor parallel ranks that hold the
-    same key and value heads. tied_embeddings: the first and the last stage share an embedding table.
+    timeout: of every collective. ranks_per_node: None if all ranks share a node. hierarchical: True builds node and
+    rail groups too. data: a ShardedConfig also builds the device meshes for FSDP2. kv_copies: the number of consecutive
+    tensor parallel ranks that hold the same key and value heads. tied_embeddings: True if the first and the last stage
+    share an embedding table.
     """
     assert degrees.world_size == dist.get_world_size(), (degrees, dist.get_world_size())
     make, ranks = group_builder(device_type, timeout), ranks_by_group(degrees)

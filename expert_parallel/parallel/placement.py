@@ -1,4 +1,4 @@
-"""Maps experts to the ranks of the expert parallel group. Pure data: no tensors, no process groups."""
+"""Maps experts to the ranks of the expert parallel group, without tensors or process groups."""
 
 from dataclasses import dataclass
 from functools import cached_property

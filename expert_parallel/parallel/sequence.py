@@ -18,7 +18,8 @@ from expert_parallel.parallel.mesh import ParallelMesh
 
 @dataclass(frozen=True)
 class SequenceShard:
-    """Holds a rank's coordinates on the two axes that split sequences. The default holds whole sequences."""
+    """Holds the sizes of the two axes that divide sequences, and a rank's coordinates on them. By default sequences are
+    whole."""
 
     cp: int = 1
     cp_rank: int = 0
@@ -27,25 +28,26 @@ class SequenceShard:
 
     @staticmethod
     def of(mesh: ParallelMesh | None) -> "SequenceShard":
-        """Returns the coordinates of this rank; None: whole sequences."""
+        """Returns the coordinates of this rank in the mesh; if mesh is None, sequences are whole."""
         if mesh is None:
             return SequenceShard()
         return SequenceShard(mesh.degrees.cp, group_rank(mesh.cp_group), mesh.degrees.tp, group_rank(mesh.tp_group))
 
     @property
     def is_whole(self) -> bool:
-        """Returns True if this rank holds every position."""
+        """Returns True if this rank holds every position of its sequences."""
         return self.cp * self.tp == 1
 
     def context(self, length: int) -> Tensor:
-        """Returns the positions of this context parallel rank, int64 (length / cp), ascending."""
+        """Returns the positions that the tensor parallel ranks of this context parallel rank hold together, int64
+        (length / cp), ascending."""
         if self.cp == 1:
             return torch.arange(length)
         chunks = torch.arange(length).chunk(2 * self.cp)
         return torch.cat([chunks[self.cp_rank], chunks[-1 - self.cp_rank]])
 
     def own(self, length: int) -> Tensor:
-        """Returns the positions of this rank alone, int64 (length / cp / tp), ascending."""
+        """Returns the positions that this rank itself holds, int64 (length / cp / tp), ascending."""
         return self.context(length).chunk(self.tp)[self.tp_rank]
 
     def all_contexts(self, length: int) -> Tensor:

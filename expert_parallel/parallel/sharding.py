@@ -11,7 +11,8 @@ from expert_parallel.parallel.collectives import all_gather_rows, group_rank, gr
 
 
 class Segment(NamedTuple):
-    """Locates `size` consecutive indices of a dimension: their start in the local shard and in the logical tensor."""
+    """Locates `size` consecutive indices of a sharded dimension: `local` is their start in this rank's shard, `logical`
+    their start in the unsharded tensor."""
 
     local: int
     logical: int
@@ -19,10 +20,10 @@ class Segment(NamedTuple):
 
 
 def shard_segments(size: int, parts: int, index: int, blocks: int = 1) -> list[Segment]:
-    """Returns the ranges of a dimension of length `size` that belong to shard `index` of `parts`.
+    """Returns the ranges of a dimension of length `size` that belong to shard number `index` of `parts` shards.
 
-    The dimension consists of `blocks` equal blocks, and each block is split like `torch.tensor_split`: if it does not
-    divide evenly, the first shards are longer by one.
+    The dimension consists of `blocks` blocks of equal length ([gate | up] has 2), and each block is split as by
+    `torch.tensor_split`: if it does not divide evenly, the first shards are longer by one.
     """
     block = size // blocks
     small, larger = divmod(block, parts)
@@ -35,7 +36,7 @@ class TensorShard:
     """Describes this rank's shard of a tensor that is split along dimension `dim` over a process group.
 
     dim: negative, counted from the end, so that it is the same for one expert and for a stack of experts.
-    size: the length of `dim` in the logical tensor. Shards may differ in length by one.
+    size: the length of `dim` in the unsharded (logical) tensor. Shards may differ in length by one.
     group: the ranks that hold the whole tensor between them, in order of their shards.
     blocks: the number of equal blocks along `dim` ([gate | up] has 2), each split over the ranks separately.
     copies: the number of consecutive ranks that hold the same shard (a key head that several ranks share).
@@ -54,12 +55,12 @@ class TensorShard:
 
     @property
     def index(self) -> int:
-        """Returns the number of this rank's shard."""
+        """Returns the index of this rank's shard among the different shards."""
         return group_rank(self.group) // self.copies
 
     @property
     def segments(self) -> list[Segment]:
-        """Returns the ranges of `dim` that this rank holds."""
+        """Returns the ranges of dimension `dim` that this rank holds."""
         return shard_segments(self.size, self.parts, self.index, self.blocks)
 
     def narrow_to_shard(self, full: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ class TensorShard:
         return torch.Size(shape)
 
     def gather_full(self, local: Tensor) -> Tensor:
-        """Returns the whole tensor, given this rank's shard of it. A collective over `group`."""
+        """Returns the unsharded tensor, given this rank's shard of it. It is a collective over `group`."""
         rows = local.movedim(self.dim, 0).contiguous()
         block_lengths = [len(shard) for shard in torch.arange(self.size // self.blocks).tensor_split(self.parts)]
         lengths = [length * self.blocks for length in block_lengths]
@@ -101,6 +102,6 @@ def shard_parameter(
 
 
 def get_tensor_shards(module: nn.Module) -> dict[str, TensorShard]:
-    """Returns the shards of a module's own parameters by name, without parameters that are whole on every rank."""
+    """Returns the TensorShard of each of a module's own parameters that is sharded, by name of the parameter."""
     shards: dict[str, TensorShard] = getattr(module, "tensor_shards", {})
     return shards

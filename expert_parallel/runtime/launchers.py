@@ -1,4 +1,4 @@
-"""Reads a launcher's environment variables into a `Launch`. Pure: the environment is passed in.
+"""Reads a launcher's environment variables, which the caller passes in, into a `Launch`.
 
 | launcher | recognised by | address of the rendezvous |
 |---|---|---|
@@ -23,17 +23,19 @@ SLURM_PORTS = range(20_000, 30_000)  # below the ephemeral ports of Linux (32768
 
 
 class LaunchError(ValueError):
-    """Signals that the launcher's variables contradict each other, or that the rendezvous failed. Every process that
-    notices raises it."""
+    """Signals that the launcher's environment variables contradict each other, or that the ranks could not connect.
+    Every process that notices it raises this error."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Describes this process as its launcher started it.
+    """Describes how this process was started: by which launcher, and as which rank of how many.
 
-    master: host and port of the rendezvous store; None for a single process. `hosts_store`: this process serves the
-    store (rank 0, unless torchrun's agent does). `restart_count`: set if torchrun's agent keeps one store for all its
-    restarts. `mpi_library`: name and version of the MPI library in use, or "".
+    local_rank, local_world_size: this process's index among the ranks of its node, and their number. master: (host,
+    port) of the store at which the ranks meet; None for a single process. `hosts_store`: True if this process serves
+    the store (rank 0, unless torchrun's agent does). `restart_count`: how often torchrun has restarted the ranks, if
+    its agent keeps one store for all restarts; otherwise "". `mpi_library`: name and version of the MPI library in use,
+    or "".
     """
 
     launcher: str
@@ -48,9 +50,10 @@ class Launch:
 
 
 def read_launch(environment: Environment) -> Launch:
-    """Returns the launch that the environment describes. Raises LaunchError if variables are missing or contradictory.
+    """Returns the Launch that the environment variables describe. Raises LaunchError if variables are missing or
+    contradictory.
 
-    Under mpirun it initialises MPI and is a collective.
+    Under mpirun it initialises MPI, and every rank must call it.
     """
     for is_used, read in LAUNCHERS:
         if is_used(environment):
@@ -201,7 +204,8 @@ def _require_port(environment: Environment, name: str) -> int:
 
 
 def parse_tasks_per_node(text: str) -> list[int]:
-    """Parses Slurm's compact list of tasks per node: `2(x3),1` is [2, 2, 2, 1]. Raises LaunchError if it is none."""
+    """Returns the number of tasks on each node from Slurm's compact list: `2(x3),1` is [2, 2, 2, 1]. Raises LaunchError
+    if the text is no such list."""
     tasks: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
@@ -214,7 +218,7 @@ def parse_tasks_per_node(text: str) -> list[int]:
 
 
 def parse_first_host(nodes: str) -> str:
-    """Returns the first host of Slurm's compact list: node007 of `node[007-010,012],big1`."""
+    """Returns the first host of Slurm's compact list of hosts: `node[007-010,012],big1` gives node007."""
     match = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes)
     assert match is not None
     return match[1] + (match[2] or "") + match[3]
@@ -223,8 +227,8 @@ def parse_first_host(nodes: str) -> str:
 def mpi_rendezvous(rank: int, world_size: int, is_one_host: bool) -> tuple[tuple[str, int], str]:
     """Broadcasts rank 0's host and a free port on it. Returns (host, port), and the MPI library's name and version.
 
-    The address travels as bytes in a buffer, so that nothing is unpickled. Raises LaunchError if mpi4py is missing, or
-    uses another MPI library than the mpirun that started the ranks.
+    Every rank must call it. The address is sent as bytes in a buffer, so that nothing is unpickled. Raises LaunchError
+    if mpi4py is missing, or uses another MPI library than the mpirun that started the ranks.
     """
     try:
         MPI = load_mpi()

@@ -1,4 +1,4 @@
-"""Starts and ends torch.distributed in this process, chooses its device, and reports errors of any rank on all.
+"""Starts and ends torch.distributed in this process, chooses its device, and reports an error of one rank on all ranks.
 
 It is the only file that reads environment variables: launchers.py interprets them, rendezvous.py connects the ranks.
 """
@@ -77,8 +77,8 @@ class RuntimeConfig(Settings):
 class Runtime:
     """Describes this process while torch.distributed is running.
 
-    backend: as passed to init_process_group. timeout: of every collective. `rendezvous`: None if the process group was
-    set up without one.
+    launch: how this process was started. backend: the string that was passed to init_process_group. timeout: of every
+    collective. `rendezvous`: the store that the ranks share; None if the process group was set up without it.
     """
 
     launch: Launch
@@ -108,11 +108,12 @@ class Runtime:
 
 
 class UserError(Exception):
-    """Signals an error that the user can fix, in one sentence with the setting and the numbers. All ranks raise it."""
+    """Signals an error that the user can fix; its message names the setting and the numbers. All ranks raise it
+    together."""
 
 
 class LostContact(Exception):
-    """Signals that another rank is gone or does not answer. One of the ranks that notice logs which."""
+    """Signals that another rank has ended or does not answer. One of the ranks that notice it logs which rank it is."""
 
 
 class RankFilter(logging.Filter):
@@ -126,7 +127,7 @@ class RankFilter(logging.Filter):
 
 
 def run_on_all_ranks(work: Callable[[], Result]) -> Result:
-    """Runs `work` on every rank and returns its result. A collective; `work` itself must not communicate.
+    """Runs `work` and returns this rank's result. Every rank must call it; `work` itself must not communicate.
 
     If it raises ValueError or OSError on any rank, all ranks raise the same UserError, so that no rank goes on and
     waits for one that has failed.
@@ -143,11 +144,12 @@ def run_on_all_ranks(work: Callable[[], Result]) -> Result:
 
 @contextmanager
 def distributed(config: RuntimeConfig, settings: Mapping[str, Any] | None = None) -> Iterator[Runtime]:
-    """Starts torch.distributed for this launch and destroys it on exit.
+    """Starts torch.distributed in this process, yields its Runtime, and destroys the process group on exit.
 
-    settings: the run's resolved config, which must be the same on all ranks. A UserError, which all ranks raise, is
-    logged by rank 0 alone; no rank exits before, since the launcher would then kill the others. Raises LaunchError if
-    the rendezvous fails, and LostContact if a rank is gone, which one of the others logs.
+    settings: the run's resolved config, which must be the same on all ranks. If the body raises a UserError, as all
+    ranks then do, rank 0 logs it, and no rank exits before all have arrived, since the launcher would kill the others.
+    Raises LaunchError if the ranks cannot connect, and LostContact if a rank has ended or does not answer; one of the
+    other ranks logs it.
     """
     launch = read_launch(os.environ)
     backend = choose_backend(config)
@@ -211,7 +213,7 @@ def set_deepspeed_environment(runtime: Runtime) -> None:
 
 
 def choose_backend(config: RuntimeConfig) -> str:
-    """Returns the backend string of init_process_group. Raises LaunchError for NCCL without a GPU."""
+    """Returns the backend argument of init_process_group. Raises LaunchError for NCCL without a GPU."""
     has_gpu = config.device != "cpu" and torch.cuda.is_available()
     cpu, gpu = TORCH_BACKENDS[config.backend]
     if config.backend == "nccl" and not has_gpu:
@@ -220,7 +222,8 @@ def choose_backend(config: RuntimeConfig) -> str:
 
 
 def start_mpi_backend(launch: Launch) -> Launch:
-    """Registers the MPI backend and returns the launch with its library. Raises LaunchError if MPI cannot be used."""
+    """Registers the MPI backend and returns `launch` with `mpi_library` filled in. Raises LaunchError if MPI cannot be
+    used."""
     try:
         start_mpi(launch.rank, launch.world_size)
     except ValueError as error:
@@ -229,7 +232,8 @@ def start_mpi_backend(launch: Launch) -> Launch:
 
 
 def start_process_group(backend: str, launch: Launch, rendezvous: Rendezvous, timeout: timedelta) -> None:
-    """Initialises torch.distributed on the store of the rendezvous. Raises LaunchError if the ranks cannot connect."""
+    """Initialises torch.distributed through the store that the ranks share. Raises LaunchError if they cannot
+    connect."""
     store = rendezvous.store
     store.set_timeout(timeout)
     try:
@@ -259,7 +263,7 @@ def is_communication_error(error: RuntimeError) -> bool:
 
 
 def lost_ranks_message(launch: Launch, lost: list[RankInfo], error: RuntimeError) -> str:
-    """Formats the message of LostContact."""
+    """Returns the message of LostContact. lost: the ranks that do not answer."""
     return (
         f"rank {launch.rank} lost contact in the middle of work ({first_line(error)}); ranks that do not answer: "
         f"{', '.join(map(str, lost))}. Started again, a training run goes on from its last checkpoint"
@@ -267,7 +271,7 @@ def lost_ranks_message(launch: Launch, lost: list[RankInfo], error: RuntimeError
 
 
 def choose_device_on_all_ranks(kind: str, launch: Launch) -> torch.device:
-    """Returns this rank's device. A collective.
+    """Returns this rank's device. Every rank must call it. kind: `runtime.device`.
 
     Raises UserError on all ranks if a node has too few GPUs, if only some ranks have a GPU, or if two share one.
     """
@@ -287,7 +291,8 @@ def choose_device_on_all_ranks(kind: str, launch: Launch) -> torch.device:
 
 
 def choose_device(kind: str, launch: Launch) -> torch.device:
-    """Returns the CPU or the GPU of this local rank. Raises ValueError if there is no GPU or too few."""
+    """Returns the CPU, or the GPU whose index is this rank's local rank. kind: `runtime.device`. Raises ValueError if
+    there is no GPU or too few."""
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         return CPU
     if not torch.cuda.is_available():

@@ -1,4 +1,5 @@
-"""Runs the rendezvous of the ranks at a store on rank 0, before any process group exists, and health checks later.
+"""Lets the ranks meet at a key-value store on rank 0, before any process group exists, and checks later which ranks
+still answer.
 
 Each rank writes its RankInfo to the store; rank 0 waits for all, compares them and writes a verdict that all ranks
 read. A missing rank, two processes with one rank, other code or another config on a node end the start with the same
@@ -41,9 +42,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Describes a rank to the others. settings: its resolved config, or {} without one.
+    """Describes one rank to the other ranks. settings: its resolved config, or {} if it has none.
 
-    It travels through the store as JSON, and ranks of other versions read it: the names of the fields must not change.
+    It is written to the store as JSON, and ranks of other versions read it: the names of the fields must not change.
     """
 
     rank: int
@@ -58,7 +59,7 @@ class RankInfo:
 
 @dataclass
 class Rendezvous:
-    """Holds the infos of all ranks, in rank order, and the store that they share until they leave."""
+    """Holds the RankInfo of every rank, in rank order, and the key-value store that the ranks share until they end."""
 
     launch: Launch
     store: dist.Store
@@ -68,7 +69,7 @@ class Rendezvous:
     is_store_gone: bool = False
 
     def start_health_responder(self, timeout: timedelta) -> None:
-        """Starts a thread that answers the health check of another rank. Until then it blocks in the store's wait."""
+        """Starts a thread that waits for another rank's health check and answers it. timeout: for opening the store."""
         store, rank = open_store(self.launch, timeout, hosts_store=False), self.launch.rank
 
         def answer() -> None:
@@ -103,7 +104,7 @@ class Rendezvous:
             return self.rank_infos[:1]  # rank 0 serves the store
 
     def is_first_to_report(self) -> bool:
-        """Returns True on the first rank that calls it, so that one rank alone logs; without the store, on all."""
+        """Returns True on the first rank that calls it, so that only one logs an error; on all if the store is gone."""
         if self.is_store_gone:
             return True
         try:
@@ -130,7 +131,7 @@ class Rendezvous:
 
 
 def run_with_timeout(seconds: float, work: Callable[[], Result]) -> Result:
-    """Runs `work` in a thread and returns its result. Raises RuntimeError after `seconds`, or what `work` raises.
+    """Runs `work` in a thread and returns its result. Raises RuntimeError after `seconds`, or whatever `work` raises.
 
     torch's store has no timeout for a server that is stopped or unreachable, or for a foreign program at its port: the
     thread is then abandoned.
@@ -154,7 +155,7 @@ def run_with_timeout(seconds: float, work: Callable[[], Result]) -> Result:
 
 
 def join_rendezvous(launch: Launch, timeout: timedelta, settings: Mapping[str, Any] | None = None) -> Rendezvous:
-    """Waits for all ranks and returns their infos and the store. A collective.
+    """Waits for all ranks, compares them, and returns their infos and the store. Every rank must call it.
 
     settings: the resolved config of this rank, which must be the same on all. If the rendezvous fails, all ranks that
     have arrived raise the same LaunchError, at the latest after `timeout`.
@@ -198,7 +199,7 @@ def join_rendezvous(launch: Launch, timeout: timedelta, settings: Mapping[str, A
 
 
 def open_store(launch: Launch, timeout: timedelta, hosts_store: bool) -> dist.Store:
-    """Connects to the store of the rendezvous, and serves it if `hosts_store`.
+    """Connects to the store at `launch.master`, and serves it in this process if `hosts_store`.
 
     Raises LaunchError if the port cannot be opened, or nothing answers there within `timeout`.
     """
@@ -334,7 +335,7 @@ def first_line(error: BaseException) -> str:
 
 
 def format_hosts(rank_infos: list[RankInfo]) -> str:
-    """Formats hosts with their ranks, as in `n0 0-3, n1 4-7`."""
+    """Returns the hosts with their ranks as text, as in `n0 0-3, n1 4-7`."""
     hosts: dict[str, list[int]] = {}
     for info in rank_infos:
         hosts.setdefault(info.host, []).append(info.rank)

@@ -1,4 +1,5 @@
-"""Computes what a config amounts to without starting a run: effective values, parameters, memory per rank."""
+"""Reports, without starting a run, what a config leads to: effective settings, numbers of parameters, memory per
+rank."""
 
 import math
 from collections.abc import Sequence
@@ -23,10 +24,10 @@ MAX_LISTED_BLOCKS = 8  # longer lists of blocks are abbreviated
 
 
 def state_bytes_per_rank(config: Config, degrees: ParallelDegrees) -> int:
-    """Returns the bytes of weights, gradients and both Adam moments on the rank that holds most.
+    """Returns the bytes of weights, gradients and both Adam moments on the rank that holds the most.
 
-    All are in float32 (float64 for float64 models). What an engine offloads is counted, too. Parameters that tensor
-    parallelism replicates (norms, routers, biases: few) are counted as if sharded.
+    All are in float32 (float64 for float64 models). Those that DeepSpeed offloads to host memory are counted, too.
+    Parameters that tensor parallelism replicates (norms, routers, biases: few) are counted as if sharded.
     """
     data, engine = config.parallel.data, config.training.engine
     shards, expert_shards = shard_counts(data, degrees) if isinstance(data, ShardedConfig) else (1, 1)
@@ -63,10 +64,10 @@ def _max_expert_fraction(config: Config, degrees: ParallelDegrees, expert_shards
 
 
 def zero_values_per_weight(engine: DeepSpeedConfig, ranks: int) -> float:
-    """Returns how many values per weight a rank keeps if `ranks` data-parallel ranks share them (ZeRO).
+    """Returns how many numbers a rank stores for each weight if `ranks` data-parallel ranks shard them by ZeRO.
 
-    There are a weight, a gradient and two moments, and from stage 1 on the float32 copy that is updated. Stage 1 shards
-    the last three, stage 2 also the gradient, stage 3 all.
+    These are the weight, its gradient and two moments, and from stage 1 on the float32 copy that is updated. Stage 1
+    shards the moments and the copy, stage 2 also the gradient, stage 3 all of them.
     """
     divided = {0: 0, 1: 3, 2: 4, 3: 5}[engine.zero_stage]
     kept = (4 if engine.zero_stage == 0 else 5) - divided
@@ -74,7 +75,7 @@ def zero_values_per_weight(engine: DeepSpeedConfig, ranks: int) -> float:
 
 
 def gathered_bytes_per_rank(config: Config, degrees: ParallelDegrees) -> int:
-    """Estimates the bytes of sharded weights that FSDP2 holds unsharded at a time; 0 if nothing is sharded.
+    """Returns an estimate of the bytes of sharded weights that FSDP2 holds unsharded at the same time; 0 without FSDP2.
 
     They are the weights of one block and the embedding tables with their gradients, in the compute dtype and in the
     dtype of the reduction; without `reshard_after_forward` also the weights of all other blocks.
@@ -104,10 +105,11 @@ def gathered_bytes_per_rank(config: Config, degrees: ParallelDegrees) -> int:
 
 
 def activation_bytes_per_rank(config: Config, degrees: ParallelDegrees) -> int:
-    """Estimates the activation bytes of the micro-steps in flight: what blocks keep for backward, recomputation,
-    logits.
+    """Returns an estimate of the bytes of activations on a rank with the first pipeline stage: those that blocks keep
+    for the backward pass, those of recomputation, and logits, for all micro-steps that are in progress at the same
+    time.
 
-    Experts are assumed to be balanced. Of what blocks recompute, the largest block counts.
+    Experts are assumed to be balanced. For recomputation, only the block with the most recomputed activations counts.
     """
     model, training = config.model, config.training
     tokens = training.global_batch // training.micro_steps * training.sequence_length / degrees.dp / degrees.cp
@@ -120,10 +122,11 @@ def activation_bytes_per_rank(config: Config, degrees: ParallelDegrees) -> int:
 
 
 def block_bytes_per_token(config: Config, degrees: ParallelDegrees, block: int) -> tuple[float, float]:
-    """Returns (bytes per token that a block keeps for backward, bytes per token that it recomputes).
+    """Returns (bytes per token that transformer block number `block` keeps for the backward pass, bytes per token that
+    it recomputes).
 
-    Attention keeps its input, q, k, v and output; a feed-forward network its input and hidden values (twice for gated
-    ones); experts the rows of all ranks that share them; a router four float32 values per expert.
+    Attention keeps its input, queries, keys, values and output; a feed-forward network its input and hidden values
+    (twice for gated ones); experts the rows of all etp ranks; a router four float32 values per expert.
     """
     model, moe = config.model, config.model.moe
     tp = degrees.tp
@@ -151,7 +154,8 @@ def min_world_size(config: Config) -> int:
 
 
 def format_config_report(config: Config, world_size: int | None) -> str:
-    """Formats the output of `expert-parallel check`. Raises ValueError if the world size does not fit."""
+    """Returns the output of `expert-parallel check`. world_size: the number of ranks; None takes the smallest that
+    fits. Raises ValueError if it does not fit the degrees of parallelism."""
     degrees = check_degrees(config, world_size or min_world_size(config))
     counts, active = config.model.parameter_counts(), config.model.num_active_params()
     training, moe = config.training, config.model.moe
@@ -182,7 +186,7 @@ def format_config_report(config: Config, world_size: int | None) -> str:
 
 
 def format_memory(config: Config, degrees: ParallelDegrees) -> str:
-    """Formats the memory estimate of the rank that needs most."""
+    """Returns the memory estimate of the rank that needs the most, as text."""
     state, gathered = state_bytes_per_rank(config, degrees), gathered_bytes_per_rank(config, degrees)
     activations = activation_bytes_per_rank(config, degrees)
     text = f"{state / GIB:.2f} GiB weights, gradients and optimizer; about {activations / GIB:.2f} GiB activations"
@@ -203,7 +207,7 @@ def _format_blocks(blocks: list[int]) -> str:
 
 
 def format_rank_contents(config: Config, degrees: ParallelDegrees, place: dict[str, int]) -> str:
-    """Formats the blocks and experts of the rank at the given mesh coordinates."""
+    """Returns, as text, the blocks and experts of the rank with the given coordinates (axis -> index)."""
     parts = split_into_stages(config.model, degrees.pp * config.parallel.stages_per_rank)[place["pp"] :: degrees.pp]
     text = "blocks " + ", ".join(_format_range(part.blocks) for part in parts)
     moe = config.model.moe
@@ -220,7 +224,7 @@ def _format_range(numbers: Sequence[int]) -> str:
 
 
 def format_capacity(config: Config, degrees: ParallelDegrees) -> str:
-    """Formats the capacity of one expert for the tokens of one scope, on the ranks with most tokens."""
+    """Returns, as text, the capacity of one expert for the tokens of one scope, on the ranks with the most tokens."""
     moe, training = config.model.moe, config.training
     assert moe is not None
     capacity = moe.capacity

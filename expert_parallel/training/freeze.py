@@ -54,9 +54,11 @@ def validate_trainable(config: TrainableConfig, model: ModelConfig) -> None:
 
 
 def frozen_rows(config: TrainableConfig, logical: LogicalParameter) -> Tensor | None:
-    """Returns which rows of this rank's part of a parameter are frozen (bool, (rows,)), or None if none can be.
+    """Returns a bool mask (rows,) of the frozen rows of this rank's shard of a parameter; None if all weights are
+    trained.
 
-    Rows are those of dimension 0: experts of a stack, or rows of a router.
+    Rows are the indices of dimension 0: the experts of a stack of experts, or the rows of a router, one for each
+    expert.
     """
     if isinstance(config, AllTrainable):
         return None
@@ -89,11 +91,11 @@ def zero_frozen_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 
 def frozen_rows_pre_hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Prepares frozen parameters for AdamW's step; registered as an optimizer step pre-hook.
+    """Prepares parameters with frozen rows for AdamW's step; registered as an optimizer step pre-hook.
 
-    AdamW would decay whole parameters, so the rows that train are decayed here; moments of frozen rows, left from
-    earlier training, are set to 0. Engines that replace parameters by flat tensors must put masks of their elements
-    into `frozen_rows`.
+    AdamW's weight decay would change whole parameters, so it is off for these, and the rows that are trained are
+    decayed here. Moments of frozen rows, left from earlier training, are set to 0. Engines that replace parameters by
+    flat tensors must put masks of their elements into the optimizer group's `frozen_rows`.
     """
     with torch.no_grad():
         for group in optimizer.param_groups:

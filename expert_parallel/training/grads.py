@@ -1,4 +1,4 @@
-"""Reduces, norms and clips the gradients of the native engine.
+"""Sums the gradients of the native engine (PyTorch without DeepSpeed) over ranks, computes their norm, and clips them.
 
 The loss is divided once, by the global number of tokens, and each rank back-propagates its share of it. So every
 reduction is a SUM, and nothing is divided here.
@@ -35,7 +35,7 @@ BUCKET_BYTES = 32 * 1024**2
 def reduce_gradients(model: nn.Module, mesh: ParallelMesh, *, sharded: bool) -> None:
     """Sums the gradients of a step over all ranks that hold the same parameters.
 
-    sharded: FSDP2 has reduced them over the data-parallel ranks already.
+    sharded: True if FSDP2 has summed them over the data-parallel ranks already.
     """
     dense: list[LogicalParameter] = []
     experts: list[LogicalParameter] = []
@@ -63,10 +63,8 @@ def is_first_replica(logical: LogicalParameter, mesh: ParallelMesh) -> bool:
 
 
 def global_grad_norm(model: nn.Module, mesh: ParallelMesh) -> Tensor:
-    """Returns the L2 norm of the whole model's gradient, each element counted once.
-
-    A float64 scalar on the device, the same on all ranks.
-    """
+    """Returns the L2 norm of the whole model's gradient, each element counted once: a float64 scalar on the device, the
+    same on all ranks."""
     # float64, so that the sum does not depend on the order of the parameters, up to the float32 that is reported.
     total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
     for logical in logical_parameters(model):
@@ -77,7 +75,8 @@ def global_grad_norm(model: nn.Module, mesh: ParallelMesh) -> Tensor:
 
 
 def clip_gradients(model: nn.Module, norm: Tensor, limit: float) -> None:
-    """Scales all gradients by limit / norm if the norm exceeds the limit."""
+    """Multiplies all gradients, in place, by limit / norm if norm exceeds limit. norm: that of the whole model's
+    gradient."""
     factor = (limit / norm).clamp(max=1.0)
     for parameter in model.parameters():
         grad = local_tensor(parameter.grad)  # type: ignore[arg-type]

@@ -16,8 +16,8 @@ Metrics = dict[str, float]
 
 
 def step_metrics(report: StepReport, prefix: str) -> Metrics:
-    """Returns the metrics of one step: `train/...` or `eval/...`, means over layers as `moe/...`, and
-    `moe/layer_<i>/...`."""
+    """Returns the metrics of one step by name: `train/...` or `eval/...` as `prefix` says, each metric of the MoE
+    layers as `moe/layer_<i>/...`, and its mean over these layers as `moe/...` (in evaluation `eval/moe/...`)."""
     metrics: Metrics = {f"{prefix}/loss": report.loss}
     if prefix == "train":
         metrics |= {"train/grad_norm": report.grad_norm, "train/learning_rate": report.learning_rate}
@@ -69,7 +69,8 @@ def _expert_load_shares(totals: LayerTotals) -> Metrics:
 
 
 def coefficient_of_variation(load_E: Tensor) -> float:
-    """Returns standard deviation / mean of the choices per expert: 0 if balanced, sqrt(E - 1) if one takes all."""
+    """Returns standard deviation / mean of the numbers of choices per expert: 0 if balanced, sqrt(E - 1) if one expert
+    has all."""
     load_E = load_E.double()
     return float(load_E.std(correction=0) / load_E.mean().clamp(min=1e-300))
 
@@ -77,7 +78,8 @@ def coefficient_of_variation(load_E: Tensor) -> float:
 class MetricsWriter:
     """Writes `folder/metrics.jsonl` and `folder/tensorboard`.
 
-    A resumed run drops what was logged after its checkpoint, so that each step appears once.
+    first_step: the step of the checkpoint that the run resumes from, or 0. Metrics logged after this step are dropped,
+    so that each step appears once.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -88,7 +90,7 @@ class MetricsWriter:
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, tokens: int, metrics: Metrics) -> None:
-        """Writes one step's metrics. tokens: those of the whole run so far."""
+        """Writes one step's metrics. tokens: the number of tokens that the whole run has been trained on so far."""
         record: dict[str, Any] = {"step": step, "tokens": tokens, **metrics}
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
@@ -129,5 +131,6 @@ def format_progress_line(step: int, total: int, metrics: Metrics) -> str:
 
 
 def memory_metrics(device: torch.device) -> Metrics:
-    """Returns the peak of allocated GPU memory in bytes; nothing on the CPU, where torch does not count."""
+    """Returns the metric of the peak of allocated GPU memory, in bytes; an empty dict on the CPU, where torch does not
+    measure it."""
     return {"perf/peak_memory_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}

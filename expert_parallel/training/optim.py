@@ -81,7 +81,8 @@ ScheduleConfig = Annotated[
 
 
 def learning_rate(optimizer: OptimizerConfig, schedule: ScheduleConfig, step: int, total_steps: int) -> float:
-    """Returns the rate of step 0, 1, ...; it is a pure function, so a resumed run needs no scheduler state."""
+    """Returns the learning rate of a step, counted from 0. It depends on the arguments only, so a resumed run needs no
+    scheduler state."""
     if step < schedule.warmup_steps:
         return optimizer.learning_rate * (step + 1) / schedule.warmup_steps
     return optimizer.learning_rate * schedule.fraction(step, total_steps)
@@ -92,10 +93,11 @@ def build_optimizer(
     model: nn.Module,
     trainable: TrainableConfig = AllTrainable(),  # noqa: B008 - immutable
 ) -> torch.optim.AdamW:
-    """Builds AdamW with every parameter in exactly one group: dense or expert, with or without weight decay.
+    """Builds AdamW with up to four parameter groups: dense or expert parameters, with or without weight decay.
 
-    Dense and expert parameters are apart, since under FSDP2 they are on different device meshes, and a fused update
-    takes one mesh.
+    Dense and expert parameters are in different groups, since under FSDP2 they are on different device meshes, and a
+    fused update takes one mesh. trainable: which weights are trained; groups with frozen rows list these in
+    `frozen_rows`.
     """
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for logical in logical_parameters(model):

@@ -1,9 +1,11 @@
-"""Records the routing of a run and replays it: the experts of every token of every step, in a folder of safetensors.
+"""Records the routing of a run, the experts of every token in every step, in a folder of safetensors files, and replays
+it.
 
     training.routing={kind: record, folder: routing}      training.routing={kind: play, folder: routing}
 
-Each rank writes one file per step. Rows are matched by global token index, so a record replays on any layout, and
-routing cannot be what differs. Combine weights are recomputed from the router's scores.
+Each rank writes one file per step. Tokens are found by their global index, so a record can be replayed on any layout,
+for example to compare two layouts without differences of routing. Combine weights are recomputed from the router's
+scores.
 """
 
 import re
@@ -28,7 +30,11 @@ _TENSORS = ("index_T", "routed_ids_TK", "routed_reason_TK", "ids_TK", "reason_TK
 
 @dataclass(frozen=True)
 class ReplaySpec:
-    """Holds what a record must match: MoE blocks, number of experts, choices per token, and this rank's positions."""
+    """Holds the properties of this run that a record must match.
+
+    layers: the numbers of the MoE blocks. num_choices: K, the number of choices of a token. positions_S: int64, the
+    positions of each sequence that this rank holds.
+    """
 
     layers: list[int]
     num_experts: int
@@ -58,10 +64,10 @@ RoutingConfig = Annotated[RecordConfig | ReplayConfig, Field(discriminator="kind
 def save_routing(
     config: RecordConfig, step: int, rank: int, batches: Sequence[MicroBatch], replay: RouterReplay
 ) -> None:
-    """Writes the choices of one step of this rank. Raises ValueError if the folder cannot be written.
+    """Writes this rank's choices of one step to a file. Raises ValueError if the folder cannot be written.
 
-    batches: only this rank's own positions, here and below. The tokens are saved with their choices, so that a replay
-    on other data is detected.
+    batches: the micro-batches of the step, with the positions of this rank only. replay: holds the recorded choices.
+    The tokens are saved with their choices, so that a replay on other data is detected.
     """
     tensors = {
         f"{micro_step}.{layer}.{name}": getattr(choices, field.name).cpu().contiguous()
@@ -80,9 +86,10 @@ def save_routing(
 
 
 def load_routing(config: ReplayConfig, step: int, batches: Sequence[MicroBatch], moe: ReplaySpec) -> RouterReplay:
-    """Loads the choices of this rank's tokens of one step, from the files of all ranks that recorded it.
+    """Returns the choices of this rank's tokens in one step, read from the files of all ranks that recorded it.
 
-    Raises ValueError if the step is missing or the record does not match this run.
+    batches: the micro-batches of the step, with the positions of this rank only. Raises ValueError if the step is
+    missing or the record does not match this run.
     """
     files = sorted(Path(config.folder).glob(f"step_{step:08d}.rank_*.safetensors"))
     where = f"training.routing.folder: {config.folder}"

@@ -67,9 +67,9 @@ def check_same_model(checkpoint: Checkpoint, config: Config) -> None:
 
 
 def changed_since_checkpoint(checkpoint: Checkpoint, config: Config) -> list[tuple[str, Any, Any]]:
-    """Returns the settings that differ: (path, value then, value now).
+    """Returns the settings that have changed since the checkpoint was written: (path, old value, new value).
 
-    A model setting that did not exist then counts as its default.
+    A model setting that did not exist when it was written counts as its default.
     """
     then = dict(checkpoint.config)
     with suppress(ValidationError):  # settings that this version does not know are compared unchanged
@@ -82,18 +82,19 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
 
 @dataclass
 class StopSignal:
-    """Says whether this rank has received the signal, which counts even while the ranks are still starting."""
+    """Holds whether this rank has received SIGUSR1; it counts even while the ranks are still starting."""
 
     received: bool = False
 
     def any_rank(self) -> bool:
-        """Returns True if any rank has received the signal. A collective: every rank calls it at the same step."""
+        """Returns True if any rank has received the signal. It is a collective: every rank calls it at the same
+        step."""
         return any_rank(self.received)
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopSignal]:
-    """Handles SIGUSR1 inside the context and records it in the StopSignal."""
+    """Handles SIGUSR1 inside the context: its arrival is recorded in the StopSignal that is yielded."""
     stop = StopSignal()
 
     def receive(number: int, frame: FrameType | None) -> None:

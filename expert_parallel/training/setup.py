@@ -1,4 +1,4 @@
-"""Builds what a config describes: degrees, process groups, this rank's part of the model, and the engine."""
+"""Builds, from a config, the process groups, this rank's part of the model, and the engine that trains it."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ from expert_parallel.training.optim import build_optimizer
 def build(
     config: Config, runtime: Runtime, degrees: ParallelDegrees, *, initialize: bool = True
 ) -> tuple[ParallelMesh, LanguageModel, Engine]:
-    """Builds process groups, this rank's part of the model, and the engine.
+    """Builds and returns the process groups, this rank's part of the model, and the engine that trains it.
 
     initialize: False leaves the weights uninitialized, for a checkpoint to fill.
     """
@@ -33,7 +33,7 @@ def build(
 def build_mesh_and_model(
     config: Config, runtime: Runtime, degrees: ParallelDegrees, *, initialize: bool = True
 ) -> tuple[ParallelMesh, LanguageModel]:
-    """Builds process groups and this rank's part of the model."""
+    """Builds and returns the process groups and this rank's part of the model. initialize: see `build`."""
     moe = config.model.moe
     parallel = config.parallel
     training = config.training
@@ -61,8 +61,8 @@ def build_mesh_and_model(
 
 
 def format_degrees(config: Config, degrees: ParallelDegrees) -> str:
-    """Formats degrees as `dp 2, cp 1, ... | edp 4, ..., replicated`, sharded ones as shards x replicas, DeepSpeed with
-    ZeRO."""
+    """Returns the degrees as text, `dp 2, cp 1, ... | edp 4, ..., replicated`; with FSDP2 it ends with the numbers of
+    shards x replicas, with DeepSpeed with the stage of ZeRO."""
     data, engine = config.parallel.data, config.training.engine
     by_engine = f", DeepSpeed ZeRO {engine.zero_stage}" if isinstance(engine, DeepSpeedConfig) else ""
     if not isinstance(data, ShardedConfig):
@@ -73,7 +73,8 @@ def format_degrees(config: Config, degrees: ParallelDegrees) -> str:
 
 
 def data_requirements(config: Config) -> DataRequirements:
-    """Returns what a run requires of its data."""
+    """Returns the requirements of a run that its data must meet: sequence length, vocabulary, number of sequences,
+    seed."""
     training = config.training
     return DataRequirements(
         sequence_length=training.sequence_length,
@@ -85,15 +86,17 @@ def data_requirements(config: Config) -> DataRequirements:
 
 
 def check_world_size(config: Config, runtime: Runtime) -> ParallelDegrees:
-    """Returns the degrees for the running ranks. Raises ValueError, which names the setting and the numbers."""
+    """Returns the degrees of parallelism for the running ranks. Raises ValueError, which names the setting and the
+    numbers, if the config does not fit them."""
     config.check_backend(runtime.device.type)
     return check_degrees(config, runtime.world_size, runtime.launch.local_world_size)
 
 
 def check_degrees(config: Config, world_size: int, ranks_per_node: int | None = None) -> ParallelDegrees:
-    """Returns the degrees for `world_size` ranks, running or not. ranks_per_node: from the launcher, if there is one.
+    """Returns the degrees of parallelism for `world_size` ranks, which need not be running.
 
-    Raises ValueError if the model, the batch or the sequences do not divide over them.
+    ranks_per_node: from the launcher, if there is one. Raises ValueError if the model, the batch or the sequences
+    cannot be divided over these ranks.
     """
     degrees = config.parallel.degrees(world_size)
     validate_degrees(config.model, degrees, config.parallel.stages_per_rank)

@@ -27,9 +27,11 @@ from expert_parallel.training.optim import learning_rate
 
 @dataclass(frozen=True)
 class StepReport:
-    """Holds the results of a step. loss: cross entropy alone, nats per token, over all ranks' tokens.
+    """Holds the results of a training step or an evaluation.
 
-    grad_norm: before clipping; 0 in evaluation.
+    loss: the mean cross entropy of all ranks' tokens, in nats per token, without auxiliary losses. num_tokens: the
+    number of these tokens. layers: the totals of each MoE block, by its number. grad_norm: the norm of the whole
+    model's gradient before clipping; 0 in evaluation.
     """
 
     loss: float
@@ -41,9 +43,10 @@ class StepReport:
 
 @dataclass
 class StepTotals:
-    """Accumulates sums over the micro-steps of this rank; one all-reduce of all layers sums them over ranks and stages.
+    """Accumulates losses and counts over the micro-steps of this rank; `reduce` sums them over all ranks in one
+    all-reduce.
 
-    Add a micro-step after its backward pass, if it has one, so that its ledger covers both passes.
+    Add a micro-step after its backward pass, if it has one, so that the counts of rows cover both passes.
     """
 
     config: ModelConfig
@@ -52,7 +55,8 @@ class StepTotals:
     sums: Tensor | None = None
 
     def add(self, cross_entropy: Tensor, num_tokens: int, stats: dict[int, LoadStats]) -> None:
-        """Adds one micro-step. cross_entropy: the sum over `num_tokens` tokens, which no other rank adds."""
+        """Adds one micro-step. cross_entropy: the sum over `num_tokens` tokens, which no other rank adds. stats: by
+        number of the MoE block."""
         self.num_micro_steps += 1
         head = cross_entropy.detach().double().view(1)  # float64 holds counts exactly, up to 2**53
         empty = head.new_zeros(self._layer_size)
@@ -64,7 +68,7 @@ class StepTotals:
         self.sums = packed if self.sums is None else self.sums + packed
 
     def reduce(self) -> StepReport:
-        """Sums over all ranks; every rank must call it.
+        """Sums over all ranks and returns the report of the step; every rank must call it.
 
         Raises LedgerBreach on all ranks (or warns, as `model.moe.ledger` says) if a layer's counts are inconsistent.
         """
@@ -102,10 +106,11 @@ def train_step(
     seed: int,
     replay: RouterReplay | None = None,
 ) -> StepReport:
-    """Makes one training step: updates the model once.
+    """Makes one training step, which updates the weights once, and returns its report.
 
-    The loss is (sum of cross entropy) / (all targets of the step), plus, for each MoE layer, the mean over micro-steps
-    of coefficient * loss. replay: choices to take; those made are recorded in it.
+    The loss is (sum of cross entropy) / (number of all targets of the step), plus, for each auxiliary loss of each MoE
+    layer, the mean over micro-steps of coefficient * loss. replay: recorded choices for the routers to take; passes
+    without any record theirs in it.
     """
     model.train()
     batches = list(micro_batches)
@@ -132,7 +137,7 @@ def train_step(
 def make_step_contexts(
     batches: list[MicroBatch], mesh: ParallelMesh, *, seed: int, step: int = 0, replay: RouterReplay | None = None
 ) -> list[StepContext]:
-    """Returns the StepContext of each micro-step."""
+    """Returns the StepContext of each of this rank's micro-batches, one for each micro-step."""
     documents = [b.documents_BS for b in batches if b.documents_BS is not None and b.documents_BS.numel()]
     most = max((int(documents_BS.max()) + 1 for documents_BS in documents), default=1)  # device sync
     return [
@@ -163,7 +168,8 @@ def run_micro_steps(
     num_targets: int,
     mesh: ParallelMesh,
 ) -> Iterator[MicroStepResult]:
-    """Runs forward and backward, one micro-step after the other."""
+    """Runs the forward and backward passes, one micro-step after the other, and yields the result of each. num_targets:
+    the number of targets of the step on all ranks, by which the cross entropy is divided."""
     for batch, context in zip(batches, contexts, strict=True):
         output = engine.forward(batch.inputs_BS, context)
         cross_entropy, counted, num_tokens = local_cross_entropy(model, output, batch, mesh)
@@ -176,7 +182,9 @@ def run_micro_steps(
 def run_pipeline(
     model: Pipeline, batches: list[MicroBatch], contexts: list[StepContext], num_targets: int, mesh: ParallelMesh
 ) -> Iterator[MicroStepResult]:
-    """Runs forward and backward of all micro-steps, in the order of the pipeline schedule."""
+    """Runs the forward and backward passes of all micro-steps in the order of the pipeline schedule, and yields the
+    result of each. num_targets: the number of targets of the step on all ranks, by which the cross entropy is
+    divided."""
     counted = [(torch.zeros((), device=batch.inputs_BS.device), 0) for batch in batches]
 
     def cross_entropy_of(stage: Stage, output: ModelOutput, number: int) -> Tensor:
@@ -193,9 +201,10 @@ def run_pipeline(
 def local_cross_entropy(
     model: LanguageModel, output: ModelOutput, batch: MicroBatch, mesh: ParallelMesh
 ) -> tuple[Tensor, Tensor, int]:
-    """Returns (local sum of cross entropy in nats, the sum to report, its token count).
+    """Returns (sum of the cross entropy of this rank's targets in nats, the sum to report, the number of tokens to
+    report).
 
-    All TP ranks hold the same sum; only TP rank 0 reports it, the others report 0.
+    All TP ranks compute the same sum; only TP rank 0 reports it, the others report 0.
     """
     positions_S = model.place.context(batch.targets_BS.shape[1]).to(batch.targets_BS.device)
     targets_BS = batch.targets_BS[:, positions_S]
@@ -214,9 +223,9 @@ def evaluate(
     *,
     seed: int,
 ) -> StepReport:
-    """Computes the mean cross entropy over all ranks' sequences. Every rank must pass the same number of batches.
+    """Returns a report with the mean cross entropy over all ranks' sequences.
 
-    Batches may be empty.
+    Every rank must pass the same number of micro-batches, which may be empty.
     """
     model.eval()
     totals = StepTotals(model.config, 0)
@@ -240,7 +249,8 @@ def reshard_parameters(model: nn.Module) -> None:
 
 
 def update_balance_biases(model: LanguageModel, report: StepReport) -> None:
-    """Updates the balance biases of this rank's routers from the step's choices (DeepSeek-V3)."""
+    """Updates the balance biases of this rank's routers from the number of choices of each expert in the step
+    (DeepSeek-V3)."""
     for layer, block in model.local_blocks():
         router = None if block.moe is None else block.moe.router
         if isinstance(router, TopKRouter) and router.balance_bias_E is not None:

@@ -98,7 +98,8 @@ def expert_capacity(factor: float, minimum: int, num_tokens: int, num_choices: i
 def block_capacities(
     config: FactorConfig | AbsoluteConfig, sizes: Sequence[int], num_choices: int, num_experts: int, training: bool
 ) -> list[int]:
-    """Returns the capacity of an expert in each block, in choices. sizes: the number of real tokens of each block."""
+    """Returns the capacity of an expert, in choices, for each block of tokens that is decided on by itself. sizes: the
+    number of real tokens of each block."""
     if isinstance(config, AbsoluteConfig):
         return [config.train if training else config.eval] * len(sizes)
     factor = config.train if training else config.eval
@@ -117,8 +118,9 @@ def apply_capacity(
 ) -> tuple[RoutingPlan, int | None]:
     """Marks choices beyond capacity DROPPED_CAPACITY, or REROUTED to another expert. Leaves weights unchanged.
 
-    Also returns the largest number of rows that an expert can get from these tokens, to which `pad` pads: the sum of
-    its capacities in all blocks. Queues are those of the whole scope, so every rank of it calls this.
+    Also returns the largest number of choices that an expert can get from these tokens, to which `capacity.pad` pads
+    its rows: the sum of its capacities in all blocks. Choices of all ranks of the scope queue together, so every rank
+    of it calls this.
     """
     columns = [plan.expert_ids_TK.to(torch.int32), plan.outcome_TK]  # int32: half the bytes, if ranks exchange them
     needs_scores = config.priority in ("probability", "batch_priority")

@@ -40,8 +40,8 @@ def apply_receive_bound(
 def send_quotas(wanted_SP: Tensor, bound: float) -> Tensor:
     """Returns the number of choices that each source may send to each rank, int64 (P, P).
 
-    wanted_SP: the number that it has for that rank. No column of the result sums to more than ceil(bound * N / P), with
-    N the sum of wanted_SP.
+    wanted_SP: int64, the number of choices that each source rank has for each destination rank. No column of the result
+    sums to more than ceil(bound * N / P), with N the sum of wanted_SP.
     """
     num_ranks = len(wanted_SP)
     factor = Fraction(str(bound)) / num_ranks  # exact, as in policies.expert_capacity

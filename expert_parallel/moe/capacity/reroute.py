@@ -25,9 +25,10 @@ def reroute(
     (bool).
 
     ids_GK: int64, the experts as routed. routed_GK, overflows_GK: bool. ranking_GE: a token prefers larger values; -inf
-    excludes an expert. block_G: int64, the block of each token. room_Q: int64, free places of each (block, expert).
-    order_N: int64, the queue, as flat indices of choices. A choice is never rerouted to an expert to which its token
-    was routed. The host waits twice a round; there are at most M * E rounds, and usually few.
+    excludes an expert. block_G: int64, the block of each token: each block has its own capacity. room_Q: int64, the
+    number of free places of each (block, expert). order_N: int64, all choices in queue order, as flat indices g * K +
+    k. A choice is never rerouted to an expert to which its token was routed. The host waits twice a round; there are at
+    most M * E rounds, and usually few.
     """
     num_tokens, num_choices = ids_GK.shape
     num_experts = ranking_GE.shape[1]

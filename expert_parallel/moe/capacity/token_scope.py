@@ -23,8 +23,8 @@ class ScopedTokens:
     """Describes the G tokens of a scope, in order, in blocks of equal length (including padding); each block is decided
     by itself.
 
-    index_G, real_G: as in TokenBatch. sizes: the number of real tokens of each block. local_T: int64, the indices of
-    this rank's tokens among the G.
+    index_G: int64, the place of each token in the global order (see TokenBatch). real_G: bool, False for padding.
+    sizes: the number of real tokens of each block. local_T: int64, the indices of this rank's tokens among the G.
     """
 
     num_blocks: int
@@ -35,14 +35,17 @@ class ScopedTokens:
 
     @property
     def block_G(self) -> Tensor:
-        """Returns the block of each token, int64."""
+        """Returns the index of each token's block, int64."""
         length = len(self.index_G) // max(self.num_blocks, 1)
         return torch.arange(len(self.index_G), device=self.index_G.device) // max(length, 1)
 
 
 def gather_scope(scope: Scope, batch: TokenBatch, *columns: Tensor) -> tuple[ScopedTokens, list[Tensor]]:
-    """Returns the tokens of `scope` that are decided on with this rank's, and the columns (T, ...) as (G, ...), in
-    their order and detached.
+    """Gathers the G tokens of `scope` that are decided on together with this rank's T tokens. Returns their
+    description, and the values of `columns` for them.
+
+    columns: tensors (T, ...) with one entry for each token; they are returned as (G, ...), detached, in the order of
+    the G tokens.
 
     `global` gathers the columns of all ranks, with 9 more bytes a token, so that every rank decides on all tokens, with
     the same result; `sequence` does so over the ranks that share sequences. Every rank calls this, also one without

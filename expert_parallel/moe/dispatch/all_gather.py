@@ -25,22 +25,22 @@ from expert_parallel.parallel.collectives import Phase, Wait, all_gather_rows
 
 @dataclass(frozen=True)
 class GatheredRoute(ChunkRoute):
-    """Adds what is gathered to the route of a chunk. lengths: the number of rows of each rank. row_V: int64, which of
-    the gathered rows are kept here."""
+    """Describes how the rows of one chunk cross an all-gather. lengths: the number of rows that each rank contributes.
+    row_V: int64, the indices of the gathered rows that this rank keeps, since they chose one of its experts."""
 
     lengths: list[int]
     row_V: Tensor
 
 
 class AllGatherExchange(Exchange):
-    """Gathers the choices of all ranks, then their rows, and keeps those that an all-to-all would have received. So the
-    combine and the backward pass are those of the all-to-all."""
+    """Gathers the choices of all ranks, then their rows, and keeps the rows that an all-to-all would have received, so
+    that the combine and the backward pass are those of the all-to-all."""
 
     def plan(
         self, chunks: Sequence[ChoicesByRow], fingerprint: PassFingerprint, ledger: Ledger
     ) -> tuple[list[ChunkRoute], Metadata]:
-        """Gathers counts and choices. The host waits for the rows of each rank, and for the rows and choices that are
-        kept."""
+        """Gathers the numbers of rows and the choices of all ranks; returns and raises as Exchange.plan does. The host
+        waits for the number of rows of each rank, and for the numbers of rows and choices that are kept."""
         lengths_CP = self._exchange_lengths(chunks, fingerprint, ledger)
         gathered = self._gather_choices(chunks, lengths_CP, fingerprint, ledger)
         routes: list[ChunkRoute] = []
@@ -76,7 +76,8 @@ class AllGatherExchange(Exchange):
         return routes, metadata.start(pack_by_rank(sent_weights, choice_sizes))
 
     def start(self, x_LD: Tensor, route: ChunkRoute, ledger: Ledger) -> AsyncCollective:
-        """Gathers the rows of all ranks and keeps those of the route."""
+        """Starts gathering the rows of all ranks. `finish` of the returned collective gives x_VD, the rows that this
+        rank keeps."""
         assert isinstance(route, GatheredRoute)
         return AsyncAllGather(ledger, route, self).start(self._to_exchange_dtype(x_LD))
 
@@ -131,8 +132,8 @@ class AllGatherExchange(Exchange):
 
 
 class AsyncAllGather(AsyncCollective):
-    """Gathers the rows of all ranks and keeps some. In the backward pass their gradients return by all-to-all and are
-    summed in a fixed order."""
+    """Gathers the rows of all ranks and keeps those of its route. In the backward pass the gradients of kept rows
+    return to their source ranks by all-to-all, and are summed there in a fixed order."""
 
     def __init__(self, ledger: Ledger, route: GatheredRoute, exchange: AllGatherExchange) -> None:
         self.ledger = ledger
@@ -146,21 +147,25 @@ class AsyncAllGather(AsyncCollective):
         return self.ledger.all_gather(x_LD, self.route.lengths, self.peers, self.key)
 
     def unpack(self, x_GD: Tensor) -> Tensor:
-        """Keeps the rows of the route."""
+        """Returns the gathered rows that the route keeps."""
         return x_GD[self.route.row_V]
 
     def launch_backward(self, grad_VD: Tensor) -> Wait:
-        """Returns the gradients of kept rows to the ranks that sent them."""
+        """Starts sending the gradients of kept rows to the ranks that the rows came from."""
         return self.ledger.all_to_all(grad_VD, *self.route.sizes.reversed, self.peers, self.key.backward_key)
 
     def unpack_backward(self, grad_UD: Tensor) -> Tensor:
-        """Sums the gradients of each row of x over the ranks that kept it."""
+        """Returns the gradient of x_LD: for each row, the sum of the gradients from the ranks that kept it."""
         return sum_rows(grad_UD, self.route.rows_L)
 
 
 class GatheredMetadata(AsyncCollective):
-    """Provides the choices of kept rows, which have been gathered already. In the backward pass the gradients of their
-    weights return by all-to-all."""
+    """Provides the choices of the rows that this rank keeps, which have been gathered already. In the backward pass the
+    gradients of their weights return to their source ranks by all-to-all.
+
+    choices: those of each chunk, without gradient. sizes: for each chunk, the numbers of choices sent to and kept from
+    each rank.
+    """
 
     def __init__(
         self, choices: list[ChoicesByRow], sizes: list[SplitSizes], exchange: AllGatherExchange, ledger: Ledger
@@ -179,11 +184,11 @@ class GatheredMetadata(AsyncCollective):
         return lambda: kept_N
 
     def launch_backward(self, grad_N: Tensor) -> Wait:
-        """Returns the gradients of the weights to the ranks that sent them."""
+        """Starts sending the gradients of the weights to the ranks that the weights came from."""
         return self.ledger.all_to_all_metadata(grad_N, *self.sizes.reversed, self.peers, self.key.backward_key)
 
     def wait_for_choices(self) -> list[ChoicesByRow]:
-        """Returns the choices of each chunk, with weights that have a gradient. Called once."""
+        """Returns the choices of each chunk, with weights that have a gradient. It can be called only once."""
         weights = unpack_by_chunk(self.finish(), self.chunk_sizes)
         kept, self.choices = self.choices, []  # released, since this object lives until the backward pass
         return [replace(choices, weight_N=weight_N) for choices, weight_N in zip(kept, weights, strict=True)]

@@ -35,7 +35,8 @@ class AllToAllExchange(Exchange):
     def plan(
         self, chunks: Sequence[ChoicesByRow], fingerprint: PassFingerprint, ledger: Ledger
     ) -> tuple[list[ChunkRoute], Metadata]:
-        """Exchanges counts and starts the all-to-all of metadata. The host waits once, for the counts."""
+        """Exchanges the numbers of rows and choices, and starts the all-to-all of metadata; returns and raises as
+        Exchange.plan does. The host waits once, for the numbers."""
         orders = self._sort_by_rank(chunks)
         sent_PW = self._outgoing_counts(orders, fingerprint, ledger)
         wait = start_all_to_all_counts(sent_PW, self.peers.group)
@@ -63,7 +64,8 @@ class AllToAllExchange(Exchange):
         return routes, metadata.start(pack_by_rank(weights, choice_sizes))
 
     def start(self, x_LD: Tensor, route: ChunkRoute, ledger: Ledger) -> AsyncCollective:
-        """Sends each row to the ranks of its choices."""
+        """Starts sending each row of x to every rank that leads to one of its chosen experts. `finish` of the returned
+        collective gives x_VD, the received rows."""
         x_UD = self._to_exchange_dtype(gather_rows(x_LD, route.token_U, route.rows_L))
         return AsyncAllToAll(ledger, route.sizes, self.peers, self.exchange_key(Phase.DISPATCH)).start(x_UD)
 
@@ -81,8 +83,9 @@ class AllToAllMetadata(AsyncCollective):
     """Exchanges the metadata of all chunks in one all-to-all: the expert of each choice, and its weight, which has a
     gradient.
 
-    tags: for each chunk, int32, one for each choice sent (see `outgoing_metadata`). sizes: numbers of choices.
-    num_rows: rows that each chunk will receive.
+    tags: for each chunk, int32, one tag for each choice sent (see `outgoing_metadata`). sizes: for each chunk, the
+    numbers of choices sent to and received from each rank. num_rows: the number of rows that this rank will receive in
+    each chunk.
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class AllToAllMetadata(AsyncCollective):
         self.key = exchange.exchange_key(Phase.METADATA)
 
     def launch(self, weight_N: Tensor) -> Wait:
-        """Sends a record for each choice: its tag, and the bits of its weight as one or two int32."""
+        """Starts sending a record for each choice: its tag, and the bits of its weight as one or two int32."""
         bits = weight_N.view(torch.int32).view(len(weight_N), weight_N.itemsize // 4)
         record = torch.cat([self.tag_N[:, None], bits], 1)
         self.dtype = weight_N.dtype
@@ -114,11 +117,12 @@ class AllToAllMetadata(AsyncCollective):
         return bits.view(self.dtype).flatten(), record[:, 0]
 
     def launch_backward(self, grad_N: Tensor) -> Wait:
-        """Returns the gradients of the weights to the ranks that sent them."""
+        """Starts sending the gradients of the weights to the ranks that the weights came from."""
         return self.ledger.all_to_all_metadata(grad_N, *self.sizes.reversed, self.peers, self.key.backward_key)
 
     def wait_for_choices(self) -> list[ChoicesByRow]:
-        """Waits for the choices of each chunk; a row begins wherever a tag's lowest bit is set."""
+        """Waits for the metadata, and returns the choices of the rows that this rank receives in each chunk. A row
+        begins wherever a tag's lowest bit is set."""
         weight_N, tag_N = self.finish()
         weights, tags = unpack_by_chunk(weight_N, self.chunk_sizes), unpack_by_chunk(tag_N, self.chunk_sizes)
         return [

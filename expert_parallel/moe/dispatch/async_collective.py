@@ -1,4 +1,4 @@
-"""Runs collectives inside autograd, each split into a start and a finish, in the backward pass too."""
+"""Runs collectives inside autograd: each is started first and waited for later, in the backward pass too."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
@@ -26,8 +26,8 @@ class SplitSizes(NamedTuple):
 
 
 class AsyncCollective:
-    """Runs one collective, and in the backward pass that of its gradient, each in two halves with other work between
-    them.
+    """Runs one collective in the forward pass and another for its gradient in the backward pass. Each is started first
+    and waited for later, so that other work can overlap it.
 
         forward     start:   launch(x)               ...     finish:  wait for the result
         backward    finish:  launch_backward(grad)   ...     start:   wait for the gradient of x
@@ -53,12 +53,12 @@ class AsyncCollective:
         return arrived
 
     def start(self, x: Tensor) -> Self:
-        """Starts the exchange of x. Returns itself."""
+        """Starts the exchange of x. Returns this object."""
         self._token = _Node.apply(x, self._start_forward, self._finish_backward)
         return self
 
     def finish(self) -> Any:
-        """Waits for the exchange and returns the outputs. Called once."""
+        """Waits for the exchange and returns its outputs, as `unpack` gives them. It can be called only once."""
         token = self._token
         del self._token  # its autograd node holds this object: a reference cycle otherwise
         return _Node.apply(token, self._finish_forward, self._start_backward)
@@ -104,7 +104,8 @@ class _Node(torch.autograd.Function):
 
 
 class AsyncAllToAll(AsyncCollective):
-    """Exchanges rows, which the ledger accounts for. Its gradient is the all-to-all in the opposite direction."""
+    """Exchanges rows by an all-to-all, which the ledger counts and checks. Gradients take the all-to-all in the
+    opposite direction."""
 
     def __init__(self, ledger: Ledger, sizes: SplitSizes, peers: Peers, key: ExchangeKey) -> None:
         self.ledger = ledger

@@ -23,11 +23,11 @@ from expert_parallel.parallel.collectives import ExchangeKey, Hop, Peers, Phase
 
 @dataclass(frozen=True)
 class ChunkRoute:
-    """Describes how the rows of one chunk cross one exchange.
+    """Describes which rows of one chunk are sent to which ranks in one exchange.
 
-    token_U: int64, the row of x that each sent row copies, sorted by destination. rows_L: int64 (L, width), the sent
-    rows of each row of x, in the order in which their outputs are summed; NO_ROW fills the rest. sizes: rows sent and
-    received.
+    token_U: int64, for each row that is sent, the index of the row of x that it copies; sorted by destination rank.
+    rows_L: int64 (L, width), for each row of x, the indices of its copies among the sent rows, in the order in which
+    their outputs are summed; NO_ROW fills the rest. sizes: the numbers of rows sent to and received from each rank.
     """
 
     token_U: Tensor
@@ -36,10 +36,11 @@ class ChunkRoute:
 
 
 class Metadata(Protocol):
-    """Provides the choices that received rows serve. They may still be in transit when the first rows leave."""
+    """Provides the chosen experts, with their weights, of the rows that this rank receives. They may still be in
+    transit when the first rows are sent."""
 
     def wait_for_choices(self) -> list[ChoicesByRow]:
-        """Waits for the choices of each chunk. Called once."""
+        """Waits for the choices of each chunk's received rows, and returns them. It can be called only once."""
         ...
 
 
@@ -47,9 +48,10 @@ class Exchange:
     """Sends rows to the ranks of a group that lead to their experts, and returns the outputs to where the rows came
     from.
 
-    peers: the ranks of the group. rank_of_expert: the rank of the group that leads to each expert. `dedup`: choices of
-    one row with the same destination share a sent row. exchange_dtype: the dtype of rows in transit; None: unchanged.
-    hop: the name of this exchange if rows take several, one after the other.
+    peers: the ranks of the group. rank_of_expert: for each expert, the rank of the group to which its rows are sent:
+    the expert's own, or one on its node in the first of two hops. `dedup`: True if choices of one row with the same
+    destination share a sent row. exchange_dtype: the dtype of rows in transit; None: unchanged. hop: the name of this
+    exchange, if rows go through several, one after the other.
     """
 
     def __init__(
@@ -69,8 +71,8 @@ class Exchange:
     def plan(
         self, chunks: Sequence[ChoicesByRow], fingerprint: PassFingerprint, ledger: Ledger
     ) -> tuple[list[ChunkRoute], Metadata]:
-        """Exchanges counts and starts sending metadata. Returns the route of each chunk, and the metadata, still in
-        transit.
+        """Exchanges the numbers of rows and starts sending metadata. Returns the route of each chunk, and the metadata,
+        which may still be in transit.
 
         chunks: the choices of each chunk's rows. Raises a ValueError, on every rank of the group, if the ranks are not
         in the same pass.
@@ -78,20 +80,22 @@ class Exchange:
         raise NotImplementedError
 
     def start(self, x_LD: Tensor, route: ChunkRoute, ledger: Ledger) -> AsyncCollective:
-        """Starts sending rows to the ranks that lead to their experts. Their order of arrival is by source rank."""
+        """Starts sending rows to the ranks that lead to their experts. `finish` of the returned collective gives x_VD,
+        the received rows, ordered by source rank."""
         raise NotImplementedError
 
     def start_back(self, y_VD: Tensor, route: ChunkRoute, ledger: Ledger) -> AsyncCollective:
-        """Starts returning the outputs of received rows to the ranks that sent them; see `combine`."""
+        """Starts sending y_VD, one output for each received row, back to the ranks that sent the rows. `finish` of the
+        returned collective gives y_UD, one output for each row that this rank had sent."""
         key = self.exchange_key(Phase.COMBINE)
         return AsyncAllToAll(ledger, route.sizes.reversed, self.peers, key).start(self._to_exchange_dtype(y_VD))
 
     def add_up(self, y_UD: Tensor, route: ChunkRoute) -> Tensor:
-        """Returns y_LD: for each row, the sum of the outputs that were returned for it, in a fixed order."""
+        """Returns y_LD: for each row of x, the sum of the outputs y_UD of its sent copies, in a fixed order."""
         return gather_rows(y_UD, route.rows_L, route.token_U)
 
     def exchange_key(self, phase: Phase) -> ExchangeKey:
-        """Returns the key of one of its phases in the log and in messages."""
+        """Returns the key that stands for a phase of this exchange in the log and in error messages."""
         return ExchangeKey(phase, self.hop)
 
     def _sort_by_rank(self, chunks: Sequence[ChoicesByRow]) -> list[ChoicesByRank]:
@@ -109,9 +113,10 @@ class Exchange:
 def outgoing_metadata(
     choices: ChoicesByRow, order: ChoicesByRank, send_index: SendIndex, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns tags and weights of the first `count` choices in sending order.
+    """Returns (tag_N, weight_N) of the first `count` choices, in the order in which they are sent.
 
-    Tags are int32: the expert, and in the lowest bit whether a row begins. Weights have a gradient.
+    tag_N: int32, 2 * expert id, plus 1 if the choice is the first of a sent row. weight_N: the weights, with their
+    gradient.
     """
     choice_N = order.choice_N[:count]
     inverse_N1 = torch.where(send_index.place_N < count, send_index.place_N, NO_ROW)[:, None]
@@ -131,7 +136,10 @@ def pack_by_rank(parts: Sequence[Tensor], sizes: Sequence[SplitSizes]) -> Tensor
 
 
 def unpack_by_chunk(message: Tensor, sizes: Sequence[SplitSizes]) -> list[Tensor]:
-    """Splits a received message, ordered by source, then by chunk, into one for each chunk, ordered by source."""
+    """Splits a received message, which is ordered by source rank, then by chunk, into one message for each chunk.
+
+    sizes: the split sizes of each chunk. Each returned message is ordered by source rank.
+    """
     if len(sizes) == 1:
         return [message]
     blocks = message.split(
@@ -141,6 +149,6 @@ def unpack_by_chunk(message: Tensor, sizes: Sequence[SplitSizes]) -> list[Tensor
 
 
 def sum_sizes(sizes: Sequence[SplitSizes]) -> SplitSizes:
-    """Returns the split sizes of all chunks together."""
+    """Returns the split sizes of all chunks together: for each rank, the sum over chunks."""
     send, receive = zip(*sizes, strict=True)
     return SplitSizes(*([sum(counts) for counts in zip(*table, strict=True)] for table in (send, receive)))

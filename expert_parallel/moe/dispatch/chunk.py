@@ -13,11 +13,11 @@ from expert_parallel.moe.types import DispatchedTokens
 
 
 class Chunk:
-    """Holds the state of one chunk: call `advance_dispatch` until it `is_dispatched`, `start_combine` with the outputs
-    of the experts, then `advance_combine` until it `is_combined`.
+    """Holds the state of one chunk of tokens. Call `advance_dispatch` until it `is_dispatched`, `start_combine` with
+    the outputs of the experts, then `advance_combine` until it `is_combined`.
 
-    number: its index among the chunks of the pass. The dispatcher sets `routes`, one for each exchange as soon as it is
-    known, and `expert_rows`, which rows each local expert computes.
+    number: the chunk's index among the chunks of the pass. The dispatcher appends the route of each exchange to
+    `routes` as soon as it is known, and sets `expert_rows`, which tells the rows that each local expert computes.
     """
 
     def __init__(self, number: int, x_LD: Tensor, exchanges: Sequence[Exchange], ledger: Ledger) -> None:
@@ -44,7 +44,7 @@ class Chunk:
 
     @property
     def tokens(self) -> DispatchedTokens:
-        """Returns what this rank's experts compute, once the rows have been received."""
+        """Returns the input of this rank's experts, once the rows have been received."""
         assert self.is_dispatched
         assert self.expert_rows is not None
         return replace(self.expert_rows, x_VD=self.rows)
@@ -58,7 +58,7 @@ class Chunk:
         self.num_started += 1
 
     def start_combine(self, y_VD: Tensor) -> None:
-        """Starts returning the outputs of the experts. y_VD: one row for each received row."""
+        """Starts sending the outputs of the experts back. y_VD: one output for each received row."""
         self.rows = y_VD
         self._start_back()
 
@@ -86,8 +86,8 @@ class Chunk:
 
 
 def chunk_sizes(num_tokens: int, num_chunks: int) -> list[int]:
-    """Returns the sizes of chunks of successive tokens, as equal as possible; some are 0 if there are more chunks than
-    tokens."""
+    """Divides num_tokens successive tokens into num_chunks chunks, as equal as possible, and returns the number of
+    tokens of each; some are 0 if there are more chunks than tokens."""
     ends = [num_tokens * (chunk + 1) // num_chunks for chunk in range(num_chunks)]
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -98,5 +98,5 @@ def split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenates parts along their first dimension: the inverse of `split`."""
+    """Returns the parts concatenated along their first dimension: the inverse of `split`."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))

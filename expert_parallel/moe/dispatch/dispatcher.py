@@ -91,7 +91,7 @@ Exchanges = list[Exchange]
 
 
 def local_exchanges(config: LocalConfig, placement: ExpertPlacement, group: Any, nodes: NodeGroups | None) -> Exchanges:
-    """Returns no exchanges. Raises a ValueError if other ranks have experts."""
+    """Returns an empty list, since this rank has all experts. Raises a ValueError if other ranks have experts."""
     if placement.num_ranks > 1:
         raise ValueError(
             f"model.moe.dispatcher.kind 'local' cannot reach the experts of other ranks: parallel.ep is "
@@ -103,7 +103,7 @@ def local_exchanges(config: LocalConfig, placement: ExpertPlacement, group: Any,
 def all_to_all_exchanges(
     config: AllToAllConfig, placement: ExpertPlacement, group: Any, nodes: NodeGroups | None
 ) -> Exchanges:
-    """Returns one all-to-all over the group."""
+    """Returns a list of one exchange, an all-to-all over the expert-parallel group."""
     peers = Peers.of(group, nodes.ranks_per_node if nodes else None)
     return [AllToAllExchange(peers, placement.rank_of_expert, config.one_row_per == "rank", _dtype(config))]
 
@@ -111,7 +111,7 @@ def all_to_all_exchanges(
 def all_gather_exchanges(
     config: AllGatherConfig, placement: ExpertPlacement, group: Any, nodes: NodeGroups | None
 ) -> Exchanges:
-    """Returns one all-gather over the group."""
+    """Returns a list of one exchange, an all-gather over the expert-parallel group."""
     peers = Peers.of(group, nodes.ranks_per_node if nodes else None)
     return [AllGatherExchange(peers, placement.rank_of_expert, True, _dtype(config))]
 
@@ -119,7 +119,8 @@ def all_gather_exchanges(
 def hierarchical_exchanges(
     config: HierarchicalConfig, placement: ExpertPlacement, group: Any, nodes: NodeGroups | None
 ) -> Exchanges:
-    """Returns two all-to-alls: between nodes, among ranks with the same index in their node; then within the node.
+    """Returns two all-to-all exchanges: one between nodes, among the ranks with the same index in their node; then one
+    within the node.
 
     Raises a ValueError if the nodes are not known.
     """
@@ -155,8 +156,8 @@ DISPATCHERS: dict[str, Callable[..., Exchanges]] = {
 class Dispatcher:
     """Sends tokens to their experts and returns the outputs, through `exchanges`, one after the other.
 
-    group: the ranks over which `placement` spreads the experts; None: all experts are here. nodes: which ranks share a
-    machine.
+    group: the ranks over which `placement` spreads the experts; None: this rank has all experts. nodes: which ranks
+    share a machine.
     """
 
     def __init__(
@@ -178,15 +179,15 @@ class Dispatcher:
 
     @property
     def index_tables(self) -> list[IndexTable]:
-        """Lists the tables that must be on the device of the layer's weights."""
+        """Returns the tables that must be on the device of the layer's weights."""
         exchanges = (exchange.rank_of_expert_E1 for exchange in self.exchanges)
         return [self.slot_of_expert_E1, self.expert_of_slot_e, *exchanges]
 
     def dispatch(self, x_TD: Tensor, plan: RoutingPlan, ledger: Ledger, context: StepContext) -> "PendingDispatch":
         """Checks that all ranks are in the same pass, exchanges metadata, and starts sending the first rows.
 
-        The caller computes each chunk that `receive_chunks` yields, then calls `combine`. Raises a ValueError, on all
-        ranks together, if they are not in the same pass.
+        The caller runs the experts on each chunk that `receive_chunks` of the result yields, then calls its `combine`.
+        Raises a ValueError, on all ranks together, if they are not in the same pass.
         """
         num_choices, sizes = plan.expert_ids_TK.shape[1], chunk_sizes(len(x_TD), self.num_chunks)
         parts = (split(x, sizes) for x in (plan.expert_ids_TK, plan.kept_TK, plan.weights_TK))
@@ -246,7 +247,7 @@ class Dispatcher:
 
 
 class LocalMetadata:
-    """Provides the choices as they are, on a rank that exchanges no rows."""
+    """Provides the choices of this rank's own tokens, unchanged, on a rank that exchanges no rows."""
 
     def __init__(self, choices: list[ChoicesByRow]) -> None:
         self.choices = choices
@@ -286,7 +287,8 @@ class PendingDispatch:
         self.ledger = ledger
 
     def exchange_metadata(self, exchange: Exchange, choices: list[ChoicesByRow]) -> None:
-        """Gives every chunk its route through the exchange, and starts sending the choices of its rows."""
+        """Plans the exchange: gives every chunk its route through it, and starts sending the choices of all rows.
+        choices: those of each chunk's rows."""
         routes, self.metadata = exchange.plan(choices, self.fingerprint, self.ledger)
         for chunk, route in zip(self.chunks, routes, strict=True):
             chunk.routes.append(route)
@@ -310,7 +312,8 @@ class PendingDispatch:
             yield chunk
 
     def combine(self) -> Tensor:
-        """Waits for the outputs. Returns y_TD, in token order: the sum of each token's weighted outputs.
+        """Waits for the outputs of the experts. Returns y_TD, in token order: for each token, the weighted sum of its
+        experts' outputs.
 
         The order of summation is fixed: by choice within a rank (the experts have summed those), then by rank
         (hierarchical: the ranks of a node, then nodes); with `one_row_per: choice`, by choice alone.

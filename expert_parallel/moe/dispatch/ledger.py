@@ -1,4 +1,4 @@
-"""Implements the ledger, which accounts for every row that leaves a rank on the rank that receives it, forward and
+"""Implements the ledger, which checks that every row that a rank sends arrives at the rank it was sent to, forward and
 backward.
 
 A `Ledger` lives for one forward pass of one layer and its backward pass. `counts` compares numbers of rows and is
@@ -39,9 +39,10 @@ class LedgerBreach(RuntimeError):
 
 @dataclass(frozen=True)
 class Ledger:
-    """Wraps the collectives that move rows, and accounts for their rows and bytes.
+    """Wraps the collectives that move rows: counts rows and bytes, and checks that every row arrives.
 
-    layer, step: named in messages. log: rows and bytes, by exchange and link class; the backward pass adds to it.
+    layer, step: named in error messages. log: the numbers of rows and bytes, by exchange and link class; the backward
+    pass adds to it.
     """
 
     config: LedgerConfig = field(default_factory=LedgerConfig)
@@ -54,7 +55,9 @@ class Ledger:
     ) -> Wait:
         """Starts an all-to-all of rows, without gradient. The returned function waits for the rows and checks them.
 
-        x: (sum(send), ...), ordered by destination. The result: (sum(receive), ...), ordered by source.
+        send, receive: the number of rows for each rank and from each rank. x: (sum(send), ...), ordered by destination
+        rank. The function's result: (sum(receive), ...), ordered by source rank. key: names the exchange in the log and
+        in errors.
         """
         self.count_rows(send, receive, peers, key)
         tags = _tags(send, peers, x.device) if self.config.kind == "rows" else None
@@ -143,20 +146,20 @@ class Ledger:
         return rows
 
     def count_rows(self, send: Sequence[int], receive: Sequence[int], peers: Peers, key: ExchangeKey) -> None:
-        """Adds the rows sent to each rank, and received from it, to the log."""
+        """Adds to the log the numbers of rows sent to each rank (`send`) and received from each rank (`receive`)."""
         for peer, link in enumerate(peers.links):
             self.log.rows_sent[key, link] += send[peer]
             self.log.rows_received[key, link] += receive[peer]
 
     def report(self, what: str) -> None:
-        """Raises a LedgerBreach, or warns, as `config.breach` says."""
+        """Raises a LedgerBreach with the message `what`, or warns, as `config.breach` says."""
         text = f"ledger: layer {self.layer}, step {self.step}, {what}"
         if self.config.breach == "error":
             raise LedgerBreach(text)
         warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def count_bytes(self, rows: Tensor, send: Sequence[int], peers: Peers, key: ExchangeKey) -> None:
-        """Adds the bytes of send[p] rows like these for each rank p to the log."""
+        """Adds the bytes sent to each rank p to the log: send[p] times the size of one row of `rows`."""
         row_bytes = math.prod(rows.shape[1:]) * rows.element_size()
         for peer, link in enumerate(peers.links):
             self.log.bytes_sent[key, link] += send[peer] * row_bytes

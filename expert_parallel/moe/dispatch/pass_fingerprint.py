@@ -1,4 +1,5 @@
-"""Checks that all ranks of a pass run the same pass, by a fingerprint that is sent with the counts."""
+"""Checks that all ranks run the same forward pass at the same time, by a fingerprint that is sent with the numbers of
+rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from expert_parallel.parallel.collectives import Peers, all_gather_rows
 
 @dataclass(frozen=True)
 class PassFingerprint:
-    """Describes what all ranks of a pass must have in common. `encoded` fits in two 31-bit integers.
+    """Holds the properties of a forward pass in which all its ranks must agree. `encoded` fits in two 31-bit integers.
 
-    width: D. needs_grad: True if the pass has a backward pass. context: of it, the layer, micro-step and step count.
+    width: D, the number of columns of a row. num_choices: K. needs_grad: True if the pass has a backward pass. context:
+    only its layer, micro-step and step are compared.
     """
 
     width: int
@@ -26,7 +28,7 @@ class PassFingerprint:
 
     @property
     def encoded(self) -> list[int]:
-        """Packs the fields into two integers; large values wrap around."""
+        """Returns the fields packed into two integers; large values wrap around."""
         shape = (
             self.width % 2**17
             | self.needs_grad << 17
@@ -38,7 +40,7 @@ class PassFingerprint:
 
     @staticmethod
     def decode(encoded: Sequence[int]) -> str:
-        """Describes encoded fields in words, for error messages."""
+        """Returns a description of encoded fields in words, for error messages."""
         shape, place = encoded
         dtype = PassFingerprint.DTYPES[min(shape >> 18 & 15, 3)]
         return (
@@ -49,17 +51,18 @@ class PassFingerprint:
 
 
 def check_in_sync(fingerprint: PassFingerprint, peers: Peers, device: torch.device) -> None:
-    """Raises a ValueError on every rank of `peers` if one is in another pass. One small collective, for which the host
-    waits."""
+    """Raises a ValueError on every rank of `peers` if one of them runs another pass. Takes one small collective, for
+    which the host waits."""
     encoded = torch.tensor([fingerprint.encoded], dtype=torch.int32, device=device)
     gathered_P2 = all_gather_rows(encoded, [1] * peers.size, peers.group)
     raise_if_out_of_sync(gathered_P2.tolist(), fingerprint, peers)  # the host waits
 
 
 def raise_if_out_of_sync(encoded_P2: Sequence[Sequence[int]], fingerprint: PassFingerprint, peers: Peers) -> None:
-    """Raises a ValueError on every rank if one is in another pass; it names both, instead of a hang or misread rows.
+    """Raises a ValueError if a rank runs another pass than this one; it describes both passes. Otherwise the ranks
+    would hang or misread rows.
 
-    encoded_P2: the encoded fingerprint of each rank, on the host.
+    encoded_P2: the encoded fingerprint of each rank of `peers`, on the host. fingerprint: that of this rank.
     """
     for peer, encoded in enumerate(encoded_P2):
         if list(encoded) != fingerprint.encoded:

@@ -16,7 +16,7 @@ NO_ROW = -1  # in a table of rows: no row. As an index it reads the last entry.
 
 
 def count_keys(keys_N: Tensor, num_keys: int) -> Tensor:
-    """Counts how often each key in [0, num_keys) occurs, int64."""
+    """Returns how often each key in [0, num_keys) occurs, int64 (num_keys)."""
     if keys_N.device.type == "cpu":  # on a GPU bincount would make the host wait for the largest key
         return torch.bincount(keys_N, minlength=num_keys)
     return keys_N.new_zeros(num_keys).scatter_add_(0, keys_N, torch.ones_like(keys_N))
@@ -33,7 +33,7 @@ def stable_argsort(keys_N: Tensor, num_keys: int) -> Tensor:
 
 
 def inverse_permutation(order_N: Tensor) -> Tensor:
-    """Returns the inverse of a permutation, int64: the position of each item."""
+    """Returns the inverse of a permutation, int64: for each item i, the position at which order_N lists it."""
     return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
 
 
@@ -41,18 +41,20 @@ def sort_by_expert(slot_R: Tensor, num_local_experts: int) -> tuple[Tensor, Tens
     """Returns (order_R, counts_e): order_R[i] is the choice that becomes row i when choices are grouped by local
     expert.
 
-    Stable: rows of one expert keep their order. counts_e: int64, on slot_R's device.
+    slot_R: int64, the local expert of each choice. The sort is stable: choices of one expert keep their order.
+    counts_e: int64, the number of choices of each local expert, on slot_R's device.
     """
     order_R = stable_argsort(slot_R, num_local_experts)
     return order_R, count_keys(slot_R, num_local_experts)
 
 
 def padded_positions(slot_N: Tensor, num_slots: int, block_rows: int) -> tuple[Tensor, Tensor]:
-    """Groups items by slot, in blocks of `block_rows` places each. Returns (place_N, item_P).
+    """Groups items by slot, each slot having `block_rows` consecutive places. Returns (place_N, item_P).
 
-    slot_N: int64; num_slots for an item without slot. place_N: the place of each item, NO_ROW for one without slot.
-    item_P: the item at each place, (num_slots * block_rows), NO_ROW for padding. No slot may have more than
-    `block_rows` items. Shapes do not depend on the values of slot_N, so the host does not wait for a GPU.
+    slot_N: int64, the slot of each item; num_slots for an item without slot. place_N: the place of each item, NO_ROW
+    for an item without slot. item_P: the item at each place, (num_slots * block_rows), NO_ROW for padding. No slot may
+    have more than `block_rows` items. Shapes do not depend on the values of slot_N, so the host does not wait for a
+    GPU.
     """
     order_N = stable_argsort(slot_N, num_slots + 1)
     counts = count_keys(slot_N, num_slots + 1)
@@ -71,7 +73,8 @@ def padded_positions(slot_N: Tensor, num_slots: int, block_rows: int) -> tuple[T
 def positions_in_queues(queue_N: Tensor, num_queues: int, order_N: Tensor) -> Tensor:
     """Returns the position of each item in its queue, from 0, if the items queue up in the order `order_N`; int64 (N).
 
-    Counted with stable sorts: a top-k over a 0/1 mask would keep arbitrary items.
+    queue_N: int64, the queue of each item. Computed by stable sorts: a top-k over a 0/1 mask would keep arbitrary
+    items.
     """
     order_N = order_N[stable_argsort(queue_N[order_N], num_queues)]
     counts_Q = count_keys(queue_N, num_queues)
@@ -106,7 +109,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def sum_rows(x: Tensor, table: Tensor) -> Tensor:
-    """Computes gather_rows without a gradient."""
+    """Computes the sums of `gather_rows`, without a gradient."""
     if table.dim() == 1:
         return x.index_select(0, table)
     num_rows, width = table.shape

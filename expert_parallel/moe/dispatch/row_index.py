@@ -55,9 +55,10 @@ class IndexTable(nn.Module):
 
 @dataclass(frozen=True)
 class ChoicesByRow:
-    """Lists the choices of L rows, sorted by row, within a row in choice order.
+    """Lists the choices of L rows, sorted by row and, within a row, in choice order.
 
-    row_N, expert_N: int64; expert_N is `NO_EXPERT` for a dropped choice. weight_N: router dtype. num_rows: L.
+    row_N: int64, the row of each choice. expert_N: int64, its expert id; `NO_EXPERT` if the choice is dropped.
+    weight_N: router dtype, the factor of its expert's output. num_rows: L.
     """
 
     row_N: Tensor
@@ -67,7 +68,7 @@ class ChoicesByRow:
 
 
 def choices_by_row(expert_ids_TK: Tensor, kept_TK: Tensor, weights_TK: Tensor) -> ChoicesByRow:
-    """Lists the choices of T tokens, with one row for each token."""
+    """Returns the choices of T tokens as a ChoicesByRow, with one row for each token."""
     num_tokens, num_choices = expert_ids_TK.shape
     row_T1 = torch.arange(num_tokens, device=expert_ids_TK.device)[:, None]
     expert_TK = expert_ids_TK.masked_fill(~kept_TK, NO_EXPERT)
@@ -75,7 +76,7 @@ def choices_by_row(expert_ids_TK: Tensor, kept_TK: Tensor, weights_TK: Tensor) -
 
 
 def without_dropped(choices: ChoicesByRow) -> ChoicesByRow:
-    """Removes dropped choices. The host waits for their number."""
+    """Returns the choices that are not dropped. The host waits for their number."""
     if choices.expert_N.is_cpu and bool((choices.expert_N != NO_EXPERT).all()):
         return choices
     choice_N = (choices.expert_N != NO_EXPERT).nonzero().squeeze(1)
@@ -88,10 +89,11 @@ def without_dropped(choices: ChoicesByRow) -> ChoicesByRow:
 
 @dataclass(frozen=True)
 class ChoicesByRank:
-    """Lists choices by destination rank, within one by row; dropped choices come last. Integers are int64.
+    """Lists choices sorted by destination rank, then by row; dropped choices come last. Integers are int64.
 
-    choice_N: the choice at each position. rank_N: its destination, P if dropped. first_N: bool, True where a sent row
-    begins. rows_P, choices_P: rows and choices for each destination.
+    choice_N: the index, in ChoicesByRow, of the choice at each position of this list. rank_N: its destination rank, P
+    if it is dropped. first_N: bool, True for the first choice of each sent row. rows_P, choices_P: the numbers of rows
+    and of choices for each destination rank.
     """
 
     choice_N: Tensor
@@ -104,8 +106,8 @@ class ChoicesByRank:
 def sort_choices_by_rank(choices: ChoicesByRow, rank_N: Tensor, num_ranks: int, dedup: bool) -> ChoicesByRank:
     """Sorts choices by destination rank.
 
-    rank_N: the destination of each choice, num_ranks if it is dropped. `dedup`: choices of one row with the same
-    destination share a sent row; otherwise each has its own.
+    rank_N: int64, the destination rank of each choice, num_ranks if it is dropped. `dedup`: True if choices of one row
+    with the same destination share a sent row; otherwise each choice has its own.
 
         by row (t0: e5 e1)(t1: e0 e1)  ->  by rank (r0: t0 e1)(r0: t1 e0 e1)(r1: t0 e5)
     """
@@ -122,11 +124,12 @@ def sort_choices_by_rank(choices: ChoicesByRow, rank_N: Tensor, num_ranks: int, 
 
 @dataclass(frozen=True)
 class SendIndex:
-    """Holds which rows are sent, and where each row's outputs return to.
+    """Holds the indices of the rows that are sent, and of the rows whose outputs are summed when they return.
 
-    token_U: the row of x that each sent row copies, sorted by destination. rows_L: (L, width), the sent rows of each
-    row of x, in the order in which their outputs are summed; NO_ROW adds nothing. place_N: the position of each choice
-    in `ChoicesByRank`. token_U has N entries, of which the first U are valid, since the host does not know U yet.
+    token_U: for each row that is sent, the index of the row of x that it copies; sorted by destination rank. rows_L:
+    (L, width), for each row of x, the indices of its copies among the sent rows, in the order in which their outputs
+    are summed; NO_ROW adds nothing. place_N: the position of each choice in `ChoicesByRank`. token_U has N entries, of
+    which the first U are valid, since the host does not know U yet.
     """
 
     token_U: Tensor
@@ -135,7 +138,8 @@ class SendIndex:
 
 
 def build_send_index(choices: ChoicesByRow, order: ChoicesByRank, width: int, dedup: bool) -> SendIndex:
-    """Computes which rows are sent. width: the largest number of choices of a row."""
+    """Computes the SendIndex of `choices`, sorted by rank as in `order`. width: the largest number of choices of a
+    row."""
     place_N = inverse_permutation(order.choice_N)
     num_ranks = len(order.rows_P)
     row_N = choices.row_N.index_select(0, order.choice_N)

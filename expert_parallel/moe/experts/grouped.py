@@ -158,9 +158,10 @@ class GroupedExperts(nn.Module):
 
 
 def pad_groups(tokens: DispatchedTokens, counts_e: Tensor) -> DispatchedTokens:
-    """Returns the same tokens with counts_e computed rows for each expert: its own, then rows of zeros.
+    """Returns the same tokens with counts_e rows for each expert to compute: first the rows that it has, then rows of
+    zeros.
 
-    counts_e: int64, at least the rows that each expert has. On a GPU the host waits.
+    counts_e: int64, at least the number of rows that each expert has. On a GPU the host waits.
     """
     added_e = counts_e - tokens.counts_e
     num_rows, total = len(tokens.row_R), int(counts_e.sum())  # the host waits: the total becomes a shape

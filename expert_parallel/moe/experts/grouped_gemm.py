@@ -19,9 +19,9 @@ from torch import Tensor
 class GroupedGemm:
     """Holds the functions of one backend.
 
-    groups: turns counts_e into the description of the groups that `rows` and `sums` take. rows: is differentiable.
-    pad_group_sizes: turns counts_e and K * N into group sizes that are usually faster although rows of zeros fill them
-    up; None if the backend is fastest without padding.
+    groups: turns counts_e, the number of rows of each expert, into the last argument of `rows` and `sums`. rows, sums:
+    compute the two products above; `rows` is differentiable. pad_group_sizes: turns counts_e and K * N into group sizes
+    that are usually faster although rows of zeros fill them up; None if the backend is fastest without padding.
     """
 
     groups: Callable[[Tensor], Any]

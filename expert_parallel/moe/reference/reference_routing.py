@@ -41,8 +41,9 @@ class RankTokens:
 class ReferenceToken:
     """Describes a real token.
 
-    row: its index among the tokens of its rank, including padding. sequence: the number of its sequence, counted over
-    the ranks in their order. index: its place in the global order. document: its document in the sequence.
+    row: the token's index among the tokens of its rank, including padding. sequence: the number of its sequence,
+    counted over the ranks in their order. index: the token's place in the global order (see TokenBatch). document: the
+    number of its document in the sequence.
     """
 
     rank: int
@@ -67,9 +68,10 @@ class ReferenceBatch:
 
 @dataclass(frozen=True)
 class ReferenceRouting:
-    """Holds a routing decision.
+    """Holds the reference router's decision for T tokens.
 
-    ids, outcomes: T lists of K. ranking: T lists of E; rerouting prefers larger values, and -inf excludes an expert.
+    ids, outcomes: T lists of K, the expert id and the outcome of each choice. ranking: T lists of E; rerouting prefers
+    larger values, and -inf excludes an expert.
     """
 
     logits_TE: Tensor
@@ -104,7 +106,7 @@ def collect_tokens(ranks: list[RankTokens], training: bool, context: StepContext
 
 
 def blocks(scope: str, batch: ReferenceBatch) -> list[list[int]]:
-    """Returns the tokens that are decided on together, as a list of token numbers for each block of the scope.
+    """Returns, for each block of tokens that are decided on together in this scope, the indices of these tokens.
 
     Tokens are in the order of the block, which may be empty. The scope `document` is that of losses of scope
     `sequence`.

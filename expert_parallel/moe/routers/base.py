@@ -80,7 +80,7 @@ class Scores:
     """Holds a router's scores of all experts for T tokens, in router dtype.
 
     log_scores_TE: the logarithms of the scores, up to a constant for each token. Weights are normalised by a softmax
-    over it, which is exact: dividing by a sum of sigmoids needs an epsilon, which distorts weights if all scores are
+    over them, which is exact: dividing by a sum of sigmoids needs an epsilon, which distorts weights if all scores are
     tiny. The other fields are those of RoutingPlan.
     """
 
@@ -134,7 +134,7 @@ class Router(nn.Module):
     def weights(self, scores: Scores | RoutingPlan, expert_ids_TK: Tensor, counted_TK: Tensor | None) -> Tensor:
         """Returns the factor of each choice's output, (T, K) in router dtype.
 
-        counted_TK: bool, the choices among which a router that normalises divides the weight; None: all.
+        counted_TK: bool, the choices over which the weights of a token sum to 1 if the router normalises; None: all.
         """
         raise NotImplementedError
 
@@ -205,10 +205,11 @@ class LinearRouter(Router):
 
 
 class GroupLimitConfig(Settings):
-    """Limits each token to the experts of its best groups; groups on one node or rank bound its traffic."""
+    """Limits each token to experts of its best groups; if a group lies on one node or rank, this limits how many of
+    these the token is sent to."""
 
     count: int = Field(ge=1)
-    """Divides the experts into this many groups of consecutive ones."""
+    """Divides the experts into this many groups, each of consecutive experts."""
     limit: int = Field(ge=1)
     """Sets the number of groups that a token may choose experts from."""
     score: Literal["top2_sum", "max"] = "top2_sum"

@@ -57,9 +57,11 @@ LossConfig = Annotated[BalanceLossConfig | ZLossConfig, Field(discriminator="kin
 class MicroStepCounts:
     """Holds the counts of one micro-step that losses use. They stay on the device, so the host does not wait.
 
-    counts: by scope, int64 (blocks, 2 E + 1): the choices of each expert, its first choices, and the number of tokens;
-    padding is not counted. `global` has one block, `rank` one for this rank, `sequence` one for each sequence of which
-    this rank has tokens, counted over all its ranks. num_blocks: by scope, the number of blocks of all ranks together.
+    counts: for each scope, int64 (blocks, 2 E + 1), a block being the tokens over which one loss is computed: the
+    number of choices of each expert, the number of first choices of each expert, and the number of tokens, without
+    padding. `global` has one block, `rank` one for this rank, `sequence` one for each sequence of which this rank has
+    tokens, counted over all ranks that share it. num_blocks: for each scope, the number of blocks of all ranks
+    together.
     """
 
     counts: dict[str, Tensor]
@@ -67,8 +69,8 @@ class MicroStepCounts:
 
 
 def count_documents(plan: RoutingPlan, batch: TokenBatch) -> Tensor:
-    """Counts choices, first choices and tokens of this rank's part of each sequence or document: (B, 2 E + 1), in the
-    order of MicroStepCounts."""
+    """Returns the numbers of choices and first choices of each expert, and of tokens, in this rank's part of each
+    sequence, or of each document of packed sequences: int64 (sequences or documents, 2 E + 1)."""
     num_rows = batch.num_sequences
     num_experts = plan.num_experts
     document_T = batch.sequence_T
@@ -110,11 +112,12 @@ def count_micro_step(configs: list[LossConfig], plan: RoutingPlan, batch: TokenB
 def fractions_and_probabilities(
     config: BalanceLossConfig, plan: RoutingPlan, batch: TokenBatch, step: MicroStepCounts
 ) -> tuple[Tensor, Tensor]:
-    """Returns f and P of each block of tokens, (blocks, E) each; the sum of E * f * P over blocks and ranks is the
-    loss.
+    """Returns f and P of the balance loss for each block of tokens, (blocks, E) each; the sum of E * f * P over
+    experts, blocks and ranks is the loss.
 
-    f is that of the whole block and has no gradient. P is this rank's part of the block's, divided by the number of
-    blocks, so the gradients of the ranks sum to that of the loss.
+    f: the share of the block's choices that fall on each expert, over all ranks of the block; it has no gradient. P:
+    this rank's part of the mean probability of each expert, divided by the number of blocks, so that the gradients of
+    the ranks sum to that of the loss.
     """
     num_experts, num_choices = plan.num_experts, plan.expert_ids_TK.shape[1]
     choices_bE, first_bE, tokens_b1 = step.counts[config.scope].split([num_experts, num_experts, 1], dim=1)
@@ -152,8 +155,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {"balance": balance_loss, "z_loss": z
 def router_losses(
     configs: list[LossConfig], plan: RoutingPlan, batch: TokenBatch
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
-    """Returns this rank's share of each loss, before its coefficient, by name; and f and P of each loss that is pooled
-    over layers, by name."""
+    """Returns two dicts by name of the loss: this rank's share of each loss, before its coefficient; and (f, P) of each
+    loss that is pooled over layers (see `fractions_and_probabilities`)."""
     if not configs:
         return {}, {}
     step = count_micro_step(configs, plan, batch)
@@ -163,10 +166,11 @@ def router_losses(
 
 
 def pool_layers(pooled: dict[int, dict[str, tuple[Tensor, Tensor]]]) -> dict[int, dict[str, Tensor]]:
-    """Returns the part of each layer in the pooled losses, before coefficients, by layer and loss; see `pooled_part`.
+    """Returns the part that each layer contributes to the pooled losses, before coefficients, by layer and name of the
+    loss.
 
-    pooled: f and P, by layer and loss. The parts of all layers sum to E * sum over experts of (mean f) * (mean P),
-    which is load_balancing_loss_func of transformers.
+    pooled: (f, P), by layer and name of the loss. The parts of all layers sum to E * sum over experts of (mean f) *
+    (mean P), which is load_balancing_loss_func of transformers.
     """
     parts: dict[int, dict[str, Tensor]] = {layer: {} for layer in pooled}
     for name in next(iter(pooled.values()), {}):

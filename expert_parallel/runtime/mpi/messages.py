@@ -31,9 +31,10 @@ REDUCE_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float32, to
 
 
 def buffer_spec(x: Tensor, blocks: int = 1) -> list[object]:
-    """Returns MPI's description of a contiguous tensor, seen as `blocks` equal blocks (one per rank in all-to-all).
+    """Returns MPI's description of a contiguous tensor: address, number of elements of one block, and datatype.
 
-    Raises ValueError if its elements do not divide.
+    blocks: the number of equal blocks that the tensor consists of (one per rank in an all-to-all). Raises ValueError if
+    the number of elements is not a multiple of it.
     """
     count, rest = divmod(x.numel(), blocks)
     if rest:
@@ -45,7 +46,7 @@ def buffer_spec(x: Tensor, blocks: int = 1) -> list[object]:
 
 def rows_buffer_spec(x: Tensor, rows: Sequence[int]) -> list[object]:
     """Returns MPI's description of a contiguous tensor (sum(rows), ...) whose first rows[0] rows belong to rank 0, and
-    so on. Raises ValueError if the rows do not add up."""
+    so on. Raises ValueError if the numbers do not sum to the tensor's number of rows."""
     count, size = x.shape[0], x.numel()
     if sum(rows) != count:
         raise ValueError(f"splits {list(rows)} come to {sum(rows)} rows, the tensor has {count}")

@@ -33,7 +33,8 @@ REDUCTIONS = {
 
 
 def group_builder(watchdog: Watchdog) -> Callable[[Any, Any], "MPIGroup"]:
-    """Returns the factory that torch calls to create the default group, and every further group on its members."""
+    """Returns the function that torch calls to create a process group, the default group or a further one, on each of
+    its ranks. watchdog: ends the job if an MPI call takes too long."""
 
     def make(options: Any, _: Any) -> MPIGroup:
         world, ranks = MPI.COMM_WORLD, options.global_ranks_in_group
@@ -54,8 +55,9 @@ def query_cuda_support() -> bool:
 class MPIWork(dist.Work):
     """Implements torch's Work handle over an MPI request.
 
-    request: None: already complete. keep: the tensor that MPI reads or writes until then, kept alive. finish: called
-    once after completion. watch: returns a watchdog for the time of waiting.
+    request: the MPI request; None if the call is already complete. keep: the tensor that MPI reads or writes, kept
+    alive until the request is complete. finish: called once after completion. watch: returns the watchdog that limits
+    the time of waiting.
     """
 
     def __init__(

@@ -12,7 +12,8 @@ logger = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """Watches the MPI call in progress from a thread. on_timeout: must end the process; it is called once."""
+    """Watches, from a thread, whether the MPI call in progress exceeds its time. on_timeout: called once if it does; it
+    must end the process."""
 
     def __init__(self, on_timeout: Callable[[], object]) -> None:
         self.on_timeout = on_timeout

@@ -1,1 +1,2 @@
-"""Provides the engines, which update the weights from micro-steps: PyTorch alone (native), or DeepSpeed."""
+"""Provides the engines, which compute gradients and update the weights: one in plain PyTorch (native), one with
+DeepSpeed."""

@@ -28,7 +28,8 @@ EngineConfig = Annotated[NativeConfig | DeepSpeedConfig, Field(discriminator="ki
 
 
 def validate_engine(engine: EngineConfig, parallel: ParallelConfig, *, dtype: str, writes_sample: bool) -> None:
-    """Raises a ValueError if the engine cannot run the other settings. writes_sample: `run.sample` is given."""
+    """Raises a ValueError if the engine does not support the other settings. writes_sample: True if `run.sample` is
+    given."""
     if isinstance(engine, NativeConfig):
         return
     chosen, stage = "training.engine.kind is 'deepspeed'", engine.zero_stage

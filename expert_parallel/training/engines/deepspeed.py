@@ -72,8 +72,8 @@ class DeepSpeedEngine:
         runtime: Runtime,
         config: TrainingConfig,
     ) -> None:
-        """Initializes DeepSpeed; every rank of the world must call it. optimizer: from `build_optimizer`; it is taken
-        over."""
+        """Initializes DeepSpeed; every rank must call it. optimizer: from `build_optimizer`; DeepSpeed wraps and
+        changes it."""
         assert isinstance(config.engine, DeepSpeedConfig)
         set_up_deepspeed(runtime)
         self.model = model
@@ -131,7 +131,7 @@ class DeepSpeedEngine:
 
 
 def check_deepspeed_version() -> None:
-    """Raises ValueError if another version of DeepSpeed is installed."""
+    """Raises ValueError if DeepSpeed has another version than the one that this engine supports."""
     if deepspeed.__version__.split("+")[0] != VERSION:
         raise ValueError(
             f"training.engine.kind is 'deepspeed' but DeepSpeed {deepspeed.__version__} is installed: the engine needs "

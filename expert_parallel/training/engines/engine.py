@@ -1,4 +1,4 @@
-"""Defines `Engine`, the interface between a training step and whatever updates the weights."""
+"""Defines `Engine`, the interface through which a training step runs the model and updates its weights."""
 
 from typing import Protocol
 
@@ -18,7 +18,7 @@ class Engine(Protocol):
 
     @property
     def state(self) -> TrainingState:
-        """Returns access to weights and moments, for checkpoints."""
+        """Returns an object through which checkpoints read and write the weights and the optimizer's moments."""
         ...
 
     def forward(self, inputs_BS: Tensor, context: StepContext) -> ModelOutput:
@@ -26,11 +26,13 @@ class Engine(Protocol):
         ...
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Accumulates the gradients of one micro-step. is_last: this is the last one of the step."""
+        """Adds the gradients of one micro-step's loss to those of the step. is_last: True for the last micro-step of
+        the step."""
         ...
 
     def update(self, rate: float) -> float:
-        """Makes one optimizer step with this learning rate and clears the gradients.
+        """Sums the gradients over ranks, clips them, makes one optimizer step with the learning rate `rate`, and clears
+        them.
 
         Returns the L2 norm of the whole model's gradient before clipping, each element counted once; the same on all
         ranks.

@@ -1,4 +1,4 @@
-"""Implements the native engine: PyTorch alone, with our own reductions, norm and clipping."""
+"""Implements the native engine: plain PyTorch with our own gradient reductions, norm and clipping (grads.py)."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from expert_parallel.training.grads import clip_gradients, global_grad_norm, red
 
 
 class NativeEngine:
-    """Trains a model with a torch optimizer; implements Engine (engine.py). clip_norm: None disables clipping."""
+    """Trains a model with a torch optimizer; implements Engine (engine.py). clip_norm: the gradient norm above which
+    gradients are clipped; None disables clipping."""
 
     def __init__(
         self,

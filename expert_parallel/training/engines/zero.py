@@ -1,4 +1,4 @@
-"""Locates what ZeRO stores on this rank: ranges of flattened parameters, concatenated in flat tensors.
+"""Locates the weights and moments that ZeRO stores on this rank: ranges of flattened parameters, in flat tensors.
 
 Stages 1 and 2 flatten each optimizer group over its data-parallel ranks (experts: over the EDP ranks); a rank keeps the
 moments and a float32 copy of the weights of its partition. Stage 3 partitions each parameter separately, weights
@@ -26,7 +26,7 @@ class FlatSlice:
 
 
 class ZeroState:
-    """Implements TrainingState for ZeRO. zero: DeepSpeed's optimizer, which wraps `optimizer`."""
+    """Implements TrainingState (checkpoint/state.py) for ZeRO. zero: DeepSpeed's optimizer, which wraps `optimizer`."""
 
     def __init__(self, zero: Any, optimizer: torch.optim.Optimizer, stage: int) -> None:
         self.zero = zero
@@ -79,7 +79,8 @@ class ZeroState:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
     def flatten_rows(self, rows_of: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """Converts masks of frozen rows (by parameter) to masks of elements (by flat tensor), both bool.
+        """Returns, for each flat tensor, a bool mask of its frozen elements. rows_of: for each parameter, a bool mask
+        of its frozen rows.
 
         A flat tensor without elements of these parameters is not in the result.
         """

@@ -42,8 +42,8 @@ def row_dots(x_RD: Tensor, y_RD: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def combine(y_RD: Tensor, rows_VK: Tensor, weights_R: Tensor | None = None) -> Tensor:
-    """Computes torch_ops.combine, but rounds weighted rows to y's dtype before they are summed, as rows are that come
-    from other ranks: so the summands have the same bits on every layout."""
+    """Computes torch_ops.combine, but rounds each weighted row to y's dtype before the sum. Rows from other ranks
+    arrive rounded too, so the summands have the same bits on every layout."""
     if weights_R is not None:
         y_RD = _weighed(y_RD, weights_R, torch.empty_like(y_RD))
     return sum_rows(y_RD, rows_VK)
