@@ -1,4 +1,4 @@
-"""Makes the C library's allocator keep freed blocks: page faults on new ones cost as much as a layer's arithmetic."""
+"""Makes glibc's malloc keep freed memory: page faults on fresh memory can cost as much time as a layer's arithmetic."""
 
 import ctypes
 
@@ -9,10 +9,10 @@ MMAP_THRESHOLD = (-3, 1 << 30)
 
 
 def keep_freed_memory() -> str:
-    """Makes this process keep freed memory from now on: blocks below 1 GiB come from its heap, which keeps up to 1 GiB
-    free.
+    """Makes this process keep freed memory from now on: blocks below 1 GiB are allocated on the heap, and up to 1 GiB
+    of free heap is not returned to the system.
 
-    Returns in words what is in force; C libraries other than glibc are left as they are."""
+    Returns a description of the allocator for the report. C libraries other than glibc are left as they are."""
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return "the system's allocator as it is"

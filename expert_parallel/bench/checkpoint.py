@@ -1,5 +1,5 @@
-"""Measures what saving costs: how long training waits for a save in the background, compared with a blocking save, and
-with a plain copy, a plain write and both digests of the same bytes. Rounds are interleaved and medians compared.
+"""Measures how long training waits for a checkpoint that is saved in the background, compared with a blocking save, and
+with copying, writing and hashing the same bytes. Every round does each of these once; medians are compared.
 
     torchrun --nproc-per-node 2 -m expert_parallel bench checkpoint --megabytes 400
 """
@@ -38,10 +38,11 @@ LAYERS = 4
 
 
 def bench_checkpoint(runtime: Runtime, megabytes: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """Returns medians in seconds on this rank. A collective.
+    """Saves a model in `rounds` rounds. Returns the median seconds of each kind of work on this rank, and the bytes
+    written. A collective.
 
-    megabytes: weights and optimizer state, over all ranks, which divide the experts. folder: files are written into a
-    new folder below it, which is removed."""
+    megabytes: size of weights and optimizer state over all ranks, among which the experts are divided. folder: the
+    files are written into a new folder in it, which is removed at the end."""
     place = Path(all_gather_text(tempfile.mkdtemp(dir=folder) if runtime.rank == 0 else "", torch.device("cpu"))[0])
     try:
         config = _model(megabytes, runtime.world_size)

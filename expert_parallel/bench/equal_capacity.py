@@ -1,5 +1,6 @@
-"""Compares a dense feed-forward network with experts that divide its hidden columns among them, of which each token
-uses k: equal capacity, fewer operations. Times whole layers, and separately the parts that their time goes to.
+"""Compares a dense feed-forward network with an MoE layer whose experts together have as many hidden columns: equal
+capacity, but fewer FLOPs, since each token uses k experts. Times both whole layers, and separately their parts: matrix
+products, activation, router, sorting and gathers.
 
     expert-parallel bench equal-capacity --hidden 2048 --hidden 8192
 """
@@ -43,8 +44,8 @@ PARTS = ("products", "activation", "router", "sorting", "gathers")  # of the MoE
 
 
 class EqualCapacityTask(Settings):
-    """Compares MoE layers with dense ones. shapes: the MoE layers; the dense layer of each has num_experts times its
-    hidden size."""
+    """Sets what `bench equal-capacity` measures. shapes: the MoE layers; each is compared with a dense layer of
+    num_experts times the hidden size of an expert. threads: CPU threads."""
 
     shapes: tuple[LayerShape, ...]
     dtypes: tuple[Dtype, ...] = ("float32",)
@@ -53,10 +54,11 @@ class EqualCapacityTask(Settings):
 
 
 class LayerMeasurement(BaseModel):
-    """Holds the measurement of one of the two layers, forward and backward.
+    """Holds the measurement of the dense or the MoE layer, forward and backward.
 
-    operations: FLOPs of all its products, the router's included. rate: FLOP/s of `products`, the feed-forward network's
-    alone. parts: each timed separately. unexplained: milliseconds of the whole's median minus those of its parts."""
+    parameters: their number. operations: FLOPs of all matrix products, the router's included. times: of the whole
+    layer. rate: FLOP/s of the feed-forward network's products, timed alone. parts: times of each part, by name,
+    measured separately. unexplained: milliseconds, the whole layer's median minus the medians of its parts."""
 
     parameters: int
     operations: int
@@ -66,17 +68,19 @@ class LayerMeasurement(BaseModel):
     unexplained: float
 
     def medians(self) -> dict[str, float]:
-        """Returns the milliseconds of all parts and of `unexplained`, which add up to the whole."""
+        """Returns the median milliseconds of each part, by name, and `unexplained`; together they add up to the whole
+        layer's median."""
         return {name: times.median for name, times in self.parts.items()} | {"unexplained": self.unexplained}
 
 
 class EqualCapacityRow(BaseModel):
-    """Compares the two layers in one dtype and size.
+    """Compares the dense and the MoE layer of one size in one dtype.
 
-    hidden: of the dense layer. operations: the dense layer's FLOPs over the MoE's. faster: time of the dense layer over
-    the MoE's, median of the ratio in each round, and its range. fullest: rows of the fullest expert over the mean.
-    difference: relative error of the dense output against all experts with weight 1. note: why the figures mean
-    nothing, if so."""
+    hidden: hidden size of the dense layer. operations: the dense layer's FLOPs divided by the MoE layer's. faster,
+    faster_range: the dense layer's time divided by the MoE layer's: median over the rounds, and (smallest, largest).
+    fullest: rows of the expert that receives the most, divided by the mean over experts. difference: relative error
+    between the dense layer and the sum of all experts with weight 1. note: says why the ratio does not measure
+    sparsity; else empty."""
 
     dtype: Dtype
     shape: LayerShape
@@ -91,13 +95,16 @@ class EqualCapacityRow(BaseModel):
     note: str = ""
 
     def shortfall(self) -> dict[str, float]:
-        """Returns the milliseconds by which each part of the MoE exceeds the dense layer's part divided by
-        `operations`. They add up to what the MoE's time exceeds the ideal by."""
+        """Returns, by part, the milliseconds that the MoE layer takes beyond the dense layer's time divided by
+        `operations`, which it would take at the dense layer's FLOP/s. Over all parts they add up to the excess of the
+        whole layer."""
         dense = self.dense.medians()
         return {name: own - dense.get(name, 0.0) / self.operations for name, own in self.moe.medians().items()}
 
 
 class EqualCapacityResult(BaseModel):
+    """Holds the result of `bench equal-capacity`: one row for each dtype and shape."""
+
     kind: Literal["equal-capacity"] = "equal-capacity"
     facts: Environment
     rounds: int
@@ -105,10 +112,10 @@ class EqualCapacityResult(BaseModel):
 
 
 def choose_shapes(hidden: Sequence[int], changes: Sequence[str]) -> tuple[LayerShape, ...]:
-    """Returns the base layer with `tokens=..`, `d_model=..`, ... changed, once for each hidden size, which its experts
-    divide.
+    """Returns an MoE shape for each dense hidden size: the base shape with changes such as `tokens=512` applied, and
+    experts of hidden / num_experts columns.
 
-    Raises ValueError where they cannot."""
+    Raises ValueError for a hidden size that is not a multiple of num_experts, and for a change of `hidden` itself."""
     if any(change.partition("=")[0] == "hidden" for change in changes):
         raise ValueError("hidden=.. is the size of an expert: give the dense layer's, with --hidden")
     base = choose_shape("base", changes)
@@ -122,7 +129,8 @@ def choose_shapes(hidden: Sequence[int], changes: Sequence[str]) -> tuple[LayerS
 
 
 def choose_dtypes(names: Sequence[str]) -> tuple[Dtype, ...]:
-    """Returns the named dtypes, each once. Raises ValueError for one that is not measured."""
+    """Returns the named dtypes without repetitions. Raises ValueError for a dtype that the benchmark does not
+    measure."""
     known: dict[str, Dtype] = {dtype: dtype for dtype in get_args(Dtype)}
     for name in names:
         if name not in known:
@@ -131,7 +139,8 @@ def choose_dtypes(names: Sequence[str]) -> tuple[Dtype, ...]:
 
 
 def equal_capacity_task(tree: dict[str, Any], runtime: Runtime, print_progress: ProgressFn) -> dict[str, Any]:
-    """Runs the benchmark on one rank. Returns the result as JSON, or the mismatch of outputs that ended it."""
+    """Runs the benchmark on one rank. tree: an `EqualCapacityTask`. Returns the result as a tree for JSON, or only the
+    message `disagreement` if the outputs of the two layers differ."""
     task = EqualCapacityTask.model_validate(tree, strict=False)
     facts, rows = set_up_environment(runtime, task.threads), []
     try:
@@ -145,7 +154,8 @@ def equal_capacity_task(tree: dict[str, Any], runtime: Runtime, print_progress: 
 
 
 def bench_equal_capacity(shape: LayerShape, dtype: Dtype, rounds: int, runtime: Runtime) -> EqualCapacityRow:
-    """Measures one shape in one dtype."""
+    """Checks that the dense and the MoE layer of one shape agree, then times both and their parts. Raises
+    `OutputMismatch` if they do not agree."""
     layer = make_layer(shape, {"kind": "all_to_all"}, runtime).to(DTYPES[dtype])
     x_TD = random_tokens(shape, runtime).detach().to(DTYPES[dtype]).requires_grad_()
     dense = equivalent_dense(layer.experts)
@@ -182,7 +192,8 @@ def bench_equal_capacity(shape: LayerShape, dtype: Dtype, rounds: int, runtime: 
 
 
 def measurement(name: str, module: nn.Module, products: int, router: int, times: dict[str, Times]) -> LayerMeasurement:
-    """Builds the measurement of the layer `name` from the times. products, router: FLOPs of each."""
+    """Builds the measurement of the layer called `name` in `times`, `dense` or `moe`. products, router: FLOPs of the
+    matrix products of the feed-forward network and of the router."""
     parts = {part: times[f"{name} {part}"] for part in PARTS if f"{name} {part}" in times}
     return LayerMeasurement(
         parameters=sum(parameter.numel() for parameter in module.parameters()),
@@ -205,7 +216,7 @@ def dense_flops(shape: LayerShape) -> int:
 
 
 def equivalent_dense(experts: GroupedExperts) -> FFN:
-    """Returns the network whose hidden columns are those of all experts, concatenated. (..., D) -> (..., D)."""
+    """Returns the dense network, (..., D) -> (..., D), whose hidden columns are those of all experts, concatenated."""
     config, (num_experts, hidden, d_model) = experts.config, experts.w_out.shape
     dense = FFN(FFNConfig(hidden=num_experts * hidden, activation=config.activation), d_model).to(experts.w_in)
     with torch.no_grad():
@@ -216,10 +227,10 @@ def equivalent_dense(experts: GroupedExperts) -> FFN:
 
 
 def compare(dense: FFN, layer: MoELayer, x_TD: Tensor, tolerance: float) -> float:
-    """Returns the relative error of the dense layer's output against all experts with weight 1: a dense layer is the
-    sum of its slices, so the two are equal but for rounding.
+    """Returns the relative error between the dense layer's output and the sum of all experts with weight 1, which are
+    equal but for rounding, since each expert has a slice of the dense layer's hidden columns.
 
-    Raises `OutputMismatch` where they differ more, or where the MoE's own output is not finite."""
+    Raises `OutputMismatch` if the error is above `tolerance`, or if the MoE layer's own output is not finite."""
     tokens, experts = len(x_TD), layer.config.num_experts
     choice_TE = torch.arange(tokens * experts, device=x_TD.device).view(experts, tokens).T.contiguous()
     everyone = DispatchedTokens(

@@ -1,4 +1,5 @@
-"""Builds the workloads of `bench equal-capacity`: the two layers, and separately the parts that their time goes to."""
+"""Builds the workloads of `bench equal-capacity`: the dense layer, and the separate parts of the dense and the MoE
+layer."""
 
 import time
 from functools import partial
@@ -21,7 +22,7 @@ from expert_parallel.nn.ffn import ACTIVATIONS, FFN
 
 
 class TimedWorkload:
-    """Records the seconds of each run of a workload, since `measure` returns only median and range."""
+    """Records the seconds of each run of a workload, since `measure` returns only their median and range."""
 
     def __init__(self, work: Workload, device: torch.device) -> None:
         self.whole, self.device = work, device
@@ -36,7 +37,7 @@ class TimedWorkload:
 
 
 def dense_workload(dense: FFN, x_TD: Tensor) -> Workload:
-    """Returns the dense layer's forward and backward pass."""
+    """Returns a workload that runs the dense layer's forward and backward pass."""
 
     def run() -> None:
         y_TD = dense(x_TD)
@@ -46,7 +47,8 @@ def dense_workload(dense: FFN, x_TD: Tensor) -> Workload:
 
 
 def dense_parts(dense: FFN, x_TD: Tensor) -> dict[str, Workload]:
-    """Returns what autograd computes for FFN.forward: six products, and the activation forward and backward."""
+    """Returns the parts of the dense layer's forward and backward pass as workloads by name: `products` (six matrix
+    products) and `activation`."""
     x_TD = x_TD.detach()
     w_in, w_out = dense.w_in.weight.detach(), dense.w_out.weight.detach()
     activation = ACTIVATIONS[dense.activation]
@@ -70,7 +72,8 @@ def dense_parts(dense: FFN, x_TD: Tensor) -> dict[str, Workload]:
 
 
 def moe_parts(layer: MoELayer, tokens: DispatchedTokens, x_TD: Tensor) -> dict[str, Workload]:
-    """Returns the parts of the MoE layer. tokens: what the experts receive."""
+    """Returns the parts of the MoE layer's forward and backward pass as workloads by name: `products`, `activation`,
+    `gathers`, `router` and `sorting`. tokens: the input of the experts."""
     return {
         **expert_parts(layer.experts, tokens),
         "router": routing_workload(layer, x_TD),
@@ -79,9 +82,11 @@ def moe_parts(layer: MoELayer, tokens: DispatchedTokens, x_TD: Tensor) -> dict[s
 
 
 def expert_parts(experts: GroupedExperts, tokens: DispatchedTokens) -> dict[str, Workload]:
-    """Returns the calls of moe/experts/fused.py, forward and backward, sorted by kind.
+    """Returns the operations of moe/experts/fused.py, forward and backward, as three workloads: `products`,
+    `activation` and `gathers`.
 
-    Routing weights are multiplied in the activation's kernels if activations are recomputed, and else with the rows."""
+    Where activations are recomputed, the routing weights are multiplied by the activation's kernels, and else together
+    with the gathers of rows, so their cost counts there."""
     products = GROUPED_GEMMS[choose_backend(experts.config, tokens.x_VD.dtype, tokens.x_VD.device, experts.sizes)]
     tokens = experts.pad_for_backend(tokens, products)
     x_VD, weights_R = tokens.x_VD, tokens.weights_R
@@ -133,8 +138,8 @@ def expert_parts(experts: GroupedExperts, tokens: DispatchedTokens) -> dict[str,
 
 
 def sorting_workload(layer: MoELayer, x_TD: Tensor) -> Workload:
-    """Returns what dispatcher and layer do on one rank: row indices, the choices' weights and their gradient, and
-    statistics."""
+    """Returns a workload of what dispatcher and layer do on one rank besides the experts: sorting of row indices, the
+    gather of routing weights with its gradient, and the counts for statistics."""
     with torch.no_grad():
         plan = layer.router(x_TD, token_batch(x_TD[None], StepContext(), None))
     x_TD = x_TD.detach()
@@ -151,7 +156,7 @@ def sorting_workload(layer: MoELayer, x_TD: Tensor) -> Workload:
 
 
 def capture_expert_input(layer: MoELayer, x_TD: Tensor) -> DispatchedTokens:
-    """Returns the input of the experts in one forward pass, without a graph."""
+    """Runs one forward pass without a graph, and returns the input of its experts."""
     seen: list[DispatchedTokens] = []
     hook = layer.experts.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """Compares gloo and MPI for the all-to-all alone and for whole MoE layers.
 
-Rounds are interleaved and medians compared, since machines are shared. Run under mpirun (torchrun measures gloo alone):
+Every round times each transport once, and medians are compared, since the speed of a shared machine drifts. Run under
+mpirun (torchrun measures gloo alone):
 
     mpiexec -n 4 python -m expert_parallel bench exchange
 """
@@ -33,8 +34,11 @@ MPI_LAUNCHERS = ("openmpi", "mpich")
 
 
 def bench_exchange(runtime: Runtime, rounds: int) -> dict[str, Any]:
-    """Returns milliseconds on this rank, by size or shape and by transport: median, smallest and largest. Needs two
-    ranks."""
+    """Times all-to-alls of several sizes and MoE layers of several shapes over gloo and, under mpirun, MPI. A
+    collective of two or more ranks.
+
+    Returns the conditions and, under `exchanges` (by size) and `layers` (by shape), the median, smallest and largest
+    milliseconds of each transport on this rank."""
     groups = {"gloo": dist.new_group(backend="gloo", timeout=runtime.timeout)}
     library = ""
     if runtime.launch.launcher in MPI_LAUNCHERS:
@@ -88,10 +92,11 @@ def format_result(result: dict[str, Any]) -> str:
 def measure(
     workloads: dict[str, Callable[[], object]], group: dist.ProcessGroup, rounds: int, calls: int = 1
 ) -> dict[str, dict[str, float]]:
-    """Times the workloads in turn, round by round after two rounds of warming up, from a barrier until this rank is
-    done.
+    """Times each workload once per round, after two rounds of warming up, from a barrier until this rank is done.
+    Returns the median, smallest and largest milliseconds of each.
 
-    calls: repetitions of a short workload in one timing, since ranks leave a barrier at different times."""
+    calls: number of runs in one timing, whose mean counts; more than 1 for short workloads, since ranks leave a barrier
+    at different times."""
     times: dict[str, list[float]] = {name: [] for name in workloads}
     for number in range(rounds + 2):
         for name, work in workloads.items():

@@ -13,8 +13,9 @@ from expert_parallel.parallel.placement import ExpertPlacement
 
 
 class Floor:
-    """Runs the products of forward and backward under balanced routing: T * K / E rows per expert (one more for the
-    first ones where that does not divide), three products for each matrix. With several ranks: this rank's experts."""
+    """Runs the matrix products of the experts' forward and backward passes under balanced routing: each expert has T *
+    K / E rows (rounded up for the first experts, down for the others), and each of its matrices takes part in three
+    products. With several ranks, runs the products of this rank's experts."""
 
     def __init__(self, case: Case) -> None:
         shape = case.shape
@@ -58,5 +59,5 @@ class Floor:
 
     @property
     def flops(self) -> int:
-        """Returns the FLOPs of one run."""
+        """Returns the FLOPs of one `run` on this rank."""
         return sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b, _ in self.products)

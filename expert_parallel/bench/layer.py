@@ -1,4 +1,5 @@
-"""Measures one MoE layer, forward and backward, against its peers and its floor, in one interleaved run.
+"""Times one MoE layer, forward and backward, against layers of other libraries (peers) and a lower bound (floor.py).
+Every round times each of them once.
 
 expert-parallel bench layer --shape base --ranks 2
 """
@@ -47,8 +48,8 @@ ProgressFn = Callable[[str], None]
 
 
 class LayerTask(Settings):
-    """Times one MoE layer against its peers. threads: for each rank, on the CPU. peers: names; None: the shape's, or
-    all."""
+    """Sets what `bench layer` measures. threads: CPU threads of each rank. peers: names of the implementations to
+    compare with; None: those of the shape, or else `DEFAULT_PEERS`."""
 
     shape: LayerShape
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -58,11 +59,13 @@ class LayerTask(Settings):
 
 
 class LayerRow(BaseModel):
-    """Holds the measurement of one implementation.
+    """Holds the measurement of one implementation, forward and backward.
 
-    why: the reason if it was not measured; nothing else is set then. over_*: ratios of medians. rate: FLOP/s of a rank,
-    counting the experts' products alone. of_product: `rate` over that of the large product. peak: the largest of the
-    ranks. bytes_sent: over all ranks."""
+    why: the reason if it was not measured; then only `name` is set besides. computes: a description. over_floor,
+    over_ours: its median time divided by the floor's, and by that of our layer. rate: FLOP/s of a rank, where only the
+    experts' matrix products count. of_product: `rate` divided by the FLOP/s of one large product. peak: peak memory of
+    a step, the largest over ranks. dropped_share: share of the (token, expert) choices that were dropped. bytes_sent:
+    between ranks in a step, over all ranks. over_minimum: `bytes_sent` divided by `LayerResult.minimum_bytes`."""
 
     name: str
     activation: str = ""
@@ -81,7 +84,8 @@ class LayerRow(BaseModel):
 
 
 class OutputMatch(BaseModel):
-    """Names the implementations whose outputs equal ours. largest: the largest difference, relative to the norm."""
+    """Names the implementations of one activation whose outputs and input gradients equal ours. largest: the largest
+    difference, as norm of the difference divided by the norm of ours."""
 
     activation: str
     names: list[str]
@@ -89,11 +93,13 @@ class OutputMatch(BaseModel):
 
 
 class LayerResult(BaseModel):
-    """Holds the result of the benchmark.
+    """Holds the result of `bench layer`.
 
-    product: times of one large product, N x N x N; product_rate in FLOP/s. fullest: rows of the fullest expert over the
-    mean. minimum_bytes: one row for each token and other rank that has an expert of it, four times (out and back,
-    forward and backward), over all ranks."""
+    product, product_rate: times and FLOP/s of one large matrix product, whose dimensions are all product_size. fullest:
+    rows of the expert that receives the most, divided by the mean over experts. minimum_bytes: the fewest bytes that
+    must cross between ranks in a step, over all ranks: one row for each pair of a token and another rank that holds one
+    of its experts, four times (dispatch and combine, forward and backward). floors: times of the experts' matrix
+    products alone, by activation."""
 
     kind: Literal["layer"] = "layer"
     shape: LayerShape
@@ -111,11 +117,12 @@ class LayerResult(BaseModel):
 
 
 class OutputMismatch(ValueError):
-    """Says that implementations that should compute the same do not. Raised on all ranks."""
+    """Says that outputs differ that should be equal. Raised on all ranks."""
 
 
 def layer_task(tree: dict[str, Any], runtime: Runtime, print_progress: ProgressFn) -> dict[str, Any]:
-    """Runs the benchmark on every rank. Returns the result as JSON, or the mismatch of outputs that ended it."""
+    """Runs the benchmark on every rank. tree: a `LayerTask`. Returns the result as a tree for JSON, or only the message
+    `disagreement` if outputs differ."""
     try:
         return bench_layer(LayerTask.model_validate(tree, strict=False), runtime, print_progress).model_dump(
             mode="json"
@@ -125,7 +132,8 @@ def layer_task(tree: dict[str, Any], runtime: Runtime, print_progress: ProgressF
 
 
 def bench_layer(task: LayerTask, runtime: Runtime, print_progress: ProgressFn = lambda text: None) -> LayerResult:
-    """Builds and compares all implementations, and then times them. A collective."""
+    """Builds all implementations, checks that their outputs equal ours, and then times them. A collective. Raises
+    `OutputMismatch`."""
     facts = set_up_environment(runtime, task.threads)
     group = dist.group.WORLD if runtime.world_size > 1 else None
     cases: dict[str, Case] = {
@@ -177,9 +185,11 @@ def bench_layer(task: LayerTask, runtime: Runtime, print_progress: ProgressFn = 
 def build_implementations(
     task: LayerTask, cases: dict[str, Case]
 ) -> tuple[dict[str, tuple[Implementation, Case]], list[LayerRow]]:
-    """Builds the implementations that can be measured, ours first, each with the case that it computes: the shape's
-    activation, or SwiGLU if it has no other. Adds ours in SwiGLU where a peer needs it. Returns a row for each
-    implementation asked for."""
+    """Builds our layer and the peers. Returns those that can be measured, ours first, each with the case (activation,
+    weights and tokens) that it computes, and a row for each implementation asked for.
+
+    A peer computes the shape's activation, or SwiGLU if it does not support that; then our layer is built with SwiGLU
+    too."""
     names = task.peers or task.shape.peers or DEFAULT_PEERS
     implementations: dict[str, tuple[Implementation, Case]] = {}
     rows: list[LayerRow] = []
@@ -203,7 +213,8 @@ def build_implementations(
 
 
 def try_layer(build: LayerBuilder, case: Case) -> Implementation:
-    """Builds a layer and runs it once, so that one that fails is not measured."""
+    """Builds a layer and runs it once. Raises `NotMeasured` on all ranks if either fails, so that the benchmark goes on
+    without this layer."""
 
     def trial() -> Implementation:
         implementation = build(case)
@@ -215,7 +226,7 @@ def try_layer(build: LayerBuilder, case: Case) -> Implementation:
 
 
 def run(implementation: Implementation, case: Case) -> None:
-    """Runs one step from no gradients: forward, then the gradients of the input and of all weights."""
+    """Runs forward, then backward for the gradients of the input and of all weights."""
     with implementation.execution_context():
         implementation.forward(case.x_TD).backward(case.dy_TD)
 
@@ -228,6 +239,8 @@ def clear(implementation: Implementation, case: Case) -> None:
 
 
 def layer_workload(implementation: Implementation, case: Case) -> Workload:
+    """Returns a workload that runs forward and backward and then removes the gradients."""
+
     return Workload(partial(run, implementation, case), partial(clear, implementation, case))
 
 
@@ -238,8 +251,8 @@ def layer_workload(implementation: Implementation, case: Case) -> Workload:
 def compare(
     implementations: dict[str, tuple[Implementation, Case]], cases: dict[str, Case], tolerance: float
 ) -> list[OutputMatch]:
-    """Compares outputs and input gradients with ours. Raises `OutputMismatch`, on all ranks, where one is too far
-    away."""
+    """Compares outputs and input gradients with ours, and returns the implementations that agree, by activation. A
+    collective. Raises `OutputMismatch`, on all ranks, if one differs by more than `tolerance`."""
     expected: dict[str, list[Tensor]] = {}
     agreements = {activation: OutputMatch(activation=activation, names=[], largest=0.0) for activation in cases}
     for name, (implementation, case) in implementations.items():
@@ -265,12 +278,12 @@ def compare(
 
 
 def is_reference(name: str, case: Case) -> bool:
-    """Returns True for ours, which others of the same activation are compared with."""
+    """Returns True if `name` is our layer, which other implementations of the case's activation are compared with."""
     return name in (OURS, f"{OURS}, {case.activation}")
 
 
 def outputs(implementation: Implementation, case: Case) -> list[Tensor]:
-    """Returns y and the gradient of the input, of a layer that drops nothing."""
+    """Runs forward and backward without dropping any choice. Returns [y_TD, gradient of the input]."""
     with implementation.execution_context():
         y_TD = implementation.forward_dropless(case.x_TD)
         y_TD.backward(case.dy_TD)
@@ -291,7 +304,8 @@ def _square(x: Tensor) -> float:
 def fill_row(
     row: LayerRow, implementation: Implementation, case: Case, times: dict[str, Times], rate: float, minimum: int
 ) -> None:
-    """Computes the figures of a row, and takes one more step to measure its memory. A collective."""
+    """Fills in a row's figures from the times, and takes one more step to measure its memory. A collective. rate:
+    FLOP/s of one large product. minimum: `LayerResult.minimum_bytes`."""
     own = times[row.name]
     ours = times[OURS if case.activation == case.shape.activation or row.name == OURS else f"{OURS}, {case.activation}"]
     row.times = own
@@ -318,8 +332,8 @@ def _gradients(implementation: Implementation) -> list[Tensor]:
 
 
 def routing_statistics(case: Case) -> tuple[int, float]:
-    """Returns the fewest bytes that must cross between ranks, over all ranks, and the load of the fullest expert over
-    the mean."""
+    """Returns the fewest bytes that must cross between ranks in a step, over all ranks, and the rows of the expert that
+    receives the most, divided by the mean over experts. A collective."""
     ids_TK, ranks_TK = case.routing()
     reached = sum(int((ranks_TK == rank).any(1).sum()) for rank in range(case.ranks) if rank != group_rank(case.group))
     counts_E = torch.bincount(ids_TK.flatten(), minlength=case.shape.num_experts)

@@ -1,7 +1,8 @@
-"""Measures what the ledger costs: one MoE layer, forward and backward, with `counts`, with `rows`, and the counting
-alone.
+"""Measures what the ledger, which checks that no row is lost between ranks, costs: times one MoE layer, forward and
+backward, with its kinds `counts` and `rows`, and the counting of `counts` alone.
 
-Rounds are interleaved and medians compared, since machines are shared. Runs on any number of ranks:
+Every round times each of them once, and medians are compared, since the speed of a shared machine drifts. Runs on any
+number of ranks:
 
     torchrun --nproc-per-node 2 -m expert_parallel bench ledger
 """
@@ -27,7 +28,7 @@ from expert_parallel.runtime.process import Runtime
 
 @dataclass(frozen=True)
 class LedgerShape:
-    """Names the sizes of a layer with GELU experts of two matrices. tokens: of all ranks."""
+    """Holds the sizes of an MoE layer whose GELU experts have two matrices each. tokens: over all ranks."""
 
     tokens: int
     d_model: int
@@ -40,7 +41,8 @@ SHAPES = {"base": LedgerShape(4096, 256, 1024, 8, 2), "fine": LedgerShape(1024, 
 
 
 def bench_ledger(runtime: Runtime, shape_name: str, rounds: int) -> dict[str, Any]:
-    """Returns medians in milliseconds on this rank, and their ratios. A collective."""
+    """Times the layer with both kinds of ledger, the counting alone and one all-reduce alone. Returns the median
+    milliseconds of each on this rank, and their ratios. A collective."""
     shape, group = SHAPES[shape_name], dist.group.WORLD if runtime.world_size > 1 else None
     x_TD = torch.randn(shape.tokens // runtime.world_size, shape.d_model, device=runtime.device, requires_grad=True)
     layers = {kind: _layer(shape, kind, group).to(runtime.device) for kind in ("counts", "rows")}

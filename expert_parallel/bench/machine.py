@@ -1,5 +1,5 @@
-"""Measures a machine's peak rates: matrix products, copies, and the cost of an exchange between ranks. Planning reads
-the file.
+"""Measures a machine's peak rates: matrix products, memory copies, and the cost of an all-to-all between ranks. Its
+JSON file is read by `read_machine`.
 
     expert-parallel bench machine --ranks 2 --json machine.json
 """
@@ -48,20 +48,20 @@ ProgressFn = Callable[[str], None]
 
 
 class MachineTask(Settings):
-    """Measures the machine's matrix products, copies and exchanges."""
+    """Sets how `bench machine` measures. threads: CPU threads of each rank."""
 
     rounds: int = 7
     threads: int = 1
 
 
 class StrictModel(BaseModel):
-    """Validates a block of the file; refuses unknown keys."""
+    """Validates a part of the machine file, and refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class MatmulMeasurement(StrictModel):
-    """Holds the rate of the matrix product (M, K) x (K, N) on the slowest rank, while all ranks compute."""
+    """Holds the FLOP/s of the matrix product (M, K) x (K, N) on the slowest rank, while all ranks compute it."""
 
     m: int = Field(ge=1)
     k: int = Field(ge=1)
@@ -70,7 +70,8 @@ class MatmulMeasurement(StrictModel):
 
 
 class AllToAllMeasurement(StrictModel):
-    """Holds the cost of an all-to-all among `ranks`: seconds = alpha + beta * bytes that a rank sends to others.
+    """Holds the cost of an all-to-all among `ranks`: seconds = alpha + beta * bytes that one rank sends to all others
+    together.
 
     measured: the pairs (bytes, seconds) that alpha and beta were fitted to."""
 
@@ -82,10 +83,10 @@ class AllToAllMeasurement(StrictModel):
 
 
 class MachineProfile(StrictModel):
-    """Holds the content of the file.
+    """Holds the content of the machine file.
 
-    products: by dtype. copy_bytes_per_second: bytes read plus bytes written. exchanges: by transport; empty for one
-    rank."""
+    products: rates of matrix products, by dtype. copy_bytes_per_second: bytes read plus bytes written, on one rank.
+    exchanges: cost of the all-to-all for each transport; empty if one rank was measured."""
 
     kind: Literal["machine"] = "machine"
     version: Literal[1] = 1
@@ -114,14 +115,14 @@ def read_machine(path: Path) -> MachineProfile:
 
 
 def machine_task(tree: dict[str, Any], runtime: Runtime, print_progress: ProgressFn) -> dict[str, Any]:
-    """Runs the benchmark on every rank, and returns the result as JSON."""
+    """Runs the benchmark on every rank. tree: a `MachineTask`. Returns the profile as a tree for JSON."""
     return bench_machine(MachineTask.model_validate(tree), runtime, print_progress).model_dump(mode="json")
 
 
 def bench_machine(
     task: MachineTask, runtime: Runtime, print_progress: ProgressFn = lambda text: None
 ) -> MachineProfile:
-    """Measures products, copies and exchanges. A collective."""
+    """Measures matrix products, copies and all-to-alls, and returns their rates. A collective."""
     facts = set_up_environment(runtime, task.threads)
     device, group = runtime.device, dist.group.WORLD if runtime.world_size > 1 else None
     products = {}
@@ -148,8 +149,8 @@ def bench_machine(
 def measure_matmuls(
     dtype: torch.dtype, device: torch.device, rounds: int, group: dist.ProcessGroup | None
 ) -> list[MatmulMeasurement]:
-    """Measures the matrix products of this kind of device, small ones repeatedly, so that the clock's resolution is not
-    measured."""
+    """Returns the FLOP/s of the matrix products listed for this kind of device. A collective. Repeats small products
+    within one timing, so that the clock's resolution does not matter."""
     on_gpu = device.type == "cuda"
     sizes = GPU_MATMULS if on_gpu else CPU_MATMULS
     enough = 1e12 if on_gpu else 1e9
@@ -171,7 +172,8 @@ def _repeat(number: int, a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def transports(runtime: Runtime) -> dict[str, dist.ProcessGroup]:
-    """Returns the available transports: gloo always, MPI where mpirun has started the ranks, NCCL between GPUs."""
+    """Returns a process group of all ranks for each available transport: gloo always, MPI if mpirun has started the
+    ranks, NCCL between GPUs. Empty on one rank."""
     if runtime.world_size == 1:
         return {}
     found = {"gloo": dist.new_group(backend="gloo", timeout=runtime.timeout)}
@@ -184,7 +186,7 @@ def transports(runtime: Runtime) -> dict[str, dist.ProcessGroup]:
 
 
 def measure_exchanges(transport: str, group: dist.ProcessGroup, runtime: Runtime, rounds: int) -> AllToAllMeasurement:
-    """Measures all-to-alls of several sizes over the group, and fits alpha and beta."""
+    """Times all-to-alls of several sizes over the group, and fits alpha and beta to the medians. A collective."""
     ranks = runtime.world_size
     device = runtime.device if transport == "nccl" else torch.device("cpu")
     workloads, calls = {}, []

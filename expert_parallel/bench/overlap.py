@@ -1,6 +1,6 @@
-"""Measures the exchange over a real link: how much of it is hidden behind the experts when tokens are exchanged in
-chunks, and what crosses between nodes with the hierarchical dispatcher and the flat one. Run on every rank of a
-launcher:
+"""Measures the all-to-all over a real network: how much of it overlaps with the experts' computation when tokens are
+exchanged in chunks, and how many bytes cross between nodes with the hierarchical dispatcher and the flat one. Run on
+every rank of a launcher:
 
     torchrun --nnodes 2 --nproc-per-node 1 ... -m expert_parallel bench overlap
     torchrun --nnodes 2 --nproc-per-node 2 ... -m expert_parallel bench nodes --ranks-per-node 2
@@ -34,7 +34,8 @@ HIERARCHICAL = {"kind": "hierarchical"}
 
 
 class OverlapTask(Settings):
-    """Times a layer with `overlap` chunks against the same layer with one."""
+    """Times a layer that exchanges its tokens in `overlap` chunks against the same layer with one chunk. threads: CPU
+    threads of each rank."""
 
     shape: LayerShape
     dispatcher: Literal["all_to_all", "hierarchical"] = "all_to_all"
@@ -65,12 +66,13 @@ class OverlapResult(BaseModel):
 
     @property
     def hidden(self) -> float:
-        """Returns the share of the shorter of exchange and experts that chunking hides."""
+        """Returns the time that chunking saves, as a share of the shorter of `exchange` and `experts`: 1 if it is
+        hidden entirely."""
         return (self.at_once.median - self.in_chunks.median) / min(self.exchange.median, self.experts.median)
 
 
 class NodesTask(Settings):
-    """Counts the bytes between nodes of the all-to-all and the hierarchical dispatcher."""
+    """Compares the time and the bytes between nodes of the flat all-to-all dispatcher and the hierarchical one."""
 
     shape: LayerShape
     ranks_per_node: int = Field(ge=1)
@@ -79,8 +81,8 @@ class NodesTask(Settings):
 
 
 class NodesRow(BaseModel):
-    """Holds the measurement of one dispatcher. bytes: rows between nodes, forward and backward, over all ranks.
-    rows_out: the rows of those that carry tokens out in the forward pass."""
+    """Holds the measurement of a layer with one dispatcher. bytes: bytes of rows sent between nodes, forward and
+    backward, over all ranks. rows_out: rows sent between nodes by dispatch in the forward pass, over all ranks."""
 
     times: Times
     bytes: int
@@ -88,6 +90,8 @@ class NodesRow(BaseModel):
 
 
 class NodesResult(BaseModel):
+    """Holds the result of `bench nodes`. rows: by dispatcher."""
+
     kind: Literal["nodes"] = "nodes"
     facts: Environment
     shape: LayerShape
@@ -96,8 +100,9 @@ class NodesResult(BaseModel):
     rows: dict[str, NodesRow]
 
     def ratio(self, flat: str) -> float:
-        """Returns the bytes between nodes of the hierarchical dispatcher over the flat one's with a row per `choice` or
-        `rank`."""
+        """Returns the bytes between nodes of the hierarchical dispatcher divided by those of the flat one. flat: what
+        the flat one sends a row of a token for: each `choice` of an expert, or each `rank` that holds any of its
+        experts."""
         return self.rows["hierarchical"].bytes / self.rows[f"one row a {flat}"].bytes
 
 
@@ -113,7 +118,8 @@ def overlap_task(tree: dict[str, Any], runtime: Runtime, print_progress: Progres
 
 
 def bench_overlap(task: OverlapTask, runtime: Runtime) -> OverlapResult:
-    """Measures a layer with one chunk and with several. A collective."""
+    """Times the layer with one chunk and with several, the exchange alone and the experts alone, and compares outputs
+    and gradients of the two layers. A collective."""
     facts, group = set_up_environment(runtime, task.threads), dist.group.WORLD
     nodes = make_nodes(runtime, runtime.launch.local_world_size) if task.dispatcher == "hierarchical" else None
     layers = [
@@ -176,7 +182,8 @@ def nodes_task(tree: dict[str, Any], runtime: Runtime, print_progress: ProgressF
 
 
 def bench_nodes(task: NodesTask, runtime: Runtime) -> NodesResult:
-    """Measures the hierarchical dispatcher and two flat ones. A collective."""
+    """Measures the hierarchical dispatcher, and the flat one with a row per choice and with a row per rank. A
+    collective."""
     facts, nodes = set_up_environment(runtime, task.threads), make_nodes(runtime, task.ranks_per_node)
     kinds = {"hierarchical": HIERARCHICAL} | {f"one row a {name}": settings for name, settings in FLAT.items()}
     layers = {name: make_layer(task.shape, settings, runtime, nodes) for name, settings in kinds.items()}
@@ -192,8 +199,8 @@ def bench_nodes(task: NodesTask, runtime: Runtime) -> NodesResult:
 
 
 def between_nodes(layer: MoELayer, x_TD: Tensor) -> dict[str, int]:
-    """Returns, over all ranks, the bytes of rows that crossed between nodes in a step, and the rows sent out with
-    tokens."""
+    """Runs a step. Returns, over all ranks, the `bytes` of rows that crossed between nodes, and `rows_out`, the rows
+    that dispatch sent between nodes in the forward pass. A collective."""
     output = layer(x_TD)
     output.y.backward(torch.ones_like(output.y))
     layer.zero_grad()
@@ -236,7 +243,7 @@ def check_ranks(shape: LayerShape, runtime: Runtime) -> None:
 
 
 def make_nodes(runtime: Runtime, ranks_per_node: int) -> NodeGroups:
-    """Returns the process groups of nodes with so many ranks each."""
+    """Builds the process groups for nodes of `ranks_per_node` ranks each. A collective."""
     degrees = ParallelDegrees(runtime.world_size, ep=runtime.world_size)
     return build_node_groups(degrees, ranks_per_node, group_builder(runtime.device.type, runtime.timeout))
 
@@ -244,7 +251,7 @@ def make_nodes(runtime: Runtime, ranks_per_node: int) -> NodeGroups:
 def make_layer(
     shape: LayerShape, dispatcher: dict[str, Any], runtime: Runtime, nodes: NodeGroups | None = None
 ) -> MoELayer:
-    """Builds a layer over all ranks, with the same weights for every dispatcher."""
+    """Builds a layer with its experts divided over all ranks, with the same weights for every dispatcher."""
     config = {
         "d_model": shape.d_model,
         "num_experts": shape.num_experts,
@@ -258,7 +265,7 @@ def make_layer(
 
 
 def random_tokens(shape: LayerShape, runtime: Runtime) -> Tensor:
-    """Draws this rank's share of the tokens."""
+    """Draws this rank's share of the shape's tokens, (T, D) float32, which requires a gradient."""
     generator = torch.Generator().manual_seed(runtime.rank)
     x_TD = torch.randn(shape.tokens // runtime.world_size, shape.d_model, generator=generator)
     return x_TD.to(runtime.device).requires_grad_()
@@ -287,12 +294,13 @@ def outputs(layer: MoELayer, x_TD: Tensor) -> list[Tensor]:
 
 
 def layer_workload(layer: MoELayer, x_TD: Tensor) -> Workload:
-    """Returns the layer's forward and backward pass."""
+    """Returns a workload that runs the layer's forward and backward pass."""
     return Workload(partial(step, layer, x_TD), partial(clear, layer, x_TD))
 
 
 def exchange_workload(layer: MoELayer, x_TD: Tensor) -> Workload:
-    """Returns the exchange without routing and experts: rows go to their experts and back unchanged, in both passes."""
+    """Returns a workload of dispatch and combine alone, forward and backward: routing is done beforehand, and rows come
+    back from their experts unchanged."""
     with torch.no_grad():
         plan = layer.router(x_TD, token_batch(x_TD[None], StepContext(), layer.data_group))
 
@@ -307,7 +315,8 @@ def exchange_workload(layer: MoELayer, x_TD: Tensor) -> Workload:
 
 
 def experts_workload(layer: MoELayer, x_TD: Tensor) -> Workload:
-    """Returns the work of this rank's experts on the rows that they receive, all at once."""
+    """Returns a workload of this rank's experts alone, forward and backward, on all rows that they receive from
+    `x_TD`."""
     seen: list[DispatchedTokens] = []
 
     def see(module: Any, arguments: tuple[DispatchedTokens, ...]) -> None:

@@ -1,7 +1,8 @@
-"""Measures how cost grows: a layer over 1, 2, 4, 8 ranks, with a constant number of tokens per rank (weak) or in all
-(strong); and routing, dispatch and combine with a growing number of experts.
+"""Measures how the time of a layer grows with the number of ranks (1, 2, 4, 8), with a constant number of tokens per
+rank (weak scaling) or in total (strong scaling); and how routing, dispatch and combine grow with the number of experts.
 
-All ranks start at once, and a figure of fewer ranks is taken while the others wait, so that rounds interleave.
+All ranks are started together. Groups of fewer ranks are timed while the others wait, so that each round times every
+group.
 
     expert-parallel bench scaling --ranks 8
 """
@@ -30,7 +31,8 @@ ProgressFn = Callable[[str], None]
 
 class ScalingTask(Settings):
     """Times a layer on growing numbers of ranks and experts. shape: its tokens are those of one rank in weak scaling,
-    and of all ranks in strong scaling. ranks: group sizes. experts: numbers of experts, on `expert_ranks` ranks."""
+    and of all ranks in strong scaling. ranks: group sizes to time. experts: numbers of experts to time, on
+    `expert_ranks` ranks. threads: CPU threads of each rank."""
 
     shape: LayerShape
     ranks: tuple[int, ...] = (1, 2, 4, 8)
@@ -41,7 +43,8 @@ class ScalingTask(Settings):
 
 
 class ScalingRow(BaseModel):
-    """Holds one number of ranks. tokens: over all ranks. work: time x busy cores per token, over the first row's."""
+    """Holds the measurement of a layer on `ranks` ranks, forward and backward. tokens: over all ranks. work: core time
+    per token, time * min(ranks, cores) / tokens, divided by that of the first row."""
 
     ranks: int
     tokens: int
@@ -50,10 +53,11 @@ class ScalingRow(BaseModel):
 
 
 class ExpertsRow(BaseModel):
-    """Holds one number of experts, forward and backward.
+    """Holds the times of a layer's parts with `num_experts` experts, forward and backward.
 
-    product: of tokens and router weights. routing: the whole router, with that product. dispatch: dispatch and combine,
-    with experts that do nothing. growth: routing and dispatch over the first row's, also without the product."""
+    product: the matrix products of tokens and router weights alone. routing: the whole router, including these
+    products. dispatch: dispatch and combine, with experts that return their input. growth: `routing` + `dispatch`,
+    divided by that of the first row. growth_without_product: the same after `product` was subtracted from each."""
 
     num_experts: int
     product: Times
@@ -64,6 +68,9 @@ class ExpertsRow(BaseModel):
 
 
 class ScalingResult(BaseModel):
+    """Holds the result of `bench scaling`. cores: of this machine. weak, strong: a row for each number of ranks.
+    experts: a row for each number of experts, on `expert_ranks` ranks."""
+
     kind: str = "scaling"
     facts: Environment
     cores: int = Field(ge=1)
@@ -76,7 +83,8 @@ class ScalingResult(BaseModel):
 
 
 def scaling_task(tree: dict[str, Any], runtime: Runtime, print_progress: ProgressFn) -> dict[str, Any]:
-    """Runs the benchmark on as many ranks as the largest group has, and returns the result as JSON."""
+    """Runs the benchmark on as many ranks as the largest group has. tree: a `ScalingTask`. Returns the result as a tree
+    for JSON."""
     task = ScalingTask.model_validate(tree, strict=False)
     facts = set_up_environment(runtime, task.threads)
     counts = sorted({*task.ranks, task.expert_ranks})
@@ -102,7 +110,8 @@ def scaling_task(tree: dict[str, Any], runtime: Runtime, print_progress: Progres
 def measure_ranks(
     task: ScalingTask, groups: dict[int, dist.ProcessGroup | None], runtime: Runtime, cores: int, is_weak: bool
 ) -> list[ScalingRow]:
-    """Times a layer over groups of 1, 2, ... ranks. A collective of all ranks."""
+    """Times a layer over groups of 1, 2, ... ranks. A collective of all ranks. is_weak: the shape's tokens are those of
+    each rank, and else those of the whole group."""
     tokens = {count: task.shape.tokens * (count if is_weak else 1) for count in task.ranks}
     workloads = {}
     for count in task.ranks:
@@ -125,8 +134,9 @@ def measure_ranks(
 
 
 def measure_experts(task: ScalingTask, group: dist.ProcessGroup | None, runtime: Runtime) -> list[ExpertsRow]:
-    """Times routing and dispatch of the shape's tokens over the ranks of the group, for each number of experts. A
-    collective of all ranks, also those outside the group. Experts compute nothing, and are as small as possible."""
+    """Times routing, dispatch and combine of the shape's tokens over the ranks of the group, for each number of
+    experts. A collective of all ranks, also those outside the group. The experts are as small as possible, and are not
+    run."""
     workloads: dict[str, Workload] = {}
     for num_experts in task.experts:
         names = [f"{part} {num_experts}" for part in ("product", "routing", "dispatch")]
@@ -186,7 +196,7 @@ def format_scaling_result(result: ScalingResult) -> str:
 
 
 def build_layer(shape: LayerShape, num_experts: int, group: dist.ProcessGroup | None) -> MoELayer:
-    """Builds a layer with so many experts over the group."""
+    """Builds a layer with `num_experts` experts, which the ranks of the group divide."""
     config = {
         "d_model": shape.d_model,
         "num_experts": num_experts,
@@ -202,7 +212,7 @@ def draw(num_tokens: int, d_model: int, seed: int) -> Tensor:
 
 
 def routing_workload(layer: MoELayer, x_TD: Tensor) -> Workload:
-    """Returns the router's forward and backward pass."""
+    """Returns a workload that runs the router's forward and backward pass."""
 
     def run() -> None:
         plan = layer.router(x_TD, token_batch(x_TD[None], StepContext(), layer.data_group))
@@ -212,7 +222,7 @@ def routing_workload(layer: MoELayer, x_TD: Tensor) -> Workload:
 
 
 def router_matmul_workload(layer: MoELayer, x_TD: Tensor) -> Workload:
-    """Returns the product of tokens and router weights, and the two of its backward pass."""
+    """Returns a workload of the router's matrix products alone: tokens x weights, and the two of its backward pass."""
     weight_ED, x_TD = layer.get_parameter("router.weight").detach(), x_TD.detach()
     logits_TE = x_TD @ weight_ED.T
     dx_TD, dweight_ED = torch.empty_like(x_TD), torch.empty_like(weight_ED)

@@ -1,4 +1,4 @@
-"""Names the shapes that are measured, and applies the changes that a user makes to them."""
+"""Names the layer and model shapes that benchmarks measure, and applies the changes that a user makes to them."""
 
 import math
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class LayerShape(Settings):
 
 
 def num_matrices(activation: str) -> int:
-    """Returns the number of matrices of an expert, D x F each."""
+    """Returns the number of weight matrices of one expert, (D, F) or (F, D) each: 3 with a gated activation, else 2."""
     return 3 if activation in GATED else 2
 
 
@@ -61,10 +61,10 @@ SHAPES = {
 
 
 def choose_shape(name: str, changes: Sequence[str] = (), scale: float = 1.0) -> LayerShape:
-    """Returns the shape of this name with `tokens=..`, `d_model=..`, ... changed, or one that these define completely
-    (`given`).
+    """Returns the shape of this name with changes such as `tokens=512` applied. The name `given` stands for a shape
+    whose sizes are all given as changes.
 
-    scale: multiplies the tokens. Raises ValueError for unknown names and impossible sizes."""
+    scale: factor on the number of tokens. Raises ValueError for unknown names and impossible sizes."""
     if name != "given" and name not in SHAPES:
         raise ValueError(f"--shape is {name!r}, it must be one of {', '.join(SHAPES)}, given")
     if not math.isfinite(scale):
@@ -81,8 +81,8 @@ def choose_shape(name: str, changes: Sequence[str] = (), scale: float = 1.0) -> 
 
 
 class TrainShape(Settings):
-    """Holds the sizes of a decoder with MoE blocks alone. layer: one MoE layer, with the tokens of a step over all
-    ranks."""
+    """Holds the sizes of a decoder in which every block has an MoE layer. layer: the sizes of an MoE layer; its tokens
+    are those of a step, over all ranks."""
 
     layer: LayerShape
     num_layers: int = Field(ge=1)
@@ -99,7 +99,7 @@ class TrainShape(Settings):
 
     @property
     def sequences(self) -> int:
-        """Returns the sequences of a step, over all ranks."""
+        """Returns the number of sequences in a step, over all ranks."""
         return self.layer.tokens // self.sequence_length
 
 

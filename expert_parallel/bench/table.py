@@ -30,7 +30,7 @@ def format_layer_result(result: LayerResult) -> str:
 
 
 def layer_line(row: LayerRow) -> str:
-    """Formats one implementation's row."""
+    """Formats the line of one implementation."""
     if row.times is None:
         return f"{row.name:26}not measured: {row.why}"
     assert row.over_floor is not None

@@ -1,5 +1,5 @@
-"""Measures time and memory of workloads side by side, under the same settings for all. Rounds are interleaved over all
-of them, since machines are shared and their speed drifts."""
+"""Measures time and memory of workloads under the same settings for all. Every round runs each of them once, since the
+speed of a shared machine drifts."""
 
 import json
 import os
@@ -28,14 +28,15 @@ WARM_UP_ROUNDS = 2  # rounds
 
 @dataclass(frozen=True)
 class Workload:
-    """Pairs `run`, which is timed, with `clear`, which removes what it leaves (gradients) outside the timing."""
+    """Pairs `run`, which is timed, with `clear`, which is called after it outside the timing and removes what it
+    leaves, such as gradients."""
 
     run: Callable[[], object]
     clear: Callable[[], None] = lambda: None
 
 
 class Times(BaseModel):
-    """Holds milliseconds over the rounds; a round counts its slowest rank."""
+    """Holds the milliseconds of a workload over the rounds; the time of a round is that of its slowest rank."""
 
     median: float
     smallest: float
@@ -48,9 +49,10 @@ class Times(BaseModel):
 def measure(
     workloads: dict[str, Workload], device: torch.device, rounds: int, group: dist.ProcessGroup | None = None
 ) -> dict[str, Times]:
-    """Times the workloads in turn, round by round after the warm-up, from a barrier until this rank is done.
+    """Times each workload once per round, after `WARM_UP_ROUNDS`. A timing lasts from a barrier until this rank and its
+    device are done; the slowest rank counts. Returns the times by name.
 
-    group: all ranks of the world, each of which passes the same names and gets the same times; None: one rank."""
+    group: all ranks of the world, which pass the same names and get the same times; None: only this process."""
     seconds = torch.zeros(rounds, len(workloads), dtype=torch.float64)
     barrier = torch.zeros(1)
     for number in range(-WARM_UP_ROUNDS, rounds):
@@ -81,7 +83,8 @@ def synchronize(device: torch.device) -> None:
 
 
 class PeakMemory(BaseModel):
-    """Holds bytes above those allocated before the step. activations: the same without the gradients of weights."""
+    """Holds the peak memory of one step, in bytes beyond those that were allocated before it. total: all of it.
+    activations: without the gradients of weights."""
 
     total: int
     activations: int
@@ -90,8 +93,8 @@ class PeakMemory(BaseModel):
 def peak_memory(
     run: Callable[[], object], gradients: Callable[[], Iterable[Tensor]], device: torch.device
 ) -> PeakMemory:
-    """Measures the peak memory of one step. gradients: returns those of the weights after the step, none of which
-    existed before.
+    """Measures the peak memory of one step. gradients: called after the step, returns the gradients of the weights;
+    none of them may exist before.
 
     Uses the allocations that torch's profiler records, on the CPU and on GPUs; what libraries allocate themselves
     (scratch of oneDNN, workspaces of cuBLAS after the first use) is not included."""
@@ -150,7 +153,7 @@ def _silence_stderr() -> Iterator[None]:
 
 
 def max_over_ranks(values: list[float], group: dist.ProcessGroup | None) -> list[float]:
-    """Returns the largest of each value over the ranks. A collective."""
+    """Returns, for each value, its maximum over the ranks of the group. A collective."""
     if group_size(group) == 1:
         return values
     largest = torch.tensor(values, dtype=torch.float64)
@@ -159,7 +162,8 @@ def max_over_ranks(values: list[float], group: dist.ProcessGroup | None) -> list
 
 
 class Environment(BaseModel):
-    """Holds the conditions of a measurement. device: of rank 0. threads: of each rank, on the CPU."""
+    """Holds the conditions of a measurement. device: that of rank 0. transport: torch.distributed's backend. threads:
+    CPU threads of each rank. allocator: a description."""
 
     ranks: int
     device: str
@@ -177,7 +181,8 @@ class Environment(BaseModel):
 
 
 def set_up_environment(runtime: Runtime, threads: int) -> Environment:
-    """Sets the number of threads and the allocator, the same for every workload, and returns the conditions."""
+    """Sets the number of CPU threads and makes the allocator keep freed memory, for all workloads. Returns the
+    conditions."""
     torch.set_num_threads(threads)
     on_gpu = runtime.device.type == "cuda"
     return Environment(

@@ -1,5 +1,5 @@
-"""Measures a training step of a decoder against the peers, in one interleaved run: forward, loss, backward, reduction
-of gradients, clipping, AdamW. No implementation has an auxiliary loss.
+"""Times a training step of a decoder with our MoE layers against decoders with the peers': forward, loss, backward,
+reduction of gradients, clipping, AdamW. Every round times each of them once. No implementation has an auxiliary loss.
 
     expert-parallel bench train --shape base --ranks 2
 """
@@ -42,8 +42,8 @@ DroppedShareFn = Callable[[], float | None]  # returns the share of this rank's 
 
 
 class TrainTask(Settings):
-    """Times training steps of a decoder against its peers. threads: for each rank, on the CPU. peers: names; None:
-    all."""
+    """Sets what `bench train` measures. threads: CPU threads of each rank. peers: names of the implementations to
+    compare with; None: all."""
 
     shape: TrainShape
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -53,10 +53,12 @@ class TrainTask(Settings):
 
 
 class TrainRow(BaseModel):
-    """Holds the measurement of one implementation, as `LayerRow` does.
+    """Holds the measurement of one implementation's training step.
 
-    mfu: model FLOP/s of a rank over the rate of one large product. loss: of the last step, nats a token. dropped_share:
-    of that step's choices, over layers and ranks."""
+    why: the reason if it was not measured; then only `name` is set besides. computes: a description. over_ours: its
+    median time divided by ours. mfu: model FLOP/s of a rank divided by the FLOP/s of one large matrix product. peak:
+    bytes, peak memory of a step, the largest over ranks. loss: mean cross entropy of the last step, in nats per token.
+    dropped_share: share of the (token, expert) choices that the last step dropped, over layers and ranks."""
 
     name: str
     activation: str = ""
@@ -73,7 +75,9 @@ class TrainRow(BaseModel):
 
 
 class TrainResult(BaseModel):
-    """Holds the result of the benchmark. parameters: (total, active for a token), with the shape's activation."""
+    """Holds the result of `bench train`. parameters: their number (in total, active per token), with the shape's
+    activation. product, product_rate: times and FLOP/s of one large matrix product, whose dimensions are all
+    product_size."""
 
     kind: Literal["train"] = "train"
     shape: TrainShape
@@ -88,12 +92,12 @@ class TrainResult(BaseModel):
 
 
 def train_task(tree: dict[str, Any], runtime: Runtime, print_progress: ProgressFn) -> dict[str, Any]:
-    """Runs the benchmark on every rank, and returns the result as JSON."""
+    """Runs the benchmark on every rank. tree: a `TrainTask`. Returns the result as a tree for JSON."""
     return bench_train(TrainTask.model_validate(tree, strict=False), runtime, print_progress).model_dump(mode="json")
 
 
 def bench_train(task: TrainTask, runtime: Runtime, print_progress: ProgressFn = lambda text: None) -> TrainResult:
-    """Builds all models, then times their steps. A collective."""
+    """Builds all models, then times their training steps. A collective."""
     facts = set_up_environment(runtime, task.threads)
     shape, device = task.shape, runtime.device
     group = dist.group.WORLD if runtime.world_size > 1 else None
@@ -146,8 +150,9 @@ def bench_train(task: TrainTask, runtime: Runtime, print_progress: ProgressFn = 
 def build_steps(
     task: TrainTask, cases: dict[str, Case], runtime: Runtime, inputs_BS: Tensor, targets_BS: Tensor
 ) -> tuple[dict[str, StepFn], dict[str, DroppedShareFn], list[TrainRow]]:
-    """Builds the steps that can be measured: ours first, and ours in each further activation. Returns the steps,
-    functions that give the last step's dropped share on this rank, and a row for each implementation asked for."""
+    """Builds our training step, also with each further activation that a peer computes, and the peers' steps. Returns
+    by name the steps, and functions that return the share of this rank's choices that the last step dropped; and a row
+    for each implementation asked for."""
     shape, main = task.shape, task.shape.layer.activation
     steps: dict[str, StepFn] = {}
     shares: dict[str, DroppedShareFn] = {}
@@ -182,7 +187,8 @@ def build_steps(
 
 
 def our_step(task: TrainTask, activation: str, runtime: Runtime) -> StepFn:
-    """Returns training's own step, which keeps weights and moments in float32 when it computes in bfloat16."""
+    """Builds our model and returns its training step: `train_step`, as training runs it. Weights and moments stay in
+    float32 when it computes in bfloat16."""
     config = our_config(task, activation, runtime.world_size)
     degrees = check_degrees(config, runtime.world_size)
     mesh, model, engine = build(config, runtime, degrees)

@@ -37,9 +37,10 @@ Every setting of a run, and of a study. This page is generated from the typed se
 
 @dataclass(frozen=True)
 class Setting:
-    """Holds the texts of a setting's row.
+    """Holds one row of the settings reference as texts.
 
-    alias: another name that a file may use, or None. allowed: the allowed values; empty if the type allows all.
+    path: of the setting in a file. alias: another name that a file may use, or None. allowed: the allowed values; empty
+    if the type allows all. text: the description.
     """
 
     path: str
@@ -52,10 +53,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Section:
-    """Holds the rows of a block, or of one kind of a block.
+    """Holds the rows of one block of settings, such as `model.moe`, or of one kind of it.
 
-    path: empty for the top level of the file. title: names the file. purpose: the description of the block. note: the
-    rest of its class's docstring. kind: the kinds that the rows are for, as shown; empty if there is only one.
+    path: of the block; empty for the top level of the file. title: names the file. purpose: the first part of the
+    description. note: the rest of the class's docstring. kind: the kinds that the rows are for, as shown; empty if
+    there is only one.
     """
 
     path: str

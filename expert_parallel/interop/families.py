@@ -73,7 +73,8 @@ class Family:
         return ours
 
     def write(self, model: ModelConfig) -> Tree:
-        """Returns the closest config.json that the family has. Read it back to find out if it is the same model."""
+        """Returns the config.json of this family that is closest to the model's settings. It is exact only if reading
+        it back gives the same settings."""
         ours, theirs = settings(model), {"architectures": [self.architecture]}
         for rule in self.rules:
             rule.write(ours, theirs)
@@ -133,7 +134,8 @@ def head_rules(kv_heads: Any = REQUIRED) -> list[Rule]:
 
 
 def swiglu_expert_rules(count: tuple[str, ...], hidden: str) -> list[Rule]:
-    """Returns the rules of top-k SwiGLU experts. count, hidden: the keys of their number and their hidden size."""
+    """Returns the rules of top-k SwiGLU experts. count, hidden: the keys of config.json for the number of experts and
+    for the hidden size of an expert."""
     return [
         Const("moe.router.kind", "top_k"),
         CopyInt(count, "moe.num_experts"),

@@ -38,7 +38,8 @@ def attention() -> list[TensorMapping]:
 
 
 def dense(ours: str, theirs: str) -> list[TensorMapping]:
-    """Returns the mappings of a dense SwiGLU network: {gate,up,down}_proj."""
+    """Returns the mappings of a dense SwiGLU network, {gate,up,down}_proj. ours, theirs: the module's name in our model
+    and in the Hugging Face model."""
     tensor_map = []
     for leaf in ("weight", "bias"):
         tensor_map += [
@@ -53,7 +54,8 @@ def dense(ours: str, theirs: str) -> list[TensorMapping]:
 def experts(theirs: str, gate: str, up: str, down: str) -> list[TensorMapping]:
     """Returns the mappings of a router and its SwiGLU experts, each a module of its own.
 
-    theirs: the name of their MoE module. gate, up, down: the names of an expert's matrices.
+    theirs: the name of the MoE module in the Hugging Face model. gate, up, down: the names of an expert's matrices
+    there.
     """
     here, there = "blocks.{L}.moe.experts.{E}", f"{theirs}.experts.{{E}}"
     return [

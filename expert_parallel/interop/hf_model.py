@@ -66,7 +66,8 @@ def logical_shapes(model: ModelConfig) -> Shapes:
 
 
 def match_model_tensors(family: Family, config: Tree, model: ModelConfig) -> list[TensorPair]:
-    """Returns the pairs of a model. config: its config.json, on which the layout of some tensors depends."""
+    """Returns the pairs of a model's tensors and those of its Hugging Face folder. config: the folder's config.json, on
+    which the layout of some tensors depends."""
     experts = 0 if model.moe is None else model.moe.num_experts
     return match_tensors(family.tensor_map(config), logical_shapes(model), experts)
 

@@ -41,7 +41,8 @@ class HuggingFaceConfig:
         return default
 
     def size(self, *keys: str, default: Any = REQUIRED, least: int = 1) -> Any:
-        """Returns an integer of at least `least`, or the default. Raises a ValueError for any other value."""
+        """Returns the value of the first key that exists, which must be an integer of at least `least`; else the
+        default. Raises a ValueError for any other value."""
         value = self.take(*keys, default=default)
         if type(value) is not int or value < least:
             if value is default:
@@ -51,7 +52,7 @@ class HuggingFaceConfig:
         return value
 
     def refuse(self, key: str, why: str) -> ValueError:
-        """Returns the error that names a key with its value and the reason."""
+        """Returns a ValueError that names the key, its value and the reason."""
         return ValueError(f"config.json: {key} is {self.values.get(key)!r}: {why}")
 
     def refuse_unknown_keys(self, neutral: Iterable[str]) -> None:
@@ -84,10 +85,12 @@ class Rule(Protocol):
     """
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
-        """Fills in our settings. Raises a ValueError for a value that we have no setting for."""
+        """Sets values in our settings (`ours`) from config.json (`theirs`). Raises a ValueError for a value that we
+        have no setting for."""
 
     def write(self, ours: Tree, theirs: Tree) -> None:
-        """Fills in their keys. Omits what the format cannot express: reading the result back shows the difference."""
+        """Sets keys of config.json (`theirs`) from our settings. Omits what the format cannot express: reading the
+        result back shows the difference."""
 
 
 @dataclass(frozen=True)

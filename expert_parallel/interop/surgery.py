@@ -28,11 +28,11 @@ ROUTER = re.compile(r"(\w+)/blocks\.\d+\.moe\.router\..+")
 
 @dataclass(frozen=True)
 class Surgery:
-    """Describes the new experts.
+    """Describes the experts of the changed model.
 
-    parents: the old experts whose mean each new expert is. noise: standard deviation of the Gaussian noise, relative to
-    the standard deviation of each tensor. first_added: experts from this index on get noise on their matrices and their
-    rows of the router; None: no expert does.
+    parents: for each new expert, the old experts that it is the mean of. noise: standard deviation of the Gaussian
+    noise, relative to the standard deviation of each tensor. first_added: experts from this index on get noise on their
+    matrices and their rows of the router; None: no expert does.
     """
 
     parents: list[tuple[int, ...]]
@@ -46,7 +46,7 @@ class Surgery:
 
 
 def add(num_experts: int, like: Sequence[int], noise: float, seed: int) -> Surgery:
-    """Appends copies of the experts `like`.
+    """Returns the surgery that appends copies of the experts `like`.
 
     Without noise, a copy and its parent would always get the same tokens and gradients. Raises a ValueError for an
     expert that does not exist.
@@ -57,7 +57,8 @@ def add(num_experts: int, like: Sequence[int], noise: float, seed: int) -> Surge
 
 
 def remove(num_experts: int, experts: Sequence[int]) -> Surgery:
-    """Removes experts; the others keep their order. Raises a ValueError if none would remain."""
+    """Returns the surgery that removes experts; the others keep their order. Raises a ValueError if none would
+    remain."""
     _refuse_unknown(num_experts, experts, "--experts")
     stay = [expert for expert in range(num_experts) if expert not in experts]
     if not stay:
@@ -66,7 +67,7 @@ def remove(num_experts: int, experts: Sequence[int]) -> Surgery:
 
 
 def merge(num_experts: int, groups: Sequence[Sequence[int]]) -> Surgery:
-    """Merges each group into one expert, at the position of the one that is named first.
+    """Returns the surgery that merges each group into one expert, at the position of the one that is named first.
 
     Raises a ValueError for a group of fewer than two experts, and for an expert that is named twice.
     """

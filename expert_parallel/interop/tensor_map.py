@@ -15,7 +15,8 @@ TensorFn = Callable[[list[Tensor]], Iterable[Tensor]]
 
 @dataclass(frozen=True)
 class Transform:
-    """Converts tensors between the two layouts. Each direction inverts the other, bit for bit (MXFP4 is only read).
+    """Converts tensors between our layout and Hugging Face's, in both directions. Each direction inverts the other, bit
+    for bit (except MXFP4, which is only read).
 
     Tensors taken from a stack are yielded one by one, so that memory never holds the stack twice.
     """
@@ -26,9 +27,10 @@ class Transform:
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """Maps a template of our names to theirs. {L} stands for the block's index, {E} for the expert's.
+    """Maps a template of our logical tensor names to the names in a Hugging Face model. {L} stands for the block's
+    index, {E} for the expert's.
 
-    If only our template has {E}, their tensor is one stack of all experts.
+    If only our template has {E}, the Hugging Face tensor is one stack of all experts.
     """
 
     ours: str
@@ -38,7 +40,8 @@ class TensorMapping:
 
 @dataclass(frozen=True)
 class TensorPair:
-    """Holds the names of tensors with the same values on both sides: a mapping with its indices filled in."""
+    """Pairs our tensors with the Hugging Face tensors that hold the same values, by name: a mapping with its indices
+    filled in."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
@@ -46,10 +49,10 @@ class TensorPair:
 
 
 def match_tensors(tensor_map: Iterable[TensorMapping], names: Iterable[str], num_experts: int) -> list[TensorPair]:
-    """Returns the pairs of a model, in which every logical name occurs once.
+    """Returns the pairs of a model's tensors and Hugging Face tensors, in which every logical name occurs once.
 
     names: the model's logical names. Mappings of tensors that the model lacks (such as biases) are ignored. Raises a
-    ValueError for a logical tensor without a mapping, since it cannot be written in their format.
+    ValueError for a logical tensor without a mapping, since the Hugging Face format has no place for it.
     """
     left = dict.fromkeys(names)
     layers = sorted({int(name.split(".")[1]) for name in left if name.startswith("blocks.")})
@@ -128,10 +131,10 @@ STACKED_INTERLEAVED = Transform(lambda tensors: _deinterleave(tensors[0]), _inte
 
 
 def half_split_rows(period: int, rope_size: int) -> Transform:
-    """Returns the transform that reorders rotary rows from interleaved (theirs) to half-split (ours).
+    """Returns the transform that reorders rotary rows from interleaved (Hugging Face) to half-split (ours).
 
-    The last `rope_size` of every `period` rows are rotary. Theirs rotate adjacent pairs (x0, x1), (x2, x3), ...; ours
-    are ordered x0, x2, ..., x1, x3, ..., as `apply_rope` expects.
+    The last `rope_size` of every `period` rows are rotary. Interleaved rows x0, x1, x2, x3, ... rotate as adjacent
+    pairs (x0, x1), (x2, x3), ...; half-split rows are ordered x0, x2, ..., x1, x3, ..., as `apply_rope` expects.
     """
     rows = torch.arange(period)
     rotary = rows[period - rope_size :]

@@ -1,5 +1,6 @@
-"""Collects what the experts of a run learned, on one process: from its config, metrics.jsonl, newest checkpoint and
-held-out text (or another one) into a report for the page and a JSON file."""
+"""Builds the report on the experts of a run, on one process: reads the run's config, metrics.jsonl and newest
+checkpoint, and routes its held-out text, or a given text, through the model. The report becomes an HTML page (page.py)
+and JSON."""
 
 import json
 from collections.abc import Sequence
@@ -29,8 +30,9 @@ from expert_parallel.training.setup import data_requirements
 class ExpertsReport:
     """Holds everything that the page shows.
 
-    step: of the checkpoint. source: where the sample's text comes from. token_texts: those of each of its sequences.
-    habits: by MoE block. names: display names of the tokens that `expert_stats` mention."""
+    name: of the run. step: of the checkpoint. source: a description of where the sample's text comes from. token_texts:
+    for each sequence of the sample, the texts of its tokens. expert_stats: by MoE block. names: display names, by token
+    id, of the tokens that `expert_stats` lists."""
 
     name: str
     config: Config
@@ -54,8 +56,9 @@ class ExpertsReport:
 
 @dataclass(frozen=True, eq=False)
 class SampleText:
-    """Holds text to run. windows: int64, (S + 1) each, S at most training.sequence_length. separator: as in the
-    sampler."""
+    """Holds tokens to run through the model. windows: int64, (S + 1) each, S at most training.sequence_length.
+    separator: the token that ends a document, if attention is confined to documents; else None. source: a
+    description."""
 
     windows: list[Tensor]
     separator: int | None
@@ -65,10 +68,11 @@ class SampleText:
 def build_report(
     run: Path, overrides: Sequence[str], runtime: Runtime, text: Path | None, sequences: int | None
 ) -> ExpertsReport:
-    """Builds the report of a run's folder.
+    """Builds the report of the run in folder `run`.
 
-    text: a file to use instead of held-out text. sequences: at most so many. Raises ValueError for a run without
-    experts, a step or a checkpoint, and for missing data; UserError for a broken checkpoint or several ranks."""
+    text: a file to use instead of held-out text. sequences: maximum number of sequences; None: as in evaluation, or the
+    whole file. Raises ValueError for a run without experts, training steps or a checkpoint, and for missing data;
+    UserError for a broken checkpoint or several ranks."""
     if runtime.world_size > 1:
         raise UserError(f"experts works on one process, {runtime.world_size} were started")
     config = load_run_config(run, overrides)
@@ -135,7 +139,8 @@ def _text(config: Config, tokenizer: Tokenizer, path: Path, sequences: int | Non
 
 
 def as_json(report: ExpertsReport) -> str:
-    """Returns the page's numbers as JSON. Blocks are keys; experts and tokens are positions in lists."""
+    """Returns the page's numbers as JSON. Objects have the indices of MoE blocks as keys; lists are in the order of
+    experts or of the sample's tokens."""
     loads, sample = report.loads, report.sample
     tree: dict[str, Any] = {
         "run": report.name,

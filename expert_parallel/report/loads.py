@@ -1,5 +1,4 @@
-"""Reads from metrics.jsonl how a run's tokens were distributed over its experts, averaged into a few columns of
-steps."""
+"""Reads from metrics.jsonl how a run's tokens were distributed over its experts, averaged over intervals of steps."""
 
 import json
 from collections.abc import Iterator
@@ -17,11 +16,12 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Loads:
-    """Holds means over the steps of each column.
+    """Holds means over intervals of training steps, each of which is a column of the page's heat maps.
 
-    first_steps, last_steps: of each column. share: by MoE block, (columns, experts), an expert's share of the block's
-    computed choices; NaN where a column has no step. dropped_share, load_cv: by MoE block, (columns). held_out_loss:
-    step and value of the last one logged."""
+    first_steps, last_steps: of each interval. share: by MoE block, (intervals, experts), each expert's share of the
+    (token, expert) choices that the block computed; NaN if an interval has no logged step. dropped_share, load_cv: by
+    MoE block, (intervals), the share of choices that were dropped, and the coefficient of variation of the experts'
+    loads. held_out_loss: (step, loss) of the last evaluation; None if there was none."""
 
     first_steps: list[int]
     last_steps: list[int]
@@ -32,10 +32,11 @@ class Loads:
 
 
 def read_loads(path: Path, blocks: list[int], num_experts: int) -> Loads:
-    """Reads the file twice, line by line, so that memory does not grow with the run.
+    """Reads a run's metrics.jsonl and returns its means over at most `COLUMNS` intervals. Reads the file twice, line by
+    line, so that memory does not grow with the run.
 
-    Raises ValueError where it is missing, damaged, or holds no training step with the loads of these blocks and
-    experts."""
+    Raises ValueError if the file is missing or damaged, or if it has no training step with the loads of these blocks
+    and experts."""
     names = [
         f"moe/layer_{block}/{name}"
         for block in blocks

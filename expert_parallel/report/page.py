@@ -15,7 +15,7 @@ ROW_PIXELS, MAP_PIXELS = 15, 320  # largest height of an expert's row in a heat 
 
 
 def render(report: ExpertsReport) -> str:
-    """Returns the whole file."""
+    """Returns the whole page as HTML."""
     title = f"What the experts of the run “{escape(report.name)}” learned"
     radios = "".join(
         f'<input type="radio" name="block" class="hidden" id="block{place}"{" checked" if place == 0 else ""}>'

@@ -24,7 +24,7 @@ CLASS_HELP = {
 
 
 def text_section(report: ExpertsReport) -> str:
-    """Renders the first tokens of the sample, coloured by their first expert."""
+    """Renders the first tokens of the sample, each in the colour of the expert with the largest weight for it."""
     whole = report.sample.num_tokens
     choices = sum(routing.ids_TK.shape[1] for routing in report.sample.routing.values())
     shown = min(max(MAX_ENTRIES // choices, MIN_TOKENS_SHOWN), whole)
@@ -128,7 +128,8 @@ def _letter(letter: str) -> str:
 
 
 def experts_section(report: ExpertsReport) -> str:
-    """Renders the section on what each expert prefers."""
+    """Renders the section on what each expert receives more often than others do, and how far a token alone decides its
+    expert."""
     bars = "".join(_decides(place, report) for place in range(len(report.blocks)))
     tables = "".join(
         f'<div class="only b{place} scroll">{_table(report, place)}</div>' for place in range(len(report.blocks))

@@ -19,9 +19,10 @@ from expert_parallel.moe.types import Outcome, RoutingPlan
 
 @dataclass(frozen=True, eq=False)
 class SampleRouting:
-    """Holds every token's choices in one block, after capacity was applied, on the CPU.
+    """Holds the K (token, expert) choices of each of T tokens in one MoE block, after capacity was applied, on the CPU.
 
-    ids_TK: int64. weights_TK: float64, 0 where nothing was computed. outcome_TK: uint8, values of `Outcome`."""
+    ids_TK: int64, the experts. weights_TK: float64, the factor of the expert's output; 0 where no expert computed the
+    choice. outcome_TK: uint8, values of `Outcome`."""
 
     ids_TK: Tensor
     weights_TK: Tensor
@@ -29,27 +30,28 @@ class SampleRouting:
 
     @property
     def computed_TK(self) -> Tensor:
-        """Returns True for choices that an expert computed."""
+        """Returns a bool mask, True for choices that an expert computed."""
         return self.outcome_TK <= Outcome.REROUTED
 
     @property
     def dropped_TK(self) -> Tensor:
-        """Returns True for choices that were routed and then dropped."""
+        """Returns a bool mask, True for choices that were routed to an expert and then dropped."""
         return ~self.computed_TK & (self.outcome_TK != Outcome.NOT_ROUTED)
 
     @property
     def first_T(self) -> Tensor:
-        """Returns, int64, the expert with the largest weight among those that computed the token; -1 if none did."""
+        """Returns, int64, for each token the expert with the largest weight among those that computed it; -1 if none
+        did."""
         best_T1 = self.weights_TK.masked_fill(~self.computed_TK, -1).argmax(1, keepdim=True)
         return self.ids_TK.gather(1, best_T1)[:, 0].masked_fill(~self.computed_TK.any(1), -1)
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Holds the sample and its routing.
+    """Holds a sample of text and how the model routed it.
 
-    sequences: int64, the model's input tokens. loss: nats a token. routing: by MoE block, the tokens of all sequences
-    concatenated."""
+    sequences: the input tokens of each sequence, int64. loss: mean cross entropy, nats per token. routing: by MoE
+    block, of the tokens of all sequences, concatenated."""
 
     sequences: list[Tensor]
     loss: float
@@ -70,10 +72,11 @@ def split_windows(tokens: Tensor, length: int) -> list[Tensor]:
 def run_sample(
     model: Transformer, windows: Sequence[Tensor], *, batch_size: int, separator: int | None, seed: int
 ) -> Sample:
-    """Runs the model as evaluation on one rank does: with its capacity, in batches of `batch_size` sequences of equal
-    length.
+    """Runs the model on the windows as evaluation on one rank does, with its capacity, in batches of `batch_size`
+    windows of equal length. Returns the loss and the routing of every token.
 
-    windows: int64, (S + 1) each."""
+    windows: int64, (S + 1) each. separator: the token that ends a document, if attention is confined to documents; else
+    None. seed: of the routers' random numbers."""
     model.eval()
     device = next(model.parameters()).device
     loss, count = 0.0, 0

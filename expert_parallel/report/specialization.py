@@ -1,5 +1,5 @@
-"""Counts what each expert of a block received: its tokens, their kinds of characters, and how far the token alone
-decides."""
+"""Computes statistics of the tokens that each expert of a block received: which ones, their classes of characters, and
+how far a token's id alone determines its expert."""
 
 from dataclasses import dataclass
 
@@ -27,12 +27,13 @@ class TopToken:
 
 @dataclass(frozen=True)
 class Specialization:
-    """Measures how far a token's identity decides its first expert, in bits over the sample.
+    """Measures how far a token's id determines its first expert (the one with the largest weight), in bits over the
+    sample.
 
-    bits: mutual information of token and first expert. chance_bits: the same with experts shuffled over the tokens,
-    which a small sample of many tokens makes positive. entropy_bits: of the first experts. adjusted: (bits - chance) /
-    (entropy - chance), 0: no more than chance, 1: the token decides (Vinh, Epps and Bailey 2010, there by a formula
-    instead of shuffling)."""
+    bits: mutual information of token and first expert. chance_bits: the same with the experts shuffled over the tokens,
+    which is above 0 in a small sample of many different tokens. entropy_bits: entropy of the first experts. adjusted:
+    (bits - chance_bits) / (entropy_bits - chance_bits), from 0 (no more than chance) to 1 (the token determines the
+    expert) (Vinh, Epps and Bailey 2010, who compute the chance by a formula instead of shuffling)."""
 
     bits: float
     chance_bits: float
@@ -42,12 +43,13 @@ class Specialization:
 
 @dataclass(frozen=True)
 class ExpertStats:
-    """Holds the statistics of the experts of one transformer block.
+    """Holds the statistics of the experts of one transformer block. A choice is a pair of a token and one of its
+    experts.
 
-    count: number of choices that each expert computed. first_count: number of tokens that rank each expert first.
-    top_tokens: the most typical tokens of each expert. class_share: (experts, character classes), the share of each
-    class in an expert's choices; a row sums to 1, or to 0 if the expert has none. overall_class_share: the same over
-    the choices of all experts.
+    count: number of choices that each expert computed. first_count: number of tokens for which each expert has the
+    largest weight. top_tokens: the most typical tokens of each expert. class_share: (experts, character classes), the
+    share of each class in an expert's choices; a row sums to 1, or to 0 if the expert has none. overall_class_share:
+    the same over the choices of all experts.
     """
 
     count: list[int]
@@ -61,8 +63,9 @@ class ExpertStats:
 def compute_expert_stats(
     tokens_T: Tensor, class_T: Tensor, ids_TK: Tensor, computed_TK: Tensor, first_T: Tensor, sizes: tuple[int, int]
 ) -> ExpertStats:
-    """Computes the statistics of a block. tokens_T, class_T, first_T (-1: no expert): int64. ids_TK: int64.
-    computed_TK: bool, the choices that count. sizes: (experts, classes)."""
+    """Computes the statistics of one block. tokens_T: int64, token ids. class_T: int64, their character classes.
+    ids_TK: int64, the experts of each token. computed_TK: bool, the choices to count. first_T: int64, the expert with
+    the largest weight, -1: none. sizes: number of (experts, classes)."""
     num_experts, num_classes = sizes
     token_N = tokens_T[:, None].expand_as(ids_TK)[computed_TK]
     class_N = class_T[:, None].expand_as(ids_TK)[computed_TK]
@@ -104,7 +107,8 @@ def _top_tokens(token_N: Tensor, expert_N: Tensor, num_experts: int) -> list[lis
 
 
 def specialization(tokens_T: Tensor, first_T: Tensor) -> Specialization:
-    """Computes the adjusted mutual information. tokens_T, first_T: int64, each token and its first expert."""
+    """Computes the adjusted mutual information of tokens and first experts. tokens_T, first_T: int64, of the same
+    tokens."""
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(len(first_T), generator=generator) for _ in range(SHUFFLES)]
     bits = mutual_information(tokens_T, first_T)
@@ -116,7 +120,8 @@ def specialization(tokens_T: Tensor, first_T: Tensor) -> Specialization:
 
 
 def mutual_information(a_T: Tensor, b_T: Tensor) -> float:
-    """Returns bits, from relative frequencies. a_T, b_T: int64, at least 0."""
+    """Returns the mutual information of the values in two tensors, in bits, from their relative frequencies. a_T, b_T:
+    int64, at least 0."""
     pair_T = a_T * (int(b_T.max()) + 1 if len(b_T) else 1) + b_T
     return max(entropy_bits(a_T) + entropy_bits(b_T) - entropy_bits(pair_T), 0.0)
 

@@ -75,7 +75,7 @@ def style_sheet(num_blocks: int) -> str:
 
 
 def heat(ratio: float) -> int:
-    """Returns the colour step of a share that is `ratio` times the fair one, 0 to HEAT - 1."""
+    """Returns the colour step, 0 to HEAT - 1, of an expert's share that is `ratio` times an equal share."""
     if ratio <= 0:
         return 0
     return min(max(round(4 * log2(ratio)) + STEPS_FROM_FAIR, 0), HEAT - 1)

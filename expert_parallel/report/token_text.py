@@ -1,4 +1,5 @@
-"""Converts tokens to readable text: what each shows in its text, its name, and its kind of character."""
+"""Converts tokens to readable text: the text that each token adds to its sequence, a display name, and a class of
+characters."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -21,8 +22,8 @@ class TokenText:
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[TokenText]:
-    """Decodes one sequence. Each token is decoded after the previous text, since some tokenizers drop a leading
-    space."""
+    """Decodes one sequence, and returns the text that each token adds. Tokens that are bytes of one character share a
+    text. Each token is decoded together with the one before it, since some tokenizers drop a leading space."""
     found: list[TokenText] = []
     before: list[int] = []
     group: list[int] = []
@@ -39,10 +40,10 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[TokenText]:
 
 
 def character_classes(found: Sequence[TokenText]) -> list[int]:
-    """Returns the index in CHARACTER_CLASSES of each token of one sequence.
+    """Returns, for each token of one sequence, the index in CHARACTER_CLASSES of its class. found: from `token_texts`.
 
-    A token counts as its first character that is no blank. Blanks are indentation if only blanks precede them in the
-    line."""
+    The first character that is not whitespace decides. Whitespace alone is indentation at the beginning of a line, and
+    else spaces."""
     numbers: list[int] = []
     at_line_start = False  # False at first: a sequence may begin anywhere in a line
     for piece in found:
@@ -66,7 +67,8 @@ def _character_class(text: str, at_line_start: bool) -> str:
 
 
 def display_name(tokenizer: Tokenizer, token: int) -> str:
-    """Returns the display name of one token: blanks are visible, and a part of a character is shown as its number."""
+    """Returns a token's display name: its text with whitespace made visible, or `#` and its id if it is part of a
+    character."""
     text = tokenizer.decode([token])
     if not text or UNKNOWN in text:
         return f"#{token}"

@@ -1,4 +1,5 @@
-"""Reads a run's metrics.jsonl: its progress, its held-out losses, and when these reach another run's."""
+"""Reads a run's metrics.jsonl: its progress, its held-out losses, and the step from which on these stay below a given
+loss."""
 
 import json
 import math
@@ -11,7 +12,8 @@ END_BYTES = 1 << 23  # more than two lines, even with thousands of experts in ea
 
 @dataclass(frozen=True)
 class Curve:
-    """Holds held-out losses, nats a token, by step; step 0 is the untrained model."""
+    """Holds held-out losses, in nats per token, and the steps after which they were measured; step 0 is the untrained
+    model."""
 
     steps: list[int]
     losses: list[float]
@@ -49,8 +51,8 @@ class Curve:
 
 
 def read_curve(folder: Path) -> Curve:
-    """Reads the curve of a run's folder, empty before its first evaluation. Raises ValueError where a loss is not
-    finite.
+    """Reads the held-out losses of the run in `folder`; the curve is empty before its first evaluation. Raises
+    ValueError if a loss is not finite.
 
     Ignores an incomplete last line, which a run that is training or was killed may leave."""
     steps, losses = [], []
@@ -66,7 +68,8 @@ def read_curve(folder: Path) -> Curve:
 
 
 def steps_done(folder: Path) -> int:
-    """Returns the last logged step. Reads the end of the file alone, since it is called often."""
+    """Returns the last step in the metrics.jsonl of the run in `folder`, 0 if there is none. Reads only the end of the
+    file, since it is called often."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return 0

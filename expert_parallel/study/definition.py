@@ -78,7 +78,8 @@ STUDY_OWNED_SETTINGS = {
 
 @dataclass(frozen=True)
 class StudyRun:
-    """Describes one training run of a study. A trial and the run that continues it share a folder."""
+    """Describes one training run of a study. rate: learning rate. steps: number of steps to train. A trial and the
+    full-length run that continues it share a folder."""
 
     variant: str
     rate: float
@@ -96,8 +97,8 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Study:
-    """Holds a study's settings, and the variants to train, the reference among them. steps: of a run after the
-    trials."""
+    """Holds a study's settings and what is trained. names: the variants to train, including the reference. steps:
+    number of steps of a full-length run (trials are shorter)."""
 
     settings: StudyConfig
     names: list[str]
@@ -108,7 +109,8 @@ class Study:
         return Path(self.settings.folder)
 
     def run(self, variant: str, rate: float, seed: int, steps: int) -> StudyRun:
-        """Returns a run with its config. Raises ValueError where the variant's settings cannot work."""
+        """Returns a run of the variant with its config. rate: learning rate. Raises ValueError if the variant's
+        settings are not valid."""
         folder = self.folder / variant / f"lr_{rate:g}" / f"seed_{seed}"
         own = {
             "run": {"folder": str(folder)},
@@ -118,16 +120,17 @@ class Study:
         return StudyRun(variant, rate, seed, steps, _config_of(self.settings, variant, own))
 
     def trials(self, variant: str) -> list[StudyRun]:
-        """Returns the variant's trials: each learning rate with the first seed."""
+        """Returns the variant's trials: a run of `trial_steps` for each learning rate, with the first seed."""
         first = self.settings.seeds[0]
         return [self.run(variant, rate, first, self.settings.trial_steps) for rate in self.settings.learning_rates]
 
     def finals(self, variant: str, rate: float) -> list[StudyRun]:
-        """Returns the variant's runs with all seeds, at this learning rate."""
+        """Returns the variant's full-length runs at this learning rate, one for each seed."""
         return [self.run(variant, rate, seed, self.steps) for seed in self.settings.seeds]
 
     def all_runs(self) -> list[StudyRun]:
-        """Returns every run that could be trained, of all variants in the settings."""
+        """Returns a full-length run for each variant, learning rate and seed, although only one learning rate per
+        variant is trained to the end."""
         return [
             run
             for name in self.settings.variants
@@ -142,8 +145,8 @@ def _config_of(settings: StudyConfig, variant: str, own: dict[str, Any]) -> Conf
 
 
 def read_study(path: Path, overrides: list[str], only: list[str] | None) -> Study:
-    """Reads a study's file. only: names of variants; None: all. Raises ValueError for a study in which something cannot
-    work."""
+    """Reads a study's file. only: names of variants to train besides the reference; None: all. Raises ValueError for
+    settings of the study or of a variant that are not valid."""
     settings = read_settings(StudyConfig, load_tree(path, overrides, StudyConfig), str(path))
     for name in only or ():
         if name not in settings.variants:

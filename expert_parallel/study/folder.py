@@ -1,5 +1,5 @@
-"""Manages a study's folder: which of its runs are done, a lock against a second study, and the time that all sessions
-took."""
+"""Manages a study's folder: tells which of its runs are done, locks it against a second study, and records how long
+each execution of the command (session) took."""
 
 import fcntl
 import re
@@ -23,8 +23,8 @@ IGNORED_SETTINGS = ("training.steps", "data.sha256", "data.end_id", "run.log_eve
 
 
 def is_done(run: StudyRun) -> bool:
-    """Returns True if the run has every evaluation up to its number of steps, and a checkpoint of that step or a later
-    one."""
+    """Returns True if metrics.jsonl has every evaluation up to the run's number of steps, and a checkpoint of that step
+    or a later one exists."""
     checkpoints = list_checkpoints(run.folder / "checkpoints")
     if not checkpoints or int(checkpoints[-1].name.rpartition("_")[2]) < run.steps:
         return False
@@ -32,13 +32,13 @@ def is_done(run: StudyRun) -> bool:
 
 
 def has_diverged(run: StudyRun) -> bool:
-    """Returns True if the run's log ends with a loss that is not finite (training/loop.py), which a repetition would
-    give again."""
+    """Returns True if the run's log ends with the error that training raises when the loss is not finite. Training is
+    deterministic, so repeating the run would not help."""
     return re.match(r"error: step \d+: the loss is ", last_log_line(run.folder)) is not None
 
 
 def curve_of(run: StudyRun) -> Curve:
-    """Returns the run's held-out losses up to its number of steps."""
+    """Returns the held-out losses of the run up to its number of steps."""
     return read_curve(run.folder).until(run.steps)
 
 
@@ -48,14 +48,15 @@ def loss_of(run: StudyRun) -> float:
 
 
 def last_log_line(folder: Path) -> str:
-    """Returns the last line of a run's log, with the log's path."""
+    """Returns the last line of the log of the run in `folder`, followed by the log's path."""
     path = folder / "log.txt"
     lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()] if path.exists() else []
     return f"{lines[-1].strip() if lines else 'the log is empty'} ({path})"
 
 
 def check_existing_runs(study: Study) -> None:
-    """Raises ValueError where a run's folder holds a run with other settings or other data."""
+    """Raises ValueError if a folder that this study would use holds a run with other settings, or if runs had different
+    data."""
     for run in study.all_runs():
         then = saved_config(run)
         if then is None:
@@ -71,8 +72,8 @@ def check_existing_runs(study: Study) -> None:
 
 
 def find_data_digest(study: Study) -> str | None:
-    """Returns the digest of the data that the runs were trained on, None before the first. Raises ValueError where they
-    differ."""
+    """Returns the SHA-256 of the data that the study's runs were trained on; None before the first run. Raises
+    ValueError if the runs' data differ."""
     found = {config.data.sha256: run.folder for run in study.all_runs() if (config := saved_config(run)) is not None}
     found.pop(None, None)
     if len(found) > 1:
@@ -91,8 +92,9 @@ def saved_config(run: StudyRun) -> Config | None:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[int]:
-    """Locks a folder and yields the lock's file descriptor, for the runs to inherit: the lock is held as long as one of
-    them lives, even after this process. Raises ValueError where another process holds it."""
+    """Locks a folder in the body of a `with` statement, and yields the lock's file descriptor, for training processes
+    to inherit: the lock is held as long as one of them lives, even after this process. Raises ValueError if another
+    process holds it."""
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,7 +108,8 @@ def lock_folder(folder: Path) -> Iterator[int]:
 
 
 class Session(BaseModel):
-    """Holds one session of the command. began: seconds since 1970."""
+    """Records one execution of `expert-parallel study`. began: seconds since 1970. seconds: its duration. commit: of
+    the sources."""
 
     began: float
     seconds: float
@@ -117,7 +120,7 @@ Sessions = TypeAdapter(list[Session])
 
 
 def read_sessions(folder: Path) -> list[Session]:
-    """Reads all sessions of the folder. Raises ValueError where the file is damaged."""
+    """Reads all executions recorded in the folder. Raises ValueError if the file is damaged."""
     path = folder / "sittings.json"
     try:
         return Sessions.validate_json(path.read_bytes()) if path.exists() else []
@@ -129,8 +132,8 @@ def read_sessions(folder: Path) -> list[Session]:
 
 @contextmanager
 def session(folder: Path) -> Iterator[Callable[[], None]]:
-    """Appends this session's duration and commit to the folder's file at the end. Yields a function that writes them so
-    far, to be called now and then in case the session is killed."""
+    """Records the duration and commit of this execution in the folder when the body of the `with` statement ends.
+    Yields a function that records the duration so far, to be called now and then in case the process is killed."""
     earlier, begin = read_sessions(folder), time.time()
     commit = find_commit()
 

@@ -1,5 +1,5 @@
-"""Collects the results of a study: losses, what each variant needed to reach the reference's loss, and a table in
-Markdown."""
+"""Collects the results of a study: losses, the steps, time and FLOPs with which each variant reached the reference's
+loss, and a table in Markdown."""
 
 import os
 import statistics
@@ -16,9 +16,11 @@ from expert_parallel.study.step_times import StepTimes
 
 
 class Speedup(BaseModel):
-    """Says when one seed reached the final loss of the reference's run with that seed.
+    """Compares one seed of a variant with the reference's run of that seed.
 
-    step: None if it did not. steps, time, flops: what the reference needed over what this run needed."""
+    step: the step from which on this run's held-out loss stays at or below the final loss of the reference's run; None
+    if it does not. steps, time, flops: the steps, time and FLOPs of the whole reference run divided by those of this
+    run up to `step`."""
 
     seed: int
     step: float | None
@@ -30,8 +32,9 @@ class Speedup(BaseModel):
 class VariantResult(BaseModel):
     """Holds the results of one variant.
 
-    trials: (learning rate, held-out loss after the trial; None if it diverged). curves: by seed, in the study's order.
-    flops: per token, forward and backward."""
+    claim: what its paper claims. flops: per token, forward and backward. trials: (learning rate, held-out loss after
+    the trial; None if it diverged). rate: the best learning rate. curves: held-out losses of the full-length runs, in
+    the order of the study's seeds. reached: by seed; empty for the reference."""
 
     name: str
     claim: str
@@ -51,7 +54,9 @@ class VariantResult(BaseModel):
 
 
 class StudyResult(BaseModel):
-    """Holds the results of a study. not_measured: variants that were left out. hours: of all sessions."""
+    """Holds the results of a study. not_measured: variants that were not trained. tokens_of_step: tokens in a training
+    step. jobs: number of runs at a time. threads: CPU threads of each. commits: of the sources. hours: duration of all
+    executions of the command."""
 
     reference: str
     variants: list[VariantResult]
@@ -77,7 +82,8 @@ class StudyResult(BaseModel):
 def collect_results(
     study: Study, rates: dict[str, float], step_times: dict[str, StepTimes], device: str
 ) -> StudyResult:
-    """Reads the results of all runs. rates, step_times: by variant, for all variants of the study."""
+    """Reads the results of all runs, which must be done. rates: the best learning rate of each variant. step_times: by
+    variant. device: the name of the device that steps were timed on."""
     settings, sessions = study.settings, read_sessions(study.folder)
     reference = study.finals(settings.reference, rates[settings.reference])
     training, evaluation = reference[0].config.training, reference[0].config.evaluation
@@ -123,7 +129,7 @@ def collect_results(
 
 
 def reached(result: StudyResult, variant: VariantResult, number: int, seed: int) -> Speedup:
-    """Compares one seed of a variant with the reference's run of the same seed."""
+    """Compares one seed of a variant with the reference's run of the same seed. number: the seed's index."""
     reference = result.variant(result.reference)
     step = variant.curves[number].step_reaching(reference.curves[number].final)
     if step is None:
@@ -139,7 +145,7 @@ def reached(result: StudyResult, variant: VariantResult, number: int, seed: int)
 
 
 def read_corpus_line(folder: Path) -> str:
-    """Returns the description of the data that the run has logged."""
+    """Returns the description of the data in the log of the run in `folder`, `unknown` if there is none."""
     lines = (folder / "log.txt").read_text(errors="replace").splitlines()
     return next((line.removeprefix("data: ") for line in lines if line.startswith("data: ")), "unknown")
 
@@ -197,7 +203,8 @@ def format_study(result: StudyResult) -> str:
 
 
 def spread(values: list[float], form: str) -> str:
-    """Formats the mean, and the range if there are several values."""
+    """Formats the mean of the values and, if there are several, their range. form: format of a number, such as
+    `{:.2f}`."""
     text = form.format(statistics.fmean(values))
     return text if len(values) == 1 else f"{text} ({form.format(min(values))} to {form.format(max(values))})"
 
@@ -215,14 +222,14 @@ def gain(result: StudyResult, variant: VariantResult, what: str) -> str:
 
 
 def at_edge(variant: VariantResult) -> bool:
-    """Returns True if the best of several learning rates was the smallest or largest, so that a better one may lie
-    beyond."""
+    """Returns True if several learning rates were tried and the best was the smallest or largest, so that a better one
+    may lie beyond."""
     rates = [rate for rate, _ in variant.trials]
     return len(rates) > 1 and variant.rate in (min(rates), max(rates))
 
 
 def claim_line(variant: VariantResult) -> str:
-    """Formats the paper's claim and what was measured."""
+    """Formats the claim of the variant's paper, and next to it the mean speedups that were measured."""
     steps = [one.steps for one in variant.reached if one.steps is not None]
     flops = [one.flops for one in variant.reached if one.flops is not None]
     if not steps:
@@ -235,7 +242,7 @@ def claim_line(variant: VariantResult) -> str:
 
 
 def trials_line(result: StudyResult) -> str:
-    """Formats the loss of every trial."""
+    """Formats the held-out loss of every trial, by variant and learning rate."""
     return "; ".join(
         f"{variant.name} "
         + ", ".join(f"{rate:g}: {'diverged' if loss is None else f'{loss:.4f}'}" for rate, loss in variant.trials)

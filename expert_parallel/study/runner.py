@@ -1,6 +1,6 @@
 """Trains the runs of a study, several at a time, each in a process of its own, until all are done.
 
-What is done is read from the runs' folders, so a study that was stopped continues where it was, and a run that was
+The runs' folders tell which runs are done, so a study that was stopped continues with the others, and a run that was
 stopped continues from its newest checkpoint."""
 
 import signal
@@ -37,7 +37,7 @@ ShowFn = Callable[[Callable[[], str]], None]
 
 @dataclass(frozen=True)
 class Job:
-    """Pairs a run with its process."""
+    """Pairs a run with the process that trains it."""
 
     run: StudyRun
     process: subprocess.Popen[bytes]
@@ -45,8 +45,8 @@ class Job:
 
 @dataclass
 class StudyProgress:
-    """Computes how far the study is. wanted: steps by folder of a run. first: steps done when this session began, at
-    `began`."""
+    """Computes how many of the study's steps are done. wanted: number of steps to train, by folder of a run. began,
+    first: time (monotonic seconds) and number of steps done when this execution began. jobs: the runs in training."""
 
     began: float
     wanted: dict[Path, int]
@@ -54,7 +54,7 @@ class StudyProgress:
     jobs: list[Job] = field(default_factory=list)
 
     def done(self) -> int:
-        """Returns the steps done, of all runs."""
+        """Returns the number of steps done, over all runs."""
         return sum(min(steps_done(folder), wanted) for folder, wanted in self.wanted.items())
 
     def text(self) -> str:
@@ -72,10 +72,11 @@ class StudyProgress:
 
 
 def run_study(study: Study, print_progress: ProgressFn, show: ShowFn) -> dict[str, float]:
-    """Trains what is left to train, and returns the learning rate of each variant.
+    """Trains all runs that are not done yet, and returns the best learning rate of each variant.
 
-    show: is called every POLL_SECONDS with a function that formats the progress. Raises ValueError where a folder holds
-    a run of another study, where another process holds the lock, or where a run fails that the study depends on."""
+    show: is called every POLL_SECONDS with a function that formats the progress. Raises ValueError if a folder holds a
+    run of another study, if another process holds the lock, if a run fails, or if all trials of a variant or a
+    full-length run diverge."""
     check_existing_runs(study)
     study.folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(study.folder) as lock, session(study.folder) as note_time:
@@ -100,8 +101,8 @@ def run_study(study: Study, print_progress: ProgressFn, show: ShowFn) -> dict[st
 
 
 def end_message(job: Job) -> str:
-    """Returns a sentence about how a run ended. Raises ValueError where it failed for another reason than divergence:
-    disk, memory, a signal."""
+    """Returns a sentence about how a run ended: done, stopped, or diverged. Raises ValueError if it failed for another
+    reason, such as disk, memory or a signal."""
     run, code = job.run, job.process.returncode
     if code == 0 and is_done(run):
         return f"done: {run}, {run.steps} steps, held-out loss {loss_of(run):.4f}"
@@ -115,9 +116,10 @@ def end_message(job: Job) -> str:
 
 
 def pending_runs(study: Study) -> list[StudyRun]:
-    """Returns the runs to train: trials first, and a variant's long runs once all of its trials are done.
+    """Returns the runs to train: trials first, and a variant's full-length runs at its best learning rate once its
+    trials are done.
 
-    Raises ValueError where a long run, or every trial of a variant, has diverged."""
+    Raises ValueError if a full-length run, or every trial of a variant, has diverged."""
     trials, finals = list[StudyRun](), list[StudyRun]()
     for name in study.names:
         open_trials = [run for run in study.trials(name) if not is_done(run) and not has_diverged(run)]
@@ -136,8 +138,8 @@ def pending_runs(study: Study) -> list[StudyRun]:
 
 
 def best_rate(study: Study, name: str) -> float:
-    """Returns the learning rate with the lowest held-out loss after `trial_steps`. Raises ValueError where all have
-    diverged."""
+    """Returns the learning rate of the variant `name` with the lowest held-out loss after `trial_steps`. Raises
+    ValueError if all trials have diverged."""
     losses = {run.rate: loss_of(run) for run in study.trials(name) if is_done(run)}
     if not losses:
         first = study.trials(name)[0]
@@ -146,8 +148,8 @@ def best_rate(study: Study, name: str) -> float:
 
 
 def target_steps(study: Study) -> dict[Path, int]:
-    """Returns the number of steps of every run, by folder. Before a variant's best learning rate is known, its long
-    runs count with the first one."""
+    """Returns the number of steps to train, by folder of a run. Until a variant's best learning rate is known, its
+    full-length runs are counted at the first learning rate."""
     wanted: dict[Path, int] = {}
     for name in study.names:
         trials = [run for run in study.trials(name) if not has_diverged(run)]
@@ -172,10 +174,10 @@ def done_variants(study: Study) -> list[str]:
 
 
 def start_job(run: StudyRun, study: Study, lock: int) -> Job:
-    """Starts `expert-parallel train` in a process session of its own, so that an interrupt from the terminal reaches
-    the study alone, which passes it on.
+    """Starts `expert-parallel train` for a run, in a process session of its own, so that an interrupt from the terminal
+    reaches only this process, which then stops the runs itself.
 
-    The digest of the earlier runs' data is set in its config, so that other data are refused."""
+    The run's config has the SHA-256 of the data that earlier runs used, so that training refuses other data."""
     run.folder.mkdir(parents=True, exist_ok=True)
     data = run.config.data.model_copy(update={"sha256": run.config.data.sha256 or find_data_digest(study)})
     path = run.folder / "study.yaml"

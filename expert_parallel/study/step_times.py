@@ -1,5 +1,5 @@
-"""Times a training step of each variant, from trained models side by side in one process: the times of the runs
-themselves were taken while others ran, on a machine whose speed may have changed in between."""
+"""Times a training step of each variant in turn with the reference's, in one process and from trained weights. The
+times that the runs logged cannot be compared, since other runs were training at the same time."""
 
 import io
 from contextlib import redirect_stdout
@@ -18,22 +18,23 @@ ROUNDS = 9
 
 
 class StepTimes(BaseModel):
-    """Holds milliseconds of a training step, and the reference's from the same rounds."""
+    """Holds the milliseconds of a training step of one variant (`own`) and of the reference, from the same rounds."""
 
     own: Times
     reference: Times
 
     @property
     def speed(self) -> float:
-        """Returns the time of the reference's step over this one's."""
+        """Returns the median time of the reference's step divided by that of the variant's step."""
         return self.reference.median / self.own.median
 
 
 def step_times(study: Study, rates: dict[str, float], rounds: int = ROUNDS) -> tuple[dict[str, StepTimes], str]:
-    """Returns the times by variant, and the device's name. Each variant is timed together with the reference, so that
-    only two models are in memory at a time.
+    """Returns the times of a training step by variant, and the device's name. Each variant is timed together with the
+    reference, so that only two models are in memory at a time.
 
-    The runs must be done; their checkpoints are read and not changed."""
+    rates: learning rate of each variant's full-length runs, which must be done. Their checkpoints are read and not
+    changed."""
     torch.set_num_threads(study.settings.threads)
     keep_freed_memory()
     name = study.settings.reference

@@ -1,5 +1,5 @@
-"""Compares each rank's tensors of a training step with the reference: relative error, ratio, and the rank that is
-worst."""
+"""Compares each rank's tensors of a training step with the reference's: relative error, ratio, and the rank with the
+largest error."""
 
 import json
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ GROUPS = ("embedding", "attention", "ffn", "router", "experts", "shared experts"
 
 
 def parameter_group(name: str) -> str:
-    """Returns the column of the table that a parameter belongs to. name: the logical name."""
+    """Returns the group in `GROUPS` that a parameter belongs to, by its logical name."""
     for part, group in (
         ("norm.", "norm"),
         (".router.", "router"),
@@ -40,9 +40,10 @@ def parameter_group(name: str) -> str:
 
 
 def expected_tensors(reference: ReferenceStep, initial: Tensors, start: Tensors) -> Tensors:
-    """Returns every reference tensor that is compared, in float64, by the name `what/where`.
+    """Returns every tensor that is compared, as the reference computed it, in float64. The names are `quantity/place`,
+    such as `gradient/embedding.weight`.
 
-    initial: weights before `perturb`. start: weights that the step starts from."""
+    initial: the model's initial weights, before `perturb`. start: the weights that the step starts from."""
     after = reference.weights | reference.balance_biases
     found: Tensors = {
         "loss/loss": torch.tensor([reference.loss]),
@@ -73,9 +74,10 @@ def _layer_tensors(layer: int, layer_record: LayerRecord | LayerTotals, dropped:
 def actual_tensors(
     run: TrainingRun, captured: CapturedStep, before: Tensors, start: Tensors, expected: Tensors
 ) -> Pairs:
-    """Pairs each tensor of this rank with the slice of `expected` that the rank should hold.
+    """Pairs each tensor that this rank has with the slice of the expected tensor that it should equal, by name.
 
-    before: this rank's weights as the model initialised them. start: weights that the step starts from."""
+    before: this rank's initial weights, as its model was built. start: the weights that the step starts from. expected:
+    from `expected_tensors`."""
     report, training = captured.report, run.config.training
     found: Tensors = {
         "loss/loss": torch.tensor([report.loss]),
@@ -99,8 +101,10 @@ def actual_tensors(
 
 
 def coverage(divisions: list[TokenPartition], shape: tuple[int, int]) -> Pairs:
-    """Counts the ranks that hold each token of each micro-step, and pairs the counts with ones. shape: (sequences,
-    positions)."""
+    """Counts, for every micro-step, how many ranks hold each token, and pairs the counts with ones, since exactly one
+    should.
+
+    divisions: for each micro-step, the tokens of every rank. shape: (sequences, positions) of a micro-step."""
     found = {}
     for micro_step, division in enumerate(divisions):
         num_holders = torch.zeros(shape, dtype=torch.float64)
@@ -115,10 +119,10 @@ def coverage(divisions: list[TokenPartition], shape: tuple[int, int]) -> Pairs:
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """Holds the error of one tensor on the rank where it is largest.
+    """Holds the error of one tensor on the rank where it is largest, with a: actual, b: expected.
 
-    relative: max |a - b| / max |b|. ratio: least-squares factor of a to b. residual: max |a - ratio * b| / max |b|, so
-    0 means that a is exactly ratio * b. is_present: False if no rank has the tensor."""
+    relative: max |a - b| / max |b|. ratio: the r that minimises |a - r * b|^2. residual: max |a - ratio * b| / max |b|;
+    0 if a is exactly ratio * b. is_present: False if no rank has the tensor. rank: the rank of the largest error."""
 
     name: str
     is_present: bool
@@ -129,16 +133,17 @@ class TensorDifference:
 
     @property
     def column(self) -> str:
-        """Returns the column of the table that this tensor counts in."""
+        """Returns the key of the table's column that shows this tensor."""
         what, _, where = self.name.partition("/")
         return f"gradient: {parameter_group(where)}" if what == "gradient" else what
 
 
 def compare(pairs: Pairs, expected: Tensors, floor: float) -> list[TensorDifference]:
-    """Returns the worst difference of each name in `expected` and `pairs`; every rank gets the same list. A collective.
+    """Returns, for each name in `expected` and in the `pairs` of this rank, the difference on the rank where it is
+    largest; every rank gets the same list. A collective; all ranks must pass the same names in `expected`.
 
-    floor: tensors whose max |b| is below this share of the largest of their kind are compared relative to that
-    share."""
+    floor: a tensor whose max |b| is below `floor` times the largest value of its quantity (all gradients, say) is
+    compared relative to that product instead."""
     largest: dict[str, float] = {}
     for name, value in expected.items():
         what = name.partition("/")[0]
@@ -179,8 +184,8 @@ def _measure(a: Tensor, b: Tensor, smallest: float) -> tuple[float, float, float
 
 
 def broadcast_tensors(tensors: Tensors | None) -> Tensors:
-    """Broadcasts rank 0's float64 tensors: names and shapes as JSON, then one flat buffer. tensors: None on other
-    ranks."""
+    """Broadcasts rank 0's float64 tensors to all ranks and returns them: names and shapes as JSON, then one flat
+    buffer. A collective. tensors: None on the other ranks."""
     header = b"" if tensors is None else json.dumps({n: list(t.shape) for n, t in tensors.items()}).encode()
     text = _broadcast(torch.frombuffer(bytearray(header or b"\0"), dtype=torch.uint8))
     shapes: dict[str, list[int]] = json.loads(bytes(text.tolist()))

@@ -1,8 +1,8 @@
-"""Checks dropout masks, which the main comparison switches off: they must differ between ranks, which hold different
-tokens, and be the same when a block is recomputed in the backward pass.
+"""Checks dropout masks, since the main comparison runs without dropout: masks must differ between ranks, which hold
+different tokens, and be the same when a block is recomputed in the backward pass.
 
-The check runs one more step in which every block receives one vector in place of every token. Without dropout all
-tokens of all ranks then have equal outputs, so outputs of two ranks are equal if and only if their masks are."""
+The check runs one more step in which every block receives the same vector for every token. Without dropout all tokens
+of all ranks then have equal outputs, so outputs of two ranks are equal if and only if their masks are."""
 
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -34,7 +34,8 @@ def dropout_probabilities(config: Config) -> dict[str, float]:
 
 
 def check_dropout(config: Config, probabilities: dict[str, float], runtime: Runtime) -> list[str]:
-    """Returns what is wrong as sentences, the same on every rank. A collective."""
+    """Runs the check with dropout at the branches of blocks, then in the experts. Returns each error as a sentence, the
+    same list on every rank. A collective."""
     found = []
     for settings in (BRANCHES, EXPERTS):
         chosen = {path: probabilities[path] for path in settings if path in probabilities}
@@ -93,8 +94,8 @@ def _check(config: Config, setting: str, runtime: Runtime) -> list[str]:
 
 @dataclass(frozen=True)
 class DropoutSums:
-    """Holds what the masks of one rank show. outputs: by place, each token's output summed over its features, first
-    micro-step."""
+    """Holds what shows the masks of one rank. outputs: by place (`embedding`, `block 3`), the sum over the features of
+    each token's output in the first micro-step."""
 
     outputs: dict[str, list[float]]
     grad_norm: float
@@ -105,7 +106,7 @@ class DropoutSums:
         return alike and _is_close([self.grad_norm], [other.grad_norm])
 
     def same_masks(self, other: Self) -> list[str]:
-        """Returns the places at which two ranks have equal outputs, hence equal masks."""
+        """Returns the places at which both ranks have equal outputs, which means that they have drawn equal masks."""
         both = [where for where in self.outputs if where in other.outputs]
         return [where for where in both if _is_close(self.outputs[where], other.outputs[where])]
 

@@ -61,8 +61,9 @@ HINTS = {
 
 
 def explain(result: LayoutResult, tolerance: float) -> list[str]:
-    """Returns sentences: the worst tensor of each column in the first part of the step that differs, the later columns
-    that differ as a consequence, and the findings of ledger and dropout."""
+    """Returns sentences on what differs in a layout: for the earliest part of the step that differs, the worst tensor
+    of each column; then the names of later columns that differ as a consequence, and the errors of ledger and
+    dropout."""
     by_column: dict[str, list[TensorDifference]] = {}
     for difference in result.wrong(tolerance):
         by_column.setdefault(difference.column, []).append(difference)
@@ -111,7 +112,8 @@ def _cause_text(difference: TensorDifference, degrees: dict[str, int], tolerance
 
 
 def _candidate_degrees(column: str, degrees: dict[str, int]) -> list[str]:
-    """Returns the degrees above 1 that may be at fault, the most likely first."""
+    """Returns the names of the degrees above 1 that may have caused a wrong factor in this column, the most likely
+    first."""
     dense = ("dp", "cp", "tp", "pp", "micro_steps")
     experts = ("ep", "etp", "edp", "pp", "micro_steps")
     order = experts if column == "gradient: experts" else dense

@@ -1,7 +1,8 @@
-"""Computes the bytes that one training step sends, by parallel axis, from sizes alone: activations, weights, gradients.
+"""Computes the bytes that one training step sends, by parallel axis, from sizes alone: activations, weights and
+gradients. Those of the MoE layers are in formulas_moe.py.
 
-formulas_moe.py has those of the MoE layers. Each function implements a table of model/README.md, independently of the
-code that communicates, so that traffic.py can compare the two."""
+Each function implements a table of model/README.md, independently of the code that communicates, so that traffic.py can
+compare these bytes with measured ones."""
 
 import math
 import re
@@ -54,22 +55,22 @@ class StepSizes:
 
     @property
     def sequences(self) -> int:
-        """Returns the sequences of a micro-step, over all data ranks."""
+        """Returns the number of sequences in a micro-step, over all data ranks."""
         return self.training.global_batch // self.training.micro_steps
 
     @property
     def tokens(self) -> int:
-        """Returns M * N, the tokens of the whole step."""
+        """Returns the number of tokens in the whole step, over all micro-steps and ranks."""
         return self.training.global_batch * self.training.sequence_length
 
     @property
     def compute_bytes(self) -> int:
-        """Returns the bytes of an activation."""
+        """Returns the bytes of one element of an activation."""
         return DTYPES[self.training.dtype].itemsize
 
     @property
     def param_bytes(self) -> int:
-        """Returns the bytes of a stored weight or gradient, and of the router's numbers: float32 or wider."""
+        """Returns the bytes of one element of a stored weight, a gradient or the router's scores: float32 or wider."""
         return torch.promote_types(torch.float32, DTYPES[self.training.dtype]).itemsize
 
     @property
@@ -92,13 +93,13 @@ class StepSizes:
 
     @property
     def moe_forward_passes(self) -> int:
-        """Returns the forward passes of a MoE layer in a step, including recomputed ones."""
+        """Returns the number of forward passes of each MoE layer in a step, including recomputed ones."""
         return self.training.micro_steps * (2 if self.recomputes_moe else 1)
 
     @cached_property
     def tokens_per_rank(self) -> list[int]:
-        """Returns the tokens of a micro-step that enter a MoE layer, by rank. Data ranks may have unequal numbers of
-        sequences."""
+        """Returns, by rank, the number of tokens that enter a MoE layer in a micro-step. Data ranks may have unequal
+        numbers of sequences."""
         degrees, found = self.degrees, []
         for rank in range(degrees.world_size):
             _, count = shard_bounds(self.sequences, degrees.dp, rank_coordinates(degrees, rank)["dp"])
@@ -112,11 +113,11 @@ def balance_losses(step: StepSizes) -> list[BalanceLossConfig]:
 
 
 def activation_bytes(step: StepSizes) -> ByteCounts:
-    """Returns the activation traffic of dense blocks and of attention.
+    """Returns the bytes of activations that attention and dense feed-forward networks send in a step, over all ranks.
 
     tp: tokens (latents, for latent attention) are gathered before attention and dense feed-forward networks, and
-    partial sums are reduce-scattered after them. cp: keys and values (or latents) are gathered. Backward does the
-    reverse of each."""
+    partial sums are reduce-scattered after them. cp: keys and values (or latents) are gathered. The backward pass
+    reverses each: it reduce-scatters what was gathered, and gathers what was reduce-scattered."""
     model, training = step.model, step.training
     degrees = step.degrees
     dense = model.num_layers - len(model.moe_layers)
@@ -168,9 +169,11 @@ def _key_value_width(step: StepSizes) -> int:
 
 
 def pipeline_bytes(step: StepSizes) -> ByteCounts:
-    """Returns the traffic between pipeline stages: tokens, the accumulated balance losses, and the gradients of both.
+    """Returns the bytes that pipeline stages send in a step, over all ranks: tokens, the accumulated balance losses,
+    and the gradients of both.
 
-    For the report, f of losses that are pooled over layers is also summed over the stages."""
+    The token fractions f of balance losses that are pooled over layers are also summed over the stages, for the step's
+    report."""
     degrees, M = step.degrees, step.training.micro_steps
     hops = 2 * (degrees.pp * step.parallel.stages_per_rank - 1)
     pooled = 0  # elements of f (and of P) on all ranks of a stage
@@ -199,10 +202,10 @@ VOCABULARY = ("embedding.weight", "unembedding.weight")
 
 @dataclass(frozen=True)
 class ShardedParameter:
-    """Holds a parameter as the ranks of one replica shard it.
+    """Holds how one parameter is divided among the ranks that together hold one copy of the model.
 
-    shapes: on each rank of tp; for experts, on each of ep x etp. is_replicated: tp (etp) does not divide it.
-    num_copies: neighbours in tp that hold the same shard."""
+    shapes: of the shard on each rank of tp; for experts, on each of ep x etp. is_replicated: every rank of tp (for
+    experts, of etp) holds it whole. num_copies: number of tp ranks that hold the same shard."""
 
     name: str
     shapes: list[tuple[int, ...]]
@@ -212,11 +215,12 @@ class ShardedParameter:
 
     @property
     def numel(self) -> int:
-        """Returns the elements over all ranks of the replica."""
+        """Returns the number of elements, summed over `shapes`."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     def padded_numel(self, shards: int) -> int:
-        """Returns the elements when FSDP2 pads the first dimension to a multiple of `shards`."""
+        """Returns the number of elements if the first dimension of each shape is padded to a multiple of `shards`, as
+        FSDP2 does."""
         return sum(-(-rows // shards) * shards * math.prod(rest) for rows, *rest in self.shapes)
 
 
@@ -252,10 +256,11 @@ def _sharded_experts(step: StepSizes, name: str, shape: tuple[int, ...]) -> Shar
 
 
 def weight_bytes(step: StepSizes) -> ByteCounts:
-    """Returns the traffic of weights and gradients.
+    """Returns the bytes of weights and gradients that are sent in a step, over all ranks.
 
     Gradients are summed once a step over the ranks that hold the same shard, whatever the number of micro-steps;
-    sharded weights are gathered for the passes. The first and last stage both hold a tied embedding."""
+    weights that FSDP2 shards are gathered for forward and backward passes. Tied embeddings exist on the first and the
+    last stage, which sum their gradients."""
     degrees, data = step.degrees, step.parallel.data
     W = step.param_bytes
     terms: ByteCounts = Counter()
@@ -310,8 +315,8 @@ def count_gathers(step: StepSizes, data: ShardedConfig, name: str) -> int:
     """Returns how often FSDP2 gathers a weight in a step: once for every forward pass, and again for the backward pass
     if it was resharded in between.
 
-    A pipeline keeps a weight gathered from one backward pass to the next pass. Experts that compute tokens in chunks
-    are gathered for each chunk."""
+    In a pipeline a weight stays gathered from one backward pass to the next pass. Experts that compute their tokens in
+    chunks are gathered for each chunk."""
     is_outside_blocks = name in (*VOCABULARY, "position.weight")
     given_up = data.reshard_after_forward and not is_outside_blocks
     M = step.training.micro_steps

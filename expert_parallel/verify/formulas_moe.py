@@ -1,6 +1,7 @@
-"""Computes the bytes that the MoE layers of one training step send, by parallel axis: counts for losses, scopes, rows.
+"""Computes the bytes that the MoE layers of one training step send, by parallel axis: statistics for losses, scores for
+routers and capacities with a scope beyond one rank, and rows between tokens' ranks and experts' ranks.
 
-See formulas.py. Decisions of the router are taken from the step itself."""
+The sizes come from formulas.py; how many rows the router sends where is taken from the measured step."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ from expert_parallel.verify.formulas import ByteCounts, StepSizes, balance_losse
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """Holds the rows that experts received in a step, over layers, passes (including recomputed ones) and ranks.
+    """Holds the number of rows that experts received in a step, over layers, passes (including recomputed ones) and
+    ranks.
 
     total: sum over ranks. max_rows: the largest number within each group of etp ranks, summed over the groups."""
 
@@ -29,8 +31,8 @@ class ExpertRows:
 
 
 def statistics_bytes(step: StepSizes) -> ByteCounts:
-    """Returns the traffic of statistics: in every pass, counts of choices and tokens for losses; once a step, over all
-    ranks, the gradient norm, cross entropy, number of tokens, and the counts of all layers."""
+    """Returns the bytes of statistics sent in a step, over all ranks: in every pass, counts of choices and tokens for
+    the losses; once a step, the gradient norm, cross entropy, number of tokens, and the counts of all layers."""
     degrees = step.degrees
     numbers = 3  # gradient norm, cross entropy, number of tokens
     terms: ByteCounts = Counter()
@@ -58,8 +60,9 @@ def statistics_bytes(step: StepSizes) -> ByteCounts:
 
 
 def scope_bytes(step: StepSizes) -> ByteCounts:
-    """Returns the traffic of routers and capacities with a scope beyond one rank: gathered scores, padded to the
-    fullest rank, and small reductions over ep. Recomputation adds nothing, since it replays the recorded choices."""
+    """Returns the bytes that routers and capacities with a scope beyond one rank send in a step, over all ranks: scores
+    are gathered, padded to the rank with most tokens, and a few numbers are reduced over ep. Recomputed passes send
+    nothing, since they replay the recorded choices."""
     terms: ByteCounts = Counter()
     if step.model.moe is None:
         return terms
@@ -89,21 +92,22 @@ def scope_bytes(step: StepSizes) -> ByteCounts:
 def padded_all_gather_bytes(
     step: StepSizes, axis: str, width: int, header: int, tokens: Sequence[int] | None = None
 ) -> int:
-    """Returns the bytes of one all-gather per group and layer: a header and the tokens, padded to those of the fullest
-    rank.
+    """Returns the bytes that all-gathers over the groups of an axis send for one layer, over all ranks: from each rank
+    a header and its tokens, padded to the number of the rank with most tokens in the group.
 
-    width: bytes per token. tokens: by rank; None: all tokens of each rank."""
+    width: bytes per token. header: bytes per rank. tokens: number of tokens by rank; None: those of a micro-step."""
     groups, tokens = ranks_by_group(step.degrees)[axis], tokens or step.tokens_per_rank
     sent = [(header + max(tokens[rank] for rank in ranks) * width) * len(ranks) for ranks in groups]
     return sum(sent) * (len(groups[0]) - 1) // step.degrees.pp
 
 
 def dispatch_bytes(step: StepSizes, totals: LayerTotals) -> ByteCounts:
-    """Returns the traffic of one MoE layer's rows: out and back, forward and backward, and once more if it is
-    recomputed.
+    """Returns the bytes that dispatch and combine of one MoE layer send in a step, over all ranks, forward and
+    backward, and forward once more if the layer is recomputed.
 
-    Metadata is 8 bytes per pair of ranks, 8 more per chunk, and expert id and weight for each choice that crosses. The
-    ledger does not record how many choices share a row, so their number is derived from its bytes."""
+    Metadata is 8 bytes per pair of ranks, 8 more per chunk, and expert id and weight for each choice of an expert on
+    another rank. One row may serve several choices; their number is derived from the ledger's bytes. totals: the
+    ledger's counts of this layer."""
     if step.degrees.ep == 1:
         return Counter()
     if step.moe.dispatcher.kind == "all_gather":
@@ -133,8 +137,9 @@ def dispatch_bytes(step: StepSizes, totals: LayerTotals) -> ByteCounts:
 
 
 def all_gather_bytes(step: StepSizes, totals: LayerTotals) -> ByteCounts:
-    """Returns the traffic of the all-gather dispatcher: out go all tokens with all their choices, padded to the fullest
-    rank, chunk by chunk (the ledger counts them unpadded); back and backward move what an all-to-all moves."""
+    """Returns what `dispatch_bytes` does for the all-gather dispatcher. Forward dispatch gathers all tokens with all
+    their choices, padded to the rank with most tokens, chunk by chunk (the ledger counts them unpadded); combine and
+    the backward pass send what an all-to-all sends."""
     row = row_bytes(step)
     M, P = step.training.micro_steps, step.degrees.ep
     header = 8 + 4 * step.chunks  # bytes of metadata per rank
@@ -155,20 +160,21 @@ def all_gather_bytes(step: StepSizes, totals: LayerTotals) -> ByteCounts:
 
 
 def row_bytes(step: StepSizes) -> int:
-    """Returns the bytes of a row between ranks; ledger kind `rows` adds a tag and a checksum."""
+    """Returns the bytes of one token's row sent between ranks; a ledger of kind `rows` adds a tag and a checksum."""
     is_narrow = step.moe.dispatcher.exchange_dtype == "bfloat16"
     number = torch.bfloat16.itemsize if is_narrow else step.compute_bytes
     return step.model.d_model * number + (16 if step.moe.ledger.kind == "rows" else 0)
 
 
 def weight_gradient_bytes(step: StepSizes) -> int:
-    """Returns the bytes of the gradient of one routing weight, 0 for routers whose weights are not trained."""
+    """Returns the bytes of the gradient of one routing weight; 0 for the hash router, whose weights are not trained."""
     return 0 if isinstance(step.router, HashConfig) else step.param_bytes
 
 
 def expert_tensor_bytes(step: StepSizes, rows: ExpertRows) -> ByteCounts:
-    """Returns the traffic of etp: rows are gathered, padded to the fullest rank, and partial outputs are reduced to the
-    ranks that own the rows; gradients go the reverse way. Counts of rows per expert are gathered as well."""
+    """Returns the bytes that the etp ranks of experts send in a step, over all ranks: rows are gathered, padded to the
+    rank with most rows, and partial outputs are reduced to the ranks that own the rows; gradients go the reverse way.
+    The number of rows of each expert is gathered as well."""
     if step.model.moe is None:
         return Counter()
     others, edp = step.degrees.etp - 1, step.degrees.edp

@@ -1,4 +1,5 @@
-"""Parses layouts such as `ep=4,data=sharded`, applies them to a config, and chooses which ones to try by default."""
+"""Parses layouts (how ranks divide a training step) such as `ep=4,data=sharded`, applies them to a config, and chooses
+which ones to try by default."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,14 +27,15 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Names how a step is divided over the ranks. Unnamed degrees are 1, weights are replicated (with `shards`, sharded
-    over that many ranks), and everything else is as in the config."""
+    """Holds how a training step is divided over the ranks, as (name, value) pairs with names from `SETTINGS`. Degrees
+    that are not named are 1, weights are replicated (with `shards`, sharded over that many ranks), and everything else
+    is as in the config."""
 
     settings: tuple[tuple[str, str | int], ...]
 
     @property
     def name(self) -> str:
-        """Returns the text that `parse` accepts, without values that are the default."""
+        """Returns the layout as text that `parse` accepts, without pairs that have their default value."""
         named = [f"{name}={value}" for name, value in self.settings if not _is_default(name, value)]
         return ",".join(named or [f"{name}={value}" for name, value in self.settings])
 
@@ -53,8 +55,8 @@ class Layout:
         return Layout(tuple(settings.items()))
 
     def apply(self, config: Config) -> Config:
-        """Returns the config with this layout; the size of a micro-step is kept. Raises ValueError where the two do not
-        fit."""
+        """Returns the config with this layout. Keeps the number of sequences in a micro-step, so global_batch follows
+        micro_steps. Raises ValueError if config and layout do not fit together."""
         tree = config.model_dump(mode="json")
         named = dict(self.settings)
         values = dict.fromkeys(DEGREES, 1) | {"data": "sharded" if "shards" in named else "replicated"} | named
@@ -89,8 +91,8 @@ def _is_default(name: str, value: str | int) -> bool:
 
 
 def check_layout(config: Config, layout: Layout, num_ranks: int) -> ParallelDegrees:
-    """Returns the degrees of the config in this layout. Raises ValueError, with the layout's name, where training
-    refuses it."""
+    """Returns the parallel degrees of the config in this layout. Raises ValueError, with the layout's name, if training
+    does not support it."""
     try:
         return check_degrees(layout.apply(config), num_ranks)
     except ValueError as error:
@@ -98,15 +100,15 @@ def check_layout(config: Config, layout: Layout, num_ranks: int) -> ParallelDegr
 
 
 def config_layout(tree: dict[str, Any]) -> Layout:
-    """Returns the layout that a config's tree describes."""
+    """Returns the layout that a config's tree of settings describes."""
     blocks = {name: _find_setting(tree, name) for name in SETTINGS}
     found = {name: block.get(leaf) for name, (block, leaf) in blocks.items()}
     return Layout(tuple((name, value) for name, value in found.items() if value is not None))
 
 
 def choose_layouts(config: Config, own: Layout, num_ranks: int, micro_steps: Sequence[int]) -> list[Layout]:
-    """Chooses the config's own layout, if it fits the ranks, and a small set that covers every pair of values of two
-    names at least once (pairwise testing). Greedy: always adds the layout that covers the most missing pairs."""
+    """Chooses the config's own layout, if it fits the ranks, and a small set of others that together contain every pair
+    of (name, value) settings at least once (pairwise testing). Greedily adds the layout with the most missing pairs."""
     candidates = [(layout, _pairs(layout)) for layout in _candidates(num_ranks, micro_steps)]
     missing = set().union(*(pairs for _, pairs in candidates))
     chosen = [own] if _fits(config, own, num_ranks) else []
@@ -157,5 +159,5 @@ def _fits(config: Config, layout: Layout, num_ranks: int) -> bool:
 
 
 def micro_step_counts(num_ranks: int) -> tuple[int, int]:
-    """Returns two numbers of micro-steps to try: 1, and enough for a pipeline."""
+    """Returns the two numbers of micro-steps to try: 1, and one large enough to keep several pipeline stages busy."""
     return 1, max(2, min(num_ranks, 4))

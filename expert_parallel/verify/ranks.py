@@ -1,7 +1,7 @@
-"""Starts ranks as processes on this machine's CPU with gloo between them, where no launcher has started any.
+"""Starts ranks as processes on this machine's CPU, connected by gloo, for commands that no launcher has started.
 
-Each rank is forked from a server that has imported everything once. Ranks report over pipes as JSON; the first that
-fails or dies ends the others."""
+Each rank is forked from a server process that has imported everything once. Ranks report over pipes as JSON; when one
+fails or dies, all are killed."""
 
 import json
 import multiprocessing
@@ -24,16 +24,16 @@ RankFn = Callable[[Any, Runtime, Callable[[str], None]], Any]
 
 
 class RankError(Exception):
-    """Says in one sentence in which layout which rank failed, and why."""
+    """Says in one sentence which rank failed, during which layout, and why."""
 
 
 def spawn_ranks(
     num_ranks: int, fn: RankFn, task: Any, print_progress: Callable[[str], None], timeout: timedelta
 ) -> Any:
-    """Runs `fn(task, runtime, progress function)` on new processes and returns the result of rank 0.
+    """Runs `fn(task, runtime, progress function)` on `num_ranks` new processes and returns the result of rank 0.
 
-    fn: a function at module level. task: any JSON value. Raises UserError for what all ranks refuse, RankError where
-    one fails."""
+    fn: a function at module level. task: any JSON value. print_progress: is called here with rank 0's messages. Raises
+    UserError if a rank raises one, RankError if a rank fails otherwise."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([fn.__module__])
     connections: list[Connection] = []

@@ -1,8 +1,10 @@
-"""Computes a whole training step on one rank in float64, slow and simple: what every layout is compared with.
+"""Computes a whole training step on one rank in float64, slow and simple, which the steps of all layouts are compared
+with.
 
 Written from the formulas, without any parallel code and without code of model/, training/ or the fast MoE layer: plain
-attention, plain cross entropy, gradients by autograd, AdamW by hand, and the MoE layers of moe/reference. Here B are
-the sequences of a whole micro-step and V the vocabulary; the other letters are those of moe/types.py."""
+attention, plain cross entropy, gradients by autograd, AdamW by hand, and the MoE layers of moe/reference. In tensor
+names B is the number of sequences in a whole micro-step (over all ranks), G that in a step, V the vocabulary size; the
+other letters are those of moe/types.py."""
 
 import math
 from collections.abc import Callable
@@ -26,8 +28,9 @@ TokenPartition = list[tuple[Tensor, Tensor]]
 class LayerRecord:
     """Accumulates the statistics of one MoE block over a step.
 
-    losses: mean over micro-steps, before coefficients. routed_E: choices by the expert first chosen. kept_E: choices by
-    the expert reached, kept and rerouted ones."""
+    losses: by name; mean over micro-steps, before coefficients. routed_E: number of choices of each expert before
+    capacity. kept_E: number of choices that each expert computes, including choices rerouted to it. dropped: number of
+    choices that no expert computes."""
 
     losses: dict[str, float] = field(default_factory=dict)
     routed_E: Tensor | None = None
@@ -39,8 +42,9 @@ class LayerRecord:
 class ReferenceStep:
     """Holds everything that a reference step computes.
 
-    loss: mean cross entropy, nats a token. gradients: before clipping. outputs: by (micro-step, block), (B, S, D).
-    balance_biases: after the step, by logical name."""
+    loss: mean cross entropy, nats per token. grad_norm, gradients: before clipping. weights: after the step. outputs:
+    output of each block, (B, S, D), by (micro-step, block). balance_biases: after the step. layers: statistics of each
+    MoE block. Gradients, weights and biases are by logical name."""
 
     loss: float
     grad_norm: float
@@ -60,12 +64,13 @@ def reference_step(
     seed: int,
     separator: int | None = None,
 ) -> ReferenceStep:
-    """Computes step 0 of a run. model: a ModelConfig without dropout. training: a TrainingConfig.
+    """Computes the first training step (step 0) of a run. model: a ModelConfig without dropout. training: a
+    TrainingConfig.
 
-    parameters: logical name -> float64, including the balance biases (`....router.balance_bias_E`). sequences_GS: int64
-    (global_batch, sequence_length + 1), in global order. partition: which rank holds which tokens of a micro-step; only
-    settings with scope `rank` depend on it. seed: of the routers' random numbers. separator: the token that ends a
-    document, where documents are kept apart."""
+    parameters: logical name -> float64 weight, including the balance biases (`....router.balance_bias_E`).
+    sequences_GS: int64 (global_batch, sequence_length + 1), in global order. partition: which rank holds which tokens
+    of a micro-step; only settings with scope `rank` depend on it. seed: of the routers' random numbers. separator: the
+    token that ends a document, if attention is confined to documents; else None."""
     biases = {name: value for name, value in parameters.items() if name.endswith("balance_bias_E")}
     weights = {name: p.detach().clone().requires_grad_() for name, p in parameters.items() if name not in biases}
     step = ReferenceStep(0.0, 0.0, {}, {}, {}, {}, {layer: LayerRecord() for layer in model.moe_layers})
@@ -95,7 +100,8 @@ def reference_step(
 
 
 def document_ids(tokens_BS: Tensor, separator: int) -> Tensor:
-    """Counts the separators before each token of its row: int64 (B, S), the index of the token's document."""
+    """Returns the index of each token's document within its row, int64 (B, S): the number of separators before the
+    token."""
     found = torch.zeros_like(tokens_BS)
     for b, row in enumerate(tokens_BS.tolist()):
         for s in range(len(row)):
@@ -104,8 +110,9 @@ def document_ids(tokens_BS: Tensor, separator: int) -> Tensor:
 
 
 def adamw_step(training: Any, weights: Parameters, gradients: Parameters, grad_norm: float) -> Parameters:
-    """Returns the weights after the first step of a run: clipping, then AdamW (Loshchilov and Hutter 2017, algorithm 2)
-    at the schedule's first rate, without decay of 1-D parameters."""
+    """Returns the weights after the first step of a run: clips the gradients, then applies AdamW (Loshchilov and Hutter
+    2017, algorithm 2) with the schedule's first learning rate and no decay of 1-D parameters. grad_norm: norm of all
+    gradients."""
     optimizer, limit = training.optimizer, training.clip_norm
     rate = optimizer.learning_rate / max(1, training.schedule.warmup_steps)
     beta1, beta2 = optimizer.betas
@@ -125,7 +132,8 @@ def adamw_step(training: Any, weights: Parameters, gradients: Parameters, grad_n
 
 @dataclass
 class ForwardResult:
-    """Holds the result of a forward pass. auxiliary: sum over MoE blocks and losses of coefficient * loss."""
+    """Holds the result of a forward pass. auxiliary: the sum over MoE blocks and auxiliary losses of coefficient *
+    loss."""
 
     logits_BSV: Tensor
     auxiliary: Tensor
@@ -231,7 +239,8 @@ def _cross_entropy(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
 
 @dataclass
 class BalanceTerms:
-    """Holds f and P of each block of tokens, (blocks, E), by loss, for balance losses that are pooled over layers."""
+    """Holds, for balance losses that are pooled over layers, the terms of each group of tokens (by the loss's scope):
+    f, the fraction of choices, and P, the mean probability, of each expert. Both (groups, E), by name of the loss."""
 
     fraction_bE: dict[str, Tensor]
     probability_bE: dict[str, Tensor]

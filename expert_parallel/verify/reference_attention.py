@@ -12,10 +12,10 @@ Parameters = dict[str, Tensor]
 
 
 def attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, document_BS: Tensor | None = None) -> Tensor:
-    """Applies attention to x_BSD, (B, S, D) -> (B, S, D). weights: those of this block's attention.
+    """Applies the attention of one block, (B, S, D) -> (B, S, D). weights: those of this block's attention.
 
-    document_BS: int64, the document of each token in its row; None: one document a row. A token attends to its own
-    document alone, and positions count from the document's beginning."""
+    document_BS: int64, index of each token's document within its row; None: each row is one document. A token attends
+    only to tokens of its own document, and positions count from the document's beginning."""
     if document_BS is None:
         document_BS = torch.zeros(x_BSD.shape[:2], dtype=torch.int64)
     return ATTENTION[model.attention.kind](model, layer, weights, x_BSD, document_BS)
@@ -85,9 +85,10 @@ ATTENTION: dict[str, Callable[[Any, int, Parameters, Tensor, Tensor], Tensor]] =
 
 
 def attention_mask(document_BS: Tensor, window: int | None = None) -> Tensor:
-    """Returns a bool mask (B, S, S): True where the query (dim 1) may attend to the key (dim 2).
+    """Returns a bool mask (B, S, S): True where the query (dim 1) may attend to the key (dim 2), causal and within a
+    document.
 
-    window: the last `window` keys, including the query's own position; None: all before it."""
+    window: number of latest positions that a query attends to, its own included; None: no limit."""
     num_rows, length = document_BS.shape
     found = torch.zeros(num_rows, length, length, dtype=torch.bool)
     for b in range(num_rows):

@@ -1,4 +1,5 @@
-"""Runs the verification on every rank: one layout after the other."""
+"""Verifies layouts on every rank, one after the other: takes a training step in each, and compares it with the
+reference."""
 
 import time
 from collections.abc import Callable
@@ -35,10 +36,10 @@ ProgressFn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class VerificationSpec:
-    """Names what is verified.
+    """Describes what to verify.
 
-    config: the shrunk config, in float64. dropout: the user's probabilities, by setting. bytes: also counts the bytes
-    that each axis sends."""
+    config: the shrunk config, in float64. dtype: compute dtype of the compared step. dropout: probabilities to check
+    masks with, by path of the setting. bytes: True also measures the bytes that each parallel axis sends."""
 
     config: Config
     layouts: list[Layout]
@@ -51,9 +52,10 @@ class VerificationSpec:
 class LayoutResult:
     """Holds the outcome of one layout.
 
-    differences: the worst of each tensor over the ranks. dropped, routed: choices of the step. ledger, dropout:
-    findings, in sentences. degrees: candidates for a wrong factor. bytes: traffic of each axis; empty if not
-    counted."""
+    differences: of each tensor, on the rank where it is largest. routed, dropped: number of (token, expert) choices in
+    the step. grad_norm: the reference's. ledger, dropout: errors, as sentences. backend: of the experts' matrix
+    products. degrees: parallel degrees and number of micro-steps, one of which may explain a wrong factor. bytes: those
+    of each axis; empty if not measured."""
 
     layout: str
     differences: list[TensorDifference]
@@ -68,20 +70,21 @@ class LayoutResult:
     bytes: list[AxisBytes] = field(default_factory=list)
 
     def wrong(self, tolerance: float) -> list[TensorDifference]:
-        """Returns the differences above the tolerance, and tensors that no rank has."""
+        """Returns the differences above the tolerance, and those of tensors that no rank has."""
         return [d for d in self.differences if not d.is_present or not d.relative <= tolerance]
 
     def passes(self, tolerance: float) -> bool:
-        """Returns True if nothing differs."""
+        """Returns True if no tensor differs, ledger and dropout have no errors, and all bytes match the formulas."""
         counts_match = all(axis.matches for axis in self.bytes)
         return not self.wrong(tolerance) and not self.ledger and not self.dropout and counts_match
 
 
 @dataclass
 class ReferenceCache:
-    """Computes the reference step on rank 0, once for all layouts that share it, and broadcasts it.
+    """Computes the reference step on rank 0 and broadcasts it; layouts with the same reference share one computation.
 
-    initial: weights as one rank initialises them. start: weights that the step starts from."""
+    config: the one that is verified. initial: weights as one rank initialises them. start: weights that the step starts
+    from."""
 
     config: Config
     runtime: Runtime
@@ -90,7 +93,10 @@ class ReferenceCache:
     cache: dict[tuple[int, str], Tensors] = field(default_factory=dict)
 
     def step(self, config: Config, sequences_GS: Tensor, division: TokenPartition) -> Tensors:
-        """Returns the tensors that the config's step should give. A collective."""
+        """Returns the expected tensors of step 0, by name. A collective.
+
+        sequences_GS: tokens of the step, int64. division: the tokens of each rank in a micro-step, on which settings
+        with scope `rank` depend."""
         training = config.training
         if not _has_rank_scope(config):
             size = len(sequences_GS) // training.micro_steps
@@ -110,8 +116,8 @@ class ReferenceCache:
 def verify(
     spec: VerificationSpec, runtime: Runtime, print_progress: ProgressFn = lambda text: None
 ) -> list[LayoutResult]:
-    """Verifies every layout. Called by all ranks, which get the same results. Raises UserError for a layout that cannot
-    be."""
+    """Verifies every layout, and returns a result for each. A collective; all ranks get the same results. Raises
+    UserError for a layout that does not fit the config or the ranks."""
     for layout in spec.layouts:
         runtime.run_on_all_ranks(lambda layout=layout: check_layout(spec.config, layout, runtime.world_size))  # type: ignore[misc]
     initial = _from_rank_0(runtime, lambda: system_under_test.initial_weights(spec.config))
@@ -124,7 +130,8 @@ def verify(
 
 
 def verify_layout(spec: VerificationSpec, layout: Layout, runtime: Runtime, reference: ReferenceCache) -> LayoutResult:
-    """Takes one step in the layout, and compares it with the reference. A collective."""
+    """Takes one training step in the layout, compares it with the reference, and checks dropout masks and, if asked
+    for, bytes. A collective."""
     began = time.perf_counter()
     config = layout.apply(spec.config)
     sequences_GS = system_under_test.random_sequences(config)
@@ -186,7 +193,7 @@ def _from_rank_0(runtime: Runtime, compute: Callable[[], Tensors]) -> Tensors:
 
 
 def perturb(initial: Tensors, seed: int) -> Tensors:
-    """Adds noise to 1-D parameters: they are initialised to 0 or 1, so errors in biases and norms would not show."""
+    """Returns the weights with noise on 1-D parameters, whose initial 0 or 1 would hide errors in biases and norms."""
     generator = torch.Generator().manual_seed(seed)
     start = {}
     for name, value in initial.items():

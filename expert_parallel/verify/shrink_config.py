@@ -1,5 +1,5 @@
-"""Derives the config that is verified: the user's own without what would disturb the comparison and, unless in full
-size, shrunk. Routers, capacity, losses, norms, biases, activations and the pattern of MoE blocks are kept."""
+"""Derives the config that is verified from the user's: switches off what would disturb the comparison and, unless in
+full size, reduces sizes. Keeps routers, capacity, losses, norms, biases, activations and the pattern of MoE blocks."""
 
 import math
 from dataclasses import dataclass, field
@@ -29,20 +29,21 @@ EPS = 1e-4
 
 @dataclass
 class ConfigEditor:
-    """Edits a config's tree, and records what it changed."""
+    """Edits a config's tree of settings, and records each change as text."""
 
     tree: dict[str, Any]
     changes: list[str] = field(default_factory=list)
 
     def get(self, path: str) -> Any:
-        """Returns the value at a dotted path, None where a block on the way is absent."""
+        """Returns the value at a dotted path; None if a part of the path is absent or null."""
         here: Any = self.tree
         for key in path.split("."):
             here = None if here is None else here.get(key)
         return here
 
     def put(self, path: str, value: Any, why: str = "") -> None:
-        """Sets the value at a dotted path and records the change; does nothing where the config has no such setting."""
+        """Sets the value at a dotted path and records the change, with the reason `why`; does nothing if the config has
+        no such setting or already has the value."""
         parent, _, leaf = path.rpartition(".")
         block = self.get(parent)
         if block is None or leaf not in block or block[leaf] == value:
@@ -63,8 +64,9 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class ShrunkConfig:
-    """Holds the derived config. config: without its layout, which is `own`. changes: sizes that were reduced. settings:
-    values that were set for the comparison."""
+    """Holds the config to verify. config: the shrunk one, with all parallel degrees 1. own: the layout of the user's
+    config. changes: the sizes that were reduced. settings: the values that were changed for the comparison. Both lists
+    are texts such as `path old -> new`."""
 
     config: Config
     own: Layout

@@ -1,6 +1,6 @@
-"""Runs one training step of the real model in a layout, and captures what a rank can observe of it.
+"""Runs one training step of the real model in a layout, and captures the tensors that a rank can observe.
 
-Everything that verify knows of how training builds a model and gives a rank its tokens is in this file."""
+Everything that `verify` must know about how training builds a model and gives a rank its tokens is in this file."""
 
 import warnings
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class FixedSequenceSampler(TokenSampler):
-    """Yields fixed sequences in place of samples of a text."""
+    """Yields the given sequences instead of samples of a corpus."""
 
     sequences_GS: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -43,8 +43,8 @@ class FixedSequenceSampler(TokenSampler):
 
 @contextmanager
 def set_up(config: Config, runtime: Runtime, sequences_GS: Tensor) -> Iterator[TrainingRun]:
-    """Sets up a training run without its data and folder. sequences_GS: those of step 0, (global_batch, sequence_length
-    + 1)."""
+    """Sets up a training run, without its data and folder, for the body of a `with` statement. sequences_GS: the tokens
+    of step 0, (global_batch, sequence_length + 1)."""
     degrees = runtime.run_on_all_ranks(lambda: check_world_size(config, runtime))
     mesh, model, engine = build(config, runtime, degrees)
     length = config.training.sequence_length
@@ -65,16 +65,18 @@ def _destroy_groups(mesh: ParallelMesh) -> None:
 
 
 def separator(config: Config) -> int | None:
-    """Returns the token that ends a document where documents are kept apart, else None."""
+    """Returns the token that ends a document if `data.documents` is `separate`, which confines attention to documents;
+    else None."""
     return 0 if config.data.documents == "separate" else None
 
 
 def random_sequences(config: Config) -> Tensor:
-    """Draws the tokens of a step, int64 (global_batch, sequence_length + 1). A row is one document, or several that end
-    at random places.
+    """Draws the tokens of a step, int64 (global_batch, sequence_length + 1). A row is one document or, if documents are
+    separate, several that end at random positions.
 
-    No two documents begin alike, and none begins with one token twice: tokens whose context is one repeated token have
-    equal scores but for rounding, and such ties break differently in other layouts."""
+    Documents begin with different tokens where the vocabulary allows, and none with the same token twice: tokens whose
+    whole context is one repeated token would have equal scores but for rounding, and such ties break differently in
+    other layouts."""
     training = config.training
     vocab_size = config.model.vocab_size
     end = separator(config)
@@ -113,7 +115,8 @@ def read_weights(model: nn.Module) -> Tensors:
 
 
 def write_weights(model: nn.Module, start: Tensors) -> None:
-    """Copies `start` into the model's parameters and balance biases, each rank its own shard."""
+    """Copies the weights and balance biases `start`, by logical name, into the model; each rank copies its own
+    shards."""
     for logical in logical_parameters(model):
         logical.fill(logical.parameter, [start[name] for name in logical.names])
     for name, buffer in _balance_biases(model):
@@ -131,12 +134,13 @@ def _to_cpu(tensors: Tensors) -> Tensors:
 
 
 def token_indices(run: TrainingRun, mine: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
-    """Returns, for each micro-step, the sequences of which this rank has a part, and their positions on this rank."""
+    """Returns, for each micro-step, which tokens this rank holds: the indices of their sequences and their positions,
+    int64."""
     return [(batch.sequence_index_B.cpu(), run.own_positions) for batch in mine]
 
 
 def context_token_indices(context: StepContext, length: int) -> tuple[Tensor, Tensor]:
-    """Returns the sequences and positions that a block was called with, as `token_indices` has them."""
+    """Returns which tokens a block was called with: the indices of their sequences and their positions, int64."""
     assert context.sequence_index_B is not None
     positions_S = torch.arange(length) if context.positions_S is None else context.positions_S
     return context.sequence_index_B.cpu(), positions_S.cpu()
@@ -144,8 +148,9 @@ def context_token_indices(context: StepContext, length: int) -> tuple[Tensor, Te
 
 @dataclass
 class CapturedStep:
-    """Holds what one rank observed of a step. gradients: before clipping. outputs: by (micro-step, block), each with
-    the block's context. ledger_errors: the ledger's messages."""
+    """Holds what one rank observed of a training step. gradients: before clipping. weights: after the step. outputs: of
+    this rank's blocks, by (micro-step, block), each with the context that the block was called with. ledger_errors:
+    messages."""
 
     report: StepReport
     gradients: Tensors = field(default_factory=dict)
@@ -155,7 +160,9 @@ class CapturedStep:
 
 
 def capture_step(run: TrainingRun, mine: list[MicroBatch], replay: RouterReplay | None = None) -> CapturedStep:
-    """Takes step 0 by training's own `train_step`, with hooks that record gradients and outputs."""
+    """Takes step 0 by training's own `train_step`, with hooks that record gradients and outputs. mine: this rank's
+    micro-batches. replay: records the routers' choices in the first step that uses it, and makes later ones repeat
+    them."""
     captured = CapturedStep(StepReport(0.0, 0, {}))
 
     def capture_output(block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:

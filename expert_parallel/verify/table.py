@@ -25,7 +25,8 @@ TITLES = {
 
 
 def print_results(results: Sequence[LayoutResult], tolerance: float, console: Console) -> None:
-    """Prints the largest relative difference of each column, one line a layout, then what is wrong.
+    """Prints a table with one line per layout and the largest relative difference in each column, then sentences on
+    what differs.
 
     In a terminal too narrow for the table, layouts are numbered and the columns are split over several tables."""
     columns = _columns(results, tolerance)

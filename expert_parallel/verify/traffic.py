@@ -1,10 +1,11 @@
-"""Measures the bytes that each parallel axis sends in a training step, where torch's collectives are called, and
+"""Measures the bytes that each parallel axis sends in a training step, by intercepting torch's collectives, and
 compares them with the formulas of model/README.md (formulas.py).
 
-Counts what leaves a rank by the usual algorithms, whatever the backend really does, with P ranks in the group:
+A collective counts as the bytes that leave one rank in the usual algorithm, whatever the backend really does. With P
+ranks in the group:
 
-    all-gather      (P - 1) * its part         all-reduce    2 (P - 1) / P * the tensor
-    reduce-scatter  (P - 1) / P * the tensor   all-to-all    the rows for others
+    all-gather      (P - 1) * the rank's part  all-reduce    2 (P - 1) / P * the tensor
+    reduce-scatter  (P - 1) / P * the tensor   all-to-all    the rows for other ranks
     send            the tensor
 """
 
@@ -45,9 +46,10 @@ from expert_parallel.verify.formulas_moe import (
 
 @dataclass(frozen=True)
 class AxisBytes:
-    """Holds the bytes of one axis, of all ranks in one step.
+    """Holds the bytes that one parallel axis sends in a training step, over all ranks.
 
-    axes: several if they have the same ranks and share their groups. expected: by content, such as `tp: tokens`."""
+    axes: its name; several names if these axes have the same ranks and share a process group. num_ranks: size of a
+    group. measured, expected: bytes; expected by content, such as `tp: tokens`."""
 
     axes: tuple[str, ...]
     num_ranks: int
@@ -56,7 +58,7 @@ class AxisBytes:
 
     @property
     def matches(self) -> bool:
-        """Returns True if the measured bytes are those of the formulas."""
+        """Returns True if the measured bytes equal the sum of the formulas."""
         return self.measured == sum(self.expected.values())
 
 
@@ -71,12 +73,12 @@ def measure_step_bytes(
     step: int,
     seed: int,
 ) -> list[AxisBytes]:
-    """Takes a training step, which changes the weights, and counts what it sends; in a pipeline the second of two
-    steps, since the first sends additional shape messages.
+    """Takes a training step, which changes the weights, and returns the bytes that each axis sends, measured and
+    expected. In a pipeline, takes two steps and measures the second, since the first sends additional shape messages.
 
-    Called by every rank; all get the same result, without axes that send nothing. The arguments are those of
+    A collective; all ranks get the same result, without axes that send nothing. The arguments are those of
     `train_step`; parallel: the config that the mesh was built from. Raises NotImplementedError for a collective that is
-    not in the table."""
+    not in `BYTES_SENT`."""
     if isinstance(model, Pipeline):
         train_step(model, engine, micro_batches, training, mesh, step=step, seed=seed)
     rows_of_passes, hooks = _record_expert_rows(model)
@@ -102,10 +104,10 @@ def measure_step_bytes(
 
 
 def expected_bytes(step: StepSizes, layers: dict[int, LayerTotals], rows: ExpertRows) -> dict[str, dict[str, int]]:
-    """Returns the formulas' bytes by axis and content, over all ranks. Decisions of the router are taken from the step
-    itself: layers (the totals of its report) and rows.
+    """Returns the bytes by the formulas, by axis and content, over all ranks. layers (counts of the step's report) and
+    rows tell what the routers decided in this step.
 
-    The formulas leave out a sharded pipeline of more than three stages a rank, whose weights torch gathers more
+    The formulas do not cover a sharded pipeline of more than three stages per rank, whose weights torch gathers more
     often."""
     terms: ByteCounts = Counter()
     for part in (
@@ -126,7 +128,8 @@ def expected_bytes(step: StepSizes, layers: dict[int, LayerTotals], rows: Expert
 
 
 def format_axis_bytes(found: list[AxisBytes]) -> str:
-    """Formats a table of measured bytes and the formulas' next to each other, and below each axis what it sends."""
+    """Formats a table of each axis's measured bytes and the formulas' sum, and below each axis the terms of that
+    sum."""
     lines = ["bytes that leave a rank in one training step, all ranks together", ""]
     width = max([len(" = ".join(axis.axes)) for axis in found] + [4]) + 2
     lines.append(f"{'axis':<{width}}{'ranks':>5}{'measured':>18}{'formula':>18}")
@@ -179,7 +182,8 @@ BYTES_SENT: dict[str, Callable[[Sequence[Any], int, int], int]] = {
 
 
 class CollectiveByteCounter(TorchDispatchMode):
-    """Counts what this rank sends while the mode is active, by name of the process group: `sent[name] / P` bytes.
+    """Counts the bytes that this rank sends while the mode is active. sent: by name of the process group, the bytes
+    times the group's size P, which is an integer.
 
     Sees all collectives that go through torch.distributed, also those of FSDP2 and of the backward pass."""
 
@@ -203,8 +207,8 @@ class CollectiveByteCounter(TorchDispatchMode):
 
 @contextmanager
 def counting_collective_bytes() -> Iterator[CollectiveByteCounter]:
-    """Counts collectives in its body. torch cannot create a CausalBias, which context parallel attention uses, inside a
-    dispatch mode, so it is created with the mode disabled."""
+    """Counts the bytes of all collectives in the body of a `with` statement. torch cannot create a CausalBias, which
+    context parallel attention uses, inside a dispatch mode, so it is created with the mode disabled."""
 
     def make_outside(kind: type, *_: Any) -> Tensor:
         with _disable_current_modes():
@@ -222,10 +226,10 @@ Groups = dict[str, dist.ProcessGroup | None]
 
 
 def axis_groups(mesh: ParallelMesh) -> Groups:
-    """Returns every group that a step may use, by name of its axis; None stands for this rank alone.
+    """Returns every process group that a step may use, by name of its axis; None for an axis of a single rank.
 
-    `nodes`, `node`: the two exchanges of hierarchical dispatch. Where weights are sharded over some of the ranks only,
-    FSDP2 has groups of its own."""
+    `nodes`, `node`: the two exchanges of hierarchical dispatch, between and within nodes. Where weights are sharded
+    over some of the ranks only, FSDP2 has groups of its own."""
     names = ("tp", "cp", "pp", "ep", "etp", "edp", "dense", "stage", "sequence")
     groups: Groups = {name: getattr(mesh, f"{name}_group") for name in names}
     groups |= {"key": mesh.kv_replica_group, "tied": mesh.tied_embedding_group}

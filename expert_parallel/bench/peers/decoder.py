@@ -15,10 +15,11 @@ from expert_parallel.bench.shapes import TrainShape
 
 
 class TrainableModel:
-    """Trains a model.
+    """Trains a peer's model by AdamW, one step at a time.
 
-    logits: (B, S) tokens -> (B, S, V). replicated_parameters: those that all ranks hold, whose gradients are summed
-    over ranks. execution_context: context in which forward and backward run. layers: its MoE layers, where known."""
+    logits: function (B, S) tokens -> (B, S, V). replicated_parameters: those that all ranks hold, whose gradients are
+    summed over ranks. execution_context: context in which forward and backward run. layers: its MoE layers, where
+    known."""
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ class DeepSpeedLayer(Implementation):
 
     @property
     def capacity(self) -> int:
-        """Returns the rows of an expert from each rank, as DeepSpeed's `_capacity` computes them."""
+        """Returns how many rows an expert accepts from each rank, computed as DeepSpeed's `_capacity` does."""
         shape, tokens = self.case.shape, len(self.case.x_TD)
         return max(MIN_CAPACITY, -(-tokens * shape.k // shape.num_experts))
 

@@ -19,7 +19,7 @@ class TutelLayer(Implementation):
 
     @property
     def capacity(self) -> int:
-        """Returns the rows of an expert from each rank, as Tutel's extract_critical computes them."""
+        """Returns how many rows an expert accepts from each rank, computed as Tutel's `extract_critical` does."""
         shape = self.case.shape
         return shape.k * int(CAPACITY_FACTOR * -(-len(self.case.x_TD) // shape.num_experts))
 
