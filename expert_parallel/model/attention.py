@@ -90,8 +90,8 @@ class HeadsConfig(Settings):
 class AttentionFn(Protocol):
     """Computes attention of (B, H, S, h) queries over (B, G, L, h) keys and (B, G, L, v) values -> (B, H, S, v).
 
-    mask: as returned by AttentionContext.mask; None: causal, the queries belong to the last S of the L tokens.
-    sinks_H: see `attend_with_sinks`.
+    mask: as returned by AttentionContext.mask; None: attention is causal, and the S queries are those of the last S of
+    the L tokens. sinks_H: see `attend_with_sinks`.
     """
 
     def __call__(

@@ -148,7 +148,7 @@ class _Decoder:
         self.cache = KVCache(len(mine), longest, self.device) if use_cache else None
 
     def logits(self, texts: list[_Sequence], step: int) -> dict[int, Tensor]:
-        """Runs a pass; returns the logits after each sequence's last token, (V), on the CPU, by sequence number.
+        """Runs a forward pass and returns, by number of the sequence, the logits (V) after its last token, on the CPU.
 
         Only sequences whose last position this rank holds are returned. texts: the sequences `mine`. A collective:
         every rank must call it.

@@ -183,7 +183,7 @@ class Pipeline(LanguageModel, nn.ModuleList):
         self._pool_stats(pipeline_step)
 
     def forward(self, tokens_BS: Tensor, context: StepContext, cache: KVCache | None = None) -> ModelOutput:
-        """Runs the forward pass alone, stage after stage, without gradients.
+        """Runs only the forward pass, stage after stage, without gradients.
 
         Returns the logits on the rank of the last stage; on other ranks, the output (B, S, D) of the rank's last stage.
         """

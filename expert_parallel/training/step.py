@@ -109,8 +109,8 @@ def train_step(
     """Makes one training step, which updates the weights once, and returns its report.
 
     The loss is (sum of cross entropy) / (number of all targets of the step), plus, for each auxiliary loss of each MoE
-    layer, the mean over micro-steps of coefficient * loss. replay: recorded choices for the routers to take; passes
-    without any record theirs in it.
+    layer, the mean over micro-steps of coefficient * loss. replay: the recorded choices that the routers take; choices
+    of passes that it does not hold are recorded in it.
     """
     model.train()
     batches = list(micro_batches)

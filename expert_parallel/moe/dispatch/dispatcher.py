@@ -316,7 +316,7 @@ class PendingDispatch:
         experts' outputs.
 
         The order of summation is fixed: by choice within a rank (the experts have summed those), then by rank
-        (hierarchical: the ranks of a node, then nodes); with `one_row_per: choice`, by choice alone.
+        (hierarchical: the ranks of a node, then nodes); with `one_row_per: choice`, in the order of the choices only.
         """
         while not all(chunk.is_combined for chunk in self.chunks):
             for chunk in self.chunks:

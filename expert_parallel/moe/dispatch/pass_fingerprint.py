@@ -59,8 +59,8 @@ def check_in_sync(fingerprint: PassFingerprint, peers: Peers, device: torch.devi
 
 
 def raise_if_out_of_sync(encoded_P2: Sequence[Sequence[int]], fingerprint: PassFingerprint, peers: Peers) -> None:
-    """Raises a ValueError if a rank runs another pass than this one; it describes both passes. Otherwise the ranks
-    would hang or misread rows.
+    """Raises a ValueError, which describes both passes, if a rank runs another pass than this rank; without this check
+    the ranks would hang or misread rows.
 
     encoded_P2: the encoded fingerprint of each rank of `peers`, on the host. fingerprint: that of this rank.
     """

@@ -141,7 +141,8 @@ def _as_dtype(x: Tensor, product: Callable[[Tensor, Tensor], Tensor], y: Tensor)
 def has_bfloat16_gemm() -> bool:
     """Returns True if this CPU has instructions for products of bfloat16 numbers.
 
-    Reads a private name of torch; a release without it is taken to have them, so its own product is used.
+    It reads a private name of torch. With a release of torch that lacks this name it returns True, so that torch's own
+    bfloat16 product is used.
     """
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)()
 

@@ -25,8 +25,9 @@ class RankTokens:
 
     x_BSD: B may be 0. sequence_index: the index of each sequence in the micro-step's global batch; None: 0, 1, ...
     token_ids_BS: for hash routing. mask_BS: bool, False for padding. positions_S: the positions of the tokens in their
-    sequences, if those are divided over ranks: sequences of the same index on ranks with positions are one; None:
-    sequences are whole. document_BS: int64, the document of each token in its row; None: rows are not packed.
+    sequences, if sequences are divided over ranks: parts with the same sequence_index then belong to one sequence;
+    None: sequences are whole. document_BS: int64, the number of each token's document in its sequence; None: sequences
+    are not packed.
     """
 
     x_BSD: Tensor

@@ -323,7 +323,7 @@ class HashConfig(TokenChoiceSettings):
 
 
 class HashRouter(Router):
-    """Chooses the experts of a token by a hash of its id alone. It has no parameters."""
+    """Chooses the experts of a token by a hash of its token id. It has no parameters."""
 
     Config = HashConfig
     config: HashConfig

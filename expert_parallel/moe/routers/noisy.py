@@ -38,7 +38,7 @@ class NoisyTopKConfig(LinearSettings):
 class NoisyTopKRouter(LinearRouter):
     """Chooses the k largest of H(x) = x W + noise; the scores are softmax(H). Shazeer et al. 2017, eq. 3-5.
 
-    Gumbel noise changes the choice alone: the scores are then softmax(x W).
+    Gumbel noise changes only which experts are chosen: the scores are then softmax(x W).
     """
 
     Config = NoisyTopKConfig

@@ -47,7 +47,8 @@ class TupleOutput(nn.Module):
 class MoETupleOutput(TupleOutput, MoE):
     """Makes DeepSpeed treat the model as one with experts, by being an instance of DeepSpeed's MoE layer.
 
-    It uses nothing else of that class. Its groups are registered when DeepSpeed asks MoE layers to create theirs.
+    It uses nothing else of that class. The process groups of the experts are registered when DeepSpeed asks its MoE
+    layers to create them.
     """
 
     def __init__(self, model: Transformer, num_experts: int, name: str, ep_group: Any, edp_group: Any) -> None:
@@ -189,8 +190,8 @@ def register_freeze_hooks(optimizer: torch.optim.Optimizer) -> None:
 def prepare_zero3(module: TupleOutput, model: Transformer) -> None:
     """Tells ZeRO-3 which weights to gather together, as it gathers them when a module's forward pass begins.
 
-    Blocks are gathered whole, since dataclasses inside them hide tensors from its hooks; the table of the logits, which
-    its own module's forward does not use, is gathered with the model.
+    Blocks are gathered whole, since dataclasses inside them hide tensors from its hooks; the output projection is
+    gathered with the whole model, since the logits use its weight outside the forward of its module.
     """
     deepspeed.utils.set_z3_leaf_modules(module, [Block])
     table = model.embedding if model.unembedding is None else model.unembedding

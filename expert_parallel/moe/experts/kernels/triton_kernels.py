@@ -104,7 +104,8 @@ def activate_backward(
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """Computes torch_ops.activate_backward. A program has all columns of its rows, so that it can sum over F alone."""
+    """Computes torch_ops.activate_backward. A program computes all columns of its rows, so that it can sum over F
+    without other programs."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     weight = tl.load(weights_R + r, mask=r < num_rows, other=0.0).to(WIDE)[:, None]
     dots = tl.zeros((BLOCK_R, BLOCK_F), WIDE)
