@@ -172,8 +172,8 @@ def pipeline_bytes(step: StepSizes) -> ByteCounts:
     """Returns the bytes that pipeline stages send in a step, over all ranks: tokens, the accumulated balance losses,
     and the gradients of both.
 
-    The token fractions f of balance losses that are pooled over layers are also summed over the stages, for the step's
-    report."""
+    For the step's report, each expert's share of the choices (f in balance losses) is also summed over the stages, if a
+    loss is pooled over layers."""
     degrees, M = step.degrees, step.training.micro_steps
     hops = 2 * (degrees.pp * step.parallel.stages_per_rank - 1)
     pooled = 0  # elements of f (and of P) on all ranks of a stage
