@@ -521,7 +521,7 @@ def test_damage_is_refused_by_name_before_anything_is_changed(damage: str, tmp_p
         load_checkpoint(path, model)
     assert message in str(error.value)
     assert str(path) in str(error.value)
-    is_seen_late = "what was read" in str(error.value)  # digests are of what has been read
+    is_seen_late = "what the model holds" in str(error.value)  # digests are of the model, after loading
     assert is_seen_late is (damage in ("a value", "two experts swapped", "another digest"))
     fresh = build_model(CONFIG, seed=9).state_dict()
     assert is_seen_late or all(torch.equal(tensor, fresh[name]) for name, tensor in model.state_dict().items())

@@ -46,8 +46,9 @@ def load_checkpoint(
     pass its state in any case. runtime and mesh None: this process alone holds the whole model.
 
     Nothing is modified unless the manifest is valid, the shapes match the model, and all files have the SHA-256 of the
-    manifest (each rank checks a share of them). After loading, the digests of what was read are summed over the ranks,
-    each element once; ValueError (UserError on all ranks if there is a runtime) names a tensor whose digest differs.
+    manifest (each rank checks a share of them). After loading, the digests of what the model holds are summed over
+    the ranks, each element once; ValueError (UserError on all ranks if there is a runtime) names a tensor whose digest
+    differs.
     """
     rank, world_size = (0, 1) if runtime is None else (runtime.rank, runtime.world_size)
 
@@ -63,13 +64,17 @@ def load_checkpoint(
             checkpoint.check_file(file)
         return checkpoint
 
-    def fill() -> dict[str, int]:
+    def fill() -> None:
+        for name, start, target, _ in _load_targets(model, parts, state, mesh):
+            target.copy_(checkpoint.read_slice(name, start, target.shape))
+
+    def digests() -> dict[str, int]:
         totals: dict[str, int] = {}
         for name, start, target, counts in _load_targets(model, parts, state, mesh):
-            values = checkpoint.read_slice(name, start, target.shape)
-            target.copy_(values)
             if counts:
-                totals[name] = totals.get(name, 0) + digest(values, start, checkpoint.tensors[name].shape)
+                entry = checkpoint.tensors[name]
+                values = _as_saved(checkpoint, name, start, target)
+                totals[name] = totals.get(name, 0) + digest(values, start, entry.shape)
         return totals
 
     takes_moments = state is not None and not model_only
@@ -78,10 +83,12 @@ def load_checkpoint(
     if state is not None and takes_moments and checkpoint.has_moments:
         state.init_moments(checkpoint.step)
         parts = (WEIGHTS, *MOMENTS)
-    totals = _sum_over_ranks(run_on_all_ranks(fill), list(checkpoint.tensors), runtime)
-    run_on_all_ranks(lambda: _compare_digests(checkpoint, totals, with_moments=len(parts) > 1))
+    run_on_all_ranks(fill)
     if state is not None:
         state.finish_loading()
+    # Of the model itself, found anew: not of what was read, which may have gone to the wrong memory.
+    totals = _sum_over_ranks(run_on_all_ranks(digests), list(checkpoint.tensors), runtime)
+    run_on_all_ranks(lambda: _compare_digests(checkpoint, totals, with_moments=len(parts) > 1))
     return checkpoint
 
 
@@ -105,6 +112,22 @@ def _load_targets(
                 yield f"{part}/{name}", start, view, divided is not None or is_first
 
 
+def _as_saved(checkpoint: Checkpoint, name: str, start: tuple[int, ...], target: Tensor) -> Tensor:
+    """Returns the values that the model holds, on the CPU and in the checkpoint's dtype.
+
+    If the model's dtype is narrower, its values are compared with those of the file, which are returned. Raises a
+    ValueError if they differ.
+    """
+    held = target.detach().cpu()  # the host waits for the copy
+    dtype = checkpoint.tensors[name].dtype
+    if torch.promote_types(held.dtype, dtype) == held.dtype:
+        return held.to(dtype)  # exact: the model's dtype holds every value of the checkpoint's
+    values = checkpoint.read_slice(name, start, target.shape)
+    if not torch.equal(held, values.to(held.dtype)):
+        raise ValueError(f"{checkpoint.path}: {name} is not what was saved: the model holds other values than the file")
+    return values
+
+
 def _sum_over_ranks(totals: dict[str, int], names: list[str], runtime: Runtime | None) -> dict[str, int]:
     """Sums 128-bit digests over the ranks, as four 32-bit limbs each, whose sums fit into int64."""
     limbs = [[(totals.get(name, 0) // LIMB**place) % LIMB for place in range(4)] for name in names]
@@ -122,6 +145,6 @@ def _compare_digests(checkpoint: Checkpoint, totals: dict[str, int], *, with_mom
     for name, entry in checkpoint.tensors.items():
         if (with_moments or name.startswith(f"{WEIGHTS}/")) and totals[name] != int(entry.digest, 16):
             raise ValueError(
-                f"{checkpoint.path}: {name} is not what was saved: the digest of what was read is {totals[name]:032x}, "
-                f"the manifest says {entry.digest}"
+                f"{checkpoint.path}: {name} is not what was saved: the digest of what the model holds is "
+                f"{totals[name]:032x}, the manifest says {entry.digest}"
             )

@@ -24,7 +24,7 @@ RankFn = Callable[[Any, Runtime, Callable[[str], None]], Any]
 
 
 class RankError(Exception):
-    """Says in one sentence which rank failed, during which layout, and why."""
+    """Reports in one sentence that a rank of `verify` failed: which rank, in which parallel layout, and why."""
 
 
 def spawn_ranks(

@@ -179,7 +179,10 @@ class Dispatcher:
 
     @property
     def index_tables(self) -> list[IndexTable]:
-        """Returns the tables that must be on the device of the layer's weights."""
+        """Returns the integer tables that dispatch looks up (expert to rank, expert to local slot and back).
+
+        The layer registers them as modules, so that they move to the device of its weights.
+        """
         exchanges = (exchange.rank_of_expert_E1 for exchange in self.exchanges)
         return [self.slot_of_expert_E1, self.expert_of_slot_e, *exchanges]
 
