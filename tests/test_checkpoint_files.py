@@ -34,6 +34,7 @@ from expert_parallel.checkpoint.folders import (
 from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.manifest import Manifest, ShardMetadata, TensorMetadata, add_checksum, check_shards
 from expert_parallel.checkpoint.report import find_problems
+from expert_parallel.checkpoint.state import TorchState
 from expert_parallel.checkpoint.tensor_files import write_tensors
 from expert_parallel.cli.app import app
 from expert_parallel.model.config import ModelConfig
@@ -542,6 +543,25 @@ def test_loaded_is_what_was_written(tmp_path: Path) -> None:
         assert torch.equal(found, content[f"weights/blocks.1.moe.experts.{expert}.w_in"].double())
     bias = "blocks.1.moe.router.balance_bias_E"
     assert torch.equal(state[bias], content[f"weights/{bias}"].to(state[bias].dtype))
+
+
+class ExpertsExchanged(TorchState):
+    """A defect after everything was read: two experts of the model change places."""
+
+    def finish_loading(self) -> None:
+        w_in = next(p for p in self.optimizer.param_groups[0]["params"] if p.dim() == 3)
+        w_in.data[[0, 1]] = w_in.data[[1, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_what_lies_in_the_model_afterwards_is_compared(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Also in a dtype that is wider, or narrower, than the file's."""
+    path = write(tmp_path, tensors())
+    model = build_model(CONFIG, dtype=dtype)
+    load_checkpoint(path, model, TorchState(torch.optim.AdamW(model.parameters())))
+    defective = ExpertsExchanged(torch.optim.AdamW(model.parameters()))
+    with pytest.raises(ValueError, match=r"weights/blocks.1.moe.experts.0.w_in is not what was saved: "):
+        load_checkpoint(path, model, defective)
 
 
 def test_a_manifest_that_covers_something_twice_or_not_at_all() -> None:
