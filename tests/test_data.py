@@ -262,7 +262,7 @@ def test_an_empty_file_is_refused(tmp_path: Path, name: str, others: dict[str, s
     ("line", "words"),
     [
         (b"{'text': 1}", ["is not valid JSON"]),
-        (b"", ["is not valid JSON"]),
+        (b" ", ["is blank"]),
         (b"[" * 200_000, ["is not valid JSON"]),
         (b'["text"]', ["is a JSON list, not an object", "data.field", "'text'"]),
         (b'{"body": "x", "id": 1}', ["has no field 'text'", "data.field", "body", "id"]),

@@ -346,6 +346,9 @@ def test_wrong_files_and_arguments(tmp_path: Path) -> None:
     assert "4 documents, all of them empty" in refused(tmp_path, write_jsonl(tmp_path / "n.jsonl", [""] * 4))
     result = invoke("prepare", tmp_path / "no" / "out", good)
     assert f"there is no folder {tmp_path}/no" in result.stderr
+    slash = invoke("prepare", f"{tmp_path}/", good)
+    assert slash.exit_code == 2
+    assert f"the prefix {tmp_path}/ ends in a slash" in slash.stderr
     assert invoke("prepare", tmp_path / "out", good).exit_code == 0
     assert "out.bin and" in refused(tmp_path, good)
     assert "exists already" in refused(tmp_path, good)

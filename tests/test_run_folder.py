@@ -190,6 +190,21 @@ def test_a_folder_without_a_run_is_no_config(tmp_path: Path) -> None:
     assert f"the config file {tmp_path / 'config.yaml'} cannot be read: No such file or directory" in result.stderr
 
 
+def test_a_run_that_diverges_names_its_last_checkpoint(tmp_path: Path) -> None:
+    diverging = ["training.optimizer.learning_rate=1e30", "training.schedule.warmup_steps=0", "training.steps=9"]
+
+    def error(*overrides: str) -> str:
+        result = CliRunner().invoke(
+            app, ["train", str(small_config(tmp_path)), "parallel.ep=1", *diverging, *overrides]
+        )
+        assert result.exit_code == 2
+        return result.stderr
+
+    assert "the run stops, it has saved no checkpoint yet (" in error("run.folder=" + str(tmp_path / "first"))
+    trained(tmp_path)
+    assert f"the run stops, its last checkpoint is {tmp_path}/run/checkpoints/step_00000002 (" in error()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Output that cannot be written
 

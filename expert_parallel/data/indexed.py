@@ -73,7 +73,11 @@ class IndexedDataset:
 
 
 def with_suffix(prefix: str, suffix: str) -> Path:
-    """Returns the path prefix + suffix; the prefix may contain dots."""
+    """Returns the path prefix + suffix; the prefix may contain dots. Raises a ValueError if it ends in a slash."""
+    if prefix.endswith("/"):
+        raise ValueError(
+            f"the prefix {prefix} ends in a slash: it must end in a name, to which .bin and .idx are added"
+        )
     return Path(prefix + suffix)
 
 

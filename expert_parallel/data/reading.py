@@ -101,6 +101,8 @@ def read_jsonl(
 def _parse_line(line: bytes, field: str, setting: str, offset: int, zero_is_separator: bool) -> str:
     """Extracts the text of one line. The messages of its errors continue after the line number."""
     text = decode_utf8(line, "", offset)
+    if not text.strip():
+        raise ValueError(" is blank")
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers and nesting beyond what Python reads

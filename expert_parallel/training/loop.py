@@ -77,7 +77,7 @@ def _train(config: Config, runtime: Runtime, stop: StopSignal) -> bool:
             done = step + 1
             is_last, is_stopped = done == training.steps, stop.any_rank()
             metrics = step_metrics(report, "train")
-            check_finite(done, report)
+            check_finite(done, report, run.folder)
             clock.count_step()
             if done % config.run.log_every == 0 or is_last:
                 metrics |= clock.read() | memory_metrics(runtime.device)
@@ -308,12 +308,15 @@ def generate_sample(config: Config, model: LanguageModel, mesh: ParallelMesh) ->
     return text
 
 
-def check_finite(step: int, report: StepReport) -> None:
-    """Raises UserError if the loss or the gradient norm is NaN or infinite."""
+def check_finite(step: int, report: StepReport, folder: Path) -> None:
+    """Raises UserError if the loss or the gradient norm is NaN or infinite. folder: of the run, to name its newest
+    checkpoint."""
     if not math.isfinite(report.loss) or not math.isfinite(report.grad_norm):
+        saved = list_checkpoints(folder / "checkpoints")
         raise UserError(
-            f"step {step}: the loss is {report.loss} and the gradient norm {report.grad_norm}; the run stops, the last "
-            "checkpoint is good (a smaller training.optimizer.learning_rate may help)"
+            f"step {step}: the loss is {report.loss} and the gradient norm {report.grad_norm}; the run stops, "
+            f"{f'its last checkpoint is {saved[-1]}' if saved else 'it has saved no checkpoint yet'} "
+            "(a smaller training.optimizer.learning_rate may help)"
         )
 
 
