@@ -217,7 +217,7 @@ def refused(folder: Path, *arguments: Any, workers: int = 1) -> str:
     ("line", "words"),
     [
         (b"{'text': 1}", ["is not valid JSON"]),
-        (b"", ["is not valid JSON"]),
+        (b"", ["is blank"]),
         (b'["text"]', ["is a JSON list, not an object", "--field", "'text'"]),
         (b'{"body": "x"}', ["has no field 'text'", "--field", "body"]),
         (b'{"text": 5}', ["is of type int, not a string"]),
