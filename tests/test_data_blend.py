@@ -311,7 +311,17 @@ def test_documents_of_token_files(tmp_path: Path) -> None:
     prefix = write_corpus(tmp_path / "c", numbered(40), {})
     assert opened(config_of(prefix, documents="separate")).sampler.separator == END
     megatron = write_corpus(tmp_path / "m", numbered(40))
-    assert opened(config_of(megatron, documents="separate", end_id=7)).sampler.separator == 7
+    assert opened(config_of(megatron, documents="separate", end_id=END)).sampler.separator == END
+    refused(
+        config_of(megatron, documents="separate", end_id=7),
+        f"data.documents is 'separate', but document 0 of {megatron} ends with the token {END}, not with",
+        "data.end_id (7)",
+    )
+    other = write_corpus(tmp_path / "l", numbered(40))
+    content = bytearray(Path(f"{other}.bin").read_bytes())
+    content[-1] = 5  # the end token of the last document; tokens are bytes
+    Path(f"{other}.bin").write_bytes(content)
+    refused(config_of(other, documents="separate", end_id=END), "but document 39 of")
     assert opened(config_of(megatron, documents="separate", tokenizer="bytes")).sampler.separator == 0
     assert opened(config_of(megatron)).sampler.separator is None
     refused(config_of(megatron, documents="separate"), "data.documents is 'separate'", "data.end_id")

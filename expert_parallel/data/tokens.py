@@ -6,6 +6,8 @@ Start-up reads PREFIX.json and the index; tokens are read when a batch needs the
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from expert_parallel.data.blend import CorpusSplit
 from expert_parallel.data.config import TokensData
 from expert_parallel.data.indexed import IndexedDataset, open_indexed_dataset, with_suffix
@@ -20,6 +22,8 @@ from expert_parallel.data.tokenizer import (
     read_info,
     recorded_tokenizer,
 )
+
+CHECKED = 10_000  # documents of a corpus whose end token is looked at
 
 
 class TokenCorpus(NamedTuple):
@@ -64,7 +68,28 @@ def find_end_id(config: TokensData, corpora: list[TokenCorpus]) -> int | None:
         end_id = tokenizer.end_id
     if end_id is None and config.documents == "separate":
         raise ValueError("data.documents is 'separate' but the token that ends a document is unknown: set data.end_id")
+    if end_id is not None and config.documents == "separate":
+        for corpus in corpora:
+            _check_end_tokens(corpus, end_id)
     return end_id
+
+
+def _check_end_tokens(corpus: TokenCorpus, end_id: int) -> None:
+    """Raises a ValueError if a document of the corpus does not end with the token `end_id`.
+
+    Documents are told apart by this token alone, so that others would be attended to together. Looks at CHECKED
+    documents at most, evenly spaced, since each may cost a read from disk.
+    """
+    indexed = corpus.tokens
+    number_of = np.linspace(0, indexed.num_documents - 1, min(CHECKED, indexed.num_documents)).astype(np.int64)
+    for number in dict.fromkeys(number_of.tolist()):
+        begin, end = indexed.document_begin(number), indexed.document_begin(number + 1)
+        if end > begin and (last := int(indexed.tokens[end - 1])) != end_id:
+            raise ValueError(
+                f"{corpus.setting}: data.documents is 'separate', but document {number} of {indexed.path} ends with "
+                f"the token {last}, not with data.end_id ({end_id}), so that nothing marks its end; prepare the corpus "
+                "with end tokens, set data.end_id, or use data.documents=joined"
+            )
 
 
 def corpus_digest(corpus: TokenCorpus) -> str:
