@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -198,6 +199,7 @@ def test_a_run_that_diverges_names_its_last_checkpoint(tmp_path: Path) -> None:
             app, ["train", str(small_config(tmp_path)), "parallel.ep=1", *diverging, *overrides]
         )
         assert result.exit_code == 2
+        assert re.match(r"error: step \d: the loss is ", result.stderr), "study/folder.py looks for these words"
         return result.stderr
 
     assert "the run stops, it has saved no checkpoint yet (" in error("run.folder=" + str(tmp_path / "first"))

@@ -232,6 +232,7 @@ def diverge(folder: Path) -> None:
     (folder / "log.txt").write_text("step 0\nerror: step 1: the loss is nan and the gradient norm nan; the run stops\n")
 
 
+@pytest.mark.full
 def test_what_diverges_says_so_in_the_words_that_are_looked_for(tmp_path: Path, corpus: str) -> None:
     """The sentence of the training loop, from a rate that no model survives; the study ends with it."""
     study = tiny(tmp_path, corpus, "learning_rates=[1e30]", "base.training.clip_norm=null", "jobs=2")
