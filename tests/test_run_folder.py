@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,22 @@ def test_the_owner_on_another_machine_is_watched(tmp_path: Path, caplog: Any) ->
     assert "taking over" in caplog.text
 
 
-def test_a_damaged_file_is_replaced(tmp_path: Path) -> None:
+def test_a_damaged_file_is_replaced(tmp_path: Path, caplog: Any) -> None:
     (tmp_path / FILE).write_text("{")
-    RunLock(tmp_path).release()
+    lock = RunLock(tmp_path)
+    assert f"taking over {tmp_path} from a process whose name cannot be read" in caplog.text
+    assert json.loads((tmp_path / FILE).read_text())["id"] == lock.owner.id
+    lock.release()
+
+
+def test_an_owner_that_is_still_writing_its_name_is_named(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("")
+    name = RunLock(tmp_path / "other").owner.model_copy(update={"host": "node7"})
+    writing = threading.Timer(0.3, lambda: (tmp_path / FILE).write_text(name.model_dump_json()))
+    writing.start()
+    with pytest.raises(ValueError, match=r"is being trained by process \d+ on node7, since "):
+        RunLock(tmp_path)
+    writing.join()
 
 
 def take_over(folder: Path, start: Any, results: Any) -> None:

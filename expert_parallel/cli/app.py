@@ -18,7 +18,7 @@ from expert_parallel.cli.surgery import experts
 from expert_parallel.config import load_tree
 from expert_parallel.runtime.output import print_line
 from expert_parallel.runtime.process import UserError, distributed
-from expert_parallel.training.config import load_config, renamed_folder
+from expert_parallel.training.config import config_file, load_config, renamed_folder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -78,7 +78,7 @@ def train(config: ConfigFile, overrides: Overrides = None, log_level: LogLevel =
 
 def print_run_folder(path: Path, overrides: list[str]) -> None:
     """Prints a line if the folder of a run's config.yaml replaces the one that the file names."""
-    path = path / "config.yaml" if path.is_dir() else path
+    path = config_file(path)
     tree = load_tree(path)
     if (renamed := renamed_folder(path, tree)) is not None and not any(o.startswith("run.folder=") for o in overrides):
         print_line(

@@ -216,13 +216,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     in which it lies, even if it names another, as that of a copied or moved run does (see `renamed_folder`). Raises a
     ValueError of one sentence that names the setting's path.
     """
-    path = path / "config.yaml" if path.is_dir() else path
+    path = config_file(path)
     tree = load_tree(path, (), Config)
     if (renamed := renamed_folder(path, tree)) is not None:
         tree["run"]["folder"] = renamed
     for override in overrides:
         apply_override(tree, override, Config)
     return read_settings(Config, tree, str(path))
+
+
+def config_file(path: Path) -> Path:
+    """Returns the file of a config that is given as a file or as the folder of a run."""
+    return path / "config.yaml" if path.is_dir() else path
 
 
 def renamed_folder(path: Path, tree: dict[str, Any]) -> str | None:

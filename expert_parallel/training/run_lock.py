@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 FILE = "owner.json"
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 3 * BEAT_SECONDS
+UNNAMED = "a process whose name cannot be read"  # an owner.json that is damaged or still being written
 
 
 class Owner(BaseModel):
@@ -115,18 +116,19 @@ class RunLock:
         if other is not None and other.machine == self.owner.machine:
             is_alive = _start_of(other.pid) == other.process_start
         else:
-            named = other or "a process that has not written its name"
             logger.warning(
-                "run.folder: %s is used by %s; waiting %g s for a sign of life", folder, named, STALE_SECONDS
+                "run.folder: %s is used by %s; waiting %g s for a sign of life", folder, other or UNNAMED, STALE_SECONDS
             )
             is_alive = self._beats(other)
+        found = _read(self.path)
         if is_alive:
             raise ValueError(
-                f"run.folder: {folder} is being trained by {other}; choose another run.folder, or end that run first"
+                f"run.folder: {folder} is being trained by {found or other or UNNAMED}; choose another run.folder, or "
+                "end that run first"
             )
-        if _read(self.path) != other:
+        if found != other:
             return  # it was released, or another process has taken over: look again
-        logger.warning("run.folder: taking over %s from %s, which has ended", folder, other)
+        logger.warning("run.folder: taking over %s from %s, which has ended", folder, other or UNNAMED)
         self._replace()
         time.sleep(0.5)  # if two processes took over at the same time, the file is the second's, and the first sees it
 
