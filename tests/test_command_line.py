@@ -111,7 +111,7 @@ REFUSED_SETTINGS: dict[str, tuple[list[str], str]] = {
     ),
     "unknown kind in a list": (
         ["model.moe.losses=[{kind: balance}, {kind: z}]"],
-        "model.moe.losses[1].kind is 'z', it must be one of 'balance', 'z_loss'",
+        "model.moe.losses[1].kind is 'z', it must be one of 'balance', 'z_loss', 'importance', 'load'",
     ),
     "unknown choice": (
         ["training.dtype=float16"],

@@ -49,6 +49,7 @@ ROUTERS = {
         "group_limit": {"count": 2, "limit": 1},
     },
     "noisy learned": {"kind": "noisy_top_k", "k": 3},
+    "noisy normal": {"kind": "noisy_top_k", "k": 2, "noise": "normal", "std": 0.7},
     "noisy gumbel": {"kind": "noisy_top_k", "k": 2, "noise": "gumbel"},
     "gshard": {"kind": "gshard"},
     "expert choice": {"kind": "expert_choice", "train": 2.0, "eval": 1.5},
@@ -155,6 +156,10 @@ def make_config(case: dict[str, Any]) -> MoEConfig:
         {"kind": "balance", "coefficient": 0.5, "scope": "rank", "choices": "first"},
         {"kind": "balance", "coefficient": 0.7, "scope": "sequence", "layers": "pooled"},
     ]
+    noise = router.get("noise", "learned") if router["kind"] == "noisy_top_k" else None
+    losses.append({"kind": "importance", "of": "probabilities" if noise == "normal" else "weights"})
+    if noise in ("learned", "normal") and case["scenario"] != "all experts chosen":
+        losses.append({"kind": "load", "threshold": "all" if noise == "normal" else "others"})
     activation, *options = case["experts"].split()
     return MoEConfig.model_validate(
         {

@@ -27,6 +27,7 @@ from expert_parallel.moe.routers.base import (
 from expert_parallel.moe.routers.losses import BalanceLossConfig, ZLossConfig
 from expert_parallel.moe.routers.noisy import GShardConfig, NoisyTopKConfig
 from expert_parallel.moe.routers.registry import ROUTERS
+from expert_parallel.moe.routers.variation_losses import ImportanceLossConfig, LoadLossConfig
 from tests.test_routers import NUM_EXPERTS, X_BSD, Config, batch_of, close, layer_config
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,13 +173,24 @@ PAPERS: dict[str, tuple[RouterSettings, Any, list[Any]]] = {
         FactorConfig(kind="factor", train=1.0, eval=1.0, minimum=0),
         [BalanceLossConfig(kind="balance", coefficient=0.01, choices="first")],
     ),
-    # k = 4 in the flat layers; softmax after the choice
-    "shazeer": (NoisyTopKConfig(kind="noisy_top_k", k=4, noise="learned", normalise=True), DROPLESS, []),
-    # k = 2, C = 1.05, noise of 1 / E, weights chosen after the softmax, batch prioritized routing
+    # k = 4 in the flat layers; softmax after the choice; w_importance = w_load = 0.1
+    "shazeer": (
+        NoisyTopKConfig(kind="noisy_top_k", k=4, noise="learned", normalise=True),
+        DROPLESS,
+        [
+            ImportanceLossConfig(kind="importance", coefficient=0.1, of="weights"),
+            LoadLossConfig(kind="load", coefficient=0.1, threshold="others"),
+        ],
+    ),
+    # k = 2, C = 1.05, noise of 1 / E, weights chosen after the softmax, batch prioritized routing; 0.01 times
+    # (importance + load) / 2
     "v_moe": (
         NoisyTopKConfig(kind="noisy_top_k", k=2, noise="normal", std=None, normalise=False),
         FactorConfig(kind="factor", train=1.05, eval=1.05, minimum=0, priority="batch_priority"),
-        [],
+        [
+            ImportanceLossConfig(kind="importance", coefficient=0.005, of="probabilities"),
+            LoadLossConfig(kind="load", coefficient=0.005, threshold="all"),
+        ],
     ),
     # 8 experts of 256 within 4 of 8 nodes, sigmoid, scale 2.5, bias update 0.001, sequence loss 0.0001
     "deepseek_v3": (

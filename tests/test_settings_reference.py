@@ -188,7 +188,7 @@ def test_a_block_is_printed_with_all_kinds() -> None:
 
 @pytest.mark.parametrize("path", ["model.moe.losses[0].coefficient", "model.moe.losses.coefficient"])
 def test_a_setting_of_a_list_is_printed(path: str) -> None:
-    assert invoke(path).stdout.count("model.moe.losses[].coefficient") == 2  # of both kinds
+    assert invoke(path).stdout.count("model.moe.losses[].coefficient") == 4  # of all kinds
 
 
 def test_a_setting_is_found_by_its_alias() -> None:

@@ -72,7 +72,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "pp, untied": ({"world": 4, "pp": 2, "micro_steps": 3}, UNTIED, "pp dense"),
     "pp, pooled losses": ({"world": 4, "pp": 2, "tp": 2, "micro_steps": 2}, moe(losses=POOLED), "pp"),
     "interleaved": ({"world": 4, "pp": 2, "micro_steps": 4, "pipeline": "interleaved"}, {"num_layers": 4}, "pp tied"),
-    "ep x dp": ({"world": 4, "ep": 2}, {}, "ep edp dense stage"),
+    "ep x dp": (
+        {"world": 4, "ep": 2},
+        moe(router={"kind": "noisy_top_k", "k": 2}, losses=[{"kind": "importance"}, {"kind": "load"}]),
+        "ep edp dense stage",
+    ),
     "ep in chunks, sharded": (
         {"world": 4, "ep": 2, "data": "sharded"},
         moe(dispatcher={"kind": "all_to_all", "overlap": 3}),

@@ -11,6 +11,7 @@ from expert_parallel.moe.dispatch.ledger import LedgerConfig
 from expert_parallel.moe.experts.grouped import ExpertsConfig
 from expert_parallel.moe.routers.base import HashConfig, RouterSettings, TopKRouterConfig
 from expert_parallel.moe.routers.losses import LossConfig, loss_name
+from expert_parallel.moe.routers.noisy import NoisyTopKConfig
 from expert_parallel.moe.routers.registry import RouterConfig, router_params, router_settings
 from expert_parallel.nn.ffn import FFNConfig
 from expert_parallel.settings import Settings, use_own_names
@@ -81,6 +82,18 @@ def refuse_combinations(
         raise ValueError(f"losses: {names[0]} would do nothing: router.kind is 'hash', which has no parameters")
     if router.kind == "expert_choice" and any(loss.kind == "balance" for loss in losses):
         raise ValueError("losses: balance would do nothing: router.kind is 'expert_choice', which is always balanced")
+    if any(loss.kind == "load" for loss in losses):
+        if not isinstance(router, NoisyTopKConfig) or router.noise == "gumbel":
+            noise = f" with router.noise {router.noise!r}" if isinstance(router, NoisyTopKConfig) else ""
+            raise ValueError(
+                f"losses: load needs router.kind 'noisy_top_k' with noise 'learned' or 'normal', found {router.kind!r}"
+                f"{noise}: the load is the probability that an expert is chosen under this noise"
+            )
+        if router.k == num_experts:
+            raise ValueError(
+                f"losses: load would do nothing: router.k ({router.k}) equals num_experts ({num_experts}), so that "
+                "every expert is always chosen"
+            )
     if isinstance(capacity, DroplessConfig):
         return
     if router.kind == "expert_choice":
@@ -132,12 +145,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "capacity": {"kind": "factor", "train": 1.0, "eval": 1.0, "minimum": 0},
         "losses": [{"kind": "balance", "coefficient": 0.01, "choices": "first"}],
     },
-    # Shazeer et al. 2017
-    "shazeer": {"router": {"kind": "noisy_top_k", "k": 4, "noise": "learned"}, "capacity": {"kind": "dropless"}},
-    # Riquelme et al. 2021
+    # Shazeer et al. 2017; both coefficients are those of its language models
+    "shazeer": {
+        "router": {"kind": "noisy_top_k", "k": 4, "noise": "learned"},
+        "capacity": {"kind": "dropless"},
+        "losses": [{"kind": "importance", "coefficient": 0.1}, {"kind": "load", "coefficient": 0.1}],
+    },
+    # Riquelme et al. 2021; the loss is the mean of importance and load, times 0.01
     "v_moe": {
         "router": {"kind": "noisy_top_k", "k": 2, "noise": "normal", "normalise": False},
         "capacity": {"kind": "factor", "train": 1.05, "eval": 1.05, "minimum": 0, "priority": "batch_priority"},
+        "losses": [
+            {"kind": "importance", "coefficient": 0.005, "of": "probabilities"},
+            {"kind": "load", "coefficient": 0.005, "threshold": "all"},
+        ],
     },
     # DeepSeek-AI 2024
     "deepseek_v3": {

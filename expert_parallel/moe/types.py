@@ -41,6 +41,17 @@ class Outcome(IntEnum):
 
 
 @dataclass(frozen=True)
+class LogitNoise:
+    """Holds how a router's logits were drawn: logits_TE = clean_logits_TE + std_TE * a standard normal number.
+
+    clean_logits_TE: (T, E) in router dtype. std_TE: the standard deviation, (T, E), or (1, 1) if all are equal.
+    """
+
+    clean_logits_TE: Tensor
+    std_TE: Tensor
+
+
+@dataclass(frozen=True)
 class RoutingPlan:
     """Holds a router's decision for T tokens: the experts of each token, their weights, and the outcome of each choice.
 
@@ -51,7 +62,7 @@ class RoutingPlan:
     recomputed after drops (see Scores). ranking_TE: detached, the scores by which rerouting finds the next best expert;
     -inf excludes an expert. all_kept_TK: the object `outcome_TK` itself if the router kept all choices (see
     `is_dropless`). `rows_per_expert`: the number of rows to which the rows of each expert are padded with zeros; None:
-    no padding.
+    no padding. noise: how the logits were drawn; None if they have no normal noise.
     """
 
     logits_TE: Tensor
@@ -65,6 +76,7 @@ class RoutingPlan:
     ranking_TE: Tensor | None = None
     all_kept_TK: Tensor | None = None
     rows_per_expert: int | None = None
+    noise: LogitNoise | None = None
 
     @property
     def is_dropless(self) -> bool:

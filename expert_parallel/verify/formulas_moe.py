@@ -45,6 +45,10 @@ def statistics_bytes(step: StepSizes) -> ByteCounts:
             terms["stage", "counts for losses"] = (
                 num_layers * step.moe_forward_passes * 2 * (step.ranks_per_stage - 1) * (2 * E + 2) * 8
             )
+        if num_variations := sum(loss.kind in ("importance", "load") for loss in step.moe.losses):
+            terms["stage", "importance and load"] = (
+                num_layers * step.moe_forward_passes * 2 * (step.ranks_per_stage - 1) * num_variations * E
+            ) * step.param_bytes
         if any(loss.scope == "sequence" for loss in balance_losses(step)):
             terms["sequence", "counts for losses"] = (
                 num_layers

@@ -276,6 +276,10 @@ def _losses(config: Any, routing: ReferenceRouting, batch: ReferenceBatch) -> di
             log_sums = largest + torch.log(torch.exp(routing.logits_TE - largest[:, None]).sum(-1))
             losses["z_loss"] = (log_sums**2).sum() / max(len(batch.tokens), 1)
             continue
+        if loss.kind in ("importance", "load"):
+            amounts = _importance if loss.kind == "importance" else _load
+            losses[loss.kind] = _squared_variation(amounts(config, loss, routing), routing)
+            continue
         counted = blocks("document" if loss.scope == "sequence" else loss.scope, batch)
         values = [_switch_loss(config, loss, routing, block) for block in counted]
         name = f"balance_{loss.scope}" + ("_first" if loss.choices == "first" else "")
@@ -300,3 +304,42 @@ def _switch_loss(config: Any, loss: Any, routing: ReferenceRouting, block: list[
         mean = torch.stack([row[e] for row in probabilities]).sum() / len(block)
         total = total + chosen / (len(block) * counted) * mean
     return config.num_experts * total
+
+
+def _importance(config: Any, loss: Any, routing: ReferenceRouting) -> list[Tensor]:
+    """Returns the importance of each expert (Shazeer et al. 2017, eq. 6; Riquelme et al. 2021)."""
+    importance = [routing.scores_TE.new_zeros(()) for _ in range(config.num_experts)]
+    weights = _weigh(config, routing, routing.ids, [[KEPT] * len(row) for row in routing.ids])  # before any drops
+    for t, row in enumerate(routing.ids):
+        if loss.of == "weights":
+            for j, expert in enumerate(row):
+                if routing.outcomes[t][j] != NOT_ROUTED:
+                    importance[expert] = importance[expert] + weights[t][j]
+        else:
+            scores = routing.scores_TE[t] if routing.clean_TE is None else torch.exp(routing.clean_TE[t])
+            importance = [one + scores[e] / scores.sum() for e, one in enumerate(importance)]
+    return importance
+
+
+def _load(config: Any, loss: Any, routing: ReferenceRouting) -> list[Tensor]:
+    """Returns the load of each expert (Shazeer et al. 2017, eq. 8-10; Riquelme et al. 2021); without noise, its number
+    of choices."""
+    load = [routing.scores_TE.new_zeros(()) for _ in range(config.num_experts)]
+    for t, row in enumerate(routing.ids):
+        for e in range(config.num_experts):
+            if routing.clean_TE is None or routing.spread_TE is None:
+                load[e] = load[e] + float(e in row)
+                continue
+            rivals = [i for i in range(config.num_experts) if i != e or loss.threshold == "all"]
+            threshold = torch.stack([routing.logits_TE[t, i] for i in rivals]).sort(descending=True)[0][len(row) - 1]
+            z = (routing.clean_TE[t, e] - threshold) / routing.spread_TE[t, e]
+            load[e] = load[e] + (1 + torch.erf(z / math.sqrt(2))) / 2
+    return load
+
+
+def _squared_variation(amounts: list[Tensor], routing: ReferenceRouting) -> Tensor:
+    """Computes the variance of the amounts, divided by the square of their mean; 0 without tokens."""
+    if not routing.ids:
+        return routing.scores_TE[:0].sum()
+    mean = torch.stack(amounts).mean()
+    return torch.stack([(amount - mean) ** 2 for amount in amounts]).mean() / mean**2

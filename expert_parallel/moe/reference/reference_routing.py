@@ -6,7 +6,7 @@ T counts the real tokens of all ranks, in the order of the ranks.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -72,7 +72,8 @@ class ReferenceRouting:
     """Holds the reference router's decision for T tokens.
 
     ids, outcomes: T lists of K, the expert id and the outcome of each choice. ranking: T lists of E; rerouting prefers
-    larger values, and -inf excludes an expert.
+    larger values, and -inf excludes an expert. clean_TE, spread_TE: the logits without noise, and the standard
+    deviation of their normal noise; None without such noise.
     """
 
     logits_TE: Tensor
@@ -80,6 +81,8 @@ class ReferenceRouting:
     ids: list[list[int]]
     outcomes: list[list[int]]
     ranking: list[list[float]]
+    clean_TE: Tensor | None = None
+    spread_TE: Tensor | None = None
 
 
 def collect_tokens(ranks: list[RankTokens], training: bool, context: StepContext) -> ReferenceBatch:
@@ -199,11 +202,13 @@ def _noisy_top_k(config: Any, parameters: dict[str, Tensor], batch: ReferenceBat
         if router.noise == "gumbel":
             ranked = logits + noise
         else:
-            spread: Any = 1 / config.num_experts if router.std is None else router.std
+            spread = torch.full_like(logits, 1 / config.num_experts if router.std is None else router.std)
             if router.noise == "learned":
                 raw = batch.x_TD @ parameters["router.noise_weight"].T
                 spread = torch.logaddexp(raw, torch.zeros_like(raw))  # softplus
-            ranked = logits = logits + noise * spread
+            ranked = logits + noise * spread
+            routing = _take_best(ranked, _softmax(ranked), ranked.tolist(), router.k)
+            return replace(routing, clean_TE=logits, spread_TE=spread)
     return _take_best(logits, _softmax(logits), ranked.tolist(), router.k)
 
 

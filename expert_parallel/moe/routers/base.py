@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from expert_parallel.moe.context import TokenBatch, pass_seed
 from expert_parallel.moe.routers.topk import stable_topk
-from expert_parallel.moe.types import Outcome, RoutingPlan
+from expert_parallel.moe.types import LogitNoise, Outcome, RoutingPlan
 from expert_parallel.nn import random
 from expert_parallel.nn.random import Stream
 from expert_parallel.settings import Settings
@@ -89,6 +89,7 @@ class Scores:
     scores_TE: Tensor
     probabilities_TE: Tensor
     ranking_TE: Tensor
+    noise: LogitNoise | None = None
 
 
 def score_logits(logits_TE: Tensor, score: Score) -> Scores:
@@ -172,6 +173,7 @@ class Router(nn.Module):
             log_scores_TE=scores.log_scores_TE,
             ranking_TE=scores.ranking_TE,
             all_kept_TK=outcome_TK if keeps_all and batch.real_T is None else None,
+            noise=scores.noise,
         )
 
 

@@ -14,6 +14,12 @@ from torch import Tensor
 
 from expert_parallel.moe.context import TokenBatch
 from expert_parallel.moe.dispatch.permute import count_keys
+from expert_parallel.moe.routers.variation_losses import (
+    ImportanceLossConfig,
+    LoadLossConfig,
+    importance_loss,
+    load_loss,
+)
 from expert_parallel.moe.types import RoutingPlan
 from expert_parallel.parallel.collectives import all_reduce_sum, group_rank, group_size
 from expert_parallel.settings import Settings
@@ -50,7 +56,9 @@ class ZLossConfig(Settings):
     scope: ClassVar[Literal["global"]] = "global"  # not a setting: it is a mean over all tokens
 
 
-LossConfig = Annotated[BalanceLossConfig | ZLossConfig, Field(discriminator="kind")]
+LossConfig = Annotated[
+    BalanceLossConfig | ZLossConfig | ImportanceLossConfig | LoadLossConfig, Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,12 @@ def z_loss(config: ZLossConfig, plan: RoutingPlan, batch: TokenBatch, step: Micr
     return squares_T.sum() / step.counts["global"][0, -1].clamp(min=1)
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {"balance": balance_loss, "z_loss": z_loss}
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "balance": balance_loss,
+    "z_loss": z_loss,
+    "importance": importance_loss,
+    "load": load_loss,
+}
 
 
 def router_losses(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from expert_parallel.moe.context import TokenBatch, pass_seed
 from expert_parallel.moe.routers.base import LinearRouter, LinearSettings, Scores, score_logits
 from expert_parallel.moe.routers.topk import stable_topk
-from expert_parallel.moe.types import Outcome
+from expert_parallel.moe.types import LogitNoise, Outcome
 from expert_parallel.nn import random
 from expert_parallel.nn.random import Stream
 
@@ -60,8 +60,10 @@ class NoisyTopKRouter(LinearRouter):
             scores = score_logits(logits_TE, "softmax")
             return replace(scores, ranking_TE=scores.ranking_TE + noise_TE)
         noise_TE = random.normal(seed, batch.index_T, self.num_experts).to(x_TD.dtype)
-        std = 1 / self.num_experts if self.config.std is None else self.config.std
-        return score_logits(logits_TE + noise_TE * (std if spread_TE is None else spread_TE), "softmax")
+        if spread_TE is None:
+            spread_TE = logits_TE.new_full((1, 1), 1 / self.num_experts if self.config.std is None else self.config.std)
+        scores = score_logits(logits_TE + noise_TE * spread_TE, "softmax")
+        return replace(scores, noise=LogitNoise(logits_TE, spread_TE))
 
 
 class GShardConfig(LinearSettings):
