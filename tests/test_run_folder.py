@@ -245,3 +245,18 @@ def test_no_output_ends_a_run(fault: str, tmp_path: Path) -> None:
         assert done.stderr.count(b"stdout cannot be written") == 1, done.stderr
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "checkpoints" / "step_00000002").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "message"),
+    [("closed pipe", 141, b""), ("full disk", 1, b"error: output cannot be written: No space left on device\n")],
+)
+def test_a_command_ends_quietly_when_nobody_reads_it(fault: str, code: int, message: bytes) -> None:
+    """As other programs do: 128 + SIGPIPE behind `| head`; a sentence, and no traceback, on a full disk."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    out = os.fdopen(writer, "wb") if fault == "closed pipe" else open("/dev/full", "wb")  # noqa: SIM115
+    with out:
+        command = [sys.executable, "-m", "expert_parallel", "settings", "training.steps"]
+        done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (code, message)

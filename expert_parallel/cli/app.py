@@ -2,9 +2,10 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from expert_parallel import __version__
 from expert_parallel.cli.bench import bench
@@ -16,11 +17,21 @@ from expert_parallel.cli.settings import settings
 from expert_parallel.cli.study import study
 from expert_parallel.cli.surgery import experts
 from expert_parallel.config import load_tree
-from expert_parallel.runtime.output import print_line
+from expert_parallel.runtime.output import exit_if_unreadable, print_line
 from expert_parallel.runtime.process import UserError, distributed
 from expert_parallel.training.config import config_file, load_config, renamed_folder
 
+
+class Commands(TyperGroup):
+    """Runs a command; one whose output nobody can read any more ends without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with exit_if_unreadable():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
