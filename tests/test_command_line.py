@@ -341,8 +341,23 @@ def test_a_checkpoint_of_another_model_is_refused(override: str, sentence: str, 
 
 
 def test_generate_refuses_what_is_no_run(finished_run: Path) -> None:
-    def refused(run: Path, prompt: str = "x") -> str:
-        return refusal(invoke("generate", run, "--prompt", prompt))
+    def refused(run: Path, *options: str, prompt: str = "x") -> str:
+        return refusal(invoke("generate", run, "--prompt", prompt, *options))
+
+    for option, value, wanted in (
+        ("--temperature", "nan", "a finite number, 0 or more"),
+        ("--temperature", "inf", "a finite number, 0 or more"),
+        ("--temperature", "-0.5", "a finite number, 0 or more"),
+        ("--top-p", "0.0", "above 0 and at most 1"),
+        ("--top-p", "1.5", "above 0 and at most 1"),
+        ("--top-p", "nan", "above 0 and at most 1"),
+        ("--top-k", "0", "1 or more"),
+        ("--tokens", "0", "1 or more"),
+        ("--seed", "-1", "from 0 to 9223372036854775807"),
+        ("--seed", str(2**63), "from 0 to 9223372036854775807"),
+    ):
+        assert refused(finished_run, option, value) == f"{option} is {value}, it must be {wanted}"
+    assert refused(finished_run, "--special-tokens").endswith("but this run's tokens are bytes")
 
     assert refused(finished_run / "absent") == f"there is no run folder {finished_run / 'absent'}"
     assert "config.yaml cannot be read: No such file" in refused(finished_run / "checkpoints")

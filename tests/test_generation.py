@@ -166,15 +166,16 @@ def test_a_draw_depends_on_the_sequence_and_not_on_the_batch() -> None:
     assert alone == together[:1]
 
 
-def test_a_sequence_ends_with_its_end_token() -> None:
+def test_a_sequence_ends_with_any_end_token() -> None:
     free = on_ranks({"world": 1}, model_tree(), PROMPTS)
-    end_id = free[0][len(PROMPTS[0]) + 2]
-    ended = on_ranks({"world": 1}, model_tree(), PROMPTS, end_id=end_id)
+    end_ids = [free[0][len(PROMPTS[0]) + 2], free[1][len(PROMPTS[1]) + 3]]
+    ended = on_ranks({"world": 1}, model_tree(), PROMPTS, end_ids=end_ids)
     for prompt, text, whole in zip(PROMPTS, ended, free, strict=True):
         new = whole[len(prompt) :]
-        length = new.index(end_id) + 1 if end_id in new else len(new)
+        length = next((place for place, token in enumerate(new, 1) if token in end_ids), len(new))
         assert text == prompt + new[:length]
     assert len(ended[0]) <= len(PROMPTS[0]) + 3
+    assert len(ended[1]) <= len(PROMPTS[1]) + 4
 
 
 # --------------------------------------------------------------------------------------------------------------- draws
@@ -196,6 +197,12 @@ def test_draws_by_hand() -> None:
     assert shares(logits, Sampling(temperature=1.0, top_p=1e-9)) == [0, 0, 0, 1]
     squares = [share / 0.30 for share in (0.01, 0.04, 0.09, 0.16)]
     assert shares(logits, Sampling(temperature=0.5)) == pytest.approx(squares, abs=0.04)
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(1e-320, {2}), (1e308, {0, 1, 2})])
+def test_no_temperature_is_too_small_or_large(temperature: float, expected: set[int]) -> None:
+    logits, sampling = torch.tensor([-5.0, 1.0, 7.0]), Sampling(temperature=temperature)
+    assert {int(draw(logits, sampling, 1, index)) for index in range(50)} == expected
 
 
 def test_draws_are_those_of_transformers() -> None:

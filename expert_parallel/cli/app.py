@@ -1,5 +1,6 @@
 """Defines the command line `expert-parallel`, with its commands train, check, generate, experts and verify."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,8 @@ from expert_parallel.config import load_tree
 from expert_parallel.runtime.output import exit_if_unreadable, print_line
 from expert_parallel.runtime.process import UserError, distributed
 from expert_parallel.training.config import config_file, load_config, renamed_folder
+
+MAX_SEED = 2**63 - 1  # of an int64
 
 
 class Commands(TyperGroup):
@@ -120,20 +123,27 @@ def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, with config and checkpoints")],
     overrides: Overrides = None,
     prompt: Annotated[list[str] | None, typer.Option(help="text to continue; repeat for a batch")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="number of tokens to generate")] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="sampling temperature; 0: greedy decoding")] = 0.7,
-    top_k: Annotated[int | None, typer.Option(min=1, help="sample from the k most likely tokens; default: all")] = None,
+    tokens: Annotated[int, typer.Option(help="number of tokens to generate, 1 or more")] = 200,
+    temperature: Annotated[float, typer.Option(help="sampling temperature; 0: greedy decoding")] = 0.7,
+    top_k: Annotated[int | None, typer.Option(help="sample from the k most likely tokens; default: all")] = None,
     top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="nucleus sampling: total probability to sample from")
+        float, typer.Option(help="nucleus sampling: total probability to sample from, above 0, at most 1")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="random seed of the sampling")] = 0,
+    seed: Annotated[int, typer.Option(help="random seed of the sampling")] = 0,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens", help="read special tokens such as <|im_start|> in prompts, and show those of the texts"
+        ),
+    ] = False,
     cache: Annotated[bool, typer.Option(help="use a KV cache")] = True,
     log_level: LogLevel = "warning",
 ) -> None:
     """Generate text from a run's newest checkpoint.
 
     Runs on this process alone, whatever layout trained it; or on every rank under torchrun, in the run's layout or a
-    given one (such as parallel.tp=2).
+    given one (such as parallel.tp=2). An imported model begins and ends texts as its tokenizer.json,
+    tokenizer_config.json and generation_config.json say; these options take the place of the file's.
     """
     from expert_parallel.model.generation import Sampling
     from expert_parallel.training.generate import generate_from_run
@@ -142,8 +152,7 @@ def generate(
         exit_on_user_error(ValueError, OSError, log_level=log_level),
         distributed(*early_config(run / "config.yaml", overrides or [])) as ranks,
     ):
-        if top_p == 0:
-            raise UserError("--top-p is 0, it must be above 0: the total probability of the tokens to sample from")
+        refuse_generate_options(tokens, temperature, top_k, top_p, seed)
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         texts = generate_from_run(
             run,
@@ -153,10 +162,25 @@ def generate(
             num_tokens=tokens,
             sampling=sampling,
             seed=seed,
+            special_tokens=special_tokens,
             use_cache=cache,
         )
         if ranks.rank == 0:
             print_line(f"\n{'-' * 80}\n".join(texts))
+
+
+def refuse_generate_options(tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int) -> None:
+    """Raises UserError for the first option of `generate` that is out of its range."""
+    ranges = (
+        ("--tokens", tokens, tokens >= 1, "1 or more"),
+        ("--temperature", temperature, 0 <= temperature < math.inf, "a finite number, 0 or more"),
+        ("--top-k", top_k, top_k is None or top_k >= 1, "1 or more"),
+        ("--top-p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ("--seed", seed, 0 <= seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
+    )
+    for name, value, is_valid, wanted in ranges:
+        if not is_valid:  # also NaN, as it compares false
+            raise UserError(f"{name} is {value}, it must be {wanted}")
 
 
 @app.command("experts")

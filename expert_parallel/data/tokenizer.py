@@ -56,8 +56,8 @@ class ByteTokenizer:
 class FileTokenizer:
     """Encodes text by a tokenizer.json.
 
-    Special tokens in the text are encoded as ordinary text, and none are added. end: the token that ends documents, as
-    its text or its id; None takes the first of END_TOKENS that is in the vocabulary.
+    Unless asked for, special tokens in the text are encoded as ordinary text, and none are added. end: the token that
+    ends documents, as its text or its id; None takes the first of END_TOKENS that is in the vocabulary.
     """
 
     def __init__(self, path: Path, end: str | int | None = None) -> None:
@@ -69,7 +69,6 @@ class FileTokenizer:
             raise ValueError(f"{path} is not a tokenizer.json that `tokenizers` can read: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_id: int | None = end if isinstance(end, int) else None
@@ -80,12 +79,24 @@ class FileTokenizer:
         elif end is None:
             self.end_id = next((vocabulary[token] for token in END_TOKENS if token in vocabulary), None)
 
-    def encode(self, text: str) -> list[int]:
-        # A batch of one: the library's fastest call, which skips character offsets.
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    @property
+    def adds_special_tokens(self) -> bool:
+        """Returns True if the tokenizer.json has a post-processor that adds tokens to a text, such as `<s>`."""
+        return self._tokenizer.num_special_tokens_to_add(is_pair=False) > 0
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+    def find_id(self, token: str) -> int | None:
+        """Returns the id of a token, or None if the vocabulary lacks it."""
+        return self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str, *, add_special_tokens: bool = False, split_special_tokens: bool = True) -> list[int]:
+        """Encodes a text. add_special_tokens: adds the tokens of the tokenizer's post-processor. split_special_tokens:
+        special tokens in the text are encoded as ordinary text."""
+        self._tokenizer.encode_special_tokens = split_special_tokens
+        # A batch of one: the library's fastest call, which skips character offsets.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
 def open_tokenizer(name: str, end: str | int | None = None) -> Tokenizer:

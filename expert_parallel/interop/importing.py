@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from expert_parallel.checkpoint.files import CheckpointWriter
+from expert_parallel.data.imported import ORIGIN, read_imported_generation
 from expert_parallel.data.open import TOKENIZER_FILE
 from expert_parallel.interop.folder import CONFIG, COPIED_FILES
 from expert_parallel.interop.hf_model import HuggingFaceModel
 from expert_parallel.training.config import Config, dump_config
 
-ORIGIN = "huggingface"  # subfolder of a run: config.json, tokenizer files etc. of the imported model
 MAX_SEQUENCE_LENGTH = 2048  # training.sequence_length of the new config is the model's limit, but at most this
 
 
@@ -82,10 +82,12 @@ def write_run(
     """Writes a run folder: config.yaml, a checkpoint of step 0 and, if given, the tokenizer file. Returns `out`.
 
     weights: by logical name. origin: a Hugging Face folder, whose config.json and tokenizer files are copied into
-    `ORIGIN`. The folder gets its name when it is complete; an error leaves nothing behind.
+    `ORIGIN`, where generation reads them. The folder gets its name when it is complete; an error leaves nothing behind.
     """
     if out.exists():
         raise ValueError(f"{out} exists already")
+    if origin is not None:
+        read_imported_generation(origin)  # raises an error for files that generation could not follow
     partial = out.parent / f"partial_{out.name}_{secrets.token_hex(4)}"
     tree: dict[str, Any] = config.model_dump(mode="json")
     try:

@@ -5,6 +5,8 @@ without capacity limits, and each token is sampled with a function of (seed, seq
 letters: B sequences of this rank, S tokens that a pass feeds to each, V vocabulary.
 """
 
+from collections.abc import Collection
+
 import torch
 import torch.distributed as dist
 from pydantic import Field
@@ -44,11 +46,11 @@ def generate(
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     seed: int = 0,
     tokenizer_vocab_size: int | None = None,
-    end_id: int | None = None,
+    end_ids: Collection[int] = (),
     mesh: ParallelMesh | None = None,
     use_cache: bool = True,
 ) -> list[list[int]]:
-    """Returns each prompt followed by up to `num_tokens` new tokens; `end_id` ends a sequence and is its last token.
+    """Returns each prompt followed by up to `num_tokens` new tokens; any of `end_ids` ends a sequence, as its last one.
 
     window: the largest number of tokens of a sequence that the model is given; when a sequence is longer, its older
     half is dropped. `tokenizer_vocab_size`: only token ids below this number are generated; None: all of the model's
@@ -80,7 +82,7 @@ def generate(
         if min(choices) < 0:
             raise ValueError("the model's logits are not finite numbers: no token can be sampled from them")
         for text, choice in zip(texts, choices, strict=True):
-            text.add(choice, end_id)
+            text.add(choice, end_ids)
         if all(text.is_finished for text in texts):
             break
     return [text.tokens for text in texts]
@@ -117,11 +119,11 @@ class _Sequence:
         """Returns the tokens that the next pass must be given."""
         return [] if self.is_finished else self.tokens[self.start + self.cached :]
 
-    def add(self, token: int, end_id: int | None) -> None:
+    def add(self, token: int, end_ids: Collection[int]) -> None:
         """Appends a token, unless the sequence has ended."""
         if not self.is_finished:
             self.tokens.append(token)
-            self.is_finished = token == end_id
+            self.is_finished = token in end_ids
 
 
 class _Decoder:
@@ -201,9 +203,9 @@ def draw(logits_V: Tensor, sampling: Sampling, seed: int, index: int) -> Tensor:
         return torch.tensor(-1)
     if sampling.temperature == 0:
         return logits_V.argmax()
-    sorted_V, id_V = (logits_V / sampling.temperature).sort(descending=True, stable=True)
+    sorted_V, id_V = logits_V.sort(descending=True, stable=True)
     sorted_V, id_V = sorted_V[: sampling.top_k], id_V[: sampling.top_k]
-    share_V = sorted_V.softmax(0)
+    share_V = ((sorted_V - sorted_V[0]) / sampling.temperature).softmax(0)  # largest is 0: no temperature overflows it
     share_V = share_V * (share_V.cumsum(0) - share_V < sampling.top_p)
     drawn = random.uniform(seed, torch.tensor([index]), 1)[0, 0] * share_V.sum()
     place = torch.searchsorted(share_V.cumsum(0), drawn, right=True)

@@ -27,7 +27,7 @@ from expert_parallel.runtime.output import print_line
 from expert_parallel.runtime.process import Runtime, UserError
 from expert_parallel.training.config import Config, dump_config
 from expert_parallel.training.engines.engine import Engine
-from expert_parallel.training.generate import generate_texts, open_run_tokenizer
+from expert_parallel.training.generate import generate_texts, open_prompt_tokenizer
 from expert_parallel.training.metrics import Metrics, MetricsWriter, format_progress_line, memory_metrics, step_metrics
 from expert_parallel.training.replay import RecordConfig, ReplayConfig, ReplaySpec, load_routing, save_routing
 from expert_parallel.training.resume import StopSignal, changed_since_checkpoint, check_can_resume, check_same_model
@@ -231,7 +231,7 @@ def set_up_run(config: Config, runtime: Runtime) -> TrainingRun:
     config = config.model_copy(update={"data": data.config})
     checkpoints = runtime.run_on_all_ranks(lambda: open_run_folder(config, runtime.rank))
     if config.run.sample is not None:
-        runtime.run_on_all_ranks(lambda: open_run_tokenizer(config))
+        runtime.run_on_all_ranks(lambda: open_prompt_tokenizer(config))
     newest = all_gather_text(checkpoints[-1].name if checkpoints else "none", torch.device("cpu"))
     if len(set(newest)) > 1:
         raise UserError(
@@ -302,8 +302,10 @@ def generate_sample(config: Config, model: LanguageModel, mesh: ParallelMesh) ->
     """Generates the text that `run.sample` asks for."""
     sample = config.run.sample
     assert sample is not None
+    tokenizer = open_prompt_tokenizer(config)
+    prompts = [sample.prompt]
     (text,) = generate_texts(
-        config, model, [sample.prompt], num_tokens=sample.length, sampling=sample, seed=config.seed, mesh=mesh
+        config, model, tokenizer, prompts, num_tokens=sample.length, sampling=sample, seed=config.seed, mesh=mesh
     )
     return text
 
