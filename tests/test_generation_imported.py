@@ -15,8 +15,10 @@ from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner, Result
 
 from expert_parallel.cli.app import app
+from expert_parallel.data.open import save_tokenizer as save_tokenizer_of
 from expert_parallel.interop.families import FAMILIES
 from expert_parallel.interop.importing import import_folder
+from expert_parallel.interop.surgery import add, perform_surgery
 from expert_parallel.training.config import load_config
 from expert_parallel.training.generate import open_prompt_tokenizer
 from tests.test_interop import SHARD, make_peer
@@ -223,6 +225,21 @@ def test_the_end_of_the_data_ends_texts_too(tmp_path: Path) -> None:
     trained = ["data.corpora=[{path: elsewhere}]", "data.end_id=8"]
     assert open_prompt_tokenizer(load_config(tmp_path / "run/config.yaml")).end_ids == {9}
     assert open_prompt_tokenizer(load_config(tmp_path / "run/config.yaml", trained)).end_ids == {8, 9}
+
+
+def test_runs_made_from_an_imported_one_follow_its_files(tmp_path: Path) -> None:
+    """Runs with other experts, and runs that start from its weights."""
+    run = tmp_path / "run"
+    save_peer(tmp_path / "theirs", "mixtral", eos_token_id=[9, 10])
+    import_folder(tmp_path / "theirs", run, SHARD)
+    edited = perform_surgery(run, tmp_path / "edited", add(4, [1], noise=0.0, seed=0), SHARD)
+    started = load_config(run / "config.yaml", [f"run.folder={tmp_path}/started"])
+    (tmp_path / "started").mkdir()
+    data = started.data.model_copy(update={"tokenizer": str(run / "tokenizer.json")})
+    save_tokenizer_of(data, tmp_path / "started", str(run / "checkpoints/step_00000000"))
+    for config in (load_config(edited / "config.yaml"), started):
+        tokenizer = open_prompt_tokenizer(config)
+        assert (tokenizer.encode("w9"), tokenizer.end_ids) == ([BOS, 10], {9, 10})
 
 
 @pytest.mark.parametrize(

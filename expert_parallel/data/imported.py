@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expert_parallel.data.open import TOKENIZER_FILE
+from expert_parallel.data.open import ORIGIN, TOKENIZER_FILE
 
-ORIGIN = "huggingface"  # subfolder of a run: config.json, tokenizer files etc. of the imported model
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"

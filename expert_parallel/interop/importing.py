@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from expert_parallel.checkpoint.files import CheckpointWriter
-from expert_parallel.data.imported import ORIGIN, read_imported_generation
-from expert_parallel.data.open import TOKENIZER_FILE
+from expert_parallel.data.imported import read_imported_generation
+from expert_parallel.data.open import ORIGIN, TOKENIZER_FILE
 from expert_parallel.interop.folder import CONFIG, COPIED_FILES
 from expert_parallel.interop.hf_model import HuggingFaceModel
 from expert_parallel.training.config import Config, dump_config

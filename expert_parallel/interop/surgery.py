@@ -17,8 +17,8 @@ from torch import Tensor
 
 from expert_parallel.checkpoint.files import Checkpoint, CheckpointWriter, open_checkpoint
 from expert_parallel.checkpoint.folders import step_folder
-from expert_parallel.data.open import TOKENIZER_FILE
-from expert_parallel.interop.importing import find_tokenizer
+from expert_parallel.data.open import ORIGIN, TOKENIZER_FILE
+from expert_parallel.interop.importing import find_origin, find_tokenizer
 from expert_parallel.nn.random import mix
 from expert_parallel.training.config import Config, dump_config, read_config
 
@@ -105,6 +105,8 @@ def perform_surgery(source: Path, out: Path, surgery: Surgery, shard_bytes: int)
         tokenizer = find_tokenizer(source)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, out / TOKENIZER_FILE)
+        if (origin := find_origin(source)) is not None:
+            shutil.copytree(origin, out / ORIGIN)
         final = step_folder(out / "checkpoints", checkpoint.step)
         tree = config.model_dump(mode="json")
         with CheckpointWriter(

@@ -292,7 +292,7 @@ def open_run_folder(config: Config, rank: int) -> list[Path]:
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(dump_config(config))
-            save_tokenizer(config.data, folder)
+            save_tokenizer(config.data, folder, config.checkpoint.start_from)
         except OSError as error:
             raise ValueError(f"run.folder: cannot write to {folder}: {error.strerror or error}") from error
     return checkpoints
