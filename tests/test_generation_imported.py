@@ -24,8 +24,9 @@ from expert_parallel.training.generate import open_prompt_tokenizer
 from tests.test_interop import SHARD, make_peer
 
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
-BOS, EOS = 251, 252  # ids of the first two, which follow `<unk>` and 250 words
-PROMPTS = ("w9 w30 w7", "w200", "w1 w2 w3 w4 w5 w6")
+WORDS = 200  # the models have 260 token ids
+BOS, EOS = WORDS + 1, WORDS + 2  # ids of the first two special tokens, which follow `<unk>` and the words
+PROMPTS = ("w9 w30 w7", "w20", "w1 w2 w3 w4 w5 w6")
 CHAT = "<|im_start|> w9 <|im_end|> w30 <|im_start|>"
 NUM_TOKENS = 8
 
@@ -44,7 +45,7 @@ def generated(run: Path, *options: str, prompts: tuple[str, ...] = PROMPTS) -> R
 
 def save_tokenizer(folder: Path, template: str | None = "<s> $A", **config: Any) -> None:
     """A word for each token, so that texts are equal only if tokens are. The last ids of the models have no word."""
-    vocabulary = {word: number for number, word in enumerate(("<unk>", *(f"w{n}" for n in range(250))))}
+    vocabulary = {word: number for number, word in enumerate(("<unk>", *(f"w{n}" for n in range(WORDS))))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(list(SPECIAL))
@@ -86,11 +87,11 @@ def end_in(text: str, place: int) -> int:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_writes_what_transformers_writes(name: str, tmp_path: Path) -> None:
-    """Several prompts at once: one ends with the first end token, one with the second, one not at all."""
+    """Several prompts at once: one ends with the first end token, one with the second, and others go on."""
     theirs, run = tmp_path / "theirs", tmp_path / "run"
     save_peer(theirs, name)
     free = their_texts(theirs)
-    ends = [end_in(free[0], 3 + 3), end_in(free[1], 1 + 2)]
+    ends = [end_in(free[0], 3), end_in(free[1], 2)]
     (theirs / "generation_config.json").write_text(json.dumps({"bos_token_id": BOS, "eos_token_id": ends}))
     texts = their_texts(theirs)
     assert len({len(text.split()) - len(prompt.split()) for text, prompt in zip(texts, PROMPTS, strict=True)}) > 1
@@ -158,10 +159,26 @@ def test_files_are_followed_as_in_transformers(prepare: Callable[[Path, list[int
     theirs, run = tmp_path / "theirs", tmp_path / "run"
     save_peer(theirs)
     free = their_texts(theirs)
-    prepare(theirs, [end_in(free[0], 3 + 3), end_in(free[1], 1 + 2)])
+    prepare(theirs, [end_in(free[0], 3), end_in(free[1], 2)])
     import_folder(theirs, run, SHARD)
     result = generated(run)
     assert (result.stdout, result.stderr) == (printed(their_texts(theirs)), "")
+
+
+def test_tokens_are_special_that_only_the_config_names(tmp_path: Path) -> None:
+    """As pad_token, in a list, or with its properties; a word that is named is read as a token, and not printed."""
+    theirs, run = tmp_path / "theirs", tmp_path / "run"
+    save_peer(theirs)
+    typed = {"__type": "AddedToken", "content": "w1", "lstrip": False, "rstrip": False, "normalized": False}
+    named = {"pad_token": typed, "additional_special_tokens": ["w2", "[absent]"]}
+    save_tokenizer(theirs, **named)
+    import_folder(theirs, run, SHARD)
+    tokenizer = open_prompt_tokenizer(load_config(run / "config.yaml"), special_tokens=True)
+    peer = transformers.PreTrainedTokenizerFast.from_pretrained(theirs)
+    assert tokenizer.encode("w1w2 w3") == peer("w1w2 w3").input_ids == [BOS, 2, 3, 4]
+    plain = open_prompt_tokenizer(load_config(run / "config.yaml"))
+    assert plain.encode("w1w2 w3") == [BOS, 0, 4]
+    assert plain.decode([BOS, 2, 3, 4]) == peer.decode([BOS, 2, 3, 4], skip_special_tokens=True) == "w3"
 
 
 @pytest.mark.parametrize("config", ["tokenizer_config.json", "special_tokens_map.json"])

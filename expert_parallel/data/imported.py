@@ -42,14 +42,15 @@ class ImportedGeneration:
 
     end_ids: token ids that end a text. bos_id: the token that begins a text without prompt; None if there is none.
     bos_token, eos_token: tokens that tokenizer_config.json adds before and after a prompt, for a tokenizer.json that
-    adds none itself. max_positions: the number of tokens that the model was made for. settings: the content of
-    generation_config.json.
+    adds none itself. special_tokens: tokens that tokenizer_config.json names as special. max_positions: the number of
+    tokens that the model was made for. settings: the content of generation_config.json.
     """
 
     end_ids: frozenset[int]
     bos_id: int | None
     bos_token: str | None
     eos_token: str | None
+    special_tokens: tuple[str, ...]
     max_positions: int | None
     settings: dict[str, Any]
 
@@ -92,6 +93,7 @@ def read_imported_generation(folder: Path) -> ImportedGeneration:
         bos_id=bos,
         bos_token=_added_token(folder, tokenizer, "bos"),
         eos_token=_added_token(folder, tokenizer, "eos"),
+        special_tokens=_special_tokens(tokenizer),
         max_positions=longest if type(longest) is int else None,
         settings=settings,
     )
@@ -118,6 +120,15 @@ def _added_token(folder: Path, config: dict[str, Any], which: str) -> str | None
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{folder / TOKENIZER_CONFIG}: {name} is {token!r}, it must be the text of a token")
     return text
+
+
+def _special_tokens(config: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the texts of the tokens that tokenizer_config.json names as special: each `..._token`, and its lists."""
+    named = [value for key, value in config.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):  # older and newer name
+        named += value if isinstance(value := config.get(key), list) else []
+    texts = [token.get("content") if isinstance(token, dict) else token for token in named]
+    return tuple(text for text in texts if isinstance(text, str))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

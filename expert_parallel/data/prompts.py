@@ -31,6 +31,8 @@ class PromptTokenizer:
             self.end_ids |= {tokenizer.end_id}
         self._before: list[int] = []
         self._after: list[int] = []
+        if imported is not None and isinstance(tokenizer, FileTokenizer):
+            tokenizer.mark_special(imported.special_tokens)
         if imported is not None and isinstance(tokenizer, FileTokenizer) and not tokenizer.adds_special_tokens:
             self._before = _ids_of(imported.bos_token, tokenizer)
             self._after = _ids_of(imported.eos_token, tokenizer)

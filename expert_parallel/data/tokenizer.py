@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
 from pydantic import AfterValidator, Field, ValidationError
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from expert_parallel.data.indexed import IndexedDataset, with_suffix
 from expert_parallel.settings import Settings, refuse_newer
@@ -83,6 +83,12 @@ class FileTokenizer:
     def adds_special_tokens(self) -> bool:
         """Returns True if the tokenizer.json has a post-processor that adds tokens to a text, such as `<s>`."""
         return self._tokenizer.num_special_tokens_to_add(is_pair=False) > 0
+
+    def mark_special(self, tokens: Iterable[str]) -> None:
+        """Makes tokens of the vocabulary special tokens. Those that it lacks, and special ones, stay as they are."""
+        special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
+        others = [token for token in tokens if token not in special and self.find_id(token) is not None]
+        self._tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in others])
 
     def find_id(self, token: str) -> int | None:
         """Returns the id of a token, or None if the vocabulary lacks it."""
