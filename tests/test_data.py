@@ -308,7 +308,7 @@ def test_a_corpus_too_short_for_one_sequence_is_refused(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "data holds 90 bytes for training, a sequence needs sequence_length + 1 = 91 (training.sequence_length)"
     )
-    assert held_out_sequences(corpus.held_out, 9, None).shape == (1, 10)
+    assert held_out_sequences(corpus.held_out, 9, None).tokens.shape == (1, 10)
     with pytest.raises(ValueError, match="for evaluation") as caught:
         held_out_sequences(corpus.held_out, 10, None)
     assert str(caught.value) == (
@@ -333,7 +333,7 @@ def test_an_epoch_sees_every_window_once(length: int, sequence_length: int, seed
         length += sequence_length
     sampler = TokenSampler(distinct_tokens(length), sequence_length, seed)
     num_windows = (length - 1) // sequence_length
-    sequences = sampler.sequences(epoch * num_windows, num_windows)
+    sequences = sampler.sequences(epoch * num_windows, num_windows).tokens
     assert sequences.dtype == torch.int64
     assert sequences.shape == (num_windows, sequence_length + 1)
     starts = sorted(sequences[:, 0].tolist())
@@ -347,12 +347,12 @@ def test_an_epoch_sees_every_window_once(length: int, sequence_length: int, seed
 @given(length=st.integers(11, 80), first=st.integers(0, 100), counts=st.lists(st.integers(0, 20), max_size=6))
 def test_samples_do_not_depend_on_how_they_are_asked_for(length: int, first: int, counts: list[int]) -> None:
     sampler = TokenSampler(distinct_tokens(length), 5, seed=3)
-    at_once = sampler.sequences(first, sum(counts))
+    at_once = sampler.sequences(first, sum(counts)).tokens
     assert at_once.shape == (sum(counts), 6)
     starts = [first + sum(counts[:i]) for i in range(len(counts))]
-    pieces = [sampler.sequences(start, count) for start, count in zip(starts, counts, strict=True)]
+    pieces = [sampler.sequences(start, count).tokens for start, count in zip(starts, counts, strict=True)]
     epoch_order.cache_clear()
-    singles = [sampler.sequences(i, 1) for i in reversed(range(first, first + sum(counts)))]
+    singles = [sampler.sequences(i, 1).tokens for i in reversed(range(first, first + sum(counts)))]
     assert torch.equal(torch.cat([at_once[:0], *pieces]), at_once)
     assert torch.equal(torch.cat([at_once[:0], *reversed(singles)]), at_once)
 
@@ -369,13 +369,13 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 def test_held_out_sequences_are_spread_evenly() -> None:
     tokens = distinct_tokens(103).to(torch.uint8)
-    every = held_out_sequences(tokens, 10, None)
+    every = held_out_sequences(tokens, 10, None).tokens
     assert every.dtype == torch.int64
     assert every[:, 0].tolist() == list(range(0, 100, 10))
     assert every[3, -1] == 40
-    assert held_out_sequences(tokens, 10, 4)[:, 0].tolist() == [0, 20, 50, 70]
-    assert torch.equal(held_out_sequences(tokens, 10, 10), every)
-    assert torch.equal(held_out_sequences(tokens, 10, 1000), every)
+    assert held_out_sequences(tokens, 10, 4).tokens[:, 0].tolist() == [0, 20, 50, 70]
+    assert torch.equal(held_out_sequences(tokens, 10, 10).tokens, every)
+    assert torch.equal(held_out_sequences(tokens, 10, 1000).tokens, every)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,9 +408,8 @@ def whole_step(sampler: Sampler, step: int, global_batch: int, num_micro_steps: 
         for rank in range(num_ranks)
     ]
     fields = [field.name for field in dataclasses.fields(MicroBatch)]
-    if sampler.separator is None:
-        assert all(part.documents_BS is None for part in parts)
-        fields.remove("documents_BS")
+    assert all(part.documents_BS is None for part in parts)
+    fields.remove("documents_BS")
     return MicroBatch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in fields})
 
 
@@ -419,7 +418,7 @@ def whole_step(sampler: Sampler, step: int, global_batch: int, num_micro_steps: 
 def test_every_layout_sees_the_same_step(num_ranks: int, num_micro_steps: int) -> None:
     sampler = TokenSampler(distinct_tokens(500), 7, seed=1)  # 71 windows: the steps below cross an epoch
     for step in (0, 5, 6):
-        expected = sampler.sequences(step * 12, 12)
+        expected = sampler.sequences(step * 12, 12).tokens
         seen = whole_step(sampler, step, 12, num_micro_steps, num_ranks)
         assert torch.equal(seen.inputs_BS, expected[:, :-1])
         assert torch.equal(seen.targets_BS, expected[:, 1:])
@@ -432,7 +431,7 @@ def test_resuming_at_a_step_equals_running_on(num_ranks: int) -> None:
     one_run = TokenSampler(tokens, 9, seed=4)
     steps = [whole_step(one_run, step, 10, 2, num_ranks) for step in range(12)]
     seen = torch.cat([step.inputs_BS for step in steps])
-    assert torch.equal(seen, one_run.sequences(0, 120)[:, :-1])  # no sample left out between steps, none doubled
+    assert torch.equal(seen, one_run.sequences(0, 120).tokens[:, :-1])  # no sample left out between steps, none doubled
     epoch_order.cache_clear()
     resumed = TokenSampler(tokens.clone(), 9, seed=4)
     for step in range(7, 12):

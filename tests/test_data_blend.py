@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from expert_parallel.data.batch import MicroBatch, held_out_batch, micro_batch, number_documents
+from expert_parallel.data.batch import MicroBatch, held_out_batch, micro_batch
 from expert_parallel.data.blend import PERIOD, BlendSampler, CorpusSplit, blend_pattern, blended_held_out, permute_index
 from expert_parallel.data.config import DataConfig, FilesData, TokensData
-from expert_parallel.data.indexed import write_index
+from expert_parallel.data.documents import DocumentBoundaries, number_documents, starts_after_end_tokens
+from expert_parallel.data.indexed import IndexedDataset, open_indexed_dataset, write_index
 from expert_parallel.data.open import DataRequirements, RunData, load_tokenizer, open_data, save_tokenizer
 from expert_parallel.data.tokenizer import (
     ByteTokenizer,
@@ -32,8 +33,10 @@ from expert_parallel.data.tokenizer import (
 END = 0
 
 
-def part(tokens: np.ndarray[Any, Any], weight: float = 1.0, number: int = 0) -> CorpusSplit:
-    return CorpusSplit(f"data.corpora[{number}].path", Path(f"c{number}.bin"), 0, tokens, weight)
+def part(
+    tokens: np.ndarray[Any, Any], weight: float = 1.0, number: int = 0, boundaries: DocumentBoundaries | None = None
+) -> CorpusSplit:
+    return CorpusSplit(f"data.corpora[{number}].path", Path(f"c{number}.bin"), 0, tokens, weight, boundaries)
 
 
 def blend(windows: list[int], weights: list[float], length: int = 4, seed: int = 0) -> BlendSampler:
@@ -109,7 +112,7 @@ def test_every_corpus_goes_through_whole_epochs(windows: list[int], weights: lis
         size = windows[corpus]
         for first in range(0, len(order) - size + 1, size):
             assert sorted(order[first : first + size]) == list(range(size)), "each window once an epoch"
-    rows = sampler.sequences(0, 300)
+    rows = sampler.sequences(0, 300).tokens
     for row, sample in zip(rows.tolist(), range(300), strict=True):
         corpus, _, window = sampler.locate(sample)
         assert row == [1_000_000 * corpus + window * 4 + column for column in range(5)]
@@ -136,8 +139,8 @@ def test_no_sample_is_lost_at_a_period_and_far_ones_are_cheap() -> None:
     corpus, epoch, window = sampler.locate(far)
     before = 10**9 * sampler.pattern.counts[corpus] + int((sampler.pattern.corpus[:12345] == corpus).sum())
     assert epoch == before // [7, 1000][corpus]
-    assert sampler.sequences(far - 1, 3)[1].tolist() == sampler.sequences(far, 1)[0].tolist()
-    assert sampler.sequences(far, 1)[0, 0] == corpus * 1_000_000 + window * 4
+    assert sampler.sequences(far - 1, 3).tokens[1].tolist() == sampler.sequences(far, 1).tokens[0].tolist()
+    assert sampler.sequences(far, 1).tokens[0, 0] == corpus * 1_000_000 + window * 4
 
 
 def test_epochs_by_hand() -> None:
@@ -188,14 +191,16 @@ def test_a_resume_on_other_ranks_loses_nothing(before: int, after: int, micro_st
 
 def test_documents_by_hand() -> None:
     inputs_BS = torch.tensor([[5, 5, 0, 6, 0], [0, 0, 7, 7, 7], [1, 2, 3, 4, 5]])
-    assert number_documents(inputs_BS, 0).tolist() == [[0, 0, 0, 1, 1], [0, 1, 2, 2, 2], [0] * 5]
-    assert number_documents(inputs_BS[:0], 0).shape == (0, 5)
+    starts_BS = starts_after_end_tokens(inputs_BS, 0)
+    assert number_documents(starts_BS).tolist() == [[0, 0, 0, 1, 1], [0, 1, 2, 2, 2], [0] * 5]
+    assert number_documents(starts_BS[:0]).shape == (0, 5)
 
 
 def test_documents_travel_with_a_batch() -> None:
     tokens = np.array([9, 9, 0, 8, 8, 8, 0, 7, 7])
     joined = BlendSampler([part(tokens)], 8, 0, 10)
-    separate = BlendSampler([part(tokens)], 8, 0, 10, separator=0)
+    one_document = indexed(tokens, [9], [0, 1])
+    separate = BlendSampler([part(tokens, boundaries=DocumentBoundaries(one_document, end_id=0))], 8, 0, 10)
     ask: Any = {"step": 0, "global_batch": 2, "num_micro_steps": 1, "micro_step": 0, "num_ranks": 1, "rank": 0}
     assert micro_batch(joined, **ask).documents_BS is None
     batch = micro_batch(separate, **ask)
@@ -207,9 +212,49 @@ def test_documents_travel_with_a_batch() -> None:
     assert some.documents_BS is not None
     assert some.documents_BS.tolist() == [[0, 1, 2]] * 2
     assert MicroBatch(*[batch.inputs_BS] * 3).select_positions(torch.tensor([0])).documents_BS is None
-    shares = [held_out_batch(separate.sequences(0, 2), 3, rank, 0) for rank in range(3)]
+    shares = [held_out_batch(separate.sequences(0, 2), 3, rank) for rank in range(3)]
     assert [share.sequence_index_B.tolist() for share in shares] == [[0], [1], []]
     assert torch.equal(torch.cat([s.documents_BS for s in shares if s.documents_BS is not None]), batch.documents_BS)
+
+
+def indexed(tokens: Any, lengths: list[int], documents: list[int]) -> IndexedDataset:
+    """A corpus in memory. lengths: of its sequences. documents: the first sequence of each, then their number."""
+    begins = np.cumsum([0, *lengths[:-1]]) * tokens.itemsize
+    return IndexedDataset(Path("c"), tokens, np.array(lengths), begins, np.array(documents))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=12),
+    ends=st.lists(st.booleans(), min_size=200, max_size=200),
+    length=st.integers(1, 9),
+    end_id=st.sampled_from([None, END]),
+    skipped=st.integers(0, 10),
+)
+def test_document_numbers_are_those_of_a_plain_loop(
+    sizes: list[list[int]], ends: list[bool], length: int, end_id: int | None, skipped: int
+) -> None:
+    """Documents of no sequence, of no token and of several sequences, end tokens within them, windows that begin and
+    end at every place; the held-out part begins in the middle of the file."""
+    total = sum(map(sum, sizes))
+    if total - skipped < length + 1:
+        return
+    tokens = np.array([END if ends[place] else 1 for place in range(total)], np.uint16)
+    owner = [number for number, document in enumerate(sizes) for _ in range(sum(document))]
+    corpus = indexed(
+        tokens, [size for document in sizes for size in document], np.cumsum([0, *map(len, sizes)]).tolist()
+    )
+    boundaries = DocumentBoundaries(corpus, end_id)
+    held = CorpusSplit("s", Path("c.bin"), skipped, tokens[skipped:], 1.0, boundaries)
+    order = list(reversed(range(held.num_windows(length, "evaluation"))))
+    found = held.read_windows(length, order, vocab_size=2)
+    for row, numbers, window in zip(found.tokens.tolist(), found.documents.tolist(), order, strict=True):  # type: ignore[union-attr]
+        begin, number, expected = skipped + window * length, 0, [0]
+        for place in range(1, length + 1):
+            number += owner[begin + place] != owner[begin + place - 1] or row[place - 1] == end_id
+            expected.append(number)
+        assert numbers == expected
+    assert corpus.is_one_document == (len(set(owner)) == 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,10 +334,10 @@ def test_training_and_held_out_are_disjoint(tmp_path: Path) -> None:
     one = write_corpus(tmp_path / "one", numbered(40, 1), {})
     two = write_corpus(tmp_path / "v1.2" / "two.x", numbered(60, 101), {}, np.uint8)
     data = opened(config_of(one, two, held_out=0.1))
-    assert data.sampler.separator is None
-    assert data.held_out.shape == (6, 9)
-    trained = set(data.sampler.sequences(0, 400).flatten().tolist())
-    assert set(data.held_out.flatten().tolist()) - {END} <= {*range(37, 41), *range(155, 161)}
+    assert data.held_out.documents is None
+    assert data.held_out.tokens.shape == (6, 9)
+    trained = set(data.sampler.sequences(0, 400).tokens.flatten().tolist())
+    assert set(data.held_out.tokens.flatten().tolist()) - {END} <= {*range(37, 41), *range(155, 161)}
     assert trained == {END, *range(1, 37), *range(101, 155)}
     assert "40 documents, 360 tokens for training, 40 held out; 50.0% of the sequences, 1.14 epochs" in data.description
     assert data.config.sha256[:12] in data.description
@@ -302,34 +347,67 @@ def test_held_out_sequences_follow_the_weights(tmp_path: Path) -> None:
     tokens = [np.full(1000, 1), np.full(1000, 2), np.full(1000, 3)]
     splits = [part(tokens[number], weight, number) for number, weight in enumerate((6.0, 3.0, 1.0))]
     held_out = blended_held_out(splits, 9, 20, vocab_size=4)
-    assert Counter(held_out[:, 0].tolist()) == {1: 12, 2: 6, 3: 2}
+    assert Counter(held_out.tokens[:, 0].tolist()) == {1: 12, 2: 6, 3: 2}
     few = blended_held_out([part(np.arange(31), 1.0), part(np.arange(1000), 1.0)], 10, 20, 1000)
     assert len(few) == 3 + 10, "a corpus that has fewer gives what it has"
 
 
 def test_documents_of_token_files(tmp_path: Path) -> None:
+    """A document of 10 tokens spans two windows of 8; it ends where the index says, and after an end token."""
     prefix = write_corpus(tmp_path / "c", numbered(40), {})
-    assert opened(config_of(prefix, documents="separate")).sampler.separator == END
     megatron = write_corpus(tmp_path / "m", numbered(40))
-    assert opened(config_of(megatron, documents="separate", end_id=END)).sampler.separator == END
-    refused(
-        config_of(megatron, documents="separate", end_id=7),
-        f"data.documents is 'separate', but document 0 of {megatron} ends with the token {END}, not with",
-        "data.end_id (7)",
-    )
-    other = write_corpus(tmp_path / "l", numbered(40))
-    content = bytearray(Path(f"{other}.bin").read_bytes())
-    content[-1] = 5  # the end token of the last document; tokens are bytes
-    Path(f"{other}.bin").write_bytes(content)
-    refused(config_of(other, documents="separate", end_id=END), "but document 39 of")
-    assert opened(config_of(megatron, documents="separate", tokenizer="bytes")).sampler.separator == 0
-    assert opened(config_of(megatron)).sampler.separator is None
-    refused(config_of(megatron, documents="separate"), "data.documents is 'separate'", "data.end_id")
-    (tmp_path / "t.txt").write_text("text " * 100)
+    joined = opened(config_of(megatron))
+    assert joined.sampler.sequences(0, 3).documents is None
+    assert joined.held_out.documents is None
+    by_ends = opened(config_of(prefix, documents="separate"))
+    for config in (
+        config_of(megatron, documents="separate"),  # by the index alone
+        config_of(megatron, documents="separate", end_id=END),
+        config_of(megatron, documents="separate", end_id=99),  # occurs nowhere
+        config_of(megatron, documents="separate", tokenizer="bytes"),
+    ):
+        data = opened(config)
+        for found, expected in (
+            (data.held_out, by_ends.held_out),
+            (data.sampler.sequences(0, 80), by_ends.sampler.sequences(0, 80)),
+        ):
+            numbers = [[row[:place].count(END) for place in range(9)] for row in expected.tokens.tolist()]
+            assert torch.equal(found.tokens, expected.tokens)
+            assert found.documents is not None
+            assert found.documents.tolist() == numbers
     assert opened(config_of(megatron, end_id=7)).config.end_id == 7  # type: ignore[union-attr]
     assert opened(config_of(prefix)).config.end_id == END, "for generation"  # type: ignore[union-attr]
-    bytes_apart = FilesData(kind="files", paths=[str(tmp_path / "t.txt")], documents="separate")
-    assert opened(bytes_apart).sampler.separator == 0
+
+
+def test_one_document_without_end_tokens_cannot_be_separated(tmp_path: Path) -> None:
+    whole = write_corpus(tmp_path / "w", [[5] * 398])
+    assert opened(config_of(whole, documents="separate", end_id=END)).held_out.documents is not None, "it has its end"
+    refused(
+        config_of(whole, documents="separate"),
+        f"data.corpora[0].path: data.documents is 'separate', but {whole}.idx lists 1 document and data.end_id is not",
+    )
+    refused(config_of(whole, documents="separate", end_id=6), "the end token 6 (data.end_id) was not found in it")
+    content = np.fromfile(f"{whole}.bin", np.uint16)
+    content[150] = 7
+    content.tofile(f"{whole}.bin")
+    ends_inside = opened(config_of(whole, documents="separate", end_id=7)).sampler.sequences(0, 40).documents
+    assert ends_inside is not None
+    assert int(ends_inside.sum()) == 2, "tokens 151 and 152 of the window that begins with 144"
+    write_index(tmp_path / "w.idx", np.uint16, np.array([0, 399, 0, 0], np.int32))
+    refused(config_of(whole, documents="separate"), "w.idx lists 1 document")
+    good = write_corpus(tmp_path / "g", numbered(40))
+    refused(config_of(good, whole, documents="separate"), "data.corpora[1].path")
+
+
+def test_finding_documents_reads_little_of_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 100_000
+    write_index(tmp_path / "c.idx", np.uint8, np.full(count, 3, np.int32))
+    (tmp_path / "c.bin").write_bytes(bytes(3 * count))
+    corpus, asked = open_indexed_dataset(str(tmp_path / "c")), []
+    begin_of = IndexedDataset.document_begin
+    monkeypatch.setattr(IndexedDataset, "document_begin", lambda s, number: asked.append(number) or begin_of(s, number))
+    assert corpus.document_begins(150_000, 150_009).tolist() == [150_000, 150_003, 150_006]
+    assert len(asked) < 40
 
 
 def test_the_digest_is_recorded_and_refused(tmp_path: Path) -> None:

@@ -1,14 +1,20 @@
 """Rows packed with documents that are kept apart: each is what it is in a row to itself. Logits, gradients and balance
 losses, on one rank and where ranks divide rows, heads and experts."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expert_parallel.data.batch import MicroBatch, shard_bounds
+from expert_parallel.data.batch import MicroBatch, make_micro_batch, shard_bounds
+from expert_parallel.data.config import TokensData
+from expert_parallel.data.indexed import write_index
+from expert_parallel.data.open import DataRequirements, RunData, open_data
+from expert_parallel.data.sampler import concatenate
 from expert_parallel.model.attention_mask import AttentionContext
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import ModelConfig, Transformer
@@ -169,6 +175,38 @@ def test_packed_documents_are_what_they_are_alone_in_every_layout(name: str, lay
             close(grad, expected_grads[parameter], parameter)
         seen |= grads.keys()
     assert seen == expected_grads.keys()
+
+
+def test_a_corpus_without_end_tokens_has_the_loss_of_its_documents_alone(tmp_path: Path) -> None:
+    """Only the index says where documents begin. Windows begin and end within documents; 17 of the 41 tokens are held
+    out, from the middle of the fifth document on."""
+    lengths, generator = [5, 1, 9, 2, 14, 3, 7], np.random.default_rng(3)
+    tokens = generator.integers(0, WORDS, sum(lengths)).astype(np.uint8)
+    tokens.tofile(tmp_path / "c.bin")
+    write_index(tmp_path / "c.idx", np.uint8, np.array(lengths, np.int32))
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    settings = {"kind": "tokens", "corpora": [{"path": str(tmp_path / "c")}], "held_out": 0.4}
+    requirements = DataRequirements(
+        sequence_length=LENGTH, vocab_size=WORDS, held_out_sequences=2, num_samples=9, seed=0
+    )
+    model = build_model(ModelConfig.model_validate(MODEL), dtype=torch.float64, seed=SEED).eval()
+    separate = open_data(TokensData.model_validate({**settings, "documents": "separate"}), requirements)
+    joined = open_data(TokensData.model_validate(settings), requirements)
+
+    def loss(data: RunData) -> Tensor:
+        batch = make_micro_batch(concatenate([data.sampler.sequences(0, 2), data.held_out]), 0)
+        logits = model(batch.inputs_BS, StepContext(document_BS=batch.documents_BS, documents_per_row=8)).logits
+        return F.cross_entropy(logits.flatten(0, 1), batch.targets_BS.flatten(), reduction="sum").detach()
+
+    stream, alone = torch.from_numpy(tokens).long(), torch.zeros((), dtype=torch.float64)
+    for begin in (0, 8, 24, 32):
+        for number in range(len(lengths)):
+            places = [place for place in range(begin, begin + LENGTH) if owner[place] == number]
+            if places:
+                logits = model(stream[places][None], StepContext()).logits.detach()[0]
+                alone += F.cross_entropy(logits, stream[[place + 1 for place in places]], reduction="sum")
+    close(loss(separate), alone)
+    assert abs(float(loss(joined) - alone)) > 1e-3
 
 
 def test_documents_by_hand() -> None:

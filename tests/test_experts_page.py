@@ -100,7 +100,7 @@ def slow_routing(run: Path) -> dict[int, list[list[tuple[int, float, bool]]]]:
     found: dict[int, list[list[tuple[int, float, bool]]]] = {block: [] for block in BLOCKS}
     for rows in open_data(config.data, data_requirements(config)).held_out.split(4):
         with torch.no_grad():
-            model(rows[:, :-1], StepContext(sequence_index_B=torch.arange(len(rows))))
+            model(rows.tokens[:, :-1], StepContext(sequence_index_B=torch.arange(len(rows))))
         for block in BLOCKS:
             weight = model.blocks[block].moe.router.weight.detach()  # type: ignore[union-attr]
             probabilities = [(token @ weight.T).softmax(-1).tolist() for token in inputs[block].flatten(0, 1)]

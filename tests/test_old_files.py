@@ -117,8 +117,8 @@ def test_a_corpus_gives_the_samples_that_it_gave(old: Path) -> None:
     config = TokensData.model_validate({"kind": "tokens", "corpora": [{"path": str(old / "corpus/tokens")}]})
     requirements = DataRequirements(sequence_length=8, vocab_size=300, held_out_sequences=2, num_samples=8, seed=1)
     data, expected = open_data(config, requirements), json.loads((old / "samples.json").read_text())
-    assert data.sampler.sequences(0, 4).tolist() == expected["train"]
-    assert data.held_out.tolist() == expected["held_out"]
+    assert data.sampler.sequences(0, 4).tokens.tolist() == expected["train"]
+    assert data.held_out.tokens.tolist() == expected["held_out"]
     text, tokenizer = json.loads((old / "documents.jsonl").read_text().splitlines()[0])["text"], load_tokenizer(config)
     assert tokenizer is not None
     ids = tokenizer.encode(text)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expert_parallel.data.sampler import Sampler
+from expert_parallel.data.sampler import Sampler, Sequences
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,30 +65,21 @@ def micro_batch(
     size = global_batch // num_micro_steps
     first, count = shard_bounds(size, num_ranks, rank)
     sequences = sampler.sequences(step * global_batch + micro_step * size + first, count)
-    return make_micro_batch(sequences, first, sampler.separator)
+    return make_micro_batch(sequences, first)
 
 
-def held_out_batch(sequences: Tensor, num_ranks: int, rank: int, separator: int | None) -> MicroBatch:
-    """Returns this rank's share of one evaluation batch. sequences: the whole batch, int64, (n, S + 1). separator: the
-    token that ends a document, or None if documents are joined."""
+def held_out_batch(sequences: Sequences, num_ranks: int, rank: int) -> MicroBatch:
+    """Returns this rank's share of one evaluation batch. sequences: the whole batch."""
     first, count = shard_bounds(len(sequences), num_ranks, rank)
-    return make_micro_batch(sequences[first : first + count], first, separator)
+    return make_micro_batch(sequences.select(first, count), first)
 
 
-def make_micro_batch(sequences: Tensor, first: int, separator: int | None) -> MicroBatch:
-    """Splits sequences, int64, (B, S + 1), into inputs and targets. first: the index of the first sequence in the
-    micro-step's global batch. separator: the token that ends a document, or None if documents are joined."""
-    inputs_BS = sequences[:, :-1].contiguous()
+def make_micro_batch(sequences: Sequences, first: int) -> MicroBatch:
+    """Splits sequences into inputs and targets. first: the index of the first sequence in the micro-step's global
+    batch."""
     return MicroBatch(
-        inputs_BS=inputs_BS,
-        targets_BS=sequences[:, 1:].contiguous(),
+        inputs_BS=sequences.tokens[:, :-1].contiguous(),
+        targets_BS=sequences.tokens[:, 1:].contiguous(),
         sequence_index_B=torch.arange(first, first + len(sequences)),
-        documents_BS=None if separator is None else number_documents(inputs_BS, separator),
+        documents_BS=None if sequences.documents is None else sequences.documents[:, :-1].contiguous(),
     )
-
-
-def number_documents(inputs_BS: Tensor, separator: int) -> Tensor:
-    """Returns the number of each token's document in its sequence, that is, how many documents have ended before it;
-    int64, (B, S)."""
-    ends_BS = (inputs_BS == separator).long()
-    return ends_BS.cumsum(1) - ends_BS

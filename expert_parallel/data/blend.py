@@ -13,10 +13,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from expert_parallel.data.sampler import Tokens, count_windows, evenly_spaced, read_windows, too_short_message
+from expert_parallel.data.documents import DocumentBoundaries
+from expert_parallel.data.sampler import (
+    Sequences,
+    Tokens,
+    concatenate,
+    count_windows,
+    evenly_spaced,
+    read_windows,
+    too_short_message,
+)
 from expert_parallel.nn.random import mix
 
 PERIOD = 1 << 20  # samples after which the order of corpora repeats: weights are exact to one in a million
@@ -41,7 +48,7 @@ class CorpusSplit:
 
     setting: the path of the setting that names the corpus, for error messages. tokens: the part's token ids, which
     begin at token number `begin` of `file`. weight: the corpus's share of the sequences, relative to the sum of all
-    weights.
+    weights. boundaries: of the documents in `file`; None if documents are joined.
     """
 
     setting: str
@@ -49,6 +56,7 @@ class CorpusSplit:
     begin: int
     tokens: Tokens
     weight: float
+    boundaries: DocumentBoundaries | None = None
 
     def num_windows(self, sequence_length: int, purpose: str) -> int:
         """Returns the number of windows of sequence_length + 1 tokens in this part. Raises ValueError if there is none.
@@ -59,9 +67,8 @@ class CorpusSplit:
             raise ValueError(too_short_message(what, f"tokens for {purpose}", len(self.tokens), sequence_length))
         return number
 
-    def read_windows(self, sequence_length: int, order: Sequence[int], vocab_size: int) -> Tensor:
-        """Returns the windows whose indices are in `order`, int64, (len(order), S + 1). Raises ValueError if a token id
-        is not below vocab_size."""
+    def read_windows(self, sequence_length: int, order: Sequence[int], vocab_size: int) -> Sequences:
+        """Returns the windows whose indices are in `order`. Raises ValueError if a token id is not below vocab_size."""
         tokens = read_windows(self.tokens, sequence_length, order)
         wrong = (tokens < 0) | (tokens >= vocab_size)
         if wrong.any():
@@ -71,7 +78,10 @@ class CorpusSplit:
                 f"{self.setting}: {self.file} holds {int(tokens[row, column])} as token {place}, model.vocab_size is "
                 f"{vocab_size}"
             )
-        return tokens
+        if self.boundaries is None:
+            return Sequences(tokens)
+        begins = [self.begin + window * sequence_length for window in order]
+        return Sequences(tokens, self.boundaries.number(tokens, begins))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +92,6 @@ class BlendSampler:
     sequence_length: int
     seed: int
     vocab_size: int
-    separator: int | None = None
 
     def __post_init__(self) -> None:
         assert all(self.num_windows)
@@ -111,11 +120,12 @@ class BlendSampler:
         epoch, position = divmod(period * counts[corpus] + int(before_p[place]), self.num_windows[corpus])
         return corpus, epoch, permute_index(position, self.num_windows[corpus], mix(self.seed, corpus, epoch))
 
-    def sequences(self, first: int, count: int) -> Tensor:
+    def sequences(self, first: int, count: int) -> Sequences:
         places = [self.locate(sample) for sample in range(first, first + count)]
         length = self.sequence_length
+        none = self.splits[0].read_windows(length, [], self.vocab_size)
         rows = [self.splits[corpus].read_windows(length, [window], self.vocab_size) for corpus, _, window in places]
-        return torch.cat([torch.empty((0, length + 1), dtype=torch.int64), *rows])
+        return concatenate([none, *rows])
 
     def epochs(self, num_samples: int) -> list[float]:
         """Returns how many epochs of each corpus the first `num_samples` sequences make up."""
@@ -123,16 +133,16 @@ class BlendSampler:
         return [periods * count / n for count, n in zip(self.pattern.counts, self.num_windows, strict=True)]
 
 
-def blended_held_out(splits: Sequence[CorpusSplit], sequence_length: int, limit: int, vocab_size: int) -> Tensor:
-    """Returns held-out sequences, int64, (n, S + 1): from each corpus as many as it has among the first `limit`
-    training sequences, or all that it has if these are fewer."""
+def blended_held_out(splits: Sequence[CorpusSplit], sequence_length: int, limit: int, vocab_size: int) -> Sequences:
+    """Returns held-out sequences: from each corpus as many as it has among the first `limit` training sequences, or all
+    that it has if these are fewer."""
     corpus_p = blend_pattern(tuple(part.weight for part in splits)).corpus
     found = []
     for number, part in enumerate(splits):
         if wanted := int((corpus_p[:limit] == number).sum()):
             order = evenly_spaced(part.num_windows(sequence_length, "evaluation (data.held_out)"), wanted)
             found.append(part.read_windows(sequence_length, order, vocab_size))
-    return torch.cat(found)
+    return concatenate(found)
 
 
 @lru_cache(maxsize=8)

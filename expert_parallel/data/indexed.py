@@ -59,6 +59,21 @@ class IndexedDataset:
         at_end = sequence == len(self.lengths)
         return self.num_tokens if at_end else int(self.begins[sequence]) // self.tokens.itemsize
 
+    def document_begins(self, begin: int, end: int) -> np.ndarray[Any, Any]:
+        """Returns the indices in `tokens`, from `begin` to `end` - 1, at which documents begin: int64, ascending.
+        An empty document repeats the begin of the next one."""
+        # Not np.searchsorted: the mapped integers are not aligned, so that it would copy the whole index.
+        first, last = (
+            bisect.bisect_left(range(self.num_documents), at, key=self.document_begin) for at in (begin, end)
+        )
+        return np.asarray(self.begins[self.documents[first:last]]) // self.tokens.itemsize
+
+    @property
+    def is_one_document(self) -> bool:
+        """Returns True if all tokens belong to the same document, empty documents aside."""
+        second = bisect.bisect_right(range(self.num_documents), 0, key=self.document_begin)
+        return self.document_begin(second) == self.num_tokens
+
     def held_out_begin(self, held_out: float) -> int:
         """Returns the index in `tokens` of the first held-out token. held_out: the fraction of the tokens to hold out.
 

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from expert_parallel.data import tokens
 from expert_parallel.data.blend import BlendSampler, blended_held_out
 from expert_parallel.data.config import DataConfig, FilesData, StdlibData, TokensData
-from expert_parallel.data.sampler import Sampler, TokenSampler, held_out_sequences
+from expert_parallel.data.sampler import Sampler, Sequences, TokenSampler, held_out_sequences
 from expert_parallel.data.text import load_corpus
 from expert_parallel.data.tokenizer import SEPARATOR, ByteTokenizer, Tokenizer
 
@@ -37,7 +35,7 @@ class RunData:
     """
 
     sampler: Sampler
-    held_out: Tensor  # int64, (n, S + 1)
+    held_out: Sequences
     description: str
     config: StdlibData | FilesData | TokensData
 
@@ -52,18 +50,18 @@ def open_data(config: DataConfig, requirements: DataRequirements) -> RunData:
 
 def _open_text(config: StdlibData | FilesData, requirements: DataRequirements) -> RunData:
     corpus = load_corpus(config)
-    separator = SEPARATOR[0] if config.documents == "separate" else None
-    sampler = TokenSampler(corpus.train, requirements.sequence_length, requirements.seed, separator=separator)
-    held_out = held_out_sequences(corpus.held_out, requirements.sequence_length, requirements.held_out_sequences)
+    end_id = SEPARATOR[0] if config.documents == "separate" else None
+    length = requirements.sequence_length
+    sampler = TokenSampler(corpus.train, length, requirements.seed, end_id=end_id)
+    held_out = held_out_sequences(corpus.held_out, length, requirements.held_out_sequences, end_id)
     return RunData(sampler, held_out, corpus.description, config.model_copy(update={"sha256": corpus.sha256}))
 
 
 def _open_tokens(config: TokensData, requirements: DataRequirements) -> RunData:
     corpora = tokens.open_corpora(config, requirements.vocab_size)
-    train, held = tokens.split_corpora(corpora, config.held_out)
     end_id = tokens.find_end_id(config, corpora)
-    separator = end_id if config.documents == "separate" else None
-    sampler = BlendSampler(train, requirements.sequence_length, requirements.seed, requirements.vocab_size, separator)
+    train, held = tokens.split_corpora(config, corpora, end_id)
+    sampler = BlendSampler(train, requirements.sequence_length, requirements.seed, requirements.vocab_size)
     held_out = blended_held_out(
         held, requirements.sequence_length, requirements.held_out_sequences, requirements.vocab_size
     )

@@ -4,7 +4,7 @@ Shape letters in this package: B sequences of one rank's micro-batch, S position
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
@@ -13,22 +13,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expert_parallel.data.documents import number_documents, starts_after_end_tokens
+
 Tokens = Tensor | np.ndarray[Any, Any]  # 1-D integers, on the CPU or memory-mapped
 
 
-class Sampler(Protocol):
-    """Draws an endless series of training sequences, each of S + 1 token ids: S inputs and, shifted by one, their
-    targets.
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Holds n sequences, each of S + 1 token ids: S inputs and, shifted by one, their targets.
 
-    Sequence number i depends on (seed, i) and the data only.
+    tokens: int64, (n, S + 1). documents: the number of each token's document within its sequence, counted from 0,
+    int64, (n, S + 1); None if documents are joined.
     """
 
-    @property
-    def separator(self) -> int | None:
-        """Returns the token that ends a document, or None if documents are joined."""
+    tokens: Tensor
+    documents: Tensor | None = None
 
-    def sequences(self, first: int, count: int) -> Tensor:
-        """Returns the sequences number first to first + count - 1: token ids, int64, (count, S + 1)."""
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def select(self, first: int, count: int) -> "Sequences":
+        """Returns the sequences number first to first + count - 1, or those of them that there are."""
+        documents = None if self.documents is None else self.documents[first : first + count]
+        return Sequences(self.tokens[first : first + count], documents)
+
+    def split(self, size: int) -> Iterator["Sequences"]:
+        """Yields all sequences in order, `size` at a time; the last ones may be fewer."""
+        return (self.select(first, size) for first in range(0, len(self), size))
+
+
+def concatenate(parts: Sequence[Sequences]) -> Sequences:
+    """Returns the sequences of all parts, of which there is at least one. Documents are joined in all parts or none."""
+    documents = [part.documents for part in parts if part.documents is not None]
+    assert len(documents) in (0, len(parts))
+    return Sequences(torch.cat([part.tokens for part in parts]), torch.cat(documents) if documents else None)
+
+
+class Sampler(Protocol):
+    """Draws an endless series of training sequences. Sequence number i depends on (seed, i) and the data only."""
+
+    def sequences(self, first: int, count: int) -> Sequences:
+        """Returns the sequences number first to first + count - 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +61,14 @@ class TokenSampler:
     """Draws sequences from one stream of tokens that fits into memory; implements Sampler.
 
     The stream is cut into windows of S + 1 tokens that overlap by one, so that each token but the first is a target
-    once. A window is one sequence. Every epoch visits all windows, in an order of its own.
+    once. A window is one sequence. Every epoch visits all windows, in an order of its own. end_id: the token that ends
+    a document, or None if documents are joined.
     """
 
     tokens: Tokens
     sequence_length: int
     seed: int
-    separator: int | None = field(default=None, kw_only=True)
+    end_id: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.num_windows < 1:
@@ -54,9 +80,9 @@ class TokenSampler:
     def num_windows(self) -> int:
         return count_windows(self.tokens, self.sequence_length)
 
-    def sequences(self, first: int, count: int) -> Tensor:
+    def sequences(self, first: int, count: int) -> Sequences:
         order = [self.window_index(sample) for sample in range(first, first + count)]
-        return read_windows(self.tokens, self.sequence_length, order)
+        return number_by_end_tokens(read_windows(self.tokens, self.sequence_length, order), self.end_id)
 
     def window_index(self, sample: int) -> int:
         epoch, position = divmod(sample, self.num_windows)
@@ -71,14 +97,21 @@ def epoch_order(seed: int, epoch: int, num_windows: int) -> Tensor:
     return torch.randperm(num_windows, generator=generator)
 
 
-def held_out_sequences(tokens: Tokens, sequence_length: int, limit: int | None) -> Tensor:
-    """Returns at most `limit` evenly spaced windows of the held-out tokens, int64, (n, S + 1); None: all windows."""
+def number_by_end_tokens(tokens: Tensor, end_id: int | None) -> Sequences:
+    """Returns the sequences `tokens`, int64, (n, S + 1), with their documents, each of which ends with the token
+    `end_id`; None: documents are joined."""
+    return Sequences(tokens, None if end_id is None else number_documents(starts_after_end_tokens(tokens, end_id)))
+
+
+def held_out_sequences(tokens: Tokens, sequence_length: int, limit: int | None, end_id: int | None = None) -> Sequences:
+    """Returns at most `limit` evenly spaced windows of the held-out tokens; None: all windows. end_id: the token that
+    ends a document, or None if documents are joined."""
     there = count_windows(tokens, sequence_length)
     if there < 1:
         raise ValueError(
             too_short_message("data.held_out leaves", "bytes for evaluation", len(tokens), sequence_length)
         )
-    return read_windows(tokens, sequence_length, evenly_spaced(there, limit))
+    return number_by_end_tokens(read_windows(tokens, sequence_length, evenly_spaced(there, limit)), end_id)
 
 
 def evenly_spaced(there: int, limit: int | None) -> list[int]:

@@ -6,10 +6,9 @@ Start-up reads PREFIX.json and the index; tokens are read when a batch needs the
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from expert_parallel.data.blend import CorpusSplit
 from expert_parallel.data.config import TokensData
+from expert_parallel.data.documents import DocumentBoundaries
 from expert_parallel.data.indexed import IndexedDataset, open_indexed_dataset, with_suffix
 from expert_parallel.data.tokenizer import (
     ByteTokenizer,
@@ -23,7 +22,7 @@ from expert_parallel.data.tokenizer import (
     recorded_tokenizer,
 )
 
-CHECKED = 10_000  # documents of a corpus whose end token is looked at
+STRETCH, STRETCHES = 1 << 16, 64  # tokens in which an end token is looked for, if a corpus is one document
 
 
 class TokenCorpus(NamedTuple):
@@ -62,34 +61,11 @@ def open_corpora(config: TokensData, vocab_size: int) -> list[TokenCorpus]:
 
 
 def find_end_id(config: TokensData, corpora: list[TokenCorpus]) -> int | None:
-    """Returns the id of the token that ends a document, or None if it is unknown and not needed."""
+    """Returns the id of the token that ends a document, or None if it is unknown."""
     end_id = next((corpus.info.end_id for corpus in corpora if corpus.info is not None), config.end_id)
     if end_id is None and (tokenizer := load_tokenizer(config)) is not None:
         end_id = tokenizer.end_id
-    if end_id is None and config.documents == "separate":
-        raise ValueError("data.documents is 'separate' but the token that ends a document is unknown: set data.end_id")
-    if end_id is not None and config.documents == "separate":
-        for corpus in corpora:
-            _check_end_tokens(corpus, end_id)
     return end_id
-
-
-def _check_end_tokens(corpus: TokenCorpus, end_id: int) -> None:
-    """Raises a ValueError if a document of the corpus does not end with the token `end_id`.
-
-    Documents are told apart by this token alone, so that others would be attended to together. Looks at CHECKED
-    documents at most, evenly spaced, since each may cost a read from disk.
-    """
-    indexed = corpus.tokens
-    number_of = np.linspace(0, indexed.num_documents - 1, min(CHECKED, indexed.num_documents)).astype(np.int64)
-    for number in dict.fromkeys(number_of.tolist()):
-        begin, end = indexed.document_begin(number), indexed.document_begin(number + 1)
-        if end > begin and (last := int(indexed.tokens[end - 1])) != end_id:
-            raise ValueError(
-                f"{corpus.setting}: data.documents is 'separate', but document {number} of {indexed.path} ends with "
-                f"the token {last}, not with data.end_id ({end_id}), so that nothing marks its end; prepare the corpus "
-                "with end tokens, set data.end_id, or use data.documents=joined"
-            )
 
 
 def corpus_digest(corpus: TokenCorpus) -> str:
@@ -98,15 +74,42 @@ def corpus_digest(corpus: TokenCorpus) -> str:
     return corpus.info.sha256 if corpus.info is not None else file_sha256(with_suffix(str(corpus.tokens.path), ".idx"))
 
 
-def split_corpora(corpora: list[TokenCorpus], held_out: float) -> tuple[list[CorpusSplit], list[CorpusSplit]]:
-    """Splits each corpus; returns (the training parts of all corpora, their held-out parts). held_out: the fraction
-    that is held out."""
-    train, held = [], []
-    for setting, weight, indexed, _ in corpora:
-        begin, file = indexed.held_out_begin(held_out), with_suffix(str(indexed.path), ".bin")
-        train.append(CorpusSplit(setting, file, 0, indexed.tokens[:begin], weight))
-        held.append(CorpusSplit(setting, file, begin, indexed.tokens[begin:], weight))
+def split_corpora(
+    config: TokensData, corpora: list[TokenCorpus], end_id: int | None
+) -> tuple[list[CorpusSplit], list[CorpusSplit]]:
+    """Splits each corpus; returns (the training parts of all corpora, their held-out parts). end_id: the id of the
+    token that ends a document, or None if it is unknown. Raises ValueError if documents are to be separated and nothing
+    marks where they begin."""
+    train: list[CorpusSplit] = []
+    held: list[CorpusSplit] = []
+    for corpus in corpora:
+        boundaries = None
+        if config.documents == "separate":
+            _check_boundaries(corpus, end_id)
+            boundaries = DocumentBoundaries(corpus.tokens, end_id)
+        begin, file = corpus.tokens.held_out_begin(config.held_out), with_suffix(str(corpus.tokens.path), ".bin")
+        parts = ((train, 0, corpus.tokens.tokens[:begin]), (held, begin, corpus.tokens.tokens[begin:]))
+        for splits, first, tokens in parts:
+            splits.append(CorpusSplit(corpus.setting, file, first, tokens, corpus.weight, boundaries))
     return train, held
+
+
+def _check_boundaries(corpus: TokenCorpus, end_id: int | None) -> None:
+    """Raises ValueError if the index lists a single document and no end token is found in it, as nothing would separate
+    the documents. Of a large corpus, evenly spaced stretches and the last token are searched."""
+    indexed = corpus.tokens
+    if not indexed.is_one_document:
+        return
+    count = min(STRETCHES, -(-indexed.num_tokens // STRETCH))
+    firsts = [number * indexed.num_tokens // count for number in range(count)] + [indexed.num_tokens - 1]
+    if end_id is not None and any((indexed.tokens[first : first + STRETCH] == end_id).any() for first in firsts):
+        return
+    why = "data.end_id is not set" if end_id is None else f"the end token {end_id} (data.end_id) was not found in it"
+    raise ValueError(
+        f"{corpus.setting}: data.documents is 'separate', but {indexed.path}.idx lists 1 document and {why}, so that "
+        "nothing marks where documents begin; prepare the corpus with its documents, set data.end_id, or use "
+        "data.documents=joined"
+    )
 
 
 def load_tokenizer(config: TokensData) -> Tokenizer | None:

@@ -230,7 +230,7 @@ def held_out_loss(model: Transformer, dense: DenseSource) -> float:
     data = open_data(dense.config.data, data_requirements(dense.config))
     total, count = 0.0, 0
     for sequences in data.held_out.split(8):
-        batch = held_out_batch(sequences, 1, 0, data.sampler.separator)
+        batch = held_out_batch(sequences, 1, 0)
         packed = 1 if batch.documents_BS is None else int(batch.documents_BS.max()) + 1
         context = StepContext(dropless=True, document_BS=batch.documents_BS, documents_per_row=packed)
         total += float(cross_entropy_sum(model(batch.inputs_BS, context).logits, batch.targets_BS))

@@ -5,14 +5,15 @@ and JSON."""
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.data.open import open_data
+from expert_parallel.data.sampler import Sequences
 from expert_parallel.data.tokenizer import Tokenizer
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.moe.types import Outcome
@@ -56,12 +57,10 @@ class ExpertsReport:
 
 @dataclass(frozen=True, eq=False)
 class SampleText:
-    """Holds tokens to run through the model. windows: int64, (S + 1) each, S at most training.sequence_length.
-    separator: the token that ends a document, if attention is confined to documents; else None. source: a
-    description."""
+    """Holds sequences to run through the model. groups: each of sequences of one length, S at most
+    training.sequence_length. source: a description."""
 
-    windows: list[Tensor]
-    separator: int | None
+    groups: list[Sequences]
     source: str
 
 
@@ -86,7 +85,7 @@ def build_report(
     model = build_model(config.model, dtype=DTYPES[config.training.dtype], device=runtime.device, seed=None)
     checkpoint = load_checkpoint(run / "checkpoints", model, None, runtime)
     batch_size = config.training.global_batch // config.training.micro_steps
-    sample = run_sample(model, source.windows, batch_size=batch_size, separator=source.separator, seed=config.seed)
+    sample = run_sample(model, source.groups, batch_size=batch_size, seed=config.seed)
 
     found = [token_texts(tokenizer, sequence.tolist()) for sequence in sample.sequences]
     tokens_T = torch.cat(sample.sequences)
@@ -122,7 +121,7 @@ def _held_out(config: Config, sequences: int | None) -> SampleText:
         config.data, replace(requirements, held_out_sequences=sequences or requirements.held_out_sequences)
     )
     described = "; ".join(line.strip() for line in data.description.splitlines())
-    return SampleText(list(data.held_out), data.sampler.separator, f"the held-out part of {described}")
+    return SampleText([data.held_out], f"the held-out part of {described}")
 
 
 def _text(config: Config, tokenizer: Tokenizer, path: Path, sequences: int | None) -> SampleText:
@@ -135,7 +134,8 @@ def _text(config: Config, tokenizer: Tokenizer, path: Path, sequences: int | Non
         raise ValueError(f"--text: {path} has {len(tokens)} tokens, 2 are needed: one to show, and the one after it")
     if int(tokens.max()) >= config.model.vocab_size:
         raise ValueError(f"--text: {path} has token {int(tokens.max())}, model.vocab_size is {config.model.vocab_size}")
-    return SampleText(split_windows(tokens, config.training.sequence_length)[:sequences], None, str(path))
+    windows = split_windows(tokens, config.training.sequence_length)[:sequences]
+    return SampleText([Sequences(torch.stack(list(group))) for _, group in groupby(windows, key=len)], str(path))
 
 
 def as_json(report: ExpertsReport) -> str:

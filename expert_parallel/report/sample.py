@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from expert_parallel.data.batch import make_micro_batch
+from expert_parallel.data.sampler import Sequences
 from expert_parallel.model.tensor_parallel import cross_entropy_sum
 from expert_parallel.model.transformer import Transformer
 from expert_parallel.moe.capacity.policies import CapacitySettings
@@ -69,20 +70,18 @@ def split_windows(tokens: Tensor, length: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def run_sample(
-    model: Transformer, windows: Sequence[Tensor], *, batch_size: int, separator: int | None, seed: int
-) -> Sample:
-    """Runs the model on the windows as evaluation on one rank does, with its capacity, in batches of `batch_size`
-    windows of equal length. Returns the loss and the routing of every token.
+def run_sample(model: Transformer, groups: Sequence[Sequences], *, batch_size: int, seed: int) -> Sample:
+    """Runs the model on sequences as evaluation on one rank does, with its capacity, in batches of `batch_size`
+    sequences of equal length. Returns the loss and the routing of every token.
 
-    windows: int64, (S + 1) each. separator: the token that ends a document, if attention is confined to documents; else
-    None. seed: of the routers' random numbers."""
+    groups: each of sequences of one length. seed: of the routers' random numbers."""
     model.eval()
     device = next(model.parameters()).device
     loss, count = 0.0, 0
     found: dict[int, list[SampleRouting]] = {layer: [] for layer in model.config.moe_layers}
-    for number, rows in enumerate(_batches(windows, batch_size)):
-        batch, replay = make_micro_batch(rows, 0, separator).to(device), RouterReplay()
+    batches = [batch for group in groups for batch in group.split(batch_size)]
+    for number, sequences in enumerate(batches):
+        batch, replay = make_micro_batch(sequences, 0).to(device), RouterReplay()
         # Waits for the device: `StepContext` takes the number of documents as an int.
         packed = 1 if batch.documents_BS is None else int(batch.documents_BS.max()) + 1
         context = StepContext(
@@ -107,18 +106,7 @@ def run_sample(
         )
         for layer, parts in found.items()
     }
-    return Sample([window[:-1] for window in windows], loss / count, routing)
-
-
-def _batches(windows: Sequence[Tensor], size: int) -> Iterator[Tensor]:
-    """Yields batches (B, S + 1) in order, each of windows of one length."""
-    begin = 0
-    while begin < len(windows):
-        end = begin + 1
-        while end < min(begin + size, len(windows)) and len(windows[end]) == len(windows[begin]):
-            end += 1
-        yield torch.stack(list(windows[begin:end]))
-        begin = end
+    return Sample([row[:-1] for group in groups for row in group.tokens], loss / count, routing)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.save import CheckpointSaver
 from expert_parallel.data.batch import MicroBatch, held_out_batch, micro_batch
 from expert_parallel.data.open import open_data, save_tokenizer
-from expert_parallel.data.sampler import Sampler
+from expert_parallel.data.sampler import Sampler, Sequences
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.context import RouterReplay
 from expert_parallel.parallel.collectives import all_gather_text
@@ -114,7 +114,7 @@ class TrainingRun:
     model: LanguageModel
     engine: Engine
     sampler: Sampler
-    held_out: Tensor  # int64, (sequences, S + 1), the same on all ranks
+    held_out: Sequences  # the same on all ranks
     checkpoints: list[Path]  # those that existed when the run began, oldest first
 
     @property
@@ -200,7 +200,7 @@ class TrainingRun:
         size = self.config.training.global_batch // self.config.training.micro_steps
         mine = []
         for batch in self.held_out.split(size):
-            share = held_out_batch(batch, self.mesh.degrees.dp, self.mesh.dp_rank, self.sampler.separator)
+            share = held_out_batch(batch, self.mesh.degrees.dp, self.mesh.dp_rank)
             mine.append(share.to(self.runtime.device))
         report = evaluate(self.model, self.engine, mine, self.mesh, seed=self.config.seed)
         metrics = step_metrics(report, "eval")

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from expert_parallel.data.batch import MicroBatch
-from expert_parallel.data.sampler import TokenSampler
+from expert_parallel.data.sampler import Sequences, number_by_end_tokens
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import Block
 from expert_parallel.moe.context import RouterReplay, StepContext
@@ -32,13 +32,13 @@ Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class FixedSequenceSampler(TokenSampler):
-    """Yields the given sequences instead of samples of a corpus."""
+class FixedSequenceSampler:
+    """Yields the given sequences instead of samples of a corpus; implements Sampler."""
 
-    sequences_GS: Tensor = field(default_factory=lambda: torch.empty(0))
+    fixed: Sequences
 
-    def sequences(self, first: int, count: int) -> Tensor:
-        return self.sequences_GS[first : first + count]
+    def sequences(self, first: int, count: int) -> Sequences:
+        return self.fixed.select(first, count)
 
 
 @contextmanager
@@ -47,10 +47,8 @@ def set_up(config: Config, runtime: Runtime, sequences_GS: Tensor) -> Iterator[T
     of step 0, (global_batch, sequence_length + 1)."""
     degrees = runtime.run_on_all_ranks(lambda: check_world_size(config, runtime))
     mesh, model, engine = build(config, runtime, degrees)
-    length = config.training.sequence_length
-    nothing = torch.zeros(length + 1, dtype=torch.uint8)
-    sampler = FixedSequenceSampler(nothing, length, config.seed, sequences_GS, separator=separator(config))
-    yield TrainingRun(config, runtime, mesh, model, engine, sampler, sequences_GS[:0], [])
+    fixed = number_by_end_tokens(sequences_GS, separator(config))
+    yield TrainingRun(config, runtime, mesh, model, engine, FixedSequenceSampler(fixed), fixed.select(0, 0), [])
     _destroy_groups(mesh)
 
 
