@@ -1,6 +1,7 @@
 """The data's promises: which bytes are the corpus, which sequences a step sees, and what is refused in which words."""
 
 import dataclasses
+import gzip
 import json
 import shutil
 import sysconfig
@@ -243,19 +244,24 @@ def test_paths_that_are_no_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def deny(file: Path) -> bytes:
+    def deny(file: Path, mode: str) -> bytes:
         raise PermissionError(13, "Permission denied", str(file))
 
     write_texts(tmp_path, {"a.txt": "a"})
-    monkeypatch.setattr(Path, "read_bytes", deny)  # a chmod would not stop root
+    monkeypatch.setattr(Path, "open", deny)  # a chmod would not stop root
     refused(files(tmp_path / "a.txt"), "data.paths[0]", "a.txt", "cannot be read: Permission denied")
 
 
-@pytest.mark.parametrize("others", [{}, {"b.txt": "full", "z.txt": "full"}])
-@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl"])
-def test_an_empty_file_is_refused(tmp_path: Path, name: str, others: dict[str, str]) -> None:
-    write_texts(tmp_path, {**others, name: ""})
-    refused(files(tmp_path / "*"), "data.paths[0]", name, "is empty (0 bytes)")
+def test_an_empty_file_is_left_out_of_a_glob_and_refused_by_name(tmp_path: Path) -> None:
+    write_texts(tmp_path, {"a.txt": "", "b.jsonl": "", "c.txt": "full", "d.jsonl": '{"text": "line"}'})
+    (tmp_path / "e.txt.gz").write_bytes(gzip.compress(b""))
+    for name, why in (("a.txt", "0 bytes"), ("b.jsonl", "0 bytes"), ("e.txt.gz", "0 bytes, decompressed")):
+        refused(files(tmp_path / "c.txt", tmp_path / name), "data.paths[1]", name, f"is empty ({why})")
+    corpus = load_corpus(files(tmp_path / "*"))
+    assert text_of(corpus.train) + text_of(corpus.held_out) in (b"full\0line", b"line\0full")
+    assert corpus.description.endswith("; 3 empty files or missing texts left out")
+    with pytest.raises(ValueError, match=r"data\.paths: each of the 1 files that match is empty"):
+        load_corpus(files(tmp_path / "a.*"))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`data prepare` and `data inspect`: what is written, whatever the number of workers; what is refused."""
 
+import gzip
 import io
 import itertools
 import json
@@ -16,9 +17,12 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from expert_parallel.cli.app import app
+from expert_parallel.data import inputs
 from expert_parallel.data import prepare as module
+from expert_parallel.data.formats import InputFile
 from expert_parallel.data.indexed import open_indexed_dataset
 from expert_parallel.data.prepare import PrepareProgress, prepare
+from expert_parallel.data.reading import TextRules
 from expert_parallel.data.tokenizer import ByteTokenizer, FileTokenizer, TokensInfo, read_info, train_tokenizer
 
 TEXTS = ["one", "zwei \u2028 ü", "three\nlines\n", "", "vier " * 40, "<|endoftext|> is text here"] * 20
@@ -54,7 +58,7 @@ def write_parquet(path: Path, column: Any, rows: int = 7) -> Path:
 
 @pytest.fixture
 def small_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "JOB_BYTES", 100)
+    monkeypatch.setattr(inputs, "JOB_BYTES", 100)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,7 +85,7 @@ def test_all_formats_hold_the_same_documents(tmp_path: Path) -> None:
 def test_wherever_a_file_is_cut_no_line_is_lost(
     tmp_path: Path, ending: str, job_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "JOB_BYTES", job_bytes)
+    monkeypatch.setattr(inputs, "JOB_BYTES", job_bytes)
     lines = [json.dumps({"text": f"{number}" * (number % 7 + 1)}) for number in range(12)]
     (tmp_path / "d.jsonl").write_bytes(ending.join(lines).encode())  # the last line has no end
     prepared(tmp_path / "o", tmp_path / "d.jsonl")
@@ -100,10 +104,12 @@ def test_jobs_in_a_long_line_do_not_read_it_to_its_end(tmp_path: Path, monkeypat
 
     content = json.dumps({"text": "x" * 9000}).encode() + b'\n{"text": "y"}\n'
     (tmp_path / "d.jsonl").write_bytes(content)
-    pieces = list(module.split_file(tmp_path / "d.jsonl", "jsonl"))
+    path = tmp_path / "d.jsonl"
+    pieces = list(inputs.split_file(InputFile(path, str(path), "jsonl", "none", len(content))))
+    rules = TextRules("text", "--", zero_is_separator=True)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", lambda path, mode: Counted(content))
-        texts = [text for piece in pieces for text in module.read_texts(piece, "text", zero_is_separator=True)]
+        texts = [text for piece in pieces for _, text in inputs.read_documents(piece, rules)]
     assert texts == ["x" * 9000, "y"]
     assert len(pieces) > 90
     assert read[0] < 3 * len(content)
@@ -113,6 +119,8 @@ def test_jobs_in_a_long_line_do_not_read_it_to_its_end(tmp_path: Path, monkeypat
 def test_the_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
     files = [write_jsonl(tmp_path / "d.jsonl", TEXTS), write_parquet(tmp_path / "d.parquet", TEXTS)]
     (tmp_path / "a.txt").write_text("some text")
+    files.append(tmp_path / "e.jsonl.gz")
+    files[-1].write_bytes(gzip.compress(files[0].read_bytes()))
     written = []
     for workers in (1, 2, 3):
         folder = tmp_path / str(workers)
@@ -343,7 +351,7 @@ def test_wrong_files_and_arguments(tmp_path: Path) -> None:
     assert "no known token that ends a document: use --end-token" in refused(
         tmp_path, good, "--tokenizer", tmp_path / "u.json"
     )
-    assert "4 documents, all of them empty" in refused(tmp_path, write_jsonl(tmp_path / "n.jsonl", [""] * 4))
+    assert "4 documents, all of them without text" in refused(tmp_path, write_jsonl(tmp_path / "n.jsonl", [""] * 4))
     result = invoke("prepare", tmp_path / "no" / "out", good)
     assert f"there is no folder {tmp_path}/no" in result.stderr
     slash = invoke("prepare", f"{tmp_path}/", good)
@@ -374,7 +382,8 @@ def test_an_input_that_cannot_be_read_is_no_output(tmp_path: Path, monkeypatch: 
 
     (tmp_path / "good.txt").write_text("good")
     monkeypatch.setattr(Path, "open", deny)
-    assert refused(tmp_path, tmp_path / "good.txt") == f"error: {tmp_path}/good.txt cannot be read: Permission denied"
+    message = refused(tmp_path, tmp_path / "good.txt")
+    assert message == f"error: FILES[0]: {tmp_path}/good.txt cannot be read: Permission denied"
 
 
 def test_two_commands_with_one_prefix(tmp_path: Path) -> None:

@@ -24,20 +24,23 @@ def prepare_command(
         str, typer.Argument(metavar="OUT_PREFIX", help="path of the outputs OUT_PREFIX.bin, .idx and .json")
     ],
     files: Annotated[
-        list[str], typer.Argument(metavar="FILES...", help="text files (one document each), JSONL or parquet")
+        list[str], typer.Argument(metavar="FILES...", help="text (a document each), JSONL, JSON or parquet; .gz, .zst")
     ],
     tokenizer: Annotated[str, typer.Option(help="bytes, the path of a tokenizer.json, or train:VOCAB_SIZE")] = "bytes",
     end_token: Annotated[str | None, typer.Option(help="token that ends a document; default: the tokenizer's")] = None,
-    field: Annotated[str, typer.Option(help="JSONL field or parquet column that holds the text")] = "text",
-    format: Annotated[str, typer.Option(help="auto (by the file name), text, jsonl or parquet")] = "auto",
+    field: Annotated[str, typer.Option(help="JSON field or parquet column that holds the text")] = "text",
+    format: Annotated[str, typer.Option(help="auto (by name and content), text, jsonl, json or parquet")] = "auto",
+    missing: Annotated[str, typer.Option(help="documents without text: error or skip (count them)")] = "error",
     workers: Annotated[int, typer.Option(min=1, help="worker processes; the output is the same for any number")] = 1,
 ) -> None:
     """Tokenize files into Megatron's indexed dataset format."""
+    from expert_parallel.data.formats import FORMATS
     from expert_parallel.data.prepare import prepare
 
     with exit_on_user_error(ValueError):
-        if format not in ("auto", "text", "jsonl", "parquet"):
-            raise ValueError(f"--format is {format!r}, it must be one of auto, text, jsonl, parquet")
+        for option, value, choices in (("format", format, ("auto", *FORMATS)), ("missing", missing, ("error", "skip"))):
+            if value not in choices:
+                raise ValueError(f"--{option} is {value!r}, it must be one of {', '.join(choices)}")
         if end_token is not None and tokenizer == "bytes":
             raise ValueError("--end-token is given but --tokenizer is bytes: documents of bytes end with a zero byte")
         begin = time.perf_counter()
@@ -49,16 +52,16 @@ def prepare_command(
                 end_token=end_token,
                 field=field,
                 format=format,
+                missing=missing,
                 workers=workers,
                 print_message=lambda text: print(text, file=sys.stderr, flush=True),
                 report=report,
             )
         seconds = time.perf_counter() - begin
-    left_out = info.empty_documents_left_out
     print(
         f"{prefix}: {info.num_documents:,} documents, {info.num_tokens:,} tokens of {info.vocab_size:,}, from "
         f"{info.sources.bytes:,} bytes in {info.sources.files:,} files; {seconds:.1f} s, "
-        f"{info.num_tokens / seconds:,.0f} tokens/s" + (f"; {left_out:,} empty documents skipped" if left_out else "")
+        f"{info.num_tokens / seconds:,.0f} tokens/s{info.describe_left_out()}"
     )
     print(f"train on it with data='{{kind: tokens, corpora: [{{path: {prefix}}}]}}' model.vocab_size={info.vocab_size}")
 

@@ -45,7 +45,8 @@ class StdlibData(Settings):
 
 
 class FilesData(Settings):
-    """Trains on text files and JSONL files, as bytes; a text file or a line of JSONL is one document."""
+    """Trains on text, JSONL, JSON and parquet files, as bytes; a text file, a line, an object or a row is one document.
+    Files compressed with gzip or zstd are decompressed."""
 
     kind: Literal["files"]
     paths: Annotated[
@@ -54,10 +55,13 @@ class FilesData(Settings):
         BeforeValidator(_as_list, json_schema_input_type=Annotated[list[PathString], Field(min_length=1)] | PathString),
     ]
     """Lists the files to read; each entry may be a glob pattern, and a single one needs no list."""
-    format: Literal["auto", "text", "jsonl"] = "auto"
-    """Sets how files are read; `auto` decides by each file's name."""
+    format: Literal["auto", "text", "jsonl", "json", "parquet"] = "auto"
+    """Sets how files are read; `auto` decides by each file's name and content, and refuses a file if they disagree;
+    `json` is an array of objects."""
     field: str = "text"
-    """Names the field of a JSONL line that holds the document's text."""
+    """Names the field of a JSON object, or the column of a parquet file, that holds the document's text."""
+    missing: Literal["error", "skip"] = "error"
+    """Refuses documents whose text is missing, null or empty, or skips and counts them."""
     held_out: HeldOut = 0.05
     documents: Documents = "joined"
     sha256: Digest = None

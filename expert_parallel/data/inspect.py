@@ -75,5 +75,5 @@ def _format_info(info: TokensInfo) -> list[str]:
         f"tokenizer   {info.tokenizer}, {info.vocab_size:,} tokens; {info.end_id} ends a document",
         f"sha256      {info.sha256}",
         f"from        {info.sources.files:,} files, {info.sources.bytes:,} bytes, sha256 {info.sources.sha256}"
-        + (f"; {info.empty_documents_left_out:,} empty documents left out" if info.empty_documents_left_out else ""),
+        + info.describe_left_out(),
     ]

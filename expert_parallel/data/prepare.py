@@ -21,52 +21,28 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from expert_parallel.data.formats import find_inputs
 from expert_parallel.data.indexed import smallest_dtype, with_suffix, write_index
-from expert_parallel.data.reading import (
-    decode_text_file,
-    match_files,
-    open_parquet,
-    read_bytes,
-    read_jsonl,
-    read_parquet,
-)
+from expert_parallel.data.inputs import Job, read_documents, split_into_jobs
+from expert_parallel.data.reading import TextRules, read_bytes
 from expert_parallel.data.tokenizer import Sources, Tokenizer, TokensInfo, file_sha256, open_tokenizer, train_tokenizer
 
-JOB_BYTES = 1 << 20
 TRAINING_BYTES = 1 << 30  # most text that a tokenizer is trained on
-SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet"}  # for format `auto`; other suffixes are text
-FIELD = "--field"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class InputSplit:
-    """Describes one input of a job: a text file, a byte range of a JSONL file, or a row group of a parquet file.
-
-    first, last: for JSONL, it consists of the lines that begin at the bytes first to last - 1; for parquet, of row
-    group number `first`. bytes: its approximate size on disk.
-    """
-
-    file: Path
-    format: str
-    first: int
-    last: int
-    bytes: int
-
-
-Job = list[InputSplit]
-
-
-@dataclass(frozen=True)
 class TokenizedJob:
     """Holds the tokens of a job's documents, concatenated, each followed by the token that ends documents. lengths:
-    int32, the number of tokens of each document. num_empty: the number of empty documents, which are left out."""
+    int32, the number of tokens of each document. num_empty, num_missing: the numbers of documents that are left out
+    since their text is empty, or missing."""
 
     tokens: np.ndarray[Any, Any]
     lengths: np.ndarray[Any, Any]
     num_empty: int
+    num_missing: int
 
 
 @dataclass(frozen=True)
@@ -87,20 +63,23 @@ def prepare(
     end_token: str | None = None,
     field: str = "text",
     format: str = "auto",
+    missing: str = "error",
     workers: int = 1,
     print_message: Callable[[str], None],
     report: Callable[[PrepareProgress], None],
 ) -> TokensInfo:
     """Tokenizes files and writes PREFIX.bin, .idx, .json and, unless tokens are bytes, .tokenizer.json. Returns the
-    content of PREFIX.json. tokenizer: `bytes`, the path of a tokenizer.json, or `train:VOCAB_SIZE`. Raises ValueError,
-    with file and position, if an input is not valid; no output is left then."""
-    found = [file for _, file in match_files(files, "FILES")]
-    jobs = list(split_into_jobs(found, format))
+    content of PREFIX.json. tokenizer: `bytes`, the path of a tokenizer.json, or `train:VOCAB_SIZE`. missing: `error` or
+    `skip`, for documents without text. Raises ValueError, with file and position, if an input is not valid; no output
+    is left then."""
+    found, num_empty_files = find_inputs(files, "FILES", format, "--format")
+    jobs = list(split_into_jobs(found))
+    rules = TextRules(field, "--", zero_is_separator=tokenizer == "bytes", skip_missing=missing == "skip")
     with atomic_outputs(prefix) as partial_name, executor(workers) as submit:
         kept = None if tokenizer == "bytes" else partial_name(".tokenizer.json")
         if kept is not None and tokenizer.startswith("train:"):
             with output_errors(prefix):
-                train_on_jobs(jobs, kept, parse_vocab_size(tokenizer), field, print_message)
+                train_on_jobs(jobs, kept, parse_vocab_size(tokenizer), rules, print_message)
             known = open_tokenizer(str(kept), end_token)
         else:
             known = open_tokenizer(tokenizer, end_token)
@@ -111,18 +90,14 @@ def prepare(
         if known.end_id is None:
             raise ValueError(f"--tokenizer {tokenizer} has no known token that ends a document: use --end-token")
         dtype = smallest_dtype(known.vocab_size)
-        digests = map_in_order(submit, file_sha256, found, ahead=2 * workers)
-        sources = Sources(
-            files=len(found),
-            bytes=sum(map(file_size, found)),
-            sha256=hashlib.sha256("".join(digests).encode()).hexdigest(),
-        )
+        digests = map_in_order(submit, file_sha256, [source.file for source in found], ahead=2 * workers)
+        sha256_of_sources = hashlib.sha256("".join(digests).encode()).hexdigest()
         key = ("bytes", known.end_id, None) if kept is None else (str(kept), known.end_id, file_sha256(kept))
-        work = partial(tokenize, tokenizer=key, field=field, dtype=dtype)
+        work = partial(tokenize, tokenizer=key, rules=rules, dtype=dtype)
         results = map_in_order(submit, work, jobs, ahead=2 * workers)
-        lengths, sha256, num_empty = write_tokens(prefix, partial_name(".bin"), jobs, results, report)
+        lengths, sha256, num_empty, num_missing = write_tokens(prefix, partial_name(".bin"), jobs, results, report)
         if not len(lengths):
-            raise ValueError(f"{', '.join(map(str, found[:3]))}: {num_empty} documents, all of them empty")
+            raise ValueError(f"FILES: {files[:3]} hold {num_empty + num_missing} documents, all of them without text")
         info = TokensInfo(
             tokenizer="bytes" if kept is None else with_suffix(prefix, ".tokenizer.json").name,
             tokenizer_sha256=key[2],
@@ -131,76 +106,15 @@ def prepare(
             num_documents=len(lengths),
             num_tokens=int(lengths.sum(dtype=np.int64)),
             empty_documents_left_out=num_empty,
+            missing_texts_left_out=num_missing,
+            empty_files_left_out=num_empty_files,
             sha256=sha256,
-            sources=sources,
+            sources=Sources(files=len(found), bytes=sum(source.bytes for source in found), sha256=sha256_of_sources),
         )
         with output_errors(prefix):
             partial_name(".json").write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
             write_index(partial_name(".idx"), dtype, lengths)
     return info
-
-
-def split_into_jobs(files: Iterable[Path], format: str) -> Iterator[Job]:
-    """Splits files into jobs, lists of inputs of about JOB_BYTES together; small files share a job."""
-    job: Job = []
-    for file in files:
-        for split in split_file(file, SUFFIXES.get(file.suffix.lower(), "text") if format == "auto" else format):
-            if job and sum(other.bytes for other in job) + split.bytes > JOB_BYTES:
-                yield job
-                job = []
-            job.append(split)
-    if job:
-        yield job
-
-
-def split_file(file: Path, format: str) -> Iterator[InputSplit]:
-    """Splits a file into parts that can be tokenized separately. Raises ValueError if it is empty."""
-    size = file_size(file)
-    if size == 0:
-        raise ValueError(f"{file} is empty (0 bytes)")
-    if format == "jsonl":
-        for first in range(0, size, JOB_BYTES):
-            last = min(first + JOB_BYTES, size)
-            yield InputSplit(file, format, first, last, last - first)
-    elif format == "parquet":
-        metadata = open_parquet(file).metadata
-        groups = metadata.num_row_groups
-        if metadata.num_rows == 0:
-            raise ValueError(f"{file} is empty (0 rows)")
-        for group in range(groups):
-            yield InputSplit(file, format, group, group + 1, size // groups)
-    else:
-        yield InputSplit(file, format, 0, size, size)
-
-
-def file_size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
-
-
-def read_texts(split: InputSplit, field: str, *, zero_is_separator: bool) -> Iterator[str]:
-    """Yields the texts of the documents of one input. zero_is_separator: see decode_text_file."""
-    if split.format == "parquet":
-        yield from read_parquet(split.file, split.first, field, FIELD, zero_is_separator=zero_is_separator)
-    elif split.format == "jsonl":
-        try:
-            with split.file.open("rb") as stream:
-                texts = read_jsonl(
-                    stream,
-                    field,
-                    str(split.file),
-                    FIELD,
-                    zero_is_separator=zero_is_separator,
-                    first=split.first,
-                    last=split.last,
-                )
-                yield from (text for _, text in texts)
-        except OSError as error:
-            raise ValueError(f"{split.file} cannot be read: {error.strerror}") from error
-    else:
-        yield decode_text_file(read_bytes(split.file, "FILES"), str(split.file), zero_is_separator=zero_is_separator)
 
 
 @lru_cache(maxsize=1)  # all jobs of a worker have the same tokenizer
@@ -209,29 +123,37 @@ def cached_tokenizer(name: str, end_id: int, sha256: str | None) -> Tokenizer:
     return open_tokenizer(name, end_id)
 
 
-def tokenize(job: Job, tokenizer: tuple[str, int, str | None], field: str, dtype: type[np.generic]) -> TokenizedJob:
-    """Tokenizes a job, in a worker. tokenizer: arguments of `cached_tokenizer`. Empty documents are only counted."""
+def tokenize(
+    job: Job, tokenizer: tuple[str, int, str | None], rules: TextRules, dtype: type[np.generic]
+) -> TokenizedJob:
+    """Tokenizes a job, in a worker. tokenizer: arguments of `cached_tokenizer`. Documents without text are only
+    counted."""
     known, end_id = cached_tokenizer(*tokenizer), tokenizer[1]
-    documents, num_empty = [], 0
+    documents, num_empty, num_missing = [], 0, 0
     for split in job:
-        for text in read_texts(split, field, zero_is_separator=tokenizer[0] == "bytes"):
+        for _, text in read_documents(split, rules):
             if not text:
-                num_empty += 1
+                num_empty += text == ""
+                num_missing += text is None
                 continue
             documents.append(np.array([*known.encode(text), end_id], dtype=dtype))
             if len(documents[-1]) > np.iinfo(np.int32).max:
-                raise ValueError(f"{split.file}: a document of {len(documents[-1])} tokens is too long for an index")
+                raise ValueError(
+                    f"{split.source.where}: a document of {len(documents[-1])} tokens is too long for an index"
+                )
     tokens = np.concatenate([np.empty(0, dtype), *documents])
-    return TokenizedJob(tokens, np.array([len(document) for document in documents], np.int32), num_empty)
+    lengths = np.array([len(document) for document in documents], np.int32)
+    return TokenizedJob(tokens, lengths, num_empty, num_missing)
 
 
 def write_tokens(
     prefix: str, path: Path, jobs: list[Job], results: Iterator[TokenizedJob], report: Callable[[PrepareProgress], None]
-) -> tuple[np.ndarray[Any, Any], str, int]:
-    """Writes tokens as results arrive; returns (lengths of all documents, SHA-256, number of empty documents)."""
+) -> tuple[np.ndarray[Any, Any], str, int, int]:
+    """Writes tokens as results arrive; returns (lengths of all documents, SHA-256, number of empty documents, number of
+    missing ones)."""
     digest = hashlib.sha256()
     lengths = []
-    num_tokens = num_documents = num_empty = done = 0
+    num_tokens = num_documents = num_empty = num_missing = done = 0
     sizes = [sum(split.bytes for split in job) for job in jobs]
     with output_errors(prefix), path.open("wb") as stream:
         for size, result in zip(sizes, results, strict=True):
@@ -240,12 +162,13 @@ def write_tokens(
             lengths.append(result.lengths)
             done += size
             num_empty += result.num_empty
+            num_missing += result.num_missing
             num_tokens += len(result.tokens)
             num_documents += len(result.lengths)
             report(PrepareProgress(done, sum(sizes), num_documents, num_tokens))
         stream.flush()
         os.fsync(stream.fileno())
-    return np.concatenate(lengths), digest.hexdigest(), num_empty
+    return np.concatenate(lengths), digest.hexdigest(), num_empty, num_missing
 
 
 def parse_vocab_size(tokenizer: str) -> int:
@@ -257,7 +180,7 @@ def parse_vocab_size(tokenizer: str) -> int:
 
 
 def train_on_jobs(
-    jobs: list[Job], path: Path, vocab_size: int, field: str, print_message: Callable[[str], None]
+    jobs: list[Job], path: Path, vocab_size: int, rules: TextRules, print_message: Callable[[str], None]
 ) -> None:
     """Trains a tokenizer on all texts, or on every n-th job if they exceed TRAINING_BYTES, and writes it to `path`."""
     size = sum(split.bytes for job in jobs for split in job)
@@ -265,9 +188,8 @@ def train_on_jobs(
     part = "all of it" if every == 1 else f"1 of every {every} parts of it"
     print_message(f"training a tokenizer of {vocab_size:,} tokens on {size:,} bytes: {part}")
     splits = (split for job in jobs[::every] for split in job)
-    train_tokenizer(
-        (text for split in splits for text in read_texts(split, field, zero_is_separator=False)), vocab_size, path
-    )
+    texts = (text for split in splits for _, text in read_documents(split, rules) if text)
+    train_tokenizer(texts, vocab_size, path)
 
 
 @contextmanager

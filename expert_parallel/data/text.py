@@ -2,7 +2,6 @@
 two."""
 
 import hashlib
-import io
 import math
 import os
 import sysconfig
@@ -15,14 +14,21 @@ import torch
 from torch import Tensor
 
 from expert_parallel.data.config import FilesData, StdlibData
-from expert_parallel.data.reading import decode_text_file, match_files, read_bytes, read_jsonl
+from expert_parallel.data.formats import find_inputs
+from expert_parallel.data.inputs import read_documents, whole_file
+from expert_parallel.data.reading import TextRules, read_bytes
 from expert_parallel.data.tokenizer import SEPARATOR
 
 # Folders in the standard library's folder that are installed, generated or fixtures, rather than its own source.
 EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "_bundled"}
 
 
+PLACES = {"text": "document", "jsonl": "line", "json": "item", "parquet": "row"}  # of a document in its file
+
+
 class Document(NamedTuple):
+    """Holds a document. One without content stands for a file or a text that is left out, and counted."""
+
     name: str  # identifies the document independently of its folder: the order of the corpus depends on it
     content: bytes
 
@@ -42,9 +48,11 @@ class Corpus:
 def load_corpus(config: StdlibData | FilesData) -> Corpus:
     """Reads all documents, shuffles them in a fixed pseudo-random order, joins them into one stream, and holds out its
     end for evaluation."""
-    documents = sorted(SOURCES[config.kind](config), key=lambda d: hashlib.sha256(d.name.encode()).digest())
-    assert all(d.content for d in documents), "a source yields no empty documents"
-    assert documents, "a source yields documents"
+    found = list(SOURCES[config.kind](config))
+    documents = [document for document in found if document.content]
+    if not documents:
+        raise ValueError(f"data: {config.describe()} hold {len(found)} documents, all of them without text")
+    documents.sort(key=lambda d: hashlib.sha256(d.name.encode()).digest())
 
     digest = hashlib.sha256()
     for document in documents:
@@ -58,6 +66,8 @@ def load_corpus(config: StdlibData | FilesData) -> Corpus:
         f"{config.describe()}: {len(documents):,} documents, {start:,} bytes for training, "
         f"{len(stream) - start:,} held out, sha256 {digest.hexdigest()[:12]}"
     )
+    if left_out := len(found) - len(documents):
+        description += f"; {left_out:,} empty files or missing texts left out"
     return Corpus(stream[:start], stream[start:], len(documents), digest.hexdigest(), description)
 
 
@@ -101,28 +111,20 @@ def stdlib_documents(config: StdlibData) -> Iterator[Document]:
 
 def file_documents(config: FilesData) -> Iterator[Document]:
     """Yields the documents of all files that `data.paths` matches, each named by the file's position in this list and
-    the number of its line.
+    the number of its line, item or row.
 
     If documents are kept apart, a zero byte within one is refused: it would end the document.
     """
-    zero_is_separator = config.documents == "separate"
-    for position, (setting, file) in enumerate(match_files(config.paths, "data.paths")):
-        content = read_bytes(file, setting)
-        if not content:
-            raise ValueError(f"{setting}: {file} is empty (0 bytes)")
-        is_jsonl = file.suffix.lower() == ".jsonl" if config.format == "auto" else config.format == "jsonl"
-        if is_jsonl:
-            where = f"{setting}: {file}"
-            texts = read_jsonl(
-                io.BytesIO(content), config.field, where, "data.field", zero_is_separator=zero_is_separator
-            )
-            for number, text in texts:
-                if not text:
-                    raise ValueError(f"{where}, line {number}: field {config.field!r} (data.field) is an empty string")
-                yield Document(f"{position}:{number}", text.encode())
-        else:
-            decode_text_file(content, f"{setting}: {file}", zero_is_separator=zero_is_separator)
-            yield Document(f"{position}", content)
+    rules = TextRules(config.field, "data.", config.documents == "separate", config.missing == "skip")
+    sources, num_empty_files = find_inputs(config.paths, "data.paths", config.format, "data.format")
+    for position, source in enumerate(sources):
+        for number, text in read_documents(whole_file(source), rules):
+            if not text and not rules.skip_missing:
+                place = f"{source.where}, {PLACES[source.format]} {number}"
+                raise ValueError(f"{place}: {rules.named_field} is an empty string")
+            name = f"{position}" if source.format == "text" else f"{position}:{number}"
+            yield Document(name, (text or "").encode())
+    yield from [Document("empty file", b"")] * num_empty_files
 
 
 SOURCES: dict[str, Callable[[Any], Iterator[Document]]] = {"stdlib": stdlib_documents, "files": file_documents}

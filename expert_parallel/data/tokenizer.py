@@ -157,7 +157,8 @@ def _check_file_name(name: str) -> str:
 
 class TokensInfo(Settings):
     """Describes a token file: the content of PREFIX.json. tokenizer: `bytes`, or the name of a tokenizer.json in the
-    same folder. end_id: the id of the token that ends a document. sha256: that of PREFIX.bin."""
+    same folder. end_id: the id of the token that ends a document. missing_texts_left_out: the number of documents
+    without the field, or with null in it. sha256: that of PREFIX.bin."""
 
     format: Literal["expert_parallel tokens 1"] = "expert_parallel tokens 1"
     tokenizer: Annotated[str, AfterValidator(_check_file_name)]
@@ -167,8 +168,19 @@ class TokensInfo(Settings):
     num_documents: int
     num_tokens: int
     empty_documents_left_out: int
+    missing_texts_left_out: int = 0
+    empty_files_left_out: int = 0
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     sources: Sources
+
+    def describe_left_out(self) -> str:
+        """Returns a text, which continues a line, with what was left out, or an empty one if nothing was."""
+        counts = {
+            "empty documents": self.empty_documents_left_out,
+            "missing texts": self.missing_texts_left_out,
+            "empty files": self.empty_files_left_out,
+        }
+        return "".join(f"; {count:,} {what} left out" for what, count in counts.items() if count)
 
 
 def read_info(prefix: str) -> TokensInfo | None:
