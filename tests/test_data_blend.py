@@ -223,7 +223,7 @@ def indexed(tokens: Any, lengths: list[int], documents: list[int]) -> IndexedDat
     return IndexedDataset(Path("c"), tokens, np.array(lengths), begins, np.array(documents))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     sizes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=12),
     ends=st.lists(st.booleans(), min_size=200, max_size=200),
