@@ -199,6 +199,12 @@ def test_what_is_unclear_is_refused(tmp_path: Path, name: str, content: bytes, w
     refused(tmp_path / name, *words)
 
 
+def test_a_pipe_or_a_device_is_refused(tmp_path: Path) -> None:
+    """What is read of a pipe to recognise it could not be read again."""
+    (tmp_path / "null.txt").symlink_to("/dev/null")
+    refused(tmp_path / "null.txt", "is a pipe or a device")
+
+
 def test_a_format_that_is_given_holds_for_any_name(tmp_path: Path) -> None:
     """Compression shows in the content alone: no text begins so."""
     (tmp_path / "a.csv").write_bytes(LINES)

@@ -6,6 +6,7 @@ what is read in the wrong format would be trained on as if it were text.
 
 import json
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -90,6 +91,12 @@ def inspect_file(match: Match, format: str, format_setting: str) -> InputFile:
     """Returns how a file is read. Raises EmptyFileError if it is empty, and ValueError if it cannot be read, or if
     `format` is `auto` and the format is unclear."""
     file, where = match.file, f"{match.setting}: {match.file}"
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise ValueError(f"{where} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(found.st_mode):  # a pipe would lose what is read here
+        raise ValueError(f"{where} is a pipe or a device: write its content to a file, which can be read twice")
     with open_stream(file, where, "none") as stream:
         first = stream.read(4)
     compression = next((name for magic, name in COMPRESSION_MAGIC.items() if first.startswith(magic)), "none")
@@ -104,7 +111,7 @@ def inspect_file(match: Match, format: str, format_setting: str) -> InputFile:
         format = recognize(file, where, head, compression, format_setting)
     if format == "parquet" and open_parquet(file, where).metadata.num_rows == 0:
         raise EmptyFileError(f"{where} is empty (0 rows)")
-    return InputFile(file, where, format, compression, file.stat().st_size)
+    return InputFile(file, where, format, compression, found.st_size)
 
 
 def _check_compression(file: Path, where: str, compression: str, format_setting: str) -> None:
