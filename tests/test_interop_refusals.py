@@ -1,6 +1,7 @@
 """What import and export refuse, by name; forms of older folders; packed weights; how much memory they take."""
 
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from expert_parallel.data.tokenizer import train_tokenizer
 from expert_parallel.interop.exporting import choose_family, export_config, export_run
 from expert_parallel.interop.families import FAMILIES
 from expert_parallel.interop.folder import CONFIG, INDEX, SINGLE
@@ -75,7 +77,7 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
         (lambda t: t.update({"lm_head.bias": torch.ones(260)}), "lm_head.bias is left over"),
         (lambda t: t.update({EXPERT.replace("w3", "w4"): t.pop(EXPERT)}), f"{EXPERT} is missing"),
         (lambda t: t.update({EXPERT: t[EXPERT][:-1].clone()}), rf"{EXPERT} has shape \[11, 16\], expected \[12, 16\]"),
-        (lambda t: t.update({EXPERT: t[EXPERT].half()}), r"w1.weight is torch.float32, .*w3.weight is torch.float16"),
+        (lambda t: t.update({EXPERT: t[EXPERT].half()}), r"w1.weight is F32, .*w3.weight is F16: they become one"),
     ],
     ids=["missing", "left over", "a bias", "renamed", "shape", "dtypes"],
 )
@@ -84,10 +86,81 @@ def test_tensors(theirs: Path, change: Callable[[Tensors], Any], words: str) -> 
     refused(theirs, words)
 
 
-def test_tied_embeddings_have_no_lm_head(originals: Callable[[str], Path], tmp_path: Path) -> None:
-    path = shutil.copytree(originals("llama with all parts"), tmp_path / "theirs")
-    rewrite(path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    refused(path, "lm_head.weight is left over")
+def weights_of(path: Path) -> Tensors:
+    return {name: tensor.contiguous() for name, tensor in HuggingFaceModel(path).weights()}
+
+
+def test_a_head_beside_tied_embeddings(originals: Callable[[str], Path], tmp_path: Path) -> None:
+    """As transformers reads it: an equal one is set aside, another one is untied, and one alone is the table."""
+    original = originals("llama with all parts")
+    table = "model.embed_tokens.weight"
+    head = "lm_head.weight"
+    changes: dict[str, tuple[Callable[[Tensors], Any], str]] = {
+        "equal": (lambda t: t.update({head: t[table].clone()}), r"set aside 1 tensor \(lm_head.weight\): equal"),
+        "other": (lambda t: t.update({head: t[table] + 1}), "tied_embeddings is false .*: lm_head.weight differs"),
+        "alone": (lambda t: t.update({head: t.pop(table)}), f"{head} is also the embedding, .* {table} is missing"),
+    }
+    for name, (change, words) in changes.items():
+        path = shutil.copytree(original, tmp_path / name)
+        rewrite(path, change)
+        said: list[str] = []
+        run = import_folder(path, tmp_path / f"run_{name}", SHARD, said.append)
+        assert len(said) == 1
+        assert re.search(words, said[0]), said
+        expected = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+        with torch.no_grad():
+            actual = load_ours(run)(tokens(), StepContext()).logits
+            torch.testing.assert_close(actual, expected(tokens()).logits, rtol=0, atol=1e-4)
+        export_run(run, tmp_path / f"back_{name}", family=None, dtype=None, shard_bytes=SHARD)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"back_{name}").eval()
+        assert torch.equal(again.lm_head.weight, expected.lm_head.weight)
+    rewrite(path, lambda t: t.update({table: torch.ones(9, 9)}))  # of the last, whose head is [260, 16]
+    refused(path, r"model.embed_tokens.weight has shape \[9, 9\], expected \[260, 16\]")
+
+
+def test_tensors_that_transformers_ignores(originals: Callable[[str], Path], tmp_path: Path) -> None:
+    """Multi-token prediction follows the model's layers, and older folders hold rotary frequencies."""
+    path = shutil.copytree(originals("deepseek_v3"), tmp_path / "theirs")
+    before = weights_of(path)
+    extra = {"eh_proj.weight": torch.ones(3), "mlp.experts.0.up_proj.weight": torch.ones(1).to(torch.float8_e4m3fn)}
+    rewrite(path, lambda t: t.update({f"model.layers.3.{name}": tensor for name, tensor in extra.items()}))
+    rewrite(path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
+    assert HuggingFaceModel(path).notes == [
+        "set aside 1 tensor (model.layers.0.self_attn.rotary_emb.inv_freq): rotary frequencies, which follow from "
+        "config.json",
+        "set aside 2 tensors (model.layers.3.eh_proj.weight, ...): multi-token prediction, which an export will lack",
+    ]
+    same_bits(weights_of(path), before)
+    rewrite(path, lambda t: t.update({"model.layers.4.eh_proj.weight": torch.ones(3)}))
+    refused(path, "model.layers.4.eh_proj.weight is left over")
+    values = json.loads((path / CONFIG).read_text())
+    (path / CONFIG).write_text(json.dumps({**values, "num_nextn_predict_layers": 0}))
+    refused(path, "model.layers.3.eh_proj.weight is left over")
+
+
+def test_quantized_tensors_without_quantization_config(theirs: Path) -> None:
+    for dtype, name in ((torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")):
+        rewrite(theirs, lambda t, dtype=dtype: t.update({EXPERT: t[EXPERT].to(dtype)}))  # type: ignore[misc]
+        refused(theirs, rf"{EXPERT} is {name}, it must be F64 or F32 or F16 or BF16 \(1 such tensors\): save the model")
+
+
+def test_files_beside_the_weights(theirs: Path, tmp_path: Path) -> None:
+    train_tokenizer(["some words " * 9], 300, theirs / "tokenizer.json")
+    tree = json.loads((theirs / "tokenizer.json").read_text())
+    added = {**tree["added_tokens"][0], "id": 260, "content": "<new>"}
+    (theirs / "tokenizer.json").write_text(json.dumps({**tree, "added_tokens": [*tree["added_tokens"], added]}))
+    refused(theirs, r"tokenizer.json has token ids up to 2\d\d, but the model has only 260 \(0 to 259")
+    (theirs / "tokenizer.json").write_text("{}")
+    refused(theirs, "tokenizer.json is not a tokenizer.json")
+    (theirs / "tokenizer.json").unlink()
+    (theirs / "generation_config.json").write_text('{"eos_token_id": ')
+    refused(theirs, "generation_config.json cannot be read")
+    (theirs / "generation_config.json").unlink()
+    run = import_folder(theirs, tmp_path / "run", SHARD)
+    train_tokenizer(["some words and more " * 9], 275, run / "tokenizer.json")
+    with pytest.raises(ValueError, match="has token ids up to"):
+        export_run(run, tmp_path / "back", family=None, dtype=None, shard_bytes=SHARD)
+    assert not (tmp_path / "back").exists()
 
 
 def test_files(theirs: Path) -> None:
@@ -154,7 +227,7 @@ YARN = {"rope_type": "yarn", "factor": 2.0}
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("mixtral", {"embedding_multiplier": 2.0}, "embedding_multiplier is 2.0: this key is unknown"),
+        ("mixtral", {"embedding_multiplier": 2.0}, "embedding_multiplier is 2.0; remove"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act is 'gelu': only 'silu' is supported"),
         ("mixtral", {"attention_dropout": 0.1}, "attention_dropout is 0.1: only 0.0"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
@@ -171,9 +244,9 @@ YARN = {"rope_type": "yarn", "factor": 2.0}
             {"rope_parameters": {"rope_type": "longrope"}},
             "rope_type is 'longrope', it must be one of default",
         ),
-        ("mixtral", {"rope_parameters": {"rope_type": "yarn", "type": "linear"}}, "rope_type is 'linear' and 'yarn'"),
+        ("mixtral", {"rope_parameters": {"rope_type": "yarn", "type": "linear"}}, "rope_type is 'yarn' and 'linear'"),
         ("mixtral", {"rope_parameters": {"rope_type": "linear"}}, "factor of the rotary positions is missing"),
-        ("mixtral", {"rope_parameters": {**YARN, "odd": 1}}, "odd of the rotary positions is 1: 'yarn' has no such"),
+        ("mixtral", {"rope_parameters": {**YARN, "odd": 1}}, r"rope_type 'yarn' have no parameter 'odd' \(1\)"),
         ("mixtral", {"rope_parameters": {"full_attention": {}}}, "rope_parameters is .* differ between blocks"),
         ("mixtral", {"rope_theta": 1.5}, "rope_theta of the rotary positions is 1000000.0 in one place and 1.5"),
         ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),

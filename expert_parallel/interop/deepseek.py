@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from expert_parallel.interop.family_tensors import DENSE, EXPERTS, dense, outside_blocks
-from expert_parallel.interop.rules import REQUIRED, HuggingFaceConfig, Tree, get_setting, set_setting
+from expert_parallel.interop.hf_config import REQUIRED, HuggingFaceConfig, Tree
+from expert_parallel.interop.rules import get_setting, set_setting
 from expert_parallel.interop.tensor_map import IDENTITY, TensorMapping, half_split_rows
 
 
@@ -16,6 +17,8 @@ class GroupLimit:
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         count, limit = theirs.size("n_group"), theirs.size("topk_group")
+        if limit > count:
+            raise theirs.refuse("topk_group", f"it must be at most n_group ({count})")
         if count > 1:
             set_setting(ours, "moe.router.group_limit", {"count": count, "limit": limit, "score": "top2_sum"})
 
@@ -52,7 +55,8 @@ class LatentHeads:
         for key, value in (("head_dim", rope), ("qk_head_dim", rope + nope)):
             if theirs.take(key, default=value) != value:
                 raise theirs.refuse(key, f"it must be {value}, as follows from qk_rope_head_dim and qk_nope_head_dim")
-        theirs.take("rope_interleave", default=True)  # only the tensor map uses it
+        theirs.flag("rope_interleave", default=True)  # only the tensor map uses it
+        num_mtp_layers(theirs)
 
     def write(self, ours: Tree, theirs: Tree) -> None:
         theirs |= {key: get_setting(ours, path) for key, path in LATENT_SIZES.items()}
@@ -66,6 +70,12 @@ LATENT_SIZES = {
     "qk_rope_head_dim": "attention.rope_size",
     "v_head_dim": "attention.value_size",
 }
+
+
+def num_mtp_layers(theirs: HuggingFaceConfig) -> int:
+    """Returns the number of layers of multi-token prediction, whose tensors follow those of the other layers."""
+    count: int = theirs.size("num_nextn_predict_layers", "num_mtp_layers", default=1, least=0)
+    return count
 
 
 def deepseek_v3_tensor_map(config: Tree) -> list[TensorMapping]:

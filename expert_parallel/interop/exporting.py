@@ -10,9 +10,9 @@ from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
 from expert_parallel.data.open import TOKENIZER_FILE
 from expert_parallel.interop.families import FAMILIES, Family, settings
 from expert_parallel.interop.folder import CONFIG, COPIED_FILES, GENERATION, FolderWriter, read_json
+from expert_parallel.interop.hf_config import Tree, is_neutral
 from expert_parallel.interop.hf_model import match_model_tensors, read_model_config
-from expert_parallel.interop.importing import find_origin, find_tokenizer
-from expert_parallel.interop.rules import NEUTRAL, Tree
+from expert_parallel.interop.importing import find_origin, find_tokenizer, refuse_larger_tokenizer
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.training.config import read_config
 
@@ -30,7 +30,9 @@ def export_run(path: Path, out: Path, *, family: str | None, dtype: str | None, 
         raise ValueError(f"--dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(path)
     model = read_config(checkpoint.config, str(checkpoint.path)).model
-    origin = find_origin(path)
+    origin, tokenizer = find_origin(path), find_tokenizer(path)
+    if tokenizer is not None:
+        refuse_larger_tokenizer(tokenizer, model.vocab_size)
     their_origin = {} if origin is None else read_json(origin / CONFIG)
     family_name = choose_family(model, family, their_origin.get("model_type"))
     config = export_config(family_name, model, their_origin, checkpoint.config)
@@ -40,7 +42,7 @@ def export_run(path: Path, out: Path, *, family: str | None, dtype: str | None, 
     with FolderWriter(out, shard_bytes) as writer:
         write_weights(writer, checkpoint, FAMILIES[family_name], config, model, to_dtype)
         writer.write_json(CONFIG, config)
-        files = files_to_copy(find_tokenizer(path), origin)
+        files = files_to_copy(tokenizer, origin)
         for file in files:
             writer.copy(file)
         if GENERATION not in (file.name for file in files):
@@ -148,7 +150,7 @@ def export_config(name: str, model: ModelConfig, origin: Tree, run: Tree) -> Tre
     if origin.get("model_type") == name and settings(read_model_config(family, origin)) == settings(model):
         return origin
     kept = {
-        key: value for key, value in origin.items() if key in NEUTRAL or key in ("rope_interleave", *family.neutral)
+        key: value for key, value in origin.items() if is_neutral(key) or key in ("rope_interleave", *family.neutral)
     }
     beside = {
         "max_position_embeddings": run["training"]["sequence_length"],

@@ -7,30 +7,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from expert_parallel.interop.deepseek import GroupLimit, LatentHeads, SharedExperts, deepseek_v3_tensor_map
+from expert_parallel.interop.deepseek import (
+    GroupLimit,
+    LatentHeads,
+    SharedExperts,
+    deepseek_v3_tensor_map,
+    num_mtp_layers,
+)
 from expert_parallel.interop.family_tensors import (
     gpt_oss_tensor_map,
     llama_tensor_map,
     mixtral_tensor_map,
     qwen3_moe_tensor_map,
 )
+from expert_parallel.interop.hf_config import REQUIRED, HuggingFaceConfig, Tree, short
 from expert_parallel.interop.rope import Rope
 from expert_parallel.interop.rules import (
-    REQUIRED,
     Const,
     Copy,
     CopyInt,
     DenseHidden,
     FirstDense,
     HeadSize,
-    HuggingFaceConfig,
     QKNorm,
     Require,
     Rule,
     SlidingWindow,
     SlidingWindowByLayer,
     SparseStep,
-    Tree,
     get_setting,
     set_setting,
 )
@@ -44,13 +48,15 @@ class Family:
     """Defines how one `model_type` is read and written.
 
     architecture: the class in transformers. tensor_map: returns the mappings of a model, given its config.json.
-    neutral: keys of config.json that do not affect the logits, in addition to `NEUTRAL`.
+    neutral: keys of config.json that do not affect the logits, in addition to `NEUTRAL`. num_mtp_layers: returns how
+    many layers of multi-token prediction may follow those of the model.
     """
 
     architecture: str
     rules: tuple[Rule, ...]
     tensor_map: Callable[[Tree], list[TensorMapping]]
     neutral: tuple[str, ...] = ()
+    num_mtp_layers: Callable[[HuggingFaceConfig], int] = lambda theirs: 0
 
     def read(self, values: Tree) -> Tree:
         """Returns the `model` block of our config for a config.json.
@@ -63,8 +69,8 @@ class Family:
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
             if not (method == "mxfp4" and self.architecture == "GptOssForCausalLM"):
                 raise ValueError(
-                    f"config.json: quantization_config has quant_method {method!r}, which is not supported: save the "
-                    "model without quantization, then import it"
+                    f"config.json: quantization_config has quant_method {short(method)}, which is not supported: save "
+                    "the model without quantization, then import it"
                 )
             theirs.asked.add("quantization_config")
         for rule in self.rules:
@@ -109,11 +115,14 @@ def settings(model: ModelConfig) -> Tree:
 # ---------------------------------------------------------------------------------------------------------------- rules
 
 
+MAX_LAYERS = 100_000  # as in ModelConfig; rules list blocks before it is made
+
+
 def common_rules(eps: Any = REQUIRED, tied: bool = False) -> list[Rule]:
     """Returns the rules of every family. eps, tied: the defaults of rms_norm_eps and tie_word_embeddings."""
     return [
         CopyInt("vocab_size", "vocab_size"),
-        CopyInt("num_hidden_layers", "num_layers"),
+        CopyInt("num_hidden_layers", "num_layers", most=MAX_LAYERS),
         CopyInt("hidden_size", "d_model"),
         Copy("rms_norm_eps", "norm.eps", eps),
         Copy("tie_word_embeddings", "tied_embeddings", tied),
@@ -259,6 +268,7 @@ FAMILIES: dict[str, Family] = {
         ),
         deepseek_v3_tensor_map,
         neutral=("num_nextn_predict_layers", "num_mtp_layers", "ep_size", "aux_loss_alpha", "seq_aux"),
+        num_mtp_layers=num_mtp_layers,
     ),
     "gpt_oss": Family(
         "GptOssForCausalLM",

@@ -3,7 +3,7 @@
 Mappings of tensors that a model lacks are ignored, so families that differ by a bias or a norm share a map.
 """
 
-from expert_parallel.interop.rules import Tree
+from expert_parallel.interop.hf_config import Tree
 from expert_parallel.interop.tensor_map import (
     GATE_UP_COLUMNS,
     GATE_UP_ROWS,

@@ -76,6 +76,15 @@ class HuggingFaceFolder:
         """Returns a tensor's shape without reading its data."""
         return list(self.files[name].get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """Returns a tensor's dtype as safetensors names it, such as BF16, without reading its data."""
+        return str(self.files[name].get_slice(name).get_dtype())
+
+    def read_rows(self, name: str, first: int, end: int) -> Tensor:
+        """Reads rows first to end - 1 of a matrix to the CPU, in the dtype of the file."""
+        rows: Tensor = self.files[name].get_slice(name)[first:end]
+        return rows
+
     def read(self, name: str) -> Tensor:
         """Reads a tensor to the CPU, in the dtype of the file."""
         tensor: Tensor = self.files[name].get_tensor(name)
@@ -91,6 +100,11 @@ def read_index(path: Path) -> dict[str, str]:
         places = read_json(path / INDEX).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise ValueError(f"{path / INDEX} has no weight_map")
+        if (path / SINGLE).is_file() and SINGLE not in places.values():
+            raise ValueError(
+                f"{path} has both {SINGLE} and an {INDEX} of other files, which may hold other weights: remove the one "
+                "that you do not mean"
+            )
         for name, file in places.items():
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
                 raise ValueError(

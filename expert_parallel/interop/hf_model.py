@@ -1,6 +1,8 @@
 """Opens a Hugging Face folder as one of our models: its settings, and its tensors by logical name."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Container, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,20 +10,24 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from expert_parallel.checkpoint.files import expected_shapes
+from expert_parallel.checkpoint.manifest import DTYPES
 from expert_parallel.interop.families import FAMILIES, Family
 from expert_parallel.interop.folder import HuggingFaceFolder
-from expert_parallel.interop.rules import Tree
+from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree, short
+from expert_parallel.interop.ignored_tensors import HEAD, TABLE, describe_ignored, ignored_tensors, rows_are_equal
 from expert_parallel.interop.tensor_map import TensorPair, match_tensors
 from expert_parallel.model.config import ModelConfig
 
 Shapes = dict[str, list[int]]
+VALUES_PER_ELEMENT = 2  # MXFP4 packs two values into an element of the file; no format packs more
 
 
 class HuggingFaceModel:
-    """Opens a folder, and checks config.json and the shapes of all tensors before any weight is read.
+    """Opens a folder, and checks config.json and the shapes and dtypes of all tensors before any weight is read.
 
-    Raises a ValueError that names the first key that is not supported, or the first tensor that is missing, left over
-    or of another shape.
+    Tensors that transformers does not use either are set aside; `notes` has a sentence about each kind of them. Raises
+    a ValueError that names the keys that are not supported, or the first tensor that is missing, left over, of another
+    shape or of another dtype.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,20 +35,44 @@ class HuggingFaceModel:
         config = self.folder.config
         kind = config.get("model_type")
         if not isinstance(kind, str) or kind not in FAMILIES:
-            raise ValueError(f"{path}: model_type is {kind!r}, it must be one of {', '.join(FAMILIES)}")
+            raise ValueError(f"{path}: model_type is {short(kind)}, it must be one of {', '.join(FAMILIES)}")
         self.family = FAMILIES[kind]
         self.model = read_model_config(self.family, config)
-        shapes = logical_shapes(self.model)
-        self.pairs = match_model_tensors(self.family, config, self.model)
-        check_shapes(self.folder, hugging_face_shapes(self.pairs, shapes))
+        refuse_larger_model(self.folder, self.model)
+        num_mtp_layers = self.family.num_mtp_layers(HuggingFaceConfig(config))
+        ignored = ignored_tensors(self.folder.files, self.model.num_layers, num_mtp_layers)
+        self.notes: list[str] = []
+        table = self._settle_head(ignored) if self.model.tied_embeddings and HEAD in self.folder.files else TABLE
+        pairs = match_model_tensors(self.family, config, self.model)
+        self.pairs = [replace(pair, theirs=(table,)) if pair.theirs == (TABLE,) else pair for pair in pairs]
+        self.notes = [*describe_ignored(ignored), *self.notes]
+        check_tensors(self.folder, self.pairs, logical_shapes(self.model), ignored)
+
+    def _settle_head(self, ignored: dict[str, str]) -> str:
+        """Decides about a lm_head.weight although tie_word_embeddings is true, as transformers 5 does. Returns the name
+        of the embedding's table.
+
+        The head is the table if there is no other, is ignored if it equals the table, and else is a weight of its own:
+        then `model.tied_embeddings` is false.
+        """
+        if TABLE not in self.folder.files:
+            self.notes.append(f"{HEAD} is also the embedding, as tie_word_embeddings is true and {TABLE} is missing")
+            return HEAD
+        check_dtypes(self.folder, [TABLE, HEAD])
+        if rows_are_equal(self.folder, TABLE, HEAD):
+            ignored[HEAD] = f"equal to {TABLE}, to which it is tied"
+        else:
+            self.model = self.model.model_copy(update={"tied_embeddings": False})
+            self.notes.append(
+                f"model.tied_embeddings is false although tie_word_embeddings is true: {HEAD} differs from {TABLE}, "
+                "and transformers then uses both"
+            )
+        return TABLE
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yields every logical name and its tensor, in the file's dtype. Memory holds the tensors of one pair."""
         for pair in self.pairs:
             theirs = [self.folder.read(name) for name in pair.theirs]
-            if len({tensor.dtype for tensor in theirs}) > 1:
-                both = ", ".join(f"{n} is {t.dtype}" for n, t in zip(pair.theirs, theirs, strict=True))
-                raise ValueError(f"{self.folder.path}: {both}: they become one tensor and must have the same dtype")
             yield from zip(pair.ours, pair.transform.to_ours(theirs), strict=True)
 
 
@@ -52,10 +82,12 @@ def read_model_config(family: Family, config: Tree) -> ModelConfig:
     try:
         return ModelConfig.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False)[0]
         where = ".".join(["model", *map(str, first["loc"])])
         message = (
-            first["ctx"]["error"] if first["type"] == "value_error" else f"{first['msg']}, found {first['input']!r}"
+            first["ctx"]["error"]
+            if first["type"] == "value_error"
+            else f"{first['msg']}, found {short(first['input'])}"
         )
         raise ValueError(f"config.json gives settings that are not valid: {where}: {message}") from None
 
@@ -72,30 +104,50 @@ def match_model_tensors(family: Family, config: Tree, model: ModelConfig) -> lis
     return match_tensors(family.tensor_map(config), logical_shapes(model), experts)
 
 
-def hugging_face_shapes(pairs: list[TensorPair], ours: Shapes) -> Shapes:
-    """Returns the shape of every tensor that the Hugging Face folder must hold. ours: shapes by logical name.
+def refuse_larger_model(folder: HuggingFaceFolder, model: ModelConfig) -> None:
+    """Raises a ValueError if a model has more parameters than the folder has numbers, before anything of its size is
+    made."""
+    found = sum(math.prod(folder.shape(name)) for name in folder.files)
+    if model.num_params() > VALUES_PER_ELEMENT * found:
+        raise ValueError(
+            f"{folder.path}: config.json describes a model of {model.num_params():,} parameters, but the files hold "
+            f"{found:,} numbers"
+        )
 
-    Applies the transforms to meta tensors, which have no data.
+
+def check_tensors(folder: HuggingFaceFolder, pairs: list[TensorPair], ours: Shapes, ignored: Container[str]) -> None:
+    """Raises a ValueError for the first tensor that is missing, left over, or of another shape or dtype.
+
+    ours: shapes by logical name. ignored: names that are not left over.
     """
-    shapes: Shapes = {}
+    expected: dict[str, Tensor] = {}
     for pair in pairs:
-        empty = [torch.empty(ours[name], device="meta") for name in pair.ours]
-        theirs = {
-            name: list(made.shape) for name, made in zip(pair.theirs, pair.transform.to_theirs(empty), strict=True)
-        }
-        shapes |= theirs
-    return shapes
-
-
-def check_shapes(folder: HuggingFaceFolder, expected: Shapes) -> None:
-    """Raises a ValueError for the first tensor that is missing, left over or of another shape."""
+        empty = [torch.empty(ours[name], device="meta") for name in pair.ours]  # a meta tensor has no data
+        expected |= zip(pair.theirs, pair.transform.to_theirs(empty), strict=True)
     counts = f"{len(folder.files)} tensors found, {len(expected)} expected"
     for name in expected:
         if name not in folder.files:
             raise ValueError(f"{folder.path}: {name} is missing ({counts})")
     for name in folder.files:
-        if name not in expected:
+        if name not in expected and name not in ignored:
             raise ValueError(f"{folder.path}: {name} is left over ({counts})")
-    for name, shape in expected.items():
-        if (found := folder.shape(name)) != shape:
-            raise ValueError(f"{folder.path}: {name} has shape {found}, expected {shape}")
+    for name, tensor in expected.items():
+        if (found := folder.shape(name)) != list(tensor.shape):
+            raise ValueError(f"{folder.path}: {name} has shape {found}, expected {list(tensor.shape)}")
+    packed = {name for name, tensor in expected.items() if tensor.dtype == torch.uint8}
+    check_dtypes(folder, [name for name in expected if name not in packed])
+    check_dtypes(folder, sorted(packed), ("U8",))
+    for pair in pairs:
+        if len({folder.dtype(name) for name in pair.theirs}) > 1:
+            both = ", ".join(f"{name} is {folder.dtype(name)}" for name in pair.theirs)
+            raise ValueError(f"{folder.path}: {both}: they become one tensor and must have the same dtype")
+
+
+def check_dtypes(folder: HuggingFaceFolder, names: list[str], allowed: Collection[str] = tuple(DTYPES)) -> None:
+    """Raises a ValueError if a tensor has another dtype than those allowed: by default those of checkpoints."""
+    wrong = [name for name in names if folder.dtype(name) not in allowed]
+    if wrong:
+        raise ValueError(
+            f"{folder.path}: {wrong[0]} is {folder.dtype(wrong[0])}, it must be {' or '.join(allowed)} ({len(wrong)} "
+            "such tensors): save the model without quantization, then import it"
+        )

@@ -2,7 +2,7 @@
 
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,23 @@ from torch import Tensor
 from expert_parallel.checkpoint.files import CheckpointWriter
 from expert_parallel.data.imported import read_imported_generation
 from expert_parallel.data.open import ORIGIN, TOKENIZER_FILE
-from expert_parallel.interop.folder import CONFIG, COPIED_FILES
+from expert_parallel.data.tokenizer import FileTokenizer
+from expert_parallel.interop.folder import CONFIG, COPIED_FILES, read_json
 from expert_parallel.interop.hf_model import HuggingFaceModel
-from expert_parallel.training.config import Config, dump_config
+from expert_parallel.training.config import Config, dump_config, read_config
 
 MAX_SEQUENCE_LENGTH = 2048  # training.sequence_length of the new config is the model's limit, but at most this
 
 
-def import_folder(path: Path, out: Path, shard_bytes: int) -> Path:
+def import_folder(path: Path, out: Path, shard_bytes: int, print_message: Callable[[str], None] = print) -> Path:
     """Imports a model and returns the run folder `out`. Weights keep their bits and dtype.
 
-    Raises a ValueError for a model that we do not compute exactly.
+    print_message: called for what differs from the folder, such as tensors that are set aside. Raises a ValueError for
+    a model that we do not compute exactly.
     """
     source = HuggingFaceModel(path)
+    for note in source.notes:
+        print_message(note)
     config, tokenizer = imported_config(source, out), path / TOKENIZER_FILE
     return write_run(out, config, source.weights(), origin=path, tokenizer=tokenizer, shard_bytes=shard_bytes)
 
@@ -42,13 +46,14 @@ def imported_config(source: HuggingFaceModel, out: Path) -> Config:
         "global_batch": 8,
         "sequence_length": min(longest, MAX_SEQUENCE_LENGTH) if isinstance(longest, int) else MAX_SEQUENCE_LENGTH,
     }
-    return Config.model_validate(
+    return read_config(
         {
             "run": {"folder": str(out)},
             "model": source.model.model_dump(mode="json"),
             "training": training,
             "data": {"kind": "tokens", "end_id": end_id if isinstance(end_id, int) else None},
-        }
+        },
+        f"{source.folder.path / CONFIG} gives a config that is not valid",
     )
 
 
@@ -70,6 +75,19 @@ def run_folder(path: Path) -> Path | None:
     return next((folder for folder in candidates if (folder / "config.yaml").is_file()), None)
 
 
+def refuse_larger_tokenizer(path: Path, vocab_size: int) -> None:
+    """Raises a ValueError if a tokenizer.json has an id, such as that of an added token, that the model does not have.
+
+    Fewer ids are usual: tables are often padded.
+    """
+    largest = FileTokenizer(path).vocab_size - 1
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{path} has token ids up to {largest}, but the model has only {vocab_size} (0 to {vocab_size - 1}; "
+            "model.vocab_size): it is the tokenizer of another model"
+        )
+
+
 def write_run(
     out: Path,
     config: Config,
@@ -83,9 +101,17 @@ def write_run(
 
     weights: by logical name. origin: a Hugging Face folder, whose config.json and tokenizer files are copied into
     `ORIGIN`, where generation reads them. The folder gets its name when it is complete; an error leaves nothing behind.
+    Raises a ValueError if `out` exists, the tokenizer has more ids than the model, or a JSON file of the origin is
+    damaged.
     """
     if out.exists():
         raise ValueError(f"{out} exists already")
+    if tokenizer is not None and tokenizer.is_file():
+        refuse_larger_tokenizer(tokenizer, config.model.vocab_size)
+    copied = [] if origin is None else [origin / name for name in (CONFIG, *COPIED_FILES) if (origin / name).is_file()]
+    for file in copied:
+        if file.suffix == ".json":
+            read_json(file)
     if origin is not None:
         read_imported_generation(origin)  # raises an error for files that generation could not follow
     partial = out.parent / f"partial_{out.name}_{secrets.token_hex(4)}"
@@ -94,9 +120,8 @@ def write_run(
         partial.mkdir(parents=True)
         if origin is not None:
             (partial / ORIGIN).mkdir()
-            for name in (CONFIG, *COPIED_FILES):
-                if (origin / name).is_file():
-                    shutil.copyfile(origin / name, partial / ORIGIN / name)
+        for file in copied:
+            shutil.copyfile(file, partial / ORIGIN / file.name)
         if tokenizer is not None and tokenizer.is_file():
             shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
         (partial / "config.yaml").write_text(dump_config(config), encoding="utf-8")

@@ -3,30 +3,36 @@
 transformers 5 stores them in rope_parameters, earlier versions in rope_theta and rope_scaling.
 """
 
-import math
+import sys
 from dataclasses import dataclass
+from typing import Any
 
-from expert_parallel.interop.rules import REQUIRED, HuggingFaceConfig, Tree, get_setting, set_setting
+from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree, short
+from expert_parallel.interop.rules import get_setting, set_setting
 
-SCALINGS = {  # rope_type -> (key in config.json, our setting, default)
-    "linear": (("factor", "factor", REQUIRED),),
-    "llama3": (
-        ("factor", "factor", REQUIRED),
-        ("low_freq_factor", "low_frequency_factor", REQUIRED),
-        ("high_freq_factor", "high_frequency_factor", REQUIRED),
-        ("original_max_position_embeddings", "original_length", None),
-    ),
-    "yarn": (
-        ("factor", "factor", None),
-        ("original_max_position_embeddings", "original_length", None),
-        ("beta_fast", "beta_fast", 32.0),
-        ("beta_slow", "beta_slow", 1.0),
-        ("attention_factor", "attention_factor", None),
-        ("mscale", "mscale", None),
-        ("mscale_all_dim", "mscale_all_dim", None),
-        ("truncate", "truncate", True),
-    ),
+ORIGINAL_LENGTH = "original_max_position_embeddings"
+SCALINGS = {  # rope_type -> key in config.json -> our setting
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_frequency_factor",
+        "high_freq_factor": "high_frequency_factor",
+        ORIGINAL_LENGTH: "original_length",
+    },
+    "yarn": {
+        "factor": "factor",
+        ORIGINAL_LENGTH: "original_length",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "attention_factor": "attention_factor",
+        "mscale": "mscale",
+        "mscale_all_dim": "mscale_all_dim",
+        "truncate": "truncate",
+    },
 }
+LARGEST_FLOAT = sys.float_info.max
+# Keys of YaRN that may be absent or null: then our default holds, which is that of transformers.
+NULLABLE = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 
 
 @dataclass(frozen=True)
@@ -42,45 +48,49 @@ class Rope:
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         found = self._parameters(theirs)
-        kinds = {str(found.pop(key)) for key in ("rope_type", "type") if key in found} or {"default"}
-        kind = next(iter(kinds))
-        theta = found.pop("rope_theta", None)
-        if theta is not None and not (isinstance(theta, int | float) and 0 < theta < math.inf):
-            raise ValueError(f"config.json: rope_theta is {theta!r}, it must be a number above 0")
-        if len(kinds) > 1 or (kind != "default" and kind not in SCALINGS):
-            names = ", ".join(("default", *SCALINGS))
-            both = " and ".join(map(repr, sorted(kinds)))
-            raise ValueError(f"config.json: rope_type is {both}, it must be one of {names}")
-        set_setting(ours, "position", {"kind": "rope", "theta": self.default_theta if theta is None else theta})
+        theta = _number("rope_theta", found.pop("rope_theta", self.default_theta))
+        if theta <= 1:
+            raise ValueError(f"config.json: rope_theta of the rotary positions is {theta}, it must be above 1")
+        set_setting(ours, "position", {"kind": "rope", "theta": theta})
         longest = theirs.size("max_position_embeddings", default=None)
+        kinds = [found.pop(key) for key in ("rope_type", "type") if key in found] or ["default"]
+        kind = kinds[0]
+        if any(other != kind for other in kinds) or kind not in ("default", *SCALINGS):
+            raise ValueError(
+                f"config.json: rope_type is {' and '.join(map(short, kinds))}, it must be one of "
+                f"{', '.join(('default', *SCALINGS))}"
+            )
         if kind != "default":
             set_setting(ours, "position.scaling", {"kind": kind, **_scaling(kind, found, longest)})
         if found:
-            key, value = next(iter(found.items()))
-            raise ValueError(f"config.json: {key} of the rotary positions is {value!r}: {kind!r} has no such parameter")
+            left = ", ".join(f"{short(key)} ({short(value)})" for key, value in found.items())
+            raise ValueError(f"config.json: rotary positions of rope_type {kind!r} have no parameter {left}")
 
     def _parameters(self, theirs: HuggingFaceConfig) -> Tree:
-        """Merges the keys of both forms. Raises a ValueError if they contradict each other."""
-        newer, older = theirs.take("rope_parameters", default=None), theirs.take("rope_scaling", default=None)
-        for key, value in (("rope_parameters", newer), ("rope_scaling", older)):
-            if value is not None and not isinstance(value, dict):
+        """Returns the parameters, with rope_theta. Raises a ValueError if they are in two places and differ.
+
+        As in transformers 5, rope_scaling stands before rope_parameters, and rope_theta is for a form without one.
+        """
+        forms = {key: theirs.take(key, default=None) for key in ("rope_scaling", "rope_parameters")}
+        for key, form in forms.items():
+            if form is not None and not isinstance(form, dict):
                 raise theirs.refuse(key, "it must be an object")
-            if any(isinstance(inner, dict) for inner in (value or {}).values()):
+            if any(isinstance(inner, dict) for inner in (form or {}).values()):
                 raise theirs.refuse(key, "rotary positions that differ between blocks are not supported")
-        theta = theirs.take("rope_theta", default=None)
-        if not (newer or older or self.is_optional):
+        older, newer = (_with_rope_type(form or {}) for form in forms.values())
+        if not (older or newer or self.is_optional):
             raise ValueError("config.json: rope_parameters or rope_scaling is missing")
-        parts = [part for part in (newer, older, {"rope_theta": theta} if theta is not None else None) if part]
-        found: Tree = {}
-        for part in parts:
-            for key, value in part.items():
-                if found.get(key, value) != value:
-                    raise ValueError(
-                        f"config.json: {key} of the rotary positions is {found[key]!r} in one place and {value!r} in "
-                        "another (rope_parameters, rope_scaling, rope_theta)"
-                    )
-                found[key] = value
-        if found.pop("partial_rotary_factor", 1.0) != 1.0 or theirs.take("partial_rotary_factor", default=1.0) != 1.0:
+        theta = theirs.take("rope_theta", default=self.default_theta)
+        found = {"rope_theta": theta, **(older or newer)}
+        beside = {"rope_theta": theta} if theirs.values.get("rope_theta") is not None else {}
+        for key, value in (*newer.items(), *beside.items()):
+            if found.get(key) != value:
+                raise ValueError(
+                    f"config.json: {key} of the rotary positions is {short(found.get(key))} in one place and "
+                    f"{short(value)} in another (rope_parameters, rope_scaling, rope_theta)"
+                )
+        partial = (found.pop("partial_rotary_factor", 1.0), theirs.take("partial_rotary_factor", default=1.0))
+        if partial != (1.0, 1.0):
             raise ValueError("config.json: partial_rotary_factor is not 1: partly rotary heads are not supported")
         return found
 
@@ -88,22 +98,51 @@ class Rope:
         theta, scaling = get_setting(ours, "position.theta"), get_setting(ours, "position.scaling")
         older = None
         if scaling is not None and scaling["kind"] in SCALINGS:
-            keys = {their: scaling.get(own) for their, own, _ in SCALINGS[scaling["kind"]]}
+            keys = {their: scaling.get(own) for their, own in SCALINGS[scaling["kind"]].items()}
             older = {"rope_type": scaling["kind"], **{key: value for key, value in keys.items() if value is not None}}
-        theirs["rope_parameters"] = {"rope_type": "default", **(older or {}), "rope_theta": theta}
-        theirs |= {"rope_theta": theta, "rope_scaling": older}
+        base = {} if theta is None else {"rope_theta": theta}  # None: other positions, which the format cannot express
+        theirs["rope_parameters"] = {"rope_type": "default", **(older or {}), **base}
+        theirs |= {**base, "rope_scaling": older}
+
+
+def _with_rope_type(form: Tree) -> Tree:
+    """Returns the parameters with the older key `type` as `rope_type`, if it is alone."""
+    return {("rope_type" if key == "type" and "rope_type" not in form else key): form[key] for key in form}
 
 
 def _scaling(kind: str, found: Tree, longest: int | None) -> Tree:
-    """Returns our settings of a scaling, and removes their keys from `found`. longest: max_position_embeddings."""
-    ours = {}
-    for their, own, default in SCALINGS[kind]:
-        value = found.pop(their, default)
-        if value is REQUIRED:
-            raise ValueError(f"config.json: {their} of the rotary positions is missing: {kind!r} needs it")
-        ours[own] = value
-    if "original_length" in ours and ours["original_length"] is None:
-        ours["original_length"] = longest
-    if ours["factor"] is None and longest is not None:  # DeepSeek-V3 may omit it
-        ours["factor"] = longest / ours["original_length"]
-    return {name: value for name, value in ours.items() if value is not None}
+    """Returns our settings of a scaling, and removes their keys from `found`. longest: max_position_embeddings.
+
+    Raises a ValueError for a parameter that is missing or no number; the settings check its range.
+    """
+    names = SCALINGS[kind]
+    if ORIGINAL_LENGTH in names and longest is not None:
+        found.setdefault(ORIGINAL_LENGTH, longest)
+    given = {key: found.pop(key) for key in names if key in found}
+    given = {key: value for key, value in given.items() if value is not None or key not in NULLABLE}
+    for key in names:
+        if key not in given and key not in (*NULLABLE, "truncate"):
+            raise ValueError(f"config.json: {key} of the rotary positions is missing: rope_type {kind!r} needs it")
+    if kind == "yarn" and given["factor"] is None:
+        given["factor"] = _length_ratio(longest, given[ORIGINAL_LENGTH])
+    if not isinstance(given.get("truncate", True), bool):
+        shown = short(given["truncate"])
+        raise ValueError(f"config.json: truncate of the rotary positions is {shown}, it must be true or false")
+    return {names[key]: value if key == "truncate" else _number(key, value) for key, value in given.items()}
+
+
+def _length_ratio(longest: int | None, original: Any) -> float:
+    """Returns the factor of YaRN that is null, as DeepSeek-V3 may have it: the new context length over the original."""
+    if longest is None or type(original) is not int or original < 1:
+        raise ValueError(
+            "config.json: factor of the rotary positions is null, which stands for max_position_embeddings "
+            f"({longest}) / {ORIGINAL_LENGTH} ({short(original)}): both must be integers of at least 1"
+        )
+    return longest / original
+
+
+def _number(key: str, value: Any) -> int | float:
+    """Returns a parameter that is a finite number. Raises a ValueError for anything else."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
+        return value
+    raise ValueError(f"config.json: {key} of the rotary positions is {short(value)}, it must be a finite number")

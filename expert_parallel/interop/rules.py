@@ -1,65 +1,12 @@
 """Defines rules that translate a config.json to our model settings, and back.
 
-Every key of a config.json is read by a rule, known not to affect the logits (`NEUTRAL`), or refused.
+Every key of a config.json is read by a rule, known not to affect the logits (`NEUTRAL` in hf_config.py), or refused.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-Tree = dict[str, Any]
-REQUIRED = object()
-
-# Keys of training, generation and bookkeeping: the logits do not depend on them.
-NEUTRAL = frozenset(
-    (
-        *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "auto_map", "_name_or_path"),
-        *("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "use_cache", "pretraining_tp"),
-        *("initializer_range", "output_router_logits", "router_aux_loss_coef"),
-    )
-)
-
-
-class HuggingFaceConfig:
-    """Holds the values of a config.json, and records which keys the rules have read."""
-
-    def __init__(self, values: Tree) -> None:
-        self.values = values
-        self.asked: set[str] = set()
-
-    def take(self, *keys: str, default: Any = REQUIRED) -> Any:
-        """Returns the value of the first key that exists. keys: older and newer names of one setting.
-
-        Raises a ValueError if none exists and there is no default.
-        """
-        self.asked |= set(keys)
-        found = [key for key in keys if key in self.values]
-        if found:
-            return self.values[found[0]]
-        if default is REQUIRED:
-            raise ValueError(f"config.json: {' or '.join(keys)} is missing")
-        return default
-
-    def size(self, *keys: str, default: Any = REQUIRED, least: int = 1) -> Any:
-        """Returns the value of the first key that exists, which must be an integer of at least `least`; else the
-        default. Raises a ValueError for any other value."""
-        value = self.take(*keys, default=default)
-        if type(value) is not int or value < least:
-            if value is default:
-                return value
-            key = next((key for key in keys if key in self.values), keys[0])
-            raise self.refuse(key, f"it must be an integer, {least} or more")
-        return value
-
-    def refuse(self, key: str, why: str) -> ValueError:
-        """Returns a ValueError that names the key, its value and the reason."""
-        return ValueError(f"config.json: {key} is {self.values.get(key)!r}: {why}")
-
-    def refuse_unknown_keys(self, neutral: Iterable[str]) -> None:
-        """Raises a ValueError for a key that no rule has read. neutral: keys that do not affect the logits."""
-        for key in self.values:
-            if key not in self.asked and key not in NEUTRAL and key not in neutral:
-                raise self.refuse(key, "this key is unknown, and may change what the model computes")
+from expert_parallel.interop.hf_config import LARGEST, REQUIRED, HuggingFaceConfig, Tree
 
 
 def get_setting(tree: Tree, path: str) -> Any:
@@ -121,10 +68,12 @@ class Copy:
 
 @dataclass(frozen=True)
 class CopyInt(Copy):
-    """Copies an integer of at least 1."""
+    """Copies an integer from 1 to `most`."""
+
+    most: int = LARGEST
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
-        set_setting(ours, self.path, theirs.size(*self.names, default=self.default))
+        set_setting(ours, self.path, theirs.size(*self.names, default=self.default, most=self.most))
 
 
 @dataclass(frozen=True)
@@ -203,6 +152,17 @@ class QKNorm:
 # ---------------------------------------------------------------------------------------- settings that vary by block
 
 
+def _window_size(theirs: HuggingFaceConfig, switch: str | None) -> int | None:
+    """Returns sliding_window, or None if it is null or the switch is off. switch: the key that enables it, if any."""
+    is_on = switch is None or theirs.flag(switch, default=False)
+    if theirs.take("sliding_window", default=None) is None or not is_on:
+        if is_on and switch is not None and "sliding_window" not in theirs.values:
+            raise ValueError(f"config.json: sliding_window is missing: {switch} is true")
+        return None
+    size: int = theirs.size("sliding_window")
+    return size
+
+
 @dataclass(frozen=True)
 class SlidingWindow:
     """Limits attention to the last `sliding_window` positions in all blocks.
@@ -213,9 +173,7 @@ class SlidingWindow:
     switch: str | None = None
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
-        size = theirs.take("sliding_window", default=None)
-        if self.switch is not None and not theirs.take(self.switch, default=False):
-            size = None
+        size = _window_size(theirs, self.switch)
         first = theirs.size("max_window_layers", default=0, least=0)
         if self.switch is not None and size is not None and first:
             raise theirs.refuse("max_window_layers", "versions of transformers disagree about which blocks it selects")
@@ -240,12 +198,11 @@ class SlidingWindowByLayer:
     switch: str | None = None
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
-        size, count = theirs.take("sliding_window", default=None), ours["num_layers"]
-        first = theirs.size("max_window_layers", default=count, least=0)
+        size, count = _window_size(theirs, self.switch), ours["num_layers"]
+        first = theirs.size("max_window_layers", default=28, least=0)  # transformers' default
         if self.switch is None:
             usual = [layer % 2 == 0 for layer in range(count)]
         else:
-            size = size if theirs.take(self.switch, default=False) else None
             usual = [size is not None and layer >= first for layer in range(count)]
         kinds = theirs.take("layer_types", default=None)
         if kinds is None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from expert_parallel.interop.folder import HuggingFaceFolder
-from expert_parallel.interop.rules import HuggingFaceConfig, Tree
+from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree
 from expert_parallel.interop.tensor_map import IDENTITY, TRANSPOSED, TensorMapping, TensorPair, match_tensors
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.layer import MoELayer

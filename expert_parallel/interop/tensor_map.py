@@ -167,14 +167,14 @@ def _dequantize_mxfp4(tensors: list[Tensor]) -> Iterator[Tensor]:
 
 
 def _packed_shapes(tensors: list[Tensor]) -> list[Tensor]:
-    """Returns meta tensors with the shapes of the blocks and scales, to check a folder before it is read.
+    """Returns meta tensors with the shapes and dtype of the blocks and scales, to check a folder before it is read.
 
     Writing is not supported, as quantization would round.
     """
     assert tensors[0].is_meta, "MXFP4 is only read, never written"
     rows, columns = tensors[0].shape
     groups = (len(tensors), columns, rows // 32)
-    return [torch.empty(*groups, 16, dtype=torch.uint8, device="meta"), torch.empty(groups, device="meta")]
+    return [torch.empty(shape, dtype=torch.uint8, device="meta") for shape in ((*groups, 16), groups)]
 
 
 MXFP4 = Transform(_dequantize_mxfp4, _packed_shapes)

@@ -7,7 +7,7 @@ into G experts with hidden / G columns each (virtual groups, He et al. 2024, arX
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,13 +137,15 @@ class DenseSource:
     """Holds an opened model: a run, a checkpoint or a Hugging Face folder.
 
     config: the run's config; for a Hugging Face folder, the one that import would write. origin: the Hugging Face
-    folder that it came from, or None. tokenizer: the tokenizer file, or None; it may not exist.
+    folder that it came from, or None. tokenizer: the tokenizer file, or None; it may not exist. notes: what differs
+    from the Hugging Face folder, in sentences.
     """
 
     config: Config
     path: Path
     origin: Path | None
     tokenizer: Path | None
+    notes: tuple[str, ...] = ()
 
     def weights(self) -> Weights:
         """Yields the weights by logical name, in the dtype of the file."""
@@ -160,15 +162,20 @@ def open_dense_source(path: Path, out: Path) -> DenseSource:
     """Opens a Hugging Face folder, a run or a checkpoint. out: run folder, which becomes run.folder of the config."""
     if (path / CONFIG).is_file():
         source = HuggingFaceModel(path)
-        return DenseSource(imported_config(source, out), path, origin=path, tokenizer=path / TOKENIZER_FILE)
+        config, tokenizer = imported_config(source, out), path / TOKENIZER_FILE
+        return DenseSource(config, path, origin=path, tokenizer=tokenizer, notes=tuple(source.notes))
     tree = open_checkpoint(path).config
     tree = {**tree, "run": {**tree["run"], "folder": str(out)}}
     return DenseSource(read_config(tree, str(path)), path, origin=find_origin(path), tokenizer=find_tokenizer(path))
 
 
-def upcycle(source: Path, out: Path, upcycling: Upcycling, shard_bytes: int) -> Path:
+def upcycle(
+    source: Path, out: Path, upcycling: Upcycling, shard_bytes: int, print_message: Callable[[str], None] = print
+) -> Path:
     """Writes a run folder whose checkpoint of step 0 is the mixture. Returns `out`. Raises ValueError: see `refuse`."""
     dense = open_dense_source(source, out)
+    for note in dense.notes:
+        print_message(note)
     upcycling.refuse(dense.config.model)
     tree = {**dense.config.model_dump(mode="json"), "model": upcycling.model(dense.config.model)}
     return write_run(

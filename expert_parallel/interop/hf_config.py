@@ -1,0 +1,114 @@
+"""Reads the keys of a config.json, records which are read, and refuses those that nobody knows."""
+
+import reprlib
+from collections.abc import Iterable
+from typing import Any
+
+Tree = dict[str, Any]
+REQUIRED = object()
+LARGEST = 2**31 - 1  # no size of a model is larger; the product of two fits into torch's int64
+
+# Keys of training, generation and bookkeeping: the logits do not depend on them.
+NEUTRAL = frozenset(
+    (
+        # What the file describes, and how it is loaded. No code of the folder is run (auto_map).
+        *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "auto_map", "_name_or_path"),
+        *("name_or_path", "_commit_hash", "tokenizer_class", "prefix", "task_specific_params", "finetuning_task"),
+        *("id2label", "label2id", "num_labels", "problem_type", "max_position_embeddings", "unsloth_version"),
+        # How transformers computes the same numbers, and what it returns beside the logits.
+        *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "experts_implementation"),
+        *("use_cache", "return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "torchscript"),
+        *("output_router_logits", "pretraining_tp", "chunk_size_feed_forward", "use_bfloat16", "tf_legacy_loss"),
+        *("gradient_checkpointing", "is_decoder"),
+        # Training.
+        *("initializer_range", "router_aux_loss_coef"),
+        # Generation; ids of tokens end in _token_id, see `is_neutral`.
+        *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "temperature"),
+        *("top_k", "top_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "length_penalty"),
+        *("diversity_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+        *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty"),
+        *("num_return_sequences", "output_scores", "return_dict_in_generate", "remove_invalid_values"),
+        *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+        *("assistant_lookbehind", "target_lookbehind"),
+    )
+)
+# Keys that make another model, unless they are null, false, 0 or empty.
+SWITCHED_OFF = frozenset(
+    (
+        *("add_cross_attention", "cross_attention_hidden_size", "is_encoder_decoder", "tie_encoder_decoder"),
+        *("pruned_heads", "per_layer_config", "quantization_config"),
+    )
+)
+
+
+def short(value: Any) -> str:
+    """Returns the repr of a value from a file, on one line, shortened where it is long or deep."""
+    shown = reprlib.Repr()
+    shown.maxlevel, shown.maxlist, shown.maxdict = 3, 12, 12
+    shown.maxstring = shown.maxlong = shown.maxother = 80
+    return shown.repr(value)
+
+
+def is_neutral(key: str) -> bool:
+    """Returns True if the logits of no family depend on a key of config.json."""
+    return key in NEUTRAL or key.endswith("_token_id")
+
+
+class HuggingFaceConfig:
+    """Holds the values of a config.json, and records which keys the rules have read."""
+
+    def __init__(self, values: Tree) -> None:
+        self.values = values
+        self.asked: set[str] = set()
+
+    def take(self, *keys: str, default: Any = REQUIRED) -> Any:
+        """Returns the value of the first key that exists. keys: several names of one setting.
+
+        Raises a ValueError if none exists and there is no default, or if two exist and differ.
+        """
+        self.asked |= set(keys)
+        found = [key for key in keys if key in self.values]
+        for key in found[1:]:
+            if self.values[key] != self.values[found[0]]:
+                raise self.refuse(key, f"it must be {found[0]}, which is {short(self.values[found[0]])}")
+        if found:
+            return self.values[found[0]]
+        if default is REQUIRED:
+            raise ValueError(f"config.json: {' or '.join(keys)} is missing")
+        return default
+
+    def size(self, *keys: str, default: Any = REQUIRED, least: int = 1, most: int = LARGEST) -> Any:
+        """Returns the value of the first key that exists, which must be an integer from `least` to `most`; else the
+        default. Raises a ValueError for any other value."""
+        value = self.take(*keys, default=default)
+        if type(value) is int and least <= value <= most:
+            return value
+        if value is default:
+            return value
+        key = next((key for key in keys if key in self.values), keys[0])
+        raise self.refuse(key, f"it must be an integer from {least} to {most:,}")
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Returns the value of a key, which must be true or false; else the default. Raises a ValueError for any other
+        value."""
+        value = self.take(key, default=default)
+        if not isinstance(value, bool):
+            raise self.refuse(key, "it must be true or false")
+        return value
+
+    def refuse(self, key: str, why: str) -> ValueError:
+        """Returns a ValueError that names the key, its value and the reason."""
+        return ValueError(f"config.json: {key} is {short(self.values.get(key))}: {why}")
+
+    def refuse_unknown_keys(self, neutral: Iterable[str]) -> None:
+        """Raises a ValueError that lists all keys that no rule has read. neutral: further keys that do not affect the
+        logits."""
+        known = self.asked.union(neutral, (key for key in SWITCHED_OFF if not self.values.get(key)))
+        unknown = [key for key in self.values if key not in known and not is_neutral(key)]
+        if unknown:
+            # Names are shown as they are, but for those that would break the line.
+            found = (f"{key if key.isprintable() else short(key)} is {short(self.values[key])}" for key in unknown)
+            raise ValueError(
+                f"config.json: unknown keys may change what the model computes: {', '.join(found)}; remove those that "
+                "you know to have no effect on it"
+            )
