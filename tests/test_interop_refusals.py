@@ -1,6 +1,7 @@
 """What import and export refuse, by name; forms of older folders; packed weights; how much memory they take."""
 
 import json
+import math
 import re
 import shutil
 import weakref
@@ -22,6 +23,7 @@ from expert_parallel.interop.families import FAMILIES
 from expert_parallel.interop.folder import CONFIG, INDEX, SINGLE
 from expert_parallel.interop.hf_model import HuggingFaceModel, read_model_config
 from expert_parallel.interop.importing import import_folder
+from expert_parallel.interop.rope import ORIGINAL_LENGTH
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.context import StepContext
 from tests.test_interop import MODELS, SHARD, load_ours, make_peer, same_bits, tensors_of, tokens
@@ -187,9 +189,11 @@ def test_files(theirs: Path) -> None:
     shards(**{names[0]: "b.safetensors"})
     refused(theirs, rf"a.safetensors holds {names[0]}, which {INDEX} does not assign to this file")
     shards(odd="a.safetensors")
-    refused(theirs, f"a.safetensors lacks odd, which {INDEX} assigns to this file")
+    refused(theirs, f"a.safetensors lacks 'odd', which {INDEX} assigns to this file")
     shards(**{names[0]: "../theirs/a.safetensors"})
-    refused(theirs, rf"assigns {names[0]} to '../theirs/a.safetensors', which is not a safetensors file of this folder")
+    refused(
+        theirs, rf"assigns '{names[0]}' to '../theirs/a.safetensors', which is not a safetensors file of this folder"
+    )
     halves["b.safetensors"] = names[19:]
     shards()
     refused(theirs, f"a.safetensors holds {names[19]}, which {INDEX} does not assign to this file")  # b has it, too
@@ -235,8 +239,8 @@ YARN = {"rope_type": "yarn", "factor": 2.0}
         ("mixtral", {"hidden_size": None}, "hidden_size is None: it must be an integer"),
         ("mixtral", {"hidden_size": "16"}, "hidden_size is '16': it must be an integer"),
         ("mixtral", {"rms_norm_eps": None}, "rms_norm_eps is None: it must have a value"),
-        ("mixtral", {"rms_norm_eps": "1e-6"}, "model.norm.eps: .*found '1e-6'"),
-        ("mixtral", {"num_experts_per_tok": 5}, r"model.moe: .*k \(5\) is larger than num_experts \(4\)"),
+        ("mixtral", {"rms_norm_eps": "1e-6"}, 'model.norm.eps: .*found "1e-6"'),
+        ("mixtral", {"num_experts_per_tok": 5}, r"model.moe.router.k \(5\) is larger than model.moe.num_experts \(4\)"),
         ("mixtral", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config has quant_method 'fp8'"),
         ("mixtral", {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config has quant_method 'mxfp4'"),
         (
@@ -248,6 +252,49 @@ YARN = {"rope_type": "yarn", "factor": 2.0}
         ("mixtral", {"rope_parameters": {"rope_type": "linear"}}, "factor of the rotary positions is missing"),
         ("mixtral", {"rope_parameters": {**YARN, "odd": 1}}, r"rope_type 'yarn' have no parameter 'odd' \(1\)"),
         ("mixtral", {"rope_parameters": {"full_attention": {}}}, "rope_parameters is .* differ between blocks"),
+        ("mixtral", {"rope_parameters": {"type": ["yarn"]}}, r"rope_type is \['yarn'\], it must be one of default"),
+        (
+            "mixtral",
+            {"rope_parameters": {"type": "linear", "factor": None}},
+            "factor of .* is None, it must be a finite",
+        ),
+        ("mixtral", {"rope_parameters": {"type": "linear", "factor": 0}}, "model.position.scaling.factor: .*, found 0"),
+        (
+            "mixtral",
+            {"rope_parameters": {**YARN, "factor": math.nan}},
+            "factor of .* is nan, it must be a finite number",
+        ),
+        (
+            "mixtral",
+            {"rope_parameters": {**YARN, "factor": None, ORIGINAL_LENGTH: 0}},
+            r"\(131072\) / orig.* \(0\): both",
+        ),
+        ("mixtral", {"rope_parameters": {**YARN, ORIGINAL_LENGTH: None}}, f"{ORIGINAL_LENGTH} of .* is None"),
+        (
+            "mixtral",
+            {"rope_parameters": {**YARN, "truncate": None}},
+            "truncate of .* is None, it must be true or false",
+        ),
+        ("mixtral", {"rope_parameters": {"rope_theta": None}}, "rope_theta of the rotary positions is None"),
+        (
+            "mixtral",
+            {"rope_scaling": {"type": "linear", "factor": 2}},
+            "rope_type of .* is 'linear' in one .* 'default' in",
+        ),
+        ("mixtral", {"num_experts": 8}, "num_experts is 8: it must be num_local_experts, which is 4"),
+        (
+            "mixtral",
+            {"odd": 1, "a\nb": [[[[[0]]]]]},
+            r"unknown keys .*: odd is 1, 'a\\nb' is \[\[\[\[...\]\]\]\]; remove",
+        ),
+        (
+            "mixtral",
+            {"num_local_experts": 10**9},
+            "describes a model of 1,776,000,011,888 parameters, .* 18,992 numbers",
+        ),
+        ("mixtral", {"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000: .* from 1 to 100,000"),
+        ("qwen2", {"use_sliding_window": "no"}, "use_sliding_window is 'no': it must be true or false"),
+        ("deepseek_v3", {"topk_group": 4}, r"topk_group is 4: it must be at most n_group \(3\)"),
         ("mixtral", {"rope_theta": 1.5}, "rope_theta of the rotary positions is 1000000.0 in one place and 1.5"),
         ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0: only None"),
@@ -286,6 +333,17 @@ def test_every_key_counts(originals: Callable[[str], Path]) -> None:
             renamed = {(f"{key}_odd" if other == key else other): value for other, value in values.items()}
             with pytest.raises(ValueError, match=r"config\.json: "):
                 read_model_config(FAMILIES[family], renamed)
+
+
+def test_harmless_keys_may_have_any_value(originals: Callable[[str], Path]) -> None:
+    values = json.loads((originals("mixtral") / CONFIG).read_text())
+    expected = read_model_config(FAMILIES["mixtral"], values)
+    odd = [[1], {"a": None}, "odd", -1.5, True, None]
+    keys = ("_attn_implementation_autoset", "torch_dtype", "use_cache", "architectures", "sep_token_id", "temperature")
+    for key, value in zip(keys, odd, strict=True):
+        assert read_model_config(FAMILIES["mixtral"], {**values, key: value, "quantization_config": None}) == expected
+    with pytest.raises(ValueError, match="pruned_heads is"):
+        read_model_config(FAMILIES["mixtral"], {**values, "pruned_heads": {"0": [1]}})
 
 
 # The config.json files of published models, as older versions of transformers wrote them.

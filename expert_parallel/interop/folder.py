@@ -4,6 +4,7 @@ Reads tensor by tensor and writes shard by shard, so memory holds at most one sh
 """
 
 import json
+import os
 import secrets
 import shutil
 from pathlib import Path
@@ -66,11 +67,13 @@ class HuggingFaceFolder:
             raise ValueError(f"{self.path / file} cannot be read: {error}") from error
         names = set(opened.keys())
         for name in sorted(names):
+            if not name.isprintable():
+                raise ValueError(f"{self.path / file} holds a tensor whose name is not printable: {name!r}")
             if wanted is not None and name not in wanted:
                 raise ValueError(f"{self.path / file} holds {name}, which {INDEX} does not assign to this file")
             self.files[name] = opened
         for name in sorted((wanted or names) - names):
-            raise ValueError(f"{self.path / file} lacks {name}, which {INDEX} assigns to this file")
+            raise ValueError(f"{self.path / file} lacks {name!r}, which {INDEX} assigns to this file")
 
     def shape(self, name: str) -> list[int]:
         """Returns a tensor's shape without reading its data."""
@@ -108,7 +111,7 @@ def read_index(path: Path) -> dict[str, str]:
         for name, file in places.items():
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
                 raise ValueError(
-                    f"{path / INDEX} assigns {name} to {file!r}, which is not a safetensors file of this folder"
+                    f"{path / INDEX} assigns {name!r} to {file!r}, which is not a safetensors file of this folder"
                 )
         return places
     if not (path / SINGLE).is_file():
@@ -130,7 +133,7 @@ class FolderWriter:
     """
 
     def __init__(self, final: Path, shard_bytes: int) -> None:
-        if final.exists():
+        if os.path.lexists(final):  # a broken link, too
             raise ValueError(f"{final} exists already")
         self.final, self.shard_bytes = final, shard_bytes
         self.partial = final.parent / f"partial_{final.name}_{secrets.token_hex(4)}"

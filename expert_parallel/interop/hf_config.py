@@ -106,8 +106,9 @@ class HuggingFaceConfig:
         known = self.asked.union(neutral, (key for key in SWITCHED_OFF if not self.values.get(key)))
         unknown = [key for key in self.values if key not in known and not is_neutral(key)]
         if unknown:
-            # Names are shown as they are, but for those that would break the line.
-            found = (f"{key if key.isprintable() else short(key)} is {short(self.values[key])}" for key in unknown)
+            # Names are shown as they are, but for those that would break the line or fill the screen.
+            named = {key: key if key.isprintable() and len(key) <= 80 else short(key) for key in unknown}
+            found = (f"{name} is {short(self.values[key])}" for key, name in named.items())
             raise ValueError(
                 f"config.json: unknown keys may change what the model computes: {', '.join(found)}; remove those that "
                 "you know to have no effect on it"

@@ -6,17 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from expert_parallel.checkpoint.files import expected_shapes
 from expert_parallel.checkpoint.manifest import DTYPES
+from expert_parallel.config import read_settings
 from expert_parallel.interop.families import FAMILIES, Family
 from expert_parallel.interop.folder import HuggingFaceFolder
 from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree, short
 from expert_parallel.interop.ignored_tensors import HEAD, TABLE, describe_ignored, ignored_tensors, rows_are_equal
 from expert_parallel.interop.tensor_map import TensorPair, match_tensors
 from expert_parallel.model.config import ModelConfig
+from expert_parallel.settings import Settings
 
 Shapes = dict[str, list[int]]
 VALUES_PER_ELEMENT = 2  # MXFP4 packs two values into an element of the file; no format packs more
@@ -76,20 +77,16 @@ class HuggingFaceModel:
             yield from zip(pair.ours, pair.transform.to_ours(theirs), strict=True)
 
 
+class ImportedSettings(Settings):
+    """Holds the block of our config that a config.json gives."""
+
+    model: ModelConfig
+
+
 def read_model_config(family: Family, config: Tree) -> ModelConfig:
     """Reads a config.json. Raises a ValueError of one sentence if a key or a resulting setting is not valid."""
-    tree = family.read(config)
-    try:
-        return ModelConfig.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(["model", *map(str, first["loc"])])
-        message = (
-            first["ctx"]["error"]
-            if first["type"] == "value_error"
-            else f"{first['msg']}, found {short(first['input'])}"
-        )
-        raise ValueError(f"config.json gives settings that are not valid: {where}: {message}") from None
+    tree = {"model": family.read(config)}
+    return read_settings(ImportedSettings, tree, "config.json gives settings that are not valid").model
 
 
 def logical_shapes(model: ModelConfig) -> Shapes:

@@ -1,5 +1,6 @@
 """Imports a Hugging Face folder as a run folder, which `generate` and `train` can use."""
 
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable
@@ -99,13 +100,16 @@ def write_run(
 ) -> Path:
     """Writes a run folder: config.yaml, a checkpoint of step 0 and, if given, the tokenizer file. Returns `out`.
 
+    Raises a ValueError, before anything is written, if `out` exists, the tokenizer has more ids than the model, or a
+    JSON file of the origin is damaged.
+
     weights: by logical name. origin: a Hugging Face folder, whose config.json and tokenizer files are copied into
     `ORIGIN`, where generation reads them. The folder gets its name when it is complete; an error leaves nothing behind.
-    Raises a ValueError if `out` exists, the tokenizer has more ids than the model, or a JSON file of the origin is
-    damaged.
     """
-    if out.exists():
+    if os.path.lexists(out):  # a broken link, too
         raise ValueError(f"{out} exists already")
+    partial = out.parent / f"partial_{out.name}_{secrets.token_hex(4)}"
+    tree: dict[str, Any] = config.model_dump(mode="json")
     if tokenizer is not None and tokenizer.is_file():
         refuse_larger_tokenizer(tokenizer, config.model.vocab_size)
     copied = [] if origin is None else [origin / name for name in (CONFIG, *COPIED_FILES) if (origin / name).is_file()]
@@ -114,8 +118,6 @@ def write_run(
             read_json(file)
     if origin is not None:
         read_imported_generation(origin)  # raises an error for files that generation could not follow
-    partial = out.parent / f"partial_{out.name}_{secrets.token_hex(4)}"
-    tree: dict[str, Any] = config.model_dump(mode="json")
     try:
         partial.mkdir(parents=True)
         if origin is not None:

@@ -84,7 +84,7 @@ class Rope:
         found = {"rope_theta": theta, **(older or newer)}
         beside = {"rope_theta": theta} if theirs.values.get("rope_theta") is not None else {}
         for key, value in (*newer.items(), *beside.items()):
-            if found.get(key) != value:
+            if found.get(key) is not value and found.get(key) != value:  # NaN is not equal to itself
                 raise ValueError(
                     f"config.json: {key} of the rotary positions is {short(found.get(key))} in one place and "
                     f"{short(value)} in another (rope_parameters, rope_scaling, rope_theta)"
