@@ -196,6 +196,16 @@ def test_what_a_tokenizer_file_adds_or_cuts_is_left_out(tmp_path: Path) -> None:
     assert (plain.end_id, spoilt.end_id) == (0, raw.token_to_id("</s>"))
 
 
+def test_end_token_of_deepseek(tmp_path: Path) -> None:
+    """As in the tokenizer.json of DeepSeek-V3: U+FF5C where others have |, and U+2581 for blanks."""
+    from tokenizers.models import WordLevel
+
+    end = "<\N{FULLWIDTH VERTICAL LINE}end\N{LOWER ONE EIGHTH BLOCK}of\N{LOWER ONE EIGHTH BLOCK}sentence"
+    end += "\N{FULLWIDTH VERTICAL LINE}>"
+    Tokenizer(WordLevel({"a": 0, end: 1}, unk_token="a")).save(str(tmp_path / "t.json"))
+    assert FileTokenizer(tmp_path / "t.json").end_id == 1
+
+
 def test_bytes() -> None:
     tokenizer = ByteTokenizer()
     assert tokenizer.encode("aé") == [97, 195, 169]

@@ -130,7 +130,8 @@ def test_tensors_that_transformers_ignores(originals: Callable[[str], Path], tmp
     assert HuggingFaceModel(path).notes == [
         "set aside 1 tensor (model.layers.0.self_attn.rotary_emb.inv_freq): rotary frequencies, which follow from "
         "config.json",
-        "set aside 2 tensors (model.layers.3.eh_proj.weight, ...): multi-token prediction, which an export will lack",
+        "set aside 2 tensors (model.layers.3.eh_proj.weight, ...): multi-token prediction, which transformers leaves "
+        "out, too; an export will lack them",
     ]
     same_bits(weights_of(path), before)
     rewrite(path, lambda t: t.update({"model.layers.4.eh_proj.weight": torch.ones(3)}))

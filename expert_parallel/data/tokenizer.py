@@ -24,7 +24,7 @@ VOCABULARY_SIZE = 256  # of bytes
 SEPARATOR = b"\0"  # ends a document of bytes; does not occur in ordinary text
 
 END_TOKEN = "<|endoftext|>"  # of tokenizers trained here
-DEEPSEEK_END = "<\uff5cend\u2581of\u2581sentence\uff5c>"  # its bars are full-width, its blanks lower blocks
+DEEPSEEK_END = "<\uff5cend\u2581of\u2581sentence\uff5c>"  # U+FF5C in place of |, U+2581 of blanks
 # Tokens that end a document in other tokenizers, in order of preference. A chat's end of turn is not one.
 END_TOKENS = (END_TOKEN, "<|end_of_text|>", "</s>", "<eos>", DEEPSEEK_END, "<|eos|>", "[EOS]")
 

@@ -29,7 +29,7 @@ def ignored_tensors(names: Iterable[str], num_layers: int, num_mtp_layers: int) 
         if FREQUENCIES.search(name):
             ignored[name] = "rotary frequencies, which follow from config.json"
         elif layer and num_layers <= int(layer[1]) < num_layers + num_mtp_layers:
-            ignored[name] = "multi-token prediction, which an export will lack"
+            ignored[name] = "multi-token prediction, which transformers leaves out, too; an export will lack them"
     return ignored
 
 
