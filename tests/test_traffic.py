@@ -141,7 +141,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "overlap, etp": ({"world": 4, "etp": 2, "ep": 2}, moe(dispatcher={"kind": "all_to_all", "overlap": 2}), "etp ep"),
     "overlap, all-gather": (
         {"world": 4, "ep": 4, "recompute": "moe"},
-        moe(dispatcher={"kind": "all_gather", "overlap": 3}),
+        moe(dispatcher={"kind": "all_gather", "overlap": 3}, ledger={"kind": "rows"}),
         "ep",
     ),
     "hash": ({"world": 4, "ep": 2, "recompute": "block"}, moe(router={"kind": "hash", "k": 2}, losses=[]), "ep"),
@@ -170,7 +170,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "overlap, hierarchical": (
         {"world": 4, "ep": 4, "ranks_per_node": 2, "recompute": "block"},
-        moe(dispatcher={"kind": "hierarchical", "overlap": 2}),
+        moe(dispatcher={"kind": "hierarchical", "overlap": 2}, ledger={"kind": "rows"}),
         "nodes node ep",
     ),
 }

@@ -2,19 +2,21 @@
 
     choices:  routed = kept + rerouted + dropped;  kept + rerouted of an expert = choices that its rank computed
     rows:     sent = received, in dispatch and combine, forward and backward; each of these exchanges has equally many
+    contents: a checksum of what was sent = the same of what arrived, in these four exchanges and those of metadata
 
 Each rank sums its passes in one float64 vector (exact for counts below 2^53), and one all-reduce of all layers' vectors
 gives every rank the totals.
 """
 
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from expert_parallel.moe.dispatch.checksums import CHECKED
 from expert_parallel.moe.dispatch.ledger import Ledger, LedgerConfig
 from expert_parallel.moe.dispatch.permute import count_keys
 from expert_parallel.moe.types import ExpertCounts, LoadStats, Outcome, RoutingPlan
@@ -72,7 +74,8 @@ class LayerTotals(ExpertCounts):
     rows_sent, rows_received: the number of rows in each of EXCHANGES, including rows that stayed on their rank.
     rows_moved, bytes_sent: rows and bytes sent over each of LINKS, forward and backward; bytes include metadata.
     rows_own: rows that stayed on their rank in dispatch. gathered_bytes: bytes sent to gather the tokens of scopes
-    wider than one rank. losses: each loss before its coefficient, summed over passes. Other fields: see LoadStats.
+    wider than one rank. losses: each loss before its coefficient, summed over passes. checksums: for each of CHECKED, 0
+    if what arrived is what was sent (see Checksums). Other fields: see LoadStats.
     """
 
     num_tokens: int
@@ -85,6 +88,7 @@ class LayerTotals(ExpertCounts):
     rows_moved: dict[str, int]
     bytes_sent: dict[str, int]
     losses: dict[str, float]
+    checksums: dict[str, int] = field(default_factory=dict)
 
     def breaches(self) -> list[str]:
         """Returns a sentence for each count that does not add up; an empty list if all do."""
@@ -106,10 +110,16 @@ class LayerTotals(ExpertCounts):
                 found.append(f"{name}: {sent} rows were sent, {received} received")
             if sent != dispatched and not (sent == 0 and key.is_backward):  # evaluation has no backward pass
                 found.append(f"{name}: {sent} rows were sent, but {dispatched} with tokens")
+        for name, checksum in self.checksums.items():
+            if checksum != 0 and self.rows_sent.get(name) == self.rows_received.get(name):
+                found.append(
+                    f"{name}: what arrived is not what was sent, as their checksums differ (model.moe.ledger.kind "
+                    "'rows' names the ranks and rows)"
+                )
         return found
 
 
-# The fields of LayerTotals, in the order of the vector that is summed over ranks; losses come last.
+# The fields of LayerTotals, in the order of the vector that is summed over ranks; checksums and losses come last.
 PER_EXPERT = tuple(field.name for field in fields(ExpertCounts))
 ON_DEVICE = {"num_tokens": int, "num_tokens_without_expert": int, "entropy": float}
 ON_HOST = {"gathered_bytes": int, "rows_own": int}
@@ -130,6 +140,7 @@ def pack(stats: LoadStats) -> Tensor:
             torch.stack([getattr(stats, name) for name in PER_EXPERT]).flatten().double(),
             torch.stack([getattr(stats, name) for name in ON_DEVICE]).double(),
             torch.tensor(on_host, dtype=torch.float64).to(stats.routed_E.device),
+            _pack_checksums(stats),
             *(value.double().view(1) for value in stats.losses.values()),
         ]
     )
@@ -138,7 +149,7 @@ def pack(stats: LoadStats) -> Tensor:
 def packed_size(num_experts: int, num_losses: int) -> int:
     """Returns the length of the vector that `pack` makes."""
     logged = sum(len(keys) for _, keys in LOGGED.values())
-    return len(PER_EXPERT) * num_experts + len(ON_DEVICE) + len(ON_HOST) + logged + num_losses
+    return len(PER_EXPERT) * num_experts + len(ON_DEVICE) + len(ON_HOST) + logged + 2 * len(CHECKED) + num_losses
 
 
 def unpack(total: Tensor, num_experts: int, loss_names: list[str]) -> LayerTotals:
@@ -148,6 +159,9 @@ def unpack(total: Tensor, num_experts: int, loss_names: list[str]) -> LayerTotal
     values: dict[str, Any] = dict(zip(PER_EXPERT, counts.round().long().view(-1, num_experts), strict=True))
     values |= {name: kind(next(numbers)) for name, kind in (ON_DEVICE | ON_HOST).items()}
     values |= {name: {key: int(next(numbers)) for key in keys} for name, (_, keys) in LOGGED.items()}
+    low, high = ([int(next(numbers)) for _ in CHECKED] for _ in range(2))
+    sums = [(low_half + (high_half << 32)) % (1 << 64) for low_half, high_half in zip(low, high, strict=True)]
+    values["checksums"] = {str(key): checksum for key, checksum in zip(CHECKED, sums, strict=True)}
     return LayerTotals(**values, losses={name: next(numbers) for name in loss_names})
 
 
@@ -170,6 +184,13 @@ def report_breaches(totals: LayerTotals, config: LedgerConfig, layer: int, step:
     says."""
     if found := totals.breaches():
         Ledger(config, layer, step).report("; ".join(found))
+
+
+def _pack_checksums(stats: LoadStats) -> Tensor:
+    """Returns the checksum of each of CHECKED: the lower 32 bits of all, then the upper 32 bits. float64 holds the sum
+    of up to 2^21 such halves exactly."""
+    total = stats.checksums.sum(stats.routed_E.device)
+    return torch.cat([total & 0xFFFFFFFF, total >> 32 & 0xFFFFFFFF]).double()
 
 
 def _sum(counter: Counter[tuple[ExchangeKey, LinkClass]], name: str) -> int:

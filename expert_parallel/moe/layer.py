@@ -126,7 +126,7 @@ class MoELayer(nn.Module):
         x_BSD = self._check_input(x)
         x_TD = x_BSD.flatten(0, 1)
         batch = token_batch(x_BSD, context, self.data_group, self.sequence_group)
-        ledger = Ledger(self.config.ledger, context.layer, context.step)
+        ledger = Ledger(self.config.ledger, context.layer, context.step, micro_step=context.micro_step)
 
         recorded = find_recorded(batch, self.router.num_choices)
         routed = self.router(x_TD, batch, recorded and recorded.routed)
@@ -148,6 +148,7 @@ class MoELayer(nn.Module):
             computed_E=pending.computed_E,
             rows=RowCounts.of(ledger.log),
             log=ledger.log,
+            checksums=ledger.checksums,
             gathered_bytes=batch.scope_bytes.sent,
             losses={name: value.detach() for name, value in losses.items()},
         )

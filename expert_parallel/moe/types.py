@@ -27,6 +27,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from expert_parallel.moe.dispatch.checksums import Checksums
 from expert_parallel.parallel.collectives import CommLog, LinkClass, Phase, sum_traffic
 
 
@@ -176,7 +177,8 @@ class LoadStats(ExpertCounts):
     entropy: the sum over real tokens of the entropy of the router's probabilities, in nats. rows: numbers of rows
     exchanged. log: rows and bytes exchanged, by exchange and link class; the backward pass adds its rows and bytes.
     gathered_bytes: bytes that this rank sent to gather the tokens of scopes wider than one rank. losses: this rank's
-    share of each loss, before its coefficient; the sum over ranks is the loss.
+    share of each loss, before its coefficient; the sum over ranks is the loss. checksums: of what was sent and of what
+    arrived; the backward pass adds its own.
     """
 
     num_tokens: Tensor
@@ -186,6 +188,7 @@ class LoadStats(ExpertCounts):
     log: CommLog
     gathered_bytes: int = 0
     losses: dict[str, Tensor] = field(default_factory=dict)
+    checksums: Checksums = field(default_factory=Checksums)
 
     @property
     def rows_own(self) -> int:

@@ -43,8 +43,8 @@ def uniform(seed: int, row_index_T: Tensor, width: int) -> Tensor:
     device of the result.
     """
     column = torch.arange(width, device=row_index_T.device)
-    row_key_T = _mix_tensor(row_index_T + seed)
-    return (_mix_tensor(row_key_T[:, None] + column) >> 11 & ((1 << 53) - 1)).double() * 2.0**-53
+    row_key_T = mix_tensor(row_index_T + seed)
+    return (mix_tensor(row_key_T[:, None] + column) >> 11 & ((1 << 53) - 1)).double() * 2.0**-53
 
 
 def normal(seed: int, row_index_T: Tensor, width: int) -> Tensor:
@@ -74,7 +74,7 @@ def dropout(x: Tensor, probability: float, seed: int) -> Tensor:
     return torch.where(keep, x / (1.0 - probability), torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def _mix_tensor(state: Tensor) -> Tensor:
+def mix_tensor(state: Tensor) -> Tensor:
     """Hashes each int64 to an int64, of which `mix` with one key returns the upper 63 bits."""
     state = state + _GOLDEN
     state = (state ^ _shift_right(state, 30)) * _MIX_1

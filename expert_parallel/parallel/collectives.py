@@ -51,6 +51,12 @@ class ExchangeKey(NamedTuple):
         """Returns the key of the exchange of gradients, in the backward pass, that belongs to this exchange."""
         return self._replace(is_backward=True)
 
+    @property
+    def to_experts(self) -> bool:
+        """Returns True if rows are sent from the ranks of their tokens to the ranks of their experts, and False if they
+        are sent back."""
+        return (self.phase is Phase.COMBINE) == self.is_backward
+
     def __str__(self) -> str:
         return f"{self.hop}{': ' if self.hop else ''}{self.phase}{' backward' if self.is_backward else ''}"
 

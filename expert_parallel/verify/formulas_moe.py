@@ -12,6 +12,7 @@ import torch
 from expert_parallel.moe.capacity.policies import CapacitySettings, DroplessConfig
 from expert_parallel.moe.conservation import LayerTotals, packed_size
 from expert_parallel.moe.dispatch.chunk import chunk_sizes
+from expert_parallel.moe.dispatch.row_tags import TAG_BYTES
 from expert_parallel.moe.routers.across_tokens import ExpertChoiceConfig, SinkhornConfig
 from expert_parallel.moe.routers.base import HashConfig
 from expert_parallel.parallel.collectives import group_size
@@ -109,15 +110,15 @@ def dispatch_bytes(step: StepSizes, totals: LayerTotals) -> ByteCounts:
     """Returns the bytes that dispatch and combine of one MoE layer send in a step, over all ranks, forward and
     backward, and forward once more if the layer is recomputed.
 
-    Metadata is 8 bytes per pair of ranks, 8 more per chunk, and expert id and weight for each choice of an expert on
-    another rank. One row may serve several choices; their number is derived from the ledger's bytes. totals: the
+    Metadata is 8 bytes per pair of ranks, 8 more per chunk, and expert id, weight and tag for each choice of an expert
+    on another rank. One row may serve several choices; their number is derived from the ledger's bytes. totals: the
     ledger's counts of this layer."""
     if step.degrees.ep == 1:
         return Counter()
     if step.moe.dispatcher.kind == "all_gather":
         return all_gather_bytes(step, totals)
     hops: list[tuple[str, int, tuple[str, ...]]] = [("ep", step.degrees.ep, ("node", "network"))]
-    row, choice = row_bytes(step), 4 + step.param_bytes
+    row, choice = row_bytes(step), 4 + step.param_bytes + tag_bytes(step)
     terms: ByteCounts = Counter()
     if step.moe.dispatcher.kind == "hierarchical":
         nodes = step.mesh.nodes
@@ -147,7 +148,7 @@ def all_gather_bytes(step: StepSizes, totals: LayerTotals) -> ByteCounts:
     row = row_bytes(step)
     M, P = step.training.micro_steps, step.degrees.ep
     header = 8 + 4 * step.chunks  # bytes of metadata per rank
-    choices = step.router.num_choices(step.moe.num_experts) * (4 + step.param_bytes)
+    choices = step.router.num_choices(step.moe.num_experts) * (4 + step.param_bytes) + tag_bytes(step)
     chunks_of_ranks = zip(*(chunk_sizes(tokens, step.chunks) for tokens in step.tokens_per_rank), strict=True)
     rows = sum(padded_all_gather_bytes(step, "ep", row, header=0, tokens=tokens) for tokens in chunks_of_ranks)
     out = M * (padded_all_gather_bytes(step, "ep", choices, header) + rows)
@@ -164,15 +165,21 @@ def all_gather_bytes(step: StepSizes, totals: LayerTotals) -> ByteCounts:
 
 
 def row_bytes(step: StepSizes) -> int:
-    """Returns the bytes of one token's row sent between ranks; a ledger of kind `rows` adds a tag and a checksum."""
+    """Returns the bytes of one token's row sent between ranks, with its tag."""
     is_narrow = step.moe.dispatcher.exchange_dtype == "bfloat16"
     number = torch.bfloat16.itemsize if is_narrow else step.compute_bytes
-    return step.model.d_model * number + (16 if step.moe.ledger.kind == "rows" else 0)
+    return step.model.d_model * number + tag_bytes(step)
+
+
+def tag_bytes(step: StepSizes) -> int:
+    """Returns the bytes that the ledger adds to each row and to each choice of the metadata."""
+    return TAG_BYTES if step.moe.ledger.kind == "rows" else 0
 
 
 def weight_gradient_bytes(step: StepSizes) -> int:
-    """Returns the bytes of the gradient of one routing weight; 0 for the hash router, whose weights are not trained."""
-    return 0 if isinstance(step.router, HashConfig) else step.param_bytes
+    """Returns the bytes of the gradient of one routing weight, with its tag; 0 for the hash router, whose weights are
+    not trained."""
+    return 0 if isinstance(step.router, HashConfig) else step.param_bytes + tag_bytes(step)
 
 
 def expert_tensor_bytes(step: StepSizes, rows: ExpertRows) -> ByteCounts:

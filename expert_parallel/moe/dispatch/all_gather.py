@@ -114,8 +114,7 @@ class AllGatherExchange(Exchange):
             weight_LK[choices.row_N, column_N] = choices.weight_N.detach()  # GatheredMetadata gives them their gradient
             tables.append(torch.cat([expert_LK, weight_LK.view(torch.int32)], 1))
         table, lengths_P = torch.cat(tables), [sum(lengths) for lengths in zip(*lengths_CP, strict=True)]
-        ledger.count_bytes(table, [len(table)] * self.peers.size, self.peers, self.exchange_key(Phase.METADATA))
-        gathered = all_gather_rows(table, lengths_P, self.peers.group)
+        gathered = ledger.all_gather(table, lengths_P, self.peers, self.exchange_key(Phase.METADATA))()
         table_of_chunk = unpack_by_chunk(gathered, [SplitSizes([], list(lengths)) for lengths in lengths_CP])
         copied = torch.contiguous_format  # aligned, for a view as another dtype
         return [(table_G[:, :K], table_G[:, K:].clone(memory_format=copied).view(dtype)) for table_G in table_of_chunk]

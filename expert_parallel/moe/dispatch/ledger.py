@@ -1,14 +1,15 @@
 """Implements the ledger, which checks that every row that a rank sends arrives at the rank it was sent to, forward and
 backward.
 
-A `Ledger` lives for one forward pass of one layer and its backward pass. `counts` compares numbers of rows and is
-always on. `rows` sends 16 more bytes with each row: a tag (source rank, and the index of the row among those for this
-destination) and the sum of the row's bits; the receiver checks both and names every faulty row.
+A `Ledger` lives for one forward pass of one layer and its backward pass. `counts` compares numbers of rows, and a sum
+over one word of each row and over all metadata; it is always on. `rows` sends 16 more bytes with each row and each
+choice (see row_tags.py); the receiver checks them at once, and names every faulty row.
 """
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -16,19 +17,27 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from expert_parallel.moe.dispatch.checksums import (
+    Checksums,
+    RowBlocks,
+    RowSides,
+    SampledRows,
+    as_words,
+    select_words,
+)
+from expert_parallel.moe.dispatch.row_tags import ExchangePass, attach_tags, detach_tags, summarise
+from expert_parallel.nn.random import mix
 from expert_parallel.parallel import collectives
-from expert_parallel.parallel.collectives import CommLog, ExchangeKey, Peers, Wait, as_bytes, from_bytes
+from expert_parallel.parallel.collectives import CommLog, ExchangeKey, Peers, Phase, Wait
 from expert_parallel.settings import Settings
-
-_TAG_BYTES = 16
 
 
 class LedgerConfig(Settings):
     """Checks that every row sent between ranks arrives, forward and backward."""
 
     kind: Literal["counts", "rows"] = "counts"
-    """Compares numbers of choices and rows (`counts`), or also a tag and a checksum of each row, 16 bytes more
-    (`rows`)."""
+    """Compares numbers of choices and rows, and a checksum of a part of what was sent (`counts`), or also a tag and a
+    checksum of each row and choice, 16 bytes more (`rows`)."""
     breach: Literal["error", "warn"] = "error"
     """Ends the run when a check fails (`error`), or warns and continues (`warn`)."""
 
@@ -41,14 +50,20 @@ class LedgerBreach(RuntimeError):
 class Ledger:
     """Wraps the collectives that move rows: counts rows and bytes, and checks that every row arrives.
 
-    layer, step: named in error messages. log: the numbers of rows and bytes, by exchange and link class; the backward
-    pass adds to it.
+    layer, step, micro_step: of the pass. log: the numbers of rows and bytes by exchange. checksums: of what was sent
+    and of what arrived. The backward pass adds to both. num_started: how often each exchange was started, once for each
+    chunk. selected: which words are read, by the numbers of rows and of their words; the exchanges of one chunk share
+    them.
     """
 
     config: LedgerConfig = field(default_factory=LedgerConfig)
     layer: int = 0
     step: int = 0
     log: CommLog = field(default_factory=CommLog)
+    micro_step: int = 0
+    num_started: Counter[ExchangeKey] = field(default_factory=Counter)
+    checksums: Checksums = field(default_factory=Checksums)
+    selected: dict[tuple[RowSides, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def all_to_all(
         self, x: Tensor, send: Sequence[int], receive: Sequence[int], peers: Peers, key: ExchangeKey
@@ -60,10 +75,13 @@ class Ledger:
         in errors.
         """
         self.count_rows(send, receive, peers, key)
-        tags = _tags(send, peers, x.device) if self.config.kind == "rows" else None
-        rows = self._attach_tags(x, tags, send, peers, key)
-        wait = collectives.start_all_to_all_rows(rows, send, receive, peers.group)
-        return partial(self._wait_and_check, wait, x[:0], tags is not None, receive, peers, key)
+        return self._all_to_all(x, send, receive, peers, key)
+
+    def all_to_all_metadata(
+        self, x: Tensor, send: Sequence[int], receive: Sequence[int], peers: Peers, key: ExchangeKey
+    ) -> Wait:
+        """Starts an all-to-all of metadata as `all_to_all` does. Its bytes are counted, but not its rows."""
+        return self._all_to_all(x, send, receive, peers, key)
 
     def all_gather(self, x: Tensor, counts: Sequence[int], peers: Peers, key: ExchangeKey) -> Wait:
         """Starts an all-gather of all ranks' rows, without gradient. The returned function waits for the rows and
@@ -71,79 +89,101 @@ class Ledger:
 
         counts: the number of rows of each rank. Only bytes are counted here; the caller counts the rows that it keeps.
         """
-        send = [counts[peers.me]] * peers.size
-        tags = _tags(send[:1], peers, x.device) if self.config.kind == "rows" else None
-        rows = self._attach_tags(x, tags, send, peers, key)
-        wait = collectives.start_all_gather_rows(rows, counts, peers.group)
-        return partial(self._wait_and_check, wait, x[:0], tags is not None, counts, peers, key)
+        mine = RowBlocks.gathered([counts[peers.me]], [peers.ranks[peers.me]])
+        sides = RowSides(mine, RowBlocks.gathered(counts, peers.ranks), num_copies=peers.size)
+        start = partial(collectives.start_all_gather_rows, counts=counts, group=peers.group)
+        return self._start(x, start, [counts[peers.me]] * peers.size, sides, peers, key)
 
-    def all_to_all_metadata(
+    def _all_to_all(
         self, x: Tensor, send: Sequence[int], receive: Sequence[int], peers: Peers, key: ExchangeKey
     ) -> Wait:
-        """Starts an all-to-all of metadata, without gradient. Only its bytes are counted."""
-        self.count_bytes(x, send, peers, key)
-        return collectives.start_all_to_all_rows(x, send, receive, peers.group)
+        tokens, experts = (send, receive) if key.to_experts else (receive, send)
+        sides = RowSides(RowBlocks.of(tokens, peers, True), RowBlocks.of(experts, peers, False))
+        start = partial(collectives.start_all_to_all_rows, send_counts=send, receive_counts=receive, group=peers.group)
+        return self._start(x, start, send, sides, peers, key)
 
-    def _attach_tags(
-        self, x: Tensor, tags: Tensor | None, send: Sequence[int], peers: Peers, key: ExchangeKey
-    ) -> Tensor:
-        """Returns the rows as they are sent, and counts their bytes. With tags: uint8, each row followed by its tag and
-        bit sum."""
-        rows = x if tags is None else torch.cat([as_bytes(x), as_bytes(tags), as_bytes(_bit_sums(x))], dim=1)
-        self.count_bytes(rows, send, peers, key)
-        return rows
+    def _start(
+        self,
+        x: Tensor,
+        start: Callable[[Tensor], Wait],
+        send: Sequence[int],
+        sides: RowSides,
+        peers: Peers,
+        key: ExchangeKey,
+    ) -> Wait:
+        """Starts a collective on the rows x, with tags if the config asks for them. The returned function waits for the
+        rows and checks them. send: the number of rows sent to each rank."""
+        exchange = ExchangePass(self.step, self.layer, self.micro_step, key, chunk=self.num_started[key])
+        self.num_started[key] += 1
+        sent, received = (sides.tokens, sides.experts) if key.to_experts else (sides.experts, sides.tokens)
+        message = attach_tags(x, sent, exchange) if self.config.kind == "rows" else x
+        self.count_bytes(message, send, peers, key)
+        sent_V, received_V = self._select_words(x, sides, key)
+        # Read before the collective starts: it is what the collective is handed.
+        sample = self._sample(x, sent, sent_V, exchange, times=sides.num_copies)
+        return partial(self._finish, start(message), x[:0], sample, received, received_V, exchange, peers)
 
-    def _wait_and_check(
-        self, wait: Wait, like: Tensor, has_tags: bool, receive: Sequence[int], peers: Peers, key: ExchangeKey
+    def _finish(
+        self,
+        wait: Wait,
+        like: Tensor,
+        sent: SampledRows,
+        received: RowBlocks,
+        received_V: Tensor | None,
+        exchange: ExchangePass,
+        peers: Peers,
     ) -> Tensor:
-        """Waits for the rows, and returns them without tags, after checking them."""
-        return self._check_rows(wait(), like, has_tags, receive, peers, key)
+        """Waits for the rows, and returns them without tags, after checking them.
 
-    def _check_rows(
-        self, arrived: Tensor, like: Tensor, has_tags: bool, receive: Sequence[int], peers: Peers, key: ExchangeKey
-    ) -> Tensor:
-        """Returns the rows without their tags, and reports missing, additional and altered ones."""
-        if has_tags:
-            arrived = self._check_tags(arrived, like, receive, peers, key)
-        if len(arrived) != sum(receive):
-            if not has_tags:  # with tags, every such row has been reported already
-                me = peers.ranks[peers.me]
-                self.report(f"{key}: rank {me} was to receive {sum(receive)} rows and received {len(arrived)}")
-            # Counted, so that the totals of check_conservation do not add up either.
-            self.log.rows_received[key, "own"] += len(arrived) - sum(receive)
-            # With breach: warn the pass continues, on as many rows as were expected.
-            arrived = torch.cat([arrived, arrived.new_zeros(sum(receive), *arrived.shape[1:])])[: sum(receive)]
+        Both samples are kept here, and not the first at the start: recomputation may start an exchange and not wait.
+        """
+        arrived, key = wait(), exchange.key
+        if self.config.kind == "rows":
+            arrived, faults = detach_tags(arrived, like, received, exchange, peers.ranks[peers.me])
+            if faults:
+                self.report(f"{key}: {summarise(faults)}")
+        arrived = self._with_expected_length(arrived, sum(received.counts), key, peers)
+        self.checksums.samples += [sent, self._sample(arrived, received, received_V, exchange, times=-1)]
+        if key.is_backward and key.phase is Phase.DISPATCH:  # the pass ends: samples need not stay in memory
+            self.checksums.sum(arrived.device)
         return arrived
 
-    def _check_tags(self, arrived: Tensor, x: Tensor, receive: Sequence[int], peers: Peers, key: ExchangeKey) -> Tensor:
-        """Returns the rows without their tags, and reports rows whose tag or bit sum is wrong. The host waits for the
-        result."""
-        content, tags, sums = arrived.split([arrived.shape[1] - _TAG_BYTES, 8, 8], dim=1)
-        rows, number = from_bytes(content, x), torch.empty(0, dtype=torch.int64)
-        tag_V, sum_V = from_bytes(tags, number), from_bytes(sums, number)
-        expected_V = torch.cat(
-            [(peers.ranks[p] << 32) + torch.arange(n, device=x.device) for p, n in enumerate(receive)]
-        )
-        wrong_V = tag_V[: len(expected_V)] != expected_V[: len(tag_V)]
-        altered_V = _bit_sums(rows).flatten() != sum_V
-        if len(tag_V) == len(expected_V) and not bool(wrong_V.any()) and not bool(altered_V.any()):
-            return rows
-        me = peers.ranks[peers.me]
-        found = set()
-        # The host waits below, but only if a row is wrong.
-        for tag in set(expected_V.tolist()) - set(tag_V.tolist()):
-            found.add((tag, "was lost"))
-        for tag in tag_V[torch.isin(tag_V, expected_V)].tolist():
-            if int((tag_V == tag).sum()) > 1:
-                found.add((tag, "came twice"))
-        for tag in tag_V[~torch.isin(tag_V, expected_V)].tolist():
-            found.add((tag, "was not for it"))
-        if not found:
-            found |= {(tag, "is out of order") for tag in expected_V[wrong_V].tolist()}
-        found |= {(tag, "was altered") for tag in tag_V[altered_V].tolist()}
-        faults = [f"rank {tag >> 32} -> rank {me}, row {tag & 0xFFFFFFFF} {what}" for tag, what in sorted(found)]
-        self.report(f"{key}: {'; '.join(faults[:4])}{f'; and {len(faults) - 4} more' if len(faults) > 4 else ''}")
-        return rows
+    def _select_words(self, x: Tensor, sides: RowSides, key: ExchangeKey) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the indices of the words to be read of the rows that are sent, and of those that arrive. None:
+        metadata, whose words are all read."""
+        if key.phase is Phase.METADATA:
+            return None, None
+        row_words = as_words(x).shape[1]
+        if (sides, row_words) not in self.selected:
+            seed = mix(self.step, self.layer, self.micro_step)
+            self.selected[sides, row_words] = select_words(sides, row_words, seed, x.device)
+        tokens_V, experts_V = self.selected[sides, row_words]
+        return (tokens_V, experts_V) if key.to_experts else (experts_V, tokens_V)
+
+    def _sample(
+        self, rows: Tensor, blocks: RowBlocks, word_V: Tensor | None, exchange: ExchangePass, times: int
+    ) -> SampledRows:
+        """Reads the words with these indices of the rows. times: 1 for rows that are sent, -1 for rows that arrived."""
+        # A number below 2^42 (times the ranks of a group it fits in int64), so that the errors of two exchanges, chunks
+        # or micro-steps do not add up to 0.
+        coefficient = times * (mix(exchange.number) >> 21 | 1)
+        words_VW = as_words(rows)
+        if word_V is None:  # each word counts as a row
+            counts = tuple(count * words_VW.shape[1] for count in blocks.counts)
+            return SampledRows(exchange.key, words_VW.flatten().clone(), blocks._replace(counts=counts), coefficient)
+        return SampledRows(exchange.key, words_VW.view(-1).index_select(0, word_V), blocks, coefficient)
+
+    def _with_expected_length(self, arrived: Tensor, expected: int, key: ExchangeKey, peers: Peers) -> Tensor:
+        """Returns as many rows as were expected, and reports missing and additional ones."""
+        if len(arrived) == expected:
+            return arrived
+        if self.config.kind == "counts":  # with tags, every such row has been reported already
+            me = peers.ranks[peers.me]
+            self.report(f"{key}: rank {me} was to receive {expected} rows and received {len(arrived)}")
+        # Counted, so that the totals of check_conservation do not add up either.
+        self.log.rows_received[key, "own"] += len(arrived) - expected
+        # With breach: warn the pass continues, on as many rows as were expected.
+        return torch.cat([arrived, arrived.new_zeros(expected, *arrived.shape[1:])])[:expected]
 
     def count_rows(self, send: Sequence[int], receive: Sequence[int], peers: Peers, key: ExchangeKey) -> None:
         """Adds to the log the numbers of rows sent to each rank (`send`) and received from each rank (`receive`)."""
@@ -163,18 +203,3 @@ class Ledger:
         row_bytes = math.prod(rows.shape[1:]) * rows.element_size()
         for peer, link in enumerate(peers.links):
             self.log.bytes_sent[key, link] += send[peer] * row_bytes
-
-
-def _tags(send: Sequence[int], peers: Peers, device: torch.device) -> Tensor:
-    """Returns (U, 1) int64: this rank's number in the upper 32 bits, the index of the row for its destination in the
-    lower."""
-    me = peers.ranks[peers.me]
-    return torch.cat([(me << 32) + torch.arange(count, device=device) for count in send])[:, None]
-
-
-def _bit_sums(rows: Tensor) -> Tensor:
-    """Returns (L, 1) int64: the sum, with wrap-around, of each row's bits, read as integers of its dtype's width."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
-    if rows.numel() == 0:
-        return torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device)
-    return rows.contiguous().view(integers).reshape(len(rows), -1).sum(1, dtype=torch.int64)[:, None]
