@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from statistics import NormalDist
 
 import pytest
@@ -155,6 +156,102 @@ def test_the_ends_of_the_interval_give_finite_numbers(
     number = float(numbers(1, torch.tensor([0]), 1))
     assert math.isfinite(number)
     assert (number > 3) is (extreme > 0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An independent statement of the distributions: the layer and its reference share these numbers, so that a comparison
+# of the two does not test them. Seeds are fixed; bounds are 5 standard deviations, or a probability of 1 in 10^5.
+
+
+def check_distribution(numbers: Tensor, cumulative: Callable[[Tensor], Tensor]) -> None:
+    """Kolmogorov and Smirnov's test: the largest distance of the shares from the distribution function."""
+    ordered = numbers.flatten().sort().values
+    n = len(ordered)
+    ranks = torch.arange(n + 1, dtype=torch.float64) / n
+    expected = cumulative(ordered)
+    distance = float(torch.maximum((expected - ranks[:-1]).max(), (ranks[1:] - expected).max()))
+    assert distance < 2.47 / math.sqrt(n), distance  # P = 2 exp(-2 * 2.47^2) = 1e-5
+    assert distance > 0.3 / math.sqrt(n), distance  # random numbers are not spread so evenly: P < 1e-5
+
+
+def check_uniform(numbers: Tensor) -> None:
+    """The distribution, its ends, the moments of u - 1/2 to the fourth, and each of the 53 bits that a number has."""
+    check_distribution(numbers, lambda u: u)
+    n, centred = numbers.numel(), numbers.flatten() - 0.5
+    assert float(numbers.min()) < 12 / n  # P = exp(-12) that all are larger
+    assert float(numbers.max()) > 1 - 12 / n
+    for power in range(1, 5):
+        mean = (1 - power % 2) / ((power + 1) * 2**power)
+        square = 1 / ((2 * power + 1) * 4**power)
+        assert abs(float((centred**power).mean()) - mean) < 5 * math.sqrt((square - mean**2) / n), power
+    whole = (numbers.flatten() * 2.0**53).long()
+    for bit in range(53):
+        assert abs(float((whole >> bit & 1).double().mean()) - 0.5) < 5 * 0.5 / math.sqrt(n), bit
+
+
+def check_independent(left: Tensor, right: Tensor) -> None:
+    """The chi-square of pairs on a grid of 16 x 16: 255 degrees of freedom, standard deviation sqrt(2 * 255)."""
+    cell = (left * 16).long().flatten() * 16 + (right * 16).long().flatten()
+    counts, expected = torch.bincount(cell, minlength=256).double(), cell.numel() / 256
+    chi_square = float((counts - expected).square().sum()) / expected
+    assert abs(chi_square - 255) < 5 * math.sqrt(2 * 255), chi_square
+
+
+def test_uniform_numbers_are_uniform() -> None:
+    for seed in (mix(0), mix(1, 2, 3)):
+        check_uniform(uniform(seed, torch.arange(2000), width=50))
+
+
+@pytest.mark.parametrize(
+    "defect",
+    [
+        lambda u: u / 2,  # half the range
+        lambda u: (u * 2**30).floor() / 2**30,  # half the bits
+        lambda u: u.clamp(max=0.999),
+        lambda u: (u + 0.01 * (u * 2 * math.pi).sin()).clamp(0, 1),  # a wave of one percent
+        lambda u: torch.arange(u.numel(), dtype=torch.float64).view(u.shape) / u.numel(),  # all too even
+    ],
+)
+def test_numbers_that_are_not_uniform_are_found(defect: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(AssertionError):
+        check_uniform(defect(uniform(mix(0), torch.arange(2000), width=50)))
+
+
+NEIGHBOURS: dict[str, dict[str, int]] = {
+    "seed": {"seed": 2},
+    "step": {"step": 3},
+    "micro-step": {"micro_step": 4},
+    "layer": {"layer": 5},
+    "step and layer": {"step": 3, "layer": 3},
+}
+
+
+@pytest.mark.parametrize("key", NEIGHBOURS)
+def test_numbers_of_neighbouring_passes_are_independent(key: str) -> None:
+    context, rows = StepContext(seed=1, step=2, micro_step=3, layer=4), torch.arange(2000)
+    numbers = uniform(pass_seed(context, Stream.NOISE), rows, width=50)
+    check_independent(numbers, uniform(pass_seed(replace(context, **NEIGHBOURS[key]), Stream.NOISE), rows, width=50))
+
+
+def test_numbers_of_streams_tokens_and_experts_are_independent() -> None:
+    context, rows = StepContext(seed=1, step=2), torch.arange(2000)
+    streams = [uniform(pass_seed(context, stream), rows, width=50) for stream in Stream]
+    for first, second in pairwise(streams):
+        check_independent(first, second)
+    numbers = streams[0]
+    check_independent(numbers[1:], numbers[:-1])  # tokens
+    check_independent(numbers[:, 1:], numbers[:, :-1])  # experts
+    check_independent(numbers[1:, :-1], numbers[:-1, 1:])  # the next token's expert, and this token's next expert
+    with pytest.raises(AssertionError):  # passes whose seeds differ by 1 would share almost all rows
+        check_independent(uniform(7, rows, width=50)[1:], uniform(8, rows, width=50)[:-1])
+
+
+def test_normal_and_gumbel_numbers_have_their_distributions() -> None:
+    rows = torch.arange(2000)
+    check_distribution(normal(mix(0), rows, 50), lambda x: (1 + (x / math.sqrt(2)).erf()) / 2)
+    check_distribution(gumbel(mix(0), rows, 50), lambda x: (-(-x).exp()).exp())
+    with pytest.raises(AssertionError):
+        check_distribution(normal(mix(0), rows, 50) * 1.05, lambda x: (1 + (x / math.sqrt(2)).erf()) / 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Implements the MoE layer as plainly as possible, by loops over tokens, choices and experts: the reference for tests.
 
-It follows the formulas, on one rank, without code of the layer that it tests: nothing here imports routers, capacity,
-dispatch or experts. `tokens_by_rank` holds the tokens that each rank of a layout would have, so that settings which
-depend on the tokens of one rank (capacity, `scope: rank`) have the same meaning. The routers are in
-reference_routing.py.
+It follows the formulas, on one rank: nothing here imports routers, capacity, dispatch or experts. Only the random
+numbers of nn/random.py are those of the layer that it tests. `tokens_by_rank` holds the tokens that each rank of a
+layout would have, so that settings which depend on the tokens of one rank (capacity, `scope: rank`) have the same
+meaning. The routers are in reference_routing.py.
 """
 
 import math

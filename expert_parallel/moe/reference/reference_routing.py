@@ -1,6 +1,7 @@
 """Implements the routers of the reference layer (see reference_layer.py), by one token, expert or block at a time.
 
-They share no code with the tested layer except its random numbers, on which both must agree. Padding is removed first:
+They share no code with the tested layer except its random numbers (nn/random.py), on which both must agree; tests check
+the distributions and independence of these by themselves. Padding is removed first:
 T counts the real tokens of all ranks, in the order of the ranks.
 """
 
