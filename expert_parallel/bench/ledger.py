@@ -1,5 +1,5 @@
 """Measures what the ledger, which checks that no row is lost between ranks, costs: times one MoE layer, forward and
-backward, with its kinds `counts` and `rows`, and the counting of `counts` alone.
+backward, with its kinds `counts` and `rows`, with `counts` but without its checksums, and its counting alone.
 
 Every round times each of them once, and medians are compared, since the speed of a shared machine drifts. Runs on any
 number of ranks:
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,8 @@ import torch.distributed as dist
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.conservation import check_conservation, count_choices
 from expert_parallel.moe.context import StepContext, token_batch
-from expert_parallel.moe.dispatch.ledger import LedgerConfig
+from expert_parallel.moe.dispatch.checksums import Checksums
+from expert_parallel.moe.dispatch.ledger import Ledger, LedgerConfig
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.types import MoEOutput, RowCounts
 from expert_parallel.parallel.collectives import all_reduce_sum
@@ -41,8 +43,8 @@ SHAPES = {"base": LedgerShape(4096, 256, 1024, 8, 2), "fine": LedgerShape(1024, 
 
 
 def bench_ledger(runtime: Runtime, shape_name: str, rounds: int) -> dict[str, Any]:
-    """Times the layer with both kinds of ledger, the counting alone and one all-reduce alone. Returns the median
-    milliseconds of each on this rank, and their ratios. A collective."""
+    """Times the layer with both kinds of ledger and without checksums, the counting alone and one all-reduce alone.
+    Returns the median milliseconds of each on this rank, and their ratios. A collective."""
     shape, group = SHAPES[shape_name], dist.group.WORLD if runtime.world_size > 1 else None
     x_TD = torch.randn(shape.tokens // runtime.world_size, shape.d_model, device=runtime.device, requires_grad=True)
     layers = {kind: _layer(shape, kind, group).to(runtime.device) for kind in ("counts", "rows")}
@@ -50,7 +52,17 @@ def bench_ledger(runtime: Runtime, shape_name: str, rounds: int) -> dict[str, An
     def step(kind: str) -> MoEOutput:
         output: MoEOutput = layers[kind](x_TD)
         output.y.backward(torch.ones_like(output.y))
+        output.stats.checksums.sum(runtime.device)
         return output
+
+    def step_without_checksums() -> None:
+        """Runs the step of `counts` without what no setting turns off."""
+        with (
+            mock.patch.object(Ledger, "_select_words", return_value=(None, None)),
+            mock.patch.object(Ledger, "_sample", return_value=None),
+            mock.patch.object(Checksums, "sum", return_value=None),
+        ):
+            step("counts")
 
     output = step("counts")
     plan = layers["counts"].router(x_TD.detach(), token_batch(x_TD[None], StepContext(), None))
@@ -67,6 +79,7 @@ def bench_ledger(runtime: Runtime, shape_name: str, rounds: int) -> dict[str, An
 
     parts = {
         "counts": lambda: step("counts"),
+        "without_checksums": step_without_checksums,
         "rows": lambda: step("rows"),
         "counting": counting,
         "reduction": reduction,
@@ -81,6 +94,7 @@ def bench_ledger(runtime: Runtime, shape_name: str, rounds: int) -> dict[str, An
         "milliseconds": medians,
         "counting_share": medians["counting"] / medians["counts"],
         "counting_share_without_reduction": (medians["counting"] - medians["reduction"]) / medians["counts"],
+        "checksums_share": medians["counts"] / medians["without_checksums"] - 1,
         "rows_over_counts": medians["rows"] / medians["counts"],
     }
 
@@ -95,6 +109,7 @@ def format_result(result: dict[str, Any]) -> str:
             f"torch {result['torch']}; medians of {result['rounds']} rounds",
             f"layer, ledger: counts   {ms['counts']:9.3f} ms  forward and backward",
             f"layer, ledger: rows     {ms['rows']:9.3f} ms  {result['rows_over_counts']:.2f} times counts",
+            f"without checksums       {ms['without_checksums']:9.3f} ms  they add {result['checksums_share']:.2%}",
             f"counting alone          {ms['counting']:9.3f} ms  {result['counting_share']:.2%} of the layer, with a "
             "reduction of its own",
             f"one reduction           {ms['reduction']:9.3f} ms  a step makes one for all its layers; without it "
