@@ -1,12 +1,18 @@
 """Holds `Settings`, the base class of all config classes, and what can be read off such a class: the blocks inside it,
-and the aliases of its settings. `changed_settings` compares two resolved configs."""
+the aliases of its settings, and which settings are paths. `changed_settings` compares two resolved configs."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, get_args, get_origin
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import AliasChoices, BaseModel, ConfigDict
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 CONFIG_VERSION = 1  # increased when a config written before would change its meaning, or be refused
+MAX_NAME_BYTES = 255  # of a file or folder, on all common file systems of Linux
+MAX_PATH_BYTES = 3500  # Linux takes 4,095; what a run writes lies up to a few hundred below its folder
 
 
 class Settings(BaseModel):
@@ -25,6 +31,35 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+@dataclass(frozen=True)
+class PathMark:
+    """Marks a text, or a list of texts, as paths of files or folders: config files may use `~` and `$NAME` in them."""
+
+
+@dataclass(frozen=True)
+class TreeOf:
+    """Marks a mapping as a part of the tree of another class, which is validated later."""
+
+    block: "type[Settings]"
+
+
+def check_path(path: str) -> str:
+    """Returns the path. Raises a ValueError if no file system can hold it."""
+    data = os.fsencode(path)
+    if 0 in data:
+        raise ValueError("a path cannot contain the character NUL")
+    if (longest := max(map(len, data.split(b"/")))) > MAX_NAME_BYTES:
+        raise ValueError(f"a name in this path has {longest} bytes, file systems take at most {MAX_NAME_BYTES}")
+    if len(data) > MAX_PATH_BYTES:
+        raise ValueError(f"this path has {len(data)} bytes, it must have at most {MAX_PATH_BYTES}")
+    return path
+
+
+PathText = Annotated[
+    str, Field(min_length=1, json_schema_extra={"format": "path"}), AfterValidator(check_path), PathMark()
+]
 
 
 def blocks_in(annotation: Any) -> Iterator[tuple[str, type[Settings]]]:
@@ -47,19 +82,60 @@ def kinds_of(block: type[Settings]) -> tuple[Any, ...]:
     return get_args(block.model_fields["kind"].annotation) if "kind" in block.model_fields else ()
 
 
-def find_setting(blocks: Sequence[type[Settings]], tree: dict[str, Any], key: str) -> tuple[str, list[type[Settings]]]:
-    """Returns the own name of the setting that a key of a config tree means, and the blocks that its value may be.
+def marks_of(field: FieldInfo) -> Iterator[Any]:
+    """Yields what the Annotated types of a setting, of its options and of its entries are annotated with."""
+    yield from field.metadata
+    yield from _marks_in(field.annotation)
+
+
+def _marks_in(annotation: Any) -> Iterator[Any]:
+    for argument in get_args(annotation):
+        if isinstance(argument, FieldInfo):
+            yield from argument.metadata
+        yield argument
+        yield from _marks_in(argument)
+
+
+def is_path(field: FieldInfo) -> bool:
+    """Returns True if a setting is a path or a list of paths."""
+    return any(isinstance(mark, PathMark) for mark in marks_of(field))
+
+
+def is_text(field: FieldInfo) -> bool:
+    """Returns True if every value of a setting, other than null, is a text."""
+
+    def has_texts_only(annotation: Any) -> bool:
+        arguments = get_args(annotation)
+        if get_origin(annotation) is Annotated:
+            return has_texts_only(arguments[0])
+        if get_origin(annotation) is Literal:
+            return all(isinstance(value, str) for value in arguments)
+        options = [argument for argument in arguments if argument is not NoneType]
+        is_union = get_origin(annotation) in (Union, UnionType)
+        return annotation is str or (is_union and all(map(has_texts_only, options)))
+
+    return has_texts_only(field.annotation)
+
+
+def find_setting(blocks: Sequence[type[Settings]], tree: dict[str, Any], key: str) -> tuple[str, list[FieldInfo]]:
+    """Returns the own name of the setting that a key of a config tree means, and the fields that it may be.
 
     blocks: the classes that the tree may be validated as. Only those of the tree's `kind` count, if it has one.
     """
-    name, inner = key, []
+    name, fields = key, []
     for block in blocks:
         if "kind" in tree and "kind" in block.model_fields and tree["kind"] not in kinds_of(block):
             continue
         name = next((field for field in block.model_fields if alias_of(block, field) == key), name)
         if name in block.model_fields:
-            inner += [found for _, found in blocks_in(block.model_fields[name].annotation)]
-    return name, inner
+            fields.append(block.model_fields[name])
+    return name, fields
+
+
+def blocks_of(fields: Sequence[FieldInfo]) -> list[type[Settings]]:
+    """Returns the classes that the value of a setting may be validated as, now or later."""
+    now = [block for field in fields for _, block in blocks_in(field.annotation)]
+    return now + [mark.block for field in fields for mark in field.metadata if isinstance(mark, TreeOf)]
 
 
 def use_own_names(blocks: Sequence[type[Settings]], tree: Any, path: str = "") -> Any:
@@ -73,13 +149,42 @@ def use_own_names(blocks: Sequence[type[Settings]], tree: Any, path: str = "") -
         return tree
     renamed: dict[Any, Any] = {}
     for key, value in tree.items():
-        name, inner = find_setting(blocks, tree, key)
+        name, fields = find_setting(blocks, tree, key)
         full = f"{path}.{name}".removeprefix(".")
         if name != key and name in tree:
             alias = f"{path}.{key}".removeprefix(".")
             raise ValueError(f"{full} and {alias} are the same setting: give one of them")
-        renamed[name] = use_own_names(inner, value, full)
+        renamed[name] = use_own_names(blocks_of(fields), value, full)
     return renamed
+
+
+def change_paths(
+    blocks: Sequence[type[Settings]],
+    tree: Any,
+    change: Callable[[str], str],
+    path: str = "",
+    fields: Sequence[FieldInfo] = (),
+) -> Any:
+    """Returns a config tree, whose names are not aliases, with every path replaced by what `change` returns for it.
+
+    blocks: the classes that the tree may be validated as. fields: the fields that it may be. path: its place in the
+    config. A ValueError of `change` is raised again with the setting's path before it.
+    """
+    if isinstance(tree, list):
+        entries = enumerate(tree)
+        return [change_paths(blocks, entry, change, f"{path}[{number}]", fields) for number, entry in entries]
+    if isinstance(tree, dict):
+        changed = {}
+        for key, value in tree.items():
+            _, inner = find_setting(blocks, tree, key)
+            changed[key] = change_paths(blocks_of(inner), value, change, f"{path}.{key}".removeprefix("."), inner)
+        return changed
+    if not isinstance(tree, str) or not any(map(is_path, fields)):
+        return tree
+    try:
+        return change(tree)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def refuse_newer(what: str, found: int, newest: int) -> None:

@@ -4,13 +4,16 @@ alias.
 What is refused, and in which words, is in test_command_line.py; the list of all settings in test_settings_reference.py.
 """
 
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from expert_parallel.config import setting_paths
+from expert_parallel.config import load_tree, setting_paths
+from expert_parallel.data.config import FilesData, TokensData
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.capacity.policies import DroplessConfig, FactorConfig
 from expert_parallel.moe.config import MoEConfig
@@ -179,6 +182,125 @@ def test_a_block_may_be_replaced_whole(config_file: Path) -> None:
         moe = load_config(config_file, [f"model.moe.capacity={text}"]).model.moe
         assert moe is not None
         assert moe.capacity == expected
+
+
+FOLDER, PROMPT = "run.folder", "run.sample.prompt"
+GROWING = "&a [0], " + ", ".join(f"&{x} [{', '.join([f'*{y}'] * 9)}]" for y, x in pairwise("abcdefg"))
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        (FOLDER, "exp #2", "exp #2"),
+        (FOLDER, "a: b", "a: b"),
+        (FOLDER, "[x", "[x"),
+        (FOLDER, "1:30", "1:30"),
+        (FOLDER, "null", "null"),
+        (FOLDER, "'in quotes #'", "in quotes #"),
+        (FOLDER, "'tis", "'tis"),
+        (FOLDER, "~/x", "/home/me/x"),
+        (FOLDER, "./~x", "./~x"),
+        (FOLDER, "$MINE/${MINE}", "/m $1/~/#a//m $1/~/#a"),
+        (FOLDER, "a$$MINE", "a$MINE"),
+        ("checkpoint.start_from", "null", None),
+        ("checkpoint.start_from", "~", "/home/me"),
+        ("data.paths", "*.txt", ["*.txt"]),
+        ("data.paths", "%x", ["%x"]),
+        ("data.paths", "[ab]*.txt", ["[ab]*.txt"]),
+        ("data.paths", "[a #b, ~/c]", ["a #b", "/home/me/c"]),
+        ("data", "{kind: files, paths: $MINE #}", ["/m $1/~/#a #"]),
+        ("data", "{kind: tokens, corpora: [{path: ~/t}], tokenizer: $MINE}", ("/home/me/t", "/m $1/~/#a")),
+        (PROMPT, "%x # $MINE", "%x # $MINE"),
+        (PROMPT, "010", "010"),
+        ("data.sha256", "1" * 64, "1" * 64),
+    ],
+)
+def test_a_text_and_a_path_are_taken_as_they_are(
+    key: str, text: str, value: Any, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for `~` and variables of paths; the config that a run writes has the same paths, whatever they contain."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("MINE", "/m $1/~/#a")
+    config = load_config(config_file, [f"{key}={text}"])
+    found: Any = config
+    for name in key.split("."):
+        found = getattr(found, name)
+    if isinstance(found, FilesData):
+        found = found.paths
+    elif isinstance(found, TokensData):
+        found = (found.corpora[0].path, found.tokenizer)
+    assert found == value
+    assert load_config(written(tmp_path, dump_config(config))) == config
+
+
+def test_paths_are_expanded_in_files(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a study's base, too."""
+    monkeypatch.setenv("MINE", "/mine")
+    text = config_file.read_text().replace(str(config_file.parent), "$MINE")
+    assert text.count("$MINE") == 2
+    config = load_config(written(tmp_path, text + "checkpoint: {start_from: ~/x}\n"))
+    assert isinstance(config.data, FilesData)
+    assert (config.run.folder, config.data.paths) == ("/mine/run", ["/mine/text.txt"])
+    assert config.checkpoint.start_from == f"{Path.home()}/x"
+    study = "{base: {data: {paths: $MINE/a}}, folder: $MINE}"
+    tree = load_tree(written(tmp_path, study), ["base.data.tokenizer=$MINE #b"], StudyConfig)
+    assert tree == {"base": {"data": {"paths": "/mine/a", "tokenizer": "/mine #b"}}, "folder": "/mine"}
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("$NOT_SET/x", "run.folder: the environment variable NOT_SET is not set, or empty, in '$NOT_SET/x'"),
+        ("$EMPTY/x", "run.folder: the environment variable EMPTY is not set, or empty"),
+        ("a$", "run.folder: 'a$' has a '$' that begins no variable: write '$$'"),
+        ("~nobody-here/x", "run.folder: '~nobody-here/x' begins with ~nobody-here, but there is no such user"),
+        ("x" * 256, "run.folder: a name in this path has 256 bytes, file systems take at most 255"),
+        ("ä/" * 1200, "run.folder: this path has 3600 bytes, it must have at most 3500"),
+        ('"a\\0b"', "run.folder: a path cannot contain the character NUL"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_path_that_cannot_be_is_refused(
+    value: str, words: str, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_config(config_file, [f"run.folder={value}"])
+    text = re.sub("folder: [^,]*", lambda _: f"folder: {value}", config_file.read_text())
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_config(written(config_file.parent, text))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("010", "'010' is an octal number in YAML 1.1: write it without the leading zero"),
+        ("-07", "'-07' is an octal number"),
+        ("1:30", "'1:30' is a number of base 60 in YAML 1.1"),
+        ("12:34:56.7", "'12:34:56.7' is a number of base 60"),
+        ("0o10", 'seed: input should be a valid integer, found "0o10"'),
+        ("2026-11-22", 'seed: input should be a valid integer, found "2026-11-22"'),
+        ("!!timestamp x", "the tag 'tag:yaml.org,2002:timestamp' is not allowed"),
+        ("!!int x", "'x' is not a number"),
+        ("!!bool x", "'x' is neither true nor false"),
+        ("*x", "undefined alias 'x' (line 1"),
+        ("%x", "a text that has a meaning in YAML must stand in quotes"),
+        ("9" * 5000, "a number has 5000 characters, it must have at most 40"),
+        ("0x" + "f" * 5000, "a number has 5002 characters"),
+        ("[" * 400 + "]" * 400, "nested more than 50 deep"),
+        ("[" * 60 + "]" * 60, "nested more than 50 deep"),
+        ("&a [*a]", "nested more than 50 deep"),
+        (f"[{GROWING}]", "larger than 100,000 values"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_number_that_means_something_else_in_yaml_is_refused(value: str, words: str, config_file: Path) -> None:
+    """And what would be read without end."""
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_config(config_file, [f"seed={value}"])
+    with pytest.raises(ValueError, match=re.escape(words.replace("(line 1", "(line 18"))):
+        load_config(written(config_file.parent, f"{config_file.read_text()}seed: {value}\n"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -113,7 +113,16 @@ def errors(value: Any, schema: dict[str, Any], whole: dict[str, Any], path: str 
                 fits = {"minimum": value >= limit, "exclusiveMinimum": value > limit, "maximum": value <= limit}
                 found += [] if fits.get(keyword, value < limit) else [f"{path}: {value}, {keyword} {limit}"]
             case _:
-                known = ("properties", "additionalProperties", "items", "default", "description", "$defs", "$schema")
+                known = (
+                    "properties",
+                    "additionalProperties",
+                    "items",
+                    "default",
+                    "description",
+                    "format",
+                    "$defs",
+                    "$schema",
+                )
                 assert keyword in known or keyword.lower().endswith("imum"), keyword
     return found
 

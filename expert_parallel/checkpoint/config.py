@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from expert_parallel.settings import Settings
+from expert_parallel.settings import PathText, Settings
 
 
 class CheckpointConfig(Settings):
@@ -16,6 +16,6 @@ class CheckpointConfig(Settings):
     """Also keeps every checkpoint whose step is a multiple of this number."""
     background: bool = True
     """Writes checkpoints from a copy in host memory while training continues."""
-    start_from: str | None = Field(default=None, min_length=1)
+    start_from: PathText | None = None
     """Starts a new run with the weights of this checkpoint, at step 0 and with a fresh optimizer; the path is a
     checkpoint's folder, a folder of checkpoints, or a run's folder."""

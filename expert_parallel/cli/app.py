@@ -20,7 +20,7 @@ from expert_parallel.cli.surgery import experts
 from expert_parallel.config import load_tree
 from expert_parallel.runtime.output import exit_if_unreadable, print_line
 from expert_parallel.runtime.process import UserError, distributed
-from expert_parallel.training.config import config_file, load_config, renamed_folder
+from expert_parallel.training.config import Config, config_file, load_config, renamed_folder
 
 MAX_SEED = 2**63 - 1  # of an int64
 
@@ -93,7 +93,7 @@ def train(config: ConfigFile, overrides: Overrides = None, log_level: LogLevel =
 def print_run_folder(path: Path, overrides: list[str]) -> None:
     """Prints a line if the folder of a run's config.yaml replaces the one that the file names."""
     path = config_file(path)
-    tree = load_tree(path)
+    tree = load_tree(path, (), Config)
     if (renamed := renamed_folder(path, tree)) is not None and not any(o.startswith("run.folder=") for o in overrides):
         print_line(
             f"run.folder: {renamed}, where this config.yaml and its checkpoints lie, instead of {tree['run']['folder']}"

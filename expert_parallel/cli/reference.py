@@ -23,7 +23,11 @@ Every setting of a run, and of a study. This page is generated from the typed se
 
 - A config is a YAML file: `model.num_layers` is the key `num_layers` in the block `model`. Every setting can also be
   given on the command line, after the file: `expert-parallel train CONFIG model.num_layers=8 training.clip_norm=null`.
-  The value is YAML.
+  The value of a text or a path is all that follows the `=`, ` #` included; every other value is YAML.
+- In a path, `~` is the home folder and `$NAME` or `${NAME}` an environment variable, in files and on the command line;
+  `$$` is a `$`. A variable that is not set is refused. The run's own `config.yaml` has the paths as expanded.
+- A text that has a meaning in YAML (`yes`, `1.5`, `*.txt`, `%x`) must stand in quotes in a file. Octal numbers (`010`)
+  and numbers of base 60 (`1:30`), which exist in YAML 1.1 alone, are refused.
 - A block with a `kind` has the settings of that kind alone. Another name of a setting, in parentheses below its path,
   may be used in its place, in files and on the command line; resolved configs have the first name.
 - `model.moe.preset` changes the defaults of `model.moe.router`, `model.moe.capacity` and `model.moe.losses`; their
@@ -150,7 +154,7 @@ def _type(schema: JsonSchemaValue) -> tuple[str, str]:
     nonempty = "not empty" if schema.get("minLength") else ""
     pattern = f"`{schema['pattern']}`" if "pattern" in schema else ""
     allowed = ", ".join(filter(None, (lowest, above, highest, below, nonempty, pattern)))
-    name = str(schema.get("type", "any"))
+    name = str(schema.get("format", schema.get("type", "any")))
     return TYPES.get(name, name), allowed
 
 

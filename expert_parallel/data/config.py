@@ -6,9 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from expert_parallel.settings import Settings
+from expert_parallel.settings import PathText, Settings
 
-PathString = Annotated[str, Field(min_length=1)]
 HeldOut = Annotated[
     float, Field(gt=0, lt=0.5, description="Keeps this fraction of the data out of training, for evaluation.")
 ]
@@ -50,9 +49,9 @@ class FilesData(Settings):
 
     kind: Literal["files"]
     paths: Annotated[
-        list[PathString],
+        list[PathText],
         Field(min_length=1),
-        BeforeValidator(_as_list, json_schema_input_type=Annotated[list[PathString], Field(min_length=1)] | PathString),
+        BeforeValidator(_as_list, json_schema_input_type=Annotated[list[PathText], Field(min_length=1)] | PathText),
     ]
     """Lists the files to read; each entry may be a glob pattern, and a single one needs no list."""
     format: Literal["auto", "text", "jsonl", "json", "parquet"] = "auto"
@@ -73,7 +72,7 @@ class FilesData(Settings):
 class CorpusSettings(Settings):
     """Names a token file, PREFIX.bin with PREFIX.idx, and its share of the training sequences."""
 
-    path: PathString
+    path: PathText
     """Sets the PREFIX of the token file."""
     weight: float = Field(default=1.0, gt=0)
     """Sets the corpus's share of the training sequences, relative to the sum of all weights."""
@@ -87,7 +86,7 @@ class TokensData(Settings):
     """Lists the token files and their weights."""
     held_out: HeldOut = 0.05
     documents: Documents = "joined"
-    tokenizer: PathString | None = None
+    tokenizer: PathText | None = None
     """Sets the tokenizer of token files that do not name theirs (Megatron-LM's): a tokenizer.json, or `bytes`."""
     end_id: Annotated[int, Field(ge=0)] | None = None
     """Sets the token id that ends a document in token files that do not name theirs (Megatron-LM's)."""

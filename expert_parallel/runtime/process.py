@@ -1,6 +1,7 @@
 """Starts and ends torch.distributed in this process, chooses its device, and reports an error of one rank on all ranks.
 
-It is the only file that reads environment variables: launchers.py interprets them, rendezvous.py connects the ranks.
+It is the only file that reads the variables of launchers: launchers.py interprets them, rendezvous.py connects the
+ranks.
 """
 
 import logging

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from expert_parallel.config import load_tree, read_settings
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.config import merge
-from expert_parallel.settings import Settings, use_own_names
+from expert_parallel.settings import PathText, Settings, TreeOf, use_own_names
 from expert_parallel.training.config import Config, read_config
 from expert_parallel.training.optim import CosineConfig
 
@@ -32,9 +32,9 @@ class StudyConfig(Settings):
     """Describes a study, which compares variants of a model: each tries all learning rates, and continues with the best
     one."""
 
-    folder: str = Field(min_length=1)
+    folder: PathText
     """Sets the folder of the study's runs and results."""
-    base: Annotated[dict[str, Any], BeforeValidator(partial(use_own_names, [Config]))]
+    base: Annotated[dict[str, Any], BeforeValidator(partial(use_own_names, [Config])), TreeOf(Config)]
     """Sets the settings that all runs share: those of a run without its folder, seed and learning rate."""
     reference: str
     """Names the variant whose loss the others have to reach."""

@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Field, model_validator
 
 from expert_parallel.checkpoint.config import CheckpointConfig
 from expert_parallel.checkpoint.files import list_checkpoints
-from expert_parallel.config import apply_override, dump_tree, load_tree, read_settings
+from expert_parallel.config import apply_override, dump_tree, escape_path, load_tree, read_settings
 from expert_parallel.data.config import DataConfig, StdlibData, TokensData
 from expert_parallel.data.tokenizer import VOCABULARY_SIZE
 from expert_parallel.model.config import ModelConfig, Recompute
@@ -20,7 +20,7 @@ from expert_parallel.moe.experts.grouped import supports_grouped_mm
 from expert_parallel.nn.ffn import w_in_columns
 from expert_parallel.parallel.degrees import EXPERT_ORDER, InterleavedConfig, ParallelConfig, ShardedConfig
 from expert_parallel.runtime.process import RuntimeConfig
-from expert_parallel.settings import CONFIG_VERSION, Settings, refuse_newer
+from expert_parallel.settings import CONFIG_VERSION, PathText, Settings, change_paths, refuse_newer
 from expert_parallel.training.engines.config import EngineConfig, NativeConfig, validate_engine
 from expert_parallel.training.freeze import AllTrainable, TrainableConfig, validate_trainable
 from expert_parallel.training.optim import CosineConfig, OptimizerConfig, ScheduleConfig
@@ -93,7 +93,7 @@ class SampleConfig(Sampling):
 class RunConfig(Settings):
     """Sets where the run's files are written, and how often it reports."""
 
-    folder: str = Field(min_length=1)
+    folder: PathText
     """Sets the folder of the run's config, metrics and checkpoints."""
     log_every: int = Field(default=10, ge=1)
     """Prints metrics every this many steps."""
@@ -210,7 +210,7 @@ class Config(Settings):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a config, applies overrides (`dotted.key=value`, the value as YAML), and validates the settings.
+    """Reads a config, applies overrides (`dotted.key=value`), and validates the settings.
 
     path: a YAML file, or the folder of a run, whose config.yaml is read. The config.yaml of a run belongs to the folder
     in which it lies, even if it names another, as that of a copied or moved run does (see `renamed_folder`). Raises a
@@ -250,4 +250,4 @@ def read_config(tree: dict[str, Any], where: str) -> Config:
 
 def dump_config(config: Config) -> str:
     """Returns the resolved config as YAML, from which `load_config` reads the same config."""
-    return dump_tree(config.model_dump(mode="json"))
+    return dump_tree(change_paths([Config], config.model_dump(mode="json"), escape_path))

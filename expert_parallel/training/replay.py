@@ -22,7 +22,7 @@ from torch import Tensor
 
 from expert_parallel.data.batch import MicroBatch
 from expert_parallel.moe.context import RecordedChoices, RouterReplay, global_index
-from expert_parallel.settings import Settings
+from expert_parallel.settings import PathText, Settings
 
 # The names of the tensors in a file, in the order of the fields of `RecordedChoices`. Files are read by later versions.
 _TENSORS = ("index_T", "routed_ids_TK", "routed_reason_TK", "ids_TK", "reason_TK")
@@ -46,7 +46,7 @@ class RecordConfig(Settings):
     """Records the experts of every token in every step."""
 
     kind: Literal["record"]
-    folder: str = Field(min_length=1)
+    folder: PathText
     """Sets the folder that the record is written to."""
 
 
@@ -54,7 +54,7 @@ class ReplayConfig(Settings):
     """Replays the experts of every token from a record, made by a run with the same data, steps and MoE layers."""
 
     kind: Literal["play"]
-    folder: str = Field(min_length=1)
+    folder: PathText
     """Sets the folder that the record is read from."""
 
 
