@@ -20,7 +20,8 @@ from expert_parallel.settings import (
     Settings,
     blocks_in,
     blocks_of,
-    change_paths,
+    change_values,
+    check_number,
     find_setting,
     is_path,
     is_text,
@@ -100,7 +101,7 @@ def load_tree(path: Path, overrides: Sequence[str] = (), block: type[Settings] =
     if not isinstance(tree, dict):
         raise ValueError(f"the config file {path} must hold a mapping of settings, found {_shown(tree)}")
     try:
-        tree = change_paths([block], use_own_names([block], tree), expand_path)
+        tree = change_values([block], use_own_names([block], tree), _expand)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     for override in overrides:
@@ -137,6 +138,14 @@ def _check_size(value: Any, values_left: list[int], depth: int = 0) -> None:
         _check_size(entry, values_left, depth + 1)
 
 
+def _expand(value: Any, fields: Sequence[FieldInfo]) -> Any:
+    return expand_path(value) if isinstance(value, str) and any(map(is_path, fields)) else value
+
+
+def _escape(value: Any, fields: Sequence[FieldInfo]) -> Any:
+    return escape_path(value) if isinstance(value, str) and any(map(is_path, fields)) else value
+
+
 def expand_path(path: str) -> str:
     """Returns a path with a leading `~` or `~user`, and every `$NAME` and `${NAME}`, replaced; `$$` is a `$`.
 
@@ -163,14 +172,18 @@ def escape_path(path: str) -> str:
 def read_settings(kind: type[S], tree: dict[str, Any], where: str) -> S:
     """Validates a tree. Raises a ValueError of one sentence that begins with `where` and names the setting's path."""
     try:
+        change_values([kind], tree, check_number)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    try:
         return kind.model_validate(tree)
     except ValidationError as error:
         raise ValueError(f"{where}: {_first_sentence(error, tree, setting_paths(kind))}") from None
 
 
-def dump_tree(tree: dict[str, Any]) -> str:
-    """Returns the tree as YAML, from which `load_tree` reads the same tree."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
+def dump_tree(tree: dict[str, Any], block: type[Settings] = Settings) -> str:
+    """Returns the tree as YAML, from which `load_tree` reads the same tree. block: the class that it is for."""
+    return yaml.dump(change_values([block], tree, _escape), Dumper=_Dumper, sort_keys=False)
 
 
 def setting_paths(block: type[Settings], prefix: str = "") -> list[str]:
@@ -211,7 +224,7 @@ def apply_override(tree: dict[str, Any], override: str, block: type[Settings]) -
         raise ValueError(f"the override {_cut(repr(override))} is not valid YAML: {error}") from error
     try:
         value = use_own_names(blocks_of(fields), value, dotted)
-        tree[name] = change_paths(blocks_of(fields), value, expand_path, dotted, fields)
+        tree[name] = change_values(blocks_of(fields), value, _expand, dotted, fields)
     except ValueError as error:
         raise ValueError(f"the override {_cut(repr(override))}: {error}") from error
 
@@ -264,7 +277,7 @@ def _first_sentence(error: ValidationError, tree: Any, paths: list[str]) -> str:
         case "union_tag_not_found":
             text = f"{path}.kind is missing"
         case "union_tag_invalid":
-            text = f"{path}.kind is {context['tag']!r}, it must be one of {context['expected_tags']}"
+            text = f"{path}.kind is {_cut(repr(context['tag']))}, it must be one of {context['expected_tags']}"
         case "model_type" | "model_attributes_type":
             text = f"{path} must be a block of settings, found {_shown(first['input'])}"
         case "string_type" if isinstance(first["input"], (bool, int, float)):
@@ -272,7 +285,7 @@ def _first_sentence(error: ValidationError, tree: Any, paths: list[str]) -> str:
         case _:
             text = f"{path}: {first['msg'][0].lower()}{first['msg'][1:]}, found {_shown(first['input'])}"
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return text + more
+    return re.sub(r"\S{200,}", lambda word: _cut(word[0]), text) + more  # a block's own message has the value whole
 
 
 def _user_path(location: tuple[int | str, ...], tree: Any, is_missing: bool) -> str:

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 CONFIG_VERSION = 1  # increased when a config written before would change its meaning, or be refused
+MAX_INT, MAX_FLOAT, MIN_FLOAT = 2**31 - 1, 1e30, 1e-30  # of settings without bounds of their own: products stay finite
 MAX_NAME_BYTES = 255  # of a file or folder, on all common file systems of Linux
 MAX_PATH_BYTES = 3500  # Linux takes 4,095; what a run writes lies up to a few hundred below its folder
 
@@ -158,33 +159,49 @@ def use_own_names(blocks: Sequence[type[Settings]], tree: Any, path: str = "") -
     return renamed
 
 
-def change_paths(
+def change_values(
     blocks: Sequence[type[Settings]],
     tree: Any,
-    change: Callable[[str], str],
+    change: Callable[[Any, Sequence[FieldInfo]], Any],
     path: str = "",
     fields: Sequence[FieldInfo] = (),
 ) -> Any:
-    """Returns a config tree, whose names are not aliases, with every path replaced by what `change` returns for it.
+    """Returns a config tree, whose names are not aliases, with every value replaced by `change(value, fields)`. A list
+    is changed entry by entry.
 
     blocks: the classes that the tree may be validated as. fields: the fields that it may be. path: its place in the
     config. A ValueError of `change` is raised again with the setting's path before it.
     """
     if isinstance(tree, list):
         entries = enumerate(tree)
-        return [change_paths(blocks, entry, change, f"{path}[{number}]", fields) for number, entry in entries]
+        return [change_values(blocks, entry, change, f"{path}[{number}]", fields) for number, entry in entries]
     if isinstance(tree, dict):
         changed = {}
         for key, value in tree.items():
             _, inner = find_setting(blocks, tree, key)
-            changed[key] = change_paths(blocks_of(inner), value, change, f"{path}.{key}".removeprefix("."), inner)
+            changed[key] = change_values(blocks_of(inner), value, change, f"{path}.{key}".removeprefix("."), inner)
         return changed
-    if not isinstance(tree, str) or not any(map(is_path, fields)):
-        return tree
     try:
-        return change(tree)
+        return change(tree, fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def check_number(value: Any, fields: Sequence[FieldInfo]) -> Any:
+    """Returns a setting's value. Raises a ValueError if it is a number that is too large or too small to compute with.
+
+    fields: the fields that it may be. Only those without an upper bound of their own have the common one.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or any(hasattr(mark, "le") or hasattr(mark, "lt") for field in fields for mark in marks_of(field)):
+        return value
+    most = MAX_INT if isinstance(value, int) else MAX_FLOAT
+    if abs(value) > most:
+        shown = f"{value:.15g}" if abs(value) < 1e300 else "a number beyond 1e300"  # no float can be as large
+        raise ValueError(f"{shown} is out of range, it must be at most {most:.10g}")
+    if 0 < abs(value) < MIN_FLOAT:
+        raise ValueError(f"{value:g} is out of range, it must be 0 or at least {MIN_FLOAT:g}")
+    return value
 
 
 def refuse_newer(what: str, found: int, newest: int) -> None:

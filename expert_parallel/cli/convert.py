@@ -9,12 +9,18 @@ from typing import Annotated
 
 import typer
 
-from expert_parallel.cli.options import exit_on_user_error
+from expert_parallel.cli.options import MAX_SEED, exit_on_user_error
 
 convert = typer.Typer(no_args_is_help=True, help="Import, export and upcycle models (Hugging Face format).")
 
 ShardGB = Annotated[
-    float, typer.Option("--shard-gb", min=0.001, help="largest size of a file in GiB; at most one is in memory")
+    float,
+    typer.Option(
+        "--shard-gb",
+        min=0.001,
+        max=1e6,
+        help="largest size of a file in GiB; at most one is in memory",
+    ),
 ]
 
 
@@ -62,10 +68,11 @@ def upcycle_command(
     experts: Annotated[int, typer.Option(min=2, help="copies of each feed-forward network")],
     k: Annotated[int, typer.Option("--k", min=1, help="copies that each token is routed to")] = 2,
     noise: Annotated[
-        float, typer.Option(min=0, help="Gaussian noise per copy, in standard deviations of each matrix")
+        float,
+        typer.Option(min=0, max=1e6, help="Gaussian noise per copy, in standard deviations of each matrix"),
     ] = 0.0,
     split: Annotated[int, typer.Option(min=1, help="split each copy's hidden columns into this many experts")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="seed of the router and the noise")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="seed of the router and the noise")] = 0,
     check: Annotated[bool, typer.Option(help="compare outputs with the dense model; needs memory for both")] = True,
     shard_gb: ShardGB = 2.0,
 ) -> None:

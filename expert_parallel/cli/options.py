@@ -19,6 +19,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="settings that override the file, such as training.steps=100"),
 ]
 Level = Literal["debug", "info", "warning", "error"]
+MAX_SEED = 2**63 - 1  # of an int64
 LogLevel = Annotated[Level, typer.Option(help="lowest level of the log messages on stderr, on every rank")]
 
 

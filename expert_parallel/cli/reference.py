@@ -28,6 +28,7 @@ Every setting of a run, and of a study. This page is generated from the typed se
   `$$` is a `$`. A variable that is not set is refused. The run's own `config.yaml` has the paths as expanded.
 - A text that has a meaning in YAML (`yes`, `1.5`, `*.txt`, `%x`) must stand in quotes in a file. Octal numbers (`010`)
   and numbers of base 60 (`1:30`), which exist in YAML 1.1 alone, are refused.
+- Where no upper bound is given, whole numbers go up to 2,147,483,647, others up to 1e30 and, but for 0, from 1e-30.
 - A block with a `kind` has the settings of that kind alone. Another name of a setting, in parentheses below its path,
   may be used in its place, in files and on the command line; resolved configs have the first name.
 - `model.moe.preset` changes the defaults of `model.moe.router`, `model.moe.capacity` and `model.moe.losses`; their

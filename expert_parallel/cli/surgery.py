@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expert_parallel.cli.options import exit_on_user_error
+from expert_parallel.cli.options import MAX_SEED, exit_on_user_error
 
 if TYPE_CHECKING:
     from expert_parallel.interop.surgery import Surgery
@@ -19,7 +19,13 @@ experts = typer.Typer(no_args_is_help=True, help="Add, remove or merge the exper
 Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="a run folder (its newest checkpoint) or a checkpoint")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="the run folder to create")]
 ShardGB = Annotated[
-    float, typer.Option("--shard-gb", min=0.001, help="largest size of a file in GiB; at most one is in memory")
+    float,
+    typer.Option(
+        "--shard-gb",
+        min=0.001,
+        max=1e6,
+        help="largest size of a file in GiB; at most one is in memory",
+    ),
 ]
 Check = Annotated[bool, typer.Option(help="print the loss before and after; needs memory for both models")]
 
@@ -29,8 +35,11 @@ def add_command(
     source: Source,
     out: Out,
     like: Annotated[str, typer.Option(help="experts to copy, such as 3,5; copies come after the existing ones")],
-    noise: Annotated[float, typer.Option(min=0, help="Gaussian noise on the copies, in standard deviations")] = 0.01,
-    seed: Annotated[int, typer.Option(min=0, help="seed of the noise")] = 0,
+    noise: Annotated[
+        float,
+        typer.Option(min=0, max=1e6, help="Gaussian noise on the copies, in standard deviations"),
+    ] = 0.01,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="seed of the noise")] = 0,
     shard_gb: ShardGB = 2.0,
     check: Check = True,
 ) -> None:

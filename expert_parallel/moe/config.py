@@ -25,7 +25,7 @@ class MoEConfig(Settings):
     `gshard`, `shazeer`, `v_moe`, `deepseek_v3`, `expert_choice`, `hash_layers` or `s_base`."""
     d_model: Annotated[int, Field(ge=1)] | None = None
     """Sets the hidden size of a layer that is used alone; in a model it is `model.d_model`."""
-    num_experts: int = Field(ge=1)
+    num_experts: int = Field(ge=1, le=1_000_000)
     """Sets the number of routed experts, over all ranks."""
     router: RouterConfig = TopKRouterConfig()
     """Chooses the experts of each token and their weights."""

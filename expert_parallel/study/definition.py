@@ -45,7 +45,7 @@ class StudyConfig(Settings):
     continues with all seeds."""
     trial_steps: int = Field(ge=1)
     """Sets the number of steps of each learning rate's trial."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, le=2**63 - 1)]] = Field(min_length=1)
     """Lists the seeds of the full-length runs."""
     jobs: int = Field(default=1, ge=1)
     """Sets the number of runs at a time, each in a process of its own."""

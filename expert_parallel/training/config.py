@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Field, model_validator
 
 from expert_parallel.checkpoint.config import CheckpointConfig
 from expert_parallel.checkpoint.files import list_checkpoints
-from expert_parallel.config import apply_override, dump_tree, escape_path, load_tree, read_settings
+from expert_parallel.config import apply_override, dump_tree, load_tree, read_settings
 from expert_parallel.data.config import DataConfig, StdlibData, TokensData
 from expert_parallel.data.tokenizer import VOCABULARY_SIZE
 from expert_parallel.model.config import ModelConfig, Recompute
@@ -20,7 +20,7 @@ from expert_parallel.moe.experts.grouped import supports_grouped_mm
 from expert_parallel.nn.ffn import w_in_columns
 from expert_parallel.parallel.degrees import EXPERT_ORDER, InterleavedConfig, ParallelConfig, ShardedConfig
 from expert_parallel.runtime.process import RuntimeConfig
-from expert_parallel.settings import CONFIG_VERSION, PathText, Settings, change_paths, refuse_newer
+from expert_parallel.settings import CONFIG_VERSION, PathText, Settings, refuse_newer
 from expert_parallel.training.engines.config import EngineConfig, NativeConfig, validate_engine
 from expert_parallel.training.freeze import AllTrainable, TrainableConfig, validate_trainable
 from expert_parallel.training.optim import CosineConfig, OptimizerConfig, ScheduleConfig
@@ -109,7 +109,7 @@ class Config(Settings):
     refused."""
     run: RunConfig
     """Sets where the run's files are written, and how often it reports."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
     """Seeds the initial weights, the order of the data, dropout and the routers' noise."""
     model: ModelConfig
     """Describes the model: dense without `model.moe`, a mixture of experts with it."""
@@ -250,4 +250,4 @@ def read_config(tree: dict[str, Any], where: str) -> Config:
 
 def dump_config(config: Config) -> str:
     """Returns the resolved config as YAML, from which `load_config` reads the same config."""
-    return dump_tree(change_paths([Config], config.model_dump(mode="json"), escape_path))
+    return dump_tree(config.model_dump(mode="json"), Config)

@@ -23,13 +23,15 @@ from expert_parallel.nn import random
 from expert_parallel.nn.random import Stream
 from expert_parallel.settings import Settings
 
+MAX_FACTOR = 1e6  # beyond the number of experts nothing is dropped; a capacity must fit into an int64
+
 
 class DroplessConfig(Settings):
     """Sends every choice to its expert, without a capacity (MegaBlocks, Gale et al. 2022)."""
 
     kind: Literal["dropless"] = "dropless"
     receive_bound: float | None = Field(
-        default=None, ge=1, validation_alias=AliasChoices("receive_bound", "max_received_factor")
+        default=None, ge=1, le=MAX_FACTOR, validation_alias=AliasChoices("receive_bound", "max_received_factor")
     )
     """Drops choices beyond ceil(receive_bound * choices of the expert-parallel group / its ranks) on a rank, which
     bounds its memory; null drops nothing."""
@@ -66,9 +68,9 @@ class FactorConfig(CapacitySettings):
     al. 2020; Switch, Fedus et al. 2021, eq. 3)."""
 
     kind: Literal["factor"]
-    train: float = Field(default=1.25, gt=0)
+    train: float = Field(default=1.25, gt=0, le=MAX_FACTOR)
     """Sets the capacity factor in training."""
-    eval: float = Field(default=2.0, gt=0)
+    eval: float = Field(default=2.0, gt=0, le=MAX_FACTOR)
     """Sets the capacity factor in evaluation."""
     minimum: int = Field(default=4, ge=0)
     """Sets the smallest capacity of an expert, in choices of a scope."""

@@ -320,7 +320,7 @@ class HashConfig(TokenChoiceSettings):
     kind: Literal["hash"]
     k: int = Field(default=1, ge=1)
     """Sets the number of experts that each token is sent to."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
     """Seeds the hash."""
 
 
