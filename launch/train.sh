@@ -9,7 +9,8 @@
 #   torchrun options   such as --max-restarts 3, or for each node of two:
 #                      --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500
 #
-# Variables that are already set are kept: OMP_NUM_THREADS (default: cores / N), MALLOC_*_, TORCH_CPP_LOG_LEVEL.
+# Variables that are already set are kept: OMP_NUM_THREADS (default: cores / N), MALLOC_*_,
+# TORCH_CPP_LOG_LEVEL, GLOO_SOCKET_IFNAME.
 
 set -euo pipefail
 source "$(dirname "$0")/install.sh"
@@ -42,7 +43,16 @@ done
 
 # One node needs no address to meet at; who gives one means several nodes, which wait for each other as long as ranks do
 # (runtime.rendezvous_seconds), unless torchrun is told otherwise.
-case " $*" in *" --nnodes"* | *" --rdzv"* | *" --master"*) ;; *) set -- --standalone "$@" ;; esac
+case " $*" in
+    *" --nnodes"* | *" --rdzv"* | *" --master"*) ;;
+    *) # by the loopback interface: this host's name may have no address, or one that a firewall closes
+        set -- --standalone --local-addr 127.0.0.1 "$@"
+        export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
+        # When a rank is gone, torch's stores print frames of C++ around the one sentence that says who. On several
+        # nodes its warnings stay, since they also name hosts that are unknown.
+        export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
+        ;;
+esac
 case " $*" in *" --rdzv-conf"*) ;; *" --rdzv-endpoint"*) set -- --rdzv-conf join_timeout=300 "$@" ;; esac
 
 if [[ -z ${OMP_NUM_THREADS:-} ]]; then
@@ -51,8 +61,6 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then
 fi
 # Restarts after a lost worker fail in torch 2.13 without this (pytorch#135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
-# When a rank is gone, torch's stores print frames of C++ around the one sentence that says who.
-export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 # glibc gives large blocks back to the kernel and faults them in anew at each step, which on a CPU can cost as much as
 # the arithmetic: keep them.
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824}

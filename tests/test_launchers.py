@@ -1,5 +1,6 @@
 """What each launcher's variables say of a process; contradictions and gaps are refused by name."""
 
+import re
 import sys
 from types import SimpleNamespace
 
@@ -53,6 +54,32 @@ def mpi_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         launchers, "mpi_rendezvous", lambda rank, size, is_one_host: ((f"node0 of {size}", 4321), "An MPI 5.0")
     )
+
+
+@pytest.mark.parametrize(
+    ("host", "problem"),
+    [
+        ("node0:29500", "alone, without its port"),
+        ("[::1]:29500", "alone, without its port"),
+        ("", "alone"),
+        ("node 0", "alone"),
+        ("[::1]", "alone"),
+        ("http://node0", "alone"),
+        ("a..b", "with 1 to 63 characters between dots"),
+        ("n" * 64, "with 1 to 63 characters between dots"),
+    ],
+)
+def test_a_malformed_address_is_refused_at_once(host: str, problem: str) -> None:
+    sentence = (
+        f"the environment variable MASTER_ADDR is {host!r}, expected the name or the address of a host, {problem}"
+    )
+    with pytest.raises(LaunchError, match=f"^{re.escape(sentence)}$"):
+        read_launch(ENV | {"MASTER_ADDR": host})
+
+
+@pytest.mark.parametrize("host", ["node_0", "node-0.local.", "10.0.0.1", "::1", "fe80::1%eth0"])
+def test_an_address_may_be_a_name_or_a_number(host: str) -> None:
+    assert read_launch(ENV | {"MASTER_ADDR": host}).master == (host, 29500)
 
 
 def without(environment: dict[str, str], name: str) -> dict[str, str]:

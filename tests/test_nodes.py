@@ -44,6 +44,14 @@ def test_torchrun_on_two_nodes(cluster: Cluster, processes: Processes, tmp_path:
     assert losses(tmp_path / "run") == pytest.approx(losses_here(4, tmp_path), rel=1e-12, abs=0)
 
 
+def test_train_sh_where_the_hosts_own_name_has_no_address(processes: Processes, tmp_path: Path) -> None:
+    """On one node no name is needed, neither by torchrun nor by gloo."""
+    script = f"hostname own-name.invalid; exec bash launch/train.sh {small_config(tmp_path)} --nproc 2"
+    process = processes.start("alone", ["unshare", "--uts", "bash", "-c", script])
+    ends_well(processes, process)
+    assert "started by torchrun: own-name.invalid 0-1" in process.output
+
+
 def start_deepspeed(cluster: Cluster, processes: Processes, hosts: list[str], config: Path, *overrides: str) -> Process:
     """Its launcher on n0 starts a rank on each host by pdsh, which brings along only what .deepspeed_env names."""
     need_programs({"pdsh": "pdsh"})

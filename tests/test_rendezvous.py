@@ -1,17 +1,20 @@
 """The meeting of the ranks, with threads for ranks. What keeps them from meeting is in test_start_faults.py, with
 processes."""
 
+import re
 import shutil
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from expert_parallel.runtime import rendezvous
+from expert_parallel.runtime import addresses, rendezvous
 from expert_parallel.runtime.launchers import Launch, LaunchError
 from expert_parallel.runtime.rendezvous import RankInfo, Rendezvous, format_hosts, join_rendezvous
 
@@ -50,6 +53,28 @@ def test_all_come_and_know_each_other(port: int) -> None:
     for meeting in meetings:
         assert [info.rank for info in meeting.rank_infos] == [0, 1, 2]
         assert {info.host for info in meeting.rank_infos} == {socket.gethostname()}
+
+
+@pytest.mark.parametrize("local_world_size", [2, 1])
+def test_a_host_that_does_not_know_its_own_name(
+    local_world_size: int, port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It needs no name if all ranks are on it; on several hosts it is named, first in a warning."""
+    own = "own-name.invalid"
+    monkeypatch.setattr(socket, "gethostname", lambda: own)
+    monkeypatch.setattr(addresses, "WARN_AFTER_SECONDS", 0.2)
+    ranks = [replace(launch(rank, 2, port, own), local_world_size=local_world_size, local_rank=0) for rank in range(2)]
+    if local_world_size == 2:
+        assert all(
+            isinstance(met, Rendezvous) for met in at_once(*(partial(join_rendezvous, r, SECONDS) for r in ranks))
+        )
+        return
+    (sentence,) = at_once(partial(join_rendezvous, ranks[1], timedelta(seconds=1)))
+    assert re.match(rf"rank 1 on host {own} does not know its own host's name '{own}' \(.*\), .* within 1 s", sentence)
+    assert "/etc/hosts" in sentence
+    assert [f"{own}' (" in record.message and "waiting up to 1 s" in record.message for record in caplog.records] == [
+        True
+    ]
 
 
 def test_one_process_alone_meets_nobody() -> None:

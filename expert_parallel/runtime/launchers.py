@@ -14,7 +14,9 @@ The first row that matches is used: torchrun started by srun or mpirun is torchr
 import re
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from expert_parallel.runtime.mpi.backend import load_mpi, mpi_version_line
 
@@ -77,7 +79,7 @@ def _from_rank_variables(environment: Environment) -> Launch:
         _require_int(environment, "WORLD_SIZE"),
         _require_int(environment, "LOCAL_RANK"),
         _require_int(environment, local),
-        (_require(environment, "MASTER_ADDR"), _require_port(environment, "MASTER_PORT")),
+        (_require_host(environment, "MASTER_ADDR"), _require_port(environment, "MASTER_PORT")),
         hosts_store=rank == 0 and not is_agents_store,
         restart_count=environment.get("TORCHELASTIC_RESTART_COUNT", "") if is_agents_store else "",
     )
@@ -112,7 +114,8 @@ def _from_slurm(environment: Environment) -> Launch:
             f"SLURM_NODEID is {node} but SLURM_STEP_TASKS_PER_NODE ({environment['SLURM_STEP_TASKS_PER_NODE']}) names "
             f"{len(tasks)} nodes"
         )
-    host = environment.get("MASTER_ADDR") or parse_first_host(_require(environment, "SLURM_STEP_NODELIST"))
+    nodes = _require(environment, "SLURM_STEP_NODELIST")
+    host = _require_host(environment, "MASTER_ADDR") if environment.get("MASTER_ADDR") else parse_first_host(nodes)
     job = _require_int(environment, "SLURM_JOB_ID") * 7 + _require_int(environment, "SLURM_STEP_ID")
     port = SLURM_PORTS[job % len(SLURM_PORTS)]
     if "MASTER_PORT" in environment:
@@ -201,6 +204,28 @@ def _require_port(environment: Environment, name: str) -> int:
     if not 0 < port < 2**16:
         raise LaunchError(f"the environment variable {name} is {port}, a port is a number from 1 to {2**16 - 1}")
     return port
+
+
+def _require_host(environment: Environment, name: str) -> str:
+    """Returns a variable as the name or address of a host. Raises LaunchError if it is missing or none."""
+    host = _require(environment, name)
+    with suppress(ValueError):
+        return str(ip_address(host))  # v4 or v6, whose colons begin no port
+    problem = ""
+    if re.fullmatch(r"\[?[^\s/\[\]]+\]?:[0-9]+", host):
+        problem = "alone, without its port"
+    elif not re.fullmatch(r"[^\s/:\[\]@,]+", host):
+        problem = "alone"
+    else:
+        try:
+            host.encode("idna")
+        except UnicodeError:
+            problem = "with 1 to 63 characters between dots"
+    if problem:
+        raise LaunchError(
+            f"the environment variable {name} is {host!r}, expected the name or the address of a host, {problem}"
+        )
+    return host
 
 
 def parse_tasks_per_node(text: str) -> list[int]:

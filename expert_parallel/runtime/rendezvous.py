@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from expert_parallel import __version__
+from expert_parallel.runtime.addresses import resolvable_host
 from expert_parallel.runtime.launchers import Launch, LaunchError
 from expert_parallel.settings import changed_settings
 
@@ -204,20 +205,8 @@ def open_store(launch: Launch, timeout: timedelta, hosts_store: bool) -> dist.St
     Raises LaunchError if the port cannot be opened, or nothing answers there within `timeout`.
     """
     assert launch.master is not None
-    host, port = launch.master
     deadline = time.monotonic() + timeout.total_seconds()
-    while True:  # the name of a container or node may take a while to resolve
-        try:
-            socket.getaddrinfo(host, port)
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise LaunchError(
-                    f"rank {launch.rank} on host {socket.gethostname()} does not know the host {host!r} "
-                    f"({error.strerror}), where rank 0 should be, for {timeout.total_seconds():g} s: see MASTER_ADDR, "
-                    "or the launcher's list of hosts"
-                ) from error
-            time.sleep(min(0.5, timeout.total_seconds() / 10))
+    host, port = resolvable_host(launch, timeout.total_seconds()), launch.master[1]
     seconds = max(1.0, deadline - time.monotonic())
     try:
         open_here = partial(
