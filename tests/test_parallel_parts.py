@@ -1,8 +1,9 @@
 """The parts of tensor, context and pipeline parallelism, each against one rank: values and gradients in float64. Whole
 models on whole layouts are in test_training.py."""
 
+import math
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -382,6 +383,36 @@ def breach(rank: int) -> None:
 
 def test_an_error_in_a_stage_keeps_its_type() -> None:
     run_ranks(2, breach)
+
+
+def uneven(rank: int) -> list[str]:
+    """The errors of whole models, and of attention alone on 3 of 6 positions."""
+    sentences = []
+    for degrees in ({"cp": 2}, {"tp": 2}, {"cp": 2, "pp": 2}):
+        if dist.get_world_size() == math.prod(degrees.values()):
+            _, model = build_on({"world": dist.get_world_size(), **degrees}, model_config(), seed=1)
+            tokens = torch.zeros(2, 7, dtype=torch.int64)
+            run: Any = partial(model, tokens, StepContext())
+            if isinstance(model, Pipeline):
+                run = partial(model.forward_backward, PipelineStep([tokens] * 2, [StepContext()] * 2))
+            with pytest.raises(ValueError, match="sequence length") as error:
+                run()
+            sentences.append(str(error.value))
+    if dist.get_world_size() == 2:
+        mesh = mesh_of(2, cp=2)
+        assert mesh.cp_group is not None
+        with pytest.raises(ValueError, match="sequence length") as error:
+            ContextParallelAttention(SequenceShard.of(mesh), mesh.cp_group)(*[random(1, 2, 3, 4)] * 3)
+        sentences.append(str(error.value))
+    return sentences
+
+
+def test_a_length_that_ranks_cannot_divide_is_refused_on_all() -> None:
+    text = "the sequence length ({}) is not a multiple of {}: sequences are divided evenly over parallel.cp ({}, two "
+    text += "chunks a rank) and parallel.tp ({})"
+    cases = [(7, 4, 2, 1), (7, 2, 1, 2), (6, 4, 2, 1)]
+    assert run_ranks(2, uneven) == [[text.format(*case) for case in cases]] * 2
+    assert run_ranks(4, uneven) == [[text.format(7, 4, 2, 1)]] * 4
 
 
 def test_divide_wants_no_values() -> None:

@@ -43,8 +43,8 @@ class ContextParallelAttention:
 
         In the backward pass each rank gets the sum of all ranks' gradients for its own positions.
         """
-        gathered = GatherTokens.apply(x, self.group)
-        return gathered.index_select(-2, self.place.all_contexts(gathered.shape[-2]).argsort().to(x.device))
+        order_L = self.place.all_contexts(self.place.cp * x.shape[-2]).argsort()  # before the ranks wait for each other
+        return GatherTokens.apply(x, self.group).index_select(-2, order_L.to(x.device))
 
     def attend_to_gathered(
         self,

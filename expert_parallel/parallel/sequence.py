@@ -40,7 +40,15 @@ class SequenceShard:
 
     def context(self, length: int) -> Tensor:
         """Returns the positions that the tensor parallel ranks of this context parallel rank hold together, int64
-        (length / cp), ascending."""
+        (length / cp), ascending. Raises ValueError if the ranks cannot hold equally many.
+
+        A model computes them before it communicates, so that all ranks raise the error.
+        """
+        if length % (unit := sequence_length_multiple(self.cp, self.tp)):
+            raise ValueError(
+                f"the sequence length ({length}) is not a multiple of {unit}: sequences are divided evenly over "
+                f"parallel.cp ({self.cp}, two chunks a rank) and parallel.tp ({self.tp})"
+            )
         if self.cp == 1:
             return torch.arange(length)
         chunks = torch.arange(length).chunk(2 * self.cp)
