@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.routers.registry import RegisteredRouterConfig
-from expert_parallel.settings import Settings, blocks_in, blocks_of, find_setting
+from expert_parallel.settings import Settings, blocks_in, blocks_of, find_setting, kinds_of
 from expert_parallel.training.check import format_config_report
 from expert_parallel.training.config import Config, load_config, read_config
 from tests.launches import small_config
@@ -23,12 +24,14 @@ SECONDS = 20  # for one config, on a busy machine
 # Overrides of small configs in which, together, every setting of every kind occurs.
 ROUTER, POSITION = "model.moe.router=", "model.position="
 YARN = "kind: yarn, factor: 2.0, original_length: 8"
+LOSSES = ", ".join(
+    f"{{kind: {kinds_of(loss)[0]}}}" for _, loss in blocks_in(MoEConfig.model_fields["losses"].annotation)
+)
 CONFIGS = [
     [
         "model.moe.preset=mixtral",
         "model.moe.shared_experts={hidden: 8}",
         "model.moe.d_model=16",
-        "model.moe.losses=[{kind: balance}, {kind: z_loss}]",
         "model.attention={num_heads: 2, head_size: 8, num_kv_heads: 1, window: 4, qk_norm: {kind: per_head}}",
         "run.sample={prompt: x, top_k: 3}",
         "parallel.data={kind: sharded, shards: 1, expert_shards: 1}",
@@ -53,6 +56,7 @@ CONFIGS = [
     ],
     [
         ROUTER + "{kind: noisy_top_k, k: 2, noise: normal, std: 0.5}",
+        f"model.moe.losses=[{LOSSES}]",
         "model.moe_blocks={kind: every_nth, n: 2}",
         "model.ffn={hidden: 8}",
         "training.schedule={kind: constant}",
