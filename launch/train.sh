@@ -47,7 +47,8 @@ case " $*" in
     *" --nnodes"* | *" --rdzv"* | *" --master"*) ;;
     *) # by the loopback interface: this host's name may have no address, or one that a firewall closes
         set -- --standalone --local-addr 127.0.0.1 "$@"
-        export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
+        [ "$(uname)" = Darwin ] && loopback=lo0 || loopback=lo
+        export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$loopback}
         # When a rank is gone, torch's stores print frames of C++ around the one sentence that says who. On several
         # nodes its warnings stay, since they also name hosts that are unknown.
         export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
