@@ -33,7 +33,7 @@ while (($#)); do
 done
 [[ ${1:-} != -- ]] || shift # what is left are torchrun's options
 ((${#arguments[@]})) || fail "no config given; usage: bash launch/train.sh CONFIG, or -h for more"
-[[ -f ${arguments[0]} ]] || fail "there is no config file ${arguments[0]}"
+[[ -f ${arguments[0]} || -f ${arguments[0]}/config.yaml ]] || fail "there is no config file ${arguments[0]}, nor a run in such a folder"
 
 [[ -x $PYTHON ]] || PYTHON=python3
 "$PYTHON" -c 'from importlib.util import find_spec; assert find_spec("torch") and find_spec("expert_parallel")' 2>/dev/null ||
