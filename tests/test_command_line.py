@@ -25,8 +25,8 @@ from typer.testing import CliRunner, Result
 from expert_parallel.__main__ import main
 from expert_parallel.cli.app import app
 from expert_parallel.model.parallelize import build_model
-from expert_parallel.training.check import state_bytes_per_rank
 from expert_parallel.training.config import DTYPES, Config, load_config
+from expert_parallel.training.memory import state_memory
 from expert_parallel.training.setup import check_degrees
 from tests.launches import ROOT, run_configs, run_folder, small_config, start
 
@@ -412,7 +412,7 @@ def test_check_knows_the_memory_of_a_rank(config_file: Path) -> None:
 
     def state_bytes(world_size: int, *overrides: str) -> int:
         config = load_config(config_file, overrides)
-        return state_bytes_per_rank(config, check_degrees(config, world_size))
+        return round(state_memory(config, check_degrees(config, world_size)).state)
 
     for dtype, width in (("float64", 8), ("float32", 4), ("bfloat16", 4)):
         config = load_config(config_file, ["parallel.ep=1", f"training.dtype={dtype}"])

@@ -23,9 +23,10 @@ from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.runtime.launchers import Launch
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.training import loop
-from expert_parallel.training.check import format_config_report, state_bytes_per_rank
+from expert_parallel.training.check import format_config_report
 from expert_parallel.training.config import DTYPES, Config, TrainingConfig, load_config
 from expert_parallel.training.engines.build import ENGINES
+from expert_parallel.training.memory import state_memory
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.step import evaluate, train_step
 from tests.launches import small_config, start
@@ -446,8 +447,8 @@ def test_check_names_the_engine_and_its_memory() -> None:
     assert "edp 2, ep 2, etp 1, replicated, DeepSpeed ZeRO 2\n" in text
     counts = config(NATIVE).model.parameter_counts()
     degrees = config(NATIVE).parallel.degrees(4)
-    assert state_bytes_per_rank(config(zero(2)), degrees) == 4 * (counts.dense * 2 + counts.experts // 2 * 3)
-    assert state_bytes_per_rank(config(zero(0)), degrees) == state_bytes_per_rank(config(NATIVE), degrees)
+    assert state_memory(config(zero(2)), degrees).state == 4 * (counts.dense * 2 + counts.experts // 2 * 3)
+    assert state_memory(config(zero(0)), degrees) == state_memory(config(NATIVE), degrees)
 
 
 # ---------------------------------------------------------------------------------------------- by the command line

@@ -94,6 +94,7 @@ def test_the_layout_guide_is_what_check_counts() -> None:
     for _, size, ranks, settings, _, memory, *_ in rows:
         name = size.split("`")[0]
         command = ["check", f"configs/{name}.yaml", "--world-size", ranks.replace(",", ""), *settings.split()]
+        command.append("runtime.device=cuda")
         output = CliRunner().invoke(app, command).output
         (line,) = re.findall(r"^memory of a rank .*$", output, re.MULTILINE)
         counted = [float(number) for number in re.findall(r"([\d.]+) GiB", line)]

@@ -19,6 +19,7 @@ from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.save import CheckpointSaver
 from expert_parallel.cli.verify import build_verification_spec
 from expert_parallel.data.batch import MicroBatch, shard_bounds
+from expert_parallel.model.activation_memory import block_memory
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext, pass_seed, token_batch
 from expert_parallel.moe.layer import MoELayer
@@ -27,9 +28,10 @@ from expert_parallel.moe.routers.registry import build_router
 from expert_parallel.nn import random
 from expert_parallel.nn.random import Stream
 from expert_parallel.runtime.process import CPU, Launch, Runtime
-from expert_parallel.training.check import format_config_report, gathered_bytes_per_rank
+from expert_parallel.training.check import format_config_report
 from expert_parallel.training.config import Config, load_config
 from expert_parallel.training.engines.native import NativeEngine
+from expert_parallel.training.memory import Gathered, pass_sizes
 from expert_parallel.training.setup import build, check_degrees
 from expert_parallel.training.step import train_step
 from expert_parallel.verify.compare import TOLERANCES
@@ -74,12 +76,16 @@ def test_the_page_has_every_system() -> None:
     assert [row[1].strip("`").removesuffix(".yaml") for row in rows_of_page()] == SYSTEMS
 
 
+def on_gpus(file: str) -> Config:
+    return load_config(ROOT / "configs" / file, ["runtime.device=cuda"])
+
+
 @pytest.mark.parametrize("row", rows_of_page(), ids=lambda row: row[1].strip("`"))
 def test_check_counts_what_the_page_says(row: list[str]) -> None:
     """And no number of the page is another than `check` prints; nothing of that size is allocated."""
     _, file, world_size, _, counted, memory = row
     with Allocations() as made:
-        text = format_config_report(config_of(file.strip("`").removesuffix(".yaml")), int(world_size.replace(",", "")))
+        text = format_config_report(on_gpus(file.strip("`")), int(world_size.replace(",", "")))
     assert made.largest <= 8192  # ranks, experts, blocks; not weights
     said = dict(line.split("  ", 1) for line in text.partition("\n\n")[2].splitlines() if "  " in line)
     total, active = counted.split(" / ")
@@ -98,16 +104,14 @@ def test_exact_counts() -> None:
 
 
 def test_weights_that_stay_gathered_count() -> None:
-    """Switch-C without `reshard_after_forward`: attention, router, norms and 4 experts of 29 more blocks, bfloat16."""
-    kept, given_up = (
-        load_config(ROOT / "configs" / "switch-2048.yaml", [f"parallel.data.reshard_after_forward={value}"])
-        for value in ("false", "true")
-    )
-    more = gathered_bytes_per_rank(kept, check_degrees(kept, 512)) - gathered_bytes_per_rank(
-        given_up, check_degrees(given_up, 512)
-    )
-    block = 4 * 2080 * 2048 + 2048 * 2080 + 2 * 2080 + 4 * 2 * 2080 * 6144
-    assert more == pytest.approx(29 * block * 2, abs=1)
+    """Switch-C without `reshard_after_forward`, at its loss: attention, router and 4 experts of its 30 blocks, in
+    bfloat16, beside a table of 7 numbers."""
+    config = load_config(ROOT / "configs" / "switch-2048.yaml", ["parallel.data.reshard_after_forward=false"])
+    model, sizes = config.model, pass_sizes(config, check_degrees(config, 512), "cuda")
+    assert (model.num_layers, model.moe_layers, model.ffn) == (30, list(range(30)), None)
+    weights = sum(part.weights for block in range(30) for part in block_memory(model, block, sizes))
+    assert weights == 30 * (4 * 2080 * 2048 + 2048 * 2080 + 4 * 2 * 2080 * 6144)
+    assert Gathered.of(config, sizes, weights, 7).always == 2 * (weights + 7)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

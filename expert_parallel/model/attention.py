@@ -64,11 +64,6 @@ class HeadsConfig(Settings):
         return "head_size", self.head_size
 
     @property
-    def activations_per_token(self) -> int:
-        """Returns how many values per token the backward pass needs: queries, keys, values and the heads' outputs."""
-        return (2 * self.num_heads + 2 * self.kv_heads) * self.head_size
-
-    @property
     def multiplications_per_key(self) -> int:
         """Returns how many multiplications a token takes for each token that it attends to (query times key, and weight
         times value), over all heads."""

@@ -58,11 +58,6 @@ class LatentAttentionConfig(Settings):
         return "rope_size", self.rope_size
 
     @property
-    def activations_per_token(self) -> int:
-        """Returns how many values per token the backward pass needs: queries, keys, values and the heads' outputs."""
-        return self.num_heads * 2 * (self.key_size + self.value_size)
-
-    @property
     def multiplications_per_key(self) -> int:
         """Returns how many multiplications a token takes for each token that it attends to (query times key, and weight
         times value), over all heads."""

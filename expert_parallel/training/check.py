@@ -3,148 +3,25 @@ rank."""
 
 import math
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 
 from expert_parallel.data.config import TokensData
 from expert_parallel.data.open import open_data
+from expert_parallel.model.activation_memory import Device
 from expert_parallel.model.parallelize import split_into_stages
 from expert_parallel.moe.capacity.policies import DroplessConfig, block_capacities
-from expert_parallel.parallel.degrees import ParallelDegrees, ShardedConfig, format_rank_table, shard_counts
+from expert_parallel.parallel.degrees import ParallelDegrees, format_rank_table
 from expert_parallel.parallel.placement import ExpertPlacement
-from expert_parallel.training.config import DTYPES, Config, dump_config
-from expert_parallel.training.engines.config import DeepSpeedConfig
+from expert_parallel.training.config import Config, dump_config
+from expert_parallel.training.dead_settings import dead_settings
+from expert_parallel.training.memory import estimate_memory, state_memory
 from expert_parallel.training.setup import check_degrees, data_requirements, format_degrees
 
 GIB = 1024**3
 MAX_GRID_RANKS = 64  # the grid of a larger world is not printed
 NO_DATA = "none yet: data.corpora is empty"
 MAX_LISTED_BLOCKS = 8  # longer lists of blocks are abbreviated
-
-
-def state_bytes_per_rank(config: Config, degrees: ParallelDegrees) -> int:
-    """Returns the bytes of weights, gradients and both Adam moments on the rank that holds the most.
-
-    All are in float32 (float64 for float64 models). Those that DeepSpeed offloads to host memory are counted, too.
-    Parameters that tensor parallelism replicates (norms, routers, biases: few) are counted as if sharded.
-    """
-    data, engine = config.parallel.data, config.training.engine
-    shards, expert_shards = shard_counts(data, degrees) if isinstance(data, ShardedConfig) else (1, 1)
-    largest_share = _max_expert_fraction(config, degrees, expert_shards)
-    copies, expert_copies = 4 / shards, 4.0
-    if isinstance(engine, DeepSpeedConfig):
-        copies, expert_copies = (
-            zero_values_per_weight(engine, ranks) for ranks in (degrees.dp * degrees.cp, degrees.edp)
-        )
-    stages = [
-        config.model.parameter_counts(part.blocks, is_first=part.is_first, is_last=part.is_last)
-        for part in split_into_stages(config.model, degrees.pp * config.parallel.stages_per_rank)
-    ]
-    numbers = [
-        sum(
-            stage.dense * copies / degrees.tp + stage.experts * largest_share * expert_copies / degrees.etp
-            for stage in stages[pp_rank :: degrees.pp]
-        )
-        for pp_rank in range(degrees.pp)
-    ]
-    width = torch.promote_types(torch.float32, DTYPES[config.training.dtype]).itemsize
-    return round(max(numbers) * width)
-
-
-def _max_expert_fraction(config: Config, degrees: ParallelDegrees, expert_shards: int) -> float:
-    """Returns the largest fraction of the experts on one rank.
-
-    FSDP2 shards whole experts: of 2 experts over 4 ranks, two ranks hold one each.
-    """
-    moe = config.model.moe
-    if moe is None:
-        return 0.0
-    return math.ceil(math.ceil(moe.num_experts / degrees.ep) / expert_shards) / moe.num_experts
-
-
-def zero_values_per_weight(engine: DeepSpeedConfig, ranks: int) -> float:
-    """Returns how many numbers a rank stores for each weight if `ranks` data-parallel ranks shard them by ZeRO.
-
-    These are the weight, its gradient and two moments, and from stage 1 on the float32 copy that is updated. Stage 1
-    shards the moments and the copy, stage 2 also the gradient, stage 3 all of them.
-    """
-    divided = {0: 0, 1: 3, 2: 4, 3: 5}[engine.zero_stage]
-    kept = (4 if engine.zero_stage == 0 else 5) - divided
-    return kept + divided / ranks
-
-
-def gathered_bytes_per_rank(config: Config, degrees: ParallelDegrees) -> int:
-    """Returns an estimate of the bytes of sharded weights that FSDP2 holds unsharded at the same time; 0 without FSDP2.
-
-    They are the weights of one block and the embedding tables with their gradients, in the compute dtype and in the
-    dtype of the reduction; without `reshard_after_forward` also the weights of all other blocks.
-    """
-    model, data = config.model, config.parallel.data
-    if not isinstance(data, ShardedConfig):
-        return 0
-    share = _max_expert_fraction(config, degrees, 1)
-    moe_layers, numbers = set(model.moe_layers), {}
-    for is_moe, block in {
-        block in moe_layers: block for block in range(model.num_layers)
-    }.items():  # one block of each kind
-        count = model.parameter_counts(range(block, block + 1), is_first=False, is_last=False)
-        numbers[is_moe] = count.dense / degrees.tp + count.experts * share / degrees.etp
-    num_tables = 1 if model.tied_embeddings or degrees.pp > 1 else 2
-    whole = max(numbers.values()) + num_tables * model.vocab_size * model.d_model / degrees.tp
-    computed = DTYPES[config.training.dtype]
-    size = whole * (2 * computed.itemsize + torch.promote_types(torch.float32, computed).itemsize)
-    if not data.reshard_after_forward:
-        stages = split_into_stages(model, degrees.pp * config.parallel.stages_per_rank)
-        of_ranks = [
-            [block for stage in stages[rank :: degrees.pp] for block in stage.blocks] for rank in range(degrees.pp)
-        ]
-        most = max(sum(numbers[block in moe_layers] for block in blocks) for blocks in of_ranks)
-        size += (most - max(numbers.values())) * computed.itemsize
-    return round(size)
-
-
-def activation_bytes_per_rank(config: Config, degrees: ParallelDegrees) -> int:
-    """Returns an estimate of the bytes of activations on a rank with the first pipeline stage: those that blocks keep
-    for the backward pass, those of recomputation, and logits, for all micro-steps that are in progress at the same
-    time.
-
-    Experts are assumed to be balanced. For recomputation, only the block with the most recomputed activations counts.
-    """
-    model, training = config.model, config.training
-    tokens = training.global_batch // training.micro_steps * training.sequence_length / degrees.dp / degrees.cp
-    stages = split_into_stages(model, degrees.pp * config.parallel.stages_per_rank)
-    blocks = list(chain.from_iterable(stage.blocks for stage in stages[:: degrees.pp]))
-    kept, again = zip(*(block_bytes_per_token(config, degrees, block) for block in blocks), strict=True)
-    in_flight = min(degrees.pp, training.micro_steps)  # micro-steps whose activations the first stage holds at once
-    logits = model.vocab_size / degrees.tp * (DTYPES[training.dtype].itemsize + 4)
-    return round(tokens * (in_flight * sum(kept) + max(again) + logits))
-
-
-def block_bytes_per_token(config: Config, degrees: ParallelDegrees, block: int) -> tuple[float, float]:
-    """Returns (bytes per token that transformer block number `block` keeps for the backward pass, bytes per token that
-    it recomputes).
-
-    Attention keeps its input, queries, keys, values and output; a feed-forward network its input and hidden values
-    (twice for gated ones); experts the rows of all etp ranks; a router four float32 values per expert.
-    """
-    model, moe = config.model, config.model.moe
-    tp = degrees.tp
-    width = DTYPES[config.training.dtype].itemsize
-    attention = (3 * model.d_model / tp + model.d_model + model.attention.activations_per_token / tp) * width
-    if moe is None or block not in model.moe_layers:
-        assert model.ffn is not None
-        feed_forward, is_moe = 3 * model.ffn.hidden / tp * width, False
-    else:
-        chosen = moe.router.experts_per_token(moe.num_experts)
-        values = chosen * ((1 + degrees.etp) * model.d_model + 3 * moe.experts.hidden)
-        values += 3 * moe.shared_experts.hidden if moe.shared_experts is not None else 0
-        feed_forward, is_moe = (values * width + 4 * 4 * moe.num_experts) / tp, True
-    if config.training.recompute == "block":
-        return model.d_model / tp * width, attention + feed_forward
-    if config.training.recompute == "moe" and is_moe:
-        return attention, feed_forward
-    return attention + feed_forward, 0.0
 
 
 def min_world_size(config: Config) -> int:
@@ -182,16 +59,27 @@ def format_config_report(config: Config, world_size: int | None) -> str:
     lines.append(f"memory of a rank     {format_memory(config, degrees)}")
     if 1 < degrees.world_size <= MAX_GRID_RANKS:
         lines += ["", format_rank_table(degrees, lambda place: format_rank_contents(config, degrees, place))]
+    lines += [f"warning: {sentence}" for sentence in dead_settings(config)]
     return "\n".join(lines)
 
 
 def format_memory(config: Config, degrees: ParallelDegrees) -> str:
-    """Returns the memory estimate of the rank that needs the most, as text."""
-    state, gathered = state_bytes_per_rank(config, degrees), gathered_bytes_per_rank(config, degrees)
-    activations = activation_bytes_per_rank(config, degrees)
-    text = f"{state / GIB:.2f} GiB weights, gradients and optimizer; about {activations / GIB:.2f} GiB activations"
-    text += f" and {gathered / GIB:.2f} GiB of a sharded block while it computes" if gathered else ""
-    return f"{text} (estimate); {(state + activations + gathered) / GIB:.1f} GiB together"
+    """Returns the memory of the rank that needs the most, as text: its state, and all that exists at the highest moment
+    of a step."""
+    estimate = estimate_memory(config, degrees, memory_device(config))
+    names = ("weights", "gradients", "optimizer", "gathered", "activations", "exchanged", "logits", "temporary")
+    parts = ", ".join(f"{name} {getattr(estimate, name) / GIB:.2f}" for name in names if getattr(estimate, name))
+    state = state_memory(config, degrees).state
+    return (
+        f"{state / GIB:.2f} GiB weights, gradients and optimizer; {estimate.total / GIB:.2f} GiB in all (estimate, "
+        f"{memory_device(config)}) at the highest moment of a step, the {estimate.moment}: {parts}"
+    )
+
+
+def memory_device(config: Config) -> Device:
+    """Returns the device for which memory is estimated: `runtime.device`, or the one that `auto` would take here."""
+    kind = config.runtime.device
+    return kind if kind != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _format_count(number: int) -> str:

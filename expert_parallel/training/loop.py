@@ -26,6 +26,7 @@ from expert_parallel.parallel.sequence import SequenceShard
 from expert_parallel.runtime.output import print_line
 from expert_parallel.runtime.process import Runtime, UserError
 from expert_parallel.training.config import Config, dump_config
+from expert_parallel.training.dead_settings import dead_settings
 from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.generate import generate_texts, open_prompt_tokenizer
 from expert_parallel.training.metrics import Metrics, MetricsWriter, format_progress_line, memory_metrics, step_metrics
@@ -242,6 +243,8 @@ def set_up_run(config: Config, runtime: Runtime) -> TrainingRun:
     loads = bool(checkpoints) or config.checkpoint.start_from is not None
     mesh, model, engine = build(config, runtime, degrees, initialize=not loads)
     run = TrainingRun(config, runtime, mesh, model, engine, data.sampler, data.held_out, checkpoints)
+    for sentence in dead_settings(config):
+        run.print_rank_0(f"warning: {sentence}")
     run.print_rank_0(f"data: {data.description}")
     launch = runtime.launch
     run.print_rank_0(
