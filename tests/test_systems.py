@@ -31,7 +31,7 @@ from expert_parallel.runtime.process import CPU, Launch, Runtime
 from expert_parallel.training.check import format_config_report
 from expert_parallel.training.config import Config, load_config
 from expert_parallel.training.engines.native import NativeEngine
-from expert_parallel.training.memory import Gathered, pass_sizes
+from expert_parallel.training.memory import Gathered, estimate_memory, pass_sizes
 from expert_parallel.training.setup import build, check_degrees
 from expert_parallel.training.step import train_step
 from expert_parallel.verify.compare import TOLERANCES
@@ -41,6 +41,7 @@ from tests.launches import ROOT
 from tests.ranks import run_ranks
 
 SYSTEMS = ["uomni", "switch", "switch-2048", "glam", "mixtral-8x7b", "gpt4-class", "1t-20b"]
+SIZES = ["uomni", "uomni-140m", "uomni-140m-dense", *SYSTEMS[1:]]  # the rows of the page's table
 FEWER_EXPERTS = {"switch": 64, "1t-20b": 64}  # of the twins; the others have as many as their originals
 PAGE = (ROOT / "configs" / "README.md").read_text()
 
@@ -57,7 +58,7 @@ def config_of(name: str) -> Config:
 def rows_of_page() -> list[list[str]]:
     """The cells of the page's table of sizes: system, config, world size, published, counted, memory."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines()]
-    return [row for row in rows if len(row) == 6 and row[1].strip("`").removesuffix(".yaml") in SYSTEMS]
+    return [row for row in rows if len(row) == 6 and row[1].strip("`").removesuffix(".yaml") in SIZES]
 
 
 class Allocations(TorchDispatchMode):
@@ -73,7 +74,7 @@ class Allocations(TorchDispatchMode):
 
 
 def test_the_page_has_every_system() -> None:
-    assert [row[1].strip("`").removesuffix(".yaml") for row in rows_of_page()] == SYSTEMS
+    assert [row[1].strip("`").removesuffix(".yaml") for row in rows_of_page()] == SIZES
 
 
 def on_gpus(file: str) -> Config:
@@ -93,6 +94,20 @@ def test_check_counts_what_the_page_says(row: list[str]) -> None:
     numbers = re.findall(r"[\d.]+", memory)
     assert numbers == re.findall(r"[\d.]+(?= GiB)", said["memory of a rank"])
     assert float(numbers[-1]) < 80e9 / 2**30
+
+
+def test_uomni_fits_its_gpu_and_eight_times_its_experts_do_not() -> None:
+    """12 GB; its mixture and its dense twin have the same parameters but for a router in each block."""
+    mixture, dense = (load_config(ROOT / "configs" / f"uomni-140m{name}.yaml") for name in ("", "-dense"))
+    wide = load_config(ROOT / "configs" / "uomni-140m.yaml", ["model.moe.experts.hidden=3072"])
+    assert mixture.model.num_params() - dense.model.num_params() == 18 * 8 * 768
+    assert mixture.model_dump(exclude={"run": True, "model": {"moe", "ffn"}}) == dense.model_dump(
+        exclude={"run": True, "model": {"moe", "ffn"}}
+    )
+    for config in (mixture, dense):
+        assert 120e6 < config.model.num_params() < 140e6
+    *fitting, too_large = (estimate_memory(c, check_degrees(c, 1), "cuda").total for c in (mixture, dense, wide))
+    assert max(fitting) < 12e9 < too_large
 
 
 def test_exact_counts() -> None:
@@ -354,6 +369,22 @@ def test_the_lessons_numbers() -> None:
     assert in_eight == 2 * 256 * 4 * 256, "as many as the dense layer of 4 d"
     assert 8 * 2 * 256 * 512 == 2_097_152
     assert "2,097,152" in PAGE
+
+
+def test_the_lessons_slips() -> None:
+    """What the page says instead: the sums of printed probabilities, the drawing's weights, Mixtral's expert."""
+    drawn, printed = [0.05, 0.12, 0.42, 0.03, 0.38, 0.08, 0.02, 0.01], [0.28, 0.05, 0.21, 0.04, 0.08, 0.16, 0.05, 0.05]
+    for numbers in (drawn, printed):
+        assert f"{', '.join(f'{p:g}' for p in numbers)}, sum" in " ".join(PAGE.split())
+    assert (sum(drawn), sum(printed)) == (pytest.approx(1.11), pytest.approx(0.92))
+    assert route_logits(torch.tensor(drawn, dtype=torch.float64).log().tolist()) == (
+        [2, 4],
+        pytest.approx([0.525, 0.475], abs=1e-9),
+    )
+    mixtral = config_of("mixtral-8x7b").model
+    assert mixtral.moe is not None
+    assert 32 * mixtral.moe.experts.num_params(4096) == 32 * 3 * 4096 * 14336 == pytest.approx(5.6e9, rel=0.01)
+    assert 2 * 8192 * 256 == 4_194_304
 
 
 # ---------------------------------------------------------------------------------------------------------------------

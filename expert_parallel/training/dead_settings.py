@@ -102,12 +102,10 @@ def _capacity(moe: MoEConfig, training: TrainingConfig) -> Iterator[str]:
         )
     if chosen == 1 and not capacity.first_choices_first:
         yield "model.moe.capacity.first_choices_first is false, but model.moe.router.k is 1: each choice is a first one"
+    if capacity.pad:  # for static shapes, whether or not something is dropped
+        return
     # A token chooses an expert once, so no expert gets more choices than there are tokens.
-    if (
-        isinstance(capacity, FactorConfig)
-        and not capacity.pad
-        and min(capacity.train, capacity.eval) * chosen >= experts
-    ):
+    if isinstance(capacity, FactorConfig) and min(capacity.train, capacity.eval) * chosen >= experts:
         yield (
             f"model.moe.capacity.train ({capacity.train:g}) and eval ({capacity.eval:g}) times model.moe.router.k "
             f"({chosen}) are not below model.moe.num_experts ({experts}): every expert has room for every token, so "
