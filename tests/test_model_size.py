@@ -10,6 +10,7 @@ from torch import nn
 
 from expert_parallel.config import load_tree
 from expert_parallel.model.config import ModelConfig, ParameterCounts
+from expert_parallel.model.dense_twin import dense_twins, exchanged_bytes_per_token
 from expert_parallel.model.parallelize import build_model, split_into_stages
 from expert_parallel.model.transformer import StageSpec
 from expert_parallel.moe.parameters import logical_parameters
@@ -117,6 +118,49 @@ def test_a_hundred_thousand_blocks_are_not_built() -> None:
     assert counts.experts == 99_999 * 5 * EXPERT
     dense = 100_000 * (ATTENDING + 2 * 10) + 2 * 10 * 7 + 99_999 * (ROUTING + SHARED)
     assert counts.dense == dense + 10 + 50 * 10
+
+
+def test_a_small_models_dense_twins_by_hand() -> None:
+    """Two blocks of 5 experts of hidden 6 with biases, top-2, and a shared network of hidden 3; swiglu, so a hidden
+    column of the twin has 3 x 10 weights, and biases round to whole columns."""
+    config = small()
+    twins = dense_twins(config, 16)
+    rest = config.num_params() - 2 * (5 * EXPERT + SHARED + ROUTING)
+    for twin, feed_forward in (
+        (twins.equal_operations, 2 * EXPERT + SHARED),
+        (twins.equal_parameters, 5 * EXPERT + SHARED),
+    ):
+        assert twin.hidden == round(feed_forward / 30)
+        assert twin.parameters == twin.active == rest + 2 * 30 * twin.hidden
+        assert twin.operations == 6 * twin.parameters + 3 * 3 * (2 * 2 * 4 * 2 * 8)
+    assert (twins.mixture.hidden, twins.mixture.used) == (5 * 6 + 3, 2 * 6 + 3)
+    assert (twins.mixture.parameters, twins.mixture.active) == (config.num_params(), config.num_active_params())
+
+
+def test_mixtrals_dense_twins_are_mistrals() -> None:
+    """Of transformers, on the meta device: hidden 2 x 14,336 for equal operations, 8 x 14,336 for equal parameters."""
+    transformers = pytest.importorskip("transformers")
+    twins = dense_twins(model_of(ROOT / "configs" / "mixtral-8x7b.yaml"), 4096)
+    routers = 32 * 8 * 4096
+    for twin, experts, params in (
+        (twins.equal_operations, 2, 12_879_925_248 - routers),
+        (twins.equal_parameters, 8, 46_702_792_704 - routers),
+    ):
+        sizes = {"hidden_size": 4096, "intermediate_size": experts * 14336, "num_hidden_layers": 32}
+        heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
+        with torch.device("meta"):
+            mistral = transformers.MistralForCausalLM(transformers.MistralConfig(vocab_size=32000, **sizes, **heads))
+        assert twin.hidden == experts * 14336
+        assert twin.parameters == mistral.num_parameters() == params
+    assert twins.active_share == pytest.approx(0.276, abs=5e-4)
+    assert twins.memory_ratio == pytest.approx(46.70 / 12.88, abs=5e-3)
+    # 6 FLOPs for each weight that is multiplied, and attention to half of 4,096 tokens in 32 blocks.
+    attention, table = 6 * 32 * 4096 * 4096, 32000 * 4096
+    assert twins.equal_parameters.operations == 6 * (46_702_792_704 - routers - table) + attention
+    # A token's 2 experts lie on 2 of 8 ranks, 7 in 8 of these are others; 4,096 bfloat16, there and back, twice.
+    ranks = 8 * (1 - 21 / 28)
+    model = model_of(ROOT / "configs" / "mixtral-8x7b.yaml")
+    assert exchanged_bytes_per_token(model, 8, 2) == pytest.approx(4 * 32 * ranks * 7 / 8 * 4096 * 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from expert_parallel.moe.routers.registry import build_router
 from expert_parallel.nn import random
 from expert_parallel.nn.random import Stream
 from expert_parallel.runtime.process import CPU, Launch, Runtime
-from expert_parallel.training.check import format_config_report
+from expert_parallel.training.check import format_comparison, format_config_report
 from expert_parallel.training.config import Config, load_config
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.memory import Gathered, estimate_memory, pass_sizes
@@ -369,6 +369,28 @@ def test_the_lessons_numbers() -> None:
     assert in_eight == 2 * 256 * 4 * 256, "as many as the dense layer of 4 d"
     assert 8 * 2 * 256 * 512 == 2_097_152
     assert "2,097,152" in PAGE
+
+
+def test_the_page_shows_the_lessons_comparison_as_check_prints_it() -> None:
+    config = load_config(ROOT / "configs" / "uomni.yaml", ["model.moe.experts.hidden=512"])
+    printed = format_comparison(config, check_degrees(config, 1))
+    assert "".join(f"    {line}\n" for line in printed) in PAGE
+    assert next(line for line in printed if line.startswith("this mixture")).endswith("1,024        4,096")
+    assert sum(line.strip().startswith(("size    against", "GPUs    against")) for line in printed) == 2
+
+
+def test_advice_follows_the_configs_numbers() -> None:
+    """Mixtral on 32 ranks: large, and a cluster; two corpora are diverse data; an exchange on one rank is none."""
+    path, corpora = ROOT / "configs" / "mixtral-8x7b.yaml", "data={kind: tokens, corpora: [{path: a}, {path: b}]}"
+    config = load_config(path, [corpora])
+    text = "\n".join(format_comparison(config, check_degrees(config, 32)))
+    for words in (
+        "size    for: above 10 B",
+        "data    for: experts can specialize in 2 corpora",
+        "GPUs    for: 32 ranks",
+    ):
+        assert words in text
+    assert "links   a token's rows are 1,835.0 kB" in text
 
 
 def test_the_lessons_slips() -> None:
