@@ -143,7 +143,11 @@ def _attention(model: ModelConfig, sizes: PassSizes) -> PartMemory:
         gradients = heads * (key + cp * (key + value))
         normed = attention.kv_rank + (attention.query_rank or 0)
         in_steps = sizes.device == "cpu" and value != key  # there torch fuses attention of equally wide values alone
-    kept = rows * (width * (inputs + projected + 2 * heads * value) + wide * heads)
+    kept = rows * (width * (inputs + 2 * heads * value) + wide * heads)
+    if in_steps and not isinstance(attention, HeadsConfig):  # scaled copies, in float32 or wider, and one output
+        kept += rows * (wide * gradients - width * heads * value)
+    else:
+        kept += rows * width * projected
     kept += _norm(None, normed, sizes, rows)[0] + sizes.copies(attention.num_params(model.d_model) / tp)
     temporary = rows * width * gradients
     if in_steps:  # the weights of all pairs of tokens exist, and in the backward pass two gradients of their size
