@@ -33,8 +33,8 @@ class MemoryEstimate:
 
     moment: its name. weights, optimizer: stored through the whole run. gradients: those that exist at this moment.
     gathered: weights that FSDP2 holds whole, and their gradients. activations: kept for the backward pass. exchanged:
-    rows that other ranks sent to the part that computes, kept too. logits: those of the model and of the loss. temporary: tensors of the
-    operations of this moment.
+    rows that other ranks sent to the part that computes, kept too. logits: those of the model and of the loss.
+    temporary: tensors of the operations of this moment.
     """
 
     moment: str
