@@ -36,7 +36,8 @@ from expert_parallel.verify.compare import TOLERANCES, TensorDifference, compare
 from expert_parallel.verify.explain import explain
 from expert_parallel.verify.layouts import SETTINGS, Layout, check_layout, choose_layouts, micro_step_counts
 from expert_parallel.verify.ranks import RankError, spawn_ranks
-from expert_parallel.verify.run import LayoutResult, verify
+from expert_parallel.verify.result import LayoutResult
+from expert_parallel.verify.run import verify
 from expert_parallel.verify.shrink_config import shrink_config
 from expert_parallel.verify.table import print_results
 from tests.launches import ROOT, run_configs, start
@@ -584,7 +585,7 @@ def difference(
         ),
         (
             difference("gradient/blocks.1.moe.experts.3.w_in", 0.5),
-            "exactly 1 / edp; it is averaged over the ranks that",
+            "exactly 1 / edp = 1 / tp; it is averaged over the ranks that",
         ),
         (difference("gradient/embedding.weight", 0.25), "0.25 times what it must be, exactly 1 / dp; it is averaged"),
         (difference("gradient/final_norm.weight", 2.0), "exactly tp; each tensor-parallel rank adds the whole of it"),
@@ -699,7 +700,9 @@ def test_the_command(config_file: Path, launcher: str) -> None:
     assert said.returncode == 0, said.output
     for words in (
         "all 2 layouts compute the same",
-        "2 ranks on cpu, float64, experts by loop" if launcher == "alone" else "2 ranks on cpu (gloo), float64",
+        f"2 ranks on cpu{'' if launcher == 'alone' else ' (gloo)'}, 3 steps in float64, experts by loop",
+        "ep=2, beside 3 steps: a step in float32 with experts by grouped_mm; the checkpoint of tp=2,data=sharded",
+        "tp=2,data=sharded, beside 3 steps: a step in float32 with experts by grouped_mm; the checkpoint of ep=2",
         "made smaller: training.sequence_length 32 -> 8",
         "2 of 2: tp=2,data=sharded",
     ):

@@ -12,11 +12,13 @@ from torch import Tensor
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import ModelConfig
 from expert_parallel.training.config import Config, TrainingConfig
-from expert_parallel.verify import reference as slow
+from expert_parallel.verify import reference_model as slow
 from expert_parallel.verify import system_under_test
 from expert_parallel.verify.compare import actual_tensors, expected_tensors
-from expert_parallel.verify.reference import ReferenceStep, TokenPartition, adamw_step, reference_step
+from expert_parallel.verify.reference import ReferenceStep, reference_step
 from expert_parallel.verify.reference_attention import attention
+from expert_parallel.verify.reference_model import TokenPartition
+from expert_parallel.verify.reference_optimizer import ReferenceState, adamw_step, reference_rate
 from expert_parallel.verify.run import perturb
 from tests.peers import peers_in_float64
 from tests.ranks import run_ranks
@@ -67,8 +69,8 @@ def test_norms_activations_and_cross_entropy_are_torch_s() -> None:
     config = ModelConfig.model_validate(
         {"num_layers": 1, "d_model": 8, "attention": {"num_heads": 1, "head_size": 8}, "ffn": {"hidden": 4}}
     ).norm.model_copy(update={"eps": 0.01})
-    rms = slow._norm(config, {"weight": weight})(x)
-    layer = slow._norm(config.model_copy(update={"kind": "layer_norm"}), {"weight": weight, "bias": bias})(x)
+    rms = slow.norm_function(config, {"weight": weight})(x)
+    layer = slow.norm_function(config.model_copy(update={"kind": "layer_norm"}), {"weight": weight, "bias": bias})(x)
     torch.testing.assert_close(rms, F.rms_norm(x, (8,), weight, 0.01), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(layer, F.layer_norm(x, (8,), weight, bias, 0.01), rtol=1e-12, atol=1e-12)
 
@@ -79,30 +81,51 @@ def test_norms_activations_and_cross_entropy_are_torch_s() -> None:
 
     targets = torch.tensor([[0, 7, 3, 3, 1]])
     expected = F.cross_entropy(x, targets[0], reduction="none")[None]
-    torch.testing.assert_close(slow._cross_entropy(x[None], targets), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(slow.cross_entropy(x[None], targets), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("limit", [None, 0.5, 1e9])
-def test_the_update_is_torch_s_adamw_after_torch_s_clipping(limit: float | None) -> None:
-    """At the first rate of the warm-up, without decay of vectors."""
-    optimizer = {"learning_rate": 0.1, "betas": [0.8, 0.9], "eps": 0.01, "weight_decay": 0.3}
+def test_updates_are_torch_s_adamw_after_torch_s_clipping(limit: float | None) -> None:
+    """Three, during the warm-up, with other gradients each, and without decay of vectors."""
+    optimizer = {"learning_rate": 0.1, "betas": [0.6, 0.9], "eps": 0.01, "weight_decay": 0.3}
     training = training_of(optimizer=optimizer, clip_norm=limit)
-    weights = {"matrix": draw(4, 3), "vector": draw(5, seed=1)}
-    gradients = {"matrix": draw(4, 3, seed=2), "vector": draw(5, seed=3)}
-    norm = float(torch.cat([g.flatten() for g in gradients.values()]).norm())
-
-    parameters = {name: torch.nn.Parameter(value.clone()) for name, value in weights.items()}
-    for name, parameter in parameters.items():
-        parameter.grad = gradients[name].clone()
-    if limit is not None:
-        torch.nn.utils.clip_grad_norm_(parameters.values(), limit)
+    state = ReferenceState.at_start({"matrix": draw(4, 3), "vector": draw(5, seed=1)})
+    parameters = {name: torch.nn.Parameter(value.clone()) for name, value in state.weights.items()}
     groups = [
         {"params": [parameters["matrix"]], "weight_decay": 0.3},
         {"params": [parameters["vector"]], "weight_decay": 0.0},
     ]
-    torch.optim.AdamW(groups, lr=0.1 / 4, betas=(0.8, 0.9), eps=0.01).step()
-    for name, after in adamw_step(training, weights, gradients, norm).items():
-        torch.testing.assert_close(after, parameters[name].detach(), rtol=1e-5, atol=1e-7)  # clip_grad_norm_'s 1e-6
+    torch_s = torch.optim.AdamW(groups, lr=0.1, betas=(0.6, 0.9), eps=0.01)
+    for step in range(3):
+        gradients = {"matrix": draw(4, 3, seed=10 + step), "vector": draw(5, seed=20 + step)}
+        norm = float(torch.cat([g.flatten() for g in gradients.values()]).norm())
+        for name, parameter in parameters.items():
+            parameter.grad = gradients[name].clone()
+        if limit is not None:
+            torch.nn.utils.clip_grad_norm_(parameters.values(), limit)
+        for group in torch_s.param_groups:
+            group["lr"] = 0.1 * (step + 1) / 4
+        torch_s.step()
+        state = adamw_step(training, state, gradients, norm, reference_rate(training, step))
+        for name, parameter in parameters.items():
+            close = {"rtol": 1e-5, "atol": 1e-7}  # clip_grad_norm_ adds 1e-6 to the norm
+            torch.testing.assert_close(state.weights[name], parameter.detach(), **close)
+            torch.testing.assert_close(state.exp_avg[name], torch_s.state[parameter]["exp_avg"], **close)
+            torch.testing.assert_close(state.exp_avg_sq[name], torch_s.state[parameter]["exp_avg_sq"], **close)
+
+
+def test_rates_by_hand() -> None:
+    """A warm-up of 2 steps to 0.1, then half a cosine down to a tenth of it over 2 more steps, or 1 / sqrt."""
+
+    def rates(kind: str) -> list[float]:
+        training = training_of(
+            steps=4, optimizer={"learning_rate": 0.1}, schedule={"kind": kind, "warmup_steps": 2}, clip_norm=None
+        )
+        return [reference_rate(training, step) for step in range(5)]
+
+    assert rates("constant") == pytest.approx([0.05, 0.1, 0.1, 0.1, 0.1])
+    assert rates("cosine") == pytest.approx([0.05, 0.1, 0.1, 0.055, 0.01])
+    assert rates("inverse_sqrt") == pytest.approx([0.05, 0.1, 0.1 * (2 / 3) ** 0.5, 0.1 / 2**0.5, 0.1 * 0.4**0.5])
 
 
 # ------------------------------------------------------------------------------------------------------ the whole
@@ -150,7 +173,8 @@ def test_a_step_is_that_of_transformers_mixtral(micro_steps: int) -> None:
     )
     partition = whole(6 // micro_steps, 8)
     training = training_of(micro_steps=micro_steps)
-    ours = reference_step(model, training, logical_tensors(parameters), sequences_GS, partition, SEED)
+    state = ReferenceState.at_start(logical_tensors(parameters))
+    ours = reference_step(model, training, state, sequences_GS, partition, SEED)
     assert ours.loss == pytest.approx(cross_entropy, rel=1e-10)
     assert set(ours.gradients) == set(gradients)
     for name, expected in gradients.items():
@@ -197,21 +221,26 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def take_a_step(rank: int, tree: dict[str, Any]) -> dict[str, float]:
-    """The largest relative difference between the product alone and the reference, by what is compared."""
+    """The largest relative difference between the product alone and the reference in two steps, by what is compared."""
     config = Config.model_validate(tree)
     initial = system_under_test.initial_weights(config)
     start = perturb(initial, config.seed)
-    training, sequences_GS = config.training, system_under_test.random_sequences(config)
+    training, sequences_GS = config.training, system_under_test.random_sequences(config, num_steps=2)
     partition = whole(training.global_batch // training.micro_steps, training.sequence_length)
-    step = reference_step(config.model, training, start, sequences_GS, partition, config.seed)
-    expected = expected_tensors(step, initial, start)
+    state = ReferenceState.at_start(start)
+    found: list[tuple[str, tuple[Tensor, Tensor]]] = []
     with system_under_test.set_up(config, runtime_of(rank, 1), sequences_GS) as run:
-        before = system_under_test.read_weights(run.model)
         system_under_test.write_weights(run.model, start)
-        pairs = actual_tensors(run, system_under_test.capture_step(run, list(run.batches(0))), before, start, expected)
-    assert set(pairs) == set(expected)
+        before = start
+        for number, sequences in enumerate(sequences_GS.chunk(2)):
+            step = reference_step(config.model, training, state, sequences, partition, config.seed, number)
+            expected, state = expected_tensors(step, state), step.after
+            captured = system_under_test.capture_step(run, list(run.batches(number)), number)
+            pairs = actual_tensors(run, captured, before, expected)
+            assert set(pairs) == set(expected)
+            found, before = [*found, *pairs.items()], captured.weights
     worst: dict[str, float] = {}
-    for name, (actual, wanted) in pairs.items():
+    for name, (actual, wanted) in found:
         what = name.partition("/")[0]
         difference = float((actual - wanted).abs().max()) / max(1e-4, float(wanted.abs().max()))
         worst[what] = max(worst.get(what, 0.0), difference)
@@ -225,15 +254,14 @@ def test_a_step_is_the_product_s_on_one_rank(case: str) -> None:
     config = config_of({"init_std": 0.3, **model}, moe, training=training)
     (worst,) = run_ranks(1, take_a_step, config.model_dump(mode="json"))
     assert max(worst.values()) < 1e-9, worst
-    assert {"loss", "output", "gradient", "gradient norm", "update", "initial weights", "dropped"} <= set(worst)
+    assert {"loss", "output", "gradient", "gradient norm", "update", "exp_avg", "exp_avg_sq", "dropped"} <= set(worst)
 
 
 def reference_of(config: Config, partition: TokenPartition) -> ReferenceStep:
     model = build_model(config.model, dtype=torch.float64, seed=SEED)
     sequences_GS = system_under_test.random_sequences(config)
-    return reference_step(
-        config.model, config.training, system_under_test.read_weights(model), sequences_GS, partition, SEED
-    )
+    state = ReferenceState.at_start(system_under_test.read_weights(model))
+    return reference_step(config.model, config.training, state, sequences_GS, partition, SEED)
 
 
 DIVIDED: TokenPartition = [

@@ -226,6 +226,7 @@ def verify(
     dtype: Annotated[str, typer.Option(help="compute dtype: float64, float32 or bfloat16")] = "float64",
     full: Annotated[bool, typer.Option("--full", help="use the config's own sizes, not small ones (slow)")] = False,
     count_bytes: Annotated[bool, typer.Option("--bytes", help="print the bytes sent per axis in a step")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="one step per layout, and nothing beside training")] = False,
     log_level: LogLevel = "warning",
 ) -> None:
     """Verify that every layout computes the same model as one rank with simple reference code.
@@ -246,7 +247,7 @@ def verify(
                     print(text, file=sys.stderr, flush=True)
 
             loaded = runtime.run_on_all_ranks(lambda: load_config(config, overrides or []))
-            passes = verify_command(loaded, runtime, ranks, layout or [], dtype, full, print_rank_0, count_bytes)
+            passes = verify_command(loaded, runtime, ranks, layout or [], dtype, full, print_rank_0, count_bytes, quick)
     except RankError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

@@ -196,15 +196,20 @@ class TrainingRun:
             own = [batch.select_positions(self.own_positions) for batch in batches]
             self.runtime.run_on_all_ranks(lambda: save_routing(routing, step, self.runtime.rank, own, replay))
 
+    def held_out_batches(self) -> list[MicroBatch]:
+        """Returns this rank's micro-batches of an evaluation, each of a micro-step's size. Ranks may have no sequence
+        of the last one."""
+        dp, size = self.mesh.degrees.dp, self.config.training.global_batch // self.config.training.micro_steps
+        cut = [held_out_batch(batch, dp, self.mesh.dp_rank) for batch in self.held_out.split(size)]
+        return [batch.to(self.runtime.device) for batch in cut]
+
+    def held_out_report(self) -> StepReport:
+        """Computes the held-out loss. A collective."""
+        return evaluate(self.model, self.engine, self.held_out_batches(), self.mesh, seed=self.config.seed)
+
     def evaluate(self, step: int) -> Metrics:
-        """Computes the held-out loss, in batches of a micro-step's size. Ranks may have no sequence of the last one."""
-        size = self.config.training.global_batch // self.config.training.micro_steps
-        mine = []
-        for batch in self.held_out.split(size):
-            share = held_out_batch(batch, self.mesh.degrees.dp, self.mesh.dp_rank)
-            mine.append(share.to(self.runtime.device))
-        report = evaluate(self.model, self.engine, mine, self.mesh, seed=self.config.seed)
-        metrics = step_metrics(report, "eval")
+        """Computes the held-out loss, and prints it."""
+        metrics = step_metrics(self.held_out_report(), "eval")
         self.print_rank_0(format_progress_line(step, self.config.training.steps, metrics))
         return metrics
 

@@ -128,6 +128,28 @@ def choose_layouts(config: Config, own: Layout, num_ranks: int, micro_steps: Seq
     return chosen
 
 
+def covering_layouts(layouts: Sequence[Layout], num_ranks: int) -> list[Layout]:
+    """Chooses at most 4 of the layouts, and at least 2 if there are as many, that together use each axis that any of
+    them uses: greedily, each time the one that adds most."""
+    chosen: list[Layout] = []
+    rest, missing = list(layouts), set().union(*(_axes(layout, num_ranks) for layout in layouts))
+    while rest and len(chosen) < 4 and (missing or len(chosen) < 2):
+        best = max(rest, key=lambda layout: len(_axes(layout, num_ranks) & missing))
+        chosen.append(best)
+        rest.remove(best)
+        missing -= _axes(best, num_ranks)
+    return chosen
+
+
+def _axes(layout: Layout, num_ranks: int) -> set[str]:
+    """Returns the parallel axes of more than one rank, and the kinds of data and pipeline parallelism."""
+    named = dict(layout.settings)
+    given = ParallelDegrees(num_ranks, **{degree: int(named.get(degree, 1)) for degree in DEGREES})  # type: ignore[arg-type]
+    axes = {axis for axis in ("dp", "edp", *DEGREES) if getattr(given, axis) > 1}
+    kinds = {"sharded" if "shards" in named else str(named.get("data", "replicated"))}
+    return axes | kinds | ({str(named.get("pipeline", "1f1b"))} if given.pp > 1 else set())
+
+
 def _candidates(num_ranks: int, micro_steps: Sequence[int]) -> Iterator[Layout]:
     divisors = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0]
     for degrees in product(divisors, repeat=len(DEGREES)):
@@ -158,6 +180,7 @@ def _fits(config: Config, layout: Layout, num_ranks: int) -> bool:
     return True
 
 
-def micro_step_counts(num_ranks: int) -> tuple[int, int]:
-    """Returns the two numbers of micro-steps to try: 1, and one large enough to keep several pipeline stages busy."""
-    return 1, max(2, min(num_ranks, 4))
+def micro_step_counts(num_ranks: int, quick: bool = True) -> tuple[int, int]:
+    """Returns the two numbers of micro-steps to try: 1 or, if not quick, 2, so that gradients accumulate; and one large
+    enough to keep several pipeline stages busy."""
+    return (1, max(2, min(num_ranks, 4))) if quick else (2, max(3, min(num_ranks, 4)))

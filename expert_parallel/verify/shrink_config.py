@@ -3,6 +3,7 @@ full size, reduces sizes. Keeps routers, capacity, losses, norms, biases, activa
 
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from expert_parallel.data.tokenizer import VOCABULARY_SIZE
@@ -25,6 +26,7 @@ INIT_STD = 0.3
 CLIP_NORM = 0.1
 LEARNING_RATE = 0.01
 EPS = 1e-4
+BETAS = [0.6, 0.9]
 
 
 @dataclass
@@ -74,8 +76,11 @@ class ShrunkConfig:
     settings: list[str]
 
 
-def shrink_config(config: Config, num_ranks: int, full: bool, one_machine: bool = True) -> ShrunkConfig:
-    """Derives the config to verify on `num_ranks` ranks. one_machine: all ranks are processes of one machine.
+def shrink_config(
+    config: Config, num_ranks: int, full: bool, one_machine: bool = True, quick: bool = True
+) -> ShrunkConfig:
+    """Derives the config to verify on `num_ranks` ranks. one_machine: all ranks are processes of one machine. quick:
+    False also accumulates gradients over micro-steps.
 
     Raises ValueError for a config that cannot be verified."""
     _refuse(config)
@@ -85,7 +90,7 @@ def shrink_config(config: Config, num_ranks: int, full: bool, one_machine: bool 
         draft.put("parallel.ranks_per_node", num_ranks // 2, "as if there were two nodes")
     if not full:
         small = ConfigEditor(draft.tree)
-        _make_small(small, num_ranks)
+        _make_small(small, num_ranks, quick)
     own = config_layout(draft.tree)
     parallel = ParallelConfig(ranks_per_node=draft.get("parallel.ranks_per_node")).model_dump(mode="json")
     return ShrunkConfig(Config.model_validate({**draft.tree, "parallel": parallel}), own, small.changes, draft.changes)
@@ -119,11 +124,13 @@ def _switch_off(draft: ConfigEditor) -> None:
     draft.put("training.dtype", "float64")
     draft.put("training.optimizer.learning_rate", LEARNING_RATE)
     draft.put("training.optimizer.eps", EPS, "so that tiny gradients do not decide the first step of Adam")
-    draft.put("training.schedule.warmup_steps", 1)  # 1: the first step has the full rate
+    draft.put("training.optimizer.betas", BETAS, "so that both moments count, and differ")
+    draft.put("training.schedule.warmup_steps", 2, "so that few steps show all of the schedule")
+    draft.put("training.steps", 4)
     draft.put("runtime.device", "auto")
 
 
-def _make_small(draft: ConfigEditor, num_ranks: int) -> None:
+def _make_small(draft: ConfigEditor, num_ranks: int, quick: bool) -> None:
     length = max(8, 2 * num_ranks)
     for path, size in {**SIZES, "model.vocab_size": VOCABULARY_SIZE, "training.sequence_length": length}.items():
         draft.at_most(path, size)
@@ -137,7 +144,10 @@ def _make_small(draft: ConfigEditor, num_ranks: int) -> None:
     SMALL_ATTENTION[draft.get("model.attention.kind")](draft)
     draft.at_most("model.position.scaling.original_length", ORIGINAL_LENGTH)
     micro_batch = num_ranks + 1  # not divisible by any number of data ranks, so that they get unequal numbers of tokens
-    draft.at_most("training.micro_steps", micro_step_counts(num_ranks)[1])
+    fewest, most = micro_step_counts(num_ranks, quick)
+    draft.at_most("training.micro_steps", most)
+    if draft.get("training.micro_steps") < fewest:
+        draft.put("training.micro_steps", fewest, "so that gradients accumulate")
     draft.put("training.global_batch", draft.get("training.micro_steps") * micro_batch)
     if draft.get("model.moe") is not None:
         _make_moe_small(
@@ -195,7 +205,13 @@ def _make_moe_small(draft: ConfigEditor, tokens: dict[str, int]) -> None:
     draft.at_most(f"{moe}.shared_experts.hidden", SHARED_HIDDEN)
     if draft.get(f"{moe}.capacity.kind") == "factor":
         draft.put(f"{moe}.capacity.minimum", 0, "it would keep all of so few tokens")
+        choices = Fraction(tokens[draft.get(f"{moe}.capacity.scope")] * k, draft.get(f"{moe}.num_experts"))
+        for mode in ("train", "eval"):
+            factor = draft.get(f"{moe}.capacity.{mode}")
+            while (Fraction(str(factor)) * choices).denominator == 1:
+                factor = round(factor - 0.01, 4)
+            draft.put(f"{moe}.capacity.{mode}", factor, "so that the capacity is rounded")
     if draft.get(f"{moe}.capacity.kind") == "absolute":
         mean = tokens[draft.get(f"{moe}.capacity.scope")] * k / draft.get(f"{moe}.num_experts")
         draft.at_most(f"{moe}.capacity.train", math.ceil(1.25 * mean))
-        draft.at_most(f"{moe}.capacity.eval", math.ceil(1.25 * mean))
+        draft.at_most(f"{moe}.capacity.eval", math.ceil(1.5 * mean))  # evaluation must not drop what training does

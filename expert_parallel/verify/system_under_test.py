@@ -1,23 +1,25 @@
-"""Runs one training step of the real model in a layout, and captures the tensors that a rank can observe.
+"""Runs training steps of the real model in a layout, and captures the tensors that a rank can observe.
 
 Everything that `verify` must know about how training builds a model and gives a rank its tokens is in this file."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from expert_parallel.checkpoint.manifest import MOMENTS
 from expert_parallel.data.batch import MicroBatch
 from expert_parallel.data.sampler import Sequences, number_by_end_tokens
 from expert_parallel.model.parallelize import build_model
 from expert_parallel.model.transformer import Block
 from expert_parallel.moe.context import RouterReplay, StepContext
-from expert_parallel.moe.experts.grouped import choose_backend
+from expert_parallel.moe.experts.grouped import choose_backend, supports_grouped_mm
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.nn.ffn import w_in_columns
 from expert_parallel.parallel.mesh import ParallelMesh
@@ -41,14 +43,29 @@ class FixedSequenceSampler:
         return self.fixed.select(first, count)
 
 
+class SilentRun(TrainingRun):
+    """Is a training run that prints nothing."""
+
+    def print_rank_0(self, text: str) -> None:
+        pass
+
+
 @contextmanager
-def set_up(config: Config, runtime: Runtime, sequences_GS: Tensor) -> Iterator[TrainingRun]:
+def set_up(
+    config: Config,
+    runtime: Runtime,
+    sequences_GS: Tensor,
+    held_out: Tensor | None = None,
+    checkpoints: Sequence[Path] = (),
+) -> Iterator[TrainingRun]:
     """Sets up a training run, without its data and folder, for the body of a `with` statement. sequences_GS: the tokens
-    of step 0, (global_batch, sequence_length + 1)."""
+    of its steps from step 0 on, (steps * global_batch, sequence_length + 1). held_out: those of its evaluation.
+    checkpoints: those that it resumes from."""
     degrees = runtime.run_on_all_ranks(lambda: check_world_size(config, runtime))
     mesh, model, engine = build(config, runtime, degrees)
     fixed = number_by_end_tokens(sequences_GS, separator(config))
-    yield TrainingRun(config, runtime, mesh, model, engine, FixedSequenceSampler(fixed), fixed.select(0, 0), [])
+    evaluated = number_by_end_tokens(sequences_GS[:0] if held_out is None else held_out, separator(config))
+    yield SilentRun(config, runtime, mesh, model, engine, FixedSequenceSampler(fixed), evaluated, list(checkpoints))
     _destroy_groups(mesh)
 
 
@@ -68,18 +85,29 @@ def separator(config: Config) -> int | None:
     return 0 if config.data.documents == "separate" else None
 
 
-def random_sequences(config: Config) -> Tensor:
-    """Draws the tokens of a step, int64 (global_batch, sequence_length + 1). A row is one document or, if documents are
-    separate, several that end at random positions.
+def random_sequences(config: Config, num_steps: int = 1) -> Tensor:
+    """Draws the tokens of steps, int64 (num_steps * global_batch, sequence_length + 1); see `_draw`."""
+    batch = config.training.global_batch
+    return torch.cat([_draw(config, batch, config.seed + 1000 * step) for step in range(num_steps)])
+
+
+def held_out_sequences(config: Config) -> Tensor:
+    """Draws the tokens of an evaluation: one sequence more than a micro-step has, so that in its second pass all ranks
+    but one have none. int64 (sequences, sequence_length + 1); see `_draw`."""
+    return _draw(config, config.training.global_batch // config.training.micro_steps + 1, config.seed + 1)
+
+
+def _draw(config: Config, count: int, seed: int) -> Tensor:
+    """Draws `count` sequences, int64 (count, sequence_length + 1). A row is one document or, if documents are separate,
+    several that end at random positions.
 
     Documents begin with different tokens where the vocabulary allows, and none with the same token twice: tokens whose
     whole context is one repeated token would have equal scores but for rounding, and such ties break differently in
     other layouts."""
-    training = config.training
     vocab_size = config.model.vocab_size
     end = separator(config)
-    generator = torch.Generator().manual_seed(config.seed)
-    shape = (training.global_batch, training.sequence_length + 1)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, config.training.sequence_length + 1)
     tokens_GS = torch.randint(0, vocab_size, shape, generator=generator)
     begins_GS = torch.zeros(shape, dtype=torch.bool)
     begins_GS[:, 0] = True
@@ -112,6 +140,18 @@ def read_weights(model: nn.Module) -> Tensors:
     return _to_cpu(found | dict(_balance_biases(model)))
 
 
+def read_moments(run: TrainingRun) -> dict[str, Tensors]:
+    """Returns AdamW's moments of the parameters that this rank holds a shard of, by `exp_avg` or `exp_avg_sq`, then by
+    logical name. A collective if they are sharded."""
+    assert isinstance(run.engine, NativeEngine), "verify supports the native engine only"
+    found: dict[str, Tensors] = {moment: {} for moment in MOMENTS}
+    for logical in logical_parameters(run.model):
+        state = run.engine.optimizer.state[logical.parameter]
+        for moment in MOMENTS:
+            found[moment] |= _to_cpu(logical.whole(state[moment]))
+    return found
+
+
 def write_weights(model: nn.Module, start: Tensors) -> None:
     """Copies the weights and balance biases `start`, by logical name, into the model; each rank copies its own
     shards."""
@@ -131,7 +171,7 @@ def _to_cpu(tensors: Tensors) -> Tensors:
     return {name: tensor.detach().to("cpu", torch.float64, copy=True) for name, tensor in tensors.items()}
 
 
-def token_indices(run: TrainingRun, mine: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
+def own_token_indices(run: TrainingRun, mine: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
     """Returns, for each micro-step, which tokens this rank holds: the indices of their sequences and their positions,
     int64."""
     return [(batch.sequence_index_B.cpu(), run.own_positions) for batch in mine]
@@ -146,21 +186,24 @@ def context_token_indices(context: StepContext, length: int) -> tuple[Tensor, Te
 
 @dataclass
 class CapturedStep:
-    """Holds what one rank observed of a training step. gradients: before clipping. weights: after the step. outputs: of
-    this rank's blocks, by (micro-step, block), each with the context that the block was called with. ledger_errors:
-    messages."""
+    """Holds what one rank observed of a training step. gradients: before clipping. weights: after the step. moments:
+    AdamW's after the step, by `exp_avg` or `exp_avg_sq`. outputs: of this rank's blocks, by (micro-step, block), each
+    with the context that the block was called with. ledger_errors: messages."""
 
     report: StepReport
     gradients: Tensors = field(default_factory=dict)
     weights: Tensors = field(default_factory=dict)
+    moments: dict[str, Tensors] = field(default_factory=dict)
     outputs: dict[tuple[int, int], tuple[StepContext, Tensor]] = field(default_factory=dict)
     ledger_errors: list[str] = field(default_factory=list)
 
 
-def capture_step(run: TrainingRun, mine: list[MicroBatch], replay: RouterReplay | None = None) -> CapturedStep:
-    """Takes step 0 by training's own `train_step`, with hooks that record gradients and outputs. mine: this rank's
-    micro-batches. replay: records the routers' choices in the first step that uses it, and makes later ones repeat
-    them."""
+def capture_step(
+    run: TrainingRun, mine: list[MicroBatch], step: int = 0, replay: RouterReplay | None = None
+) -> CapturedStep:
+    """Takes a step by training's own `train_step`, with hooks that record gradients and outputs. mine: this rank's
+    micro-batches. step: its number. replay: records the routers' choices in the first run that uses it, and makes later
+    ones repeat them."""
     captured = CapturedStep(StepReport(0.0, 0, {}))
 
     def capture_output(block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
@@ -177,13 +220,16 @@ def capture_step(run: TrainingRun, mine: list[MicroBatch], replay: RouterReplay 
     hooks.append(run.engine.optimizer.register_step_pre_hook(capture_gradients))
     training, seed = run.config.training, run.config.seed
     with collecting_ledger_errors(captured.ledger_errors):
-        captured.report = train_step(run.model, run.engine, mine, training, run.mesh, step=0, seed=seed, replay=replay)
+        captured.report = train_step(
+            run.model, run.engine, mine, training, run.mesh, step=step, seed=seed, replay=replay
+        )
     for hook in hooks:
         hook.remove()
     norm, limit = captured.report.grad_norm, training.clip_norm
     if limit is not None and norm > limit:  # the step has clipped gradients in place: undo it
         captured.gradients = {name: grad * (norm / limit) for name, grad in captured.gradients.items()}
     captured.weights = read_weights(run.model)
+    captured.moments = read_moments(run)
     return captured
 
 
@@ -201,11 +247,38 @@ def collecting_ledger_errors(ledger_errors: list[str]) -> Iterator[None]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
+def in_folder(config: Config, folder: Path | None) -> Config:
+    """Returns the config with `run.folder` set, if a folder is given."""
+    if folder is None:
+        return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"folder": str(folder)})})
+
+
+def with_backend(config: Config, dtype: str, backend: str, runtime: Runtime) -> Config:
+    """Returns the config in the dtype, and with the backend of the experts' matrix products that the user has set. In
+    sizes too small for `grouped_mm`, `auto` replaces it."""
+    moe = config.model.moe
+    config = config.model_copy(update={"training": config.training.model_copy(update={"dtype": dtype})})
+    if moe is None or (
+        backend == "grouped_mm" and not supports_grouped_mm(DTYPES[dtype], runtime.device, _expert_sizes(config))
+    ):
+        return config
+    experts = moe.experts.model_copy(update={"backend": backend})
+    model = config.model.model_copy(update={"moe": moe.model_copy(update={"experts": experts})})
+    return config.model_copy(update={"model": model})
+
+
+def _expert_sizes(config: Config) -> tuple[int, ...]:
+    """Returns the widths of the experts' matrices on a rank."""
+    moe = config.model.moe
+    assert moe is not None
+    hidden = moe.experts.hidden // config.parallel.etp
+    return config.model.d_model, w_in_columns(moe.experts.activation, hidden), hidden
+
+
 def backend(config: Config, runtime: Runtime) -> str:
     """Returns the name of the backend that multiplies the experts' matrices, `none` for a dense model."""
     moe = config.model.moe
     if moe is None:
         return "none"
-    hidden = moe.experts.hidden // config.parallel.etp
-    sizes = (config.model.d_model, w_in_columns(moe.experts.activation, hidden), hidden)
-    return choose_backend(moe.experts, DTYPES[config.training.dtype], runtime.device, sizes)
+    return choose_backend(moe.experts, DTYPES[config.training.dtype], runtime.device, _expert_sizes(config))

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from expert_parallel.verify.compare import GROUPS, TensorDifference
 from expert_parallel.verify.explain import explain
-from expert_parallel.verify.run import LayoutResult
+from expert_parallel.verify.result import LayoutResult
 
 # Column of a difference -> its title.
 TITLES = {
@@ -18,15 +18,21 @@ TITLES = {
     "output": "outputs",
     **{f"gradient: {group}": f"gradient {group}" for group in GROUPS},
     "gradient norm": "gradient norm",
+    "learning rate": "learning rate",
+    "moments": "moments",
     "update": "weights after step",
     "initial weights": "initial weights",
     "balance loss": "balance losses",
+    "training dtype": "training dtype",
+    "loaded": "checkpoint loaded",
+    "evaluation": "evaluation",
+    "generated": "generated tokens",
 }
 
 
 def print_results(results: Sequence[LayoutResult], tolerance: float, console: Console) -> None:
-    """Prints a table with one line per layout and the largest relative difference in each column, then sentences on
-    what differs.
+    """Prints a table with one line per layout and the largest relative difference in each column (`-` where the layout
+    was not checked), then sentences on what differs.
 
     In a terminal too narrow for the table, layouts are numbered and the columns are split over several tables."""
     columns = _columns(results, tolerance)
@@ -43,7 +49,7 @@ def print_results(results: Sequence[LayoutResult], tolerance: float, console: Co
         console.print(_table(names, columns[:count]))
         columns = columns[count:]
     for result in results:
-        if sentences := explain(result, tolerance):
+        if sentences := explain(result, tolerance, results):
             console.print(Text(result.layout, "bold"), soft_wrap=True)
         for sentence in sentences:
             console.print(Text(f"  {sentence}"), soft_wrap=True)
@@ -85,14 +91,17 @@ def _columns(results: Sequence[LayoutResult], tolerance: float) -> list[tuple[st
 
 
 def _worst(differences: list[TensorDifference], tolerance: float) -> Text:
+    if not differences:
+        return Text("-")
     if any(not d.is_present for d in differences):
         return Text("missing", "bold red")
-    worst = max((d.relative for d in differences), default=0.0)
-    return Text("0" if worst == 0 else f"{worst:.0e}", "" if worst <= tolerance else "bold red")
+    worst = max(d.relative for d in differences)
+    is_right = all(d.passes(tolerance) for d in differences)
+    return Text("0" if worst == 0 else f"{worst:.0e}", "" if is_right else "bold red")
 
 
 def _dropped(result: LayoutResult, tolerance: float) -> Text:
-    right = all(d.is_present and d.relative <= tolerance for d in result.differences if d.column == "dropped")
+    right = all(d.passes(tolerance) for d in result.differences if d.column == "dropped")
     share = f"{100 * result.dropped / max(1, result.routed):.0f} %"
     return Text(share if right else f"not {share}", "" if right else "bold red")
 

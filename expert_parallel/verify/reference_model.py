@@ -1,0 +1,268 @@
+"""Computes the model's forward pass on one rank in float64, slow and simple: the part of `reference.py` that knows what
+the model is.
+
+Written from the formulas, without any parallel code and without code of model/ or the fast MoE layer: plain attention,
+plain cross entropy, and the MoE layers of moe/reference. In tensor names B is the number of sequences in a whole
+micro-step (over all ranks), V the vocabulary size; the other letters are those of moe/types.py."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expert_parallel.moe.context import StepContext
+from expert_parallel.moe.reference.reference_layer import RankTokens, reference_layer
+from expert_parallel.moe.reference.reference_routing import NOT_ROUTED, blocks, collect_tokens, route
+from expert_parallel.verify.reference_attention import attention, document_positions, linear
+
+Parameters = dict[str, Tensor]
+# For each rank of one pipeline stage: the sequences of a micro-step that it holds, and their positions (int64).
+TokenPartition = list[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class LayerRecord:
+    """Accumulates the statistics of one MoE block over the passes of a step.
+
+    losses: by name; mean over micro-steps, before coefficients. routed_E: number of choices of each expert before
+    capacity. kept_E: number of choices that each expert computes, including choices rerouted to it. dropped: number of
+    choices that no expert computes."""
+
+    losses: dict[str, float] = field(default_factory=dict)
+    routed_E: Tensor | None = None
+    kept_E: Tensor | None = None
+    dropped: int = 0
+
+
+@dataclass
+class PassRecord:
+    """Collects what forward passes compute beside their logits.
+
+    outputs: output of each block, (B, S, D), by (micro-step, block). layers: statistics of each MoE block."""
+
+    outputs: dict[tuple[int, int], Tensor]
+    layers: dict[int, LayerRecord]
+
+    @classmethod
+    def of(cls, model: Any) -> "PassRecord":
+        """Returns an empty record for a model, a ModelConfig."""
+        return cls({}, {layer: LayerRecord() for layer in model.moe_layers})
+
+    def divide_losses(self, num_passes: int) -> None:
+        """Turns the sums of losses over passes into means."""
+        for layer in self.layers.values():
+            layer.losses = {name: value / num_passes for name, value in layer.losses.items()}
+
+
+@dataclass
+class ForwardResult:
+    """Holds the result of a forward pass. auxiliary: the sum over MoE blocks and auxiliary losses of coefficient *
+    loss."""
+
+    logits_BSV: Tensor
+    auxiliary: Tensor
+
+
+def forward(
+    model: Any,
+    weights: Parameters,
+    tokens_BS: Tensor,
+    partition: TokenPartition,
+    context: StepContext,
+    record: PassRecord,
+    training: bool,
+) -> ForwardResult:
+    """Runs the model on one micro-step, and adds outputs, losses and counts to `record`. training: as opposed to
+    evaluation, which has no noise and its own capacity."""
+    document_BS = torch.zeros_like(tokens_BS) if context.document_BS is None else context.document_BS
+    x_BSD = weights["embedding.weight"][tokens_BS]
+    if model.position.kind == "learned":
+        x_BSD = x_BSD + weights["position.weight"][document_positions(document_BS)]
+    auxiliary, balance_terms = x_BSD.new_zeros(()), {}
+    for layer in range(model.num_layers):
+        here = _strip_prefix(weights, f"blocks.{layer}.")
+
+        def feed_forward(x: Tensor, layer: int = layer, here: Parameters = here) -> Tensor:
+            nonlocal auxiliary
+            if layer not in model.moe_layers:
+                return _ffn(model.ffn.activation, _strip_prefix(here, "ffn."), x)
+            where = replace(context, layer=layer)
+            y, loss, balance_terms[layer] = _moe(
+                model.moe, _strip_prefix(here, "moe."), x, tokens_BS, partition, where, record, training
+            )
+            auxiliary = auxiliary + loss
+            return y
+
+        def attend(x: Tensor, layer: int = layer, here: Parameters = here) -> Tensor:
+            return attention(model, layer, _strip_prefix(here, "attention."), x, document_BS)
+
+        norm1 = norm_function(model.norm, _strip_prefix(here, "attention_norm."))
+        norm2 = norm_function(model.norm, _strip_prefix(here, "ffn_norm."))
+        if model.norm_placement == "pre":
+            x_BSD = x_BSD + attend(norm1(x_BSD))
+            x_BSD = x_BSD + feed_forward(norm2(x_BSD))
+        else:
+            x_BSD = norm1(x_BSD + attend(x_BSD))
+            x_BSD = norm2(x_BSD + feed_forward(x_BSD))
+        record.outputs[context.micro_step, layer] = x_BSD.detach()
+    if model.moe is not None:
+        auxiliary = auxiliary + _pooled_losses(model.moe, balance_terms, record)
+    if model.norm_placement == "pre":
+        x_BSD = norm_function(model.norm, _strip_prefix(weights, "final_norm."))(x_BSD)
+    table = "embedding.weight" if model.tied_embeddings else "unembedding.weight"
+    return ForwardResult(x_BSD @ weights[table].T, auxiliary)
+
+
+def _strip_prefix(parameters: Parameters, prefix: str) -> Parameters:
+    return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
+
+
+def norm_function(config: Any, weights: Parameters) -> Callable[[Tensor], Tensor]:
+    def norm(x: Tensor) -> Tensor:
+        if config.kind == "layer_norm":
+            x = x - x.mean(-1, keepdim=True)
+        x = x / torch.sqrt((x**2).mean(-1, keepdim=True) + config.eps) * weights["weight"]
+        return x + weights["bias"] if config.kind == "layer_norm" else x
+
+    return norm
+
+
+def _ffn(activation: str, weights: Parameters, x: Tensor) -> Tensor:
+    return linear(weights, "w_out", ACTIVATIONS[activation](linear(weights, "w_in", x)))
+
+
+def _gelu(h: Tensor) -> Tensor:
+    return 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
+
+
+def _gated(gate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda h: gate(h[..., : h.shape[-1] // 2]) * h[..., h.shape[-1] // 2 :]
+
+
+def _gpt_oss(h: Tensor) -> Tensor:
+    gate, up = h[..., : h.shape[-1] // 2], h[..., h.shape[-1] // 2 :]
+    gate, up = torch.clamp(gate, max=7), torch.clamp(up, min=-7, max=7)
+    return (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda h: torch.clamp(h, min=0),
+    "gelu": _gelu,
+    "swiglu": _gated(lambda h: h / (1 + torch.exp(-h))),
+    "geglu": _gated(_gelu),
+    "gpt_oss": _gpt_oss,
+}
+
+
+def cross_entropy(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    """Returns -log of the target's probability, (B, S)."""
+    chosen = logits_BSV.gather(-1, targets_BS[..., None])[..., 0]
+    largest = logits_BSV.detach().amax(-1)
+    return largest + torch.log(torch.exp(logits_BSV - largest[..., None]).sum(-1)) - chosen
+
+
+# --------------------------------------------------------------------------------------------------------- MoE blocks
+
+
+@dataclass
+class BalanceTerms:
+    """Holds, for balance losses that are pooled over layers, the terms of each group of tokens (by the loss's scope):
+    f, the fraction of choices, and P, the mean probability, of each expert. Both (groups, E), by name of the loss."""
+
+    fraction_bE: dict[str, Tensor]
+    probability_bE: dict[str, Tensor]
+
+
+def _moe(
+    config: Any,
+    weights: Parameters,
+    x_BSD: Tensor,
+    tokens_BS: Tensor,
+    partition: TokenPartition,
+    context: StepContext,
+    record: PassRecord,
+    training: bool,
+) -> tuple[Tensor, Tensor, BalanceTerms]:
+    """Runs one MoE block. Returns y, the sum of coefficient * loss over its own losses, and the terms of pooled
+    losses."""
+    ranks = []
+    for sequence_index_B, positions_S in partition:
+        here = (sequence_index_B[:, None], positions_S)
+        document_BS = None if context.document_BS is None else context.document_BS[here]
+        sequences, places = sequence_index_B.tolist(), positions_S.tolist()
+        ranks.append(RankTokens(x_BSD[here], sequences, tokens_BS[here], None, places, document_BS))
+    output = reference_layer(config, weights, list(ranks), training=training, context=context)
+    y_BSD = torch.zeros_like(x_BSD)
+    for (sequence_index_B, positions_S), y in zip(partition, output.y, strict=True):
+        y_BSD[sequence_index_B[:, None], positions_S] = y
+
+    layer = record.layers[context.layer]
+    for count, new in (("routed_E", output.routed_E), ("kept_E", output.kept_E)):
+        old = getattr(layer, count)
+        setattr(layer, count, torch.tensor(new) if old is None else old + torch.tensor(new))
+    layer.dropped += sum(int(dropped.sum()) for dropped in output.dropped)
+    own = [loss for loss in config.losses if not _is_pooled(loss)]
+    for loss in own:
+        _add_loss(layer, loss, output.losses[_loss_name(loss)])
+    total = sum((loss.coefficient * output.losses[_loss_name(loss)] for loss in own), x_BSD.new_zeros(()))
+    return y_BSD, total, _balance_terms(config, weights, ranks, context, training)
+
+
+def _loss_name(loss: Any) -> str:
+    if loss.kind != "balance":
+        return str(loss.kind)
+    return f"balance_{loss.scope}" + "_first" * (loss.choices == "first") + "_pooled" * (loss.layers == "pooled")
+
+
+def _is_pooled(loss: Any) -> bool:
+    return bool(loss.kind == "balance" and loss.layers == "pooled")
+
+
+def _add_loss(layer: LayerRecord, loss: Any, value: Tensor) -> None:
+    layer.losses[_loss_name(loss)] = layer.losses.get(_loss_name(loss), 0.0) + float(value.detach())
+
+
+def _balance_terms(
+    config: Any, weights: Parameters, ranks: list[RankTokens], context: StepContext, training: bool
+) -> BalanceTerms:
+    """Routes once more for the pooled losses, since `reference_layer` does not return its probabilities."""
+    terms = BalanceTerms({}, {})
+    pooled = [loss for loss in config.losses if _is_pooled(loss)]
+    if not pooled:
+        return terms
+    batch = collect_tokens(ranks, training, context)
+    routing = route(config, weights, batch)
+    probability_TE = routing.scores_TE / routing.scores_TE.sum(-1, keepdim=True)
+    for loss in pooled:
+        fractions, probabilities = [], []
+        for block in blocks("document" if loss.scope == "sequence" else loss.scope, batch):
+            counted = 1 if loss.choices == "first" else config.router.k
+            count_E, total = probability_TE.new_zeros(config.num_experts), max(1, len(block))
+            for t in block:
+                for expert, outcome in zip(routing.ids[t][:counted], routing.outcomes[t], strict=False):
+                    count_E[expert] += outcome != NOT_ROUTED
+            fractions.append(count_E / (total * counted))
+            probabilities.append(probability_TE[block].sum(0) / total)
+        terms.fraction_bE[_loss_name(loss)] = torch.stack(fractions)
+        terms.probability_bE[_loss_name(loss)] = torch.stack(probabilities)
+    return terms
+
+
+def _pooled_losses(config: Any, balance_terms: dict[int, BalanceTerms], record: PassRecord) -> Tensor:
+    """Returns the sum of coefficient * E * mean over blocks of sum_e f_e P_e, with f and P averaged over the layers
+    first."""
+    total = torch.zeros((), dtype=torch.float64)
+    for loss in config.losses:
+        if not _is_pooled(loss):
+            continue
+        name = _loss_name(loss)
+        fraction_bE = torch.stack([terms.fraction_bE[name] for terms in balance_terms.values()]).mean(0)
+        for layer, terms in balance_terms.items():
+            probability_bE = terms.probability_bE[name] / len(balance_terms)
+            part = config.num_experts * (fraction_bE * probability_bE).sum(1).mean()
+            _add_loss(record.layers[layer], loss, part)
+            total = total + loss.coefficient * part
+    return total
