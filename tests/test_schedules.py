@@ -1,11 +1,12 @@
-"""Learning-rate schedules, by hand."""
+"""Learning-rate schedules and the optimizer's settings, by hand."""
 
 import math
 
 import pytest
+import torch
 from pydantic import TypeAdapter, ValidationError
 
-from expert_parallel.training.optim import OptimizerConfig, ScheduleConfig, learning_rate
+from expert_parallel.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate
 
 SCHEDULE: TypeAdapter[ScheduleConfig] = TypeAdapter(ScheduleConfig)
 PEAK = 0.8
@@ -41,3 +42,21 @@ def test_a_short_run_is_the_beginning_of_a_long_one(kind: str) -> None:
 def test_inverse_sqrt_needs_a_warm_up() -> None:
     with pytest.raises(ValidationError, match="greater than or equal to 1"):
         SCHEDULE.validate_python({"kind": "inverse_sqrt", "warmup_steps": 0})
+
+
+def test_each_setting_of_adamw_by_hand() -> None:
+    """Two steps of one weight and one bias, with gradients 1 and 3, and every setting different."""
+    model = torch.nn.Linear(1, 1).double()
+    for parameter in model.parameters():
+        parameter.data.fill_(2.0)
+    config = OptimizerConfig(learning_rate=0.5, betas=[0.5, 0.75], eps=0.25, weight_decay=0.125)
+    optimizer = build_optimizer(config, model)
+    for gradient in (1.0, 3.0):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.step()
+    # First step: moments 0.5 and 0.25, corrected 1 and 1. Second: 1.75 and 2.4375, corrected by 0.75 and 0.4375.
+    first, second = 0.5 * 1 / (1 + 0.25), 0.5 * (1.75 / 0.75) / (math.sqrt(2.4375 / 0.4375) + 0.25)
+    keeps = 1 - 0.5 * 0.125  # of the weight, in each step
+    assert model.weight.item() == pytest.approx((2 * keeps - first) * keeps - second, rel=1e-12)
+    assert model.bias.item() == pytest.approx(2 - first - second, rel=1e-12)

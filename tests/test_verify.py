@@ -32,6 +32,7 @@ from expert_parallel.moe.routers.base import TokenChoiceSettings, TopKRouter
 from expert_parallel.moe.routers.registry import ROUTERS
 from expert_parallel.runtime.process import CPU, Launch, Runtime, UserError
 from expert_parallel.training.config import Config, load_config
+from expert_parallel.verify import run as verify_run
 from expert_parallel.verify.compare import TOLERANCES, TensorDifference, compare, parameter_group
 from expert_parallel.verify.explain import explain
 from expert_parallel.verify.layouts import SETTINGS, Layout, check_layout, choose_layouts, micro_step_counts
@@ -42,6 +43,7 @@ from expert_parallel.verify.shrink_config import shrink_config
 from expert_parallel.verify.table import print_results
 from tests.launches import ROOT, run_configs, start
 from tests.ranks import run_ranks
+from tests.verify_defects import PLANTED, WITHOUT
 
 TREE: dict[str, Any] = {
     "run": {"folder": "runs/none"},
@@ -406,6 +408,48 @@ def test_a_defect_is_found_and_named(defect: str) -> None:
         assert differ <= seen["columns"], seen
         assert not agree & seen["columns"], seen
         assert any(words in sentence for sentence in seen["sentences"]), seen["sentences"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if defect.is_slow else name for name, defect in PLANTED.items()]
+)
+def test_a_planted_defect_is_found_and_named(name: str) -> None:
+    planted = PLANTED[name]
+    tree = config_of(moe=planted.moe).model_dump(mode="json")
+    columns, sentences = run_ranks(2, run_planted, tree, name)[0]
+    assert planted.column in columns, (columns, sentences)
+    assert any(all(words in sentence for words in planted.words) for sentence in sentences), sentences
+
+
+def run_planted(rank: int, tree: dict[str, Any], name: str) -> tuple[set[str], list[str]]:
+    """On one rank of 2: the columns that differ, and the sentences. Only the part of `verify` that shows the defect."""
+    planted = (PLANTED | WITHOUT)[name]
+    spec, _ = build_verification_spec(
+        Config.model_validate(tree),
+        2,
+        [planted.layout, *planted.others],
+        "float64",
+        full=False,
+        quick=planted.part == "step",
+    )
+    dropout = {"model.dropout": 0.1} if planted.part in ("all", "dropout") else {}
+    chosen = spec.layouts if planted.part == "all" else []
+    target, attribute, wrong = planted.patch()
+    with (
+        mock.patch.object(target, attribute, wrong),
+        mock.patch.object(verify_run, "covering_layouts", return_value=chosen),
+    ):
+        results = verify(replace(spec, dropout=dropout), runtime_of(rank, 2))
+    result, tolerance = results[0], TOLERANCES["float64"][0]
+    columns = {difference.column for difference in result.wrong(tolerance)}
+    columns |= {name for name in ("errors", "dropout") if getattr(result, name)}
+    return columns, explain(result, tolerance, results)
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_without_a_defect_nothing_differs(name: str) -> None:
+    tree = config_of(moe=WITHOUT[name].moe).model_dump(mode="json")
+    assert run_ranks(2, run_planted, tree, name) == [(set(), [])] * 2
 
 
 def compare_broken(rank: int) -> list[tuple[float, ...]]:

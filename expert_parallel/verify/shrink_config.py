@@ -205,13 +205,23 @@ def _make_moe_small(draft: ConfigEditor, tokens: dict[str, int]) -> None:
     draft.at_most(f"{moe}.shared_experts.hidden", SHARED_HIDDEN)
     if draft.get(f"{moe}.capacity.kind") == "factor":
         draft.put(f"{moe}.capacity.minimum", 0, "it would keep all of so few tokens")
-        choices = Fraction(tokens[draft.get(f"{moe}.capacity.scope")] * k, draft.get(f"{moe}.num_experts"))
-        for mode in ("train", "eval"):
-            factor = draft.get(f"{moe}.capacity.{mode}")
-            while (Fraction(str(factor)) * choices).denominator == 1:
-                factor = round(factor - 0.01, 4)
-            draft.put(f"{moe}.capacity.{mode}", factor, "so that the capacity is rounded")
+        scope = draft.get(f"{moe}.capacity.scope")
+        if scope != "rank":  # of a rank's tokens, whose number differs, no factor is whole everywhere
+            share = Fraction(tokens[scope] * k, draft.get(f"{moe}.num_experts"))
+            for mode in ("train", "eval"):
+                factor = _rounded_factor(draft.get(f"{moe}.capacity.{mode}"), share)
+                draft.put(
+                    f"{moe}.capacity.{mode}", factor, "so that the capacity, and that of half the tokens, is rounded"
+                )
     if draft.get(f"{moe}.capacity.kind") == "absolute":
         mean = tokens[draft.get(f"{moe}.capacity.scope")] * k / draft.get(f"{moe}.num_experts")
         draft.at_most(f"{moe}.capacity.train", math.ceil(1.25 * mean))
         draft.at_most(f"{moe}.capacity.eval", math.ceil(1.5 * mean))  # evaluation must not drop what training does
+
+
+def _rounded_factor(factor: float, share: Fraction) -> float:
+    """Returns the factor, or the next smaller one, with which a capacity factor * share is between an even number and
+    the next: then rounding it down, or adding the capacities of two halves, gives another one."""
+    while (capacity := Fraction(str(factor)) * share).denominator == 1 or math.floor(capacity) % 2 == 1:
+        factor = round(factor - 0.01, 4)
+    return factor
