@@ -432,7 +432,7 @@ def run_planted(rank: int, tree: dict[str, Any], name: str) -> tuple[set[str], l
         full=False,
         quick=planted.part == "step",
     )
-    dropout = {"model.dropout": 0.1} if planted.part in ("all", "dropout") else {}
+    dropout = {"model.dropout": 0.1} if planted.part == "all" else {}
     chosen = spec.layouts if planted.part == "all" else []
     target, attribute, wrong = planted.patch()
     with (

@@ -20,7 +20,7 @@ Patch = tuple[Any, str, Any]
 class Planted:
     """patch: what is planted. column: of the table, which must differ, or `errors` or `dropout`. words: a sentence must
     hold all of them. layout: the layout that shows it, on 2 ranks. part: `step` is one step, `steps` are three,
-    `dropout` is the check of masks, too, and `all` everything. moe: settings that it needs. others: further layouts,
+    `all` is everything. moe: settings that it needs. others: further layouts,
     which tell equal degrees apart. is_slow: True leaves it to the full selection, since another one shows the same
     property."""
 
@@ -413,7 +413,7 @@ PLANTED: dict[str, Planted] = {
         steps_all_the_first, "dropped", ("step 2", "the same in every step"), moe=NOISE
     ),
     "dropout the same in every step": Planted(
-        steps_all_the_first, "dropout", ("masks are the same in every step",), part="dropout"
+        steps_all_the_first, "dropout", ("masks are the same in every step",), part="all"
     ),
     "uniform numbers over half their range": Planted(
         lambda: numbers_over_half("uniform"), "dropout", ("uniform", "do not fill their range"), part="step"
@@ -422,7 +422,7 @@ PLANTED: dict[str, Planted] = {
         lambda: numbers_over_half("normal"), "dropout", ("normal", "do not fill their range"), part="step", is_slow=True
     ),
     "dropout's numbers over half their range": Planted(
-        dropout_over_half, "dropout", ("do not fill their range",), part="dropout", is_slow=True
+        dropout_over_half, "dropout", ("do not fill their range",), part="all", is_slow=True
     ),
 }
 

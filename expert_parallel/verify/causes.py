@@ -216,7 +216,7 @@ def _capacity(evidence: Evidence) -> str | None:
         )
     return (
         "the router's choices are right, but too few are dropped: the capacity is too large, such as the sum of "
-        "capacities of parts that are each rounded up, or one that counts more tokens"
+        "capacities of parts that are each rounded up, one that counts more tokens, or the evaluation factor"
     )
 
 

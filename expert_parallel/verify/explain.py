@@ -27,7 +27,8 @@ def explain(result: LayoutResult, tolerance: float, results: Sequence[LayoutResu
 
     results: of all layouts, which may tell equal degrees apart."""
     wrong = result.wrong(tolerance)
-    sentences = []
+    sentences: list[str] = []
+    causes: set[str] = set()
     if wrong:
         stage = min(_stage(difference, result) for difference in wrong)
         now = [difference for difference in wrong if _stage(difference, result) == stage]
@@ -38,7 +39,9 @@ def explain(result: LayoutResult, tolerance: float, results: Sequence[LayoutResu
             step = [difference for difference in wrong if difference.step == found[0].step]
             evidence = Evidence(_worst(column, found), found, step, result, results, tolerance)
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            sentences.append(f"{_difference_text(evidence.worst)}{more}{cause_text(evidence)}")
+            cause = cause_text(evidence)
+            sentences.append(f"{_difference_text(evidence.worst)}{more}{'' if cause in causes else cause}")
+            causes.add(cause)
             if column in GRADIENTS and common_factor(evidence) is not None:
                 break  # the other kinds of parameters have the same factor
         later = dict.fromkeys(d.column for d in wrong if d.column not in by_column and _stage(d, result) > stage)

@@ -74,9 +74,19 @@ def _wait_for_result(connections: list[Connection], processes: list[Any], print_
             if kind == "refused":
                 raise UserError(value)
             if kind == "failed":
+                # A rank that has died breaks the connections of others, whose errors may arrive first.
+                if ended := _ended(processes):
+                    code, rank = ended[0].exitcode, processes.index(ended[0])
+                    raise RankError(f"{last_progress}: rank {rank} ended with exit code {code}")
                 raise RankError(f"{last_progress}: rank {rank} failed: {value}")
             last_progress = value
             print_progress(value)
+
+
+def _ended(processes: list[Any]) -> list[Any]:
+    """Returns the processes that have ended, or that end within a second."""
+    ended = wait([process.sentinel for process in processes], timeout=1.0)
+    return [process for process in processes if process.sentinel in ended]
 
 
 def _rank_main(fn: RankFn, task: str, place: tuple[int, int, str, float], connection: Connection) -> None:

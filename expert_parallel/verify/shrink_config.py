@@ -24,7 +24,7 @@ WINDOW = 3  # shorter than a sequence, so that it masks some tokens
 ORIGINAL_LENGTH = 64  # so that some frequencies lie within the ramp of a rotary scaling
 INIT_STD = 0.3
 CLIP_NORM = 0.1
-LEARNING_RATE = 0.01
+LEARNING_RATE = 0.02  # of which the first step has half
 EPS = 1e-4
 BETAS = [0.6, 0.9]
 
