@@ -35,7 +35,14 @@ from expert_parallel.training.config import Config, load_config
 from expert_parallel.verify import run as verify_run
 from expert_parallel.verify.compare import TOLERANCES, TensorDifference, compare, parameter_group
 from expert_parallel.verify.explain import explain
-from expert_parallel.verify.layouts import SETTINGS, Layout, check_layout, choose_layouts, micro_step_counts
+from expert_parallel.verify.layouts import (
+    SETTINGS,
+    Layout,
+    check_layout,
+    choose_layouts,
+    covering_layouts,
+    micro_step_counts,
+)
 from expert_parallel.verify.ranks import RankError, spawn_ranks
 from expert_parallel.verify.result import LayoutResult
 from expert_parallel.verify.run import verify
@@ -525,6 +532,19 @@ def test_every_pair_that_can_be_is_covered(ranks: int) -> None:
     ]
     assert not missed
     assert {name for name, _ in chosen[0].settings} == set(SETTINGS) - {"shards"}
+
+
+def test_few_layouts_use_every_axis() -> None:
+    """Of those that are chosen without --quick, which all accumulate gradients."""
+    spec, _ = build_verification_spec(config_of({"num_layers": 4}), 4, [], "float64", full=False, quick=False)
+    chosen = covering_layouts(spec.layouts, 4)
+    assert 2 <= len(chosen) <= 4
+    assert set(chosen) <= set(spec.layouts)
+    used = [{name for name, value in layout.settings if value not in (1, "none", "1f1b")} for layout in chosen]
+    assert set().union(*used) >= {"cp", "tp", "pp", "ep", "etp"}
+    kinds = {value for layout in chosen for _, value in layout.settings}
+    assert {"replicated", "sharded", "interleaved", "1f1b"} <= kinds
+    assert all(int(dict(layout.settings)["micro_steps"]) >= 2 for layout in spec.layouts)
 
 
 SHIPPED = run_configs()

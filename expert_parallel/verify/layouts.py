@@ -161,11 +161,16 @@ def _candidates(num_ranks: int, micro_steps: Sequence[int]) -> Iterator[Layout]:
         others: dict[str, Sequence[str | int]] = {
             "data": ("replicated", "sharded"),
             "pipeline": ("1f1b", "interleaved") if named["pp"] > 1 else ("1f1b",),
-            "micro_steps": micro_steps,
+            "micro_steps": micro_steps if micro_steps[0] == 1 else [_fewest(micro_steps, named["pp"])],
             "recompute": ("none", "moe", "block"),
         }
         for values in product(*others.values()):
             yield Layout((*named.items(), *zip(others, values, strict=True)))
+
+
+def _fewest(micro_steps: Sequence[int], pp: int) -> int:
+    """Returns the fewest micro-steps that keep all pipeline stages busy, to save time."""
+    return min((number for number in micro_steps if number >= pp), default=micro_steps[-1])
 
 
 def _pairs(layout: Layout) -> set[tuple[Any, ...]]:
@@ -181,6 +186,6 @@ def _fits(config: Config, layout: Layout, num_ranks: int) -> bool:
 
 
 def micro_step_counts(num_ranks: int, quick: bool = True) -> tuple[int, int]:
-    """Returns the two numbers of micro-steps to try: 1 or, if not quick, 2, so that gradients accumulate; and one large
-    enough to keep several pipeline stages busy."""
+    """Returns the two numbers of micro-steps to try: 1, and one large enough to keep several pipeline stages busy; or,
+    if not quick, 2, so that gradients accumulate, and the larger one for more stages."""
     return (1, max(2, min(num_ranks, 4))) if quick else (2, max(3, min(num_ranks, 4)))

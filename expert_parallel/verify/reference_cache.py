@@ -16,7 +16,7 @@ from expert_parallel.verify.reference_model import TokenPartition
 from expert_parallel.verify.reference_optimizer import ReferenceState
 from expert_parallel.verify.system_under_test import Tensors
 
-MAX_CACHED = 12  # those of a few layouts: a large model's tensors would fill the memory
+MAX_CACHED_BYTES = 200 * 1024**2  # on each rank, beside the tensors of the newest step
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ReferenceCache:
         if key not in self.cache:
             tensors, after = compute() if self.runtime.rank == 0 else (None, None)
             self.cache[key] = broadcast_tensors(tensors), after
-            if len(self.cache) > MAX_CACHED:
+            while len(self.cache) > 1 and self._cached_bytes() > MAX_CACHED_BYTES:
                 self.cache.pop(next(iter(self.cache)))
         expected, after = self.cache[key]
         return expected, ReferencePoint(key, after)
@@ -101,6 +101,10 @@ class ReferenceCache:
             return {"tokens": torch.tensor([token for text in texts for token in text], dtype=torch.float64)}
 
         return from_rank_0(self.runtime, compute)["tokens"]
+
+    def _cached_bytes(self) -> int:
+        """Returns the size of the cached tensors, the same on every rank."""
+        return sum(value.nbytes for tensors, _ in self.cache.values() for value in tensors.values())
 
     def _divided(self, division: TokenPartition, num_sequences: int, length: int) -> TokenPartition:
         """Returns the division, or that of one rank if no setting depends on it, so that more layouts share a step."""

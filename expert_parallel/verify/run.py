@@ -57,7 +57,9 @@ def verify(
         for previous, layout in zip([*chosen[-1:], *chosen], chosen, strict=False):
             if previous in saved:
                 print_progress(f"checkpoint, evaluation, generation: {layout.name}")
+                began = time.perf_counter()
                 check_life_cycle(spec, layout, runtime, reference, saved[previous], results[layout])
+                results[layout].seconds += time.perf_counter() - began
     results[spec.layouts[0]].dropout += check_random_numbers(spec.config.seed)  # the same in every layout: said once
     return list(results.values())
 
