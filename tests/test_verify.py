@@ -552,15 +552,15 @@ SHIPPED = run_configs()
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_every_shipped_config_can_be_reduced(file: Path) -> None:
-    """Small, with two MoE blocks or more, and unequal numbers of sequences on the data ranks."""
+    """Small, with two MoE blocks or more if it has any, and unequal numbers of sequences on the data ranks."""
     config = load_config(file)
     reduced = shrink_config(config, 4, full=False)
     model = reduced.config.model
     assert model.d_model <= 16
-    assert len(model.moe_layers) >= 2
-    assert model.moe is not None
-    assert config.model.moe is not None
-    assert model.moe.router.kind == config.model.moe.router.kind
+    assert (model.moe is None) == (config.model.moe is None)
+    if model.moe is not None and config.model.moe is not None:
+        assert len(model.moe_layers) >= 2
+        assert model.moe.router.kind == config.model.moe.router.kind
     assert reduced.config.training.global_batch // reduced.config.training.micro_steps == 5
     assert any("model.d_model" in change for change in reduced.changes)
 

@@ -3,8 +3,6 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +27,14 @@ from expert_parallel.training.config import Config, dump_config
 from expert_parallel.training.dead_settings import dead_settings
 from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.generate import generate_texts, open_prompt_tokenizer
-from expert_parallel.training.metrics import Metrics, MetricsWriter, format_progress_line, memory_metrics, step_metrics
+from expert_parallel.training.metrics import (
+    Metrics,
+    MetricsWriter,
+    ThroughputTimer,
+    format_progress_line,
+    memory_metrics,
+    step_metrics,
+)
 from expert_parallel.training.replay import RecordConfig, ReplayConfig, ReplaySpec, load_routing, save_routing
 from expert_parallel.training.resume import StopSignal, changed_since_checkpoint, check_can_resume, check_same_model
 from expert_parallel.training.run_lock import own_run_folder
@@ -328,28 +333,3 @@ def check_finite(step: int, report: StepReport, folder: Path) -> None:
             f"{f'its last checkpoint is {saved[-1]}' if saved else 'it has saved no checkpoint yet'} "
             "(a smaller training.optimizer.learning_rate may help)"
         )
-
-
-class ThroughputTimer:
-    """Measures the tokens per second of training alone, without the time in which it is paused (evaluation, saving)."""
-
-    def __init__(self, tokens_per_step: int) -> None:
-        self.tokens_per_step = tokens_per_step
-        self.start, self.steps = time.perf_counter(), 0
-
-    def count_step(self) -> None:
-        self.steps += 1
-
-    def read(self) -> Metrics:
-        """Returns the rate since the previous reading."""
-        now = time.perf_counter()
-        rate = self.steps * self.tokens_per_step / (now - self.start)
-        self.start, self.steps = now, 0
-        return {"perf/tokens_per_second": rate}
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Excludes the time spent inside the context."""
-        begin = time.perf_counter()
-        yield
-        self.start += time.perf_counter() - begin

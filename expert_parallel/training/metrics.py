@@ -1,6 +1,9 @@
 """Reports a run's metrics: metrics.jsonl, TensorBoard events, and lines on the terminal."""
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -134,3 +137,28 @@ def memory_metrics(device: torch.device) -> Metrics:
     """Returns the metric of the peak of allocated GPU memory, in bytes; an empty dict on the CPU, where torch does not
     measure it."""
     return {"perf/peak_memory_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
+
+
+class ThroughputTimer:
+    """Measures the tokens per second of training alone, without the time in which it is paused (evaluation, saving)."""
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.start, self.steps = time.perf_counter(), 0
+
+    def count_step(self) -> None:
+        self.steps += 1
+
+    def read(self) -> Metrics:
+        """Returns the rate since the previous reading."""
+        now = time.perf_counter()
+        rate = self.steps * self.tokens_per_step / (now - self.start)
+        self.start, self.steps = now, 0
+        return {"perf/tokens_per_second": rate}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Excludes the time spent inside the context."""
+        begin = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begin

@@ -151,7 +151,7 @@ def _compare_evaluation(
 ) -> list[TensorDifference]:
     """Evaluates, and compares loss, balance losses and counts."""
     mine = run.held_out_batches()
-    batches = run.held_out.split(run.config.training.global_batch // run.config.training.micro_steps)
+    batches = run.held_out.tokens.split(run.config.training.global_batch // run.config.training.micro_steps)
     wanted = reference.evaluation(point, run.config, batches, gather_divisions(run, mine))
     with system_under_test.collecting_ledger_errors([]):
         report = run.held_out_report()
@@ -167,7 +167,7 @@ def _compare_next_step(
     """Takes the step after those of the checkpoint, and compares it as every other."""
     batch = run.config.training.global_batch
     mine = list(run.batches(step))
-    sequences = run.sampler.sequences(step * batch, batch)
+    sequences = run.sampler.sequences(step * batch, batch).tokens
     expected, _ = reference.step(point, run.config, sequences, gather_divisions(run, mine)[0], step)
     before = system_under_test.read_weights(run.model)
     captured = system_under_test.capture_step(run, mine, step)
@@ -178,7 +178,7 @@ def _compare_generation(run: TrainingRun, reference: ReferenceCache, point: Refe
     """Continues prompts of different lengths by the most probable tokens, with and without the cache of keys and
     values, and compares the tokens."""
     window = run.config.training.sequence_length
-    prompts = [row[: 1 + number % (window - NUM_TOKENS)] for number, row in enumerate(run.held_out.tolist())]
+    prompts = [row[: 1 + number % (window - NUM_TOKENS)] for number, row in enumerate(run.held_out.tokens.tolist())]
     expected = reference.generation(point, run.config, prompts, NUM_TOKENS)
     pairs: Pairs = {}
     for use_cache in (True, False):
