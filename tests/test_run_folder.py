@@ -205,6 +205,16 @@ def test_a_folder_without_a_run_is_no_config(tmp_path: Path) -> None:
     assert f"the config file {tmp_path / 'config.yaml'} cannot be read: No such file or directory" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "wrong", ["model.vocab_size=2147483647", "training.global_batch=2147483647", "training.sequence_length=2147483647"]
+)
+def test_a_number_with_digits_too_many_is_refused_before_anything_is_written(wrong: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["train", str(small_config(tmp_path)), "parallel.ep=1", wrong])
+    assert result.exit_code == 2
+    assert re.search(r"error: a training step needs about [\d,]+ GiB .* machine has \d+ GiB", result.stderr), result
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_a_run_that_diverges_names_its_last_checkpoint(tmp_path: Path) -> None:
     diverging = ["training.optimizer.learning_rate=1e30", "training.schedule.warmup_steps=0", "training.steps=9"]
 

@@ -390,7 +390,7 @@ def test_advice_follows_the_configs_numbers() -> None:
         "GPUs    for: 32 ranks",
     ):
         assert words in text
-    assert "links   a token's rows are 1,835.0 kB" in text
+    assert "links   a token's rows are 1,835 kB" in text
 
 
 def test_the_lessons_slips() -> None:

@@ -295,11 +295,12 @@ def expert_rows(moe: MoEConfig, sizes: PassSizes) -> float:
     balanced = choices * experts / moe.num_experts
     if isinstance(moe.capacity, DroplessConfig):
         return balanced
-    blocks = {
-        "rank": [sizes.tokens] * degrees.ep,
-        "sequence": [sizes.length] * max(1, sizes.tokens * degrees.ep // sizes.length),
-        "global": [sizes.micro_batch * sizes.length],
+    tokens, blocks = {
+        "rank": (sizes.tokens, degrees.ep),
+        "sequence": (sizes.length, max(1, sizes.tokens * degrees.ep // sizes.length)),
+        "global": (sizes.micro_batch * sizes.length, 1),
     }[moe.capacity.scope]
     num_choices = moe.router.num_choices(moe.num_experts)
-    limit = experts * sum(block_capacities(moe.capacity, blocks, num_choices, moe.num_experts, training=True))
+    (capacity,) = block_capacities(moe.capacity, [tokens], num_choices, moe.num_experts, training=True)
+    limit = experts * blocks * capacity
     return limit if moe.capacity.pad else min(balanced, limit)

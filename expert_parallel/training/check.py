@@ -16,10 +16,9 @@ from expert_parallel.parallel.degrees import ParallelDegrees, format_rank_table
 from expert_parallel.parallel.placement import ExpertPlacement
 from expert_parallel.training.config import DTYPES, Config, dump_config
 from expert_parallel.training.dead_settings import dead_settings
-from expert_parallel.training.memory import estimate_memory, state_memory
+from expert_parallel.training.memory import GIB, estimate_memory, state_memory
 from expert_parallel.training.setup import check_degrees, data_requirements, format_degrees
 
-GIB = 1024**3
 MAX_GRID_RANKS = 64  # the grid of a larger world is not printed
 LARGE_MODEL, SMALL_MODEL = 10e9, 1e9  # parameters above and below which a mixture pays, and does not
 NO_DATA = "none yet: data.corpora is empty"
@@ -131,7 +130,7 @@ def mixture_advice(config: Config, degrees: ParallelDegrees, twins: DenseTwins) 
     rate = sent / twins.mixture.operations * 1e14 / 1e9
     return [
         *lines,
-        f"  links   a token's rows are {sent / 1e3:,.1f} kB to other ranks and back: a rank that computes 100 TFLOP/s "
+        f"  links   a token's rows are {sent / 1e3:,.0f} kB to other ranks and back: a rank that computes 100 TFLOP/s "
         f"sends {rate:,.1f} GB/s. Faster links than that speak for it, slower ones against",
     ]
 

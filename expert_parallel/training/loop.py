@@ -38,7 +38,7 @@ from expert_parallel.training.metrics import (
 from expert_parallel.training.replay import RecordConfig, ReplayConfig, ReplaySpec, load_routing, save_routing
 from expert_parallel.training.resume import StopSignal, changed_since_checkpoint, check_can_resume, check_same_model
 from expert_parallel.training.run_lock import own_run_folder
-from expert_parallel.training.setup import build, check_world_size, data_requirements, format_degrees
+from expert_parallel.training.setup import build, check_memory, check_world_size, data_requirements, format_degrees
 from expert_parallel.training.step import StepReport, evaluate, train_step
 
 logger = logging.getLogger(__name__)
@@ -236,6 +236,7 @@ class TrainingRun:
 def set_up_run(config: Config, runtime: Runtime) -> TrainingRun:
     """Opens data and run folder and builds the model; every rank must call it. Raises UserError on failure."""
     degrees = runtime.run_on_all_ranks(lambda: wait_for_nodes(config, runtime))
+    runtime.run_on_all_ranks(lambda: check_memory(config, degrees, runtime.device))
     data = runtime.run_on_all_ranks(lambda: open_data(config.data, data_requirements(config)))
     if len(digests := set(all_gather_text(str(data.config.sha256), torch.device("cpu")))) > 1:
         raise UserError(f"data: the ranks see different data, with sha256 {' and '.join(sorted(digests))}")

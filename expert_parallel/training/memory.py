@@ -26,6 +26,8 @@ from expert_parallel.training.config import DTYPES, Config
 from expert_parallel.training.engines.config import DeepSpeedConfig
 from expert_parallel.training.grads import BUCKET_BYTES
 
+GIB = 1024**3
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
