@@ -127,7 +127,7 @@ def test_the_level_holds_on_every_rank() -> None:
 
 
 def test_by_default_a_run_prints_its_progress_alone(tmp_path: Path) -> None:
-    result = start("alone", "train", small_config(tmp_path), "parallel.ep=1")
+    result = start("alone", "train", small_config(tmp_path), "parallel.ep=1", "training.schedule.warmup_steps=1")
     assert result.returncode == 0, result.output
     begins = [re.split("[ :]", line)[0] for line in result.output.splitlines()]
     assert begins == ["data", "ranks", *["step"] * 5, "saved", "done"], result.output

@@ -275,7 +275,9 @@ def test_replicated_gradients_by_hand() -> None:
     found = by_hand({"world": 2})
     assert found["dense: gradients"] == 2 * DENSE_NUMBERS * 8
     assert found["edp: gradients"] == 2 * EXPERT_NUMBERS * 8
-    assert found["world: norm and totals"] == 2 * 8 * (1 + 2 + (6 * 2 + 3 + 2 + 2 * 4 + 2 * 2))
+    assert found["world: norm and totals"] == 2 * 8 * (
+        1 + 2 + (6 * 2 + 3 + 2 + 2 * 4 + 2 * 2 + 2 * 6)
+    )  # last, checksums
 
 
 def test_sharded_weights_by_hand() -> None:
