@@ -39,7 +39,11 @@ class LedgerShape:
     k: int
 
 
-SHAPES = {"base": LedgerShape(4096, 256, 1024, 8, 2), "fine": LedgerShape(1024, 256, 128, 64, 8)}
+SHAPES = {
+    "base": LedgerShape(4096, 256, 1024, 8, 2),
+    "fine": LedgerShape(1024, 256, 128, 64, 8),
+    "wide": LedgerShape(1024, 1024, 4096, 8, 2),
+}
 
 
 def bench_ledger(runtime: Runtime, shape_name: str, rounds: int) -> dict[str, Any]:

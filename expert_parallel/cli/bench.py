@@ -157,7 +157,7 @@ def bench_machine(
 
 @bench.command("ledger")
 def bench_ledger(
-    shape: Annotated[str, typer.Option(help="size of the layer: base or fine")] = "base",
+    shape: Annotated[str, typer.Option(help="size of the layer: base, fine or wide")] = "base",
     rounds: Annotated[int, typer.Option(min=1, help="measurements of each; medians are reported")] = 15,
     json_file: Annotated[Path | None, typer.Option("--json", help="also write the results to this JSON file")] = None,
 ) -> None:
