@@ -13,7 +13,7 @@ from expert_parallel.cli.bench import bench
 from expert_parallel.cli.checkpoint import checkpoint
 from expert_parallel.cli.convert import convert
 from expert_parallel.cli.data import data
-from expert_parallel.cli.options import ConfigFile, LogLevel, Overrides, early_config, exit_on_user_error
+from expert_parallel.cli.options import MAX_SEED, ConfigFile, LogLevel, Overrides, early_config, exit_on_user_error
 from expert_parallel.cli.settings import settings
 from expert_parallel.cli.study import study
 from expert_parallel.cli.surgery import experts
@@ -21,8 +21,6 @@ from expert_parallel.config import load_tree
 from expert_parallel.runtime.output import exit_if_unreadable, print_line
 from expert_parallel.runtime.process import UserError, distributed
 from expert_parallel.training.config import Config, config_file, load_config, renamed_folder
-
-MAX_SEED = 2**63 - 1  # of an int64
 
 
 class Commands(TyperGroup):

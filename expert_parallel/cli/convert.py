@@ -9,19 +9,9 @@ from typing import Annotated
 
 import typer
 
-from expert_parallel.cli.options import MAX_SEED, exit_on_user_error
+from expert_parallel.cli.options import MAX_SEED, ShardGB, exit_on_user_error
 
 convert = typer.Typer(no_args_is_help=True, help="Import, export and upcycle models (Hugging Face format).")
-
-ShardGB = Annotated[
-    float,
-    typer.Option(
-        "--shard-gb",
-        min=0.001,
-        max=1e6,
-        help="largest size of a file in GiB; at most one is in memory",
-    ),
-]
 
 
 @convert.command("import")

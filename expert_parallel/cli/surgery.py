@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expert_parallel.cli.options import MAX_SEED, exit_on_user_error
+from expert_parallel.cli.options import MAX_SEED, ShardGB, exit_on_user_error
 
 if TYPE_CHECKING:
     from expert_parallel.interop.surgery import Surgery
@@ -18,15 +18,6 @@ experts = typer.Typer(no_args_is_help=True, help="Add, remove or merge the exper
 
 Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="a run folder (its newest checkpoint) or a checkpoint")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="the run folder to create")]
-ShardGB = Annotated[
-    float,
-    typer.Option(
-        "--shard-gb",
-        min=0.001,
-        max=1e6,
-        help="largest size of a file in GiB; at most one is in memory",
-    ),
-]
 Check = Annotated[bool, typer.Option(help="print the loss before and after; needs memory for both models")]
 
 

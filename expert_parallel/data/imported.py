@@ -1,6 +1,5 @@
 """Reads the Hugging Face files in a run's folder that say how prompts of an imported model begin and its texts end."""
 
-import json
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_parallel.data.open import ORIGIN, TOKENIZER_FILE
+from expert_parallel.data.reading import read_json
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -133,12 +133,4 @@ def _special_tokens(config: dict[str, Any]) -> tuple[str, ...]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object, empty if there is no such file. Raises a ValueError if the file holds none."""
-    if not path.is_file():
-        return {}
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return tree
+    return read_json(path) if path.is_file() else {}

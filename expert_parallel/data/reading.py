@@ -281,5 +281,16 @@ def read_parquet(
         before += len(column)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a file that holds a JSON object. Raises a ValueError of one sentence if it does not."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return tree
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from expert_parallel.data.reading import read_json
+
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -31,17 +33,6 @@ COPIED_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a file that holds a JSON object. Raises a ValueError of one sentence if it does not."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return tree
 
 
 class HuggingFaceFolder:

@@ -12,8 +12,9 @@ from torch import Tensor
 from expert_parallel.checkpoint.files import CheckpointWriter
 from expert_parallel.data.imported import read_imported_generation
 from expert_parallel.data.open import ORIGIN, TOKENIZER_FILE
+from expert_parallel.data.reading import read_json
 from expert_parallel.data.tokenizer import FileTokenizer
-from expert_parallel.interop.folder import CONFIG, COPIED_FILES, read_json
+from expert_parallel.interop.folder import CONFIG, COPIED_FILES
 from expert_parallel.interop.hf_model import HuggingFaceModel
 from expert_parallel.training.config import Config, dump_config, read_config
 

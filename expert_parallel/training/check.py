@@ -92,11 +92,12 @@ def format_comparison(config: Config, degrees: ParallelDegrees) -> list[str]:
         counts = f"{_format_count(size.parameters):>12}{_format_count(size.active):>12}"
         counts += f"{_format_operations(size.operations):>16}{size.used:>14,.10g}"
         lines.append(f"{name:<24}{counts}{size.hidden:>13,}")
-    lines.append(
+    lines += [
         f"A token uses {twins.active_share:.1%} of the parameters. The mixture has {twins.memory_ratio:.2f} times the "
-        f"weights of the dense model of equal operations; the dense model of equal parameters takes "
-        f"{twins.operations_ratio:.2f} times the operations."
-    )
+        "weights of the dense model",
+        f"of equal operations; the dense model of equal parameters takes {twins.operations_ratio:.2f} times the "
+        "operations.",
+    ]
     return [*lines, *mixture_advice(config, degrees, twins)]
 
 
@@ -118,8 +119,7 @@ def mixture_advice(config: Config, degrees: ParallelDegrees, twins: DenseTwins) 
         f"  size    {by_size} ({_format_count(size)} parameters)",
         f"  data    {by_data.get(corpora, f'for: experts can specialize in {corpora} corpora')} "
         f"({tokens / twins.mixture.active:,.1f} tokens for each active parameter)",
-        f"  memory  against: weights, gradients and moments take {more:,.2f} GiB more than those of the dense model of "
-        "equal operations",
+        f"  memory  against: weights, gradients and moments take {more:,.2f} GiB more than dense with equal operations",
     ]
     if degrees.world_size == 1:
         return [*lines, "  GPUs    against: one rank holds all experts; a wider dense model could use its memory"]
