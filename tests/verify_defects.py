@@ -199,6 +199,44 @@ def weights_exchanged() -> Patch:
     return LinearRouter, "weights", lambda *arguments: original(*arguments).flip(1)
 
 
+def second_choice_without_gradient() -> Patch:
+    from expert_parallel.moe.routers.base import LinearRouter
+
+    original = LinearRouter.weights
+
+    def wrong(*arguments: Any) -> Tensor:
+        first_T1, others_TK = original(*arguments).split([1, 1], dim=1)
+        return torch.cat([first_T1, others_TK.detach()], 1)
+
+    return LinearRouter, "weights", wrong
+
+
+def gated_bias_cut_as_ungated() -> Patch:
+    from expert_parallel.moe.experts import grouped
+
+    original = grouped.shard_parameter
+
+    def wrong(module: Any, name: str, dim: int, group: Any, *parts: int) -> None:
+        original(module, name, dim, group, *(() if name == "b_in" else parts))
+
+    return grouped, "shard_parameter", wrong
+
+
+def blocks_swapped() -> Patch:
+    """The rows of two ranks change places on their way, where they are equally many."""
+    from expert_parallel.parallel import collectives
+
+    original = collectives.start_all_to_all_rows
+
+    def wrong(x: Tensor, send_counts: Any, receive_counts: Any, group: Any) -> Any:
+        wait = original(x, send_counts, receive_counts, group)
+        if len(set(receive_counts)) > 1 or len(receive_counts) != 2:
+            return wait
+        return lambda: wait().roll(receive_counts[0], 0)
+
+    return collectives, "start_all_to_all_rows", wrong
+
+
 def wrong_product(name: str) -> Patch:
     """Rows of the first expert that has some are multiplied with the last expert's matrix."""
     from expert_parallel.moe.experts import grouped, grouped_gemm
@@ -306,6 +344,7 @@ def dropout_over_half() -> Patch:
 
 SHARED = {"shared_experts": {"hidden": 8, "bias": True}}
 NOISE = {"router": {"kind": "noisy_top_k", "k": 2}}
+EQUAL = {"kind": "absolute", "train": 4, "eval": 4, "scope": "rank"}  # so that experts have equally many rows
 NO_LIMIT = {"capacity": {"kind": "dropless"}}
 
 PLANTED: dict[str, Planted] = {
@@ -376,6 +415,18 @@ PLANTED: dict[str, Planted] = {
     ),
     "weights of choices exchanged": Planted(
         weights_exchanged, "output", ("block 1", "weights of choices"), part="step"
+    ),
+    "router gradient of second choices lost": Planted(
+        second_choice_without_gradient,
+        "gradient: router",
+        ("gradient of blocks", "the experts' gradients are right", "the weights of some choices"),
+        part="step",
+    ),
+    "gated input bias cut as an ungated one": Planted(
+        gated_bias_cut_as_ungated, "output", ("block 1", "grouped products"), "etp=2,micro_steps=2", "step"
+    ),
+    "blocks of ranks swapped at equal counts": Planted(
+        blocks_swapped, "output", ("dispatch", "is out of order"), part="step", moe={"capacity": EQUAL}, is_slow=True
     ),
     "a wrong product in float64": Planted(
         lambda: wrong_product("loop"), "output", ("block 1", "grouped products"), part="step"

@@ -183,6 +183,26 @@ def _left_over(evidence: Evidence) -> str | None:
     )
 
 
+def _router_alone(evidence: Evidence) -> str | None:
+    """Names the weights of choices, if the backward pass goes wrong first in a router, whose block's experts are
+    right."""
+    if evidence.worst.column != "gradient: router":
+        return None
+    block = max(_block(d.name) for d in evidence.found)
+    wrong = [d for d in evidence.wrong if d.column in GRADIENTS and d.column != evidence.worst.column]
+    if any(_block(d.name) > block or (_block(d.name) == block and ".moe." in d.name) for d in wrong):
+        return None
+    return (
+        f"the backward pass goes wrong first in block {block}, where the experts' gradients are right: the weights of "
+        "some choices, or a loss, have another gradient or none"
+    )
+
+
+def _block(name: str) -> int:
+    """Returns the number of the block that a parameter belongs to; -1 for the embedding and the last norm."""
+    return int(name.partition("blocks.")[2].partition(".")[0] or -1)
+
+
 def _step_dependent(evidence: Evidence) -> str | None:
     """Names what depends on the step's number, if the first outputs that differ are of a later step."""
     if evidence.worst.step == 0 or evidence.worst.column not in ("output", "dropped"):
@@ -313,6 +333,7 @@ RULES: tuple[Callable[[Evidence], str | None], ...] = (
     _clipping,
     _degree,
     _left_over,
+    _router_alone,
     _step_dependent,
     _capacity,
     _betas,
