@@ -333,7 +333,8 @@ def _did_you_mean(path: str, paths: list[str]) -> str:
 def _shown(value: Any) -> str:
     """Returns the value as YAML would have it, on one line of bounded length."""
     text = json.dumps(value, default=str, ensure_ascii=False)
-    return _cut(text.encode(errors="backslashreplace").decode())  # half a surrogate pair cannot be printed
+    # JSON leaves some line breaks and control characters as they are, and half a surrogate pair, which no terminal has.
+    return _cut("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
 def _cut(text: str) -> str:
