@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 CONFIG_VERSION = 1  # increased when a config written before would change its meaning, or be refused
 MAX_INT, MAX_FLOAT, MIN_FLOAT = 2**31 - 1, 1e30, 1e-30  # of settings without bounds of their own: products stay finite
+MAX_SEED = 2**63 - 1  # of an int64
 MAX_NAME_BYTES = 255  # of a file or folder, on all common file systems of Linux
 MAX_PATH_BYTES = 3500  # Linux takes 4,095; what a run writes lies up to a few hundred below its folder
 

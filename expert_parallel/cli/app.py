@@ -13,13 +13,14 @@ from expert_parallel.cli.bench import bench
 from expert_parallel.cli.checkpoint import checkpoint
 from expert_parallel.cli.convert import convert
 from expert_parallel.cli.data import data
-from expert_parallel.cli.options import MAX_SEED, ConfigFile, LogLevel, Overrides, early_config, exit_on_user_error
+from expert_parallel.cli.options import ConfigFile, LogLevel, Overrides, early_config, exit_on_user_error
 from expert_parallel.cli.settings import settings
 from expert_parallel.cli.study import study
 from expert_parallel.cli.surgery import experts
 from expert_parallel.config import load_tree
 from expert_parallel.runtime.output import exit_if_unreadable, print_line
 from expert_parallel.runtime.process import UserError, distributed
+from expert_parallel.settings import MAX_SEED
 from expert_parallel.training.config import Config, config_file, load_config, renamed_folder
 
 

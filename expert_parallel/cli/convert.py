@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from expert_parallel.cli.options import MAX_SEED, ShardGB, exit_on_user_error
+from expert_parallel.cli.options import ShardGB, exit_on_user_error
+from expert_parallel.settings import MAX_SEED
 
 convert = typer.Typer(no_args_is_help=True, help="Import, export and upcycle models (Hugging Face format).")
 

@@ -23,7 +23,6 @@ ShardGB = Annotated[
     float,
     typer.Option("--shard-gb", min=0.001, max=1e6, help="largest size of a file in GiB; at most one is in memory"),
 ]
-MAX_SEED = 2**63 - 1  # of an int64
 LogLevel = Annotated[Level, typer.Option(help="lowest level of the log messages on stderr, on every rank")]
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expert_parallel.cli.options import MAX_SEED, ShardGB, exit_on_user_error
+from expert_parallel.cli.options import ShardGB, exit_on_user_error
+from expert_parallel.settings import MAX_SEED
 
 if TYPE_CHECKING:
     from expert_parallel.interop.surgery import Surgery

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from expert_parallel.config import load_tree, read_settings
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.config import merge
-from expert_parallel.settings import PathText, Settings, TreeOf, use_own_names
+from expert_parallel.settings import MAX_SEED, PathText, Settings, TreeOf, use_own_names
 from expert_parallel.training.config import Config, read_config
 from expert_parallel.training.optim import CosineConfig
 
@@ -45,7 +45,7 @@ class StudyConfig(Settings):
     continues with all seeds."""
     trial_steps: int = Field(ge=1)
     """Sets the number of steps of each learning rate's trial."""
-    seeds: list[Annotated[int, Field(ge=0, le=2**63 - 1)]] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = Field(min_length=1)
     """Lists the seeds of the full-length runs."""
     jobs: int = Field(default=1, ge=1)
     """Sets the number of runs at a time, each in a process of its own."""

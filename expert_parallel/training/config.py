@@ -20,7 +20,7 @@ from expert_parallel.moe.experts.grouped import supports_grouped_mm
 from expert_parallel.nn.ffn import w_in_columns
 from expert_parallel.parallel.degrees import EXPERT_ORDER, InterleavedConfig, ParallelConfig, ShardedConfig
 from expert_parallel.runtime.process import RuntimeConfig
-from expert_parallel.settings import CONFIG_VERSION, PathText, Settings, refuse_newer
+from expert_parallel.settings import CONFIG_VERSION, MAX_SEED, PathText, Settings, refuse_newer
 from expert_parallel.training.engines.config import EngineConfig, NativeConfig, validate_engine
 from expert_parallel.training.freeze import AllTrainable, TrainableConfig, validate_trainable
 from expert_parallel.training.optim import CosineConfig, OptimizerConfig, ScheduleConfig
@@ -109,7 +109,7 @@ class Config(Settings):
     refused."""
     run: RunConfig
     """Sets where the run's files are written, and how often it reports."""
-    seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seeds the initial weights, the order of the data, dropout and the routers' noise."""
     model: ModelConfig
     """Describes the model: dense without `model.moe`, a mixture of experts with it."""

@@ -140,5 +140,6 @@ def check_memory(config: Config, degrees: ParallelDegrees, device: torch.device)
         raise ValueError(
             f"a training step needs about {estimate.total / GIB:,.0f} GiB on a rank (weights, gradients and optimizer "
             f"{estimate.state / GIB:,.0f}), its {'GPU' if device.type == 'cuda' else 'machine'} has "
-            f"{available / GIB:,.0f} GiB: `expert-parallel check` lists the parts"
+            f"{available / GIB:,.0f} GiB: `expert-parallel check` lists the parts, which training.global_batch, "
+            "training.sequence_length and the sizes of model decide"
         )

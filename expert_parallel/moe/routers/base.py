@@ -18,7 +18,7 @@ from expert_parallel.moe.routers.topk import stable_topk
 from expert_parallel.moe.types import LogitNoise, Outcome, RoutingPlan
 from expert_parallel.nn import random
 from expert_parallel.nn.random import Stream
-from expert_parallel.settings import Settings
+from expert_parallel.settings import MAX_SEED, Settings
 
 Score = Literal["softmax", "sigmoid"]
 
@@ -320,7 +320,7 @@ class HashConfig(TokenChoiceSettings):
     kind: Literal["hash"]
     k: int = Field(default=1, ge=1)
     """Sets the number of experts that each token is sent to."""
-    seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seeds the hash."""
 
 
