@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # the names of _MODULES, for type checkers
     from expert_parallel.moe.config import MoEConfig as MoEConfig
     from expert_parallel.moe.context import RouterReplay as RouterReplay
     from expert_parallel.moe.context import StepContext as StepContext
+    from expert_parallel.moe.data_parallel import clip_grad_norm_ as clip_grad_norm_
+    from expert_parallel.moe.data_parallel import expert_parameters as expert_parameters
+    from expert_parallel.moe.data_parallel import prepare_data_parallel as prepare_data_parallel
     from expert_parallel.moe.dispatch.ledger import LedgerBreach as LedgerBreach
     from expert_parallel.moe.layer import MoELayer as MoELayer
     from expert_parallel.moe.types import LoadStats as LoadStats
@@ -55,6 +58,9 @@ _MODULES = {
     "StepContext": "expert_parallel.moe.context",
     "RouterReplay": "expert_parallel.moe.context",
     "LedgerBreach": "expert_parallel.moe.dispatch.ledger",
+    "prepare_data_parallel": "expert_parallel.moe.data_parallel",
+    "clip_grad_norm_": "expert_parallel.moe.data_parallel",
+    "expert_parameters": "expert_parallel.moe.data_parallel",
     "ExpertPlacement": "expert_parallel.parallel.placement",
     # the whole model, on any layout
     "ModelConfig": "expert_parallel.model.config",

@@ -154,7 +154,7 @@ def build_moe_layer(config: MoEConfig, mesh: ParallelMesh | None) -> MoELayer:
     """Builds an MoE layer on the process groups of the mesh, or on a single rank if mesh is None."""
     if mesh is None:
         return MoELayer(config)
-    return MoELayer(
+    layer = MoELayer(
         config,
         mesh.ep_group,
         mesh.stage_group,
@@ -162,6 +162,8 @@ def build_moe_layer(config: MoEConfig, mesh: ParallelMesh | None) -> MoELayer:
         sequence_group=mesh.sequence_group,
         etp_group=mesh.etp_group,
     )
+    layer.experts.compares_ranks = False  # the experts of an upcycled model may be equal
+    return layer
 
 
 class LanguageModel(nn.Module):

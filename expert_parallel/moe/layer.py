@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from expert_parallel.moe.capacity.policies import POLICIES, CapacitySettings, DroplessConfig
 from expert_parallel.moe.capacity.receive_bound import apply_receive_bound
@@ -23,6 +24,7 @@ from expert_parallel.moe.context import (
 from expert_parallel.moe.dispatch.dispatcher import Dispatcher
 from expert_parallel.moe.dispatch.ledger import Ledger
 from expert_parallel.moe.dispatch.row_index import IndexTable
+from expert_parallel.moe.experts.ddp import active_ddp, check_ddp
 from expert_parallel.moe.experts.grouped import GroupedExperts
 from expert_parallel.moe.parameters import init_parameters
 from expert_parallel.moe.routers.losses import loss_name, router_losses
@@ -51,7 +53,8 @@ class MoELayer(nn.Module):
     After the backward pass the gradients of the router and of shared experts are this rank's part: SUM them over
     data_group. Expert gradients are already summed over `ep_group`, since their ranks' rows were computed here, and
     those of ETP-sharded weights over etp_group too. b_out is replicated over etp_group: SUM its gradient over that
-    group. Where other ranks hold copies of these experts, SUM over those as well.
+    group. Where other ranks hold copies of these experts, SUM over those as well. `prepare_data_parallel` (see
+    moe/data_parallel.py) changes all this to means, for DistributedDataParallel and its kin.
     """
 
     def __init__(
@@ -95,8 +98,11 @@ class MoELayer(nn.Module):
         self.router = build_router(config.router, config.d_model, config.num_experts)
         self.dispatcher = Dispatcher(config.dispatcher, placement, ep_group, nodes)
         self.experts = GroupedExperts(
-            config.experts, config.d_model, placement.experts_on(group_rank(ep_group)), etp_group
+            config.experts, config.d_model, placement.experts_on(group_rank(ep_group)), etp_group, ep_group
         )
+        self.expert_data_group: dist.ProcessGroup | None = None
+        self.syncs_experts = True  # False within DDP's no_sync
+        self._mark_experts()
         self.rank_of_expert_E = IndexTable(placement.rank_of_expert)
         self.index_tables = nn.ModuleList(self.dispatcher.index_tables)
         self.shared_experts = FFN(config.shared_experts, config.d_model) if config.shared_experts else None
@@ -105,12 +111,46 @@ class MoELayer(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MoELayer":
         """Copies the weights and shares the process groups, which cannot be copied."""
-        groups = (self.ep_group, self.data_group, self.sequence_group, self.etp_group)
+        groups = (self.ep_group, self.data_group, self.sequence_group, self.etp_group, self.expert_data_group)
         memo |= {id(group): group for group in groups}
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        copied._mark_experts()  # copies of parameters have neither the attributes nor the hooks of the originals
+        if self.experts.reduction == "mean":
+            copied._register_average()
         return copied
+
+    def use_mean_reduction(self, expert_data_group: dist.ProcessGroup | None) -> None:
+        """Fits the layer to a loss that is a mean on each rank and to gradients that are averaged over ranks.
+
+        The losses of the layer are then multiplied by the number of ranks of data_group, the gradients of experts
+        divided by the number of ranks whose rows they sum up, and averaged over `expert_data_group`, the ranks that
+        hold copies of them. Users call `prepare_data_parallel`.
+        """
+        if self.experts.reduction == "sum":
+            self.experts.reduction = "mean"
+            self._register_average()
+        self.expert_data_group = expert_data_group
+
+    def _mark_experts(self) -> None:
+        """Sets `allreduce = False`, by which DeepSpeed knows experts, on weights that are this rank's alone."""
+        for parameter in self.experts.parameters() if self.experts.num_ranks > 1 else ():
+            parameter.allreduce = False  # type: ignore[attr-defined]
+
+    def _register_average(self) -> None:
+        for parameter in self.experts.parameters():
+            is_trained = parameter.requires_grad
+            parameter.requires_grad_(True)  # or torch refuses the hook; a frozen weight may be trained later
+            parameter.register_post_accumulate_grad_hook(self._average_gradient)
+            parameter.requires_grad_(is_trained)
+
+    def _average_gradient(self, parameter: Tensor) -> None:
+        """Averages an expert weight's gradient, with all that it has accumulated, over expert_data_group."""
+        if self.syncs_experts and group_size(self.expert_data_group) > 1:
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad, group=self.expert_data_group)
+            parameter.grad /= group_size(self.expert_data_group)
 
     def forward(self, x: Tensor, context: StepContext | None = None) -> MoEOutput:
         """Routes the tokens, applies capacity, dispatches them to their experts, computes and combines. Returns the
@@ -122,6 +162,8 @@ class MoELayer(nn.Module):
         Raises a ValueError for input of another shape, and on all ranks together if they are not in the same pass. An
         error on one rank alone (its own input is wrong) leaves the others waiting, so it must end the process.
         """
+        if (ddp := active_ddp()) is not None:
+            self._follow_ddp(ddp)
         context = context or StepContext()
         x_BSD = self._check_input(x)
         x_TD = x_BSD.flatten(0, 1)
@@ -142,7 +184,11 @@ class MoELayer(nn.Module):
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
 
-        weighted = {loss_name(c): c.coefficient * losses[loss_name(c)] for c in self.config.losses}
+        # With a mean over ranks to come, each rank's share counts as often as there are ranks.
+        factor = group_size(self.data_group) if self.experts.reduction == "mean" else 1
+        weighted = {loss_name(c): factor * c.coefficient * losses[loss_name(c)] for c in self.config.losses}
+        if factor > 1:
+            pooled = {name: (fraction, factor * probability) for name, (fraction, probability) in pooled.items()}
         stats = LoadStats(
             **count_choices(routed, plan, batch.real_T),
             computed_E=pending.computed_E,
@@ -153,6 +199,18 @@ class MoELayer(nn.Module):
             losses={name: value.detach() for name, value in losses.items()},
         )
         return MoEOutput(y_TD.view(x.shape), weighted, stats, pooled)
+
+    @torch.compiler.disable
+    def _follow_ddp(self, ddp: DistributedDataParallel) -> None:
+        """Leaves out averages within DDP's no_sync. Raises a ValueError, on all ranks, if this DDP would give wrong
+        gradients; checked once for each DDP object."""
+        if torch.is_grad_enabled():  # as DDP decides; so recomputation, which runs outside of DDP's forward, has no say
+            self.syncs_experts = ddp.require_backward_grad_sync
+        checked: set[int] = vars(ddp).setdefault("checked_moe_layers", set())
+        if id(self) not in checked:
+            num_loss_ranks = group_size(self.data_group) if self.config.losses else 1
+            check_ddp(ddp, self.experts, group_size(self.expert_data_group), num_loss_ranks)
+            checked.add(id(self))
 
     def _check_input(self, x: Tensor) -> Tensor:
         """Returns the input as (B, S, D). Raises a ValueError if it has another shape."""

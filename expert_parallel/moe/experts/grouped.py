@@ -15,11 +15,12 @@ from expert_parallel.moe.dispatch.permute import NO_ROW, gather_rows
 from expert_parallel.moe.experts.expert_tensor_parallel import all_gather_by_expert, reduce_scatter_by_expert
 from expert_parallel.moe.experts.fused import fused_experts
 from expert_parallel.moe.experts.grouped_gemm import GROUPED_GEMMS, GroupedGemm, has_bfloat16_gemm
+from expert_parallel.moe.experts.replicas import check_own_weights, mean_gradient
 from expert_parallel.moe.types import DispatchedTokens
 from expert_parallel.nn.ffn import ACTIVATIONS, GATED, Activation, ffn_params, w_in_columns
 from expert_parallel.nn.random import dropout, mix
 from expert_parallel.parallel.collectives import group_size
-from expert_parallel.parallel.sharding import shard_parameter
+from expert_parallel.parallel.sharding import get_tensor_shards, shard_parameter
 from expert_parallel.settings import Settings
 
 
@@ -78,6 +79,11 @@ class GroupedExperts(nn.Module):
 
     etp_group: the ranks over which F is sharded; they hold the same experts, each with other columns. All parameters
     but b_out are then this rank's shard (see parallel/sharding.py). Raises a ValueError if F cannot be divided evenly.
+    ep_group: the ranks that hold other experts.
+
+    `reduction`: "sum" leaves the gradients as MoELayer describes; "mean" divides them by the number of ranks whose rows
+    they sum up, and b_out's is whole, too. `compares_ranks`: True until the first forward pass, which raises a
+    ValueError if another rank of either group has equal weights (see check_own_weights).
     """
 
     def __init__(
@@ -86,11 +92,15 @@ class GroupedExperts(nn.Module):
         d_model: int,
         expert_ids: tuple[int, ...],
         etp_group: dist.ProcessGroup | None = None,
+        ep_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.expert_ids = expert_ids
         self.etp_group = etp_group
+        self.ep_group = ep_group
+        self.reduction: Literal["sum", "mean"] = "sum"
+        self.compares_ranks = self.num_ranks > 1
         num_local = len(expert_ids)
         columns = w_in_columns(config.activation, config.hidden)
         etp = group_size(etp_group)
@@ -112,6 +122,11 @@ class GroupedExperts(nn.Module):
                 shard_parameter(self, "b_in", -1, etp_group, gate_and_up)
             self.to_empty(device=device)
 
+    @property
+    def num_ranks(self) -> int:
+        """Returns the number of ranks over which the layer's experts are sharded, whole or by columns."""
+        return group_size(self.ep_group) * group_size(self.etp_group)
+
     def forward(self, tokens: DispatchedTokens, dropout_seed: int = 0) -> Tensor:
         """Returns y_VD: for each received row, the sum over its choices of weight * Expert(x), in x's dtype.
 
@@ -120,6 +135,8 @@ class GroupedExperts(nn.Module):
         ValueError if the configured backend does not support x's dtype or the sizes.
         """
         config, x_VD = self.config, tokens.x_VD
+        if self.compares_ranks:  # here, where FSDP2 has gathered its shards
+            self.compare_ranks()
         best = choose_backend(config, x_VD.dtype, x_VD.device, self.sizes)
         if best == "grouped_mm" and not supports_grouped_mm(x_VD.dtype, x_VD.device, self.sizes):
             raise ValueError(
@@ -128,11 +145,28 @@ class GroupedExperts(nn.Module):
             )
         if config.is_plain and group_size(self.etp_group) == 1:
             tokens = self.pad_for_backend(tokens, GROUPED_GEMMS[best])
-            return fused_experts(tokens, self.w_in, self.w_out, config.activation, GROUPED_GEMMS[best])
+            weights = (self.weight("w_in"), self.weight("w_out"))
+            return fused_experts(tokens, *weights, config.activation, GROUPED_GEMMS[best])
         row_R1 = tokens.row_R[:, None]  # a table of one column, since some may be NO_ROW (see gather_rows)
         x_RD = gather_rows(x_VD, row_R1, tokens.computed_VK)
         y_RD = self._by_autograd(x_RD, tokens.counts_e, tokens.weights_R, GROUPED_GEMMS[best], dropout_seed)
         return gather_rows(y_RD, tokens.computed_VK, row_R1)
+
+    @torch.compiler.disable
+    def compare_ranks(self) -> None:
+        """Raises a ValueError on all ranks of ep_group, or of etp_group, if two of them have equal weights."""
+        weights = (self.w_in, self.w_out)
+        check_own_weights(weights, self.ep_group, "ep_group")
+        check_own_weights(weights, self.etp_group, "etp_group")
+        self.compares_ranks = False
+
+    def weight(self, name: str) -> Tensor:
+        """Returns a parameter as the forward pass uses it, with the gradient that `reduction` asks for."""
+        weight: Tensor = getattr(self, name)
+        if self.reduction == "sum" or self.num_ranks == 1:
+            return weight
+        # The gradient of a shard has the rows of all ranks of both groups, that of b_out those of one ep_group alone.
+        return mean_gradient(weight, self.num_ranks, None if name in get_tensor_shards(self) else self.etp_group)
 
     def pad_for_backend(self, tokens: DispatchedTokens, gemm: GroupedGemm) -> DispatchedTokens:
         """Pads the experts' rows with zeros to the group sizes that are fastest for this backend."""
@@ -146,15 +180,21 @@ class GroupedExperts(nn.Module):
         config = self.config
         x_GD, gathered_e, gathered = all_gather_by_expert(x_RD, counts_e, self.etp_group)
         groups = gemm.groups(gathered_e)
-        hidden = gemm.rows(x_GD, self.w_in.to(x_RD.dtype), groups)
-        hidden = ACTIVATIONS[config.activation](_add_bias(hidden, self.b_in, gathered_e))
+        hidden = gemm.rows(x_GD, self.weight("w_in").to(x_RD.dtype), groups)
+        hidden = ACTIVATIONS[config.activation](self._add_bias(hidden, "b_in", gathered_e))
         if self.training:
             hidden = dropout(hidden, config.hidden_dropout, mix(seed, 0))
-        y_GD = gemm.rows(hidden, self.w_out.to(x_RD.dtype), groups)
-        y_RD = _add_bias(reduce_scatter_by_expert(y_GD, gathered), self.b_out, counts_e)
+        y_GD = gemm.rows(hidden, self.weight("w_out").to(x_RD.dtype), groups)
+        y_RD = self._add_bias(reduce_scatter_by_expert(y_GD, gathered), "b_out", counts_e)
         if self.training:
             y_RD = dropout(y_RD, config.output_dropout, mix(seed, 1))
         return (y_RD * weights_R[:, None]).to(x_RD.dtype)
+
+    def _add_bias(self, rows: Tensor, name: str, counts_e: Tensor) -> Tensor:
+        """Adds to each row the bias `name` of its expert, if the experts have biases."""
+        if not self.config.bias:
+            return rows
+        return rows + self.weight(name).to(rows.dtype).repeat_interleave(counts_e, dim=0, output_size=rows.shape[0])
 
 
 def pad_groups(tokens: DispatchedTokens, counts_e: Tensor) -> DispatchedTokens:
@@ -174,10 +214,3 @@ def pad_groups(tokens: DispatchedTokens, counts_e: Tensor) -> DispatchedTokens:
     computed_VK = torch.cat([place_R, place_R.new_tensor([NO_ROW])])[tokens.computed_VK]  # NO_ROW reads the last entry
     weights_P = gather_rows(tokens.weights_R, own_P[:, None], place_R[:, None])
     return DispatchedTokens(tokens.x_VD, row_P, computed_VK, counts_e, weights_P)
-
-
-def _add_bias(rows: Tensor, bias_e: Tensor | None, counts_e: Tensor) -> Tensor:
-    """Adds to each row the bias of its expert. bias_e: (e, width); None: no bias."""
-    if bias_e is None:
-        return rows
-    return rows + bias_e.to(rows.dtype).repeat_interleave(counts_e, dim=0, output_size=rows.shape[0])
