@@ -47,8 +47,10 @@ class MoELayer(nn.Module):
     ranks over which the hidden columns of each expert are sharded. seed: initial weights are a function of it and of
     each weight's name; give each layer of a model a different one.
 
-    Weights are float32 (or what `.double()`, `.bfloat16()` make of them). The layer computes in its input's dtype, the
-    router in promote_types(float32, that).
+    Weights are float32 (or what `.double()`, `.bfloat16()` make of them). The layer computes in its input's dtype, or
+    under autocast in the dtype of autocast, as linear layers do; the router computes in promote_types(float32, the
+    input's dtype), also under autocast. `torch.compile` compiles what is around the layer, with one graph break for
+    each layer, and leaves the layer as it is.
 
     After the backward pass the gradients of the router and of shared experts are this rank's part: SUM them over
     data_group. Expert gradients are already summed over `ep_group`, since their ranks' rows were computed here, and
@@ -152,6 +154,7 @@ class MoELayer(nn.Module):
             dist.all_reduce(parameter.grad, group=self.expert_data_group)
             parameter.grad /= group_size(self.expert_data_group)
 
+    @torch.compiler.disable(reason="the numbers of rows that ranks exchange become shapes")
     def forward(self, x: Tensor, context: StepContext | None = None) -> MoEOutput:
         """Routes the tokens, applies capacity, dispatches them to their experts, computes and combines. Returns the
         output, the auxiliary losses and the counts.
@@ -175,6 +178,7 @@ class MoELayer(nn.Module):
         plan = self._plan_with_capacity(routed, batch, recorded)
         losses, pooled = router_losses(self.config.losses, routed, batch)
 
+        x_TD = cast_for_autocast(x_TD)
         pending = self.dispatcher.dispatch(x_TD, plan, ledger, context)
         # Shared experts run while the first exchange is in progress.
         shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
@@ -200,7 +204,6 @@ class MoELayer(nn.Module):
         )
         return MoEOutput(y_TD.view(x.shape), weighted, stats, pooled)
 
-    @torch.compiler.disable
     def _follow_ddp(self, ddp: DistributedDataParallel) -> None:
         """Leaves out averages within DDP's no_sync. Raises a ValueError, on all ranks, if this DDP would give wrong
         gradients; checked once for each DDP object."""
@@ -270,3 +273,12 @@ class MoELayer(nn.Module):
         own_rows = rows_per_expert if capacity.scope != "sequence" or self.is_first_of_sequence_group else 0
         total = all_reduce_sum(batch.index_T.new_tensor(own_rows), self.ep_group)
         return replace(plan, rows_per_expert=int(total))  # the host waits: the number becomes a shape
+
+
+def cast_for_autocast(x: Tensor) -> Tensor:
+    """Returns x in the dtype of autocast if autocast is enabled for its device, else x itself. As for torch's own
+    operators, float64 stays."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

@@ -152,7 +152,6 @@ class GroupedExperts(nn.Module):
         y_RD = self._by_autograd(x_RD, tokens.counts_e, tokens.weights_R, GROUPED_GEMMS[best], dropout_seed)
         return gather_rows(y_RD, tokens.computed_VK, row_R1)
 
-    @torch.compiler.disable
     def compare_ranks(self) -> None:
         """Raises a ValueError on all ranks of ep_group, or of etp_group, if two of them have equal weights."""
         weights = (self.w_in, self.w_out)
