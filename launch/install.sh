@@ -22,7 +22,7 @@ usage() {
 # installed, so a second call returns at once.
 install() {
     local extras="" stamp wanted
-    [[ $1 == core ]] || extras="[test,deepspeed,mpi]"
+    [[ $1 == core ]] || extras="[test,deepspeed,mpi,wrappers]"
     wanted=$(echo "$ROOT" && cat "$ROOT/pyproject.toml" "$ROOT/launch/constraints.txt")
     for stamp in "$VENV/installed-$1" "$VENV/installed-all"; do
         [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && return
