@@ -370,6 +370,16 @@ def test_generate_refuses_what_is_no_run(finished_run: Path) -> None:
 # check
 
 
+def rows_of(output: str) -> dict[str, str]:
+    """The rows of the summary by their names, each in one line."""
+    rows: dict[str, str] = {}
+    name = ""
+    for line in output.partition("warning: ")[0].splitlines():
+        name = line[:21].strip() or name
+        rows[name] = f"{rows[name]} {line[21:]}" if not line[:21].strip() else line[21:]
+    return rows
+
+
 def test_check_starts_nothing(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def start_nothing(*arguments: Any, **more: Any) -> None:
         raise AssertionError("check starts nothing")
@@ -381,7 +391,7 @@ def test_check_starts_nothing(config_file: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_check_prints_the_effective_config(config_file: Path) -> None:
-    output = invoke("check", config_file, "seed=5", "training.clip_norm=null").stdout
+    output = invoke("check", config_file, "--all", "seed=5", "training.clip_norm=null").stdout
     shown = Config.model_validate(yaml.safe_load(output.partition("\n\n")[0]))
     assert shown == load_config(config_file, ["seed=5", "training.clip_norm=null"])
 
@@ -392,20 +402,79 @@ def test_check_counts_parameters(config_file: Path) -> None:
     expert = 16 * 32 + 16 * 16
     output = invoke("check", config_file).stdout
     assert f"{dense + 2 * 4 * expert:,} in all, {dense + 2 * 2 * expert:,} active for a token" in output
-    assert f"({dense:,} dense, {2 * 4 * expert:,} in experts)" in output
+    assert f": {dense:,} dense, {2 * 4 * expert:,} in experts\n" in output
 
 
 def test_check_says_what_the_ranks_hold(config_file: Path) -> None:
-    lines = invoke("check", config_file, "--world-size", "4", "model.moe.num_experts=5").stdout.splitlines()
+    output = invoke("check", config_file, "--all", "--world-size", "4", "model.moe.num_experts=5").stdout
+    lines = output.splitlines()
     grid = next(number for number, line in enumerate(lines) if line.startswith("rank "))
-    said = {line[:21].strip(): line[21:] for line in lines[grid - 7 : grid - 1]}
+    said = rows_of(output)
     assert said["ranks"] == "4: dp 4, cp 1, tp 1, pp 1 | edp 2, ep 2, etp 1, replicated"
-    assert said["tokens"] == "64 a step, 128 in 2 steps"
+    assert said["tokens"] == "64 a step (4 sequences of 16), 128 in 2 steps"
     assert said["MoE blocks"] == "0, 1: 5 experts, 3 on the fullest rank, router top_k, 2 a token"
     assert said["capacity"].startswith("7 choices an expert takes of the 16 tokens of a scope (rank) in training, 13")
     assert said["memory of a rank"].startswith("0.00 GiB weights, gradients and optimizer")
     assert lines[grid].split() == ["rank", "pp", "dp", "cp", "tp", "edp", "ep", "etp"]
     assert lines[grid + 3].split() == ["2", "0", "2", "0", "0", "1", "0", "0", "blocks", "0-1;", "experts", "0-2"]
+
+
+def test_check_is_a_summary(config_file: Path) -> None:
+    """In ten rows: 32 ranks on nodes of 8, in two stages of 16, each an expert-parallel group on two nodes, with
+    tensor parallelism inside of them; with 64 ranks on a node nothing crosses."""
+    fitting = ["parallel.tp=2", "parallel.pp=2", "parallel.ep=16", "model.moe.num_experts=16"]
+    fitting += ["training.global_batch=16", "training.micro_steps=2"]
+    result = invoke("check", config_file, *fitting, "--world-size", "32")
+    assert result.exit_code == 0, result.output
+    said = rows_of(result.stdout)
+    assert len(said) == 10
+    assert max(map(len, result.stdout.partition("warning: ")[0].splitlines())) <= 120
+    assert said["nodes"] == (
+        "4 of 8 ranks (assumed): ep 16 crosses nodes of 8, as do pp 2, dp 8; tp 2 stays within a node; "
+        "ep's dispatcher is all_to_all"
+    )
+    assert said["placement"] == "blocks 0 on pp 0, 1 on pp 1; experts 0 on ep 0, 1 on ep 1, ..., 15 on ep 15"
+    config = load_config(config_file, fitting)
+    flops = config.model.flops_per_token(16) * 16 * 16  # a step has 16 sequences of 16 tokens
+    assert said["FLOPs"].startswith(f"{flops / 1e6:.2f} MFLOP a step, {flops / 32 / 1e3:.2f} kFLOP of it on a rank; ")
+    for sized in (["--ranks-per-node", "64"], ["parallel.ranks_per_node=64"]):
+        nodes = rows_of(invoke("check", config_file, *fitting, "--world-size", "32", *sized).stdout)["nodes"]
+        assert nodes == "1 of up to 64 ranks: ep 16, tp 2, pp 2, dp 8 stay within a node"
+    both = ["--ranks-per-node", "8", "parallel.ranks_per_node=4"]
+    assert "--ranks-per-node is 8 but parallel.ranks_per_node is 4" in refusal(invoke("check", config_file, *both))
+
+
+def test_check_finds_shards_that_stay_within_a_node(config_file: Path) -> None:
+    """Of 16 data ranks on nodes of 4: dense weights are sharded over 4 neighbors, whichever ranks replicate them."""
+    sharded = ["parallel.ep=1", "parallel.data={kind: sharded, shards: 4}", "training.global_batch=16"]
+    result = invoke("check", config_file, *sharded, "--world-size", "16", "--ranks-per-node", "4")
+    assert rows_of(result.stdout)["nodes"] == (
+        "4 of 4 ranks: dp 16 crosses nodes of 4, as does edp 16; shards 4, expert_shards 4 stay within a node"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "absent"),
+    [
+        ("{kind: files, paths: [/absent/a.txt, '{folder}/text.txt', /absent/*.txt]}", ["paths[0]", "paths[2]"]),
+        ("{kind: tokens, corpora: [{path: /absent/a}, {path: '{folder}/tokens'}]}", ["corpora[0].path"]),
+        ("{kind: tokens, corpora: [{path: /absent/a}], tokenizer: /absent/b}", ["corpora[0].path", "tokenizer"]),
+    ],
+)
+def test_data_on_another_machine_is_a_warning_of_check(data: str, absent: list[str], config_file: Path) -> None:
+    """What is here is still opened: once it is damaged, it is refused, under its own number."""
+    folder = config_file.parent
+    assert invoke("data", "prepare", folder / "tokens", folder / "text.txt").exit_code == 0
+    override = f"data={data.replace('{folder}', str(folder))}"
+    result = invoke("check", config_file, override)
+    assert result.exit_code == 0, result.stderr
+    warned = [line for line in result.stdout.splitlines() if line.startswith("warning: data.")]
+    assert [line.split(": ")[1] for line in warned] == [f"data.{name}" for name in absent]
+    assert all(line.endswith(" on this machine") and "/absent/" in line for line in warned)
+    if str(folder) in override:
+        (folder / "text.txt").write_bytes(b"\x7fELF")
+        (folder / "tokens.bin").write_bytes(b"")
+        assert re.match(r"data\.(paths|corpora)\[1\]", refusal(invoke("check", config_file, override)))
 
 
 def test_check_knows_the_memory_of_a_rank(config_file: Path) -> None:

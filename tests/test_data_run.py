@@ -152,7 +152,7 @@ def test_check_opens_token_files(tmp_path: Path) -> None:
     config.write_text(json.dumps(run_tree(tmp_path, 10, corpora=[{"path": prefix}])))
     result = CliRunner().invoke(app, ["check", str(config)])
     assert result.exit_code == 0, result.output
-    assert f"data                 {prefix}: 50 documents, 376 tokens for training, 24 held out" in result.stdout
+    assert f"data {prefix}: 50 documents, 376 tokens for training, 24 held out" in " ".join(result.stdout.split())
     result = CliRunner().invoke(app, ["check", str(config), "model.vocab_size=99"])
     assert result.exit_code == 2
     assert "one has a vocabulary of 256 tokens, model.vocab_size is 99" in result.stderr

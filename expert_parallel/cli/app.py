@@ -106,15 +106,28 @@ def check(
     world_size: Annotated[
         int | None, typer.Option(min=1, help="number of ranks; default: the fewest that fit the degrees")
     ] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="ranks of a node; default: parallel.ranks_per_node, or else 8")
+    ] = None,
+    everything: Annotated[
+        bool,
+        typer.Option("--all", help="also print all effective settings, the rank table, and the model's dense twins"),
+    ] = False,
 ) -> None:
-    """Validate a config and print all effective settings, parameter counts and memory per rank.
+    """Validate a config and print its parameters, memory of a rank, FLOPs, and what crosses nodes.
 
-    Starts no processes.
+    Starts no processes. Data that does not exist on this machine is a warning, since it may be on the cluster.
     """
     from expert_parallel.training.check import format_config_report
 
     with exit_on_user_error(ValueError):
-        print(format_config_report(load_config(config, overrides or []), world_size))
+        loaded = load_config(config, overrides or [])
+        if ranks_per_node is not None and loaded.parallel.ranks_per_node not in (None, ranks_per_node):
+            raise ValueError(
+                f"--ranks-per-node is {ranks_per_node} but parallel.ranks_per_node is "
+                f"{loaded.parallel.ranks_per_node}: leave one of them out"
+            )
+        print(format_config_report(loaded, world_size, ranks_per_node, everything=everything))
 
 
 @app.command()

@@ -34,7 +34,7 @@ Every setting of a run, and of a study. This page is generated from the typed se
 - `model.moe.preset` changes the defaults of `model.moe.router`, `model.moe.capacity` and `model.moe.losses`; their
   `kind` may then be left out.
 - `expert-parallel settings` prints this page's blocks, `expert-parallel settings model.moe.router` one of them, and
-  `expert-parallel check CONFIG` the values of a config with all defaults.
+  `expert-parallel check CONFIG --all` the values of a config with all defaults.
 - Editors that know YAML schemas complete and check settings by the first line of the files in this folder:
   `# yaml-language-server: $schema=schema.json`. What depends on several settings is checked by `check` alone.
 """

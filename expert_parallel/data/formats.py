@@ -7,6 +7,7 @@ what is read in the wrong format would be trained on as if it were text.
 import json
 import re
 import stat
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -68,14 +69,17 @@ class EmptyFileError(ValueError):
     """Is raised for a file without content."""
 
 
-def find_inputs(paths: list[str], setting: str, format: str, format_setting: str) -> tuple[list[InputFile], int]:
-    """Returns (the files that `paths` match, in order, the number of empty files left out). paths: see match_files.
+def find_inputs(
+    paths: list[str], setting: str, format: str, format_setting: str, absent: Collection[int] = ()
+) -> tuple[list[InputFile], int]:
+    """Returns (the files that `paths` match, in order, the number of empty files left out). paths, absent: see
+    match_files.
 
     Empty files that a glob matches are left out; one that is named by itself is an error, as is a match of empty files
     alone. setting, format_setting: name the paths and the format in errors. format: one of FORMATS, or `auto`.
     """
     found: list[InputFile] = []
-    matches = match_files(paths, setting)
+    matches = match_files(paths, setting, absent)
     for match in matches:
         try:
             found.append(inspect_file(match, format, format_setting))

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +43,16 @@ class Match(NamedTuple):
     is_named: bool
 
 
-def match_files(paths: list[str], setting: str) -> list[Match]:
+def match_files(paths: list[str], setting: str, absent: Collection[int] = ()) -> list[Match]:
     """Returns the files that the glob patterns match: patterns in the order given, the matches of each sorted.
 
     As in a shell, a glob skips hidden files. Folders that it matches are skipped. A file that is matched twice is
-    refused: its text could be in both the training and the held-out part.
+    refused: its text could be in both the training and the held-out part. absent: the indices of patterns to leave out.
     """
     found: dict[str, Match] = {}
     for index, pattern in enumerate(paths):
+        if index in absent:
+            continue
         name = f"{setting}[{index}]"
         if os.path.isdir(pattern):
             below = os.path.join(pattern, "**", "*.txt")

@@ -3,6 +3,7 @@
 Start-up reads PREFIX.json and the index; tokens are read when a batch needs them.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,13 +36,15 @@ class TokenCorpus(NamedTuple):
     info: TokensInfo | None  # None for a corpus that Megatron prepared
 
 
-def open_corpora(config: TokensData, vocab_size: int) -> list[TokenCorpus]:
-    """Opens all corpora of `data.corpora`. vocab_size: the model's. Raises ValueError if a file is damaged, or if
-    corpora, settings and model do not fit each other."""
+def open_corpora(config: TokensData, vocab_size: int, absent: Collection[int] = ()) -> list[TokenCorpus]:
+    """Opens all corpora of `data.corpora`. vocab_size: the model's. absent: the indices of corpora to leave out. Raises
+    ValueError if a file is damaged, or if corpora, settings and model do not fit each other."""
     if not config.corpora:
         raise ValueError("data.corpora is empty: there is nothing to train on")
     corpora = []
     for number, entry in enumerate(config.corpora):
+        if number in absent:
+            continue
         setting = f"data.corpora[{number}].path"
         try:
             tokens, info = open_indexed_dataset(entry.path), read_info(entry.path)

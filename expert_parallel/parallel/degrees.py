@@ -205,6 +205,16 @@ def _ranks_along(ranks: Tensor, all_axes: AxisOrder, axes: AxisOrder) -> list[li
     return moved.flatten(-len(axes)).flatten(0, -2).sort(dim=1).values.tolist()
 
 
+def crosses_nodes(groups: list[list[int]], ranks_per_node: int) -> bool:
+    """Returns True if the ranks of one of the groups are on several nodes, of `ranks_per_node` consecutive ranks each.
+    The ranks of a group are in ascending order.
+
+    >>> crosses_nodes(ranks_by_group(ParallelDegrees(world_size=32, ep=16))["ep"], ranks_per_node=8)
+    True
+    """
+    return any(ranks[0] // ranks_per_node != ranks[-1] // ranks_per_node for ranks in groups)
+
+
 def rank_coordinates(degrees: ParallelDegrees, rank: int) -> dict[str, int]:
     """Returns the coordinates of a rank on every axis of both grids, by name of the axis."""
     dense, experts = rank_grids(degrees)

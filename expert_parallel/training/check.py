@@ -2,26 +2,35 @@
 rank."""
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 
 import torch
 
-from expert_parallel.data.config import TokensData
-from expert_parallel.data.open import open_data
+from expert_parallel.data.describe import describe_data
 from expert_parallel.model.activation_memory import Device
-from expert_parallel.model.dense_twin import DenseTwins, dense_twins, exchanged_bytes_per_token
 from expert_parallel.model.parallelize import split_into_stages
 from expert_parallel.moe.capacity.policies import DroplessConfig, block_capacities
-from expert_parallel.parallel.degrees import ParallelDegrees, format_rank_table
+from expert_parallel.parallel.degrees import (
+    ParallelDegrees,
+    ShardedConfig,
+    crosses_nodes,
+    format_rank_table,
+    ranks_by_group,
+    shard_counts,
+)
 from expert_parallel.parallel.placement import ExpertPlacement
-from expert_parallel.training.config import DTYPES, Config, dump_config
+from expert_parallel.training.comparison import WIDTH, format_comparison, format_count, format_operations
+from expert_parallel.training.config import Config, dump_config
 from expert_parallel.training.dead_settings import dead_settings
-from expert_parallel.training.memory import GIB, estimate_memory, state_memory
+from expert_parallel.training.memory import GIB, estimate_memory, state_memory, total_memory
 from expert_parallel.training.setup import check_degrees, data_requirements, format_degrees
 
+LABEL = 21  # columns of the name at the beginning of a line
+RANKS_PER_NODE = 8  # GPUs of a node, as most clusters have them
+MAX_NODE_RANKS = 100_000  # of a larger world it would take seconds to find what crosses nodes
 MAX_GRID_RANKS = 64  # the grid of a larger world is not printed
-LARGE_MODEL, SMALL_MODEL = 10e9, 1e9  # parameters above and below which a mixture pays, and does not
-NO_DATA = "none yet: data.corpora is empty"
+MAX_LISTED, MAX_PARTS = 3, 2  # ranks and parts of the memory in the summary
 MAX_LISTED_BLOCKS = 8  # longer lists of blocks are abbreviated
 
 
@@ -31,126 +40,174 @@ def min_world_size(config: Config) -> int:
     return parallel.pp * math.lcm(parallel.cp * parallel.tp, parallel.ep * parallel.etp)
 
 
-def format_config_report(config: Config, world_size: int | None) -> str:
-    """Returns the output of `expert-parallel check`. world_size: the number of ranks; None takes the smallest that
-    fits. Raises ValueError if it does not fit the degrees of parallelism."""
-    degrees = check_degrees(config, world_size or min_world_size(config))
-    counts, active = config.model.parameter_counts(), config.model.num_active_params()
-    training, moe = config.training, config.model.moe
-    tokens = training.global_batch * training.sequence_length
+def format_config_report(
+    config: Config, world_size: int | None, ranks_per_node: int | None = None, *, everything: bool = False
+) -> str:
+    """Returns the output of `expert-parallel check`: a summary of about ten lines, and warnings.
+
+    world_size: the number of ranks; None takes the smallest that fits. ranks_per_node: of the launcher to come, if
+    `parallel.ranks_per_node` does not set it; None takes RANKS_PER_NODE. everything: also the resolved config, the rank
+    table, all parts of the memory, and the mixture beside its dense twins. Raises ValueError if the world size does not
+    fit the degrees of parallelism, or data that is on this machine does not fit the run.
+    """
+    ranks_per_node = config.parallel.ranks_per_node or ranks_per_node
+    degrees = check_degrees(config, world_size or min_world_size(config), ranks_per_node)
+    data, warnings = describe_data(config.data, data_requirements(config))
+    ranks = f"{degrees.world_size:,}{'' if world_size else ', the fewest that fit'}: {format_degrees(config, degrees)}"
     lines = [
-        dump_config(config).rstrip(),
-        "",
-        f"ranks                {degrees.world_size}: {format_degrees(config, degrees)}",
-        f"parameters           {counts.total:,} in all, {active:,} active for a token "
-        f"({counts.dense:,} dense, {counts.experts:,} in experts): "
-        f"{_format_count(counts.total)} in all, {_format_count(active)} active",
-        f"tokens               {tokens:,} a step, {tokens * training.steps:,} in {training.steps:,} steps",
+        *format_model(config, degrees),
+        *format_memory(config, degrees, all_parts=everything),
+        *format_work(config, degrees),
+        *_row("ranks", ranks),
     ]
-    if isinstance(config.data, TokensData):  # opening other kinds reads all of the data
-        described = open_data(config.data, data_requirements(config)).description if config.data.corpora else NO_DATA
-        lines.append(f"data                 {described}")
-    if moe is not None:
-        lines.append(
-            f"MoE blocks           {_format_blocks(config.model.moe_layers)}: {moe.num_experts:,} experts, "
-            f"{-(-moe.num_experts // degrees.ep)} on the fullest rank, router "
-            f"{moe.router.kind}, {moe.router.experts_per_token(moe.num_experts):g} a token"
-        )
-        lines.append(f"capacity             {format_capacity(config, degrees)}")
-    lines.append(f"memory of a rank     {format_memory(config, degrees)}")
-    if 1 < degrees.world_size <= MAX_GRID_RANKS:
-        lines += ["", format_rank_table(degrees, lambda place: format_rank_contents(config, degrees, place))]
-    if moe is not None:
-        lines += ["", *format_comparison(config, degrees)]
-    lines += [f"warning: {sentence}" for sentence in dead_settings(config)]
-    return "\n".join(lines)
+    if degrees.world_size > 1:
+        lines += _row("placement", format_placement(config, degrees, MAX_GRID_RANKS if everything else MAX_LISTED))
+        lines += _row("nodes", format_nodes(config, degrees, ranks_per_node))
+    for number, line in enumerate(data.splitlines()):
+        lines += _row("" if number else "data", line)
+    if everything:
+        lines = [dump_config(config).rstrip(), "", *lines, *format_rest(config, degrees)]
+    else:
+        lines += _row("more with --all", "resolved config, rank table, capacity, all parts of the memory, dense twins")
+    return "\n".join([*lines, *(f"warning: {sentence}" for sentence in (*warnings, *dead_settings(config)))])
 
 
-def format_memory(config: Config, degrees: ParallelDegrees) -> str:
-    """Returns the memory of the rank that needs the most, as text: its state, and all that exists at the highest moment
-    of a step."""
-    estimate = estimate_memory(config, degrees, memory_device(config))
+def format_model(config: Config, degrees: ParallelDegrees) -> list[str]:
+    """Returns the rows on the model: its parameters, its MoE blocks, and the preset of these."""
+    counts, active, moe = config.model.parameter_counts(), config.model.num_active_params(), config.model.moe
+    lines = _row(
+        "parameters",
+        f"{counts.total:,} in all, {active:,} active for a token ({active / counts.total:.1%}): "
+        f"{format_count(counts.dense)} dense, {format_count(counts.experts)} in experts",
+    )
+    if moe is None:
+        return lines
+    lines += _row(
+        "MoE blocks",
+        f"{_format_blocks(config.model.moe_layers)}: {moe.num_experts:,} experts, "
+        f"{-(-moe.num_experts // degrees.ep)} on the fullest rank, router "
+        f"{moe.router.kind}, {moe.router.experts_per_token(moe.num_experts):g} a token",
+    )
+    return lines + (_row("preset", moe.preset) if moe.preset is not None else [])
+
+
+def format_memory(config: Config, degrees: ParallelDegrees, *, all_parts: bool = True) -> list[str]:
+    """Returns the rows on the memory of the rank that needs the most: its state, and the highest moment of a step with
+    its largest parts. all_parts: lists the others too."""
+    device = memory_device(config)
+    estimate = estimate_memory(config, degrees, device)
     names = ("weights", "gradients", "optimizer", "gathered", "activations", "exchanged", "logits", "temporary")
-    parts = ", ".join(f"{name} {getattr(estimate, name) / GIB:.2f}" for name in names if getattr(estimate, name))
-    state = state_memory(config, degrees).state
-    return (
-        f"{state / GIB:.2f} GiB weights, gradients and optimizer; {estimate.total / GIB:.2f} GiB in all (estimate, "
-        f"{memory_device(config)}) at the highest moment of a step, the {estimate.moment}: {parts}"
+    parts = {name: size for name in names if (size := getattr(estimate, name))}
+    largest = sorted(parts, key=lambda name: -parts[name])[: len(names) if all_parts else MAX_PARTS]
+    listed = ", ".join(f"{name} {parts[name] / GIB:.2f}" for name in largest)
+    return _row(
+        "memory of a rank",
+        f"{state_memory(config, degrees).state / GIB:.2f} GiB weights, gradients and optimizer; "
+        f"peak {estimate.total / GIB:.2f} GiB in the {estimate.moment} (estimate, {device})",
+    ) + _row("", f"of it {listed}; {format_device(config, device)}")
+
+
+def format_device(config: Config, device: Device) -> str:
+    """Returns, as text, the memory of the device that the estimate is for, and how to estimate for GPUs."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "a GPU of 80 GB has 74.5 GiB"
+    how = "; for GPUs runtime.device=cuda" if config.runtime.device == "auto" and device == "cpu" else ""
+    name = "GPU" if device == "cuda" else "machine"
+    return f"this {name} has {total_memory(torch.device(device)) / GIB:.1f} GiB{how}"
+
+
+def format_work(config: Config, degrees: ParallelDegrees) -> list[str]:
+    """Returns the rows on the operations and tokens of a step and of the run; operations are those that
+    `ModelConfig.flops_per_token` counts."""
+    training = config.training
+    of_token = config.model.flops_per_token(training.sequence_length)
+    tokens = training.global_batch * training.sequence_length
+    of_step = of_token * tokens
+    return _row(
+        "FLOPs",
+        f"{format_operations(of_step)} a step, {format_operations(of_step / degrees.world_size)} of it on a rank; "
+        f"{format_operations(of_token)} a token; {format_operations(of_step * training.steps)} in all",
+    ) + _row(
+        "tokens",
+        f"{tokens:,} a step ({training.global_batch:,} sequences of {training.sequence_length:,}), "
+        f"{tokens * training.steps:,} in {training.steps:,} steps",
     )
 
 
-def format_comparison(config: Config, degrees: ParallelDegrees) -> list[str]:
-    """Returns the mixture beside its dense twins, as a table, and what speaks for and against a mixture here."""
-    twins = dense_twins(config.model, config.training.sequence_length)
-    rows = {
-        "this mixture": twins.mixture,
-        "dense, equal operations": twins.equal_operations,
-        "dense, equal parameters": twins.equal_parameters,
-    }
-    lines = [f"{'':<24}{'parameters':>12}{'active':>12}{'a token takes':>16}{'hidden, used':>14}{'hidden, all':>13}"]
-    for name, size in rows.items():
-        counts = f"{_format_count(size.parameters):>12}{_format_count(size.active):>12}"
-        counts += f"{_format_operations(size.operations):>16}{size.used:>14,.10g}"
-        lines.append(f"{name:<24}{counts}{size.hidden:>13,}")
-    lines += [
-        f"A token uses {twins.active_share:.1%} of the parameters. The mixture has {twins.memory_ratio:.2f} times the "
-        "weights of the dense model",
-        f"of equal operations; the dense model of equal parameters takes {twins.operations_ratio:.2f} times the "
-        "operations.",
-    ]
-    return [*lines, *mixture_advice(config, degrees, twins)]
+def format_placement(config: Config, degrees: ParallelDegrees, limit: int) -> str:
+    """Returns, as text, the blocks of each pipeline rank and the experts of each expert-parallel rank. limit: the
+    longest list that is not abbreviated."""
+    stages = split_into_stages(config.model, degrees.pp * config.parallel.stages_per_rank)
+
+    def blocks_on(rank: int) -> str:
+        return f"{', '.join(_format_range(stage.blocks) for stage in stages[rank :: degrees.pp])} on pp {rank}"
+
+    parts = ["all blocks" if degrees.pp == 1 else f"blocks {_format_list(degrees.pp, blocks_on, limit)}"]
+    if config.model.moe is not None:
+        held = ExpertPlacement.contiguous(config.model.moe.num_experts, degrees.ep)
+
+        def experts_on(rank: int) -> str:
+            return f"{_format_range(held.experts_on(rank))} on ep {rank}"
+
+        parts += ["all experts" if degrees.ep == 1 else f"experts {_format_list(degrees.ep, experts_on, limit)}"]
+        parts += [f"each expert in {degrees.etp} parts (etp)"] if degrees.etp > 1 else []
+    return "; ".join(parts) + (" on every rank" if degrees.pp == degrees.ep == 1 else "")
 
 
-def mixture_advice(config: Config, degrees: ParallelDegrees, twins: DenseTwins) -> list[str]:
-    """Returns one line for each of size, data, memory, GPUs and links: whether it speaks for a mixture of experts or
-    against it, with the config's numbers."""
-    training, size = config.training, twins.mixture.parameters
-    by_size = "open, between 1 B and 10 B"
-    if size >= LARGE_MODEL:
-        by_size = "for: above 10 B, operations are what costs"
-    elif size < SMALL_MODEL:
-        by_size = "against: below 1 B, a dense model is simpler and costs little"
-    tokens = training.steps * training.global_batch * training.sequence_length
-    corpora = len(config.data.corpora) if isinstance(config.data, TokensData) else 1
-    by_data = {0: "open: data.corpora is empty", 1: "against, unless the one corpus is diverse"}
-    more = 16 * (size - twins.equal_operations.parameters) / GIB  # weight, gradient and two moments in float32
-    lines = [
-        "Does a mixture of experts pay here?",
-        f"  size    {by_size} ({_format_count(size)} parameters)",
-        f"  data    {by_data.get(corpora, f'for: experts can specialize in {corpora} corpora')} "
-        f"({tokens / twins.mixture.active:,.1f} tokens for each active parameter)",
-        f"  memory  against: weights, gradients and moments take {more:,.2f} GiB more than dense with equal operations",
-    ]
-    if degrees.world_size == 1:
-        return [*lines, "  GPUs    against: one rank holds all experts; a wider dense model could use its memory"]
-    lines.append(f"  GPUs    for: {degrees.world_size:,} ranks; {degrees.ep} divide the experts of a copy")
-    if degrees.ep == 1:
-        return lines
-    sent = exchanged_bytes_per_token(config.model, degrees.ep, DTYPES[training.dtype].itemsize)
-    rate = sent / twins.mixture.operations * 1e14 / 1e9
-    return [
-        *lines,
-        f"  links   a token's rows are {sent / 1e3:,.0f} kB to other ranks and back: a rank that computes 100 TFLOP/s "
-        f"sends {rate:,.1f} GB/s. Faster links than that speak for it, slower ones against",
-    ]
+def format_nodes(config: Config, degrees: ParallelDegrees, ranks_per_node: int | None) -> str:
+    """Returns, as text, which groups of ranks cross nodes and which do not. ranks_per_node: None assumes
+    RANKS_PER_NODE."""
+    size = ranks_per_node or RANKS_PER_NODE
+    if degrees.world_size > MAX_NODE_RANKS:
+        return f"what crosses nodes is found for at most {MAX_NODE_RANKS:,} ranks"
+    groups = communicating_ranks(config, degrees)
+    crossing = [name for name, ranks in groups.items() if crosses_nodes(ranks, size)]
+    inside = [name for name in groups if name not in crossing]
+    parts = []
+    if crossing:
+        others = f", as {'do' if len(crossing) > 2 else 'does'} {', '.join(crossing[1:])}" if crossing[1:] else ""
+        parts.append(f"{crossing[0]} crosses nodes of {size:,}{others}")
+    if inside:
+        parts.append(f"{', '.join(inside)} {'stay' if len(inside) > 1 else 'stays'} within a node")
+    moe = config.model.moe
+    if moe is not None and f"ep {degrees.ep}" in crossing:
+        parts.append(f"ep's dispatcher is {moe.dispatcher.kind}")
+    count = -(-degrees.world_size // size)
+    assumed = "" if ranks_per_node else " (assumed)"
+    return (
+        f"{count:,} of {'' if degrees.world_size % size == 0 else 'up to '}{size:,} ranks{assumed}: {'; '.join(parts)}"
+    )
+
+
+def communicating_ranks(config: Config, degrees: ParallelDegrees) -> dict[str, list[list[int]]]:
+    """Returns the ranks of all groups of each axis above 1 (`ep 16`), and those over which FSDP2 shards (`shards 8`).
+    ep comes first: most of what a mixture of experts sends, it sends there."""
+    ranks = ranks_by_group(degrees)
+    groups = {f"{axis} {getattr(degrees, axis)}": ranks[axis] for axis in ("ep", "etp", "tp", "cp", "pp", "dp", "edp")}
+    if isinstance(config.parallel.data, ShardedConfig):
+        shards, expert_shards = shard_counts(config.parallel.data, degrees)
+        for name, sharded, count in (("shards", "dense", shards), ("expert_shards", "edp", expert_shards)):
+            groups[f"{name} {count}"] = [g[i : i + count] for g in ranks[sharded] for i in range(0, len(g), count)]
+    return {name: members for name, members in groups.items() if len(members[0]) > 1}
+
+
+def format_rest(config: Config, degrees: ParallelDegrees) -> list[str]:
+    """Returns the lines that `--all` adds to the summary: the capacity, the rank table, the mixture beside its dense
+    twins."""
+    lines, moe = [], config.model.moe
+    if moe is not None:
+        lines += _row("capacity", format_capacity(config, degrees))
+    if degrees.world_size > MAX_GRID_RANKS:
+        lines += _row("rank table", f"printed for at most {MAX_GRID_RANKS} ranks")
+    elif degrees.world_size > 1:
+        lines += ["", format_rank_table(degrees, lambda place: format_rank_contents(config, degrees, place))]
+    return lines + (["", *format_comparison(config, degrees)] if moe is not None else [])
 
 
 def memory_device(config: Config) -> Device:
     """Returns the device for which memory is estimated: `runtime.device`, or the one that `auto` would take here."""
     kind = config.runtime.device
     return kind if kind != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _format_count(number: int) -> str:
-    """Formats a count in billions or millions, such as 46.70 B or 3.15 M."""
-    unit, name = (1e9, "B") if number >= 1e9 else (1e6, "M")
-    return f"{number / unit:,.2f} {name}"
-
-
-def _format_operations(number: int) -> str:
-    """Formats a number of floating-point operations, such as 102.26 GFLOP or 18.93 MFLOP."""
-    unit, name = (1e9, "GFLOP") if number >= 1e9 else (1e6, "MFLOP")
-    return f"{number / unit:,.2f} {name}"
 
 
 def _format_blocks(blocks: list[int]) -> str:
@@ -170,6 +227,19 @@ def format_rank_contents(config: Config, degrees: ParallelDegrees, place: dict[s
             f", part {place['etp'] + 1} of {degrees.etp}" if degrees.etp > 1 else ""
         )
     return text
+
+
+def _format_list(count: int, text_of: Callable[[int], str], limit: int) -> str:
+    """Joins text_of(0) to text_of(count - 1); of more than `limit` it leaves out the middle."""
+    if count <= limit:
+        return ", ".join(map(text_of, range(count)))
+    return f"{text_of(0)}, {text_of(1)}, ..., {text_of(count - 1)}"
+
+
+def _row(name: str, text: str) -> list[str]:
+    """Returns a row of the summary, broken into lines of at most WIDTH columns; paths stay whole."""
+    row = textwrap.TextWrapper(WIDTH, f"{name:<{LABEL}}", " " * LABEL, break_long_words=False, break_on_hyphens=False)
+    return row.wrap(text)
 
 
 def _format_range(numbers: Sequence[int]) -> str:

@@ -5,6 +5,7 @@ update. At each moment the estimate adds up what exists; its highest moment is t
 """
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -84,6 +85,13 @@ def estimate_memory(config: Config, degrees: ParallelDegrees, device: Device = "
         (moment for rank in range(degrees.pp) for moment in _step_moments(config, degrees, device, rank)),
         key=lambda moment: moment.total,
     )
+
+
+def total_memory(device: torch.device) -> int:
+    """Returns the bytes that a GPU has, or this machine if the device is its CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def state_memory(config: Config, degrees: ParallelDegrees) -> MemoryEstimate:

@@ -1,6 +1,5 @@
 """Builds, from a config, the process groups, this rank's part of the model, and the engine that trains it."""
 
-import os
 from functools import partial
 
 import torch
@@ -17,7 +16,7 @@ from expert_parallel.training.config import DTYPES, Config
 from expert_parallel.training.engines.build import ENGINES
 from expert_parallel.training.engines.config import DeepSpeedConfig
 from expert_parallel.training.engines.engine import Engine
-from expert_parallel.training.memory import GIB, estimate_memory
+from expert_parallel.training.memory import GIB, estimate_memory, total_memory
 from expert_parallel.training.optim import build_optimizer
 
 # A step is refused if it is estimated to need more than this times the memory that there is. The estimate counts frozen
@@ -132,14 +131,11 @@ def check_memory(config: Config, degrees: ParallelDegrees, device: torch.device)
     """Raises ValueError if a training step needs several times the memory of this rank's GPU or machine, as a number
     with a digit too many asks for. A step that needs a little more fails when it allocates."""
     estimate = estimate_memory(config, degrees, "cuda" if device.type == "cuda" else "cpu")
-    if device.type == "cuda":
-        available = torch.cuda.get_device_properties(device).total_memory
-    else:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = total_memory(device)
     if estimate.total > IMPOSSIBLE * available:
         raise ValueError(
             f"a training step needs about {estimate.total / GIB:,.0f} GiB on a rank (weights, gradients and optimizer "
             f"{estimate.state / GIB:,.0f}), its {'GPU' if device.type == 'cuda' else 'machine'} has "
-            f"{available / GIB:,.0f} GiB: `expert-parallel check` lists the parts, which training.global_batch, "
+            f"{available / GIB:,.0f} GiB: `expert-parallel check --all` lists the parts, which training.global_batch, "
             "training.sequence_length and the sizes of model decide"
         )
