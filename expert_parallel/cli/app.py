@@ -23,9 +23,20 @@ from expert_parallel.runtime.process import UserError, distributed
 from expert_parallel.settings import MAX_SEED
 from expert_parallel.training.config import Config, config_file, load_config, renamed_folder
 
+# The order of `--help` is that in which people need the commands.
+ORDER = [
+    *("train", "generate"),  # a first run and its text
+    *("check", "verify", "settings"),  # what is asked before a longer one
+    *("data", "convert", "checkpoint"),  # own data, and models in other forms
+    *("experts", "study", "bench"),  # what runs have learned, compared and measured
+]
+
 
 class Commands(TyperGroup):
     """Runs a command; one whose output nobody can read any more ends without a traceback."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=ORDER.index)
 
     def invoke(self, ctx: Any) -> Any:
         with exit_if_unreadable():
@@ -62,7 +73,10 @@ def expert_parallel(
         bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Train mixture-of-experts models, with experts sharded over ranks."""
+    """Train mixture-of-experts models, with experts sharded over ranks.
+
+    Example: `expert-parallel train configs/uomni.yaml`
+    """
     # The deepspeed launcher puts --local_rank before the command; we read the same number from LOCAL_RANK.
 
 
@@ -72,6 +86,8 @@ def train(config: ConfigFile, overrides: Overrides = None, log_level: LogLevel =
 
     CONFIG may also be the folder of a run, which then continues in this folder. Runs on this process alone, or on every
     rank of a launcher. Exit code 75 if SIGUSR1 stopped it (0 under torchrun).
+
+    Example: `expert-parallel train configs/uomni.yaml training.steps=100`
     """
     from expert_parallel.training.loop import train as run
     from expert_parallel.training.resume import EXIT_CODE, stop_on_signal
@@ -117,6 +133,8 @@ def check(
     """Validate a config and print its parameters, memory of a rank, FLOPs, and what crosses nodes.
 
     Starts no processes. Data that does not exist on this machine is a warning, since it may be on the cluster.
+
+    Example: `expert-parallel check configs/mixtral-8x7b.yaml --world-size 32`
     """
     from expert_parallel.training.check import format_config_report
 
@@ -156,6 +174,8 @@ def generate(
     Runs on this process alone, whatever layout trained it; or on every rank under torchrun, in the run's layout or a
     given one (such as parallel.tp=2). An imported model begins and ends texts as its tokenizer.json,
     tokenizer_config.json and generation_config.json say; these options take the place of the file's.
+
+    Example: `expert-parallel generate runs/uomni --prompt "def " --tokens 100`
     """
     from expert_parallel.model.generation import Sampling
     from expert_parallel.training.generate import generate_from_run
@@ -211,6 +231,8 @@ def experts_command(
 
     Shows the load of each expert over training, the experts of each token of a text, and the most frequent tokens of
     each expert. Runs on this process alone, whatever layout trained the run.
+
+    Example: `expert-parallel experts runs/uomni --out experts.html`
     """
     from expert_parallel.report.experts import as_json, build_report
     from expert_parallel.report.page import render
@@ -244,6 +266,8 @@ def verify(
     """Verify that every layout computes the same model as one rank with simple reference code.
 
     Starts its ranks itself on the CPU, or runs on every rank under torchrun. Exit code 1 if a layout differs.
+
+    Example: `expert-parallel verify configs/quickstart.yaml --layout tp=2,ep=2`
     """
     from expert_parallel.cli.verify import verify_command
     from expert_parallel.verify.ranks import RankError

@@ -23,7 +23,11 @@ from expert_parallel.cli.bench_options import (
 from expert_parallel.cli.options import exit_on_user_error
 from expert_parallel.runtime.process import RuntimeConfig, UserError, distributed
 
-bench = typer.Typer(no_args_is_help=True, help="Benchmark parts of the system, side by side in one run.")
+bench = typer.Typer(
+    no_args_is_help=True,
+    help="Benchmark parts of the system, side by side in one run."
+    "\n\nExample: `expert-parallel bench layer --shape base --ranks 2`",
+)
 
 
 @bench.command("layer")
@@ -43,6 +47,8 @@ def bench_layer(
     """Time one MoE layer, forward and backward: ours, other installed implementations, and a lower bound.
 
     Starts its ranks itself, or runs on every rank of a launcher. Exit code 1 if outputs differ that should be equal.
+
+    Example: `expert-parallel bench layer --shape base --ranks 2`
     """
     from expert_parallel.bench.layer import LayerResult, LayerTask, layer_task
     from expert_parallel.bench.peers.registry import PEERS
@@ -78,6 +84,8 @@ def bench_train(
     """Time a training step of a decoder with MoE in all blocks: ours, and other implementations' layers.
 
     Starts its ranks itself, or runs on every rank of a launcher.
+
+    Example: `expert-parallel bench train --scale 0.1`
     """
     from expert_parallel.bench.peers.registry import TRAIN_PEERS
     from expert_parallel.bench.table import format_train_result
@@ -112,6 +120,8 @@ def bench_equal_capacity(
 
     They have the same parameters and k / num_experts of the FLOPs. Reports the speedup, and where the remaining time
     goes. Runs on one rank.
+
+    Example: `expert-parallel bench equal-capacity --hidden 1024 --hidden 2048`
     """
     from expert_parallel.bench.equal_capacity import (
         HIDDEN,
@@ -144,7 +154,10 @@ def bench_machine(
     threads: Threads = 1,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure this machine's limits: rates of matmuls and copies, and the cost of an all-to-all per transport."""
+    """Measure this machine's limits: rates of matmuls and copies, and the cost of an all-to-all per transport.
+
+    Example: `expert-parallel bench machine --ranks 2`
+    """
     from expert_parallel.bench.machine import MachineProfile, MachineTask, format_machine_profile, machine_task
 
     def make_task(world: int) -> dict[str, Any]:
@@ -164,6 +177,8 @@ def bench_ledger(
     """Time the ledger (the check that every token is accounted for) on one MoE layer.
 
     Runs on this process alone, or on every rank under torchrun.
+
+    Example: `expert-parallel bench ledger --shape fine`
     """
     from expert_parallel.bench import ledger
 
@@ -190,6 +205,8 @@ def bench_exchange(
     """Compare gloo with MPI: all-to-alls of several sizes, and whole MoE layers.
 
     Runs on every rank under mpirun; under torchrun it measures only gloo.
+
+    Example: `mpirun -n 2 expert-parallel bench exchange`
     """
     from expert_parallel.bench import exchange
 
@@ -215,6 +232,8 @@ def bench_checkpoint(
     """Measure how long training waits for a checkpoint, saved in the background or not.
 
     Runs on this process alone, or on every rank under torchrun.
+
+    Example: `expert-parallel bench checkpoint --megabytes 100`
     """
     from expert_parallel.bench import checkpoint as bench
 
@@ -243,7 +262,10 @@ def bench_overlap(
     threads: Threads = 1,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure how much of the all-to-all overlaps with expert computation, on this machine's network."""
+    """Measure how much of the all-to-all overlaps with expert computation, on this machine's network.
+
+    Example: `expert-parallel bench overlap --ranks 2 --overlap 4`
+    """
     from expert_parallel.bench.overlap import OverlapResult, OverlapTask, format_overlap_result, overlap_task
 
     def make_task(world: int) -> dict[str, Any]:
@@ -267,7 +289,10 @@ def bench_nodes(
     threads: Threads = 1,
     json_file: JsonFile = None,
 ) -> None:
-    """Compare the hierarchical dispatcher with the flat one: time, and bytes between nodes."""
+    """Compare the hierarchical dispatcher with the flat one: time, and bytes between nodes.
+
+    Example: `expert-parallel bench nodes --ranks 4 --ranks-per-node 2`
+    """
     from expert_parallel.bench.overlap import NodesResult, NodesTask, format_nodes_result, nodes_task
 
     def make_task(world: int) -> dict[str, Any]:
@@ -292,6 +317,8 @@ def bench_scaling(
     """Measure how the cost grows with the number of ranks (1, 2, 4, ...) and of experts.
 
     Starts its ranks itself.
+
+    Example: `expert-parallel bench scaling --ranks 4`
     """
     from expert_parallel.bench.scaling import ScalingResult, ScalingTask, format_scaling_result, scaling_task
 

@@ -15,7 +15,7 @@ from expert_parallel.verify.ranks import RankError, RankFn, spawn_ranks
 
 Changes = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[NAME=VALUE]...", help="sizes that override the shape's, such as tokens=1024"),
+    typer.Argument(metavar="NAME=VALUE", help="sizes that override the shape's, such as tokens=1024"),
 ]
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="dtype of weights and tokens")]
 Rounds = Annotated[int, typer.Option(min=1, help="measurements of each; medians are reported")]

@@ -8,7 +8,10 @@ import typer
 
 from expert_parallel.cli.options import exit_on_user_error
 
-checkpoint = typer.Typer(no_args_is_help=True, help="Inspect, verify, compare and modify checkpoints.")
+checkpoint = typer.Typer(
+    no_args_is_help=True,
+    help="Inspect, verify, compare and modify checkpoints.\n\nExample: `expert-parallel checkpoint inspect runs/uomni`",
+)
 
 AnyPath = Annotated[
     Path, typer.Argument(metavar="PATH", help="a checkpoint, or a folder of checkpoints or run folder (its newest one)")
@@ -21,6 +24,8 @@ def inspect(path: AnyPath) -> None:
     """Show what a checkpoint holds, and which layout wrote it.
 
     Reads only the manifest.
+
+    Example: `expert-parallel checkpoint inspect runs/uomni`
     """
     from expert_parallel.checkpoint.files import open_checkpoint
     from expert_parallel.checkpoint.report import format_checkpoint
@@ -36,6 +41,8 @@ def verify(path: AnyPath) -> None:
     Checks the SHA-256 of all files, checks that every tensor of the config's model occurs once and has the right
     shape, and recomputes all digests. Exit code 1 and a list of problems if it is damaged, 2 if it has a format that
     this version does not read.
+
+    Example: `expert-parallel checkpoint verify runs/uomni`
     """
     from expert_parallel.checkpoint.files import Checkpoint
     from expert_parallel.checkpoint.folders import find_checkpoint
@@ -69,6 +76,8 @@ def diff(
 
     Shows the largest absolute difference of each. Compares the digests in the manifests, and reads only tensors whose
     digests differ. Exit code 1 if any tensor differs.
+
+    Example: `expert-parallel checkpoint diff runs/a runs/b`
     """
     from expert_parallel.checkpoint.files import open_checkpoint
     from expert_parallel.checkpoint.report import compare_checkpoints, format_header

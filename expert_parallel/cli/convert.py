@@ -12,7 +12,11 @@ import typer
 from expert_parallel.cli.options import ShardGB, exit_on_user_error
 from expert_parallel.settings import MAX_SEED
 
-convert = typer.Typer(no_args_is_help=True, help="Import, export and upcycle models (Hugging Face format).")
+convert = typer.Typer(
+    no_args_is_help=True,
+    help="Import, export and upcycle models (Hugging Face format)."
+    "\n\nExample: `expert-parallel convert import path/to/Mixtral-8x7B-v0.1 runs/mixtral`",
+)
 
 
 @convert.command("import")
@@ -25,6 +29,8 @@ def import_command(
 
     Keeps the weights bit for bit. Supports Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3, gpt-oss, Llama, Qwen2 and Qwen3.
     Fails if a key of config.json or a tensor is not supported. The config of the run can be edited before training.
+
+    Example: `expert-parallel convert import path/to/Mixtral-8x7B-v0.1 runs/mixtral`
     """
     from expert_parallel.interop.importing import import_folder
 
@@ -42,7 +48,10 @@ def export_command(
     ] = None,
     shard_gb: ShardGB = 4.0,
 ) -> None:
-    """Export a checkpoint as a Hugging Face model, for transformers and inference servers."""
+    """Export a checkpoint as a Hugging Face model, for transformers and inference servers.
+
+    Example: `expert-parallel convert export runs/mixtral exported --dtype bfloat16`
+    """
     from expert_parallel.interop.exporting import export_run
 
     with exit_on_user_error(ValueError, OSError):
@@ -70,6 +79,8 @@ def upcycle_command(
     """Upcycle a dense model into a mixture of experts, from which training can start.
 
     Without noise, the mixture computes the same as the dense model.
+
+    Example: `expert-parallel convert upcycle runs/dense runs/mixture --experts 8`
     """
     from expert_parallel.interop.upcycle import Upcycling, compare, upcycle
 

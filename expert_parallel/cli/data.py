@@ -15,7 +15,11 @@ from expert_parallel.data.prepare import PrepareProgress
 
 PLAIN_SECONDS = 10  # between two lines of progress, if stderr is not a terminal
 
-data = typer.Typer(no_args_is_help=True, help="Prepare and inspect tokenized corpora (data.kind: tokens).")
+data = typer.Typer(
+    no_args_is_help=True,
+    help="Prepare and inspect tokenized corpora (data.kind: tokens)."
+    "\n\nExample: `expert-parallel data prepare my/tokens a.txt --tokenizer train:8000`",
+)
 
 
 @data.command("prepare")
@@ -24,7 +28,7 @@ def prepare_command(
         str, typer.Argument(metavar="OUT_PREFIX", help="path of the outputs OUT_PREFIX.bin, .idx and .json")
     ],
     files: Annotated[
-        list[str], typer.Argument(metavar="FILES...", help="text (a document each), JSONL, JSON or parquet; .gz, .zst")
+        list[str], typer.Argument(metavar="FILES", help="text (a document each), JSONL, JSON or parquet; .gz, .zst")
     ],
     tokenizer: Annotated[str, typer.Option(help="bytes, the path of a tokenizer.json, or train:VOCAB_SIZE")] = "bytes",
     end_token: Annotated[str | None, typer.Option(help="token that ends a document; default: the tokenizer's")] = None,
@@ -33,7 +37,10 @@ def prepare_command(
     missing: Annotated[str, typer.Option(help="documents without text: error or skip (count them)")] = "error",
     workers: Annotated[int, typer.Option(min=1, help="worker processes; the output is the same for any number")] = 1,
 ) -> None:
-    """Tokenize files into Megatron's indexed dataset format."""
+    """Tokenize files into Megatron's indexed dataset format.
+
+    Example: `expert-parallel data prepare my/tokens a.txt --tokenizer train:8000`
+    """
     from expert_parallel.data.formats import FORMATS
     from expert_parallel.data.prepare import prepare
 
@@ -79,6 +86,8 @@ def inspect_command(
     """Show documents, tokens, lengths, and the first tokens of a corpus.
 
     Damaged files are an error, as in training.
+
+    Example: `expert-parallel data inspect my/tokens --tokens 100`
     """
     from expert_parallel.data.inspect import format_corpus
 

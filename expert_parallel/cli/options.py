@@ -16,7 +16,7 @@ from expert_parallel.training.config import load_config
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="settings that override the file, such as training.steps=100"),
+    typer.Argument(metavar="KEY=VALUE", help="settings that override the file, such as training.steps=100"),
 ]
 Level = Literal["debug", "info", "warning", "error"]
 ShardGB = Annotated[

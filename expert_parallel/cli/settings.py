@@ -16,14 +16,17 @@ WIDTH = 100  # columns of the printed sentences
 
 def settings(
     path: Annotated[
-        str | None, typer.Argument(metavar="[PATH]", help="a block or a setting, for example model.moe.router")
+        str | None, typer.Argument(metavar="PATH", help="a block or a setting, for example model.moe.router")
     ] = None,
     write: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="write reference.md, schema.json and study.schema.json there instead"),
     ] = None,
 ) -> None:
-    """Print the settings of a config: all blocks, or one block with its types, defaults and allowed values."""
+    """Print the settings of a config: all blocks, or one block with its types, defaults and allowed values.
+
+    Example: `expert-parallel settings model.moe.router`
+    """
     if write is not None:
         files = reference_files()
         with exit_on_user_error(OSError):

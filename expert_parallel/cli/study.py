@@ -37,6 +37,8 @@ def study(
 
     Trains all of them and reports what each needs to reach the dense model's loss. If interrupted, the same command
     resumes it. Writes results.json, table.md and loss.png.
+
+    Example: `expert-parallel study configs/study.yaml`
     """
     # markup: off, since the output of the runs contains brackets
     console = Console(highlight=False, markup=False, soft_wrap=True)

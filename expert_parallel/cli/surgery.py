@@ -15,7 +15,11 @@ from expert_parallel.settings import MAX_SEED
 if TYPE_CHECKING:
     from expert_parallel.interop.surgery import Surgery
 
-experts = typer.Typer(no_args_is_help=True, help="Add, remove or merge the experts of a checkpoint.")
+experts = typer.Typer(
+    no_args_is_help=True,
+    help="Add, remove or merge the experts of a checkpoint."
+    "\n\nExample: `expert-parallel checkpoint experts add runs/a runs/b --like 3,5`",
+)
 
 Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="a run folder (its newest checkpoint) or a checkpoint")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="the run folder to create")]
@@ -38,6 +42,8 @@ def add_command(
     """Add experts to all MoE blocks: copies of existing ones, with some noise.
 
     To train only the new experts, set training.trainable.
+
+    Example: `expert-parallel checkpoint experts add runs/a runs/b --like 3,5`
     """
     from expert_parallel.interop.surgery import add
 
@@ -55,7 +61,10 @@ def remove_command(
     shard_gb: ShardGB = 2.0,
     check: Check = True,
 ) -> None:
-    """Remove experts from all MoE blocks; the others keep their order and are renumbered."""
+    """Remove experts from all MoE blocks; the others keep their order and are renumbered.
+
+    Example: `expert-parallel checkpoint experts remove runs/a runs/b --experts 2,7`
+    """
     from expert_parallel.interop.surgery import remove
 
     with exit_on_user_error(ValueError, OSError):
@@ -70,7 +79,10 @@ def merge_command(
     shard_gb: ShardGB = 2.0,
     check: Check = True,
 ) -> None:
-    """Merge experts of all MoE blocks: averages their weights and their rows of the router."""
+    """Merge experts of all MoE blocks: averages their weights and their rows of the router.
+
+    Example: `expert-parallel checkpoint experts merge runs/a runs/b --experts 2,7`
+    """
     from expert_parallel.interop.surgery import merge
 
     with exit_on_user_error(ValueError, OSError):
