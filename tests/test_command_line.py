@@ -444,6 +444,14 @@ def test_check_is_a_summary(config_file: Path) -> None:
     assert "--ranks-per-node is 8 but parallel.ranks_per_node is 4" in refusal(invoke("check", config_file, *both))
 
 
+def test_check_names_no_groups_of_experts_without_experts(config_file: Path) -> None:
+    dense = ["parallel.ep=1", "model.moe=null", "model.ffn={hidden: 16, activation: gelu}", "training.micro_steps=2"]
+    staged = ["model.num_layers=4", "parallel.pp=2", "parallel.pipeline={kind: interleaved}"]
+    said = rows_of(invoke("check", config_file, *dense, *staged, "--world-size", "4", "--ranks-per-node", "2").stdout)
+    assert said["placement"] == "blocks 0 and 2 on pp 0, 1 and 3 on pp 1"
+    assert said["nodes"] == "2 of 2 ranks: pp 2 crosses nodes of 2; dp 2 stays within a node"
+
+
 def test_check_finds_shards_that_stay_within_a_node(config_file: Path) -> None:
     """Of 16 data ranks on nodes of 4: dense weights are sharded over 4 neighbors, whichever ranks replicate them."""
     sharded = ["parallel.ep=1", "parallel.data={kind: sharded, shards: 4}", "training.global_batch=16"]

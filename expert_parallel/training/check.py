@@ -140,7 +140,7 @@ def format_placement(config: Config, degrees: ParallelDegrees, limit: int) -> st
     stages = split_into_stages(config.model, degrees.pp * config.parallel.stages_per_rank)
 
     def blocks_on(rank: int) -> str:
-        return f"{', '.join(_format_range(stage.blocks) for stage in stages[rank :: degrees.pp])} on pp {rank}"
+        return f"{' and '.join(_format_range(stage.blocks) for stage in stages[rank :: degrees.pp])} on pp {rank}"
 
     parts = ["all blocks" if degrees.pp == 1 else f"blocks {_format_list(degrees.pp, blocks_on, limit)}"]
     if config.model.moe is not None:
@@ -173,22 +173,22 @@ def format_nodes(config: Config, degrees: ParallelDegrees, ranks_per_node: int |
     if moe is not None and f"ep {degrees.ep}" in crossing:
         parts.append(f"ep's dispatcher is {moe.dispatcher.kind}")
     count = -(-degrees.world_size // size)
-    assumed = "" if ranks_per_node else " (assumed)"
-    return (
-        f"{count:,} of {'' if degrees.world_size % size == 0 else 'up to '}{size:,} ranks{assumed}: {'; '.join(parts)}"
-    )
+    most = "up to " if degrees.world_size % size else ""
+    ranks_each = f"{size:,} rank{'s' if size > 1 else ''}{'' if ranks_per_node else ' (assumed)'}"
+    return f"{count:,} of {most}{ranks_each}: {'; '.join(parts)}"
 
 
 def communicating_ranks(config: Config, degrees: ParallelDegrees) -> dict[str, list[list[int]]]:
     """Returns the ranks of all groups of each axis above 1 (`ep 16`), and those over which FSDP2 shards (`shards 8`).
     ep comes first: most of what a mixture of experts sends, it sends there."""
     ranks = ranks_by_group(degrees)
+    absent = ("ep", "etp", "edp", "expert_shards") if config.model.moe is None else ()
     groups = {f"{axis} {getattr(degrees, axis)}": ranks[axis] for axis in ("ep", "etp", "tp", "cp", "pp", "dp", "edp")}
     if isinstance(config.parallel.data, ShardedConfig):
         shards, expert_shards = shard_counts(config.parallel.data, degrees)
         for name, sharded, count in (("shards", "dense", shards), ("expert_shards", "edp", expert_shards)):
             groups[f"{name} {count}"] = [g[i : i + count] for g in ranks[sharded] for i in range(0, len(g), count)]
-    return {name: members for name, members in groups.items() if len(members[0]) > 1}
+    return {name: members for name, members in groups.items() if len(members[0]) > 1 and name.split()[0] not in absent}
 
 
 def format_rest(config: Config, degrees: ParallelDegrees) -> list[str]:
