@@ -179,12 +179,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_peer(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """transformers' model, in evaluation mode, with random weights: vectors around 1, matrices around 0."""
+def make_peer(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+    """transformers' model, in evaluation mode, with random weights: vectors around 1, matrices around 0.
+
+    changes: further values of its config."""
     family, settings = MODELS[name]
     model_class = getattr(transformers, FAMILIES[family].architecture)
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    model: nn.Module = model_class(model_class.config_class(**settings, **eager)).to(dtype).eval()
+    model: nn.Module = model_class(model_class.config_class(**settings, **eager, **changes)).to(dtype).eval()
     generator = torch.Generator().manual_seed(1)
     buffers = [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
     for key, tensor in [*model.named_parameters(), *buffers]:

@@ -1,5 +1,6 @@
 """Exports a run or a checkpoint as a Hugging Face folder, for transformers and inference servers."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +10,34 @@ from torch import Tensor
 from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
 from expert_parallel.data.open import TOKENIZER_FILE
 from expert_parallel.data.reading import read_json
+from expert_parallel.interop.balance_loss import LOSS_KEYS
 from expert_parallel.interop.families import FAMILIES, Family, settings
 from expert_parallel.interop.folder import CONFIG, COPIED_FILES, GENERATION, FolderWriter
 from expert_parallel.interop.hf_config import Tree, is_neutral
 from expert_parallel.interop.hf_model import match_model_tensors, read_model_config
 from expert_parallel.interop.importing import find_origin, find_tokenizer, refuse_larger_tokenizer
 from expert_parallel.model.config import ModelConfig
+from expert_parallel.moe.routers.losses import loss_name
 from expert_parallel.training.config import read_config
 
 INCOMPATIBLE = 1000  # number of differences that an incompatible structure counts as
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export_run(path: Path, out: Path, *, family: str | None, dtype: str | None, shard_bytes: int) -> tuple[str, Path]:
+def export_run(
+    path: Path,
+    out: Path,
+    *,
+    family: str | None,
+    dtype: str | None,
+    shard_bytes: int,
+    print_message: Callable[[str], None] = print,
+) -> tuple[str, Path]:
     """Exports a model. Returns the family's name and the folder.
 
-    family: None chooses one that computes the same. dtype: None keeps every tensor's dtype and bits. Raises a
-    ValueError that names the setting that differs if no family computes the same as the model.
+    family: None chooses one that computes the same. dtype: None keeps every tensor's dtype and bits. print_message:
+    called for what config.json cannot state. Raises a ValueError that names the setting that differs if no family
+    computes the same as the model.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}")
@@ -37,6 +49,8 @@ def export_run(path: Path, out: Path, *, family: str | None, dtype: str | None, 
     their_origin = {} if origin is None else read_json(origin / CONFIG)
     family_name = choose_family(model, family, their_origin.get("model_type"))
     config = export_config(family_name, model, their_origin, checkpoint.config)
+    if (sentence := describe_lost_losses(family_name, model, config)) is not None:
+        print_message(sentence)
     to_dtype = None if dtype is None else DTYPES[dtype]
     written = to_dtype or checkpoint.tensors["weights/embedding.weight"].dtype
     config["dtype" if "dtype" in config else "torch_dtype"] = str(written).removeprefix("torch.")
@@ -142,16 +156,22 @@ def leaves(tree: Tree, prefix: str) -> dict[str, Any]:
 def export_config(name: str, model: ModelConfig, origin: Tree, run: Tree) -> Tree:
     """Returns the model's config.json.
 
-    It is that of the model's origin, unchanged, if that still describes the model. Otherwise it is a new one that keeps
-    the origin's keys that do not affect the logits. run: the run's config.
+    It is that of the model's origin, unchanged, if that still describes the model and its losses. Otherwise it is a new
+    one that keeps the origin's keys that do not affect the logits. run: the run's config.
     """
     family = FAMILIES[name]
     # The exported weights are not quantized, and no code is exported.
     origin = {key: value for key, value in origin.items() if key not in ("quantization_config", "auto_map")}
-    if origin.get("model_type") == name and settings(read_model_config(family, origin)) == settings(model):
-        return origin
+    written = family.write(model)
+    if origin.get("model_type") == name:
+        described = read_model_config(family, origin)
+        if settings(described) == settings(model):
+            losses = {key: value for key, value in written.items() if key in LOSS_KEYS}
+            return origin if has_losses_of(described, model) else {**without_losses(origin), **losses}
     kept = {
-        key: value for key, value in origin.items() if is_neutral(key) or key in ("rope_interleave", *family.neutral)
+        key: value
+        for key, value in without_losses(origin).items()
+        if is_neutral(key) or key in ("rope_interleave", *family.neutral)
     }
     beside = {
         "max_position_embeddings": run["training"]["sequence_length"],
@@ -161,4 +181,23 @@ def export_config(name: str, model: ModelConfig, origin: Tree, run: Tree) -> Tre
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    return {**beside, **kept, **family.write(model), "model_type": name}
+    return {**beside, **kept, **written, "model_type": name}
+
+
+def without_losses(config: Tree) -> Tree:
+    """Returns a config.json without the keys of losses."""
+    return {key: value for key, value in config.items() if key not in LOSS_KEYS}
+
+
+def has_losses_of(one: ModelConfig, other: ModelConfig) -> bool:
+    """Returns True if two models train with the same losses of their routers."""
+    first, second = ([] if model.moe is None else model.moe.losses for model in (one, other))
+    return first == second
+
+
+def describe_lost_losses(name: str, model: ModelConfig, config: Tree) -> str | None:
+    """Returns a sentence if a family's config.json, `config`, does not state the losses of the model, or None."""
+    if model.moe is None or has_losses_of(read_model_config(FAMILIES[name], config), model):
+        return None
+    names = ", ".join(loss_name(loss) for loss in model.moe.losses)
+    return f"model.moe.losses ({names}) is not in config.json, as {name} has no such losses: the logits are the same"

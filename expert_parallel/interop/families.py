@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from expert_parallel.interop.balance_loss import PooledBalanceLoss, SequenceBalanceLoss
 from expert_parallel.interop.deepseek import (
     GroupLimit,
     LatentHeads,
@@ -82,6 +83,8 @@ class Family:
         """Returns the config.json of this family that is closest to the model's settings. It is exact only if reading
         it back gives the same settings."""
         ours, theirs = settings(model), {"architectures": [self.architecture]}
+        if model.moe is not None:
+            ours["moe"]["losses"] = [loss.model_dump(mode="json") for loss in model.moe.losses]
         for rule in self.rules:
             rule.write(ours, theirs)
         return theirs
@@ -206,6 +209,7 @@ FAMILIES: dict[str, Family] = {
             HeadSize(),
             Rope(default_theta=1e6),
             *swiglu_expert_rules(("num_local_experts", "num_experts"), "intermediate_size"),
+            PooledBalanceLoss(),
             Require("router_jitter_noise", 0.0),
             SlidingWindow(),
         ),
@@ -222,6 +226,7 @@ FAMILIES: dict[str, Family] = {
             QKNorm("per_head"),
             *swiglu_expert_rules(("num_experts", "num_local_experts"), "moe_intermediate_size"),
             Copy("norm_topk_prob", "moe.router.normalise", False),
+            PooledBalanceLoss(),
             SparseStep(),
             DenseHidden(),
             SlidingWindow("use_sliding_window"),
@@ -243,6 +248,7 @@ FAMILIES: dict[str, Family] = {
             Require("clip_qkv", None),
             *swiglu_expert_rules(("num_experts", "num_local_experts"), "intermediate_size"),
             Copy("norm_topk_prob", "moe.router.normalise", False),
+            PooledBalanceLoss(default=0.01),
         ),
         qwen3_moe_tensor_map,
     ),
@@ -258,6 +264,7 @@ FAMILIES: dict[str, Family] = {
             Copy("routed_scaling_factor", "moe.router.scale", 2.5),
             Const("moe.router.score", "sigmoid"),
             Const("moe.router.balance_bias_rate", 0.001),
+            SequenceBalanceLoss(),
             GroupLimit(),
             SharedExperts(),
             FirstDense(),
@@ -267,7 +274,7 @@ FAMILIES: dict[str, Family] = {
             Require("moe_layer_freq", 1),
         ),
         deepseek_v3_tensor_map,
-        neutral=("num_nextn_predict_layers", "num_mtp_layers", "ep_size", "aux_loss_alpha", "seq_aux"),
+        neutral=("num_nextn_predict_layers", "num_mtp_layers", "ep_size"),
         num_mtp_layers=num_mtp_layers,
     ),
     "gpt_oss": Family(
@@ -283,6 +290,7 @@ FAMILIES: dict[str, Family] = {
             Const("moe.experts.activation", "gpt_oss"),
             Const("moe.experts.bias", True),
             Const("moe.router.bias", True),
+            PooledBalanceLoss(),
             Require("swiglu_alpha", 1.702),
             Require("swiglu_limit", 7.0),
             SlidingWindowByLayer(),

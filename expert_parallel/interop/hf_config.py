@@ -20,8 +20,8 @@ NEUTRAL = frozenset(
         *("use_cache", "return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "torchscript"),
         *("output_router_logits", "pretraining_tp", "chunk_size_feed_forward", "use_bfloat16", "tf_legacy_loss"),
         *("gradient_checkpointing", "is_decoder"),
-        # Training.
-        *("initializer_range", "router_aux_loss_coef"),
+        # Training. Families that have the losses read them; see balance_loss.py.
+        *("initializer_range", "router_aux_loss_coef", "router_z_loss_coef", "aux_loss_alpha", "seq_aux"),
         # Generation; ids of tokens end in _token_id, see `is_neutral`.
         *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "temperature"),
         *("top_k", "top_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "length_penalty"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from expert_parallel.checkpoint.files import expected_shapes
 from expert_parallel.checkpoint.manifest import DTYPES
 from expert_parallel.config import read_settings
+from expert_parallel.interop.balance_loss import describe_losses
 from expert_parallel.interop.families import FAMILIES, Family
 from expert_parallel.interop.folder import HuggingFaceFolder
 from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree, short
@@ -26,18 +27,15 @@ VALUES_PER_ELEMENT = 2  # MXFP4 packs two values into an element of the file; no
 class HuggingFaceModel:
     """Opens a folder, and checks config.json and the shapes and dtypes of all tensors before any weight is read.
 
-    Tensors that transformers does not use either are set aside; `notes` has a sentence about each kind of them. Raises
-    a ValueError that names the keys that are not supported, or the first tensor that is missing, left over, of another
-    shape or of another dtype.
+    Tensors that transformers does not use either are set aside; `notes` has a sentence about each kind of them, and
+    about the losses of training. Raises a ValueError that names the keys that are not supported, or the first tensor
+    that is missing, left over, of another shape or of another dtype.
     """
 
     def __init__(self, path: Path) -> None:
         self.folder = HuggingFaceFolder(path)
         config = self.folder.config
-        kind = config.get("model_type")
-        if not isinstance(kind, str) or kind not in FAMILIES:
-            raise ValueError(f"{path}: model_type is {short(kind)}, it must be one of {', '.join(FAMILIES)}")
-        self.family = FAMILIES[kind]
+        self.family = find_family(config, path)
         self.model = read_model_config(self.family, config)
         refuse_larger_model(self.folder, self.model)
         num_mtp_layers = self.family.num_mtp_layers(HuggingFaceConfig(config))
@@ -46,7 +44,8 @@ class HuggingFaceModel:
         table = self._settle_head(ignored) if self.model.tied_embeddings and HEAD in self.folder.files else TABLE
         pairs = match_model_tensors(self.family, config, self.model)
         self.pairs = [replace(pair, theirs=(table,)) if pair.theirs == (TABLE,) else pair for pair in pairs]
-        self.notes = [*describe_ignored(ignored), *self.notes]
+        losses = describe_model_losses(self.family, config, self.model)
+        self.notes = [*describe_ignored(ignored), *self.notes, *losses]
         check_tensors(self.folder, self.pairs, logical_shapes(self.model), ignored)
 
     def _settle_head(self, ignored: dict[str, str]) -> str:
@@ -77,6 +76,14 @@ class HuggingFaceModel:
             yield from zip(pair.ours, pair.transform.to_ours(theirs), strict=True)
 
 
+def find_family(config: Tree, path: Path) -> Family:
+    """Returns the family of a config.json. path: its place, for the ValueError if there is no such family."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(f"{path}: model_type is {short(kind)}, it must be one of {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
+
+
 class ImportedSettings(Settings):
     """Holds the block of our config that a config.json gives."""
 
@@ -87,6 +94,12 @@ def read_model_config(family: Family, config: Tree) -> ModelConfig:
     """Reads a config.json. Raises a ValueError of one sentence if a key or a resulting setting is not valid."""
     tree = {"model": family.read(config)}
     return read_settings(ImportedSettings, tree, "config.json gives settings that are not valid").model
+
+
+def describe_model_losses(family: Family, config: Tree, model: ModelConfig) -> list[str]:
+    """Returns sentences on the losses of a config.json. model: the settings that it gives."""
+    losses = [] if model.moe is None else [loss.model_dump(mode="json") for loss in model.moe.losses]
+    return describe_losses(family.rules, family.architecture, config, losses)
 
 
 def logical_shapes(model: ModelConfig) -> Shapes:
