@@ -3,11 +3,14 @@
 The commands import torch inside their functions, so that `--help` is fast.
 """
 
+import shlex
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 
 from expert_parallel.cli.options import ShardGB, exit_on_user_error
 from expert_parallel.settings import MAX_SEED
@@ -36,6 +39,34 @@ def import_command(
 
     with exit_on_user_error(ValueError, OSError):
         print(f"wrote {import_folder(source, out, int(shard_gb * 1024**3))}")
+        print("\n".join(next_steps(out)))
+
+
+def next_steps(run: Path) -> list[str]:
+    """Returns commands for an imported run, and what they need. They can be run as they are: the text to train on is
+    the top level of Python's standard library, which is on every machine."""
+    from expert_parallel.data.open import TOKENIZER_FILE
+
+    corpus, tokenizer = run / "corpus", run / TOKENIZER_FILE
+    data = {"kind": "tokens", "corpora": [{"path": str(corpus)}]}
+    # One line of YAML, which quotes a path that would otherwise be read as something else.
+    override = yaml.safe_dump(data, default_flow_style=True, sort_keys=False, width=sys.maxsize, allow_unicode=True)
+    texts = f"{sysconfig.get_paths()['stdlib']}/*.py"
+    check = ["check", str(run)]
+    with_tokenizer = [
+        ["generate", str(run), "--prompt", "Once upon a time"],
+        ["data", "prepare", str(corpus), texts, "--tokenizer", str(tokenizer)],
+        ["train", str(run), f"data={override.strip()}", "training.steps=100"],
+    ]
+    needed = []
+    if not tokenizer.is_file():
+        needed = [f"The model came without {TOKENIZER_FILE}, which these commands need: copy it into {run}, then"]
+    return [
+        "Next, with your own texts in the place of Python's library:",
+        f"  {shlex.join(['expert-parallel', *check])}",
+        *needed,
+        *(f"  {shlex.join(['expert-parallel', *command])}" for command in with_tokenizer),
+    ]
 
 
 @convert.command("export")
