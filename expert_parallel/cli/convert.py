@@ -3,6 +3,8 @@
 The commands import torch inside their functions, so that `--help` is fast.
 """
 
+import json
+import re
 import shlex
 import sys
 import sysconfig
@@ -10,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
 from expert_parallel.cli.options import ShardGB, exit_on_user_error
 from expert_parallel.settings import MAX_SEED
@@ -48,15 +49,14 @@ def next_steps(run: Path) -> list[str]:
     from expert_parallel.data.open import TOKENIZER_FILE
 
     corpus, tokenizer = run / "corpus", run / TOKENIZER_FILE
-    data = {"kind": "tokens", "corpora": [{"path": str(corpus)}]}
-    # One line of YAML, which quotes a path that would otherwise be read as something else.
-    override = yaml.safe_dump(data, default_flow_style=True, sort_keys=False, width=sys.maxsize, allow_unicode=True)
+    # JSON's quotes are YAML's, for a path that would otherwise be read as something else.
+    quoted = str(corpus) if re.fullmatch(r"[\w./-]+", str(corpus)) else json.dumps(str(corpus), ensure_ascii=False)
     texts = f"{sysconfig.get_paths()['stdlib']}/*.py"
     check = ["check", str(run)]
     with_tokenizer = [
         ["generate", str(run), "--prompt", "Once upon a time"],
         ["data", "prepare", str(corpus), texts, "--tokenizer", str(tokenizer)],
-        ["train", str(run), f"data={override.strip()}", "training.steps=100"],
+        ["train", str(run), f"data={{kind: tokens, corpora: [{{path: {quoted}}}]}}", "training.steps=100"],
     ]
     needed = []
     if not tokenizer.is_file():
