@@ -26,7 +26,12 @@ convert = typer.Typer(
 @convert.command("import")
 def import_command(
     source: Annotated[Path, typer.Argument(metavar="HF_FOLDER", help="folder of config.json and safetensors files")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="the run folder to create")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="the run folder to create; with --config-only a .yaml file")
+    ],
+    config_only: Annotated[
+        bool, typer.Option("--config-only", help="read config.json alone (HF_FOLDER may be this file), write a config")
+    ] = False,
     shard_gb: ShardGB = 2.0,
 ) -> None:
     """Create a run folder from a Hugging Face model.
@@ -34,11 +39,19 @@ def import_command(
     Keeps the weights bit for bit. Supports Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3, gpt-oss, Llama, Qwen2 and Qwen3.
     Fails if a key of config.json or a tensor is not supported. The config of the run can be edited before training.
 
+    With --config-only, no weights are read: OUT becomes a config to train such a model from the start.
+
     Example: `expert-parallel convert import path/to/Mixtral-8x7B-v0.1 runs/mixtral`
     """
+    from expert_parallel.interop.config_only import write_config
     from expert_parallel.interop.importing import import_folder
 
     with exit_on_user_error(ValueError, OSError):
+        if config_only:
+            model = write_config(source, out)
+            print(f"wrote {out}: {model.num_params():,} parameters, {model.num_active_params():,} active for a token")
+            print(f"Next:\n  {shlex.join(['expert-parallel', 'check', str(out)])}")
+            return
         print(f"wrote {import_folder(source, out, int(shard_gb * 1024**3))}")
         print("\n".join(next_steps(out)))
 

@@ -42,6 +42,8 @@ class HuggingFaceFolder:
     """
 
     def __init__(self, path: Path) -> None:
+        if path.is_file():
+            raise ValueError(f"{path} is a file, it must be a folder (a {CONFIG} alone needs --config-only)")
         if not (path / CONFIG).is_file():
             raise ValueError(f"{path} is not a Hugging Face model: it has no {CONFIG}")
         self.path, self.config = path, read_json(path / CONFIG)
@@ -112,7 +114,7 @@ def read_index(path: Path) -> dict[str, str]:
                 f"{path} has {pickled[0]}, which is pickled and could run code when it is loaded: convert it to "
                 "safetensors (in transformers: from_pretrained, then save_pretrained), then import that"
             )
-        raise ValueError(f"{path} has no weights: neither {SINGLE} nor {INDEX}")
+        raise ValueError(f"{path} has no weights: neither {SINGLE} nor {INDEX} (--config-only needs none)")
     return {}
 
 

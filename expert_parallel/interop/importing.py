@@ -15,6 +15,7 @@ from expert_parallel.data.open import ORIGIN, TOKENIZER_FILE
 from expert_parallel.data.reading import read_json
 from expert_parallel.data.tokenizer import FileTokenizer
 from expert_parallel.interop.folder import CONFIG, COPIED_FILES
+from expert_parallel.interop.hf_config import Tree
 from expert_parallel.interop.hf_model import HuggingFaceModel
 from expert_parallel.training.config import Config, dump_config, read_config
 
@@ -35,11 +36,17 @@ def import_folder(path: Path, out: Path, shard_bytes: int, print_message: Callab
 
 
 def imported_config(source: HuggingFaceModel, out: Path) -> Config:
-    """Returns the config of the new run, which the user can edit.
+    """Returns the config of the new run, which the user can edit."""
+    folder = source.folder
+    tree = run_tree(folder.config, source.model.model_dump(mode="json"), str(out))
+    return read_config(tree, f"{folder.path / CONFIG} gives a config that is not valid")
 
-    Sets the model, initial values for training, and tokenized data without any corpora yet.
+
+def run_tree(theirs: Tree, model: Tree, folder: str) -> Tree:
+    """Returns the settings of a run: its model, initial values for training, and tokenized data without corpora yet.
+
+    theirs: the config.json. model: our settings for it. folder: `run.folder`.
     """
-    theirs = source.folder.config
     longest = theirs.get("max_position_embeddings")
     ends = theirs.get("eos_token_id")
     end_id = ends[0] if isinstance(ends, list) and ends else ends
@@ -48,15 +55,12 @@ def imported_config(source: HuggingFaceModel, out: Path) -> Config:
         "global_batch": 8,
         "sequence_length": min(longest, MAX_SEQUENCE_LENGTH) if isinstance(longest, int) else MAX_SEQUENCE_LENGTH,
     }
-    return read_config(
-        {
-            "run": {"folder": str(out)},
-            "model": source.model.model_dump(mode="json"),
-            "training": training,
-            "data": {"kind": "tokens", "end_id": end_id if isinstance(end_id, int) else None},
-        },
-        f"{source.folder.path / CONFIG} gives a config that is not valid",
-    )
+    return {
+        "run": {"folder": folder},
+        "model": model,
+        "training": training,
+        "data": {"kind": "tokens", "corpora": [], "end_id": end_id if isinstance(end_id, int) else None},
+    }
 
 
 def find_origin(path: Path) -> Path | None:

@@ -1,0 +1,77 @@
+"""Makes a config of ours from a config.json alone, for an untrained model of these sizes."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from expert_parallel.config import dump_tree
+from expert_parallel.data.reading import read_json
+from expert_parallel.interop.folder import CONFIG
+from expert_parallel.interop.hf_config import LARGEST, HuggingFaceConfig, Tree, short
+from expert_parallel.interop.hf_model import describe_model_losses, find_family
+from expert_parallel.interop.importing import run_tree
+from expert_parallel.model.config import ModelConfig
+from expert_parallel.training.config import Config, read_config
+
+SUFFIXES = (".yaml", ".yml")
+HEADER = """\
+# An untrained {family} with the sizes of its config.json, by `expert-parallel convert import --config-only`.
+# data.corpora is empty: name your own. Adapt `training` and `parallel`; `check` shows the memory that they take.
+
+"""
+
+
+def write_config(source: Path, out: Path, print_message: Callable[[str], None] = print) -> ModelConfig:
+    """Writes the YAML file `out`, which has only the settings that config.json gives. Returns the model's settings.
+
+    source: a config.json, or a folder with one. print_message: called for what the config does not take over. Raises a
+    ValueError, before anything is written, if `out` exists or config.json describes no model of ours.
+    """
+    if out.suffix not in SUFFIXES:
+        raise ValueError(f"{out} is to be a config, its name must end with {' or '.join(SUFFIXES)}")
+    if os.path.lexists(out):  # a broken link, too
+        raise ValueError(f"{out} exists already")
+    path = source / CONFIG if source.is_dir() else source
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    theirs = read_json(path)
+    family = find_family(theirs, path)
+    notes, unquantized = describe_left_out(theirs), {**theirs, "quantization_config": None}
+    tree = run_tree(theirs, order(family.read(unquantized) | initial_weights(theirs)), f"runs/{out.stem}")
+    model = read_config(tree, f"{path} gives a config that is not valid").model
+    for note in [*notes, *describe_model_losses(family, theirs, model)]:
+        print_message(note)
+    text = HEADER.format(family=theirs["model_type"]) + dump_tree(tree, Config)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("x", encoding="utf-8") as file:  # not the file that another command has written meanwhile
+        file.write(text)
+    return model
+
+
+def initial_weights(theirs: Tree) -> Tree:
+    """Returns the setting that initializer_range gives, which has no effect on an import of weights."""
+    std = theirs.get("initializer_range")
+    if std is None:
+        return {}
+    if isinstance(std, bool) or not isinstance(std, int | float) or not 0 < std <= LARGEST:  # also NaN
+        raise HuggingFaceConfig(theirs).refuse("initializer_range", f"it must be above 0 and at most {LARGEST:,}")
+    return {"init_std": float(std)}
+
+
+def order(model: Tree) -> Tree:
+    """Returns the settings of a model in the order of ModelConfig."""
+    return {name: model[name] for name in ModelConfig.model_fields if name in model}
+
+
+def describe_left_out(theirs: Tree) -> list[str]:
+    """Returns sentences on the keys of a config.json that matter for its weights alone."""
+    notes = []
+    if quantized := theirs.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        notes.append(
+            f"quantization_config ({short(method)}) is left out: it describes weights, and training has its own"
+        )
+    for key in ("num_nextn_predict_layers", "num_mtp_layers"):
+        if count := theirs.get(key):
+            notes.append(f"{key} ({short(count)}) is left out: the model has no layers of multi-token prediction")
+    return notes
