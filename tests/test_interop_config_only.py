@@ -1,10 +1,12 @@
-"""`convert import --config-only`: a config of ours from a config.json alone, for a model without weights."""
+"""`convert import --config-only`: a config of ours from a config.json alone, for a model without weights; and
+the configs of published models are what it makes."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from typer.testing import CliRunner, Result
 
@@ -14,6 +16,7 @@ from expert_parallel.interop.families import FAMILIES
 from expert_parallel.interop.hf_model import read_model_config
 from expert_parallel.training.check import format_config_report
 from expert_parallel.training.config import load_config
+from tests.launches import ROOT
 from tests.test_interop import MODELS
 
 Tree = dict[str, Any]
@@ -93,3 +96,70 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
     path.write_text("{}")
     for source in (path, path.parent):  # without the option
         assert "--config-only" in CliRunner().invoke(app, ["convert", "import", str(source), str(out)]).stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# configs/
+
+
+def rope(theta: float) -> Tree:
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+# file in configs/ -> family, the released config.json where the class in transformers has other defaults, parameters
+PUBLISHED: dict[str, tuple[str, Tree, int]] = {
+    "mixtral-8x7b": ("mixtral", {"router_aux_loss_coef": 0.02, "rope_parameters": rope(1e6)}, 46_702_792_704),
+    "qwen3-30b-a3b": (
+        "qwen3_moe",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": rope(1e6),
+        },
+        30_532_122_624,
+    ),
+    "gpt-oss-20b": ("gpt_oss", {"num_hidden_layers": 24, "num_local_experts": 32}, 20_914_757_184),
+    "olmoe": (
+        "olmoe",
+        {"num_experts": 64, "intermediate_size": 1024, "num_hidden_layers": 16, "rope_parameters": rope(1e4)},
+        6_919_161_856,
+    ),
+    "deepseek-v3": ("deepseek_v3", {"rope_parameters": rope(1e4)}, 671_026_404_352),
+}
+# Billions of active parameters, as published: rounded, and OpenAI leaves the embedding out.
+ACTIVE = {"mixtral-8x7b": 12.9, "qwen3-30b-a3b": 3.3, "gpt-oss-20b": 3.61, "olmoe": 1.3, "deepseek-v3": 37}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_config_of_a_published_model_is_its_config_json(name: str, tmp_path: Path) -> None:
+    family, values, total = PUBLISHED[name]
+    path, model = write_theirs(tmp_path, family, **values), load_config(ROOT / "configs" / f"{name}.yaml").model
+    made = write_config(path, tmp_path / "made.yaml", print_message=lambda text: None)
+    trees = [config.model_dump(mode="json") for config in (model, made)]
+    for tree in trees:
+        del tree["moe"]["preset"], tree["moe"]["dispatcher"]
+    if name == "deepseek-v3":  # what its paper has and its config.json has not
+        losses = [loss | {"coefficient": 0.0001} for loss in trees[0]["moe"]["losses"] if loss["scope"] == "sequence"]
+        trees[1] |= {"init_std": 0.006, "moe": trees[1]["moe"] | {"losses": losses}}
+    assert trees[0] == trees[1]
+
+    with torch.device("meta"):
+        peer = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    experts = sum(weight.numel() for key, weight in peer.named_parameters() if ".experts." in key)
+    counted = sum(weight.numel() for weight in peer.parameters())
+    assert model.moe is not None
+    active = counted - experts + experts * model.moe.router.k // model.moe.num_experts  # type: ignore[union-attr]
+    assert (model.num_params(), model.num_active_params()) == (counted, active)
+    assert counted == total
+    looked_up = model.vocab_size * model.d_model if name == "gpt-oss-20b" else 0
+    assert (active - looked_up) / 1e9 == pytest.approx(ACTIVE[name], rel=0.02)

@@ -42,7 +42,8 @@ from tests.launches import ROOT
 from tests.ranks import run_ranks
 
 SYSTEMS = ["uomni", "switch", "switch-2048", "glam", "mixtral-8x7b", "gpt4-class", "1t-20b"]
-SIZES = ["uomni", "uomni-140m", "uomni-140m-dense", *SYSTEMS[1:]]  # the rows of the page's table
+IMPORTED = ["olmoe", "gpt-oss-20b", "qwen3-30b-a3b", "deepseek-v3"]  # by `convert import`, too; they have no twins
+SIZES = ["uomni", "uomni-140m", "uomni-140m-dense", *SYSTEMS[1:], *IMPORTED]  # the rows of the page's table
 FEWER_EXPERTS = {"switch": 64, "1t-20b": 64}  # of the twins; the others have as many as their originals
 PAGE = (ROOT / "configs" / "README.md").read_text()
 
