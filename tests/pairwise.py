@@ -16,12 +16,16 @@ def all_cases(factors: Mapping[str, Sequence[Any]], possible: Callable[[Case], b
     return [case for case in cases if possible(case)]
 
 
-def pairwise_cases(factors: Mapping[str, Sequence[Any]], possible: Callable[[Case], bool]) -> list[Case]:
+def pairwise_cases(
+    factors: Mapping[str, Sequence[Any]],
+    possible: Callable[[Case], bool],
+    cost: Callable[[Case], float] = lambda case: 0.0,
+) -> list[Case]:
     """Every pair that a possible case has stands in one of these. Greedy: where the product is small, again and again
     the case that covers most pairs not yet covered; else, for one pair after the other, the best of some cases with
-    it."""
+    it. Of those that cover as many pairs, the one that costs least."""
     if math.prod(map(len, factors.values())) <= 5000:
-        return _from_the_product(factors, possible)
+        return _from_the_product(factors, possible, cost)
     covered: set[Pair] = set()
     chosen = []
     for (one, values), (two, others) in combinations(factors.items(), 2):
@@ -29,19 +33,21 @@ def pairwise_cases(factors: Mapping[str, Sequence[Any]], possible: Callable[[Cas
             if ((one, repr(value)), (two, repr(other))) in covered:
                 continue
             candidates = _some_cases({**factors, one: [value], two: [other]}, possible)
-            best = max(candidates, key=lambda case: len(_pairs(case) - covered), default=None)
+            best = max(candidates, key=lambda case: (len(_pairs(case) - covered), -cost(case)), default=None)
             if best is not None:
                 chosen.append(best)
                 covered |= _pairs(best)
     return chosen
 
 
-def _from_the_product(factors: Mapping[str, Sequence[Any]], possible: Callable[[Case], bool]) -> list[Case]:
+def _from_the_product(
+    factors: Mapping[str, Sequence[Any]], possible: Callable[[Case], bool], cost: Callable[[Case], float]
+) -> list[Case]:
     candidates = all_cases(factors, possible)
     missing: set[Pair] = set().union(*(_pairs(case) for case in candidates))
     chosen = []
     while missing:
-        best = max(candidates, key=lambda case: len(missing & _pairs(case)))
+        best = max(candidates, key=lambda case: (len(missing & _pairs(case)), -cost(case)))
         chosen.append(best)
         missing -= _pairs(best)
     return chosen
