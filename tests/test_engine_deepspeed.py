@@ -1,4 +1,4 @@
-"""DeepSpeed as engine against the native one, on real ranks, in float32: losses and norms of 4 to 12 steps with
+"""DeepSpeed as engine against the native one, on real ranks, in float32: losses and norms of 4 to 7 steps with
 clipping, gradients of the first, experts that stay apart, checkpoints that go on under the other engine.
 """
 
@@ -34,7 +34,7 @@ from tests.layouts import build_on
 from tests.ranks import run_ranks
 from tests.test_training import MODEL, batches
 
-SEED, STEPS = 3, 12
+SEED, STEPS = 3, 7  # two steps past the warm-up
 FEW_STEPS = 4  # in all cases but one
 NATIVE = {"kind": "native"}
 EP2, EP1, CP2 = {"world": 4, "ep": 2}, {"world": 4}, {"world": 4, "ep": 2, "cp": 2}
@@ -192,7 +192,7 @@ def by_engine(case: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("case", with_marks(ENGINE_CASES, "zero 0"))
 def test_losses_are_the_native_engines(case: str) -> None:
-    """Of 12 steps with ZeRO 2 (4 otherwise), and of held-out sequences after them. Every step clips."""
+    """Of 7 steps with ZeRO 2 (4 otherwise), and of held-out sequences after them. Every step clips."""
     results, expected = by_engine(case)
     assert min(expected[0]["norms"]) > 0.5, "clipping must be at work"
     for result in results:
