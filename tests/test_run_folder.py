@@ -215,20 +215,34 @@ def test_a_number_with_digits_too_many_is_refused_before_anything_is_written(wro
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_a_run_that_diverges_names_its_last_checkpoint(tmp_path: Path) -> None:
+def test_a_run_that_diverges_is_not_started_again_with_the_same_settings(tmp_path: Path) -> None:
     diverging = ["training.optimizer.learning_rate=1e30", "training.schedule.warmup_steps=0", "training.steps=9"]
+    marker = tmp_path / "run" / "failure.json"
 
     def error(*overrides: str) -> str:
         result = CliRunner().invoke(
             app, ["train", str(small_config(tmp_path)), "parallel.ep=1", *diverging, *overrides]
         )
         assert result.exit_code == 2
-        assert re.match(r"error: step \d: the loss is ", result.stderr), "study/folder.py looks for these words"
-        return result.stderr
+        return result.stderr.partition("error: ")[2]
 
-    assert "the run stops, it has saved no checkpoint yet (" in error("run.folder=" + str(tmp_path / "first"))
+    first = error("run.folder=" + str(tmp_path / "first"))
+    assert re.match(r"step \d: the loss is .*; the run stops, it has saved no checkpoint yet\n", first), "for study"
+    assert "\n  first bad tensor  the gradient of blocks.1.attention." in first
+    assert "\n                    training.schedule.warmup_steps=100 (it is 0)\n" in first
     trained(tmp_path)
-    assert f"the run stops, its last checkpoint is {tmp_path}/run/checkpoints/step_00000002 (" in error()
+    assert f"the run stops, its last checkpoint is {tmp_path}/run/checkpoints/step_00000002\n" in error()
+    before = contents(tmp_path / "run")
+    refused = error()
+    folder = tmp_path / "run"
+    assert refused.startswith(f"run.folder: not started, since {folder} has failed before with the same settings\n")
+    assert "  step 4: the loss is " in refused
+    assert contents(tmp_path / "run") == before
+    going_on = trained(tmp_path, "training.steps=3")
+    assert re.search(r"going on after the failure at step 4; changed: .*learning_rate 1e\+30 -> 0.0003", going_on)
+    assert not marker.exists()
+    marker.write_text("{")
+    assert error() == f"run.folder: {marker} cannot be read; remove it to start the run\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

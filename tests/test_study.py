@@ -229,7 +229,8 @@ def test_a_rate_that_diverged_is_out_and_a_variant_without_any_is_refused(tmp_pa
 
 def diverge(folder: Path) -> None:
     folder.mkdir(parents=True)
-    (folder / "log.txt").write_text("step 0\nerror: step 1: the loss is nan and the gradient norm nan; the run stops\n")
+    error = "error: step 1: the loss is nan and the gradient norm nan; the run stops\n  to try  x\n"
+    (folder / "log.txt").write_text(f"step 0\n{error}")
 
 
 @pytest.mark.full

@@ -36,6 +36,7 @@ __all__ = [
     "Launch",
     "LaunchError",
     "LostContact",
+    "PermanentError",
     "RankFilter",
     "Runtime",
     "RuntimeConfig",
@@ -111,6 +112,10 @@ class Runtime:
 class UserError(Exception):
     """Signals an error that the user can fix; its message names the setting and the numbers. All ranks raise it
     together."""
+
+
+class PermanentError(UserError):
+    """Signals a UserError that the same command would meet again, so that starting it again is of no use."""
 
 
 class LostContact(Exception):

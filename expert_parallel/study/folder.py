@@ -48,9 +48,11 @@ def loss_of(run: StudyRun) -> float:
 
 
 def last_log_line(folder: Path) -> str:
-    """Returns the last line of the log of the run in `folder`, followed by the log's path."""
+    """Returns the last line of the log of the run in `folder` that is not indented, as details of an error are,
+    followed by the log's path."""
     path = folder / "log.txt"
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()] if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = [line for line in lines if line.strip() and not line.startswith(" ")]
     return f"{lines[-1].strip() if lines else 'the log is empty'} ({path})"
 
 

@@ -1,7 +1,6 @@
 """Runs the training loop: `train`, then what it calls, in order."""
 
 import logging
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from expert_parallel.runtime.process import Runtime, UserError
 from expert_parallel.training.config import Config, dump_config
 from expert_parallel.training.dead_settings import dead_settings
 from expert_parallel.training.engines.engine import Engine
+from expert_parallel.training.failures import forget_failure, refuse_to_repeat, stop_not_finite
 from expert_parallel.training.generate import generate_texts, open_prompt_tokenizer
 from expert_parallel.training.metrics import (
     Metrics,
@@ -55,7 +55,9 @@ def train(config: Config, runtime: Runtime, stop: StopSignal | None = None) -> b
 
 def _train(config: Config, runtime: Runtime, stop: StopSignal) -> bool:
     """Trains in a run folder that this run owns; see `train`."""
+    refuse_to_repeat(config, runtime)
     run = set_up_run(config, runtime)
+    forget_failure(config, runtime)
     training = config.training
     tokens_per_step = training.global_batch * training.sequence_length
 
@@ -83,7 +85,8 @@ def _train(config: Config, runtime: Runtime, stop: StopSignal) -> bool:
             done = step + 1
             is_last, is_stopped = done == training.steps, stop.any_rank()
             metrics = step_metrics(report, "train")
-            check_finite(done, report, run.folder)
+            if not report.is_finite:
+                stop_not_finite(config, runtime, report, run.model, run.engine, batches, run.mesh, step, replay)
             clock.count_step()
             if done % config.run.log_every == 0 or is_last:
                 metrics |= clock.read() | memory_metrics(runtime.device)
@@ -322,15 +325,3 @@ def generate_sample(config: Config, model: LanguageModel, mesh: ParallelMesh) ->
         config, model, tokenizer, prompts, num_tokens=sample.length, sampling=sample, seed=config.seed, mesh=mesh
     )
     return text
-
-
-def check_finite(step: int, report: StepReport, folder: Path) -> None:
-    """Raises UserError if the loss or the gradient norm is NaN or infinite. folder: of the run, to name its newest
-    checkpoint."""
-    if not math.isfinite(report.loss) or not math.isfinite(report.grad_norm):
-        saved = list_checkpoints(folder / "checkpoints")
-        raise UserError(
-            f"step {step}: the loss is {report.loss} and the gradient norm {report.grad_norm}; the run stops, "
-            f"{f'its last checkpoint is {saved[-1]}' if saved else 'it has saved no checkpoint yet'} "
-            "(a smaller training.optimizer.learning_rate may help)"
-        )

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Discriminator, Field, Tag
-from torch import nn
+from torch import Tensor, nn
 
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.settings import Settings
@@ -120,3 +120,13 @@ def build_optimizer(
     )
     optimizer.register_step_pre_hook(frozen_rows_pre_hook)
     return optimizer
+
+
+def skip_update_if_not_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Makes the optimizer's next step leave weights and moments as they are if the gradient norm is NaN or infinite, so
+    that the step can be run again to find the cause.
+
+    norm: a scalar on the device. The device decides, so the host does not wait. The optimizer must be fused: its kernel
+    then reads the attribute `found_inf`, by which torch.amp.GradScaler skips updates.
+    """
+    optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """Implements one training step, and evaluation: forward, backward, reduce, clip, update, report."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -39,6 +40,11 @@ class StepReport:
     layers: dict[int, LayerTotals]
     grad_norm: float = 0.0
     learning_rate: float = 0.0
+
+    @property
+    def is_finite(self) -> bool:
+        """Returns True if neither the loss nor the gradient norm is NaN or infinite."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 @dataclass
@@ -112,26 +118,21 @@ def train_step(
     layer, the mean over micro-steps of coefficient * loss. replay: the recorded choices that the routers take; choices
     of passes that it does not hold are recorded in it.
     """
-    model.train()
-    batches = list(micro_batches)
-    contexts = make_step_contexts(batches, mesh, seed=seed, step=step, replay=replay)
-    num_targets = config.global_batch * config.sequence_length
     totals = StepTotals(model.config, step)
-    pipeline_step = (
-        run_pipeline(model, batches, contexts, num_targets, mesh)
-        if isinstance(model, Pipeline)
-        else run_micro_steps(model, engine, batches, contexts, num_targets, mesh)
-    )
-    for cross_entropy, num_tokens, stats in pipeline_step:
+    passes = forward_backward(model, engine, list(micro_batches), config, mesh, step=step, seed=seed, replay=replay)
+    for cross_entropy, num_tokens, stats in passes:
         totals.add(cross_entropy, num_tokens, stats)
 
     rate = learning_rate(config.optimizer, config.schedule, step, config.steps)
     norm = engine.update(rate)
 
     report = totals.reduce()
-    if isinstance(config.trainable, AllTrainable) or config.trainable.router == "chosen":
+    report = StepReport(report.loss, report.num_tokens, report.layers, norm, rate)
+    # A step that is not finite has updated no weight (Engine.update), so it must not change the biases either.
+    trains_routers = isinstance(config.trainable, AllTrainable) or config.trainable.router == "chosen"
+    if report.is_finite and trains_routers:
         update_balance_biases(model, report)
-    return StepReport(report.loss, report.num_tokens, report.layers, norm, rate)
+    return report
 
 
 def make_step_contexts(
@@ -158,6 +159,27 @@ def make_step_contexts(
 
 # Sum of cross entropy that this rank reports, number of its tokens, stats of the MoE blocks of this stage.
 MicroStepResult = tuple[Tensor, int, dict[int, LoadStats]]
+
+
+def forward_backward(
+    model: LanguageModel,
+    engine: Engine,
+    batches: list[MicroBatch],
+    config: TrainingConfig,
+    mesh: ParallelMesh,
+    *,
+    step: int,
+    seed: int,
+    replay: RouterReplay | None,
+) -> Iterator[MicroStepResult]:
+    """Runs the forward and backward passes of a step, and yields the result of each micro-step. The gradients of this
+    rank's tokens accumulate in the engine. Arguments: see `train_step`."""
+    model.train()
+    contexts = make_step_contexts(batches, mesh, seed=seed, step=step, replay=replay)
+    num_targets = config.global_batch * config.sequence_length
+    if isinstance(model, Pipeline):
+        return run_pipeline(model, batches, contexts, num_targets, mesh)
+    return run_micro_steps(model, engine, batches, contexts, num_targets, mesh)
 
 
 def run_micro_steps(

@@ -28,6 +28,7 @@ from expert_parallel.training.config import TrainingConfig
 from expert_parallel.training.engines.config import DeepSpeedConfig
 from expert_parallel.training.engines.zero import ZeroState
 from expert_parallel.training.grads import BUCKET_BYTES, clip_gradients, global_grad_norm
+from expert_parallel.training.optim import skip_update_if_not_finite
 
 VERSION = "0.19.8"
 
@@ -107,6 +108,10 @@ class DeepSpeedEngine:
     def state(self) -> TrainingState:
         return self._state
 
+    @property
+    def skips_bad_updates(self) -> bool:
+        return self.stage == 0  # ZeRO computes the norm inside its own step
+
     def forward(self, inputs_BS: Tensor, context: StepContext) -> ModelOutput:
         return ModelOutput(*self.engine(inputs_BS, context))
 
@@ -127,6 +132,7 @@ class DeepSpeedEngine:
         norm = global_grad_norm(self.model, self.mesh)
         if self.clip_norm is not None:
             clip_gradients(self.model, norm, self.clip_norm)
+        skip_update_if_not_finite(self.optimizer, norm)
         self.engine.step()
         return float(norm)
 

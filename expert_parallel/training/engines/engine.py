@@ -21,6 +21,11 @@ class Engine(Protocol):
         """Returns an object through which checkpoints read and write the weights and the optimizer's moments."""
         ...
 
+    @property
+    def skips_bad_updates(self) -> bool:
+        """Returns True if `update` leaves weights and moments as they were when the gradient norm is not finite."""
+        ...
+
     def forward(self, inputs_BS: Tensor, context: StepContext) -> ModelOutput:
         """Runs the model, in training or evaluation mode as `model.train()` or `model.eval()` has set it."""
         ...

@@ -10,6 +10,7 @@ from expert_parallel.moe.context import StepContext
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.training.freeze import zero_frozen_gradients
 from expert_parallel.training.grads import clip_gradients, global_grad_norm, reduce_gradients
+from expert_parallel.training.optim import skip_update_if_not_finite
 
 
 class NativeEngine:
@@ -32,6 +33,10 @@ class NativeEngine:
     def state(self) -> TrainingState:
         return TorchState(self.optimizer)
 
+    @property
+    def skips_bad_updates(self) -> bool:
+        return True
+
     def forward(self, inputs_BS: Tensor, context: StepContext) -> ModelOutput:
         return self.model(inputs_BS, context)
 
@@ -46,6 +51,7 @@ class NativeEngine:
         norm = global_grad_norm(self.model, self.mesh)
         if self.clip_norm is not None:
             clip_gradients(self.model, norm, self.clip_norm)
+        skip_update_if_not_finite(self.optimizer, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

@@ -1,0 +1,235 @@
+"""Explains why a run failed and what to try, and keeps a run that would fail in the same way from being started again.
+
+A step whose loss or gradient norm is not finite ends the run. Training is deterministic, so the same settings would end
+it at the same step again: rank 0 leaves `failure.json` in the run folder, and a start with the same settings is refused
+with the words in it, before any data or model is loaded.
+"""
+
+import logging
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from pydantic import BaseModel, ValidationError
+
+from expert_parallel.checkpoint.files import list_checkpoints
+from expert_parallel.checkpoint.folders import write_atomically
+from expert_parallel.data.batch import MicroBatch
+from expert_parallel.model.attention import HeadsConfig
+from expert_parallel.model.transformer import LanguageModel
+from expert_parallel.moe.context import RouterReplay
+from expert_parallel.moe.routers.losses import ZLossConfig
+from expert_parallel.parallel.collectives import all_gather_text
+from expert_parallel.parallel.mesh import ParallelMesh
+from expert_parallel.runtime.output import print_line
+from expert_parallel.runtime.process import CPU, PermanentError, Runtime
+from expert_parallel.settings import changed_settings
+from expert_parallel.training.config import Config
+from expert_parallel.training.engines.engine import Engine
+from expert_parallel.training.nonfinite import BadTensor, find_first_bad_tensor, largest_weight
+from expert_parallel.training.step import StepReport
+
+logger = logging.getLogger(__name__)
+
+FILE = "failure.json"
+IGNORED_SETTINGS = ("run.folder", "data.sha256")  # a copied run fails as well; the digest is filled in by the run
+LARGE = 1e4  # weights above it are the work of a learning rate that is too high
+
+# Likely causes of an output that is not finite, by a part of its module's name; the first that matches is meant.
+CAUSES = {
+    "router": "the router's logits have grown until they overflow",
+    "attention_norm": "the block's input has grown until its squares overflow",
+    "ffn_norm": "the output of attention has grown until its squares overflow",
+    "final_norm": "the output of the last block has grown until its squares overflow",
+    "attention": "queries and keys have grown until their products overflow",
+    "experts": "the hidden activations of an expert have grown until they overflow; gated ones grow by their product",
+    "ffn": "the hidden activations have grown until they overflow; gated ones grow by their product",
+    "embedding": "rows of the embedding table have grown until they overflow",
+    "loss": "the logits have grown until they, or the loss of them, overflow",
+}
+
+
+class Failure(BaseModel):
+    """Holds the content of failure.json. step: the number of steps begun. message: what was printed. settings: of the
+    run, as given before data was opened."""
+
+    step: int
+    message: str
+    settings: dict[str, Any]
+
+
+class Evidence(NamedTuple):
+    """Holds what is known of a step that is not finite.
+
+    searched: False if the step could not be run again. bad: the first bad tensor, if one was found. largest: the
+    largest absolute value of the weights; largest_name: of the parameter that holds it.
+    """
+
+    searched: bool
+    bad: BadTensor | None
+    largest: float
+    largest_name: str
+
+
+def stop_not_finite(
+    config: Config,
+    runtime: Runtime,
+    report: StepReport,
+    model: LanguageModel,
+    engine: Engine,
+    batches: list[MicroBatch],
+    mesh: ParallelMesh,
+    step: int,
+    replay: RouterReplay | None,
+) -> NoReturn:
+    """Ends the run after a step that is not finite: finds the first bad tensor, leaves failure.json in the run folder,
+    and raises PermanentError. Every rank calls it.
+
+    config: with which the run was started. step: counted from 0. batches, replay: of the step.
+    """
+    bad: BadTensor | None = None
+    if engine.skips_bad_updates:
+        if runtime.rank == 0:
+            logger.warning("step %d is not finite; it is run again to find the first bad tensor", step + 1)
+        bad = find_first_bad_tensor(
+            model, engine, batches, config.training, mesh, step=step, seed=config.seed, replay=replay
+        )
+    path = Path(config.run.folder) / FILE
+    evidence = Evidence(engine.skips_bad_updates, bad, *largest_weight(model))
+    message = not_finite_message(config, step + 1, report, evidence)
+    failure = Failure(step=step + 1, message=message, settings=config.model_dump(mode="json"))
+    runtime.run_on_all_ranks(
+        lambda: write_atomically(path, failure.model_dump_json(indent=1)) if runtime.rank == 0 else None
+    )
+    raise PermanentError(message)
+
+
+def refuse_to_repeat(config: Config, runtime: Runtime) -> None:
+    """Raises PermanentError on all ranks if the run folder holds the failure of a run with the same settings. Every
+    rank calls it."""
+    folder, refusal = Path(config.run.folder), ""
+    failure = runtime.run_on_all_ranks(lambda: read_failure(folder / FILE) if runtime.rank == 0 else None)
+    if failure is not None and not changes_since(failure, config):
+        refusal = f"run.folder: not started, since {folder} has failed before with the same settings\n"
+        refusal += textwrap.indent(failure.message, "  ")
+    if refusal := all_gather_text(refusal, CPU, limit=8000)[0]:
+        raise PermanentError(refusal)
+
+
+def forget_failure(config: Config, runtime: Runtime) -> None:
+    """Removes the failure of a run with other settings from the run folder, and prints that it goes on. Every rank
+    calls it."""
+    path = Path(config.run.folder) / FILE
+
+    def forget() -> None:
+        if runtime.rank == 0 and (failure := read_failure(path)) is not None:
+            path.unlink()
+            changes = ", ".join(changes_since(failure, config))
+            print_line(f"run.folder: going on after the failure at step {failure.step}; changed: {changes}")
+
+    runtime.run_on_all_ranks(forget)
+
+
+def changes_since(failure: Failure, config: Config) -> list[str]:
+    """Returns the settings that have changed since a failure, as text."""
+    changed = changed_settings(failure.settings, config.model_dump(mode="json"))
+    return [f"{name} {old!r} -> {new!r}" for name, old, new in changed if name not in IGNORED_SETTINGS]
+
+
+def read_failure(path: Path) -> Failure | None:
+    """Reads failure.json; None if there is none. Raises ValueError if it is damaged."""
+    try:
+        return Failure.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValidationError, UnicodeDecodeError):
+        raise ValueError(f"run.folder: {path} cannot be read; remove it to start the run") from None
+
+
+def not_finite_message(config: Config, step: int, report: StepReport, evidence: Evidence) -> str:
+    """Returns what is printed of a step that is not finite: a sentence, then lines that begin with two spaces."""
+    folder = Path(config.run.folder)
+    saved = list_checkpoints(folder / "checkpoints")
+    last = f"its last checkpoint is {saved[-1]}" if saved else "it has saved no checkpoint yet"
+    lines = [f"step {step}: the loss is {report.loss} and the gradient norm {report.grad_norm}; the run stops, {last}"]
+    lines += _row("first bad tensor", _describe(evidence))
+    lines += _row("largest weight", f"{evidence.largest:.3g}, in {evidence.largest_name}")
+    lines += _row("likely causes", *_causes(evidence))
+    lines += _row("to try", *list(_advice(config, step, evidence.bad))[:4])
+    lines += _row("to go on", f"change a setting, or remove {folder / FILE}; until then no start repeats this")
+    return "\n".join(lines)
+
+
+def _describe(evidence: Evidence) -> str:
+    """Returns what the search has found."""
+    bad = evidence.bad
+    if not evidence.searched:
+        return "not searched for, as training.engine.zero_stage is not 0: ZeRO has updated the weights already"
+    if bad is None:
+        return "none: every weight, output and gradient of each rank was finite when the step was run again"
+    where = f"{bad} of micro-step {bad.micro_step}" if bad.phase == "forward" else str(bad)
+    text = f"{where}, on rank {bad.rank}"
+    if bad.num_nan + bad.num_inf == 0:
+        return f"{text}: its {bad.size:,} values are finite, their norm is not"
+    kinds = [f"{number:,} {kind}" for number, kind in ((bad.num_nan, "NaN"), (bad.num_inf, "infinite")) if number]
+    given = [("input", bad.largest_input), ("weight", bad.largest_weight)]
+    known = [f"its largest {name} is {value:.3g}" for name, value in given if value is not None]
+    return "; ".join([f"{text}: {' and '.join(kinds)} of {bad.size:,} values", *known])
+
+
+def _causes(evidence: Evidence) -> Iterator[str]:
+    """Yields sentences about what is likely to have caused it."""
+    bad = evidence.bad
+    if evidence.largest > LARGE:
+        yield "training.optimizer.learning_rate is too high: the weights have grown"
+    if not evidence.searched:
+        yield "the learning rate is too high for this model, batch and warm-up"
+    elif bad is None:
+        yield "the sum of the gradients over ranks has overflowed, or a device or a link has made an error"
+    elif bad.phase == "weights":
+        yield "the update before this step has overflowed, or the weights that the run was started from are damaged"
+    elif bad.phase == "backward":
+        yield "all outputs are finite: a derivative has overflowed, of a loss or of a norm of very small values"
+    else:
+        yield next((cause for part, cause in CAUSES.items() if part in bad.name), "activations have grown too large")
+
+
+def _advice(config: Config, step: int, bad: BadTensor | None) -> Iterator[str]:
+    """Yields settings to try that differ from those of the config, the most promising first."""
+    training, model, name = config.training, config.model, bad.name if bad is not None else ""
+    optimizer, schedule = training.optimizer, training.schedule
+    yield f"training.optimizer.learning_rate={optimizer.learning_rate / 3:.2g} (it is {optimizer.learning_rate:g})"
+    if training.clip_norm is None:
+        yield "training.clip_norm=1.0 (gradients are not clipped)"
+    if step <= 2 * schedule.warmup_steps or schedule.warmup_steps == 0:
+        warmup = max(100, 4 * schedule.warmup_steps)
+        yield f"training.schedule.warmup_steps={warmup} (it is {schedule.warmup_steps})"
+    losses = () if model.moe is None else model.moe.losses
+    if "router" in name and not any(isinstance(loss, ZLossConfig) for loss in losses):
+        yield "{kind: z_loss, coefficient: 0.001} as a further one of model.moe.losses"
+    attention = model.attention
+    if ".attention" in name and isinstance(attention, HeadsConfig) and attention.qk_norm is None:
+        yield "model.attention.qk_norm={kind: rms_norm} in a new run, as it changes the model"
+    if training.dtype == "bfloat16":
+        yield "training.dtype=float32 (it is bfloat16)"
+    if model.moe is not None and model.moe.dispatcher.exchange_dtype == "bfloat16":
+        yield "model.moe.dispatcher.exchange_dtype=model (it is bfloat16)"
+    if training.clip_norm is not None:
+        yield f"training.clip_norm={training.clip_norm / 3:.2g} (it is {training.clip_norm:g})"
+
+
+def _row(label: str, *sentences: str) -> list[str]:
+    """Returns the lines of a labelled row, each sentence on lines of its own."""
+    lines: list[str] = []
+    for sentence in sentences:
+        first = f"  {label if not lines else '':<18}"
+        lines += textwrap.wrap(
+            sentence,
+            118,
+            initial_indent=first,
+            subsequent_indent=" " * 22,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return lines
