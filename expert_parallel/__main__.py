@@ -4,10 +4,14 @@ import os
 import sys
 
 from expert_parallel import __version__
+from expert_parallel.runtime.error_file import repeats_permanent_error
 
 
 def main() -> None:
-    """Runs the command line. `--version` is answered before importing the commands, as torch alone takes seconds."""
+    """Runs the command line. `--version`, and torchrun's restarts that would fail as before, end before the commands
+    are imported, as torch alone takes seconds."""
+    if repeats_permanent_error():
+        sys.exit(2)  # in silence: the first attempt has printed its error
     if sys.argv[1:] == ["--version"]:
         try:
             print(f"expert-parallel {__version__}", flush=True)

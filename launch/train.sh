@@ -69,4 +69,4 @@ export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1073741824}
 export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-67108864}
 export PATH="$VENV/bin:$PATH"
 
-exec "$PYTHON" -m torch.distributed.run --nproc-per-node "$processes" "$@" -m expert_parallel train "${arguments[@]}"
+exec "$PYTHON" -m expert_parallel.runtime.torchrun --nproc-per-node "$processes" "$@" -m expert_parallel train "${arguments[@]}"

@@ -1,18 +1,37 @@
-"""A run that fails says where: the first tensor that is not finite, on real ranks in several layouts."""
+"""A run that fails says where: the first tensor that is not finite, in several layouts; the phase that ran
+out of memory; and what torchrun is told.
+"""
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from typer.testing import CliRunner
 
+from expert_parallel.checkpoint.save import CheckpointSaver
+from expert_parallel.cli.app import app
 from expert_parallel.model.transformer import Block
 from expert_parallel.moe.parameters import local_tensor, logical_parameters
+from expert_parallel.runtime import error_file
+from expert_parallel.runtime.torchrun import closing_message
+from expert_parallel.training import loop
+from expert_parallel.training.config import load_config
 from expert_parallel.training.engines.native import NativeEngine
+from expert_parallel.training.loop import TrainingRun
+from expert_parallel.training.memory import estimate_memory
 from expert_parallel.training.nonfinite import find_first_bad_tensor
 from expert_parallel.training.optim import build_optimizer
+from expert_parallel.training.out_of_memory import is_out_of_memory, smaller_settings
+from expert_parallel.training.setup import check_degrees
 from expert_parallel.training.step import train_step
+from tests.launches import ROOT, environment, small_config
 from tests.layouts import build_on
 from tests.ranks import run_ranks
 from tests.test_training import MODEL, SEED, batches, training_config
@@ -103,3 +122,117 @@ def test_a_healthy_step_has_no_bad_tensor() -> None:
     for layout in (TENSOR, PIPELINE):
         for found, unchanged, is_finite in run_ranks(4, fail, layout, no_fault, 0, 0):
             assert (found, unchanged, is_finite) == (None, False, True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out of memory
+
+
+def ask_for_too_much(*arguments: Any, **_: Any) -> Any:
+    if isinstance(arguments[0], Block) and not arguments[0].training:
+        return run_block(*arguments)  # evaluation comes first
+    return torch.empty(2**58, dtype=torch.uint8)  # refused by torch's allocator on the CPU
+
+
+run_block = Block._run
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "phase"),
+    [
+        (Block, "_run", "in the forward pass"),
+        (Tensor, "backward", "in the backward pass"),
+        (torch.optim.AdamW, "step", "in the update of the weights"),
+        (TrainingRun, "held_out_batches", "in the evaluation"),
+        (loop, "build", "while the model was built"),
+        (CheckpointSaver, "_copy_to_host", "while a checkpoint was saved"),
+    ],
+)
+def test_out_of_memory_is_one_sentence(
+    owner: Any, name: str, phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, name, ask_for_too_much)
+    overrides = ["parallel.ep=1", "evaluation.every=2"] + (["evaluation.every=1"] if "evaluation" in phase else [])
+    result = CliRunner().invoke(app, ["train", str(small_config(tmp_path)), *overrides])
+    assert result.exit_code == 1
+    start = f"error: rank 0 has run out of memory {phase} when it asked for 268,435,456 GiB more: its machine has "
+    assert result.stderr.startswith(start), result.stderr
+    assert result.stderr.count("\n") == 1
+    assert re.search(r" estimates [\d.]+ MiB for a step .* training.micro_steps=2 \([\d.]+ MiB\), .*, ", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error: Exception, is_it: bool) -> None:
+    assert is_out_of_memory(error) == is_it
+
+
+@pytest.mark.parametrize(("config", "world_size"), [("quickstart", 2), ("switch", 8), ("1t-20b", 512)])
+def test_proposed_settings_fit_and_need_less(config: str, world_size: int) -> None:
+    """As `check` would say of them."""
+    path = ROOT / f"configs/{config}.yaml"
+    before = load_config(path)
+    degrees = check_degrees(before, world_size)
+    total = estimate_memory(before, degrees, "cuda").total
+    proposed = list(smaller_settings(before, degrees, total, "cuda"))
+    assert len(proposed) == 3
+    for override, needs in proposed:
+        changed = load_config(path, [override])
+        assert estimate_memory(changed, check_degrees(changed, world_size), "cuda").total == needs < total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What torchrun is told
+
+
+def test_a_restart_after_a_permanent_error_ends_before_torch_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for attempt in ("attempt_0", "attempt_1"):
+        (tmp_path / attempt / "3").mkdir(parents=True)
+    monkeypatch.setenv(error_file.VARIABLE, str(tmp_path / "attempt_0/3/error.json"))
+    error_file.write_error_file("a lost node", is_permanent=False)
+    monkeypatch.setenv(error_file.VARIABLE, str(tmp_path / "attempt_1/3/error.json"))
+    assert not error_file.repeats_permanent_error()
+    monkeypatch.setenv(error_file.VARIABLE, str(tmp_path / "attempt_0/3/error.json"))
+    error_file.write_error_file("the loss is nan", is_permanent=True)
+    monkeypatch.setenv(error_file.VARIABLE, str(tmp_path / "attempt_1/3/error.json"))
+    code = "import sys; from expert_parallel.__main__ import main; sys.modules['torch'] = None; main()"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "")
+    failure = ProcessFailure(3, 1234, 2, str(tmp_path / "attempt_1/3/error.json"))
+    assert closing_message(ChildFailedError("train", {7: failure})) == "the loss is nan"
+    assert closing_message(ChildFailedError("train", {0: failure})) == "", "rank 0 has printed it"
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "message"),
+    [
+        (1, "rank 1 (process 1234) has ended with exit code 1; its own error is above"),
+        (
+            -9,
+            "rank 1 (process 1234) was ended by SIGKILL: the kernel does so when memory runs out, which `dmesg` shows",
+        ),
+        (-11, "rank 1 (process 1234) was ended by SIGSEGV"),
+    ],
+)
+def test_a_rank_that_left_no_message_is_named_last(exit_code: int, message: str) -> None:
+    failure = ProcessFailure(1, 1234, exit_code, "no such file")
+    assert closing_message(ChildFailedError("train", {1: failure})) == message
+
+
+@pytest.mark.full
+def test_under_torchrun_our_error_is_the_last_and_is_not_repeated(tmp_path: Path) -> None:
+    diverging = ["training.optimizer.learning_rate=1e30", "training.schedule.warmup_steps=0", "training.steps=9"]
+    command = ["bash", "launch/train.sh", str(small_config(tmp_path)), *diverging, "--", "--max-restarts", "3"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 2
+    assert ended.stderr.count("error:") == 1
+    assert ended.stderr.endswith("start repeats this\n")

@@ -98,7 +98,7 @@ def test_moe_stays_easy_to_look_over() -> None:
 def test_the_whole_config_is_taken_by_those_that_may() -> None:
     whole = "expert_parallel.training.config.Config"
     users = {module for module, tree in MODULES.items() if whole in imports_of(tree)}
-    names = "setup loop resume check comparison dead_settings generate memory failures"
+    names = "setup loop resume check comparison dead_settings generate memory failures out_of_memory"
     inside = {f"training.{name}" for name in names.split()}
     assert {module for module in users if level_of(module) <= LEVELS["training"]} == inside
 
@@ -118,7 +118,11 @@ def test_only_runtime_reads_the_environment() -> None:
         attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         return bool((attributes | imports_of(tree)) & {"os.environ", "os.getenv", "os.environb", "os.putenv"})
 
-    assert [module for module, tree in MODULES.items() if reads_environment(tree)] == ["config", "runtime.process"]
+    assert [module for module, tree in MODULES.items() if reads_environment(tree)] == [
+        "config",
+        "runtime.error_file",
+        "runtime.process",
+    ]
 
 
 @pytest.mark.parametrize("module", MODULES)

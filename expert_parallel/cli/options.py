@@ -10,7 +10,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from expert_parallel.runtime.process import LaunchError, LostContact, RankFilter, RuntimeConfig, UserError
+from expert_parallel.runtime.error_file import write_error_file
+from expert_parallel.runtime.process import (
+    LaunchError,
+    LostContact,
+    OutOfMemory,
+    PermanentError,
+    RankFilter,
+    RuntimeConfig,
+    UserError,
+)
 from expert_parallel.training.config import load_config
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")]
@@ -37,12 +46,15 @@ def exit_on_user_error(*also: type[Exception], log_level: Level = "warning") -> 
     try:
         with log_to_stderr(log_level):
             yield
-    except UserError:  # rank 0 has printed it
+    except UserError as error:  # rank 0 has printed it
+        write_error_file(str(error), is_permanent=isinstance(error, PermanentError))
         raise typer.Exit(2) from None
-    except LostContact:  # one of the remaining ranks has printed it
+    except (LostContact, OutOfMemory) as error:  # one of the ranks has printed it
+        write_error_file(str(error), is_permanent=False)
         raise typer.Exit(1) from None
     except reported_here as error:
         print(f"error: {error}", file=sys.stderr)
+        write_error_file(str(error), is_permanent=False)
         raise typer.Exit(2) from None
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "Launch",
     "LaunchError",
     "LostContact",
+    "OutOfMemory",
     "PermanentError",
     "RankFilter",
     "Runtime",
@@ -122,6 +123,10 @@ class LostContact(Exception):
     """Signals that another rank has ended or does not answer. One of the ranks that notice it logs which rank it is."""
 
 
+class OutOfMemory(Exception):
+    """Signals that this rank has run out of memory. The first rank to which it happens logs the message."""
+
+
 class RankFilter(logging.Filter):
     """Sets `rank` on log records, for formats that use it: the torch.distributed rank, or None before it runs."""
 
@@ -183,6 +188,10 @@ def distributed(config: RuntimeConfig, settings: Mapping[str, Any] | None = None
             logger.error("%s", error)
         all_gather_text("", CPU)
         is_clean_exit = True
+        raise
+    except OutOfMemory as error:
+        if rendezvous.is_first_to_report():
+            logger.error("%s", error)
         raise
     except RuntimeError as error:
         if not is_communication_error(error):

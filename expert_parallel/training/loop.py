@@ -35,6 +35,7 @@ from expert_parallel.training.metrics import (
     memory_metrics,
     step_metrics,
 )
+from expert_parallel.training.out_of_memory import explain_out_of_memory
 from expert_parallel.training.replay import RecordConfig, ReplayConfig, ReplaySpec, load_routing, save_routing
 from expert_parallel.training.resume import StopSignal, changed_since_checkpoint, check_can_resume, check_same_model
 from expert_parallel.training.run_lock import own_run_folder
@@ -49,7 +50,7 @@ def train(config: Config, runtime: Runtime, stop: StopSignal | None = None) -> b
 
     Returns False if a signal stopped it earlier, else True.
     """
-    with own_run_folder(Path(config.run.folder), runtime):
+    with explain_out_of_memory(config, runtime), own_run_folder(Path(config.run.folder), runtime):
         return _train(config, runtime, stop or StopSignal())
 
 
