@@ -3,6 +3,7 @@ out of memory; and what torchrun is told.
 """
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,9 +25,10 @@ from expert_parallel.runtime.torchrun import closing_message
 from expert_parallel.training import loop
 from expert_parallel.training.config import load_config
 from expert_parallel.training.engines.native import NativeEngine
+from expert_parallel.training.failures import advice
 from expert_parallel.training.loop import TrainingRun
 from expert_parallel.training.memory import estimate_memory
-from expert_parallel.training.nonfinite import find_first_bad_tensor
+from expert_parallel.training.nonfinite import BadTensor, find_first_bad_tensor
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.out_of_memory import is_out_of_memory, smaller_settings
 from expert_parallel.training.setup import check_degrees
@@ -122,6 +124,20 @@ def test_a_healthy_step_has_no_bad_tensor() -> None:
     for layout in (TENSOR, PIPELINE):
         for found, unchanged, is_finite in run_ranks(4, fail, layout, no_fault, 0, 0):
             assert (found, unchanged, is_finite) == (None, False, True)
+
+
+@pytest.mark.parametrize("name", ["logits_TE of blocks.1.moe.router", "blocks.1.attention", "loss"])
+@pytest.mark.parametrize("config", ["quickstart", "one-gpu", "mixtral-8x7b"])
+def test_settings_to_try_are_valid_and_not_in_force(config: str, name: str) -> None:
+    before = load_config(ROOT / f"configs/{config}.yaml")
+    bad = BadTensor("forward", name, 0, [0, 0, 7], 0, 1, 0, 8)
+    settings = [setting for setting, _ in advice(before, 3, bad)]
+    assert len(settings) >= 3
+    for setting in settings:
+        assert load_config(ROOT / f"configs/{config}.yaml", shlex.split(setting)) != before
+    assert before.model.moe is not None
+    lacks_z_loss = "z_loss" not in [loss.kind for loss in before.model.moe.losses]
+    assert any("z_loss" in setting for setting in settings) == ("router" in name and lacks_z_loss)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,4 +251,4 @@ def test_under_torchrun_our_error_is_the_last_and_is_not_repeated(tmp_path: Path
     ended = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
     assert ended.returncode == 2
     assert ended.stderr.count("error:") == 1
-    assert ended.stderr.endswith("start repeats this\n")
+    assert ended.stderr.endswith("refused until then\n")

@@ -5,6 +5,7 @@ it at the same step again: rank 0 leaves `failure.json` in the run folder, and a
 with the words in it, before any data or model is loaded.
 """
 
+import json
 import logging
 import textwrap
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "failure.json"
 IGNORED_SETTINGS = ("run.folder", "data.sha256")  # a copied run fails as well; the digest is filled in by the run
+MAX_SETTINGS = 4
 LARGE = 1e4  # weights above it are the work of a learning rate that is too high
 
 # Likely causes of an output that is not finite, by a part of its module's name; the first that matches is meant.
@@ -151,13 +153,14 @@ def not_finite_message(config: Config, step: int, report: StepReport, evidence: 
     """Returns what is printed of a step that is not finite: a sentence, then lines that begin with two spaces."""
     folder = Path(config.run.folder)
     saved = list_checkpoints(folder / "checkpoints")
-    last = f"its last checkpoint is {saved[-1]}" if saved else "it has saved no checkpoint yet"
-    lines = [f"step {step}: the loss is {report.loss} and the gradient norm {report.grad_norm}; the run stops, {last}"]
+    lines = [f"step {step}: the loss is {report.loss} and the gradient norm {report.grad_norm}; the run stops"]
     lines += _row("first bad tensor", _describe(evidence))
     lines += _row("largest weight", f"{evidence.largest:.3g}, in {evidence.largest_name}")
     lines += _row("likely causes", *_causes(evidence))
-    lines += _row("to try", *list(_advice(config, step, evidence.bad))[:4])
-    lines += _row("to go on", f"change a setting, or remove {folder / FILE}; until then no start repeats this")
+    settings = [f"{setting} ({remark})" for setting, remark in advice(config, step, evidence.bad)]
+    lines += _row("last checkpoint", str(saved[-1]) if saved else "none has been saved yet")
+    lines += _row("to try", *settings[:MAX_SETTINGS])
+    lines += _row("to go on", f"change a setting, or remove {folder / FILE}: the same settings are refused until then")
     return "\n".join(lines)
 
 
@@ -195,28 +198,28 @@ def _causes(evidence: Evidence) -> Iterator[str]:
         yield next((cause for part, cause in CAUSES.items() if part in bad.name), "activations have grown too large")
 
 
-def _advice(config: Config, step: int, bad: BadTensor | None) -> Iterator[str]:
-    """Yields settings to try that differ from those of the config, the most promising first."""
+def advice(config: Config, step: int, bad: BadTensor | None) -> Iterator[tuple[str, str]]:
+    """Yields (setting as on the command line, remark), the most promising first; none of them is in force already."""
     training, model, name = config.training, config.model, bad.name if bad is not None else ""
-    optimizer, schedule = training.optimizer, training.schedule
-    yield f"training.optimizer.learning_rate={optimizer.learning_rate / 3:.2g} (it is {optimizer.learning_rate:g})"
-    if training.clip_norm is None:
-        yield "training.clip_norm=1.0 (gradients are not clipped)"
+    rate, schedule, clip_norm = training.optimizer.learning_rate, training.schedule, training.clip_norm
+    yield f"training.optimizer.learning_rate={rate / 3:.2g}", f"it is {rate:g}"
+    if clip_norm is None:
+        yield "training.clip_norm=1.0", "gradients are not clipped"
+    losses = [] if model.moe is None else model.moe.losses
+    if ".router" in name and not any(isinstance(loss, ZLossConfig) for loss in losses):
+        trees = [*(loss.model_dump(mode="json", exclude_defaults=True) for loss in losses), {"kind": "z_loss"}]
+        yield f"'model.moe.losses={json.dumps(trees)}'", "adds the router z-loss"
     if step <= 2 * schedule.warmup_steps or schedule.warmup_steps == 0:
-        warmup = max(100, 4 * schedule.warmup_steps)
-        yield f"training.schedule.warmup_steps={warmup} (it is {schedule.warmup_steps})"
-    losses = () if model.moe is None else model.moe.losses
-    if "router" in name and not any(isinstance(loss, ZLossConfig) for loss in losses):
-        yield "{kind: z_loss, coefficient: 0.001} as a further one of model.moe.losses"
+        yield f"training.schedule.warmup_steps={max(100, 4 * schedule.warmup_steps)}", f"it is {schedule.warmup_steps}"
     attention = model.attention
     if ".attention" in name and isinstance(attention, HeadsConfig) and attention.qk_norm is None:
-        yield "model.attention.qk_norm={kind: rms_norm} in a new run, as it changes the model"
+        yield "'model.attention.qk_norm={kind: per_head}'", "changes the model, so for a new run"
     if training.dtype == "bfloat16":
-        yield "training.dtype=float32 (it is bfloat16)"
+        yield "training.dtype=float32", "it is bfloat16"
     if model.moe is not None and model.moe.dispatcher.exchange_dtype == "bfloat16":
-        yield "model.moe.dispatcher.exchange_dtype=model (it is bfloat16)"
-    if training.clip_norm is not None:
-        yield f"training.clip_norm={training.clip_norm / 3:.2g} (it is {training.clip_norm:g})"
+        yield "model.moe.dispatcher.exchange_dtype=model", "it is bfloat16"
+    if clip_norm is not None:
+        yield f"training.clip_norm={clip_norm / 3:.2g}", f"it is {clip_norm:g}"
 
 
 def _row(label: str, *sentences: str) -> list[str]:
