@@ -155,7 +155,8 @@ def not_finite_message(config: Config, step: int, report: StepReport, evidence: 
     saved = list_checkpoints(folder / "checkpoints")
     lines = [f"step {step}: the loss is {report.loss} and the gradient norm {report.grad_norm}; the run stops"]
     lines += _row("first bad tensor", _describe(evidence))
-    lines += _row("largest weight", f"{evidence.largest:.3g}, in {evidence.largest_name}")
+    if evidence.largest_name:  # with ZeRO 3 no rank has weights to look at
+        lines += _row("largest weight", f"{evidence.largest:.3g}, in {evidence.largest_name}")
     lines += _row("likely causes", *_causes(evidence))
     settings = [f"{setting} ({remark})" for setting, remark in advice(config, step, evidence.bad)]
     lines += _row("last checkpoint", str(saved[-1]) if saved else "none has been saved yet")
@@ -168,9 +169,9 @@ def _describe(evidence: Evidence) -> str:
     """Returns what the search has found."""
     bad = evidence.bad
     if not evidence.searched:
-        return "not searched for, as training.engine.zero_stage is not 0: ZeRO has updated the weights already"
+        return "not searched for: training.engine.zero_stage is 3, so no rank has whole weights to look at"
     if bad is None:
-        return "none: every weight, output and gradient of each rank was finite when the step was run again"
+        return "none: all weights, outputs, and gradients that ranks keep were finite when the step was run again"
     where = f"{bad} of micro-step {bad.micro_step}" if bad.phase == "forward" else str(bad)
     text = f"{where}, on rank {bad.rank}"
     if bad.num_nan + bad.num_inf == 0:
@@ -187,9 +188,9 @@ def _causes(evidence: Evidence) -> Iterator[str]:
     if evidence.largest > LARGE:
         yield "training.optimizer.learning_rate is too high: the weights have grown"
     if not evidence.searched:
-        yield "the learning rate is too high for this model, batch and warm-up"
+        yield "a learning rate that is too high for this batch and warm-up, or a device or a link that makes errors"
     elif bad is None:
-        yield "the sum of the gradients over ranks has overflowed, or a device or a link has made an error"
+        yield "a gradient, or the sum of gradients over ranks, has overflowed, or a device or a link has made an error"
     elif bad.phase == "weights":
         yield "the update before this step has overflowed, or the weights that the run was started from are damaged"
     elif bad.phase == "backward":

@@ -110,7 +110,7 @@ class DeepSpeedEngine:
 
     @property
     def skips_bad_updates(self) -> bool:
-        return self.stage == 0  # ZeRO computes the norm inside its own step
+        return self.stage < 3  # ZeRO 1 and 2 skip them by themselves
 
     def forward(self, inputs_BS: Tensor, context: StepContext) -> ModelOutput:
         return ModelOutput(*self.engine(inputs_BS, context))
