@@ -21,6 +21,7 @@ from expert_parallel.report.loads import Loads, read_loads
 from expert_parallel.report.sample import Sample, run_sample, split_windows
 from expert_parallel.report.specialization import ExpertStats, compute_expert_stats
 from expert_parallel.report.token_text import CHARACTER_CLASSES, TokenText, character_classes, display_name, token_texts
+from expert_parallel.report.verdict import Verdict, read_verdict
 from expert_parallel.runtime.process import Runtime, UserError
 from expert_parallel.training.config import DTYPES, Config
 from expert_parallel.training.generate import load_run_config, open_run_tokenizer
@@ -31,13 +32,14 @@ from expert_parallel.training.setup import data_requirements
 class ExpertsReport:
     """Holds everything that the page shows.
 
-    name: of the run. step: of the checkpoint. source: a description of where the sample's text comes from. token_texts:
-    for each sequence of the sample, the texts of its tokens. expert_stats: by MoE block. names: display names, by token
-    id, of the tokens that `expert_stats` lists."""
+    name: of the run. step: of the checkpoint. verdict: on the health of the run. source: a description of where the
+    sample's text comes from. token_texts: for each sequence of the sample, the texts of its tokens. expert_stats: by
+    MoE block. names: display names, by token id, of the tokens that `expert_stats` lists."""
 
     name: str
     config: Config
     step: int
+    verdict: Verdict
     loads: Loads
     source: str
     sample: Sample
@@ -105,6 +107,7 @@ def build_report(
         name=run.resolve().name,
         config=config,
         step=checkpoint.step,
+        verdict=read_verdict(run / "metrics.jsonl", config),
         loads=loads,
         source=source.source,
         sample=sample,
@@ -146,6 +149,7 @@ def as_json(report: ExpertsReport) -> str:
         "run": report.name,
         "step": report.step,
         "num_experts": report.num_experts,
+        "health": asdict(report.verdict),
         "loads": {
             "first_steps": loads.first_steps,
             "last_steps": loads.last_steps,

@@ -45,7 +45,7 @@ def read_loads(path: Path, blocks: list[int], num_experts: int) -> Loads:
     if not path.is_file():
         raise ValueError(f"there is no {path}: a run writes it when it trains, and the loads of its experts are in it")
     held_out_loss, steps = None, []
-    for record in _records(path):
+    for record in read_records(path):
         if "eval/loss" in record:
             held_out_loss = (record["step"], record["eval/loss"])
         if "train/loss" in record:
@@ -61,7 +61,7 @@ def read_loads(path: Path, blocks: list[int], num_experts: int) -> Loads:
     first, count = steps[0], steps[-1] - steps[0] + 1
     columns = min(COLUMNS, count)
     sums, counts = np.zeros((columns, len(names))), np.zeros((columns, 1))
-    for record in _records(path):
+    for record in read_records(path):
         if "train/loss" in record:
             column = (record["step"] - first) * columns // count
             sums[column] += [record[name] for name in names]
@@ -81,7 +81,7 @@ def read_loads(path: Path, blocks: list[int], num_experts: int) -> Loads:
     )
 
 
-def _records(path: Path) -> Iterator[Record]:
+def read_records(path: Path) -> Iterator[Record]:
     """Yields complete lines only: a run that was killed, or is training now, may have left an incomplete one."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):

@@ -10,6 +10,7 @@ from expert_parallel.report.experts import ExpertsReport
 from expert_parallel.report.loads import Loads
 from expert_parallel.report.page_sample import experts_section, text_section
 from expert_parallel.report.style import HEAT, heat, step_ratio, style_sheet
+from expert_parallel.report.verdict import Verdict
 
 ROW_PIXELS, MAP_PIXELS = 15, 320  # largest height of an expert's row in a heat map, and of all rows together
 
@@ -64,12 +65,21 @@ def _header(report: ExpertsReport, title: str) -> str:
     )
     return f"""<h1>{title}</h1>
 <p class="soft">Text below: {escape(report.source)}</p>
+{_verdict(report.verdict)}
 <dl class="facts">{tiles}</dl>
 <p><b>How to read this page.</b> In each block of this model a router looks at every token and sends it to
 {per_token:g} of {report.num_experts} small networks, the experts. First: did the experts share the work evenly while
 they learned? Second: who takes which token of a text that the model was not trained on? Third: what does each expert
 like, and is it the token itself that decides? Experts have numbers, not meanings, and expert 3 of one block has nothing
 to do with expert 3 of another.</p>"""
+
+
+def _verdict(verdict: Verdict) -> str:
+    """Returns the verdict as one line, and a list of the events if there were any."""
+    mark = "unhealthy" if verdict.lasting else "healthy"
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in [*verdict.lasting, *verdict.ended])
+    events = f"<ul>{items}</ul>" if items else ""
+    return f'<div class="verdict {mark}"><b>{escape(verdict.headline)}</b>{events}</div>'
 
 
 def _short(number: int) -> str:

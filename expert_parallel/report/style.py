@@ -22,6 +22,8 @@ body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 sys
 .wrap { max-width: 1240px; margin: 0 auto; padding: 28px 24px 60px; }
 h1 { font-size: 26px; margin: 0 0 2px; line-height: 1.25; } h2 { font-size: 19px; margin: 38px 0 4px; }
 h3 { font-size: 15px; margin: 0; } p { margin: 4px 0 12px; max-width: 92ch; } small, .soft { color: var(--soft); }
+.verdict { border-left: 4px solid var(--low); padding: 4px 14px; margin: 14px 0; max-width: 110ch; }
+.verdict.unhealthy { border-color: var(--high); } .verdict ul { margin: 4px 0; padding-left: 20px; font-size: 13.5px; }
 .facts { display: flex; flex-wrap: wrap; gap: 10px; margin: 16px 0; padding: 0; }
 .facts div { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; }
 .facts dt { color: var(--soft); font-size: 12.5px; } .facts dd { margin: 0; font-size: 18px; font-weight: 600; }

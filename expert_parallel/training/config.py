@@ -23,6 +23,7 @@ from expert_parallel.runtime.process import RuntimeConfig
 from expert_parallel.settings import CONFIG_VERSION, MAX_SEED, PathText, Settings, refuse_newer
 from expert_parallel.training.engines.config import EngineConfig, NativeConfig, validate_engine
 from expert_parallel.training.freeze import AllTrainable, TrainableConfig, validate_trainable
+from expert_parallel.training.health import HealthConfig
 from expert_parallel.training.optim import CosineConfig, OptimizerConfig, ScheduleConfig
 from expert_parallel.training.replay import ReplayConfig, RoutingConfig
 
@@ -99,6 +100,8 @@ class RunConfig(Settings):
     """Prints metrics every this many steps."""
     sample: SampleConfig | None = None
     """Describes a text to generate and print after the last step; null generates none."""
+    health: HealthConfig | None = HealthConfig()
+    """Sets when a sentence says that the run is unhealthy; null never does."""
 
 
 class Config(Settings):

@@ -27,6 +27,8 @@ from expert_parallel.training.dead_settings import dead_settings
 from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.failures import forget_failure, refuse_to_repeat, stop_not_finite
 from expert_parallel.training.generate import generate_texts, open_prompt_tokenizer
+from expert_parallel.training.health import HealthMonitor
+from expert_parallel.training.health_advice import health_sentence
 from expert_parallel.training.metrics import (
     Metrics,
     MetricsWriter,
@@ -75,6 +77,7 @@ def _train(config: Config, runtime: Runtime, stop: StopSignal) -> bool:
             writer.write(0, 0, metrics)
 
     clock = ThroughputTimer(tokens_per_step)
+    health = HealthMonitor(config.run.health, config.model, training.schedule.warmup_steps)
     with run.open_saver() as saver:
         for step in range(first_step, training.steps):
             batches = run.batches(step)
@@ -92,6 +95,8 @@ def _train(config: Config, runtime: Runtime, stop: StopSignal) -> bool:
             if done % config.run.log_every == 0 or is_last:
                 metrics |= clock.read() | memory_metrics(runtime.device)
                 run.print_rank_0(format_progress_line(done, training.steps, metrics))
+            for events in health.observe(done, metrics):
+                run.print_rank_0(f"health: step {done}: {health_sentence(events, config)}")
             with clock.paused():
                 if done % config.evaluation.every == 0 or is_last:
                     metrics |= run.evaluate(done)

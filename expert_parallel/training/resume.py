@@ -19,7 +19,7 @@ from expert_parallel.data.config import DataConfig
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.parallel.collectives import any_rank
 from expert_parallel.settings import Settings, changed_settings
-from expert_parallel.training.config import Config
+from expert_parallel.training.config import Config, RunConfig
 
 # Settings that determine which data a step sees.
 DATA_ORDER_SETTINGS = ("seed", "training.global_batch", "training.sequence_length", "data.held_out")
@@ -70,11 +70,13 @@ def check_same_model(checkpoint: Checkpoint, config: Config) -> None:
 def changed_since_checkpoint(checkpoint: Checkpoint, config: Config) -> list[tuple[str, Any, Any]]:
     """Returns the settings that have changed since the checkpoint was written: (path, old value, new value).
 
-    A setting of the model or of the data that did not exist when it was written counts as its default.
+    A setting of the model, of the data or of `run` that did not exist when it was written counts as its default.
     """
     then = dict(checkpoint.config)
     with suppress(ValidationError):  # settings that this version does not know are compared unchanged
         then["model"] = ModelConfig.model_validate(then["model"]).model_dump(mode="json")
+    with suppress(ValidationError):
+        then["run"] = RunConfig.model_validate(then["run"]).model_dump(mode="json")
     with suppress(ValidationError):
         data: Settings = TypeAdapter(DataConfig).validate_python(then["data"])
         then["data"] = data.model_dump(mode="json")
