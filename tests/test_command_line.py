@@ -618,6 +618,7 @@ def test_metrics_of_a_run() -> None:
 
 
 def test_tensorboard_shows_what_the_metrics_say() -> None:
+    """Loads of experts are in histograms instead (test_metrics.py)."""
     run = run_folder("torchrun")
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     shown: dict[tuple[int, str], float] = {
@@ -627,7 +628,7 @@ def test_tensorboard_shows_what_the_metrics_say() -> None:
         (record["step"], name): value
         for record in metrics_of(run)
         for name, value in record.items()
-        if name not in ("step", "tokens")
+        if name not in ("step", "tokens") and "/load/" not in name
     }
     assert shown == pytest.approx(written, rel=1e-6)  # float32
 

@@ -70,7 +70,7 @@ def _train(config: Config, runtime: Runtime, stop: StopSignal) -> bool:
             f"this run is finished: {first_step} of {training.steps} steps are done; results are in {run.folder}"
         )
         return True
-    writer = runtime.run_on_all_ranks(lambda: MetricsWriter(run.folder, first_step) if runtime.rank == 0 else None)
+    writer = runtime.run_on_all_ranks(lambda: run.open_metrics(first_step) if runtime.rank == 0 else None)
     if first_step == 0:
         metrics = run.evaluate(0)
         if writer is not None:
@@ -226,6 +226,10 @@ class TrainingRun:
         metrics = step_metrics(self.held_out_report(), "eval")
         self.print_rank_0(format_progress_line(step, self.config.training.steps, metrics))
         return metrics
+
+    def open_metrics(self, first_step: int) -> MetricsWriter:
+        """Opens metrics.jsonl and TensorBoard after step `first_step`."""
+        return MetricsWriter(self.folder, first_step, self.config.run.log_every)
 
     def open_saver(self) -> CheckpointSaver:
         """Creates the saver of this run's checkpoints."""

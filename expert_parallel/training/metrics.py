@@ -1,12 +1,15 @@
 """Reports a run's metrics: metrics.jsonl, TensorBoard events, and lines on the terminal."""
 
 import json
+import re
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -16,6 +19,7 @@ from expert_parallel.moe.conservation import LayerTotals
 from expert_parallel.training.step import StepReport
 
 Metrics = dict[str, float]
+EXPERT_LOAD = re.compile(r"(.*layer_\d+)/load/\d+")  # the share of one expert (see `_expert_load_shares`)
 
 
 def step_metrics(report: StepReport, prefix: str) -> Metrics:
@@ -82,23 +86,37 @@ class MetricsWriter:
     """Writes `folder/metrics.jsonl` and `folder/tensorboard`.
 
     first_step: the step of the checkpoint that the run resumes from, or 0. Metrics logged after this step are dropped,
-    so that each step appears once.
+    so that each step appears once. histogram_every: the number of steps between two histograms.
+
+    metrics.jsonl has every number of every step. TensorBoard has a histogram over the experts of each layer,
+    `moe/layer_<i>/expert_load`, instead of a curve for each expert: 48 layers of 128 experts would be 6,144 curves.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, first_step: int, histogram_every: int) -> None:
         path = folder / "metrics.jsonl"
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
         write_atomically(path, "".join(kept))  # atomic: a kill or a full disk loses nothing
         self.file: TextIO = path.open("a")
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self.histogram_every = histogram_every
 
     def write(self, step: int, tokens: int, metrics: Metrics) -> None:
         """Writes one step's metrics. tokens: the number of tokens that the whole run has been trained on so far."""
         record: dict[str, Any] = {"step": step, "tokens": tokens, **metrics}
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
+        loads: dict[str, list[float]] = {}
         for name, value in metrics.items():
-            self.tensorboard.add_scalar(name, value, step)
+            if (match := EXPERT_LOAD.fullmatch(name)) is None:
+                self.tensorboard.add_scalar(name, value, step)
+            else:
+                loads.setdefault(match[1], []).append(value)
+        for layer, shares in loads.items():
+            if step % self.histogram_every == 0 or layer.startswith("eval/"):
+                # Times the even share, so that 1 is even whatever the number of experts is. It is not named `load`,
+                # as the load loss is.
+                times_even_E = np.array(shares) * len(shares)
+                self.tensorboard.add_histogram(f"{layer}/expert_load", times_even_E, step)
 
     def close(self) -> None:
         self.file.close()
@@ -134,13 +152,19 @@ def format_progress_line(step: int, total: int, metrics: Metrics) -> str:
 
 
 def memory_metrics(device: torch.device) -> Metrics:
-    """Returns the metric of the peak of allocated GPU memory, in bytes; an empty dict on the CPU, where torch does not
-    measure it."""
-    return {"perf/peak_memory_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
+    """Returns the metric of the peak memory of this rank so far, in bytes.
+
+    On GPUs it is what torch allocated. On CPUs, where torch does not measure it, it is the resident memory of the
+    process (ru_maxrss of getrusage), with libraries and data.
+    """
+    if device.type == "cuda":
+        return {"perf/peak_memory_bytes": torch.cuda.max_memory_allocated(device)}
+    return {"perf/peak_resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}  # Linux: in KiB
 
 
 class ThroughputTimer:
-    """Measures the tokens per second of training alone, without the time in which it is paused (evaluation, saving)."""
+    """Measures the seconds a step, and the tokens per second, of training alone, without the time in which it is paused
+    (evaluation, saving)."""
 
     def __init__(self, tokens_per_step: int) -> None:
         self.tokens_per_step = tokens_per_step
@@ -150,11 +174,11 @@ class ThroughputTimer:
         self.steps += 1
 
     def read(self) -> Metrics:
-        """Returns the rate since the previous reading."""
+        """Returns the mean over the steps since the previous reading."""
         now = time.perf_counter()
-        rate = self.steps * self.tokens_per_step / (now - self.start)
+        seconds = (now - self.start) / self.steps
         self.start, self.steps = now, 0
-        return {"perf/tokens_per_second": rate}
+        return {"perf/tokens_per_second": self.tokens_per_step / seconds, "perf/step_seconds": seconds}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
