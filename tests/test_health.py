@@ -13,13 +13,15 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from expert_parallel.checkpoint.files import list_checkpoints, open_checkpoint
 from expert_parallel.cli.app import app
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.report.verdict import read_verdict
-from expert_parallel.training.config import Config, read_config
+from expert_parallel.training.config import Config, load_config, read_config
 from expert_parallel.training.health import HealthConfig, HealthMonitor
 from expert_parallel.training.health_advice import health_sentence
 from expert_parallel.training.metrics import coefficient_of_variation
+from expert_parallel.training.resume import changed_since_checkpoint
 
 EXPERTS, CHOICES, LAYERS = 8, 2, 3
 MOST_CV = math.sqrt(3)  # all tokens choose the same 2 of 8 experts: shares 1/2, 1/2, 0, ...: sqrt(8 * 2/4 - 1)
@@ -335,3 +337,13 @@ def test_the_verdict_tells_what_lasts_from_what_is_over(tmp_path: Path) -> None:
     assert (late.headline, len(late.lasting)) == ("Unhealthy in the last 100 steps.", 1)
     off = given.model_copy(update={"run": given.run.model_copy(update={"health": None})})
     assert "not judged" in verdict(lambda step, metrics: changed(metrics, 0, COLLAPSED), off).headline
+
+
+def test_a_checkpoint_without_thresholds_was_trained_with_the_defaults() -> None:
+    """Resuming a run of 0.1.0 does not announce each threshold as changed."""
+    run = Path(__file__).parent / "fixtures" / "0.1.0-9121ce5" / "run"
+    checkpoint = open_checkpoint(list_checkpoints(run / "checkpoints")[-1])
+    assert "health" not in checkpoint.config["run"]
+    given = load_config(run, ["run.health.dropped=0.5"])
+    changes = [change for change in changed_since_checkpoint(checkpoint, given) if "health" in change[0]]
+    assert changes == [("run.health.dropped", 0.2, 0.5)]
