@@ -169,6 +169,9 @@ def run_recipes(rank: int, world: int, ep: int) -> None:
         model, backward = follow(recipe, inner, mesh)
         compare(train(model, inner, mine, world, backward=backward), whole, rank, world)
     inner = Model(mesh["ep"].get_group(), dist.group.WORLD)
+    if ep > 1 and mesh["edp"].get_local_rank() > 0:  # copies of experts start like the first ones, as all of DDP's do
+        for parameter in expert_parallel.expert_parameters(inner):
+            nn.init.ones_(parameter)
     model, _ = follow(DDP, inner, mesh)
     accumulation: dict[str, Any] = {"steps": 2, "micro_steps": 2}
     found = train(

@@ -201,9 +201,10 @@ class MoEOutput:
     """Holds what `MoELayer.forward` returns.
 
     y: shape and dtype of the input. losses: this rank's share of each auxiliary loss, scalars already multiplied by
-    their coefficients: add them to the training loss, and SUM gradients over ranks. stats: see LoadStats. pooled: for
-    each balance loss that is computed once for all layers (`layers: pooled`), its f and P in this layer (see
-    losses.pool_layers); `losses` has the value of such a loss if this were the only layer.
+    their coefficients: add them to the training loss, and SUM gradients over ranks (after `prepare_data_parallel` they
+    are multiplied by the number of ranks: average them). stats: see LoadStats. pooled: for each balance loss that is
+    computed once for all layers (`layers: pooled`), its f and P in this layer (see losses.pool_layers); `losses` has
+    the value of such a loss if this were the only layer.
     """
 
     y: Tensor

@@ -179,21 +179,16 @@ class GroupedExperts(nn.Module):
         config = self.config
         x_GD, gathered_e, gathered = all_gather_by_expert(x_RD, counts_e, self.etp_group)
         groups = gemm.groups(gathered_e)
+        b_in, b_out = (self.weight("b_in"), self.weight("b_out")) if config.bias else (None, None)
         hidden = gemm.rows(x_GD, self.weight("w_in").to(x_RD.dtype), groups)
-        hidden = ACTIVATIONS[config.activation](self._add_bias(hidden, "b_in", gathered_e))
+        hidden = ACTIVATIONS[config.activation](_add_bias(hidden, b_in, gathered_e))
         if self.training:
             hidden = dropout(hidden, config.hidden_dropout, mix(seed, 0))
         y_GD = gemm.rows(hidden, self.weight("w_out").to(x_RD.dtype), groups)
-        y_RD = self._add_bias(reduce_scatter_by_expert(y_GD, gathered), "b_out", counts_e)
+        y_RD = _add_bias(reduce_scatter_by_expert(y_GD, gathered), b_out, counts_e)
         if self.training:
             y_RD = dropout(y_RD, config.output_dropout, mix(seed, 1))
         return (y_RD * weights_R[:, None]).to(x_RD.dtype)
-
-    def _add_bias(self, rows: Tensor, name: str, counts_e: Tensor) -> Tensor:
-        """Adds to each row the bias `name` of its expert, if the experts have biases."""
-        if not self.config.bias:
-            return rows
-        return rows + self.weight(name).to(rows.dtype).repeat_interleave(counts_e, dim=0, output_size=rows.shape[0])
 
 
 def pad_groups(tokens: DispatchedTokens, counts_e: Tensor) -> DispatchedTokens:
@@ -213,3 +208,10 @@ def pad_groups(tokens: DispatchedTokens, counts_e: Tensor) -> DispatchedTokens:
     computed_VK = torch.cat([place_R, place_R.new_tensor([NO_ROW])])[tokens.computed_VK]  # NO_ROW reads the last entry
     weights_P = gather_rows(tokens.weights_R, own_P[:, None], place_R[:, None])
     return DispatchedTokens(tokens.x_VD, row_P, computed_VK, counts_e, weights_P)
+
+
+def _add_bias(rows: Tensor, bias_e: Tensor | None, counts_e: Tensor) -> Tensor:
+    """Adds to each row the bias of its expert. bias_e: (e, width); None: no bias."""
+    if bias_e is None:
+        return rows
+    return rows + bias_e.to(rows.dtype).repeat_interleave(counts_e, dim=0, output_size=rows.shape[0])
