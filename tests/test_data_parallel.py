@@ -255,19 +255,20 @@ def run_lost_gradients(rank: int) -> list[str]:
         model.layers[0].experts.w_in.grad = torch.full_like(model.layers[0].experts.w_in, torch.nan)
     norms = [expert_parallel.clip_grad_norm_(model, 1.0, p).item() for p in (2.0, torch.inf)]
     errors = []
-    for options in {"error_if_nonfinite": True}, {"norm_type": 0.0}:
+    for given, options in (model, {"error_if_nonfinite": True}), (model, {"norm_type": 0.0}), (model.parameters(), {}):
         try:
-            expert_parallel.clip_grad_norm_(model, 1.0, **options)
+            expert_parallel.clip_grad_norm_(given, 1.0, **options)
         except (RuntimeError, ValueError) as error:
             errors.append(str(error))
     return [str(norms), *errors]
 
 
 def test_a_norm_is_the_same_on_all_ranks_whatever_they_lack() -> None:
-    for norms, nonfinite, norm_type in run_ranks(2, run_lost_gradients):
+    for norms, nonfinite, norm_type, parameters in run_ranks(2, run_lost_gradients):
         assert norms == "[nan, nan]"
         assert nonfinite.startswith("the norm of the gradient is nan")
         assert norm_type == "norm_type is 0.0, it must be above 0"
+        assert parameters.endswith("it was given a generator")
 
 
 def refusal(build: Callable[[], Any], x: Tensor, index_B: Tensor) -> str:

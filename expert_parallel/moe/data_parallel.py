@@ -81,8 +81,13 @@ def clip_grad_norm_(
     Parameters without a gradient are left out. The host does not wait, unless error_if_nonfinite is True: then a norm
     that is infinite or NaN raises a RuntimeError, before any gradient is changed.
 
-    Raises a ValueError for another norm_type.
+    Raises a ValueError for another norm_type, and for parameters in place of the model.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"clip_grad_norm_ takes the model and not its parameters, since modules tell which weights are experts; "
+            f"it was given a {type(model).__name__}"
+        )
     if not norm_type > 0:
         raise ValueError(f"norm_type is {norm_type}, it must be above 0")
     norm = _gradient_norm(model, norm_type)
