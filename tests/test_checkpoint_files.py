@@ -539,7 +539,7 @@ def test_loaded_is_what_was_written(tmp_path: Path) -> None:
     state = model.state_dict()
     assert torch.equal(state["embedding.weight"], content["weights/embedding.weight"].double())
     for expert in range(3):
-        found = state["blocks.1.moe.experts.w_in"][expert]
+        found = state[f"blocks.1.moe.experts.{expert}.w_in"]
         assert torch.equal(found, content[f"weights/blocks.1.moe.experts.{expert}.w_in"].double())
     bias = "blocks.1.moe.router.balance_bias_E"
     assert torch.equal(state[bias], content[f"weights/{bias}"].to(state[bias].dtype))

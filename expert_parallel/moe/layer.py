@@ -100,7 +100,12 @@ class MoELayer(nn.Module):
         self.router = build_router(config.router, config.d_model, config.num_experts)
         self.dispatcher = Dispatcher(config.dispatcher, placement, ep_group, nodes)
         self.experts = GroupedExperts(
-            config.experts, config.d_model, placement.experts_on(group_rank(ep_group)), etp_group, ep_group
+            config.experts,
+            config.d_model,
+            placement.experts_on(group_rank(ep_group)),
+            etp_group,
+            ep_group,
+            num_experts=config.num_experts,
         )
         self.expert_data_group: dist.ProcessGroup | None = None
         self.syncs_experts = True  # False within DDP's no_sync
@@ -153,6 +158,14 @@ class MoELayer(nn.Module):
             assert parameter.grad is not None
             dist.all_reduce(parameter.grad, group=self.expert_data_group)
             parameter.grad /= group_size(self.expert_data_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what pickle stores. Raises a TypeError if the layer has process groups, which cannot be pickled."""
+        if any(group is not None for group in (self.ep_group, self.data_group, self.sequence_group, self.etp_group)):
+            raise TypeError(
+                "a MoELayer with process groups cannot be pickled: save layer.state_dict() and build the layer again"
+            )
+        return self.__dict__.copy()
 
     @torch.compiler.disable(reason="the numbers of rows that ranks exchange become shapes")
     def forward(self, x: Tensor, context: StepContext | None = None) -> MoEOutput:

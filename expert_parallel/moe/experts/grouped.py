@@ -15,6 +15,7 @@ from expert_parallel.moe.dispatch.permute import NO_ROW, gather_rows
 from expert_parallel.moe.experts.expert_tensor_parallel import all_gather_by_expert, reduce_scatter_by_expert
 from expert_parallel.moe.experts.fused import fused_experts
 from expert_parallel.moe.experts.grouped_gemm import GROUPED_GEMMS, GroupedGemm, has_bfloat16_gemm
+from expert_parallel.moe.experts.numbered import NumberedExperts
 from expert_parallel.moe.experts.replicas import check_own_weights, mean_gradient
 from expert_parallel.moe.types import DispatchedTokens
 from expert_parallel.nn.ffn import ACTIVATIONS, GATED, Activation, ffn_params, w_in_columns
@@ -72,10 +73,12 @@ def choose_backend(config: ExpertsConfig, dtype: torch.dtype, device: torch.devi
     return "grouped_mm" if supports_grouped_mm(dtype, device, sizes) else "loop"
 
 
-class GroupedExperts(nn.Module):
+class GroupedExperts(NumberedExperts):
     """Holds the experts with the global ids `expert_ids`, in slot order, and computes them.
 
-    w_in: (e, D, F), or (e, D, 2F) = [gate | up] for gated activations. w_out: (e, F, D). b_in, b_out: (e, ...).
+    w_in: (e, D, F), or (e, D, 2F) = [gate | up] for gated activations. w_out: (e, F, D). b_in, b_out: (e, ...). State
+    dicts name each expert by its number (see NumberedExperts). num_experts: the experts of all ranks; None: these are
+    all.
 
     etp_group: the ranks over which F is sharded; they hold the same experts, each with other columns. All parameters
     but b_out are then this rank's shard (see parallel/sharding.py). Raises a ValueError if F cannot be divided evenly.
@@ -93,10 +96,10 @@ class GroupedExperts(nn.Module):
         expert_ids: tuple[int, ...],
         etp_group: dist.ProcessGroup | None = None,
         ep_group: dist.ProcessGroup | None = None,
+        num_experts: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(expert_ids, max(expert_ids) + 1 if num_experts is None else num_experts)
         self.config = config
-        self.expert_ids = expert_ids
         self.etp_group = etp_group
         self.ep_group = ep_group
         self.reduction: Literal["sum", "mean"] = "sum"
