@@ -19,11 +19,13 @@ from expert_parallel.model.tensor_parallel import (
     apply_tp_to_latent_attention,
 )
 from expert_parallel.model.transformer import ModelConfig, Recompute, StageSpec, Transformer
+from expert_parallel.moe.experts.grouped import GroupedExperts
 from expert_parallel.moe.parameters import init_parameters
 from expert_parallel.moe.routers.base import TopKRouter
 from expert_parallel.nn.norms import RMSNorm
 from expert_parallel.parallel.degrees import ParallelDegrees, ShardedConfig
 from expert_parallel.parallel.mesh import ParallelMesh
+from expert_parallel.parallel.sharding import get_tensor_shards, name_shards_in_state_dict
 
 
 def build_model(
@@ -83,6 +85,9 @@ def apply_tp_and_cp(model: Transformer, mesh: ParallelMesh) -> None:
             if table is not None:
                 setattr(model, name, VocabularyParallelEmbedding(table, tp_group, model.compute_dtype))
         model.gather_for_logits = partial(_gather_for_logits, group=tp_group)
+    for module in model.modules():
+        if get_tensor_shards(module) and not isinstance(module, GroupedExperts):  # experts name their own shards
+            name_shards_in_state_dict(module)
 
 
 def _gather_for_logits(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:

@@ -1,13 +1,16 @@
 """Describes which shard of a logical tensor a rank holds under tensor or expert tensor parallelism."""
 
+import logging
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from expert_parallel.parallel.collectives import all_gather_rows, group_rank, group_size
+
+logger = logging.getLogger(__name__)
 
 
 class Segment(NamedTuple):
@@ -59,6 +62,12 @@ class TensorShard:
         return group_rank(self.group) // self.copies
 
     @property
+    def suffix(self) -> str:
+        """Returns what a state dict adds to the parameter's name, so that a shard is not taken for the whole or for
+        another shard: `.shard_0_of_2`, or nothing if there is one shard."""
+        return f".shard_{self.index}_of_{self.parts}" if self.parts > 1 else ""
+
+    @property
     def segments(self) -> list[Segment]:
         """Returns the ranges of dimension `dim` that this rank holds."""
         return shard_segments(self.size, self.parts, self.index, self.blocks)
@@ -105,3 +114,51 @@ def get_tensor_shards(module: nn.Module) -> dict[str, TensorShard]:
     """Returns the TensorShard of each of a module's own parameters that is sharded, by name of the parameter."""
     shards: dict[str, TensorShard] = getattr(module, "tensor_shards", {})
     return shards
+
+
+def name_shards_in_state_dict(module: nn.Module) -> None:
+    """Makes the module's state dicts name each sharded parameter with its shard, as in `weight.shard_0_of_2`.
+
+    Loading takes this rank's shard from a dict that holds it, or the unsharded parameter. A dict of other shards alone
+    is an error, with strict=False too. A shard under the plain name, as earlier versions wrote it, is read.
+    """
+    module.register_state_dict_post_hook(_add_suffixes)
+    module.register_load_state_dict_pre_hook(_find_shards)
+
+
+def _add_suffixes(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: object) -> None:
+    for name, shard in get_tensor_shards(module).items():
+        state_dict[f"{prefix}{name}{shard.suffix}"] = state_dict.pop(prefix + name)
+
+
+def _find_shards(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: object,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Puts this rank's shards under the plain names. `state_dict` is torch's copy for this module."""
+    for name, shard in get_tensor_shards(module).items():
+        whole, own = prefix + name, f"{prefix}{name}{shard.suffix}"
+        local_shape = getattr(module, name).shape
+        shards = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(f"{whole}.shard_")}
+        if own in shards:
+            state_dict[whole] = shards[own]
+        elif shards and whole not in state_dict:
+            error_msgs.append(
+                f"the state dict has {', '.join(sorted(shards))}, but this rank holds {own}: load this rank's own "
+                "file, or one of unsharded weights (expert_parallel.full_state_dict)"
+            )
+        elif whole in state_dict and state_dict[whole].shape == shard.full_shape(local_shape):
+            state_dict[whole] = shard.narrow_to_shard(state_dict[whole])
+        elif whole in state_dict and shard.suffix and state_dict[whole].shape == local_shape:
+            logger.warning(
+                "%s in the state dict does not name its shard, as an earlier version wrote it: it is right only if "
+                "this rank (%s) wrote it",
+                whole,
+                own,
+            )
