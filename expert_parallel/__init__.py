@@ -7,7 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the names of _MODULES, for type checkers
+    from expert_parallel.checkpoint.full_state_dict import full_state_dict as full_state_dict
+    from expert_parallel.checkpoint.full_state_dict import load_full_state_dict as load_full_state_dict
     from expert_parallel.checkpoint.load import load_checkpoint as load_checkpoint
+    from expert_parallel.checkpoint.optimizer_state_dict import load_optimizer_state_dict as load_optimizer_state_dict
+    from expert_parallel.checkpoint.optimizer_state_dict import optimizer_state_dict as optimizer_state_dict
     from expert_parallel.checkpoint.state import TorchState as TorchState
     from expert_parallel.model.config import ModelConfig as ModelConfig
     from expert_parallel.model.parallelize import build_model as build_model
@@ -62,6 +66,10 @@ _MODULES = {
     "clip_grad_norm_": "expert_parallel.moe.data_parallel",
     "expert_parameters": "expert_parallel.moe.data_parallel",
     "ExpertPlacement": "expert_parallel.parallel.placement",
+    "full_state_dict": "expert_parallel.checkpoint.full_state_dict",
+    "load_full_state_dict": "expert_parallel.checkpoint.full_state_dict",
+    "optimizer_state_dict": "expert_parallel.checkpoint.optimizer_state_dict",
+    "load_optimizer_state_dict": "expert_parallel.checkpoint.optimizer_state_dict",
     # the whole model, on any layout
     "ModelConfig": "expert_parallel.model.config",
     "ModelOutput": "expert_parallel.model.transformer",
