@@ -1,10 +1,12 @@
 """State dicts: experts under their global numbers, saved in every way that torch's users know, loaded on any layout."""
 
+import contextlib
 import copy
 import hashlib
 import io
 import logging
 import pickle
+import re
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -83,7 +85,7 @@ def build(layout: dict[str, Any], seed: int) -> Model:
     placement = ExpertPlacement(layout["placement"], ep) if "placement" in layout else None
     model = Model(mesh["ep"].get_group() if ep > 1 else None, seed, placement=placement)
     if layout.get("fsdp"):
-        fully_shard(model.moe.experts, mesh=mesh["edp"])
+        fully_shard(model.moe.experts, mesh=mesh["edp"], reshard_after_forward=False)
         fully_shard(model, mesh=mesh["edp"])
     return model
 
@@ -114,8 +116,9 @@ def outputs(model: Model, rank: int, world: int) -> Tensor:
     x = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.no_grad():
         y = model(x.chunk(world)[rank])
-    if isinstance(model, FSDPModule):
-        model.reshard()  # FSDP2 leaves the root whole after a forward pass
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return y
 
 
@@ -150,10 +153,10 @@ def run_save(rank: int, layout: dict[str, Any], folder: Path) -> dict[str, Any]:
 def run_load(rank: int, layout: dict[str, Any], folder: Path, way: str) -> dict[str, Any]:
     model = build(layout, seed=2)
     optimizer = adamw(model)
-    with torch.no_grad():
-        model(torch.zeros(2, WIDTH).double())  # after which FSDP2 leaves the root whole
+    x = torch.zeros(2, WIDTH, dtype=torch.float64)
+    model(x)  # after which FSDP2's parameters are whole
     if way == "dcp":
-        state = {"model": model.state_dict(), "optimizer": optimizer_state_dict(model, optimizer)}
+        state = {"optimizer": optimizer_state_dict(model, optimizer), "model": model.state_dict()}
         dcp.load(state, checkpoint_id=folder / "dcp")
     elif way == "merged":  # the files of all ranks in one dict
         state = {"model": {}, "optimizer": {}}
@@ -164,6 +167,7 @@ def run_load(rank: int, layout: dict[str, Any], folder: Path, way: str) -> dict[
         state = torch.load(folder / f"rank{rank}.pt", weights_only=True)
     else:
         state = {"model": torch.load(folder / "full.pt", weights_only=True)}
+    model(x)
     if way == "full" and layout.get("fsdp"):
         load_full_state_dict(model, state["model"])
     else:
@@ -222,6 +226,7 @@ LOADS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one rank loads alone
 @pytest.mark.parametrize(("layout", "way"), LOADS)
 def test_what_two_ranks_saved_loads_on_any_layout(
     layout: dict[str, Any], way: str, of_two: tuple[Path, dict[str, Any]]
@@ -232,6 +237,7 @@ def test_what_two_ranks_saved_loads_on_any_layout(
     compare(joined([run_load(0, *arguments)] if world == 1 else run_ranks(world, run_load, *arguments)), wanted)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one rank loads alone
 @pytest.mark.parametrize("way", ["dcp", "full"])
 def test_what_fsdp_sharded_loads_on_one_rank(way: str, of_fsdp: tuple[Path, dict[str, Any]]) -> None:
     folder, wanted = of_fsdp
@@ -275,12 +281,36 @@ def test_the_file_of_another_rank_and_functions_that_would_lose_experts_are_refu
             assert (
                 f"moe.experts: the state dict has the experts {others}, but this rank holds {held}: load" in said[way]
             )
-        assert f"has moe.experts.{others[0]}.w_in.exp_avg, but this rank's AdamW has" in said["optimizer"]
+        keys = [f"moe.experts.{experts[0]}.w_in.exp_avg" for experts in (others, held)]
+        assert f"has {keys[0]}, but not {keys[1]}, which this rank needs: load" in said["optimizer"]
         for way in ("get", "set", "get optimizer"):
             assert "as a rank holds" in said[way], said[way]
             assert "use expert_parallel.full_state_dict(model), or save model.state_dict()" in said[way]
         for way in ("pickle", "save"):
             assert said[way].startswith("a MoELayer with process groups cannot be pickled: save layer.state_dict()")
+
+
+def run_recipes(rank: int, blocks: list[str], folder: Path) -> bool:
+    model = build({"ep": 2}, seed=1)
+    optimizer = adamw(model)
+    step(model, optimizer, 0)
+    before = weights(model)
+    names: dict[str, Any] = {"torch": torch, "model": model, "optimizer": optimizer, "rank": rank}
+    with contextlib.chdir(folder):
+        for block in blocks:
+            save, load = block.rsplit("\n\n", 1)
+            exec(save, names)
+            step(model, optimizer, 1)  # as if training went on, before it fell back
+            exec(load, names)
+    return all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
+
+
+def test_the_recipes_of_the_page_run(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "expert_parallel" / "moe" / "README.md").read_text()
+    section = page.split("## Saving and loading")[1].split("\n## ")[0]
+    blocks = re.findall(r"```py\n(.*?)```", section, flags=re.DOTALL)
+    assert len(blocks) == 3
+    assert run_ranks(2, run_recipes, blocks, tmp_path) == [True, True]
 
 
 def run_copies(rank: int) -> dict[str, list[str]]:
@@ -464,6 +494,7 @@ def test_every_optimizer_goes_on(kind: str) -> None:
     old, new = (OPTIMIZERS[kind](list(model.parameters())) for model in (first, second))
     target = optimizer_state_dict(second, new)  # for a checkpoint to fill
     assert all(torch.equal(tensor, weights(first)[name]) for name, tensor in weights(second).items())
+    assert not any(bool(tensor.any()) for name, tensor in target.items() if name.endswith((".step", ".exp_avg")))
     for number in range(3):
         step(first, old, number)
     state = optimizer_state_dict(first, old)
@@ -485,7 +516,8 @@ def test_optimizer_state_that_does_not_fit_is_refused(caplog: pytest.LogCaptureF
         "stray": state | {"stray.exp_avg": torch.zeros(1)},
         "step differs between": state | {f"{name}.step": torch.tensor(7.0)},
         "exp_avg has shape (2,)": state | {f"{name}.exp_avg": torch.zeros(2)},
-        f"has {name}.max_exp_avg_sq, but this rank's AdamW": state | {f"{name}.max_exp_avg_sq": torch.zeros(8, 16)},
+        f"has {name}.max_exp_avg_sq, which this rank's AdamW does not keep": state
+        | {f"{name}.max_exp_avg_sq": torch.zeros(8, 16)},
         "has the parameter groups [0, 1]": state | {"param_groups.1.lr": torch.tensor(0.1)},
         "which is no name": state | {"lr": torch.tensor(0.1)},
     }
@@ -496,7 +528,7 @@ def test_optimizer_state_that_does_not_fit_is_refused(caplog: pytest.LogCaptureF
     assert "Adafactor keeps row_var" in text
     assert "the optimizer has a parameter" in refusal(lambda: optimizer_state_dict(Model(), optimizer))
     load_optimizer_state_dict(model, optimizer, {n: t for n, t in state.items() if not n.startswith("outer.bias")})
-    assert "outer.bias starts with a fresh optimizer state" in caplog.text
+    assert "has nothing of outer.bias: their state starts afresh" in caplog.text
     assert model.outer.bias not in optimizer.state
 
 

@@ -57,7 +57,7 @@ def load_optimizer_state_dict(model: nn.Module, optimizer: Optimizer, state: Map
     """Loads what `optimizer_state_dict` returned on this rank, or the dicts of several ranks merged into one.
 
     Entries of other ranks' experts and shards are left out. A parameter of which the dict has nothing, as it had no
-    gradient, starts with fresh state, and a warning says so. Options that the dict lacks stay those of the optimizer.
+    gradient, starts afresh, and a warning says so. Options that the dict lacks stay those of the optimizer.
     Raises a ValueError, before it writes a value, if the dict lacks what this rank needs, has entries or parameters
     that the optimizer does not have, or another number of groups.
     """
@@ -70,15 +70,24 @@ def load_optimizer_state_dict(model: nn.Module, optimizer: Optimizer, state: Map
             raise ValueError(f"the optimizer's state dict has {key}, which is no name of optimizer state")
         if not _GROUP_KEY.fullmatch(key):
             keys_of.setdefault(match[1], set()).add(key)
-    writes: list[Callable[[], object]] = _plan_groups(optimizer, state)
+    writes = _plan_groups(optimizer, state)
+    fresh: list[LogicalParameter] = []
     for logical in parameters:
         names = _names_on_all_ranks(logical, keys_of) if logical.is_expert else logical.names
         theirs = {key for name in names for key in keys_of.pop(name, ())}
-        writes += _plan_parameter(optimizer, logical, state, theirs)
+        if theirs or not _entries(optimizer, logical) or not local_keys(logical):
+            writes += _plan_parameter(optimizer, logical, state, theirs)
+        else:
+            fresh.append(logical)
     if keys_of:
         raise ValueError(f"the optimizer's state dict has {next(iter(keys_of))}, which the optimizer does not have")
     for write in writes:
         write()
+    for logical in fresh:
+        del optimizer.state[logical.parameter]
+    if fresh:
+        first = ", ".join(logical.names[0] for logical in fresh[:3]) + f" and {len(fresh) - 3} more" * (len(fresh) > 3)
+        logger.warning("the optimizer's state dict has nothing of %s: their state starts afresh", first)
 
 
 def _plan_groups(optimizer: Optimizer, state: Mapping[str, Tensor]) -> list[Callable[[], object]]:
@@ -100,17 +109,17 @@ def _plan_parameter(
     """Returns the calls that fill the state of one parameter. Raises a ValueError if `theirs`, the keys of `state` that
     belong to it on any rank, are not those that this rank needs."""
     keys, entries = local_keys(logical), _entries(optimizer, logical)
-    if entries and keys and not theirs:
-        logger.warning("%s starts with a fresh optimizer state: the state dict has none", logical.names[0])
-        return [partial(optimizer.state.pop, logical.parameter)]
     wanted = {f"{key}.{entry}" for key in keys for entry in entries}
-    lacking = sorted(wanted.difference(theirs))
     unwanted = sorted(key for key in theirs if key not in wanted and key.rpartition(".")[0] in keys)
-    if lacking or unwanted:
+    if unwanted:
         raise ValueError(
-            f"the optimizer's state dict has {min(unwanted or theirs)}, but this rank's {type(optimizer).__name__} has "
-            f"{', '.join(entries) or 'no state'} of {', '.join(keys)}: load this rank's own file, those of all ranks "
-            "merged, or use torch.distributed.checkpoint"
+            f"the optimizer's state dict has {unwanted[0]}, which this rank's {type(optimizer).__name__} does not keep"
+        )
+    lacking = sorted(wanted.difference(theirs))
+    if lacking:
+        raise ValueError(
+            f"the optimizer's state dict has {min(theirs)}, but not {lacking[0]}, which this rank needs: load this "
+            "rank's own file, those of all ranks merged, or use torch.distributed.checkpoint"
         )
     writes: list[Callable[[], object]] = []
     for entry, value in entries.items():
