@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from expert_parallel.cli.app import app
+from tests.launches import environment, free_port
 
 ROOT = Path(__file__).parent.parent
 MAX_COLUMNS, MAX_LONG_LINES = 120, 20
@@ -45,13 +47,23 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_layer_in_your_own_model() -> None:
-    """As it stands: in ten lines, with a gradient for every weight, and nothing dropped."""
-    code = python_block("README.md")
-    assert len([line for line in code.splitlines() if line]) <= 10
-    found = run_python(f"{code}\nprint(all(weight.grad.norm() > 0 for weight in layer.parameters()), sum(kept))")
-    assert found.splitlines()[0].startswith("torch.Size([4, 16, 64]) [")
-    assert found.splitlines()[1] == "True 128"
+def test_the_layer_in_your_own_model(tmp_path: Path) -> None:
+    """As it stands, on two ranks: it prints a falling loss, nothing is dropped, and the file has every expert."""
+    (tmp_path / "two_ranks.py").write_text(python_block("README.md"))
+    command = ["torchrun", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", free_port()]
+    done = subprocess.run(
+        [*command, "two_ranks.py"], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+    *steps, loaded = done.stdout.splitlines()
+    losses = [float(line.split("loss ")[1].split()[0]) for line in steps]
+    kept = [sum(map(int, re.findall(r"\d+", line.partition("kept ")[2]))) for line in steps]
+    assert len(losses) == 5
+    assert losses[-1] < 0.95 * losses[0]
+    assert kept == [128] * 5  # 4 x 16 tokens with 2 choices each
+    assert loaded == "loaded on one rank: torch.Size([4, 16, 64])"
+    experts = {key.split(".")[2] for key in torch.load(tmp_path / "model.pt", weights_only=True) if "experts" in key}
+    assert experts == set("01234567")
 
 
 def test_a_router_of_your_own() -> None:
