@@ -1,8 +1,6 @@
 """Reads YAML files into Settings classes and writes them back: overrides, validation, and one sentence for each error.
 This is the only file that knows YAML."""
 
-import difflib
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from expert_parallel.sentences import QUOTES, cut, first_sentence, shown
 from expert_parallel.settings import (
     Settings,
     blocks_in,
@@ -31,7 +30,6 @@ from expert_parallel.settings import (
 S = TypeVar("S", bound=Settings)
 MAX_DEPTH, MAX_VALUES = 50, 100_000  # of a config; aliases in a short file can make it nest, and grow, without end
 MAX_DIGITS = 40
-QUOTES = "a text that has a meaning in YAML must stand in quotes"
 INT, FLOAT, TIMESTAMP = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"))
 
 
@@ -99,7 +97,7 @@ def load_tree(path: Path, overrides: Sequence[str] = (), block: type[Settings] =
     except ValueError as error:  # also of bytes that are not UTF-8
         raise ValueError(f"the config file {path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"the config file {path} must hold a mapping of settings, found {_shown(tree)}")
+        raise ValueError(f"the config file {path} must hold a mapping of settings, found {shown(tree)}")
     try:
         tree = change_values([block], use_own_names([block], tree), _expand)
     except ValueError as error:
@@ -178,7 +176,7 @@ def read_settings(kind: type[S], tree: dict[str, Any], where: str) -> S:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(f"{where}: {_first_sentence(error, tree, setting_paths(kind))}") from None
+        raise ValueError(f"{where}: {first_sentence(error, tree, setting_paths(kind))}") from None
 
 
 def dump_tree(tree: dict[str, Any], block: type[Settings] = Settings) -> str:
@@ -206,7 +204,7 @@ def apply_override(tree: dict[str, Any], override: str, block: type[Settings]) -
     dotted, equals, text = override.partition("=")
     *parents, leaf = dotted.split(".")
     if not equals or not all([*parents, leaf]) or len(parents) > MAX_DEPTH:
-        raise ValueError(f"the override {_cut(repr(override))} is not of the form dotted.key=value")
+        raise ValueError(f"the override {cut(repr(override))} is not of the form dotted.key=value")
     for depth, parent in enumerate(parents):
         key, fields = find_setting(blocks, tree, parent)
         blocks = blocks_of(fields)
@@ -215,18 +213,18 @@ def apply_override(tree: dict[str, Any], override: str, block: type[Settings]) -
         tree = tree[key]
         if not isinstance(tree, dict):
             raise ValueError(
-                f"the override {_cut(repr(override))}: {'.'.join(parents[: depth + 1])} is not a block of settings"
+                f"the override {cut(repr(override))}: {'.'.join(parents[: depth + 1])} is not a block of settings"
             )
     name, fields = find_setting(blocks, tree, leaf)
     try:
         value = _override_value(text, fields)
     except ValueError as error:
-        raise ValueError(f"the override {_cut(repr(override))} is not valid YAML: {error}") from error
+        raise ValueError(f"the override {cut(repr(override))} is not valid YAML: {error}") from error
     try:
         value = use_own_names(blocks_of(fields), value, dotted)
         tree[name] = change_values(blocks_of(fields), value, _expand, dotted, fields)
     except ValueError as error:
-        raise ValueError(f"the override {_cut(repr(override))}: {error}") from error
+        raise ValueError(f"the override {cut(repr(override))}: {error}") from error
 
 
 def _override_value(text: str, fields: Sequence[FieldInfo]) -> Any:
@@ -259,83 +257,3 @@ def _read_yaml_without_comments(text: str) -> Any:
         return restore(_read_yaml(text.replace("#", stand_in)))
     except ValueError as error:
         raise ValueError(restore(str(error))) from error
-
-
-def _first_sentence(error: ValidationError, tree: Any, paths: list[str]) -> str:
-    """Returns the first error, `path: what, found value`, and the number of further ones. A misspelled setting comes
-    first, since others may be missing because of it."""
-    details = sorted(error.errors(), key=lambda detail: detail["type"] not in ("extra_forbidden", "invalid_key"))
-    first, context = details[0], details[0].get("ctx", {})
-    path = _user_path(first["loc"], tree, is_missing=first["type"] == "missing")
-    match first["type"]:
-        case "extra_forbidden":
-            text = f"unknown setting {path}{_did_you_mean(path, paths)}"
-        case "value_error":
-            text = _with_full_paths(str(context["error"]), path, paths)
-        case "missing":
-            text = f"{path} is missing"
-        case "union_tag_not_found":
-            text = f"{path}.kind is missing"
-        case "union_tag_invalid":
-            text = f"{path}.kind is {_cut(repr(context['tag']))}, it must be one of {context['expected_tags']}"
-        case "model_type" | "model_attributes_type":
-            text = f"{path} must be a block of settings, found {_shown(first['input'])}"
-        case "string_type" if isinstance(first["input"], (bool, int, float)):
-            text = f"{path} must be a text, found {_shown(first['input'])}: {QUOTES}"
-        case _:
-            text = f"{path}: {first['msg'][0].lower()}{first['msg'][1:]}, found {_shown(first['input'])}"
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return re.sub(r"\S{200,}", lambda word: _cut(word[0]), text) + more  # a block's own message has the value whole
-
-
-def _user_path(location: tuple[int | str, ...], tree: Any, is_missing: bool) -> str:
-    """Returns pydantic's location without the kinds that it inserts: capacity.factor.train is capacity.train."""
-    path = ""
-    for number, part in enumerate(location):
-        is_entry = isinstance(tree, list) and isinstance(part, int)
-        is_key = is_entry or (isinstance(tree, dict) and part in tree)
-        if is_key:
-            tree = tree[part]
-        if is_key or (is_missing and number == len(location) - 1):
-            path += f"[{part}]" if is_entry else f".{part}"
-    return path.removeprefix(".")
-
-
-def _with_full_paths(text: str, block: str, paths: list[str]) -> str:
-    """Puts the block's path before each setting in the message of a block's own check, which names settings as the
-    block does (`router.k`).
-
-    A single word is a setting only if a value or a statement follows: `hidden (3)`, but not `the router learns`.
-    """
-
-    def full(word: re.Match[str]) -> str:
-        names_setting = re.search("[._]", word[0]) or text[word.end() :].startswith((" (", " is ", " = ", ": "))
-        path = f"{block}.{word[0]}"
-        return path if names_setting and path in paths else word[0]
-
-    result = re.sub(r"(?<![\w.])\w+(\.\w+)*", full, text) if block else text
-    return result if result != text or not block else f"{block}: {text}"
-
-
-def _did_you_mean(path: str, paths: list[str]) -> str:
-    """Suggests the setting of this name in another block, or the one of its block with the most similar spelling."""
-    block, _, name = re.sub(r"\[\d+\]", "[]", path).rpartition(".")
-    if ".".join(filter(None, (block, name))) in paths:
-        return f" (another kind of {block} has it)"
-    settings = [other.rpartition(".") for other in paths]
-    found = [".".join(filter(None, (b, n))) for b, _, n in settings if n == name]
-    if not found:
-        close = difflib.get_close_matches(name, [n for b, _, n in settings if b == block], n=1)
-        found = [".".join(filter(None, (block, n))) for n in close]
-    return f" (did you mean {' or '.join(found)}?)" if len(found) in (1, 2) else ""
-
-
-def _shown(value: Any) -> str:
-    """Returns the value as YAML would have it, on one line of bounded length."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    # JSON leaves some line breaks and control characters as they are, and half a surrogate pair, which no terminal has.
-    return _cut("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -15,8 +15,8 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 
 # Low to high: a module may import its own room and those below.
 ROOMS = (
-    "settings config parallel nn runtime moe model checkpoint data training planning interop verify report bench study "
-    "cli __main__ __init__"
+    "translations sentences settings config parallel nn runtime moe model checkpoint data training planning interop "
+    "verify report bench study cli __main__ __init__"
 )
 LEVELS = {room: level for level, room in enumerate(ROOMS.split())}
 MAX_MOE_ENTRIES = 12

@@ -10,8 +10,13 @@ import typer
 
 from expert_parallel.cli.options import exit_on_user_error
 from expert_parallel.cli.reference import Section, Setting, all_sections, markdown, run_schema, study_schema
+from expert_parallel.config import setting_paths
+from expert_parallel.sentences import suggest_translation
+from expert_parallel.training.config import Config
+from expert_parallel.translations import translation_table
 
 WIDTH = 100  # columns of the printed sentences
+TABLE_BEGINS, TABLE_ENDS = "<!-- generated: translations -->", "<!-- end of translations -->"  # in configs/README.md
 
 
 def settings(
@@ -20,7 +25,11 @@ def settings(
     ] = None,
     write: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="write reference.md, schema.json and study.schema.json there instead"),
+        typer.Option(
+            metavar="FOLDER",
+            help="write reference.md, schema.json and study.schema.json there instead, and the table of other systems' "
+            "words into a README.md that has a place for it",
+        ),
     ] = None,
 ) -> None:
     """Print the settings of a config: all blocks, or one block with its types, defaults and allowed values.
@@ -32,6 +41,8 @@ def settings(
         with exit_on_user_error(OSError):
             for name, text in files.items():
                 (write / name).write_text(text, encoding="utf-8")
+            if (page := write / "README.md").exists():
+                page.write_text(with_translations(page.read_text(encoding="utf-8")), encoding="utf-8")
         print(f"wrote {', '.join(files)} in {write}")
         return
     with exit_on_user_error(ValueError):
@@ -42,6 +53,13 @@ def settings(
 def reference_files() -> dict[str, str]:
     """Returns the content of each generated file of configs/, by name."""
     return {"reference.md": markdown(), "schema.json": run_schema(), "study.schema.json": study_schema()}
+
+
+def with_translations(page: str) -> str:
+    """Returns a Markdown page whose table of translations, between two comments, is that of this version."""
+    before, begins, rest = page.partition(TABLE_BEGINS)
+    _, ends, after = rest.partition(TABLE_ENDS)
+    return f"{before}{begins}\n\n{translation_table()}\n\n{ends}{after}" if ends else page
 
 
 def overview() -> list[str]:
@@ -105,7 +123,9 @@ def _printed(row: Setting) -> list[str]:
 
 
 def _similar(wanted: str, sections: list[Section]) -> str:
-    """Suggests settings with the same last name or a similar path."""
+    """Suggests the translation of another system's word, or settings with the same last name or a similar path."""
+    if translated := suggest_translation(wanted, setting_paths(Config)):
+        return translated
     paths = list(dict.fromkeys(name for section in sections for row in section.settings for name in _names(row)))
     last = wanted.rpartition(".")[2]
     same = [path for path in paths if path.rpartition(".")[2] == last]
