@@ -174,7 +174,7 @@ def read_settings(kind: type[S], tree: dict[str, Any], where: str) -> S:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     try:
-        return kind.model_validate(tree)
+        return kind.model_validate(tree, context={"where": where})
     except ValidationError as error:
         raise ValueError(f"{where}: {first_sentence(error, tree, setting_paths(kind))}") from None
 

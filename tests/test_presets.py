@@ -1,14 +1,20 @@
 """Routers of one's own, registered by one line; presets, each of them what its paper says."""
 
+import re
+import warnings
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+import yaml
 from pydantic import Field, ValidationError
 from torch import Tensor
+from typer.testing import CliRunner
 
+from expert_parallel.cli.app import app
 from expert_parallel.moe.capacity.policies import DroplessConfig, FactorConfig
-from expert_parallel.moe.config import PRESETS, MoEConfig
+from expert_parallel.moe.config import PRESET_CORES, PRESETS, MoEConfig, preset_contradictions, preset_summary
 from expert_parallel.moe.context import TokenBatch
 from expert_parallel.moe.layer import MoELayer
 from expert_parallel.moe.routers import registry
@@ -28,6 +34,8 @@ from expert_parallel.moe.routers.losses import BalanceLossConfig, ZLossConfig
 from expert_parallel.moe.routers.noisy import GShardConfig, NoisyTopKConfig
 from expert_parallel.moe.routers.registry import ROUTERS
 from expert_parallel.moe.routers.variation_losses import ImportanceLossConfig, LoadLossConfig
+from expert_parallel.training.config import dump_config, load_config
+from tests.launches import small_config
 from tests.test_routers import NUM_EXPERTS, X_BSD, Config, batch_of, close, layer_config
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,6 +154,7 @@ def test_a_router_without_a_kind_is_top_k() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets
 
+CONTRADICTS = pytest.mark.filterwarnings("ignore:.*, preset .* means")
 DROPLESS = DroplessConfig()
 PAPERS: dict[str, tuple[RouterSettings, Any, list[Any]]] = {
     # Softmax(Top2(x W)); the paper names no loss. The released config.json has router_aux_loss_coef 0.02, for
@@ -236,6 +245,7 @@ def test_what_is_set_beside_a_preset_wins() -> None:
     assert switch.losses == preset("switch").losses
 
 
+@CONTRADICTS
 def test_a_block_of_another_kind_replaces_the_presets() -> None:
     """Nothing of the old block is left in it: k and eval are the new kind's defaults."""
     config = preset("switch", router={"kind": "sinkhorn"}, capacity={"kind": "factor", "eval": 3.0})
@@ -246,6 +256,7 @@ def test_a_block_of_another_kind_replaces_the_presets() -> None:
     assert config.capacity == FactorConfig(kind="factor")
 
 
+@CONTRADICTS
 def test_a_preset_that_cannot_work_with_what_is_set_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"router\.k \(8\) is larger than num_experts \(4\)"):
         preset("olmoe", num_experts=4)
@@ -260,6 +271,7 @@ def test_an_unknown_preset_is_refused_with_the_list() -> None:
         preset("mistral")
 
 
+@CONTRADICTS
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_a_config_with_a_preset_is_saved_and_read_again(name: str) -> None:
     """As checkpoints keep it: preset and all it expands to, so that reading expands nothing anew."""
@@ -276,3 +288,119 @@ def test_reading_leaves_the_presets_alone() -> None:
     before = repr(PRESETS)
     preset("deepseek_v3", router={"k": 4, "group_limit": {"limit": 2}})
     assert repr(PRESETS) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a config overrides, and what contradicts the paper
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_a_preset_agrees_with_its_own_core(name: str) -> None:
+    """Every setting of the core exists, has the paper's value by the preset alone, and another value contradicts."""
+    _, core = PRESET_CORES[name]
+    dumped = preset(name).model_dump()
+    assert preset_contradictions(dumped) == []
+    for path, value in core.items():
+        block, key = path.split(".")
+        assert dumped[block][key] == value
+        changed = dumped | {block: dumped[block] | {key: "another"}}
+        assert len(preset_contradictions(changed)) == 1
+        assert preset_contradictions(changed | {"preset_overrides": True}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "summary"),
+    [
+        ("switch", {}, "switch set 9 settings"),  # 4 of the router, 4 of the capacity, the list of losses
+        ("switch", {"router": {"k": 1, "jitter": 0.01}}, "switch set 9 settings"),  # the same values
+        (
+            "switch",
+            {"router": {"k": 2}, "losses": [{"kind": "balance", "coefficient": 0.01, "scope": "rank"}]},
+            "switch set 7 settings; the config overrides router.k (2, not 1), losses",
+        ),
+        (
+            "switch",
+            {"router": {"kind": "sinkhorn"}, "capacity": {"eval": 3.0}},
+            "switch set 4 settings; the config overrides router.kind (sinkhorn, not top_k), capacity.eval (3.0, not "
+            "2.0)",
+        ),
+        (
+            "deepseek_v3",
+            {"router": {"group_limit": {"limit": 2}}},
+            "deepseek_v3 set 8 settings; the config overrides router.group_limit.limit (2, not 4)",
+        ),
+        ("s_base", {"losses": []}, "s_base set 3 settings"),
+    ],
+)
+def test_a_summary_counts_what_the_preset_set(name: str, options: dict[str, Any], summary: str) -> None:
+    config = preset(name, **options, preset_overrides=True)
+    assert preset_summary(config) == summary
+    assert preset_summary(MoEConfig.model_validate(config.model_dump(mode="json"))) == summary
+    assert preset_summary(config.model_copy(update={"preset": None})) is None
+
+
+def test_a_contradiction_in_python_is_warned_of_where_it_stands() -> None:
+    sentence = (
+        r"^router\.k is 2, preset switch means 1 \(Fedus et al\. 2021\): set preset_overrides=true to keep it, or"
+    )
+    with pytest.warns(UserWarning, match=sentence) as warned:
+        config = preset("switch", router={"k": 2})
+    assert [Path(warning.filename).name for warning in warned] == ["test_presets.py"]
+    with warnings.catch_warnings(action="error"):
+        MoEConfig.model_validate(config.model_dump())  # as a run reads its own config again
+        preset("switch", router={"k": 2}, preset_overrides=True)
+        preset("switch", router={"jitter": 0.0})
+
+
+SWITCH = "{preset: switch, num_experts: 4, experts: {hidden: 16}%s}"
+K2 = "model.moe.router.k is 2, preset switch means 1 (Fedus et al. 2021): set model.moe.preset_overrides=true to keep"
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "refused"),
+    [
+        ("", ["model.moe.router.k=2"], K2),
+        ("", ["model.moe.router={k: 2}"], K2),
+        ("", ["model.moe=" + SWITCH % ", router: {k: 2}"], K2),
+        (", router: {k: 2}", [], None),
+        (", router: {k: 2}", ["training.steps=3"], None),
+        (", router: {k: 2}", ["model.moe.router.k=1"], None),
+        (", router: {k: 2}", ["model.moe.router.k=3"], "model.moe.router.k is 3, preset switch means 1"),
+        (", router: {k: 2}", ["model.moe.preset=mixtral"], None),
+        (
+            ", router: {k: 2, normalise: false}",
+            ["model.moe.preset=mixtral"],
+            "model.moe.router.normalise is false, preset",
+        ),
+        ("", ["model.moe.router.k=2", "model.moe.preset_overrides=true"], None),
+        ("", ["model.moe.router.k=2", "model.moe.preset=null", "model.moe.router.normalise=true"], None),
+        ("", ["model.moe.router={kind: sinkhorn}"], "model.moe.router.kind is sinkhorn, preset switch means top_k"),
+        ("", ["model.moe.capacity.train=2.0"], None),
+    ],
+)
+def test_a_contradiction_is_refused_on_the_command_line_alone(
+    file: str, overrides: list[str], refused: str | None, tmp_path: Path
+) -> None:
+    path = small_config(tmp_path)
+    tree = yaml.safe_load(path.read_text())
+    tree["model"]["moe"] = yaml.safe_load(SWITCH % file)
+    path.write_text(yaml.safe_dump(tree))
+    if refused is None:
+        config = load_config(path, overrides)
+        path.write_text(dump_config(config))
+        assert load_config(path) == config, "a run reads its own config again"
+    else:
+        with pytest.raises(ValueError, match=re.escape(f"{path}: {refused}")):
+            load_config(path, overrides)
+
+
+def test_check_prints_what_the_preset_set_and_what_contradicts_it(tmp_path: Path) -> None:
+    path = small_config(tmp_path)
+    tree = yaml.safe_load(path.read_text())
+    tree["model"]["moe"] = yaml.safe_load(SWITCH % ", router: {k: 2}")
+    path.write_text(yaml.safe_dump(tree))
+    lines = CliRunner().invoke(app, ["check", str(path)]).stdout.splitlines()
+    assert "preset               switch set 8 settings; the config overrides router.k (2, not 1)" in lines
+    assert [line for line in lines if line.startswith(f"warning: {K2}")]
+    lines = CliRunner().invoke(app, ["check", str(path), "model.moe.preset_overrides=true"]).stdout.splitlines()
+    assert not [line for line in lines if line.startswith("warning: model.moe")]

@@ -32,7 +32,7 @@ Every setting of a run, and of a study. This page is generated from the typed se
 - A block with a `kind` has the settings of that kind alone. Another name of a setting, in parentheses below its path,
   may be used in its place, in files and on the command line; resolved configs have the first name.
 - `model.moe.preset` changes the defaults of `model.moe.router`, `model.moe.capacity` and `model.moe.losses`; their
-  `kind` may then be left out.
+  `kind` may then be left out. What a config sets wins over the preset.
 - `expert-parallel settings` prints this page's blocks, `expert-parallel settings model.moe.router` one of them, and
   `expert-parallel check CONFIG --all` the values of a config with all defaults.
 - Editors that know YAML schemas complete and check settings by the first line of the files in this folder:

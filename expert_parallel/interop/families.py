@@ -105,7 +105,7 @@ def settings(model: ModelConfig) -> Tree:
         if model.attention.out_bias is None:
             set_setting(tree, "attention.out_bias", model.attention.bias)
     if tree["moe"] is not None:
-        for name in ("preset", "d_model", "capacity", "losses", "dispatcher", "ledger"):
+        for name in ("preset", "preset_overrides", "d_model", "capacity", "losses", "dispatcher", "ledger"):
             tree["moe"].pop(name)
         for name in ("hidden_dropout", "output_dropout", "backend"):
             tree["moe"]["experts"].pop(name)

@@ -1,9 +1,12 @@
 """Holds the settings of one MoE layer (`MoEConfig`) and the presets of papers; refuses combinations that cannot work or
 in which a setting would do nothing."""
 
+import json
+import warnings
+from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, ValidationInfo, model_validator
 
 from expert_parallel.moe.capacity.policies import CapacityConfig, DroplessConfig
 from expert_parallel.moe.dispatch.dispatcher import AllToAllConfig, DispatcherConfig
@@ -23,6 +26,8 @@ class MoEConfig(Settings):
     preset: str | None = None
     """Names the paper whose router, capacity and losses are the defaults of this block: `mixtral`, `olmoe`, `switch`,
     `gshard`, `shazeer`, `v_moe`, `deepseek_v3`, `expert_choice`, `hash_layers` or `s_base`."""
+    preset_overrides: bool = False
+    """Allows settings that contradict what the preset's paper means, such as two experts a token with `switch`."""
     d_model: Annotated[int, Field(ge=1)] | None = None
     """Sets the hidden size of a layer that is used alone; in a model it is `model.d_model`."""
     num_experts: int = Field(ge=1, le=1_000_000)
@@ -58,6 +63,15 @@ class MoEConfig(Settings):
                 f"dispatcher.overlap is {self.dispatcher.overlap} and capacity.pad is true: each chunk would be padded "
                 "to the whole capacity; set dispatcher.overlap to 1 or capacity.pad to false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _warn_of_contradictions(self, info: ValidationInfo) -> "MoEConfig":
+        """Warns of settings made in Python. Of files (which have a context) the commands warn, and a config that was
+        dumped (in which every setting is set) has been warned of before."""
+        if info.context is None and "preset_overrides" not in self.model_fields_set:
+            for sentence in preset_contradictions(self.model_dump(), path=""):
+                warnings.warn(sentence, stacklevel=3)
         return self
 
     def num_dense_params(self, d_model: int) -> int:
@@ -180,6 +194,90 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Clark et al. 2022
     "s_base": {"router": {"kind": "sinkhorn", "k": 1}, "capacity": {"kind": "dropless"}},
 }
+
+
+# What makes a layer that of its paper: a preset -> the paper, and the values that these settings have in it. Sizes,
+# rates and coefficients, which papers vary themselves, are not among them.
+PRESET_CORES: dict[str, tuple[str, dict[str, Any]]] = {
+    # Section 2.1: the outputs of the top 2 experts, with the softmax over the logits of these two.
+    "mixtral": ("Jiang et al. 2024", {"router.kind": "top_k", "router.k": 2, "router.normalise": True}),
+    # Section 2: dropless routing; each token chooses its experts.
+    "olmoe": ("Muennighoff et al. 2024", {"router.kind": "top_k", "capacity.kind": "dropless"}),
+    # Section 2.1: "Switch routing" is the name for one expert a token, against the conjecture that two are needed.
+    "switch": ("Fedus et al. 2021", {"router.kind": "top_k", "router.k": 1}),
+    # Algorithm 1: the second expert is drawn in proportion to its weight; the kind has k = 2 alone.
+    "gshard": ("Lepikhin et al. 2020", {"router.kind": "gshard"}),
+    # Section 2.1: "noisy top-k gating" adds noise of a learned size before the choice.
+    "shazeer": ("Shazeer et al. 2017", {"router.kind": "noisy_top_k", "router.noise": "learned"}),
+    # Section 2.1: noise of the fixed size 1 / E before the choice.
+    "v_moe": ("Riquelme et al. 2021", {"router.kind": "noisy_top_k", "router.noise": "normal"}),
+    # Section 2.1.2: affinities by a sigmoid, balanced by a bias, and no token is dropped.
+    "deepseek_v3": (
+        "DeepSeek-AI 2024",
+        {"router.kind": "top_k", "router.score": "sigmoid", "capacity.kind": "dropless"},
+    ),
+    # Section 3: experts choose tokens.
+    "expert_choice": ("Zhou et al. 2022", {"router.kind": "expert_choice"}),
+    # Section 3: a fixed hash of the token's id takes the place of the router.
+    "hash_layers": ("Roller et al. 2021", {"router.kind": "hash"}),
+    # Section 2.2: the assignment is balanced by Sinkhorn's algorithm.
+    "s_base": ("Clark et al. 2022", {"router.kind": "sinkhorn"}),
+}
+
+
+def preset_contradictions(tree: Any, path: str = "model.moe.") -> list[str]:
+    """Returns a sentence for each setting that contradicts what its preset's paper means, none if `preset_overrides` is
+    set.
+
+    tree: the layer's settings, also before they are validated. path: what precedes the settings' names.
+    """
+    name = tree.get("preset") if isinstance(tree, dict) else None
+    if not isinstance(name, str) or name not in PRESET_CORES or tree.get("preset_overrides") is True:
+        return []
+    found, (source, core) = dict(_leaves(apply_preset(tree))), PRESET_CORES[name]
+    others = [setting for setting, value in core.items() if setting in found and found[setting] != value]
+    return [
+        f"{path}{setting} is {_text(found[setting])}, preset {name} means {_text(core[setting])} ({source}): set "
+        f"{path}preset_overrides=true to keep it, or leave the preset out"
+        for setting in _without_replaced(others)
+    ]
+
+
+def preset_summary(moe: MoEConfig) -> str | None:
+    """Returns how many settings the preset set, and the values that the config has in place of the preset's: `switch
+    set 8 settings; the config overrides router.k (2, not 1)`. None without a preset."""
+    if moe.preset is None:
+        return None
+    preset, found = dict(_leaves(PRESETS[moe.preset])), dict(_leaves(moe.model_dump(mode="json")))
+    losses: TypeAdapter[list[LossConfig]] = TypeAdapter(list[LossConfig])
+    if "losses" in preset:
+        preset["losses"] = losses.dump_python(losses.validate_python(preset["losses"]), mode="json")
+    others = [path for path, value in preset.items() if found.get(path) != value]
+    replaced = tuple(path.removesuffix("kind") for path in others if path.endswith(".kind"))
+    number = sum(path not in others and not path.startswith(replaced) for path in preset)
+    shown = [
+        path if path == "losses" else f"{path} ({_text(found.get(path))}, not {_text(preset[path])})"
+        for path in _without_replaced(others)
+    ]
+    overridden = f"; the config overrides {', '.join(shown)}" if shown else ""
+    return f"{moe.preset} set {number} setting{'' if number == 1 else 's'}{overridden}"
+
+
+def _without_replaced(paths: list[str]) -> list[str]:
+    """Leaves out the settings of blocks whose `kind` is among the paths: another kind replaces the whole block."""
+    blocks = tuple(path.removesuffix("kind") for path in paths if path.endswith(".kind"))
+    return [path for path in paths if path.endswith(".kind") or not path.startswith(blocks)]
+
+
+def _text(value: Any) -> str:
+    """Returns a value as YAML has it."""
+    return json.dumps(value).strip('"')
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the dotted path and the value of each setting in a tree."""
+    for key, value in tree.items():
+        yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
 def apply_preset(tree: Any) -> Any:

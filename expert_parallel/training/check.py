@@ -11,6 +11,7 @@ from expert_parallel.data.describe import describe_data
 from expert_parallel.model.activation_memory import Device
 from expert_parallel.model.parallelize import split_into_stages
 from expert_parallel.moe.capacity.policies import DroplessConfig, block_capacities
+from expert_parallel.moe.config import preset_summary
 from expert_parallel.parallel.degrees import (
     ParallelDegrees,
     ShardedConfig,
@@ -88,7 +89,8 @@ def format_model(config: Config, degrees: ParallelDegrees) -> list[str]:
         f"{-(-moe.num_experts // degrees.ep)} on the fullest rank, router "
         f"{moe.router.kind}, {moe.router.experts_per_token(moe.num_experts):g} a token",
     )
-    return lines + (_row("preset", moe.preset) if moe.preset is not None else [])
+    preset = preset_summary(moe)
+    return lines if preset is None else lines + _row("preset", preset)
 
 
 def format_memory(config: Config, degrees: ParallelDegrees, *, all_parts: bool = True) -> list[str]:

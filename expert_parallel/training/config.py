@@ -16,6 +16,7 @@ from expert_parallel.model.config import ModelConfig, Recompute
 from expert_parallel.model.generation import Sampling
 from expert_parallel.model.rotary import LearnedPositionConfig
 from expert_parallel.moe.capacity.policies import CapacitySettings
+from expert_parallel.moe.config import preset_contradictions
 from expert_parallel.moe.experts.grouped import supports_grouped_mm
 from expert_parallel.nn.ffn import w_in_columns
 from expert_parallel.parallel.degrees import EXPERT_ORDER, InterleavedConfig, ParallelConfig, ShardedConfig
@@ -217,15 +218,27 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     path: a YAML file, or the folder of a run, whose config.yaml is read. The config.yaml of a run belongs to the folder
     in which it lies, even if it names another, as that of a copied or moved run does (see `renamed_folder`). Raises a
-    ValueError of one sentence that names the setting's path.
+    ValueError of one sentence that names the setting's path; also if an override contradicts the preset's paper, of
+    which a file's own settings are only warned (`dead_settings`).
     """
     path = config_file(path)
     tree = load_tree(path, (), Config)
     if (renamed := renamed_folder(path, tree)) is not None:
         tree["run"]["folder"] = renamed
+    of_the_file = _preset_contradictions(tree)
     for override in overrides:
         apply_override(tree, override, Config)
-    return read_settings(Config, tree, str(path))
+    config = read_settings(Config, tree, str(path))
+    for sentence in _preset_contradictions(tree):
+        if sentence not in of_the_file:
+            raise ValueError(f"{path}: {sentence}")
+    return config
+
+
+def _preset_contradictions(tree: dict[str, Any]) -> list[str]:
+    """Returns those of a config that is not validated yet."""
+    model = tree.get("model")
+    return preset_contradictions(model.get("moe")) if isinstance(model, dict) else []
 
 
 def config_file(path: Path) -> Path:

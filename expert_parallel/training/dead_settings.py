@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from expert_parallel.checkpoint.config import CheckpointConfig
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.capacity.policies import AbsoluteConfig, CapacitySettings, FactorConfig
-from expert_parallel.moe.config import MoEConfig
+from expert_parallel.moe.config import MoEConfig, preset_contradictions
 from expert_parallel.moe.routers.base import LinearSettings, TopKRouterConfig
 from expert_parallel.moe.routers.noisy import GShardConfig
 from expert_parallel.moe.routers.registry import router_settings
@@ -18,7 +18,11 @@ def dead_settings(config: Config) -> list[str]:
     """Returns a sentence for each setting that has no effect, with its path and the numbers."""
     found = [*_run_length(config), *_training(config.training)]
     if config.model.moe is not None:
-        found += [*_routing(config.model.moe), *_capacity(config.model.moe, config.training)]
+        found += [
+            *_preset(config.model.moe),
+            *_routing(config.model.moe),
+            *_capacity(config.model.moe, config.training),
+        ]
     return [*found, *_model(config.model, config.training), *_layout(config)]
 
 
@@ -47,6 +51,14 @@ def _training(training: TrainingConfig) -> Iterator[str]:
     schedule = training.schedule
     if isinstance(schedule, CosineConfig) and schedule.final_fraction == 1 and schedule.warmup_steps < training.steps:
         yield "training.schedule.final_fraction is 1: the cosine does not decay, as if its kind were 'constant'"
+
+
+def _preset(moe: MoEConfig) -> Iterator[str]:
+    tree = moe.model_dump()
+    yield from preset_contradictions(tree)
+    if moe.preset_overrides and not preset_contradictions({**tree, "preset_overrides": False}):
+        preset = "null" if moe.preset is None else moe.preset
+        yield f"model.moe.preset_overrides is true, but no setting contradicts model.moe.preset, which is {preset}"
 
 
 def _routing(moe: MoEConfig) -> Iterator[str]:

@@ -15,6 +15,7 @@ from expert_parallel.data.batch import MicroBatch, held_out_batch, micro_batch
 from expert_parallel.data.open import open_data, save_tokenizer
 from expert_parallel.data.sampler import Sampler, Sequences
 from expert_parallel.model.transformer import LanguageModel
+from expert_parallel.moe.config import preset_summary
 from expert_parallel.moe.context import RouterReplay
 from expert_parallel.parallel.collectives import all_gather_text
 from expert_parallel.parallel.degrees import ParallelDegrees
@@ -269,6 +270,8 @@ def set_up_run(config: Config, runtime: Runtime) -> TrainingRun:
     run = TrainingRun(config, runtime, mesh, model, engine, data.sampler, data.held_out, checkpoints)
     for sentence in dead_settings(config):
         run.print_rank_0(f"warning: {sentence}")
+    if config.model.moe is not None and (preset := preset_summary(config.model.moe)) is not None:
+        run.print_rank_0(f"preset {preset}")
     run.print_rank_0(f"data: {data.description}")
     launch = runtime.launch
     run.print_rank_0(
