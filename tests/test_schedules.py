@@ -24,6 +24,16 @@ PEAK = 0.8
         ({"kind": "inverse_sqrt", "warmup_steps": 4}, {0: 0.2, 3: 0.8, 15: 0.4, 4: 0.8 * math.sqrt(4 / 5)}),
         ({"kind": "constant", "warmup_steps": 4}, {0: 0.2, 3: 0.8, 4: 0.8, 12: 0.8}),
         ({"kind": "constant", "warmup_steps": 0}, {0: 0.8}),
+        # the peak until step 8 of 12, then a line, which would be at its end after the last step
+        ({"kind": "wsd", "warmup_steps": 4, "decay_steps": 4}, {0: 0.2, 4: 0.8, 8: 0.8, 9: 0.6, 11: 0.2, 12: 0.0}),
+        (
+            {"kind": "wsd", "warmup_steps": 0, "decay_steps": 4, "final_fraction": 0.5},
+            {8: 0.8, 10: 0.6, 12: 0.4, 99: 0.4},
+        ),
+        (
+            {"kind": "wsd", "warmup_steps": 8, "decay_steps": 99},
+            {7: 0.8, 8: 0.8, 10: 0.4, 12: 0.0},
+        ),  # after the warm-up
     ],
 )
 def test_rates(schedule: dict[str, object], rates: dict[int, float]) -> None:

@@ -141,6 +141,7 @@ def test_all_variants_of_a_seed_see_the_same_data(tmp_path: Path, corpus: str) -
         (["reference=sparse"], "reference is 'sparse', it must be one of dense, switch"),
         (["seeds=[1, 1]"], r"seeds lists a value twice: \[1, 1\]"),
         (["base.training.schedule={kind: cosine}"], "base.training.schedule.kind is 'cosine'"),
+        (["base.training.schedule={kind: wsd}"], "base.training.schedule.kind is 'wsd'"),
         (["trial_steps=3"], r"trial_steps \(3\) must be a multiple of base.evaluation.every \(2\)"),
         (["trial_steps=8"], r"trial_steps \(8\) is more than base.training.steps \(6\)"),
         (["base.training={global_batch: 2}"], "base, with variants.dense: training.steps is missing"),

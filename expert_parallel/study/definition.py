@@ -12,7 +12,7 @@ from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.config import merge
 from expert_parallel.settings import MAX_SEED, PathText, Settings, TreeOf, use_own_names
 from expert_parallel.training.config import Config, read_config
-from expert_parallel.training.optim import CosineConfig
+from expert_parallel.training.optim import CosineConfig, WSDConfig
 
 Rate = Annotated[float, Field(gt=0)]
 
@@ -168,10 +168,10 @@ def _has(tree: Any, names: list[str]) -> bool:
 
 def _check(config: Config, study: Study) -> None:
     training, every = config.training, config.evaluation.every
-    if isinstance(training.schedule, CosineConfig):
+    if isinstance(training.schedule, CosineConfig | WSDConfig):
         raise ValueError(
-            "base.training.schedule.kind is 'cosine', which depends on the number of steps: a trial would not be "
-            "the beginning of the run that goes on from it; 'inverse_sqrt' and 'constant' do not"
+            f"base.training.schedule.kind is {training.schedule.kind!r}, which depends on the number of steps: a trial "
+            "would not be the beginning of the run that goes on from it; 'inverse_sqrt' and 'constant' do not"
         )
     for setting, steps in (("trial_steps", study.settings.trial_steps), ("base.training.steps", study.steps)):
         if steps % every:

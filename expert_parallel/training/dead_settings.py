@@ -11,7 +11,7 @@ from expert_parallel.moe.routers.noisy import GShardConfig
 from expert_parallel.moe.routers.registry import router_settings
 from expert_parallel.parallel.degrees import ShardedConfig
 from expert_parallel.training.config import Config, EvaluationConfig, TrainingConfig
-from expert_parallel.training.optim import CosineConfig
+from expert_parallel.training.optim import CosineConfig, WSDConfig
 
 
 def dead_settings(config: Config) -> list[str]:
@@ -49,8 +49,13 @@ def _run_length(config: Config) -> Iterator[str]:
 
 def _training(training: TrainingConfig) -> Iterator[str]:
     schedule = training.schedule
-    if isinstance(schedule, CosineConfig) and schedule.final_fraction == 1 and schedule.warmup_steps < training.steps:
-        yield "training.schedule.final_fraction is 1: the cosine does not decay, as if its kind were 'constant'"
+    if schedule.warmup_steps >= training.steps:
+        return
+    if isinstance(schedule, CosineConfig | WSDConfig) and schedule.final_fraction == 1:
+        yield (
+            f"training.schedule.final_fraction is 1: the schedule {schedule.kind} does not decay, as if its kind were "
+            "'constant'"
+        )
 
 
 def _preset(moe: MoEConfig) -> Iterator[str]:

@@ -15,7 +15,6 @@ from expert_parallel.data.batch import MicroBatch, held_out_batch, micro_batch
 from expert_parallel.data.open import open_data, save_tokenizer
 from expert_parallel.data.sampler import Sampler, Sequences
 from expert_parallel.model.transformer import LanguageModel
-from expert_parallel.moe.config import preset_summary
 from expert_parallel.moe.context import RouterReplay
 from expert_parallel.parallel.collectives import all_gather_text
 from expert_parallel.parallel.degrees import ParallelDegrees
@@ -24,7 +23,6 @@ from expert_parallel.parallel.sequence import SequenceShard
 from expert_parallel.runtime.output import print_line
 from expert_parallel.runtime.process import Runtime, UserError
 from expert_parallel.training.config import Config, dump_config
-from expert_parallel.training.dead_settings import dead_settings
 from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.failures import forget_failure, refuse_to_repeat, stop_not_finite
 from expert_parallel.training.generate import generate_texts, open_prompt_tokenizer
@@ -40,7 +38,14 @@ from expert_parallel.training.metrics import (
 )
 from expert_parallel.training.out_of_memory import explain_out_of_memory
 from expert_parallel.training.replay import RecordConfig, ReplayConfig, ReplaySpec, load_routing, save_routing
-from expert_parallel.training.resume import StopSignal, changed_since_checkpoint, check_can_resume, check_same_model
+from expert_parallel.training.resume import (
+    StopSignal,
+    changed_since_checkpoint,
+    check_can_resume,
+    check_same_model,
+    notes_at_start,
+    settings_of_last_run,
+)
 from expert_parallel.training.run_lock import own_run_folder
 from expert_parallel.training.setup import build, check_memory, check_world_size, data_requirements, format_degrees
 from expert_parallel.training.step import StepReport, evaluate, train_step
@@ -255,6 +260,7 @@ def set_up_run(config: Config, runtime: Runtime) -> TrainingRun:
     if len(digests := set(all_gather_text(str(data.config.sha256), torch.device("cpu")))) > 1:
         raise UserError(f"data: the ranks see different data, with sha256 {' and '.join(sorted(digests))}")
     config = config.model_copy(update={"data": data.config})
+    last = settings_of_last_run(Path(config.run.folder)) if runtime.rank == 0 else None
     checkpoints = runtime.run_on_all_ranks(lambda: open_run_folder(config, runtime.rank))
     if config.run.sample is not None:
         runtime.run_on_all_ranks(lambda: open_prompt_tokenizer(config))
@@ -268,10 +274,9 @@ def set_up_run(config: Config, runtime: Runtime) -> TrainingRun:
     loads = bool(checkpoints) or config.checkpoint.start_from is not None
     mesh, model, engine = build(config, runtime, degrees, initialize=not loads)
     run = TrainingRun(config, runtime, mesh, model, engine, data.sampler, data.held_out, checkpoints)
-    for sentence in dead_settings(config):
-        run.print_rank_0(f"warning: {sentence}")
-    if config.model.moe is not None and (preset := preset_summary(config.model.moe)) is not None:
-        run.print_rank_0(f"preset {preset}")
+    if runtime.rank == 0:
+        for note in notes_at_start(config, last, open_checkpoint(checkpoints[-1]) if checkpoints else None):
+            run.print_rank_0(note)
     run.print_rank_0(f"data: {data.description}")
     launch = runtime.launch
     run.print_rank_0(

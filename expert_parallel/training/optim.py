@@ -68,6 +68,22 @@ class ConstantConfig(WarmupSchedule):
         return 1.0
 
 
+class WSDConfig(WarmupSchedule):
+    """Keeps the learning rate at its peak until the last steps, and decays it linearly there (warmup-stable-decay, Hu
+    et al. 2024)."""
+
+    kind: Literal["wsd"]
+    decay_steps: int = Field(default=100, ge=1)
+    """Decays the learning rate over this many steps, the last ones of the run."""
+    final_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Sets the learning rate after the last step, as a fraction of the peak."""
+
+    def fraction(self, step: int, total_steps: int) -> float:
+        begin = max(self.warmup_steps, total_steps - self.decay_steps)
+        progress = (step - begin) / max(1, total_steps - begin)
+        return 1 - (1 - self.final_fraction) * min(1.0, max(0.0, progress))
+
+
 def _schedule_kind(value: Any) -> str:
     return value.get("kind", "cosine") if isinstance(value, dict) else getattr(value, "kind", "")
 
@@ -75,7 +91,8 @@ def _schedule_kind(value: Any) -> str:
 ScheduleConfig = Annotated[
     Annotated[CosineConfig, Tag("cosine")]
     | Annotated[InverseSqrtConfig, Tag("inverse_sqrt")]
-    | Annotated[ConstantConfig, Tag("constant")],
+    | Annotated[ConstantConfig, Tag("constant")]
+    | Annotated[WSDConfig, Tag("wsd")],
     Discriminator(_schedule_kind),
 ]
 

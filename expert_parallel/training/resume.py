@@ -5,10 +5,12 @@ before a job's time is up (Slurm: `--signal=USR1@300`). SIGTERM is not handled: 
 when one has died, and these cannot save.
 """
 
+import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,9 +19,12 @@ from pydantic import TypeAdapter, ValidationError
 from expert_parallel.checkpoint.files import Checkpoint
 from expert_parallel.data.config import DataConfig
 from expert_parallel.model.config import ModelConfig
+from expert_parallel.moe.config import preset_summary
 from expert_parallel.parallel.collectives import any_rank
 from expert_parallel.settings import Settings, changed_settings
-from expert_parallel.training.config import Config, RunConfig
+from expert_parallel.training.config import Config, RunConfig, TrainingConfig, load_config
+from expert_parallel.training.dead_settings import dead_settings
+from expert_parallel.training.optim import learning_rate
 
 # Settings that determine which data a step sees.
 DATA_ORDER_SETTINGS = ("seed", "training.global_batch", "training.sequence_length", "data.held_out")
@@ -38,6 +43,8 @@ WEIGHT_INDEPENDENT_SETTINGS = (
     "model.moe.experts.hidden_dropout",
     "model.moe.experts.output_dropout",
 )
+# Settings that need not agree with the last run's: the folder has several names, and a run adds the digest of its data.
+IDENTICAL_SETTINGS = ("run.folder", "data.sha256")
 
 
 def check_can_resume(checkpoint: Checkpoint, config: Config) -> None:
@@ -81,6 +88,61 @@ def changed_since_checkpoint(checkpoint: Checkpoint, config: Config) -> list[tup
         data: Settings = TypeAdapter(DataConfig).validate_python(then["data"])
         then["data"] = data.model_dump(mode="json")
     return changed_settings(then, config.model_dump(mode="json"))
+
+
+def settings_of_last_run(folder: Path) -> dict[str, Any] | None:
+    """Returns the settings with which a run last ran, from its config.yaml; None if there is none that can be read."""
+    with suppress(ValueError):  # of a first run, or of a file that this version does not read: nothing to compare with
+        return load_config(folder).model_dump(mode="json") if (folder / "config.yaml").exists() else None
+    return None
+
+
+def notes_at_start(config: Config, last: dict[str, Any] | None, checkpoint: Checkpoint | None) -> Iterator[str]:
+    """Yields what a user should know before a run trains, a sentence a line.
+
+    last: see `settings_of_last_run`. checkpoint: the one that the run resumes from.
+    """
+    yield from (f"warning: {sentence}" for sentence in dead_settings(config))
+    if config.model.moe is not None and (preset := preset_summary(config.model.moe)) is not None:
+        yield f"preset {preset}"
+    if last is not None and (forgotten := _forgotten(config, last, checkpoint)):
+        yield "; ".join(forgotten)
+    if checkpoint is not None and (jump := rate_jump(checkpoint, config)) is not None:
+        yield f"warning: {jump}"
+
+
+def _forgotten(config: Config, last: dict[str, Any], checkpoint: Checkpoint | None) -> list[str]:
+    """Returns the settings that have changed since the last run, but for changes since the checkpoint, which are
+    announced when it is loaded."""
+    changed = [] if checkpoint is None else changed_since_checkpoint(checkpoint, config)
+    announced = [(path, old) for path, old, _ in changed]
+    return [
+        f"{path} was {then!r} when this run last ran, this command says {now!r}"
+        for path, then, now in changed_settings(last, config.model_dump(mode="json"))
+        if path not in IDENTICAL_SETTINGS and (path, then) not in announced
+    ]
+
+
+def rate_jump(checkpoint: Checkpoint, config: Config) -> str | None:
+    """Returns a sentence if the learning rate of the next step is not the one that the checkpoint's settings give it.
+
+    None if the checkpoint has no settings that this version knows, has trained no step, or has trained all steps.
+    """
+    step, training = checkpoint.step, config.training
+    try:
+        then = TrainingConfig.model_validate(checkpoint.config.get("training"))
+    except ValueError:
+        return None
+    before = learning_rate(then.optimizer, then.schedule, step, then.steps)
+    now = learning_rate(training.optimizer, training.schedule, step, training.steps)
+    if not 0 < step < training.steps or math.isclose(before, now, rel_tol=1e-3):
+        return None
+    constant = "'training.schedule={kind: constant, warmup_steps: 0}'"
+    advice = f"to continue with {before:.4g}, set {constant} training.optimizer.learning_rate={before:.4g}"
+    if before == 0:  # after the decay of a whole run
+        advice = "a run that may grow needs a schedule without an end, such as training.schedule.kind=constant"
+    rates = f"{now:.4g}, the checkpoint's settings have {before:.4g} there"
+    return f"the learning rate of step {step + 1} is {rates}: {advice}"
 
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
