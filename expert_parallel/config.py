@@ -11,13 +11,11 @@ from types import NoneType
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from expert_parallel.sentences import QUOTES, cut, first_sentence, shown
+from expert_parallel.sentences import QUOTES, cut, shown
 from expert_parallel.settings import (
     Settings,
-    blocks_in,
     blocks_of,
     change_values,
     check_number,
@@ -173,25 +171,12 @@ def read_settings(kind: type[S], tree: dict[str, Any], where: str) -> S:
         change_values([kind], tree, check_number)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    try:
-        return kind.model_validate(tree, context={"where": where})
-    except ValidationError as error:
-        raise ValueError(f"{where}: {first_sentence(error, tree, setting_paths(kind))}") from None
+    return kind.model_validate(tree, context={"where": where})
 
 
 def dump_tree(tree: dict[str, Any], block: type[Settings] = Settings) -> str:
     """Returns the tree as YAML, from which `load_tree` reads the same tree. block: the class that it is for."""
     return yaml.dump(change_values([block], tree, _escape), Dumper=_Dumper, sort_keys=False)
-
-
-def setting_paths(block: type[Settings], prefix: str = "") -> list[str]:
-    """Returns every path that a config can have, blocks included; `losses[]` is each entry of the list `losses`."""
-    paths = []
-    for name, field in block.model_fields.items():
-        paths.append(prefix + name)
-        for brackets, inner in blocks_in(field.annotation):
-            paths += setting_paths(inner, f"{prefix}{name}{brackets}.")
-    return list(dict.fromkeys(paths))
 
 
 def apply_override(tree: dict[str, Any], override: str, block: type[Settings]) -> None:

@@ -37,6 +37,7 @@ def first_sentence(error: ValidationError, tree: Any, paths: list[str]) -> str:
         case _:
             text = f"{path}: {first['msg'][0].lower()}{first['msg'][1:]}, found {shown(first['input'])}"
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    text = text.removeprefix(": ").removeprefix(" ")  # if the whole tree is wrong, which has no path
     return re.sub(r"\S{200,}", lambda word: cut(word[0]), text) + more  # a block's own message has the value whole
 
 

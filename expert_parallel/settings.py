@@ -5,10 +5,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
+
+from expert_parallel.sentences import first_sentence
 
 CONFIG_VERSION = 1  # increased when a config written before would change its meaning, or be refused
 MAX_INT, MAX_FLOAT, MIN_FLOAT = 2**31 - 1, 1e30, 1e-30  # of settings without bounds of their own: products stay finite
@@ -23,6 +25,9 @@ class Settings(BaseModel):
     Strict: `"8"` is not `8`. Unknown keys are errors. Instances never change after validation, so a value that was
     checked at the start is the value that is used. Infinities and NaN are refused.
 
+    What is refused is a ValueError of one sentence, which begins with the class's name, or with `where` of the context:
+    `model_validate(tree, context={"where": "config.yaml"})`. A context also says that the settings come from a file.
+
     A docstring below each field says what the setting does; configs/reference.md is generated from these sentences.
 
     A setting whose name differs from the field's usual one has that one as an alias, by pydantic's
@@ -33,6 +38,28 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(f"{type(self).__name__}: {_sentence(type(self), values, error)}") from None
+
+    # Or pydantic would call this method for blocks inside a block too, which then had no path in the sentence.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """Validates a tree of settings. options: pydantic's. Raises a ValueError of one sentence."""
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            where = (options.get("context") or {}).get("where", cls.__name__)
+            raise ValueError(f"{where}: {_sentence(cls, obj, error)}".removeprefix(": ")) from None
+
+
+def _sentence(block: "type[Settings]", tree: Any, error: ValidationError) -> str:
+    return first_sentence(error, tree, setting_paths(block))
 
 
 @dataclass(frozen=True)
@@ -71,6 +98,16 @@ def blocks_in(annotation: Any) -> Iterator[tuple[str, type[Settings]]]:
     for argument in get_args(annotation):
         for brackets, block in blocks_in(argument):
             yield ("[]" if get_origin(annotation) is list else "") + brackets, block
+
+
+def setting_paths(block: type[Settings], prefix: str = "") -> list[str]:
+    """Returns every path that a config can have, blocks included; `losses[]` is each entry of the list `losses`."""
+    paths = []
+    for name, field in block.model_fields.items():
+        paths.append(prefix + name)
+        for brackets, inner in blocks_in(field.annotation):
+            paths += setting_paths(inner, f"{prefix}{name}{brackets}.")
+    return list(dict.fromkeys(paths))
 
 
 def alias_of(block: type[Settings], name: str) -> str | None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import GptOssConfig, LlamaConfig, MistralConfig, OlmoeConfig, PreTrainedConfig, Qwen3Config
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -504,7 +503,7 @@ YARN_SETTINGS = {"kind": "yarn", "factor": 2.0, "original_length": 16}
             {"attention": GPT_OSS, "window_blocks": {"kind": "every_nth", "n": 3}},
             "attention.window is given, but window_blocks selects none of the 2 blocks",
         ),
-        ({"attention": {**HEADS, "window": 0}}, "attention.heads.window"),
+        ({"attention": {**HEADS, "window": 0}}, "attention.window: input should be"),
         ({"attention": {**HEADS, "head_size": 7}}, r"attention.head_size \(7\) must be even for position.kind rope"),
         ({"attention": {**HEADS, "kind": "tails"}}, "'tails'"),
         ({"attention": {**HEADS, "qk_norm": {"kind": "none"}}}, "qk_norm"),
@@ -512,7 +511,7 @@ YARN_SETTINGS = {"kind": "yarn", "factor": 2.0, "original_length": 16}
         ({"position": {"kind": "rope", "scaling": {**YARN_SETTINGS, "factor": 0.5}}}, "factor"),
         (
             {"position": {"kind": "rope", "scaling": {**YARN_SETTINGS, "beta_fast": 1.0}}},
-            r"beta_fast \(1\) must be larger than beta_slow \(1\)",
+            r"scaling\.beta_fast \(1\) must be larger than position\.scaling\.beta_slow \(1\)",
         ),
         (
             {
@@ -527,7 +526,7 @@ YARN_SETTINGS = {"kind": "yarn", "factor": 2.0, "original_length": 16}
                     },
                 }
             },
-            r"high_frequency_factor \(1\) must be larger than low_frequency_factor \(4\)",
+            r"high_frequency_factor \(1\) must be larger than position\.scaling\.low_frequency_factor \(4\)",
         ),
         (
             {"position": {"kind": "learned", "max_length": 9}, "attention": LATENT},
@@ -536,5 +535,5 @@ YARN_SETTINGS = {"kind": "yarn", "factor": 2.0, "original_length": 16}
     ],
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ValueError, match=message):
         config_of(**wrong)

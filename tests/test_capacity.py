@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from torch import Tensor
 
 from expert_parallel.moe.capacity import receive_bound
@@ -150,13 +149,13 @@ def test_each_queue_has_its_blocks_capacity_and_the_last_none(capacities: list[i
     "wrong", [{"train": 0.0}, {"eval": -1.0}, {"minimum": -1}, {"priority": "score"}, {"drop": "position"}]
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(ValidationError, match=next(iter(wrong))):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
         factor(**{"train": 1.0, **wrong})
 
 
 @pytest.mark.parametrize("wrong", [{"train": 0}, {"eval": 0}, {"train": 1.5}, {"minimum": 1}])
 def test_absolute_settings_that_cannot_work_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(ValidationError, match=next(iter(wrong))):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
         absolute(**{"train": 1, **wrong})
 
 

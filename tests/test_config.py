@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
-from expert_parallel.config import load_tree, setting_paths
+from expert_parallel.config import load_tree
 from expert_parallel.data.config import FilesData, TokensData
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.capacity.policies import DroplessConfig, FactorConfig
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.routers.registry import RegisteredRouterConfig
-from expert_parallel.settings import Settings, alias_of, blocks_in, changed_settings, use_own_names
+from expert_parallel.parallel.degrees import ParallelConfig
+from expert_parallel.settings import Settings, alias_of, blocks_in, changed_settings, setting_paths, use_own_names
 from expert_parallel.study.definition import StudyConfig
 from expert_parallel.training.config import Config, dump_config, load_config
 from tests.launches import run_configs, small_config
@@ -402,7 +403,7 @@ def test_a_setting_is_given_by_one_name(override: str, names: str, config_file: 
 
 
 def test_a_preset_gives_way_to_an_alias() -> None:
-    tree = {"preset": "switch", "num_experts": 4, "experts": {"ffn_hidden_size": 8}}
+    tree = {"preset": "switch", "preset_overrides": True, "num_experts": 4, "experts": {"ffn_hidden_size": 8}}
     moe = MoEConfig.model_validate(tree | {"router": {"k": 2, "normalize": True}})
     assert (moe.router.normalizes, moe.experts.hidden) == (True, 8)
     with pytest.raises(ValueError, match=r"router\.normalise and router\.normalize are the same setting"):
@@ -457,3 +458,68 @@ def test_every_block_is_strict() -> None:
         extra = "allow" if block is RegisteredRouterConfig else "forbid"
         assert rules == {"strict": True, "extra": extra, "frozen": True}, block
     assert {Config, RegisteredRouterConfig} <= set(below(Settings))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configs made in Python
+
+MOE: dict[str, Any] = {"num_experts": 4, "experts": {"hidden": 8}}
+DENSE: dict[str, Any] = {"num_layers": 1, "d_model": 8, "attention": {"num_heads": 1, "head_size": 8}}
+
+
+@pytest.mark.parametrize(
+    ("block", "tree", "sentence"),
+    [
+        (
+            MoEConfig,
+            {**MOE, "num_expert": 4},
+            "MoEConfig: unknown setting num_expert (did you mean num_experts?)",
+        ),
+        (MoEConfig, {**MOE, "topk": 2}, "MoEConfig: unknown setting topk (did you mean router.k?)"),
+        (
+            MoEConfig,
+            {**MOE, "router": {"kk": 2}},
+            "MoEConfig: unknown setting router.kk (did you mean router.k?)",
+        ),
+        (MoEConfig, {**MOE, "router": {"k": 5}}, "MoEConfig: router.k (5) is larger than num_experts (4)"),
+        (MoEConfig, {"num_experts": 4}, "MoEConfig: experts is missing"),
+        (MoEConfig, {"num_experts": 4, "expert": {"hidden": 8}}, "MoEConfig: unknown setting expert (did you mean"),
+        (MoEConfig, {**MOE, "preset": "mistral"}, "MoEConfig: preset is 'mistral', it must be one of"),
+        (MoEConfig, {**MOE, "losses": [{"kind": "balance", "coef": 1}]}, "MoEConfig: unknown setting losses[0].coef"),
+        (
+            ModelConfig,
+            {**DENSE, "moe": {**MOE, "router": {"kk": 2}}},
+            "ModelConfig: unknown setting moe.router.kk (did you mean moe.router.k?)",
+        ),
+        (
+            ModelConfig,
+            {**DENSE, "hidden_size": 8},
+            "ModelConfig: unknown setting hidden_size (did you mean d_model?)",
+        ),
+        (
+            Config,
+            {"run": {"folder": "x"}, "model": {**DENSE, "moe": MOE}, "training": {"lr": 1}},
+            "Config: unknown setting training.lr (did you mean training.optimizer.learning_rate?) (and 3 more)",
+        ),
+        (ParallelConfig, {"expert_parallel": 2}, "ParallelConfig: unknown setting expert_parallel (did you mean ep?)"),
+    ],
+)
+def test_a_mistake_in_python_is_one_sentence(block: type[Settings], tree: dict[str, Any], sentence: str) -> None:
+    for make in (lambda: block.model_validate(tree), lambda: block(**tree)):
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}") as refused:
+            make()
+        assert "\n" not in str(refused.value)
+        assert refused.value.__suppress_context__, "a traceback shows the sentence alone"
+
+
+def test_what_is_no_block_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match=r"^MoEConfig: must be a block of settings, found \[1\]$"):
+        MoEConfig.model_validate([1])
+
+
+def test_blocks_made_in_python_may_stand_in_others() -> None:
+    """Also where a block inside is validated again: no sentence stands within a sentence."""
+    moe = MoEConfig(num_experts=4, experts={"hidden": 8})  # type: ignore[arg-type]
+    assert ModelConfig.model_validate({**DENSE, "moe": moe}).moe == moe
+    with pytest.raises(ValueError, match=r"^ModelConfig: moe\.d_model \(9\) differs from d_model \(8\)$"):
+        ModelConfig.model_validate({**DENSE, "moe": moe.model_copy(update={"d_model": 9})})

@@ -411,7 +411,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         {"engine": zero(0, offload="cpu")},
         "training.engine.zero_stage is 0: DeepSpeed offloads only what ZeRO",
     ),
-    ("training", {"engine": zero(4)}, "Input should be 0, 1, 2 or 3"),
+    ("training", {"engine": zero(4)}, "input should be 0, 1, 2 or 3"),
     ("parallel", {"tp": 2}, "training.engine.kind is 'deepspeed' but parallel.tp is 2"),
     ("parallel", {"pp": 2}, "training.engine.kind is 'deepspeed' but parallel.pp is 2"),
     ("parallel", {"etp": 2}, "training.engine.kind is 'deepspeed' but parallel.etp is 2"),

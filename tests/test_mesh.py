@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from expert_parallel.parallel.degrees import (
@@ -108,7 +107,7 @@ def test_folding_by_hand() -> None:
 
 
 def test_an_order_names_each_axis_once() -> None:
-    with pytest.raises(ValidationError, match=r"order is \[pp, dp, cp, cp\]: it must name each of pp, dp, cp, tp once"):
+    with pytest.raises(ValueError, match=r"order is \[pp, dp, cp, cp\]: it must name each of pp, dp, cp, tp once"):
         ParallelConfig.model_validate({"order": ["pp", "dp", "cp", "cp"]})
 
 

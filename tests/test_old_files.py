@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 
 from expert_parallel.checkpoint.files import open_checkpoint
 from expert_parallel.cli.app import app
-from expert_parallel.config import setting_paths
 from expert_parallel.data.config import StdlibData, TokensData
 from expert_parallel.data.open import DataRequirements, load_tokenizer, open_data
 from expert_parallel.data.text import load_corpus
@@ -25,7 +24,7 @@ from expert_parallel.interop.exporting import export_run
 from expert_parallel.interop.importing import import_folder
 from expert_parallel.moe.context import StepContext
 from expert_parallel.runtime.process import Launch, Runtime
-from expert_parallel.settings import CONFIG_VERSION
+from expert_parallel.settings import CONFIG_VERSION, setting_paths
 from expert_parallel.training.config import Config, dump_config, load_config
 from expert_parallel.training.loop import train
 from expert_parallel.training.resume import changed_since_checkpoint

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -83,21 +83,21 @@ def test_a_registered_router_trains_a_layer() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"temprature": 1.0}, r"temprature\n +Extra inputs are not permitted"),
-        ({"temperature": 0.0}, r"temperature\n +Input should be greater than 0"),
-        ({"temperature": "1"}, r"temperature\n +Input should be a valid number"),
+        ({"temprature": 1.0}, r"^MoEConfig: router: unknown setting temprature \(did you mean temperature\?\)$"),
+        ({"temperature": 0.0}, r"router: temperature: input should be greater than 0, found 0\.0$"),
+        ({"temperature": "1"}, r'router: temperature: input should be a valid number, found "1"$'),
         ({"k": 7}, r"router\.k \(7\) is larger than num_experts \(6\)"),
         ({"k": 1}, r"router\.normalise is true with router\.k = 1"),
     ],
 )
 def test_the_settings_of_a_registered_router_are_checked(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ValueError, match=message):
         layer_config(router={"kind": "mine", **wrong})
 
 
 @pytest.mark.usefixtures("registered")
 def test_the_settings_of_a_registered_router_are_checked_without_a_layer() -> None:
-    with pytest.raises(ValidationError, match="temprature"):
+    with pytest.raises(ValueError, match="temprature"):
         Config.validate_python({"kind": "mine", "temprature": 1.0})
 
 
@@ -112,14 +112,14 @@ def test_a_registered_router_may_have_its_weights_renormalised() -> None:
     """It normalises, by its default as by its setting; where it does not, the weights have no sum to keep."""
     capacity = {"kind": "factor", "renormalise": True}
     assert layer_config(router={"kind": "mine", "normalise": True}, capacity=capacity)
-    with pytest.raises(ValidationError, match=r"router\.normalise is false"):
+    with pytest.raises(ValueError, match=r"router\.normalise is false"):
         layer_config(router={"kind": "mine", "normalise": False}, capacity=capacity)
     assert layer_config(router={"kind": "mine"}, capacity=capacity)
 
 
 def test_an_unknown_router_is_refused_with_the_list() -> None:
     known = "'top_k', 'noisy_top_k', 'gshard', 'expert_choice', 'hash', 'sinkhorn', or a registered router"
-    with pytest.raises(ValidationError, match=f"kind is 'mine', it must be one of {known}"):
+    with pytest.raises(ValueError, match=f"kind is 'mine', it must be one of {known}"):
         layer_config(router={"kind": "mine"})
 
 
@@ -143,7 +143,7 @@ def test_an_installed_package_registers_by_an_entry_point(monkeypatch: pytest.Mo
     config = layer_config(router={"kind": "mine", "temperature": 3.0})
     assert asked == ["expert_parallel.routers"]
     assert isinstance(MoELayer(config).router, TemperatureRouter)
-    with pytest.raises(ValidationError, match="kind is 'yours'"):
+    with pytest.raises(ValueError, match="kind is 'yours'"):
         layer_config(router={"kind": "yours"})
 
 
@@ -258,16 +258,16 @@ def test_a_block_of_another_kind_replaces_the_presets() -> None:
 
 @CONTRADICTS
 def test_a_preset_that_cannot_work_with_what_is_set_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"router\.k \(8\) is larger than num_experts \(4\)"):
+    with pytest.raises(ValueError, match=r"router\.k \(8\) is larger than num_experts \(4\)"):
         preset("olmoe", num_experts=4)
-    with pytest.raises(ValidationError, match=r"balance_global would do nothing: router\.kind is 'hash'"):
+    with pytest.raises(ValueError, match=r"balance_global would do nothing: router\.kind is 'hash'"):
         preset("switch", router={"kind": "hash"})
-    with pytest.raises(ValidationError, match=r"thresold"):
+    with pytest.raises(ValueError, match=r"thresold"):
         preset("gshard", router={"thresold": 0.2})
 
 
 def test_an_unknown_preset_is_refused_with_the_list() -> None:
-    with pytest.raises(ValidationError, match="preset is 'mistral', it must be one of 'mixtral', 'olmoe', 'switch'"):
+    with pytest.raises(ValueError, match="preset is 'mistral', it must be one of 'mixtral', 'olmoe', 'switch'"):
         preset("mistral")
 
 

@@ -13,9 +13,9 @@ from typer.testing import CliRunner, Result
 from expert_parallel.cli.app import app
 from expert_parallel.cli.reference import all_sections
 from expert_parallel.cli.settings import reference_files
-from expert_parallel.config import load_tree, setting_paths
+from expert_parallel.config import load_tree
 from expert_parallel.moe.config import PRESETS
-from expert_parallel.settings import Settings, blocks_in
+from expert_parallel.settings import Settings, blocks_in, setting_paths
 from expert_parallel.study.definition import StudyConfig
 from expert_parallel.training.config import Config
 from tests.launches import ROOT, assert_refused, run_configs, small_config

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from expert_parallel.cli.settings import with_translations
-from expert_parallel.config import load_tree, read_settings, setting_paths
+from expert_parallel.config import load_tree, read_settings
+from expert_parallel.settings import setting_paths
 from expert_parallel.training.config import Config, load_config
 from expert_parallel.translations import TRANSLATIONS
 from tests.launches import ROOT, small_config

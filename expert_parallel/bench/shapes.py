@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from expert_parallel.nn.ffn import GATED
 from expert_parallel.settings import Settings
@@ -159,10 +159,4 @@ def _change(shape: S, changes: Sequence[str]) -> S:
 
 
 def _validate(kind: type[S], tree: dict[str, Any]) -> S:
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        text = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"the shape is invalid: {f'{where}: ' if where else ''}{text[0].lower()}{text[1:]}") from None
+    return kind.model_validate(tree, context={"where": "the shape is invalid"})

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from pydantic import ValidationError
 
 from expert_parallel.checkpoint.digest import MODULUS, digest
 from expert_parallel.checkpoint.files import Checkpoint, expected_shapes
@@ -54,12 +53,11 @@ def find_problems(checkpoint: Checkpoint) -> Iterator[str]:
             yield str(error)
     stray = {path.name for path in checkpoint.path.glob("*.safetensors")} - checkpoint.manifest.files.keys()
     yield from (f"{checkpoint.path / name} is not among the manifest's files" for name in sorted(stray))
+    where = f"{checkpoint.path}: its config has no model that this version knows"
     try:
-        model = ModelConfig.model_validate(checkpoint.config.get("model"))
+        model = ModelConfig.model_validate(checkpoint.config.get("model"), context={"where": where})
         expected = expected_shapes(model, checkpoint.has_moments)
         check_shapes(f"{checkpoint.path}: against its config", checkpoint.manifest.shapes, expected)
-    except ValidationError as error:
-        yield f"{checkpoint.path}: its config has no model that this version knows: {error.errors()[0]['msg']}"
     except ValueError as error:
         yield str(error)
     for name, entry in checkpoint.tensors.items():

@@ -10,8 +10,8 @@ import typer
 
 from expert_parallel.cli.options import exit_on_user_error
 from expert_parallel.cli.reference import Section, Setting, all_sections, markdown, run_schema, study_schema
-from expert_parallel.config import setting_paths
 from expert_parallel.sentences import suggest_translation
+from expert_parallel.settings import setting_paths
 from expert_parallel.training.config import Config
 from expert_parallel.translations import translation_table
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
@@ -198,12 +198,7 @@ def read_info(prefix: str) -> TokensInfo | None:
     version = re.fullmatch(r"expert_parallel tokens (\d+)", str(tree.get("format"))) if isinstance(tree, dict) else None
     if version is not None:
         refuse_newer(f"{path}: the format", int(version[1]), FORMAT)
-    try:
-        return TokensInfo.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path} does not describe token files: {where}: {first['msg']}") from None
+    return TokensInfo.model_validate(tree, context={"where": f"{path} does not describe token files"})
 
 
 def check_info(prefix: str, tokens: IndexedDataset, info: TokensInfo) -> None:

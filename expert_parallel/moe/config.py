@@ -71,7 +71,7 @@ class MoEConfig(Settings):
         dumped (in which every setting is set) has been warned of before."""
         if info.context is None and "preset_overrides" not in self.model_fields_set:
             for sentence in preset_contradictions(self.model_dump(), path=""):
-                warnings.warn(sentence, stacklevel=3)
+                warnings.warn(sentence, stacklevel=4)  # where the user's code makes the config
         return self
 
     def num_dense_params(self, d_model: int) -> int:

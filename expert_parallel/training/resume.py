@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from expert_parallel.checkpoint.files import Checkpoint
 from expert_parallel.data.config import DataConfig
@@ -80,11 +80,12 @@ def changed_since_checkpoint(checkpoint: Checkpoint, config: Config) -> list[tup
     A setting of the model, of the data or of `run` that did not exist when it was written counts as its default.
     """
     then = dict(checkpoint.config)
-    with suppress(ValidationError):  # settings that this version does not know are compared unchanged
-        then["model"] = ModelConfig.model_validate(then["model"]).model_dump(mode="json")
-    with suppress(ValidationError):
+    context = {"where": str(checkpoint.path)}
+    with suppress(ValueError):  # settings that this version does not know are compared unchanged
+        then["model"] = ModelConfig.model_validate(then["model"], context=context).model_dump(mode="json")
+    with suppress(ValueError):
         then["run"] = RunConfig.model_validate(then["run"]).model_dump(mode="json")
-    with suppress(ValidationError):
+    with suppress(ValueError):
         data: Settings = TypeAdapter(DataConfig).validate_python(then["data"])
         then["data"] = data.model_dump(mode="json")
     return changed_settings(then, config.model_dump(mode="json"))

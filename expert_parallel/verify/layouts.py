@@ -7,8 +7,6 @@ from heapq import heapify, heappop, heappush
 from itertools import combinations, product
 from typing import Any
 
-from pydantic import ValidationError
-
 from expert_parallel.parallel.degrees import ParallelDegrees
 from expert_parallel.training.config import Config
 from expert_parallel.training.setup import check_degrees
@@ -70,12 +68,7 @@ class Layout:
         moe = tree["model"]["moe"]
         if moe is not None and moe["dispatcher"]["kind"] == "local" and values["ep"] != 1:
             moe["dispatcher"] = {"kind": "all_to_all"}
-        try:
-            return Config.model_validate(tree)
-        except ValidationError as error:
-            first = error.errors()[0]
-            path = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{path}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": ")) from None
+        return Config.model_validate(tree, context={"where": ""})
 
 
 def _find_setting(tree: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:

@@ -61,7 +61,7 @@ class RegisteredRouterConfig(RouterSettings):
 
     def resolve(self) -> RouterSettings:
         """Returns the router's own settings."""
-        return ROUTERS[self.kind].Config.model_validate(self.model_dump())
+        return ROUTERS[self.kind].Config.model_validate(self.model_dump(), context={"where": ""})
 
     def num_choices(self, num_experts: int) -> int:
         return self.resolve().num_choices(num_experts)
