@@ -65,6 +65,7 @@ CONFIGS = [
     ],
     [
         ROUTER + "{kind: gshard}",
+        "training.schedule={kind: wsd}",
         "model.moe.capacity={kind: absolute, train: 3, eval: 4, pad: true}",
         "model.moe_blocks={kind: all_but_first, k: 1}",
         "model.ffn={hidden: 8}",

@@ -125,6 +125,7 @@ def test_rates_by_hand() -> None:
 
     assert rates("constant") == pytest.approx([0.05, 0.1, 0.1, 0.1, 0.1])
     assert rates("cosine") == pytest.approx([0.05, 0.1, 0.1, 0.055, 0.01])
+    assert rates("wsd") == pytest.approx([0.05, 0.1, 0.1, 0.05, 0.0])  # decays from the end of the warm-up on
     assert rates("inverse_sqrt") == pytest.approx([0.05, 0.1, 0.1 * (2 / 3) ** 0.5, 0.1 / 2**0.5, 0.1 * 0.4**0.5])
 
 

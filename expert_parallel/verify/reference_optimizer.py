@@ -40,7 +40,8 @@ class ReferenceState:
 
 def reference_rate(training: Any, step: int) -> float:
     """Returns the learning rate of a step, counted from 0: a linear warm-up that reaches the peak in its last step,
-    then the schedule (cosine: Loshchilov and Hutter 2016, eq. 5; inverse square root: Raffel et al. 2019, 3.1.2)."""
+    then the schedule (cosine: Loshchilov and Hutter 2016, eq. 5; inverse square root: Raffel et al. 2019, 3.1.2;
+    warmup-stable-decay, linear: Hu et al. 2024, section 4)."""
     schedule, peak = training.schedule, training.optimizer.learning_rate
     warmup = schedule.warmup_steps
     if step < warmup:
@@ -49,6 +50,9 @@ def reference_rate(training: Any, step: int) -> float:
         return float(peak)
     if schedule.kind == "inverse_sqrt":
         return float(peak * math.sqrt(warmup) / math.sqrt(step + 1))
+    if schedule.kind == "wsd":
+        left = max(0, training.steps - step) / max(1, min(schedule.decay_steps, training.steps - warmup))
+        return float(peak * (schedule.final_fraction + (1 - schedule.final_fraction) * min(1, left)))
     lowest, progress = schedule.final_fraction * peak, (step - warmup) / max(1, training.steps - warmup)
     return float(lowest + (peak - lowest) * (1 + math.cos(math.pi * min(1, progress))) / 2)
 
