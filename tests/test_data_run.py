@@ -15,8 +15,9 @@ from expert_parallel.cli.app import app
 from expert_parallel.data.batch import MicroBatch
 from expert_parallel.data.prepare import prepare
 from expert_parallel.runtime.process import Launch, Runtime, UserError
-from expert_parallel.training import loop
 from expert_parallel.training.config import Config
+from expert_parallel.training.loop import train
+from expert_parallel.training.run import TrainingRun
 from tests.ranks import run_ranks
 
 LENGTH = 8
@@ -53,9 +54,9 @@ def recorded_run(rank: int, world: int, tree: dict[str, Any]) -> tuple[list[tupl
     """(step, tokens, documents) of every sequence that this rank trains on, what stopped the run, what it said."""
     runtime = Runtime(Launch("test", rank, world, rank, world), torch.device("cpu"), "gloo", timedelta(seconds=60))
     seen: list[tuple[int, list[int], Any]] = []
-    read = loop.TrainingRun.batches
+    read = TrainingRun.batches
 
-    def recorded(run: loop.TrainingRun, step: int) -> list[MicroBatch]:
+    def recorded(run: TrainingRun, step: int) -> list[MicroBatch]:
         batches = read(run, step)
         for batch in batches:
             rows = torch.cat([batch.inputs_BS, batch.targets_BS[:, -1:]], dim=1).tolist()
@@ -63,15 +64,15 @@ def recorded_run(rank: int, world: int, tree: dict[str, Any]) -> tuple[list[tupl
             seen.extend((step, row, document) for row, document in zip(rows, documents, strict=True))
         return batches
 
-    loop.TrainingRun.batches = recorded  # type: ignore[method-assign]
+    TrainingRun.batches = recorded  # type: ignore[method-assign]
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
-            loop.train(Config.model_validate(tree), runtime)
+            train(Config.model_validate(tree), runtime)
     except UserError as error:
         return seen, str(error), said.getvalue()
     finally:
-        loop.TrainingRun.batches = read  # type: ignore[method-assign]
+        TrainingRun.batches = read  # type: ignore[method-assign]
     return seen, "", said.getvalue()
 
 

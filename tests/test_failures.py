@@ -22,15 +22,15 @@ from expert_parallel.model.transformer import Block
 from expert_parallel.moe.parameters import local_tensor, logical_parameters
 from expert_parallel.runtime import error_file
 from expert_parallel.runtime.torchrun import closing_message
-from expert_parallel.training import loop
+from expert_parallel.training import run as training_run
 from expert_parallel.training.config import load_config
 from expert_parallel.training.engines.native import NativeEngine
 from expert_parallel.training.failures import advice
-from expert_parallel.training.loop import TrainingRun
 from expert_parallel.training.memory import estimate_memory
 from expert_parallel.training.nonfinite import BadTensor, find_first_bad_tensor
 from expert_parallel.training.optim import build_optimizer
 from expert_parallel.training.out_of_memory import is_out_of_memory, smaller_settings
+from expert_parallel.training.run import TrainingRun
 from expert_parallel.training.setup import check_degrees
 from expert_parallel.training.step import train_step
 from tests.launches import ROOT, environment, small_config
@@ -160,7 +160,7 @@ run_block = Block._run
         (Tensor, "backward", "in the backward pass"),
         (torch.optim.AdamW, "step", "in the update of the weights"),
         (TrainingRun, "held_out_batches", "in the evaluation"),
-        (loop, "build", "while the model was built"),
+        (training_run, "build", "while the model was built"),
         (CheckpointSaver, "_copy_to_host", "while a checkpoint was saved"),
     ],
 )

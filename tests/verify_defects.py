@@ -250,16 +250,16 @@ def wrong_product(name: str) -> Patch:
 
 
 def sample_read_twice() -> Patch:
-    from expert_parallel.training import loop
+    from expert_parallel.training import run
 
-    original = loop.micro_batch
+    original = run.micro_batch
 
     def wrong(*arguments: Any, **named: Any) -> Any:
         batch = original(*arguments, **named)
         twice = torch.tensor([0, *range(len(batch.inputs_BS) - 1)])
         return replace(batch, inputs_BS=batch.inputs_BS[twice], targets_BS=batch.targets_BS[twice])
 
-    return loop, "micro_batch", wrong
+    return run, "micro_batch", wrong
 
 
 def positions_off_by_one() -> Patch:

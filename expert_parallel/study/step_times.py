@@ -11,7 +11,7 @@ from expert_parallel.bench.allocator import keep_freed_memory
 from expert_parallel.bench.timing import Times, Workload, measure
 from expert_parallel.runtime.process import Runtime, distributed
 from expert_parallel.study.definition import Study, StudyRun
-from expert_parallel.training.loop import set_up_run
+from expert_parallel.training.run import set_up_run
 from expert_parallel.training.step import train_step
 
 ROUNDS = 9

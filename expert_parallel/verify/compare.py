@@ -14,7 +14,7 @@ from expert_parallel.checkpoint.manifest import MOMENTS
 from expert_parallel.data.batch import MicroBatch
 from expert_parallel.moe.conservation import LayerTotals
 from expert_parallel.training.config import TrainingConfig
-from expert_parallel.training.loop import TrainingRun
+from expert_parallel.training.run import TrainingRun
 from expert_parallel.verify.reference import ReferenceStep
 from expert_parallel.verify.reference_model import LayerRecord, TokenPartition
 from expert_parallel.verify.reference_optimizer import ReferenceState, adamw_step

@@ -17,7 +17,7 @@ from expert_parallel.moe.routers.across_tokens import ExpertChoiceConfig
 from expert_parallel.parallel.collectives import all_gather_text
 from expert_parallel.runtime.process import CPU, Runtime, UserError
 from expert_parallel.training.config import Config
-from expert_parallel.training.loop import TrainingRun
+from expert_parallel.training.run import TrainingRun
 from expert_parallel.training.step import reshard_parameters
 from expert_parallel.verify import system_under_test
 from expert_parallel.verify.compare import (

@@ -13,7 +13,7 @@ from torch import Tensor
 from expert_parallel.moe.context import RouterReplay
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.config import Config
-from expert_parallel.training.loop import TrainingRun
+from expert_parallel.training.run import TrainingRun
 from expert_parallel.verify import system_under_test
 from expert_parallel.verify.compare import (
     TOLERANCES,

@@ -26,7 +26,7 @@ from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.config import DTYPES, Config
 from expert_parallel.training.engines.native import NativeEngine
-from expert_parallel.training.loop import TrainingRun
+from expert_parallel.training.run import TrainingRun
 from expert_parallel.training.setup import build, check_world_size
 from expert_parallel.training.step import StepReport, train_step
 
