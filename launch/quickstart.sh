@@ -25,7 +25,7 @@ The run is in runs/quickstart:
 
 Next:
   $command generate runs/quickstart --prompt "def "
-  bash launch/train.sh configs/quickstart.yaml training.steps=600      # goes on from the last checkpoint
+  bash launch/train.sh configs/quickstart.yaml training.steps=600      # goes on from the last checkpoint; see training/README
   bash launch/train.sh configs/quickstart.yaml run.folder=runs/mine data='{kind: files, paths: my.txt}'
   bash launch/train.sh -h                                              # more processes, torchrun's options, more nodes
 END
