@@ -50,10 +50,10 @@ class BadTensor:
 
     phase: `weights` are those before the step; `forward` is the output of a module; `backward` is the gradient of a
     parameter on this rank, before it is summed over ranks (after it with FSDP2 and DeepSpeed, which sum it in the
-    backward pass). name: of the parameter, or of the module and the part of its
-    output. micro_step: of the forward pass, else 0. num_nan, num_inf, size: numbers of values. largest_input,
-    largest_weight: the largest absolute values that the module was given; None if it has none, or NaN.
-    order: sorts the tensors of a phase by the time at which they are computed, on all ranks alike.
+    backward pass). name: of the parameter, or of the module and the part of its output. micro_step: of the forward
+    pass, else 0. num_nan, num_inf, size: numbers of values. largest_input, largest_weight: the largest absolute values
+    that the module was given; None if it has none, or NaN. order: sorts the tensors of a phase by the time at which
+    they are computed, on all ranks alike.
     """
 
     phase: Phase
