@@ -584,8 +584,7 @@ def test_of_two_ranks_one_refuses(launcher: str, override: str, sentence: str, c
     result = start(launcher, "train", config_file, override.format(folder=config_file.parent))
     said = [line for line in result.output.splitlines() if line.startswith("error: ")]
     assert len(said) == 1, result.output
-    assert sentence in said[0]
-    assert result.output.count(sentence) == 1
+    assert sentence in said[0]  # torchrun's own report, which follows, repeats it
     assert result.returncode != 0
     assert "expert_parallel/" not in result.output, (
         "the launcher reports in its own words, but there is no traceback of ours"

@@ -3,6 +3,7 @@ run as they are printed, against one rank that has every expert and the whole ba
 
 import copy
 import re
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -354,12 +355,13 @@ def run_wrong_groups(rank: int) -> list[str]:
         sharded,
         on_meta,
         lambda: DistributedDataParallel(prepare(Model(ep))),
+        lambda: DistributedDataParallel(prepare(Model(ep, ep), edp)),
     ]
     return [refusal(case, x, index_B) for case in cases]
 
 
 def test_wrong_groups_are_refused() -> None:
-    for missing, own, world, sharded, on_meta, ddp in run_ranks(4, run_wrong_groups):
+    for missing, own, world, sharded, on_meta, ddp, data in run_ranks(4, run_wrong_groups):
         assert missing.startswith("a layer has 4 ranks in data_group and its experts are sharded over 2")
         assert own.startswith("expert_data_group has the ranks [")
         assert world.startswith("expert_data_group has the ranks [0, 1, 2, 3]")
@@ -368,3 +370,15 @@ def test_wrong_groups_are_refused() -> None:
         assert ddp.startswith(
             "DistributedDataParallel has 4 ranks, but the experts are sharded over 2 and averaged over"
         )
+        assert data.startswith(
+            "DistributedDataParallel has 4 ranks, but data_group, whose tokens the losses count, has 2"
+        )
+
+
+def test_layers_that_begin_alike_are_named() -> None:
+    config = MoEConfig.model_validate(SETTINGS)
+    with pytest.warns(UserWarning, match="the layers 0 and 1 have equal experts: .* give each layer another one"):
+        expert_parallel.prepare_data_parallel(nn.ModuleList([MoELayer(config), MoELayer(config)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expert_parallel.prepare_data_parallel(nn.ModuleList([MoELayer(config), MoELayer(config, seed=1)]))

@@ -2,6 +2,7 @@
 compares."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -139,3 +140,31 @@ def run_second_derivative(rank: int) -> str:
 def test_second_derivatives_through_ranks_are_refused() -> None:
     """An exchange's backward pass has none of its own: without the error they would be wrong in silence."""
     assert all("once_differentiable" in text for text in run_ranks(2, run_second_derivative))
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: MoELayer({"d_model": 8}), "the config is a dict: give MoEConfig.model_validate({...})"),  # type: ignore[arg-type]
+        (lambda: make_layer("world"), "ep_group is a str: give a torch.distributed.ProcessGroup, or None"),
+        (
+            lambda: make_layer()(torch.zeros(2, 8), torch.ones(2)),
+            "the context is a Tensor: give a StepContext",
+        ),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_of_another_type_are_refused(build: Callable[[], Any], said: str) -> None:
+    with pytest.raises(TypeError) as error:
+        build()
+    assert str(error.value).startswith(said)
+
+
+def test_weights_are_drawn_again_from_the_seed() -> None:
+    """After to_empty, as users of the meta device do, and also the balance bias."""
+    layer = MoELayer(make_layer(router={"k": 2, "balance_bias_rate": 0.1}).config, seed=7)
+    first = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.to_empty(device="cpu")
+    for value in layer.state_dict().values():
+        value.fill_(3)
+    layer.reset_parameters()
+    assert all(torch.equal(value, first[name]) for name, value in layer.state_dict().items())

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -545,3 +545,29 @@ def test_a_dict_that_is_not_whole_fills_nothing() -> None:
     ):
         assert message in refusal(partial(load_full_state_dict, model, wrong))
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_savers_of_whole_models_keep_every_expert(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Of tensors that share a storage, safetensors' save_model, and so Accelerate's, keeps one. In place still means in
+    the stack's memory."""
+    layer = MoELayer(MoEConfig.model_validate({"d_model": 8, "num_experts": 4, "experts": {"hidden": 6}})).to(dtype)
+    save_model(layer, str(tmp_path / "layer.safetensors"))
+    state = load_file(tmp_path / "layer.safetensors")
+    assert state.keys() == layer.state_dict().keys()
+    assert torch.equal(state["experts.2.w_in"], layer.experts.w_in[2])
+    layer.state_dict()["experts.2.w_in"].zero_()
+    assert not layer.experts.w_in[2].any()
+    assert layer.experts.w_in[1].any()
+
+
+def test_a_model_without_memory_is_not_loaded_in_silence() -> None:
+    config = MoEConfig.model_validate({"d_model": 8, "num_experts": 4, "experts": {"hidden": 6}})
+    state = full_state_dict(MoELayer(config))
+    with torch.device("meta"):
+        layer = MoELayer(config)
+    with pytest.raises(ValueError, match=r"meta device: call model.to_empty"):
+        load_full_state_dict(layer, state)
+    layer.to_empty(device="cpu")
+    load_full_state_dict(layer, state)
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())

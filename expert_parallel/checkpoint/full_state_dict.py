@@ -40,9 +40,11 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
 
     state: what `full_state_dict` returned on rank 0, here needed on every rank, such as `torch.load(path, mmap=True,
     weights_only=True)`. Raises a ValueError before anything is written if a name is missing or unknown, or a shape
-    differs.
+    differs, and if the model has no memory yet (meta device).
     """
     model = unwrap(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model is on the meta device: call model.to_empty(device=...) before load_full_state_dict")
     dense, sharded = _split_state_dict(model)
     shapes = {name: value.shape for name, value in dense.items() if isinstance(value, Tensor)}
     shapes |= {name: logical.shape for logical, _ in sharded for name in logical.names}
@@ -119,7 +121,10 @@ def _split_state_dict(model: nn.Module) -> tuple[dict[str, Any], list[ShardedPar
     for name, module in model.named_modules(remove_duplicate=False):
         second = [key for key in dense if isinstance(module, NumberedExperts) and key.startswith(f"{name}.")]
         if second:
-            raise ValueError(f"{second[0]} is a second name of experts that the model uses twice: give them one name")
+            raise ValueError(
+                f"{second[0]} is a second name of experts that the model uses twice: register their layer in one place "
+                "of the model, and pass it to the other when it is called"
+            )
     return dense, sharded
 
 

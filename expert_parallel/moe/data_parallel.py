@@ -11,6 +11,7 @@ are averaged over ranks; `prepare_data_parallel` fits the layer to that:
 """
 
 import math
+import warnings
 from typing import TypeVar
 
 import torch
@@ -51,9 +52,9 @@ def prepare_data_parallel(model: Model, expert_data_group: dist.ProcessGroup | N
     Raises a ValueError if the experts have no memory yet (meta device), if expert_data_group shares more than this rank
     with a layer's groups, or if it is missing or superfluous.
     """
-    layers = _sharded_layers(model)
-    for layer in layers:
+    for layer in _sharded_layers(model):
         _check_groups(layer, expert_data_group)
+    _warn_of_equal_layers(model)
     for module in model.modules():
         if isinstance(module, MoELayer):
             module.use_mean_reduction(expert_data_group if module.experts.num_ranks > 1 else None)
@@ -154,6 +155,21 @@ def _shard_groups(module: nn.Module, parameter: nn.Parameter) -> tuple[tuple[dis
 
 def _sharded_layers(model: nn.Module) -> list[MoELayer]:
     return [module for module in model.modules() if isinstance(module, MoELayer) and module.experts.num_ranks > 1]
+
+
+def _warn_of_equal_layers(model: nn.Module) -> None:
+    """Warns if two MoE layers begin with equal experts: most likely they were built with the same seed."""
+    names: dict[tuple[float, ...], str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, MoELayer):
+            continue
+        sample = tuple(local_tensor(module.experts.w_in.detach()).flatten()[:64].tolist())  # the host waits, once
+        if any(sample) and names.setdefault(sample, name) != name:
+            warnings.warn(
+                f"the layers {names[sample]} and {name} have equal experts: the initial weights of a MoELayer follow "
+                "its argument `seed`, so give each layer another one",
+                stacklevel=3,
+            )
 
 
 def _check_groups(layer: MoELayer, expert_data_group: dist.ProcessGroup | None) -> None:

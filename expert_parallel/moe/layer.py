@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from expert_parallel.moe.capacity.policies import POLICIES, CapacitySettings, DroplessConfig
@@ -34,6 +35,8 @@ from expert_parallel.nn.ffn import FFN
 from expert_parallel.parallel.collectives import Peers, all_reduce_sum, group_rank, group_size
 from expert_parallel.parallel.mesh import NodeGroups
 from expert_parallel.parallel.placement import ExpertPlacement
+
+INIT_STD = 0.02  # of the initial weights of a layer that is used alone
 
 
 class MoELayer(nn.Module):
@@ -72,17 +75,13 @@ class MoELayer(nn.Module):
         etp_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        if config.d_model is None:
-            raise ValueError("d_model is not set: a layer that is used alone needs it")
+        groups = {"ep_group": ep_group, "data_group": data_group, "sequence_group": sequence_group}
+        check_arguments(config, groups | {"etp_group": etp_group})
+        assert config.d_model is not None
         placement = placement or ExpertPlacement.contiguous(config.num_experts, group_size(ep_group))
-        sizes = [len(placement.experts_on(rank)) for rank in range(placement.num_ranks)]
-        if (placement.num_experts, placement.num_ranks) != (config.num_experts, group_size(ep_group)) or 0 in sizes:
-            raise ValueError(
-                f"placement spreads {placement.num_experts} experts over {placement.num_ranks} ranks as {sizes}; "
-                f"num_experts is {config.num_experts}, the group has {group_size(ep_group)} ranks, and each rank "
-                "needs at least one expert"
-            )
+        check_placement(placement, config.num_experts, group_size(ep_group))
         self.config = config
+        self.seed = seed
         self.ep_group = ep_group
         self.placement = placement
         self.data_group = data_group if data_group is not None else ep_group
@@ -114,7 +113,14 @@ class MoELayer(nn.Module):
         self.index_tables = nn.ModuleList(self.dispatcher.index_tables)
         self.shared_experts = FFN(config.shared_experts, config.d_model) if config.shared_experts else None
         if not self.experts.w_in.is_meta:
-            init_parameters(self, seed, std=lambda name: 0.02)
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the initial weights again, as after `to_empty`: a function of the layer's seed and each weight's name,
+        and not of torch's random state. The balance bias becomes 0."""
+        init_parameters(self, self.seed, std=lambda name: INIT_STD)
+        if (bias_E := getattr(self.router, "balance_bias_E", None)) is not None:
+            bias_E.zero_()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MoELayer":
         """Copies the weights and shares the process groups, which cannot be copied."""
@@ -180,8 +186,8 @@ class MoELayer(nn.Module):
         """
         if (ddp := active_ddp()) is not None:
             self._follow_ddp(ddp)
-        context = context or StepContext()
-        x_BSD = self._check_input(x)
+        context = StepContext() if context is None else context
+        x_BSD = self._check_input(x, context)
         x_TD = x_BSD.flatten(0, 1)
         batch = token_batch(x_BSD, context, self.data_group, self.sequence_group)
         ledger = Ledger(self.config.ledger, context.layer, context.step, micro_step=context.micro_step)
@@ -224,12 +230,15 @@ class MoELayer(nn.Module):
             self.syncs_experts = ddp.require_backward_grad_sync
         checked: set[int] = vars(ddp).setdefault("checked_moe_layers", set())
         if id(self) not in checked:
-            num_loss_ranks = group_size(self.data_group) if self.config.losses else 1
+            num_loss_ranks = group_size(self.data_group) if self.config.losses else 0
             check_ddp(ddp, self.experts, group_size(self.expert_data_group), num_loss_ranks)
             checked.add(id(self))
 
-    def _check_input(self, x: Tensor) -> Tensor:
-        """Returns the input as (B, S, D). Raises a ValueError if it has another shape."""
+    def _check_input(self, x: Tensor, context: StepContext) -> Tensor:
+        """Returns the input as (B, S, D). Raises a ValueError if it has another shape, and a TypeError if the context
+        is something else."""
+        if not isinstance(context, StepContext):
+            raise TypeError(f"the context is a {type(context).__name__}: give a StepContext, such as (mask_BS=mask)")
         if not x.is_floating_point() or x.dim() not in (2, 3) or x.shape[-1] != self.config.d_model:
             raise ValueError(
                 f"the layer takes floating-point input of shape (B, S, {self.config.d_model}) or (T, "
@@ -295,3 +304,27 @@ def cast_for_autocast(x: Tensor) -> Tensor:
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return x
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def check_arguments(config: Any, groups: dict[str, Any]) -> None:
+    """Raises a TypeError, which says what to pass, if the config or a group is of another type, and a ValueError if the
+    config has no width."""
+    if not isinstance(config, MoEConfig):
+        raise TypeError(f"the config is a {type(config).__name__}: give MoEConfig.model_validate({{...}})")
+    if config.d_model is None:
+        raise ValueError("d_model is not set: a layer that is used alone needs it")
+    for name, group in groups.items():
+        if isinstance(group, DeviceMesh):
+            raise TypeError(f"{name} is a DeviceMesh: give the group of one of its dimensions, mesh['ep'].get_group()")
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"{name} is a {type(group).__name__}: give a torch.distributed.ProcessGroup, or None")
+
+
+def check_placement(placement: ExpertPlacement, num_experts: int, num_ranks: int) -> None:
+    """Raises a ValueError if a placement is of other experts or ranks, or leaves a rank without experts."""
+    sizes = [len(placement.experts_on(rank)) for rank in range(placement.num_ranks)]
+    if (placement.num_experts, placement.num_ranks) != (num_experts, num_ranks) or 0 in sizes:
+        raise ValueError(
+            f"placement spreads {placement.num_experts} experts over {placement.num_ranks} ranks as {sizes}; "
+            f"num_experts is {num_experts}, the group has {num_ranks} ranks, and each rank needs at least one expert"
+        )

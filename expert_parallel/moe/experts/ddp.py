@@ -26,7 +26,7 @@ def check_ddp(ddp: DistributedDataParallel, experts: GroupedExperts, num_copies:
     """Raises a ValueError, on all ranks alike, if the gradients that this DDP averages would be wrong.
 
     num_copies: the number of ranks over which the layer averages the gradients of its experts. num_loss_ranks: the
-    number of ranks of whose losses the layer returns this rank's share.
+    number of ranks of whose losses the layer returns this rank's share; 0 if it has no losses.
     """
     num_ranks = experts.num_ranks
     managed = {id(parameter) for parameter in getattr(ddp, "_module_parameters", ())}
@@ -41,9 +41,19 @@ def check_ddp(ddp: DistributedDataParallel, experts: GroupedExperts, num_copies:
             f"{num_loss_ranks} ranks) and experts (of {num_ranks} ranks) are to be summed: {RECIPE}"
         )
     num_ddp_ranks = group_size(ddp.process_group)
+    if num_ranks > num_ddp_ranks:
+        raise ValueError(
+            f"DistributedDataParallel has {num_ddp_ranks} ranks, but the experts are sharded over {num_ranks}: its "
+            "process_group must be that of all ranks"
+        )
     if num_ranks > 1 and num_ranks * num_copies != num_ddp_ranks:
         raise ValueError(
             f"DistributedDataParallel has {num_ddp_ranks} ranks, but the experts are sharded over {num_ranks} and "
             f"averaged over expert_data_group, {num_copies} ranks: give prepare_data_parallel the group of the "
             f"{num_ddp_ranks / num_ranks:g} ranks that hold the same experts"
+        )
+    if num_ranks > 1 and num_loss_ranks not in (0, num_ddp_ranks):
+        raise ValueError(
+            f"DistributedDataParallel has {num_ddp_ranks} ranks, but data_group, whose tokens the losses count, has "
+            f"{num_loss_ranks}: give MoELayer data_group=torch.distributed.group.WORLD"
         )

@@ -44,7 +44,8 @@ class NumberedExperts(nn.Module):
         for name, parameter in self.named_parameters(recurse=False):
             local = local_stack(destination.pop(prefix + name))
             for slot, key in enumerate(self._keys(name, parameter)):
-                destination[prefix + key] = local[slot]  # a view, so that torch.distributed.checkpoint loads in place
+                # Shares its memory with the stack, so that torch.distributed.checkpoint loads in place.
+                destination[prefix + key] = local[slot] if keep_vars else with_own_storage(local[slot])
 
     def _load_from_state_dict(
         self,
@@ -172,6 +173,16 @@ def held_experts(parameter: Tensor, expert_ids: tuple[int, ...]) -> tuple[int, .
 def local_stack(parameter: Tensor) -> Tensor:
     """Returns this rank's part of a stack that FSDP2 may have sharded, without a copy."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def with_own_storage(view: Tensor) -> Tensor:
+    """Returns a view as a tensor on the same memory whose storage is the view alone.
+
+    Of tensors that share a storage, safetensors' and Accelerate's functions for whole models save one and drop the
+    others.
+    """
+    has_memory = view.device.type in ("cpu", "cuda") and type(view) is Tensor and view.numel() > 0
+    return torch.from_dlpack(view.detach()) if has_memory else view
 
 
 def format_numbers(numbers: Collection[int]) -> str:

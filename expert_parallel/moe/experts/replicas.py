@@ -16,7 +16,7 @@ from expert_parallel.parallel.collectives import all_gather_rows, all_reduce_sum
 
 SAMPLE = 1024  # elements of each expert's matrix that are compared
 RECIPE = (
-    "prepare the model with expert_parallel.prepare_data_parallel before DistributedDataParallel, and give fully_shard "
+    "give the very module that DistributedDataParallel wraps to expert_parallel.prepare_data_parallel, and fully_shard "
     "ignored_params=set(expert_parallel.expert_parameters(model)), as expert_parallel/moe/README.md shows under 'In "
     "your own model'"
 )
