@@ -25,6 +25,7 @@ from typer.testing import CliRunner, Result
 from expert_parallel.__main__ import main
 from expert_parallel.cli.app import app
 from expert_parallel.model.parallelize import build_model
+from expert_parallel.training.check import format_duration
 from expert_parallel.training.config import DTYPES, Config, load_config
 from expert_parallel.training.memory import state_memory
 from expert_parallel.training.setup import check_degrees
@@ -444,6 +445,32 @@ def test_check_is_a_summary(config_file: Path) -> None:
     assert "--ranks-per-node is 8 but parallel.ranks_per_node is 4" in refusal(invoke("check", config_file, *both))
 
 
+def test_check_counts_what_is_recomputed(config_file: Path) -> None:
+    """By hand: 2 blocks of 4 projections, 2 norms, a router, 2 experts, and attention to 8 of 16 tokens."""
+    experts = 2 * (16 * 4 + 2 * (16 * 32 + 16 * 16))
+    block = experts + 2 * (4 * 16 * 16 + 2 * 16) + 2 * 2 * 16 * 8
+    for part, forward in (("moe", 2 * experts), ("block", 2 * block)):
+        recompute = ["runtime.device=cuda", "training.dtype=bfloat16", f"training.recompute={part}"]
+        said = rows_of(invoke("check", config_file, *recompute, "training.steps=2000000000").stdout)
+        assert f" a token + {forward / 1e3:.2f} kFLOP recomputed; " in said["FLOPs"]
+        seconds = 64 * 2e9 * (3 * 2 * block + 6 * (256 * 16 + 16) + forward) / 2 / 300e12
+        assert said["time"] == f"about {seconds:.1f} seconds if every rank reached 300 TFLOP/s (assumed)"
+    durations = {5: "5.0 seconds", 90: "1.5 minutes", 9000: "2.5 hours", 241_920: "2.8 days"}
+    assert {seconds: format_duration(seconds) for seconds in durations} == durations
+
+
+def test_check_says_what_does_not_fit(config_file: Path) -> None:
+    sizes = ["training.global_batch=100000000", "--world-size", "2"]
+    for device, has in (("cpu", "this machine has "), ("cuda", "a GPU of 80 GB has 74.5 GiB")):
+        output = invoke("check", config_file, f"runtime.device={device}", *sizes).stdout
+        memory = rows_of(output)["memory of a rank"]
+        assert has in memory
+        assert memory.endswith(": does not fit")
+        assert len(re.findall(r"[a-z]+ [\d.,]+(?=[,;])", memory.partition("of it ")[2])) == 3
+        assert "\nwarning: a step does not fit: a rank needs about " in output
+    assert "not fit" not in invoke("check", config_file, "runtime.device=cuda").stdout
+
+
 def test_check_names_no_groups_of_experts_without_experts(config_file: Path) -> None:
     dense = ["parallel.ep=1", "model.moe=null", "model.ffn={hidden: 16, activation: gelu}", "training.micro_steps=2"]
     staged = ["model.num_layers=4", "parallel.pp=2", "parallel.pipeline={kind: interleaved}"]
@@ -517,12 +544,14 @@ def test_check_knows_the_memory_of_a_rank(config_file: Path) -> None:
         (
             8,
             [],
-            "training.global_batch / training.micro_steps (4 sequences) is smaller than the number of data ranks (8)",
+            "training.global_batch / training.micro_steps (4 sequences) is smaller than the number of data ranks (8), "
+            "and some ranks would have no sequence: set training.global_batch to at least 8",
         ),
         (
             4,
             ["training.micro_steps=2"],
-            "training.micro_steps (2 sequences) is smaller than the number of data ranks (4)",
+            "(2 sequences) is smaller than the number of data ranks (4), and some ranks would have no sequence: set "
+            "training.micro_steps to at most 1 or training.global_batch to at least 8",
         ),
     ],
 )

@@ -22,16 +22,17 @@ from expert_parallel.parallel.degrees import (
 )
 from expert_parallel.parallel.placement import ExpertPlacement
 from expert_parallel.training.comparison import WIDTH, format_comparison, format_count, format_operations
-from expert_parallel.training.config import Config, dump_config
+from expert_parallel.training.config import DTYPES, Config, dump_config
 from expert_parallel.training.dead_settings import dead_settings
-from expert_parallel.training.memory import GIB, estimate_memory, state_memory, total_memory
+from expert_parallel.training.memory import GIB, GPU_BYTES, MemoryEstimate, estimate_memory, state_memory, total_memory
 from expert_parallel.training.setup import check_degrees, data_requirements, format_degrees
 
 LABEL = 21  # columns of the name at the beginning of a line
 RANKS_PER_NODE = 8  # GPUs of a node, as most clusters have them
 MAX_NODE_RANKS = 100_000  # of a larger world it would take seconds to find what crosses nodes
 MAX_GRID_RANKS = 64  # the grid of a larger world is not printed
-MAX_LISTED, MAX_PARTS = 3, 2  # ranks and parts of the memory in the summary
+MAX_LISTED, MAX_PARTS = 3, 3  # ranks and parts of the memory in the summary
+GPU_RATE = 300e12  # assumed floating-point operations a second of a rank: half of what a recent GPU reaches in 16 bits
 MAX_LISTED_BLOCKS = 8  # longer lists of blocks are abbreviated
 
 
@@ -54,10 +55,12 @@ def format_config_report(
     ranks_per_node = config.parallel.ranks_per_node or ranks_per_node
     degrees = check_degrees(config, world_size or min_world_size(config), ranks_per_node)
     data, warnings = describe_data(config.data, data_requirements(config))
+    device = memory_device(config)
+    estimate = estimate_memory(config, degrees, device)
     ranks = f"{degrees.world_size:,}{'' if world_size else ', the fewest that fit'}: {format_degrees(config, degrees)}"
     lines = [
         *format_model(config, degrees),
-        *format_memory(config, degrees, all_parts=everything),
+        *format_memory(config, degrees, estimate, device, all_parts=everything),
         *format_work(config, degrees),
         *_row("ranks", ranks),
     ]
@@ -70,7 +73,8 @@ def format_config_report(
         lines = [dump_config(config).rstrip(), "", *lines, *format_rest(config, degrees)]
     else:
         lines += _row("more with --all", "resolved config, rank table, capacity, all parts of the memory, dense twins")
-    return "\n".join([*lines, *(f"warning: {sentence}" for sentence in (*warnings, *dead_settings(config)))])
+    sentences = [*warnings, *dead_settings(config), *warn_of_memory(estimate, device)]
+    return "\n".join([*lines, *(f"warning: {sentence}" for sentence in sentences)])
 
 
 def format_model(config: Config, degrees: ParallelDegrees) -> list[str]:
@@ -93,11 +97,11 @@ def format_model(config: Config, degrees: ParallelDegrees) -> list[str]:
     return lines if preset is None else lines + _row("preset", preset)
 
 
-def format_memory(config: Config, degrees: ParallelDegrees, *, all_parts: bool = True) -> list[str]:
-    """Returns the rows on the memory of the rank that needs the most: its state, and the highest moment of a step with
-    its largest parts. all_parts: lists the others too."""
-    device = memory_device(config)
-    estimate = estimate_memory(config, degrees, device)
+def format_memory(
+    config: Config, degrees: ParallelDegrees, estimate: MemoryEstimate, device: Device, *, all_parts: bool = True
+) -> list[str]:
+    """Returns the rows on the memory of the rank that needs the most: its state, and the highest moment of a step
+    (`estimate`) with its largest parts, and whether it fits the device. all_parts: lists the others too."""
     names = ("weights", "gradients", "optimizer", "gathered", "activations", "exchanged", "logits", "temporary")
     parts = {name: size for name in names if (size := getattr(estimate, name))}
     largest = sorted(parts, key=lambda name: -parts[name])[: len(names) if all_parts else MAX_PARTS]
@@ -106,34 +110,83 @@ def format_memory(config: Config, degrees: ParallelDegrees, *, all_parts: bool =
         "memory of a rank",
         f"{state_memory(config, degrees).state / GIB:.2f} GiB weights, gradients and optimizer; "
         f"peak {estimate.total / GIB:.2f} GiB in the {estimate.moment} (estimate, {device})",
-    ) + _row("", f"of it {listed}; {format_device(config, device)}")
+    ) + _row("", f"of it {listed}; {format_device(config, estimate, device)}")
 
 
-def format_device(config: Config, device: Device) -> str:
-    """Returns, as text, the memory of the device that the estimate is for, and how to estimate for GPUs."""
-    if device == "cuda" and not torch.cuda.is_available():
-        return "a GPU of 80 GB has 74.5 GiB"
+def format_device(config: Config, estimate: MemoryEstimate, device: Device) -> str:
+    """Returns, as text, the memory of the device that the estimate is for, whether the estimate is larger, and how to
+    estimate for GPUs."""
+    name, available = available_memory(device)
+    verdict = ": does not fit" if estimate.total > available else ""
     how = "; for GPUs runtime.device=cuda" if config.runtime.device == "auto" and device == "cpu" else ""
-    name = "GPU" if device == "cuda" else "machine"
-    return f"this {name} has {total_memory(torch.device(device)) / GIB:.1f} GiB{how}"
+    return f"{name} has {available / GIB:.1f} GiB{verdict}{how}"
+
+
+def available_memory(device: Device) -> tuple[str, float]:
+    """Returns the name and the bytes of the device that an estimate is for: a GPU of GPU_BYTES if there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return f"a GPU of {GPU_BYTES / 1e9:.0f} GB", GPU_BYTES
+    return f"this {'GPU' if device == 'cuda' else 'machine'}", total_memory(torch.device(device))
+
+
+def warn_of_memory(estimate: MemoryEstimate, device: Device) -> list[str]:
+    """Returns a sentence if a step needs more memory than the device has."""
+    name, available = available_memory(device)
+    if estimate.total <= available:
+        return []
+    return [
+        f"a step does not fit: a rank needs about {estimate.total / GIB:,.2f} GiB, {name} has {available / GIB:.1f} "
+        "GiB; more ranks with parallel.ep or parallel.data.kind 'sharded', training.recompute and a smaller "
+        "training.global_batch / training.micro_steps take less"
+    ]
 
 
 def format_work(config: Config, degrees: ParallelDegrees) -> list[str]:
-    """Returns the rows on the operations and tokens of a step and of the run; operations are those that
-    `ModelConfig.flops_per_token` counts."""
+    """Returns the rows on the operations and tokens of a step and of the run, and on the time if it is a run of GPUs in
+    16 bits; operations are those that `ModelConfig.flops_per_token` counts, and apart what is recomputed."""
     training = config.training
     of_token = config.model.flops_per_token(training.sequence_length)
     tokens = training.global_batch * training.sequence_length
-    of_step = of_token * tokens
-    return _row(
+    of_step, again = of_token * tokens, recomputed_per_token(config)
+    recomputed = f" + {format_operations(again)} recomputed" if again else ""
+    lines = _row(
         "FLOPs",
         f"{format_operations(of_step)} a step, {format_operations(of_step / degrees.world_size)} of it on a rank; "
-        f"{format_operations(of_token)} a token; {format_operations(of_step * training.steps)} in all",
+        f"{format_operations(of_token)} a token{recomputed}; {format_operations(of_step * training.steps)} in all",
     ) + _row(
         "tokens",
         f"{tokens:,} a step ({training.global_batch:,} sequences of {training.sequence_length:,}), "
         f"{tokens * training.steps:,} in {training.steps:,} steps",
     )
+    if memory_device(config) == "cuda" and DTYPES[training.dtype].itemsize == 2:
+        seconds = (of_token + again) * tokens * training.steps / degrees.world_size / GPU_RATE
+        lines += _row(
+            "time", f"about {format_duration(seconds)} if every rank reached {GPU_RATE / 1e12:.0f} TFLOP/s (assumed)"
+        )
+    return lines
+
+
+def recomputed_per_token(config: Config) -> int:
+    """Returns the operations a token that `training.recompute` adds: the forward pass of the MoE layers or of all
+    blocks, counted as `ModelConfig.flops_per_token` does."""
+    model, training = config.model, config.training
+    moe, blocks = model.moe, model.parameter_counts(is_first=False, is_last=False)
+    routed = (
+        0 if moe is None else round(blocks.experts * moe.router.experts_per_token(moe.num_experts) / moe.num_experts)
+    )
+    if training.recompute == "block":
+        attention = model.num_layers * training.sequence_length * model.attention.multiplications_per_key
+        return 2 * (blocks.dense + routed) + attention
+    if training.recompute == "moe" and moe is not None:
+        return 2 * (len(model.moe_layers) * moe.num_dense_params(model.d_model) + routed)
+    return 0
+
+
+def format_duration(seconds: float) -> str:
+    """Formats a duration in the largest of days, hours, minutes and seconds of which there is one, such as 2.8 days."""
+    units = {"days": 86400, "hours": 3600, "minutes": 60}
+    name, unit = next(((name, unit) for name, unit in units.items() if seconds >= unit), ("seconds", 1))
+    return f"{seconds / unit:,.1f} {name}"
 
 
 def format_placement(config: Config, degrees: ParallelDegrees, limit: int) -> str:

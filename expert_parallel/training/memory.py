@@ -28,6 +28,7 @@ from expert_parallel.training.engines.config import DeepSpeedConfig
 from expert_parallel.training.grads import BUCKET_BYTES
 
 GIB = 1024**3
+GPU_BYTES = 80e9  # of the GPU that is assumed where there is none
 
 
 @dataclass(frozen=True)

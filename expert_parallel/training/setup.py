@@ -12,7 +12,7 @@ from expert_parallel.parallel.degrees import ParallelDegrees, ShardedConfig, nod
 from expert_parallel.parallel.mesh import ParallelMesh, build_mesh
 from expert_parallel.parallel.sequence import sequence_length_multiple
 from expert_parallel.runtime.process import Runtime
-from expert_parallel.training.config import DTYPES, Config
+from expert_parallel.training.config import DTYPES, Config, TrainingConfig
 from expert_parallel.training.engines.build import ENGINES
 from expert_parallel.training.engines.config import DeepSpeedConfig
 from expert_parallel.training.engines.engine import Engine
@@ -114,7 +114,7 @@ def check_degrees(config: Config, world_size: int, ranks_per_node: int | None = 
     if micro < degrees.dp:
         raise ValueError(
             f"training.global_batch / training.micro_steps ({micro} sequences) is smaller than the number of data "
-            f"ranks ({degrees.dp}): some ranks would have no sequence"
+            f"ranks ({degrees.dp}), and some ranks would have no sequence: set {larger_micro_batch(training, degrees)}"
         )
     unit = sequence_length_multiple(degrees.cp, degrees.tp)
     if training.sequence_length % unit:
@@ -125,6 +125,15 @@ def check_degrees(config: Config, world_size: int, ranks_per_node: int | None = 
     if degrees.pp > 1:
         validate_schedule(config.parallel.pipeline, degrees.pp, training.micro_steps)
     return degrees
+
+
+def larger_micro_batch(training: TrainingConfig, degrees: ParallelDegrees) -> str:
+    """Returns, as text, the settings that give each data rank a sequence in each micro-step: the most micro-steps into
+    which the batch can be divided, if there are enough of them for the pipeline, and the smallest batch."""
+    batch = training.global_batch
+    most = next((n for n in range(batch // degrees.dp, 0, -1) if batch % n == 0), 0)
+    fewer = [f"training.micro_steps to at most {most:,}"] if most >= degrees.pp else []
+    return " or ".join([*fewer, f"training.global_batch to at least {degrees.dp * training.micro_steps:,}"])
 
 
 def check_memory(config: Config, degrees: ParallelDegrees, device: torch.device) -> None:
