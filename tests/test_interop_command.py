@@ -13,6 +13,7 @@ from expert_parallel.checkpoint.files import open_checkpoint
 from expert_parallel.cli.app import app
 from expert_parallel.data.tokenizer import FileTokenizer, train_tokenizer
 from expert_parallel.training.config import load_config
+from expert_parallel.training.dead_settings import dead_settings
 from tests.test_interop import greedy, load_ours, make_peer
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away "
@@ -55,7 +56,11 @@ def test_import_generate_export(theirs: Path, tmp_path: Path) -> None:
     expected = make_peer("mixtral").generate(prompt_BS, max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert said.strip() == tokenizer.decode(expected[0].tolist()).strip()
 
-    assert done("convert", "export", run, back) == f"wrote {back} as mixtral\n"
+    assert done("convert", "export", run, back) == (
+        f"wrote {back} as mixtral, from step 0 of 1,000: the run is not finished\n"
+    )
+    step_0 = done("convert", "export", run / "checkpoints/step_00000000", tmp_path / "again")
+    assert step_0.endswith("as mixtral, from step 0 of 1,000\n"), "a checkpoint need not be the newest"
     assert (back / "tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(back).eval()
     assert torch.equal(loaded.generate(prompt_BS, max_new_tokens=5, do_sample=False, pad_token_id=0), expected)
@@ -72,12 +77,21 @@ def test_the_commands_that_import_prints(theirs: Path, tmp_path: Path) -> None:
     """Each does what it is for, in a folder whose name needs quotes, but with less text and fewer steps."""
     run, texts = tmp_path / "it's: a run", tmp_path / "text.txt"
     texts.write_text(TEXT * 40)
-    check, generate, prepare, train = printed_commands(done("convert", "import", theirs, run))
+    output = done("convert", "import", theirs, run)
+    check, generate, prepare, train = printed_commands(output)
+    assert not dead_settings(load_config(run / "config.yaml", train[2:])), "as printed, the run outlasts its warm-up"
     assert "active for a token" in done(*check)
     assert done(*generate, "--tokens", "3").startswith("Once upon a time")
     assert "1 documents" in done(*(str(texts) if part.endswith("*.py") else part for part in prepare))
     small = ["training.global_batch=2", "training.sequence_length=16", "evaluation.sequences=4"]
-    assert f"metrics, checkpoints and the resolved config are in {run}" in done(*train[:-1], *small, "training.steps=1")
+    elsewhere = shlex.split(output.partition("train in another folder: add ")[2])
+    trained = done(*train[:-2], *small, "training.steps=2", "checkpoint={every: 1, keep: 1}", *elsewhere)
+    assert f"metrics, checkpoints and the resolved config are in {run}-trained" in trained
+    assert open_checkpoint(run).step == 0, "the imported weights stay"
+    assert open_checkpoint(tmp_path / f"{run.name}-trained").step == 2
+    exported = done("convert", "export", f"{run}-trained", tmp_path / "back")
+    assert exported == f"wrote {tmp_path / 'back'} as mixtral, from step 2 of 2\n"
+    assert (tmp_path / "back/tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
 
 
 def test_import_without_a_tokenizer_says_what_its_commands_need(theirs: Path, tmp_path: Path) -> None:
@@ -127,8 +141,8 @@ def test_a_run_of_ours_is_exported(tmp_path: Path) -> None:
     )
     done("train", config)
     assert done("convert", "export", run, back) == (
-        "model.moe.losses (balance_global) is not in config.json, as mixtral has no such losses: the logits are the "
-        f"same\nwrote {back} as mixtral\n"
+        "balance_global of model.moe.losses is not in config.json, as mixtral has no such loss (the logits are the "
+        f"same)\nwrote {back} as mixtral, from step 3 of 3\n"
     )
     said = done("generate", run, "--prompt", "def main", "--tokens", "8", "--temperature", "0")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(back).eval()
@@ -149,19 +163,32 @@ def test_upcycled_folder_trains_and_is_exported(tmp_path: Path) -> None:
     model = load_config(moe / "config.yaml").model
     assert model.moe is not None
     assert model.moe.num_experts == 8
-    assert done("convert", "export", moe, back, "--dtype", "bfloat16").endswith(f"wrote {back} as mixtral\n")
+    assert done("convert", "export", moe, back, "--dtype", "bfloat16").endswith(
+        f"wrote {back} as mixtral, from step 1 of 1\n"
+    )
     assert transformers.AutoModelForCausalLM.from_pretrained(back).config.num_local_experts == 8
 
 
 def test_refusals_are_one_sentence(theirs: Path, tmp_path: Path) -> None:
     nothing = tmp_path / "nothing"
-    assert f"{nothing} is not a Hugging Face model: it has no config.json" in refusal(
-        "convert", "import", nothing, "out"
+    assert f"there is no folder {nothing}" in refusal("convert", "import", nothing, "out")
+    assert f"{tmp_path} is not a Hugging Face model: it has no config.json" in refusal(
+        "convert", "import", tmp_path, "out"
     )
+    hub = "mistralai/Mixtral-8x7B-v0.1"
+    download = f"{hub}; a model of the hub is downloaded first, with `hf download {hub} --local-dir Mixtral-8x7B-v0.1`"
+    for command, kind in (
+        ("import", "folder"),
+        ("import --config-only", "file"),
+        ("upcycle --experts 2", "checkpoint"),
+    ):
+        assert f"there is no {kind} {download}" in refusal("convert", *command.split(), hub, "out.yaml")
     assert f"there is no checkpoint {nothing}" in refusal("convert", "export", nothing, tmp_path / "out")
     assert f"there is no checkpoint {nothing}" in refusal("convert", "upcycle", nothing, "out", "--experts", "2")
     done("convert", "import", theirs, tmp_path / "run")
-    assert "exists already" in refusal("convert", "import", theirs, tmp_path / "run")
+    refused = invoke("convert", "import", theirs, tmp_path / "run")
+    assert refused.stderr.endswith("exists already\n")
+    assert not refused.stdout, "nothing is said of the losses of a run that is not made"
     out = tmp_path / "out"
     assert "--dtype is 'int8', it must be one of float32, bfloat16, float16" in refusal(
         "convert", "export", tmp_path / "run", out, "--dtype", "int8"

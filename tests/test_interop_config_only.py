@@ -2,6 +2,7 @@
 the configs of published models are what it makes."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,15 @@ def test_the_command(tmp_path: Path) -> None:
         "num_nextn_predict_layers (1) is left out: the model has no layers of multi-token prediction",
         "training adds a balance loss of each sequence with coefficient 0.001, which is aux_loss_alpha; transformers "
         "has no such loss",
+        "experts are balanced by model.moe.router.balance_bias_rate, which is 0.001",
         f"wrote {out}: 671,026,404,352 parameters, 37,552,282,624 active for a token",
         "Next:",
-        f"  expert-parallel check '{out}'",
+        f"  expert-parallel check '{out}' --world-size 256 runtime.device=cuda training.dtype=bfloat16 "
+        "training.global_batch=256 training.recompute=block 'parallel.data={kind: sharded}' parallel.ep=256",
+        "To continue from the released weights, import the folder where they lie without --config-only.",
     ]
+    report = CliRunner().invoke(app, shlex.split(result.stdout.splitlines()[-2])[1:])
+    assert (report.exit_code, "does not fit" in report.stdout) == (0, False), report.output
     text = out.read_text()
     assert text.startswith("# An untrained deepseek_v3 with the sizes of its config.json")
     assert f"error: {out} exists already" in refusal(path, out)

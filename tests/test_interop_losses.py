@@ -130,7 +130,10 @@ def test_an_export_states_the_losses_of_the_run(
     sentence = describe_lost_losses(family, model, exported)
     if stated is None:
         assert sentence is not None
-        assert f"is not in config.json, as {family} has no such losses" in sentence
+        assert f" of model.moe.losses is not in config.json, as {family} has no such loss (" in sentence
+        is_pooled = [loss for loss in losses if loss.keys() == {*POOLED_LOSS, "coefficient"}]
+        assert ("; the balance loss is router_aux_loss_coef 0.02" in sentence) == bool(is_pooled)
+        assert sentence.startswith("z_loss of" if is_pooled else "balance_"), "it names those that are not stated"
     else:
         assert found == stated
         assert sentence is None
@@ -175,7 +178,8 @@ def test_what_import_says_of_losses() -> None:
     assert sentences("mixtral", router_aux_loss_coef=0) == [
         "training adds no balance loss, since router_aux_loss_coef is 0"
     ]
-    (said,) = sentences("deepseek_v3", aux_loss_alpha=0.001)
+    said, bias = sentences("deepseek_v3", aux_loss_alpha=0.001)
+    assert bias == "experts are balanced by model.moe.router.balance_bias_rate, which is 0.001"
     assert "of each sequence with coefficient 0.001, which is aux_loss_alpha; transformers has no such loss" in said
     first, second = sentences("qwen3_moe", router_z_loss_coef=0.001)
     assert first.startswith("training adds")

@@ -16,6 +16,8 @@ import typer
 from expert_parallel.cli.options import ShardGB, exit_on_user_error
 from expert_parallel.settings import MAX_SEED
 
+SHORT_RUN = ("training.steps=100", "training.schedule.warmup_steps=10")
+
 convert = typer.Typer(
     no_args_is_help=True,
     help="Import, export and upcycle models (Hugging Face format)."
@@ -43,14 +45,15 @@ def import_command(
 
     Example: `expert-parallel convert import path/to/Mixtral-8x7B-v0.1 runs/mixtral`
     """
-    from expert_parallel.interop.config_only import write_config
+    from expert_parallel.interop.config_only import check_arguments, write_config
     from expert_parallel.interop.importing import import_folder
 
     with exit_on_user_error(ValueError, OSError):
         if config_only:
             model = write_config(source, out)
             print(f"wrote {out}: {model.num_params():,} parameters, {model.num_active_params():,} active for a token")
-            print(f"Next:\n  {shlex.join(['expert-parallel', 'check', str(out)])}")
+            print(f"Next:\n  {shlex.join(['expert-parallel', 'check', str(out), *check_arguments(out)])}")
+            print("To continue from the released weights, import the folder where they lie without --config-only.")
             return
         print(f"wrote {import_folder(source, out, int(shard_gb * 1024**3))}")
         print("\n".join(next_steps(out)))
@@ -59,18 +62,20 @@ def import_command(
 def next_steps(run: Path) -> list[str]:
     """Returns commands for an imported run, and what they need. They can be run as they are: the text to train on is
     the top level of Python's standard library, which is on every machine."""
+    from expert_parallel.checkpoint.config import CheckpointConfig
     from expert_parallel.data.open import TOKENIZER_FILE
 
+    keep = CheckpointConfig().keep
     corpus, tokenizer = run / "corpus", run / TOKENIZER_FILE
-    # JSON's quotes are YAML's, for a path that would otherwise be read as something else.
-    quoted = str(corpus) if re.fullmatch(r"[\w./-]+", str(corpus)) else json.dumps(str(corpus), ensure_ascii=False)
     texts = f"{sysconfig.get_paths()['stdlib']}/*.py"
     check = ["check", str(run)]
     with_tokenizer = [
         ["generate", str(run), "--prompt", "Once upon a time"],
         ["data", "prepare", str(corpus), texts, "--tokenizer", str(tokenizer)],
-        ["train", str(run), f"data={{kind: tokens, corpora: [{{path: {quoted}}}]}}", "training.steps=100"],
+        ["train", str(run), f"data={{kind: tokens, corpora: [{{path: {yaml_text(corpus)}}}]}}", *SHORT_RUN],
     ]
+    trained = run.with_name(f"{run.name}-trained")
+    elsewhere = shlex.join([f"run.folder={yaml_text(trained)}", f"checkpoint.start_from={yaml_text(run)}"])
     needed = []
     if not tokenizer.is_file():
         needed = [f"The model came without {TOKENIZER_FILE}, which these commands need: copy it into {run}, then"]
@@ -79,7 +84,14 @@ def next_steps(run: Path) -> list[str]:
         f"  {shlex.join(['expert-parallel', *check])}",
         *needed,
         *(f"  {shlex.join(['expert-parallel', *command])}" for command in with_tokenizer),
+        f"The imported weights are step 0 in {run / 'checkpoints'}, where training keeps the newest {keep} "
+        f"(checkpoint.keep). To keep them, train in another folder: add {elsewhere}",
     ]
+
+
+def yaml_text(path: Path) -> str:
+    """Returns a path as YAML: in JSON's quotes, which are YAML's, if it would otherwise be read as something else."""
+    return str(path) if re.fullmatch(r"[\w./-]+", str(path)) else json.dumps(str(path), ensure_ascii=False)
 
 
 @convert.command("export")
@@ -99,8 +111,8 @@ def export_command(
     from expert_parallel.interop.exporting import export_run
 
     with exit_on_user_error(ValueError, OSError):
-        name, folder = export_run(run, out, family=family, dtype=dtype, shard_bytes=int(shard_gb * 1024**3))
-        print(f"wrote {folder} as {name}")
+        made = export_run(run, out, family=family, dtype=dtype, shard_bytes=int(shard_gb * 1024**3))
+        print(f"wrote {made.folder} as {made.family}, from {made.step}")
 
 
 @convert.command("upcycle")

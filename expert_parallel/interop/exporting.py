@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
 from expert_parallel.data.open import TOKENIZER_FILE
 from expert_parallel.data.reading import read_json
-from expert_parallel.interop.balance_loss import LOSS_KEYS
+from expert_parallel.interop.balance_loss import LOSS_KEYS, POOLED, SEQUENCE
 from expert_parallel.interop.families import FAMILIES, Family, settings
 from expert_parallel.interop.folder import CONFIG, COPIED_FILES, GENERATION, FolderWriter
 from expert_parallel.interop.hf_config import Tree, is_neutral
@@ -24,6 +24,14 @@ INCOMPATIBLE = 1000  # number of differences that an incompatible structure coun
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class Exported(NamedTuple):
+    """Holds what an export wrote: the family's name, the folder, and as text the step that the weights are of."""
+
+    family: str
+    folder: Path
+    step: str
+
+
 def export_run(
     path: Path,
     out: Path,
@@ -32,8 +40,8 @@ def export_run(
     dtype: str | None,
     shard_bytes: int,
     print_message: Callable[[str], None] = print,
-) -> tuple[str, Path]:
-    """Exports a model. Returns the family's name and the folder.
+) -> Exported:
+    """Exports a model. Returns the family, the folder and the step.
 
     family: None chooses one that computes the same. dtype: None keeps every tensor's dtype and bits. print_message:
     called for what config.json cannot state. Raises a ValueError that names the setting that differs if no family
@@ -63,7 +71,16 @@ def export_run(
         if GENERATION not in (file.name for file in files):
             ends = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
             writer.write_json(GENERATION, ends)
-        return family_name, writer.finish()
+        return Exported(family_name, writer.finish(), describe_step(checkpoint, path))
+
+
+def describe_step(checkpoint: Checkpoint, path: Path) -> str:
+    """Returns the checkpoint's step as text, such as `step 55 of 1,000`, and whether the run is not finished, unless
+    `path` is the checkpoint itself: the run may have later ones."""
+    step, steps = checkpoint.step, checkpoint.config["training"]["steps"]
+    is_newest = path.resolve() != checkpoint.path.resolve()
+    text = f"step {step:,} of {steps:,}"
+    return f"{text}: the run is not finished" if is_newest and step < steps else text
 
 
 def files_to_copy(tokenizer: Path | None, origin: Path | None) -> list[Path]:
@@ -196,8 +213,18 @@ def has_losses_of(one: ModelConfig, other: ModelConfig) -> bool:
 
 
 def describe_lost_losses(name: str, model: ModelConfig, config: Tree) -> str | None:
-    """Returns a sentence if a family's config.json, `config`, does not state the losses of the model, or None."""
-    if model.moe is None or has_losses_of(read_model_config(FAMILIES[name], config), model):
+    """Returns a sentence on the losses of the model that a family's config.json, `config`, does not state, and on the
+    balance loss if it states that one; None if it states all of them."""
+    described = read_model_config(FAMILIES[name], config)
+    if model.moe is None or described.moe is None or has_losses_of(described, model):
         return None
-    names = ", ".join(loss_name(loss) for loss in model.moe.losses)
-    return f"model.moe.losses ({names}) is not in config.json, as {name} has no such losses: the logits are the same"
+    stated = [loss for loss in model.moe.losses if loss in described.moe.losses]
+    lost = [loss_name(loss) for loss in model.moe.losses if loss not in stated]
+    if not lost:
+        return None
+    verb, them = ("is", "such loss") if len(lost) == 1 else ("are", "such losses")
+    kept = [f"; the balance loss is {key} {config[key]:g}" for key in (POOLED, SEQUENCE) if stated and config.get(key)]
+    return (
+        f"{', '.join(lost)} of model.moe.losses {verb} not in config.json, as {name} has no {them} (the logits are the "
+        f"same){''.join(kept)}"
+    )

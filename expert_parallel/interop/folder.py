@@ -5,6 +5,7 @@ Reads tensor by tensor and writes shard by shard, so memory holds at most one sh
 
 import json
 import os
+import re
 import secrets
 import shutil
 from pathlib import Path
@@ -35,6 +36,17 @@ COPIED_FILES = (
 )
 
 
+def missing(kind: str, path: Path) -> str:
+    """Returns a sentence on a folder or file that does not exist; for the name of a model on the Hugging Face hub, how
+    to download it. kind: `folder` or `file`."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) or path.parent.exists():
+        return f"there is no {kind} {path}"
+    return (
+        f"there is no {kind} {path}; a model of the hub is downloaded first, with "
+        f"`hf download {path} --local-dir {path.name}`, and imported from the folder {path.name}"
+    )
+
+
 class HuggingFaceFolder:
     """Reads the tensors of a folder, whose files stay memory-mapped.
 
@@ -44,6 +56,8 @@ class HuggingFaceFolder:
     def __init__(self, path: Path) -> None:
         if path.is_file():
             raise ValueError(f"{path} is a file, it must be a folder (a {CONFIG} alone needs --config-only)")
+        if not path.is_dir():
+            raise ValueError(missing("folder", path))
         if not (path / CONFIG).is_file():
             raise ValueError(f"{path} is not a Hugging Face model: it has no {CONFIG}")
         self.path, self.config = path, read_json(path / CONFIG)

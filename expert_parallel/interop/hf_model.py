@@ -97,9 +97,14 @@ def read_model_config(family: Family, config: Tree) -> ModelConfig:
 
 
 def describe_model_losses(family: Family, config: Tree, model: ModelConfig) -> list[str]:
-    """Returns sentences on the losses of a config.json. model: the settings that it gives."""
-    losses = [] if model.moe is None else [loss.model_dump(mode="json") for loss in model.moe.losses]
-    return describe_losses(family.rules, family.architecture, config, losses)
+    """Returns sentences on the losses of a config.json, and on what balances the experts beside them. model: the
+    settings that it gives."""
+    if model.moe is None:
+        return describe_losses(family.rules, family.architecture, config, [])
+    losses = [loss.model_dump(mode="json") for loss in model.moe.losses]
+    rate = getattr(model.moe.router, "balance_bias_rate", 0)
+    by_bias = [f"experts are balanced by model.moe.router.balance_bias_rate, which is {rate:g}"] if rate else []
+    return [*describe_losses(family.rules, family.architecture, config, losses), *by_bias]
 
 
 def logical_shapes(model: ModelConfig) -> Shapes:

@@ -25,14 +25,15 @@ MAX_SEQUENCE_LENGTH = 2048  # training.sequence_length of the new config is the 
 def import_folder(path: Path, out: Path, shard_bytes: int, print_message: Callable[[str], None] = print) -> Path:
     """Imports a model and returns the run folder `out`. Weights keep their bits and dtype.
 
-    print_message: called for what differs from the folder, such as tensors that are set aside. Raises a ValueError for
-    a model that we do not compute exactly.
+    print_message: called, once the run is written, for what differs from the folder, such as tensors that are set
+    aside. Raises a ValueError for a model that we do not compute exactly.
     """
     source = HuggingFaceModel(path)
+    config, tokenizer = imported_config(source, out), path / TOKENIZER_FILE
+    run = write_run(out, config, source.weights(), origin=path, tokenizer=tokenizer, shard_bytes=shard_bytes)
     for note in source.notes:
         print_message(note)
-    config, tokenizer = imported_config(source, out), path / TOKENIZER_FILE
-    return write_run(out, config, source.weights(), origin=path, tokenizer=tokenizer, shard_bytes=shard_bytes)
+    return run
 
 
 def imported_config(source: HuggingFaceModel, out: Path) -> Config:

@@ -20,7 +20,7 @@ from expert_parallel.checkpoint.state import balance_biases
 from expert_parallel.data.batch import held_out_batch
 from expert_parallel.data.config import TokensData
 from expert_parallel.data.open import TOKENIZER_FILE, open_data
-from expert_parallel.interop.folder import CONFIG
+from expert_parallel.interop.folder import CONFIG, missing
 from expert_parallel.interop.hf_model import HuggingFaceModel
 from expert_parallel.interop.importing import find_origin, find_tokenizer, imported_config, write_run
 from expert_parallel.model.config import ModelConfig
@@ -164,6 +164,8 @@ def open_dense_source(path: Path, out: Path) -> DenseSource:
         source = HuggingFaceModel(path)
         config, tokenizer = imported_config(source, out), path / TOKENIZER_FILE
         return DenseSource(config, path, origin=path, tokenizer=tokenizer, notes=tuple(source.notes))
+    if not path.exists():
+        raise ValueError(missing("checkpoint", path))
     tree = open_checkpoint(path).config
     tree = {**tree, "run": {**tree["run"], "folder": str(out)}}
     return DenseSource(read_config(tree, str(path)), path, origin=find_origin(path), tokenizer=find_tokenizer(path))
@@ -174,11 +176,9 @@ def upcycle(
 ) -> Path:
     """Writes a run folder whose checkpoint of step 0 is the mixture. Returns `out`. Raises ValueError: see `refuse`."""
     dense = open_dense_source(source, out)
-    for note in dense.notes:
-        print_message(note)
     upcycling.refuse(dense.config.model)
     tree = {**dense.config.model_dump(mode="json"), "model": upcycling.model(dense.config.model)}
-    return write_run(
+    run = write_run(
         out,
         Config.model_validate(tree),
         upcycling.weights(dense.config.model, dense.weights()),
@@ -186,6 +186,9 @@ def upcycle(
         tokenizer=dense.tokenizer,
         shard_bytes=shard_bytes,
     )
+    for note in dense.notes:
+        print_message(note)
+    return run
 
 
 SEQUENCES, LENGTH = 4, 64  # size of the batch of random tokens in `compare`
