@@ -1,8 +1,10 @@
 """`convert` as a user calls it: import, generate, go on training, export, and what it says when it cannot."""
 
 import json
+import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from expert_parallel.cli.app import app
 from expert_parallel.data.tokenizer import FileTokenizer, train_tokenizer
 from expert_parallel.training.config import load_config
 from expert_parallel.training.dead_settings import dead_settings
+from tests.launches import ROOT
 from tests.test_interop import greedy, load_ours, make_peer
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away "
@@ -64,6 +67,17 @@ def test_import_generate_export(theirs: Path, tmp_path: Path) -> None:
     assert (back / "tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(back).eval()
     assert torch.equal(loaded.generate(prompt_BS, max_new_tokens=5, do_sample=False, pad_token_id=0), expected)
+
+
+def test_the_logits_in_python(theirs: Path, tmp_path: Path) -> None:
+    """The lines of the README, on an imported model."""
+    done("convert", "import", theirs, tmp_path / "run")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "expert_parallel/interop/README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace('"OUT"', repr(str(tmp_path / "run"))), names)
+    with torch.no_grad():
+        expected_BSV = make_peer("mixtral")(names["ids_BS"]).logits
+    torch.testing.assert_close(names["logits_BSV"], expected_BSV, rtol=1e-5, atol=1e-5)
 
 
 def printed_commands(output: str) -> list[list[str]]:
