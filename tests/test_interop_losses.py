@@ -105,6 +105,7 @@ POOLED_LOSS, BALANCE = {"kind": "balance", "layers": "pooled"}, {"kind": "balanc
 STATED: list[tuple[str, list[Tree], Tree | None]] = [
     ("mixtral", [], {KEY: 0.0}),
     ("qwen3_moe", [{**POOLED_LOSS, "coefficient": 0.3}], {KEY: 0.1}),
+    ("olmoe", [{**POOLED_LOSS, "coefficient": 0.1}], {KEY: 0.0333333333333333}),  # k is 3
     ("gpt_oss", [{**POOLED_LOSS, "coefficient": 0.04}, {"kind": "z_loss"}], None),
     ("olmoe", [{"kind": "balance"}], None),
     ("olmoe", [{**POOLED_LOSS, "scope": "rank"}], None),

@@ -133,6 +133,7 @@ def test_tensors_that_transformers_ignores(originals: Callable[[str], Path], tmp
         "set aside 2 tensors (model.layers.3.eh_proj.weight, ...): multi-token prediction, which transformers leaves "
         "out, too; an export will lack them",
         "training adds no balance loss, since config.json has no aux_loss_alpha above 0",
+        "experts are balanced by model.moe.router.balance_bias_rate, which is 0.001",
     ]
     same_bits(weights_of(path), before)
     rewrite(path, lambda t: t.update({"model.layers.4.eh_proj.weight": torch.ones(3)}))

@@ -1,5 +1,6 @@
 """Exports a run or a checkpoint as a Hugging Face folder, for transformers and inference servers."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from expert_parallel.interop.hf_config import Tree, is_neutral
 from expert_parallel.interop.hf_model import match_model_tensors, read_model_config
 from expert_parallel.interop.importing import find_origin, find_tokenizer, refuse_larger_tokenizer
 from expert_parallel.model.config import ModelConfig
-from expert_parallel.moe.routers.losses import loss_name
+from expert_parallel.moe.routers.losses import LossConfig, loss_name
 from expert_parallel.training.config import read_config
 
 INCOMPATIBLE = 1000  # number of differences that an incompatible structure counts as
@@ -212,13 +213,20 @@ def has_losses_of(one: ModelConfig, other: ModelConfig) -> bool:
     return first == second
 
 
+def is_same_loss(one: LossConfig, other: LossConfig) -> bool:
+    """Returns True if two losses are equal but for a rounding of the coefficient, which config.json divides by k."""
+    is_close = math.isclose(one.coefficient, other.coefficient, rel_tol=1e-12)
+    return is_close and one.model_copy(update={"coefficient": other.coefficient}) == other
+
+
 def describe_lost_losses(name: str, model: ModelConfig, config: Tree) -> str | None:
     """Returns a sentence on the losses of the model that a family's config.json, `config`, does not state, and on the
     balance loss if it states that one; None if it states all of them."""
     described = read_model_config(FAMILIES[name], config)
     if model.moe is None or described.moe is None or has_losses_of(described, model):
         return None
-    stated = [loss for loss in model.moe.losses if loss in described.moe.losses]
+    theirs = described.moe.losses
+    stated = [loss for loss in model.moe.losses if any(is_same_loss(loss, their) for their in theirs)]
     lost = [loss_name(loss) for loss in model.moe.losses if loss not in stated]
     if not lost:
         return None

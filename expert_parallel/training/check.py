@@ -160,9 +160,8 @@ def format_work(config: Config, degrees: ParallelDegrees) -> list[str]:
     )
     if memory_device(config) == "cuda" and DTYPES[training.dtype].itemsize == 2:
         seconds = (of_token + again) * tokens * training.steps / degrees.world_size / GPU_RATE
-        lines += _row(
-            "time", f"about {format_duration(seconds)} if every rank reached {GPU_RATE / 1e12:.0f} TFLOP/s (assumed)"
-        )
+        about = "less than a second" if seconds < 1 else f"about {format_duration(seconds)}"
+        lines += _row("time", f"{about} if every rank reached {GPU_RATE / 1e12:.0f} TFLOP/s (assumed)")
     return lines
 
 
