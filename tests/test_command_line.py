@@ -703,6 +703,8 @@ def test_a_finished_run_says_so_and_changes_nothing(finished_run: Path) -> None:
     result = invoke("train", finished_run / "config.yaml", f"run.folder={finished_run}", "parallel.ep=1")
     assert result.exit_code == 0, result.stderr
     assert "this run is finished: 2 of 2 steps are done" in result.stdout
+    result = invoke("train", finished_run, "parallel.ep=1", "training.steps=1")
+    assert "this run has done 2 steps and training.steps is 1: nothing is left to do; results are in" in result.stdout
     assert metrics_of(finished_run) == before
 
 

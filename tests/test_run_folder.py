@@ -231,8 +231,14 @@ def test_a_run_that_diverges_is_not_started_again_with_the_same_settings(tmp_pat
     assert "\n  last checkpoint   none has been saved yet\n" in first
     assert "\n  first bad tensor  the gradient of blocks.1.attention." in first
     assert "\n                    training.schedule.warmup_steps=100 (it is 0)\n" in first
+    assert "\n  to try            training.optimizer.learning_rate=0.001 (it is 1e+30)\n" in first
+    ruined = " ".join(
+        error(f"run.folder={tmp_path}/ruined", "checkpoint.every=1", "checkpoint.background=false").split()
+    )
+    assert "/checkpoints/step_00000001: its weights are as large, so no setting repairs them" in ruined
+    assert "begin anew in another run.folder, or remove the checkpoints from step 1 on: the same settings" in ruined
     trained(tmp_path)
-    assert f"\n  last checkpoint   {tmp_path}/run/checkpoints/step_00000002\n" in error()
+    assert f"\n  last checkpoint   {tmp_path}/run/checkpoints/step_00000002\n" in error(), "its weights are sound"
     before = contents(tmp_path / "run")
     refused = error()
     folder = tmp_path / "run"
@@ -241,6 +247,8 @@ def test_a_run_that_diverges_is_not_started_again_with_the_same_settings(tmp_pat
     assert contents(tmp_path / "run") == before
     going_on = trained(tmp_path, "training.steps=3")
     assert re.search(r"going on after the failure at step 4; changed: .*learning_rate 1e\+30 -> 0.0003", going_on)
+    assert going_on.count("1e+30") == 1, "it is announced once"
+    assert "warning: the learning rate of step" not in going_on
     assert not marker.exists()
     marker.write_text("{")
     assert error() == f"run.folder: {marker} cannot be read; remove it to start the run\n"

@@ -9,13 +9,15 @@ import json
 import logging
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from pydantic import BaseModel, ValidationError
 
-from expert_parallel.checkpoint.files import list_checkpoints
+from expert_parallel.checkpoint.files import list_checkpoints, open_checkpoint
 from expert_parallel.checkpoint.folders import write_atomically
+from expert_parallel.checkpoint.manifest import WEIGHTS
 from expert_parallel.data.batch import MicroBatch
 from expert_parallel.model.attention import HeadsConfig
 from expert_parallel.model.transformer import LanguageModel
@@ -28,6 +30,7 @@ from expert_parallel.runtime.process import CPU, PermanentError, Runtime
 from expert_parallel.settings import changed_settings
 from expert_parallel.training.config import Config
 from expert_parallel.training.engines.engine import Engine
+from expert_parallel.training.health_advice import ABSURD_RATE, SAFE_RATE
 from expert_parallel.training.nonfinite import BadTensor, find_first_bad_tensor, largest_weight
 from expert_parallel.training.step import StepReport
 
@@ -65,13 +68,15 @@ class Evidence(NamedTuple):
     """Holds what is known of a step that is not finite.
 
     searched: False if the step could not be run again. bad: the first bad tensor, if one was found. largest: the
-    largest absolute value of the weights; largest_name: of the parameter that holds it.
+    largest absolute value of the weights; largest_name: of the parameter that holds it. ruined_since: the step of the
+    oldest of the last checkpoints in which that parameter is above LARGE, too; None if the last one is not.
     """
 
     searched: bool
     bad: BadTensor | None
     largest: float
     largest_name: str
+    ruined_since: int | None = None
 
 
 def stop_not_finite(
@@ -98,13 +103,31 @@ def stop_not_finite(
             model, engine, batches, config.training, mesh, step=step, seed=config.seed, replay=replay
         )
     path = Path(config.run.folder) / FILE
-    evidence = Evidence(engine.skips_bad_updates, bad, *largest_weight(model))
+    largest, name = largest_weight(model)
+    ruined = runtime.run_on_all_ranks(
+        lambda: ruined_since(path.parent, name) if runtime.rank == 0 and largest > LARGE else None
+    )
+    evidence = Evidence(engine.skips_bad_updates, bad, largest, name, ruined)
     message = not_finite_message(config, step + 1, report, evidence)
     failure = Failure(step=step + 1, message=message, settings=config.model_dump(mode="json"))
     runtime.run_on_all_ranks(
         lambda: write_atomically(path, failure.model_dump_json(indent=1)) if runtime.rank == 0 else None
     )
     raise PermanentError(message)
+
+
+def ruined_since(folder: Path, name: str) -> int | None:
+    """Returns the step of the first checkpoint from which on all of a run's have a value above LARGE in a parameter;
+    None if the last one has not, or cannot be read."""
+    first = None
+    with suppress(ValueError):  # of a checkpoint that is damaged, or of a model without the parameter
+        for path in reversed(list_checkpoints(folder / "checkpoints")):
+            checkpoint = open_checkpoint(path)
+            tensor = f"{WEIGHTS}/{name}"
+            if tensor not in checkpoint.tensors or checkpoint.read(tensor).abs().max().item() <= LARGE:
+                break
+            first = checkpoint.step
+    return first
 
 
 def refuse_to_repeat(config: Config, runtime: Runtime) -> None:
@@ -119,24 +142,27 @@ def refuse_to_repeat(config: Config, runtime: Runtime) -> None:
         raise PermanentError(refusal)
 
 
-def forget_failure(config: Config, runtime: Runtime) -> None:
+def forget_failure(config: Config, runtime: Runtime) -> list[tuple[str, Any, Any]]:
     """Removes the failure of a run with other settings from the run folder, and prints that it goes on. Every rank
-    calls it."""
+    calls it. Returns the settings that have changed on rank 0, and nothing on others."""
     path = Path(config.run.folder) / FILE
 
-    def forget() -> None:
-        if runtime.rank == 0 and (failure := read_failure(path)) is not None:
-            path.unlink()
-            changes = ", ".join(changes_since(failure, config))
-            print_line(f"run.folder: going on after the failure at step {failure.step}; changed: {changes}")
+    def forget() -> list[tuple[str, Any, Any]]:
+        if runtime.rank != 0 or (failure := read_failure(path)) is None:
+            return []
+        path.unlink()
+        changed = changes_since(failure, config)
+        changes = ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in changed)
+        print_line(f"run.folder: going on after the failure at step {failure.step}; changed: {changes}")
+        return changed
 
-    runtime.run_on_all_ranks(forget)
+    return runtime.run_on_all_ranks(forget)
 
 
-def changes_since(failure: Failure, config: Config) -> list[str]:
-    """Returns the settings that have changed since a failure, as text."""
+def changes_since(failure: Failure, config: Config) -> list[tuple[str, Any, Any]]:
+    """Returns the settings that have changed since a failure: (path, old value, new value)."""
     changed = changed_settings(failure.settings, config.model_dump(mode="json"))
-    return [f"{name} {old!r} -> {new!r}" for name, old, new in changed if name not in IGNORED_SETTINGS]
+    return [change for change in changed if change[0] not in IGNORED_SETTINGS]
 
 
 def read_failure(path: Path) -> Failure | None:
@@ -159,9 +185,17 @@ def not_finite_message(config: Config, step: int, report: StepReport, evidence: 
         lines += _row("largest weight", f"{evidence.largest:.3g}, in {evidence.largest_name}")
     lines += _row("likely causes", *_causes(evidence))
     settings = [f"{setting} ({remark})" for setting, remark in advice(config, step, evidence.bad)]
-    lines += _row("last checkpoint", str(saved[-1]) if saved else "none has been saved yet")
+    last, to_go_on = str(saved[-1]) if saved else "none has been saved yet", "change a setting"
+    if evidence.ruined_since is not None:
+        last += ": its weights are as large, so no setting repairs them"
+        to_go_on += (
+            f", and begin anew in another run.folder, or remove the checkpoints from step {evidence.ruined_since} on"
+        )
+    else:
+        to_go_on += f", or remove {folder / FILE}"
+    lines += _row("last checkpoint", last)
     lines += _row("to try", *settings[:MAX_SETTINGS])
-    lines += _row("to go on", f"change a setting, or remove {folder / FILE}: the same settings are refused until then")
+    lines += _row("to go on", f"{to_go_on}: the same settings are refused until then")
     return "\n".join(lines)
 
 
@@ -186,7 +220,8 @@ def _causes(evidence: Evidence) -> Iterator[str]:
     """Yields sentences about what is likely to have caused it."""
     bad = evidence.bad
     if evidence.largest > LARGE:
-        yield "training.optimizer.learning_rate is too high: the weights have grown"
+        verb = "is" if evidence.ruined_since is None else "is, or was,"  # with which the checkpoint was trained
+        yield f"training.optimizer.learning_rate {verb} too high: the weights have grown"
     if not evidence.searched:
         yield "a learning rate that is too high for this batch and warm-up, or a device or a link that makes errors"
     elif bad is None:
@@ -203,7 +238,8 @@ def advice(config: Config, step: int, bad: BadTensor | None) -> Iterator[tuple[s
     """Yields (setting as on the command line, remark), the most promising first; none of them is in force already."""
     training, model, name = config.training, config.model, bad.name if bad is not None else ""
     rate, schedule, clip_norm = training.optimizer.learning_rate, training.schedule, training.clip_norm
-    yield f"training.optimizer.learning_rate={rate / 3:.2g}", f"it is {rate:g}"
+    lower = SAFE_RATE if rate >= ABSURD_RATE else rate / 3
+    yield f"training.optimizer.learning_rate={lower:.2g}", f"it is {rate:g}"
     if clip_norm is None:
         yield "training.clip_norm=1.0", "gradients are not clipped"
     losses = [] if model.moe is None else model.moe.losses

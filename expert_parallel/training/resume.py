@@ -98,14 +98,19 @@ def settings_of_last_run(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def notes_at_start(config: Config, last: dict[str, Any] | None, checkpoint: Checkpoint | None) -> Iterator[str]:
+def notes_at_start(
+    config: Config, last: dict[str, Any] | None, checkpoint: Checkpoint | None, *, has_failed: bool = False
+) -> Iterator[str]:
     """Yields what a user should know before a run trains, a sentence a line.
 
-    last: see `settings_of_last_run`. checkpoint: the one that the run resumes from.
+    last: see `settings_of_last_run`. checkpoint: the one that the run resumes from. has_failed: True if the run goes on
+    after a failure; the changes since then are announced beside it, and the old learning rate is nothing to return to.
     """
     yield from (f"warning: {sentence}" for sentence in dead_settings(config))
     if config.model.moe is not None and (preset := preset_summary(config.model.moe)) is not None:
         yield f"preset {preset}"
+    if has_failed:
+        return
     if last is not None and (forgotten := _forgotten(config, last, checkpoint)):
         yield "; ".join(forgotten)
     if checkpoint is not None and (jump := rate_jump(checkpoint, config)) is not None:

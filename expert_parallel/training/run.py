@@ -2,8 +2,10 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from expert_parallel.runtime.output import print_line
 from expert_parallel.runtime.process import Runtime, UserError
 from expert_parallel.training.config import Config, dump_config
 from expert_parallel.training.engines.engine import Engine
+from expert_parallel.training.failures import FILE
 from expert_parallel.training.generate import open_prompt_tokenizer
 from expert_parallel.training.metrics import Metrics, MetricsWriter, format_progress_line, step_metrics
 from expert_parallel.training.replay import RecordConfig, ReplayConfig, ReplaySpec, load_routing, save_routing
@@ -67,15 +70,17 @@ class TrainingRun:
         if self.runtime.rank == 0:
             print_line(text)
 
-    def resume(self) -> int:
+    def resume(self, announced: Sequence[tuple[str, Any, Any]] = ()) -> int:
         """Loads the newest checkpoint, or the weights of `checkpoint.start_from`. Returns the number of steps already
-        done."""
+        done.
+
+        announced: changes of settings, (path, old value, new value), that are not printed again.
+        """
         if self.checkpoints:
             loaded = load_checkpoint(self.checkpoints[-1], self.model, self.engine.state, self.runtime, self.mesh)
             alone = "" if loaded.has_moments else " (weights only)"
-            self.print_rank_0(
-                f"resumed from {loaded.path}{alone} after step {loaded.step}{self._format_changes(loaded)}"
-            )
+            changes = self._format_changes(loaded, announced=announced)
+            self.print_rank_0(f"resumed from {loaded.path}{alone} after step {loaded.step}{changes}")
             return loaded.step
         if (source := self.config.checkpoint.start_from) is not None:
             loaded = load_checkpoint(
@@ -84,8 +89,10 @@ class TrainingRun:
             self.print_rank_0(f"started from the weights of {loaded.path}{self._format_changes(loaded, 'model')}")
         return 0
 
-    def _format_changes(self, loaded: Checkpoint, block: str = "") -> str:
-        found = changed_since_checkpoint(loaded, self.config)
+    def _format_changes(
+        self, loaded: Checkpoint, block: str = "", announced: Sequence[tuple[str, Any, Any]] = ()
+    ) -> str:
+        found = [change for change in changed_since_checkpoint(loaded, self.config) if change not in announced]
         changes = [f"{path} {old!r} -> {new!r}" for path, old, new in found if path.startswith(block)]
         return f"; changed: {', '.join(changes)}" if changes else ""
 
@@ -190,7 +197,9 @@ def set_up_run(config: Config, runtime: Runtime) -> TrainingRun:
     mesh, model, engine = build(config, runtime, degrees, initialize=not loads)
     run = TrainingRun(config, runtime, mesh, model, engine, data.sampler, data.held_out, checkpoints)
     if runtime.rank == 0:
-        for note in notes_at_start(config, last, open_checkpoint(checkpoints[-1]) if checkpoints else None):
+        newest_checkpoint = open_checkpoint(checkpoints[-1]) if checkpoints else None
+        has_failed = (run.folder / FILE).exists()  # with other settings, or the run would have been refused
+        for note in notes_at_start(config, last, newest_checkpoint, has_failed=has_failed):
             run.print_rank_0(note)
     run.print_rank_0(f"data: {data.description}")
     launch = runtime.launch
