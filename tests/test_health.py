@@ -99,13 +99,15 @@ def test_an_expert_without_tokens_is_dead_if_it_stays_the_same_one() -> None:
     assert reports(300, lambda step, metrics: changed(metrics, 0, {f"load/{step % EXPERTS}": 0.0})) == []
 
 
-def test_drops_count_after_the_warm_up_and_in_a_row() -> None:
+def test_drops_count_after_the_warm_up_and_in_the_mean() -> None:
     def dropped(step: int, metrics: Metrics) -> Metrics:
         return changed(metrics, 1, {"dropped_share": 0.25})
 
     assert reports(400, dropped) == [(100, "dropped", [1])]
     assert reports(400, dropped, warmup=150) == [(250, "dropped", [1])]
-    assert reports(400, lambda step, metrics: dropped(step, metrics) if step % 90 else metrics) == []
+    often = reports(400, lambda step, metrics: changed(metrics, 1, {"dropped_share": 0.1 if step % 3 else 0.65}))
+    assert often == [(100, "dropped", [1])], "28 % in the mean, though two of three steps are below 20 %"
+    assert reports(400, lambda step, metrics: dropped(step, metrics) if step % 2 else metrics) == []
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,10 @@ class HealthConfig(Settings):
     dead_steps: Annotated[int, Field(ge=1)] | None = 100
     """Reports an expert that has computed nothing for this many steps in a row; null reports none."""
     dropped: Annotated[float, Field(gt=0, le=1)] | None = 0.2
-    """Reports a layer whose `dropped_share` is at least this number for `dropped_steps` steps; null reports none."""
+    """Reports a layer whose `dropped_share` is at least this number in the mean of the last `dropped_steps` steps; null
+    reports none."""
     dropped_steps: int = Field(default=100, ge=1)
-    """Sets the number of steps in a row of `dropped`; balancing a new router takes this long."""
+    """Sets the number of steps of the mean of `dropped`; balancing a new router takes this long."""
     entropy: Annotated[float, Field(gt=0, le=1)] | None = 0.05
     """Reports a layer whose `router_entropy` is at most this number times ln(num_experts); null reports none."""
     gradient_spike: Annotated[float, Field(gt=1)] | None = 10.0
@@ -125,6 +126,7 @@ class HealthMonitor:
                 for layer in self.layers
             }
             self.idle_steps = {layer: [0] * self.num_experts for layer in self.layers}
+            self.dropped_shares = {layer: deque[float](maxlen=self.config.dropped_steps) for layer in self.layers}
         self.norms: deque[float] = deque(maxlen=self.config.calm_steps)
         self.losses: deque[float] = deque(maxlen=self.config.steps)
         self.lowest: LowestLoss | None = None
@@ -221,8 +223,14 @@ class HealthMonitor:
             yield Condition("dead", layer, len(dead), numbers, step - max(idle_steps) + 1)
 
     def _dropped(self, step: int, layer: int, dropped_share: float) -> Iterator[Condition]:
-        if self.config.dropped is not None and dropped_share >= self.config.dropped:
-            yield Condition("dropped", layer, dropped_share, f"{dropped_share:.1%}", step, self.config.dropped_steps)
+        shares, num_steps = self.dropped_shares[layer], self.config.dropped_steps
+        shares.append(dropped_share)
+        if self.config.dropped is None or len(shares) < num_steps:
+            return
+        mean = fmean(shares)  # not each step: the share of small batches goes up and down
+        if mean >= self.config.dropped:
+            numbers = f"{mean:.1%}" if num_steps == 1 else f"mean of {num_steps} steps: {mean:.1%}"
+            yield Condition("dropped", layer, mean, numbers, step - num_steps + 1)
 
     def _entropy(self, step: int, layer: int, entropy: float) -> Iterator[Condition]:
         if self.config.entropy is None or not self.has_entropy:
