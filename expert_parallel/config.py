@@ -1,6 +1,7 @@
 """Reads YAML files into Settings classes and writes them back: overrides, validation, and one sentence for each error.
 This is the only file that knows YAML."""
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -177,6 +178,11 @@ def read_settings(kind: type[S], tree: dict[str, Any], where: str) -> S:
 def dump_tree(tree: dict[str, Any], block: type[Settings] = Settings) -> str:
     """Returns the tree as YAML, from which `load_tree` reads the same tree. block: the class that it is for."""
     return yaml.dump(change_values([block], tree, _escape), Dumper=_Dumper, sort_keys=False)
+
+
+def one_line(value: Any) -> str:
+    """Returns a value as YAML on one line, as the command line takes it between quotes."""
+    return yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=math.inf).strip()
 
 
 def apply_override(tree: dict[str, Any], override: str, block: type[Settings]) -> None:

@@ -12,7 +12,7 @@ class Translation(NamedTuple):
     note: str = ""
 
 
-BALANCE = "write model.moe.losses=[{kind: balance, coefficient: 0.01}]"
+BALANCE = "write 'model.moe.losses=[{kind: balance, coefficient: 0.01}]'"
 LATENT = "set model.attention.kind=latent, too"
 FACTOR = "set model.moe.capacity.kind=factor, too"
 # (words, paths, note); a word with a dot means the setting in this block alone.
@@ -197,7 +197,7 @@ _ROWS: list[tuple[str, str, str]] = [
     (
         "moe_z_loss_coeff router_z_loss_coef z_loss_coef z_loss_coeff",
         "model.moe.losses",
-        "write model.moe.losses=[{kind: z_loss, coefficient: 0.001}]",
+        "write 'model.moe.losses=[{kind: z_loss, coefficient: 0.001}]'",
     ),
     (
         "moe_router_load_balancing_type",
@@ -235,9 +235,13 @@ _ROWS: list[tuple[str, str, str]] = [
     (
         "moe_layer_freq decoder_sparse_step expert_interval",
         "model.moe_blocks",
-        "write model.moe_blocks={kind: every_nth, n: 2}",
+        "write 'model.moe_blocks={kind: every_nth, n: 2}'",
     ),
-    ("first_k_dense_replace n_dense_layers", "model.moe_blocks", "write model.moe_blocks={kind: all_but_first, k: 1}"),
+    (
+        "first_k_dense_replace n_dense_layers",
+        "model.moe_blocks",
+        "write 'model.moe_blocks={kind: all_but_first, k: 1}'",
+    ),
     ("moe_token_dispatcher_type", "model.moe.dispatcher.kind", ""),
     ("moe_grouped_gemm use_grouped_mm", "model.moe.experts.backend", ""),
     # Data, files, and reports.

@@ -198,19 +198,21 @@ def test_a_sentence_has_the_layer_the_step_the_numbers_and_the_setting() -> None
     assert sentence(given, **COLLAPSED, dropped_share=0.6) == (
         "most tokens have chosen the same experts in layer 1 since step 1 (load cv 1.70 of at most 1.73; expert 0 "
         "computed 50.0% of all choices, and an even share is 12.5%; 60.0% were dropped). "
-        "model.moe.losses[1].coefficient is 0.01: try 0.1; or model.moe.router.jitter is 0: try 0.01"
+        "model.moe.losses[1].coefficient is 0.01: try 0.1, with 'model.moe.losses=[{kind: z_loss}, {kind: balance, "
+        "coefficient: 0.1}]'; or model.moe.router.jitter is 0: try 0.01"
     )
 
 
 FACTOR = {"kind": "factor", "train": 1.25, "eval": 2.0}
 BALANCE = {"kind": "balance", "coefficient": 0.001}
+EVEN, UNEVEN = {"load_cv": 0.3}, {"load_cv": 1.2}
 DROPPED, LOW_ENTROPY = {"dropped_share": 0.4}, {"router_entropy": 0.0}
 
 
 @pytest.mark.parametrize(
     ("moe", "training", "changes", "advice"),
     [
-        ({}, {}, COLLAPSED, "model.moe.losses has no balance loss: add {kind: balance, coefficient: 0.01}"),
+        ({}, {}, COLLAPSED, "no balance loss: set 'model.moe.losses=[{kind: balance, coefficient: 0.01}]'; or"),
         ({"losses": [BALANCE]}, {}, COLLAPSED, "model.moe.losses[0].coefficient is 0.001: try 0.01"),
         (
             {"router": {"kind": "top_k", "k": 2, "balance_bias_rate": 0.001}},
@@ -251,7 +253,21 @@ DROPPED, LOW_ENTROPY = {"dropped_share": 0.4}, {"router_entropy": 0.0}
             DROPPED,
             "model.moe.capacity.receive_bound is 1.2: try 1.8",
         ),
-        ({}, {}, LOW_ENTROPY, "model.moe.losses has no z-loss: add {kind: z_loss, coefficient: 0.001}"),
+        (
+            {"losses": [BALANCE]},
+            {},
+            LOW_ENTROPY,
+            "set 'model.moe.losses=[{kind: balance, coefficient: 0.001}, {kind: z_loss, coefficient: 0.001}]'",
+        ),
+        ({}, {}, LOW_ENTROPY | EVEN, "). model.moe.losses has no z-loss: set 'model.moe.losses=[{kind: z_loss, "),
+        ({}, {}, LOW_ENTROPY | UNEVEN, "). model.moe.losses has no balance loss and no z-loss: set '"),
+        ({"capacity": FACTOR}, {}, DROPPED | UNEVEN, "). model.moe.losses has no balance loss: set '"),
+        (
+            {"capacity": FACTOR},
+            {},
+            DROPPED | EVEN,
+            "). model.moe.capacity.train is 1.25: try 1.88; or model.moe.losses",
+        ),
         (
             {"losses": [{"kind": "z_loss", "coefficient": 0.001}]},
             {},

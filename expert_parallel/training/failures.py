@@ -5,7 +5,6 @@ it at the same step again: rank 0 leaves `failure.json` in the run folder, and a
 with the words in it, before any data or model is loaded.
 """
 
-import json
 import logging
 import textwrap
 from collections.abc import Iterator
@@ -22,7 +21,6 @@ from expert_parallel.data.batch import MicroBatch
 from expert_parallel.model.attention import HeadsConfig
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.context import RouterReplay
-from expert_parallel.moe.routers.losses import ZLossConfig
 from expert_parallel.parallel.collectives import all_gather_text
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.runtime.output import print_line
@@ -30,7 +28,7 @@ from expert_parallel.runtime.process import CPU, PermanentError, Runtime
 from expert_parallel.settings import changed_settings
 from expert_parallel.training.config import Config
 from expert_parallel.training.engines.engine import Engine
-from expert_parallel.training.health_advice import ABSURD_RATE, SAFE_RATE
+from expert_parallel.training.health_advice import ABSURD_RATE, SAFE_RATE, add_losses
 from expert_parallel.training.nonfinite import BadTensor, find_first_bad_tensor, largest_weight
 from expert_parallel.training.step import StepReport
 
@@ -242,10 +240,8 @@ def advice(config: Config, step: int, bad: BadTensor | None) -> Iterator[tuple[s
     yield f"training.optimizer.learning_rate={lower:.2g}", f"it is {rate:g}"
     if clip_norm is None:
         yield "training.clip_norm=1.0", "gradients are not clipped"
-    losses = [] if model.moe is None else model.moe.losses
-    if ".router" in name and not any(isinstance(loss, ZLossConfig) for loss in losses):
-        trees = [*(loss.model_dump(mode="json", exclude_defaults=True) for loss in losses), {"kind": "z_loss"}]
-        yield f"'model.moe.losses={json.dumps(trees)}'", "adds the router z-loss"
+    if ".router" in name and model.moe is not None and not any(loss.kind == "z_loss" for loss in model.moe.losses):
+        yield add_losses(model.moe, {"kind": "z_loss"}), "adds the router z-loss"
     if step <= 2 * schedule.warmup_steps or schedule.warmup_steps == 0:
         yield f"training.schedule.warmup_steps={max(100, 4 * schedule.warmup_steps)}", f"it is {schedule.warmup_steps}"
     attention = model.attention

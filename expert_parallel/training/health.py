@@ -69,7 +69,7 @@ class Condition:
 
     layer: the number of the MoE block; None: the whole model. severity: larger is worse; comparable within a kind.
     numbers: a clause with the numbers. first_step: from which on the condition holds. hold: the number of steps in a
-    row after which it is reported.
+    row after which it is reported. load_cv: of the layer.
     """
 
     kind: Kind
@@ -78,6 +78,7 @@ class Condition:
     numbers: str
     first_step: int
     hold: int = 1
+    load_cv: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,8 @@ class HealthMonitor:
                 values = {name: metrics[f"moe/layer_{layer}/{name}"] for name in ("load_cv", "dropped_share")}
                 yield from self._collapse(step, layer, loads, **values)
                 yield from self._dead(step, layer, loads)
-                yield from self._dropped(step, layer, values["dropped_share"])
-                yield from self._entropy(step, layer, metrics[f"moe/layer_{layer}/router_entropy"])
+                yield from self._dropped(step, layer, **values)
+                yield from self._entropy(step, layer, metrics[f"moe/layer_{layer}/router_entropy"], values["load_cv"])
         yield from self._gradient_spike(step, metrics["train/grad_norm"])
         yield from self._loss_rise(step, metrics["train/loss"])
 
@@ -222,7 +223,7 @@ class HealthMonitor:
             numbers = f"{len(dead)} of {self.num_experts} experts, number{'s' if len(dead) > 1 else ''} {names}"
             yield Condition("dead", layer, len(dead), numbers, step - max(idle_steps) + 1)
 
-    def _dropped(self, step: int, layer: int, dropped_share: float) -> Iterator[Condition]:
+    def _dropped(self, step: int, layer: int, load_cv: float, dropped_share: float) -> Iterator[Condition]:
         shares, num_steps = self.dropped_shares[layer], self.config.dropped_steps
         shares.append(dropped_share)
         if self.config.dropped is None or len(shares) < num_steps:
@@ -230,15 +231,16 @@ class HealthMonitor:
         mean = fmean(shares)  # not each step: the share of small batches goes up and down
         if mean >= self.config.dropped:
             numbers = f"{mean:.1%}" if num_steps == 1 else f"mean of {num_steps} steps: {mean:.1%}"
-            yield Condition("dropped", layer, mean, numbers, step - num_steps + 1)
+            numbers += f"; load cv {load_cv:.2f}"
+            yield Condition("dropped", layer, mean, numbers, step - num_steps + 1, load_cv=load_cv)
 
-    def _entropy(self, step: int, layer: int, entropy: float) -> Iterator[Condition]:
+    def _entropy(self, step: int, layer: int, entropy: float, load_cv: float) -> Iterator[Condition]:
         if self.config.entropy is None or not self.has_entropy:
             return
         most = math.log(self.num_experts)
         if entropy <= self.config.entropy * most:
-            numbers = f"entropy {entropy:.3f} nats of at most {most:.2f}"
-            yield Condition("entropy", layer, -entropy, numbers, step, self.config.steps)
+            numbers = f"entropy {entropy:.3f} nats of at most {most:.2f}; load cv {load_cv:.2f}"
+            yield Condition("entropy", layer, -entropy, numbers, step, self.config.steps, load_cv)
 
     def _gradient_spike(self, step: int, norm: float) -> Iterator[Condition]:
         if self.config.gradient_spike is not None and len(self.norms) >= min(self.config.steps, self.config.calm_steps):

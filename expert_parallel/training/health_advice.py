@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+from expert_parallel.config import one_line
 from expert_parallel.moe.capacity.policies import AbsoluteConfig, FactorConfig
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.routers.base import HashConfig, TopKRouterConfig
@@ -15,6 +17,8 @@ from expert_parallel.training.replay import ReplayConfig
 BALANCING = ("balance", "importance", "load")  # kinds of losses
 # A larger coefficient would cost more loss than balance gains; the published ones are 0.0001 to 0.1.
 MAX_COEFFICIENT, MAX_BIAS_RATE = 0.1, 0.01
+BALANCE, Z_LOSS = {"kind": "balance", "coefficient": 0.01}, {"kind": "z_loss", "coefficient": 0.001}
+UNEVEN = 0.5  # a load cv above it is the likely cause of drops
 SAFE_RATE = 1e-3  # with which AdamW trains most small models; published large ones have less
 ABSURD_RATE = 0.02  # beyond any published rate of AdamW for transformers; it is then the first suspect
 
@@ -22,7 +26,9 @@ ABSURD_RATE = 0.02  # beyond any published rate of AdamW for transformers; it is
 def health_sentence(events: list[HealthEvent], config: Config) -> str:
     """Returns what a group of events of one kind is (see `describe`), and the settings to try with their present
     values."""
-    suggestions = ADVICE[events[0].condition.kind](config.model.moe, config.training)
+    is_uneven = any(event.condition.load_cv > UNEVEN for event in events)
+    advice = ADVICE | UNEVEN_ADVICE if is_uneven else ADVICE
+    suggestions = advice[events[0].condition.kind](config.model.moe, config.training)
     if config.training.optimizer.learning_rate >= ABSURD_RATE:
         suggestions = list(dict.fromkeys([_lower_rate(config.training, 2), *suggestions]))
     return f"{describe(events)}. {'; or '.join(suggestions)}"
@@ -34,13 +40,7 @@ def advise_balance(moe: MoEConfig | None, training: TrainingConfig) -> list[str]
     if fixed := _fixed_routing(moe, training):
         return fixed
     router = router_settings(moe.router)
-    found = [
-        _raise_coefficient(number, loss.coefficient)
-        for number, loss in enumerate(moe.losses)
-        if loss.kind in BALANCING and loss.coefficient < MAX_COEFFICIENT
-    ]
-    if not any(loss.kind in BALANCING for loss in moe.losses):
-        found.append("model.moe.losses has no balance loss: add {kind: balance, coefficient: 0.01}")
+    found = _more_balance(moe)
     if isinstance(router, TopKRouterConfig) and 0 < router.balance_bias_rate < MAX_BIAS_RATE:
         rate = router.balance_bias_rate
         found.append(_change("model.moe.router.balance_bias_rate", rate, min(10 * rate, MAX_BIAS_RATE)))
@@ -64,18 +64,34 @@ def advise_drops(moe: MoEConfig | None, training: TrainingConfig) -> list[str]:
     return found + advise_balance(moe, training)
 
 
+def advise_uneven_drops(moe: MoEConfig | None, training: TrainingConfig) -> list[str]:
+    """Returns suggestions against dropped choices of an uneven load: first a more even one, as room for all choices of
+    the fullest expert would be empty in the others."""
+    assert moe is not None
+    balance = [] if _fixed_routing(moe, training) else _more_balance(moe)
+    return list(dict.fromkeys([*balance, *advise_drops(moe, training)]))
+
+
 def advise_entropy(moe: MoEConfig | None, training: TrainingConfig) -> list[str]:
     """Returns suggestions against a router whose probabilities are nearly 0 and 1: smaller logits, slower steps."""
     assert moe is not None
     if fixed := _fixed_routing(moe, training):
         return fixed
-    z_losses = [(number, loss.coefficient) for number, loss in enumerate(moe.losses) if loss.kind == "z_loss"]
-    found = [
-        _raise_coefficient(number, coefficient) for number, coefficient in z_losses if coefficient < MAX_COEFFICIENT
-    ]
-    if not z_losses:
-        found.append("model.moe.losses has no z-loss: add {kind: z_loss, coefficient: 0.001}")
-    return [*found, _lower_rate(training, 2)]
+    if any(loss.kind == "z_loss" for loss in moe.losses):
+        return [*_raise_coefficients(moe, ("z_loss",)), _lower_rate(training, 2)]
+    return [f"model.moe.losses has no z-loss: set {add_losses(moe, Z_LOSS)}", _lower_rate(training, 2)]
+
+
+def advise_uneven_entropy(moe: MoEConfig | None, training: TrainingConfig) -> list[str]:
+    """Returns suggestions against a router whose probabilities are nearly 0 and 1, on few experts."""
+    assert moe is not None
+    kinds = {loss.kind for loss in moe.losses}
+    if _fixed_routing(moe, training) or not kinds.isdisjoint(BALANCING):
+        return advise_entropy(moe, training)
+    if "z_loss" in kinds:
+        return [*_more_balance(moe), *advise_entropy(moe, training)]
+    both = add_losses(moe, BALANCE, Z_LOSS)
+    return [f"model.moe.losses has no balance loss and no z-loss: set {both}", _lower_rate(training, 2)]
 
 
 def advise_spikes(moe: MoEConfig | None, training: TrainingConfig) -> list[str]:
@@ -98,6 +114,17 @@ ADVICE: dict[Kind, Callable[[MoEConfig | None, TrainingConfig], list[str]]] = {
     "gradient_spike": advise_spikes,
     "loss_rise": advise_loss,
 }
+# In place of these if the load of a layer is uneven.
+UNEVEN_ADVICE: dict[Kind, Callable[[MoEConfig | None, TrainingConfig], list[str]]] = {
+    "dropped": advise_uneven_drops,
+    "entropy": advise_uneven_entropy,
+}
+
+
+def add_losses(moe: MoEConfig, *added: dict[str, Any]) -> str:
+    """Returns the setting that adds losses to those of the layer, in quotes for a shell."""
+    trees = [loss.model_dump(mode="json", exclude_defaults=True) for loss in moe.losses]
+    return f"'model.moe.losses={one_line([*trees, *added])}'"
 
 
 def _fixed_routing(moe: MoEConfig, training: TrainingConfig) -> list[str]:
@@ -126,8 +153,24 @@ def _longer_warmup(training: TrainingConfig) -> list[str]:
     return [_change("training.schedule.warmup_steps", warmup, longer)] if 100 * warmup < training.steps else []
 
 
-def _raise_coefficient(number: int, coefficient: float) -> str:
-    return _change(f"model.moe.losses[{number}].coefficient", coefficient, min(10 * coefficient, MAX_COEFFICIENT))
+def _more_balance(moe: MoEConfig) -> list[str]:
+    """Returns suggestions of a balance loss, or of larger coefficients."""
+    if any(loss.kind in BALANCING for loss in moe.losses):
+        return _raise_coefficients(moe, BALANCING)
+    return [f"model.moe.losses has no balance loss: set {add_losses(moe, BALANCE)}"]
+
+
+def _raise_coefficients(moe: MoEConfig, kinds: tuple[str, ...]) -> list[str]:
+    """Returns a suggestion for each loss of these kinds that may have a larger coefficient."""
+    found = []
+    for number, loss in enumerate(moe.losses):
+        larger = float(f"{min(10 * loss.coefficient, MAX_COEFFICIENT):.3g}")
+        if loss.kind in kinds and loss.coefficient < MAX_COEFFICIENT:
+            losses = [*moe.losses]
+            losses[number] = loss.model_copy(update={"coefficient": larger})
+            change = _change(f"model.moe.losses[{number}].coefficient", loss.coefficient, larger)
+            found.append(f"{change}, with {add_losses(moe.model_copy(update={'losses': losses}))}")
+    return found
 
 
 def _change(path: str, now: float | None, proposed: float) -> str:

@@ -35,10 +35,12 @@ def _train(config: Config, runtime: Runtime, stop: StopSignal) -> bool:
     tokens_per_step = training.global_batch * training.sequence_length
     first_step = run.resume(announced)
     if first_step >= training.steps:
-        done = f"this run is finished: {first_step} of {training.steps} steps are done"
+        finished = f"this run is finished: {first_step} of {training.steps} steps are done"
         if first_step > training.steps:
-            done = f"this run has done {first_step} steps and training.steps is {training.steps}: nothing is left to do"
-        run.print_rank_0(f"{done}; results are in {run.folder}")
+            finished = (
+                f"this run has done {first_step} steps and training.steps is {training.steps}: nothing is left to do"
+            )
+        run.print_rank_0(f"{finished}; results are in {run.folder}")
         return True
     writer = runtime.run_on_all_ranks(lambda: run.open_metrics(first_step) if runtime.rank == 0 else None)
     if first_step == 0:
