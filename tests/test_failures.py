@@ -2,6 +2,7 @@
 out of memory; and what torchrun is told.
 """
 
+import math
 import re
 import shlex
 import subprocess
@@ -29,7 +30,7 @@ from expert_parallel.training.failures import advice
 from expert_parallel.training.memory import estimate_memory
 from expert_parallel.training.nonfinite import BadTensor, find_first_bad_tensor
 from expert_parallel.training.optim import build_optimizer
-from expert_parallel.training.out_of_memory import is_out_of_memory, smaller_settings
+from expert_parallel.training.out_of_memory import control_group_limit, is_out_of_memory, smaller_settings
 from expert_parallel.training.run import TrainingRun
 from expert_parallel.training.setup import check_degrees
 from expert_parallel.training.step import train_step
@@ -202,6 +203,34 @@ def test_proposed_settings_fit_and_need_less(config: str, world_size: int) -> No
     for override, needs in proposed:
         changed = load_config(path, [override])
         assert estimate_memory(changed, check_degrees(changed, world_size), "cuda").total == needs < total
+
+
+def test_proposed_settings_fit_what_the_process_may_have() -> None:
+    config = load_config(ROOT / "configs/quickstart.yaml")
+    degrees = check_degrees(config, 2)
+    total = estimate_memory(config, degrees, "cpu").total
+    ((most, _), *_) = smaller_settings(config, degrees, total, "cpu")
+    assert most == "training.micro_steps=2", "the least change that needs less"
+    fitting = smaller_settings(config, degrees, total, "cpu", total / 3)
+    assert fitting[0][0].startswith("training.micro_steps=")
+    assert all(needs <= total / 3 for _, needs in fitting)
+
+
+@pytest.mark.parametrize(
+    ("membership", "limits", "found"),
+    [
+        ("0::/a/b\n", {"a/memory.max": "4096", "a/b/memory.max": "max"}, 4096),
+        ("0::/host/scope\n", {"memory.max": "2048"}, 2048),  # in a container, whose group is the root
+        ("5:cpu,memory:/a\n4:pids:/b\n", {"memory/a/memory.limit_in_bytes": "512", "b/memory.max": "1"}, 512),
+        ("0::/a\n", {}, math.inf),
+    ],
+)
+def test_the_limit_of_control_groups(membership: str, limits: dict[str, str], found: float, tmp_path: Path) -> None:
+    for name, text in limits.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    (tmp_path / "membership").write_text(membership)
+    assert control_group_limit(tmp_path / "membership", tmp_path) == found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
