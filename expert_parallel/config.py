@@ -210,7 +210,10 @@ def apply_override(tree: dict[str, Any], override: str, block: type[Settings]) -
     try:
         value = _override_value(text, fields)
     except ValueError as error:
-        raise ValueError(f"the override {cut(repr(override))} is not valid YAML: {error}") from error
+        is_open = text.count("[") > text.count("]") or text.count("{") > text.count("}")
+        split = "it ends inside a bracket: if the shell has split it, put '...' around the whole setting"
+        why = split if is_open else str(error)
+        raise ValueError(f"the override {cut(repr(override))} is not valid YAML: {why}") from error
     try:
         value = use_own_names(blocks_of(fields), value, dotted)
         tree[name] = change_values(blocks_of(fields), value, _expand, dotted, fields)

@@ -216,7 +216,10 @@ REFUSED_SETTINGS: dict[str, tuple[list[str], str]] = {
         ["model.num_layers.x=3"],
         "the override 'model.num_layers.x=3': model.num_layers is not a block of settings",
     ),
-    "value is not YAML": (["seed=["], "the override 'seed=[' is not valid YAML: while parsing a flow node"),
+    "value is not YAML": (
+        ["seed=["],
+        "the override 'seed=[' is not valid YAML: it ends inside a bracket: if the shell has split it",
+    ),
     "key twice": (["run={folder: a, folder: b}"], "is not valid YAML: the key 'folder' is given twice"),
 }
 
