@@ -35,12 +35,7 @@ def _train(config: Config, runtime: Runtime, stop: StopSignal) -> bool:
     tokens_per_step = training.global_batch * training.sequence_length
     first_step = run.resume(announced)
     if first_step >= training.steps:
-        finished = f"this run is finished: {first_step} of {training.steps} steps are done"
-        if first_step > training.steps:
-            finished = (
-                f"this run has done {first_step} steps and training.steps is {training.steps}: nothing is left to do"
-            )
-        run.print_rank_0(f"{finished}; results are in {run.folder}")
+        run.print_rank_0(f"{nothing_left(first_step, training.steps)}; results are in {run.folder}")
         return True
     writer = runtime.run_on_all_ranks(lambda: run.open_metrics(first_step) if runtime.rank == 0 else None)
     if first_step == 0:
@@ -89,6 +84,13 @@ def _train(config: Config, runtime: Runtime, stop: StopSignal) -> bool:
         return False
     run.print_rank_0(f"done: {training.steps} steps; metrics, checkpoints and the resolved config are in {run.folder}")
     return True
+
+
+def nothing_left(done: int, steps: int) -> str:
+    """Returns a sentence about a run that has done all its steps, or more than `training.steps` now says."""
+    if done > steps:
+        return f"this run has done {done} steps and training.steps is {steps}: nothing is left to do"
+    return f"this run is finished: {done} of {steps} steps are done"
 
 
 def generate_sample(config: Config, model: LanguageModel, mesh: ParallelMesh) -> str:
