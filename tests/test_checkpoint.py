@@ -230,7 +230,7 @@ def test_a_setting_that_is_newer_than_a_checkpoint_had_its_default() -> None:
     del then["model"]["norm_placement"], then["model"]["moe"]["capacity"]
     assert changed_since_checkpoint(SimpleNamespace(config=then, path="a checkpoint"), config) == []  # type: ignore[arg-type]
     then["model"]["norm_placement"] = "post"
-    changed = changed_since_checkpoint(SimpleNamespace(config=then), config)  # type: ignore[arg-type]
+    changed = changed_since_checkpoint(SimpleNamespace(config=then, path="a checkpoint"), config)  # type: ignore[arg-type]
     assert changed == [("model.norm_placement", "post", "pre")]
 
 
