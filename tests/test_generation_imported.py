@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from expert_parallel.cli.app import app
 from expert_parallel.data.open import save_tokenizer as save_tokenizer_of
-from expert_parallel.interop.families import FAMILIES
+from expert_parallel.interop.families.registry import FAMILIES
 from expert_parallel.interop.importing import import_folder
 from expert_parallel.interop.surgery import add, perform_surgery
 from expert_parallel.training.config import load_config

@@ -20,7 +20,8 @@ from expert_parallel.interop.hf_model import HuggingFaceModel
 from expert_parallel.interop.importing import imported_config
 from expert_parallel.interop.upcycle import build_from_weights
 from expert_parallel.moe.context import StepContext
-from tests.test_interop import MODELS, make_peer, tokens
+from tests.interop_models import MODELS
+from tests.test_interop import make_peer, tokens
 
 Tree = dict[str, Any]
 NAMES = {

@@ -13,12 +13,12 @@ from typer.testing import CliRunner, Result
 
 from expert_parallel.cli.app import app
 from expert_parallel.interop.config_only import write_config
-from expert_parallel.interop.families import FAMILIES
+from expert_parallel.interop.families.registry import FAMILIES
 from expert_parallel.interop.hf_model import read_model_config
 from expert_parallel.training.check import format_config_report
 from expert_parallel.training.config import load_config
+from tests.interop_models import MODELS
 from tests.launches import ROOT
-from tests.test_interop import MODELS
 
 Tree = dict[str, Any]
 

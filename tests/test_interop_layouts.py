@@ -16,8 +16,9 @@ from expert_parallel.training.config import Config, load_config
 from expert_parallel.verify.compare import TOLERANCES
 from expert_parallel.verify.explain import explain
 from expert_parallel.verify.run import verify
+from tests.interop_models import MODELS
 from tests.ranks import run_ranks
-from tests.test_interop import MODELS, SHARD, load_ours, make_peer
+from tests.test_interop import SHARD, load_ours, make_peer
 
 # One of each family, with most of its parts.
 FAMILY_MODELS = [

@@ -11,16 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expert_parallel.interop.exporting import describe_lost_losses, export_config
-from expert_parallel.interop.families import FAMILIES
+from expert_parallel.interop.families.registry import FAMILIES
 from expert_parallel.interop.hf_model import describe_model_losses, read_model_config
 from expert_parallel.interop.importing import import_folder
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.layer import MoELayer
+from tests.interop_models import MODELS
 from tests.oracles import draw
 from tests.peers import peers_in_float64
-from tests.test_interop import MODELS, SHARD, load_ours, make_peer, tokens
+from tests.test_interop import SHARD, load_ours, make_peer, tokens
 
 Tree = dict[str, Any]
 KEY = "router_aux_loss_coef"

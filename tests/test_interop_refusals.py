@@ -19,14 +19,15 @@ from torch.utils._pytree import tree_leaves
 
 from expert_parallel.data.tokenizer import train_tokenizer
 from expert_parallel.interop.exporting import choose_family, export_config, export_run
-from expert_parallel.interop.families import FAMILIES
+from expert_parallel.interop.families.registry import FAMILIES
 from expert_parallel.interop.folder import CONFIG, INDEX, SINGLE
 from expert_parallel.interop.hf_model import HuggingFaceModel, read_model_config
 from expert_parallel.interop.importing import import_folder
 from expert_parallel.interop.rope import ORIGINAL_LENGTH
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.context import StepContext
-from tests.test_interop import MODELS, SHARD, load_ours, make_peer, same_bits, tensors_of, tokens
+from tests.interop_models import MODELS
+from tests.test_interop import SHARD, load_ours, make_peer, same_bits, tensors_of, tokens
 
 Config, Tensors = dict[str, Any], dict[str, Tensor]
 

@@ -12,7 +12,8 @@ from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
 from expert_parallel.data.open import TOKENIZER_FILE
 from expert_parallel.data.reading import read_json
 from expert_parallel.interop.balance_loss import LOSS_KEYS, POOLED, SEQUENCE
-from expert_parallel.interop.families import FAMILIES, Family, settings
+from expert_parallel.interop.families.registry import FAMILIES
+from expert_parallel.interop.family import Family, settings
 from expert_parallel.interop.folder import CONFIG, COPIED_FILES, GENERATION, FolderWriter
 from expert_parallel.interop.hf_config import Tree, is_neutral
 from expert_parallel.interop.hf_model import match_model_tensors, read_model_config

@@ -12,7 +12,8 @@ from expert_parallel.checkpoint.files import expected_shapes
 from expert_parallel.checkpoint.manifest import DTYPES
 from expert_parallel.config import read_settings
 from expert_parallel.interop.balance_loss import describe_losses
-from expert_parallel.interop.families import FAMILIES, Family
+from expert_parallel.interop.families.registry import FAMILIES
+from expert_parallel.interop.family import Family
 from expert_parallel.interop.folder import HuggingFaceFolder
 from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree, short
 from expert_parallel.interop.ignored_tensors import HEAD, TABLE, describe_ignored, ignored_tensors, rows_are_equal

@@ -1,20 +1,53 @@
-"""Builds the tensor maps of the families: which logical tensor has which names in a Hugging Face folder.
+"""Builds the rules and the mappings of tensors that families share.
 
 Mappings of tensors that a model lacks are ignored, so families that differ by a bias or a norm share a map.
 """
 
-from expert_parallel.interop.hf_config import Tree
-from expert_parallel.interop.tensor_map import (
-    GATE_UP_COLUMNS,
-    GATE_UP_ROWS,
-    IDENTITY,
-    MXFP4,
-    MXFP4_INTERLEAVED,
-    STACKED,
-    STACKED_INTERLEAVED,
-    TRANSPOSED,
-    TensorMapping,
-)
+from typing import Any
+
+from expert_parallel.interop.hf_config import REQUIRED
+from expert_parallel.interop.rules import Const, Copy, CopyInt, Require, Rule
+from expert_parallel.interop.tensor_map import GATE_UP_COLUMNS, GATE_UP_ROWS, IDENTITY, TRANSPOSED, TensorMapping
+
+MAX_LAYERS = 100_000  # as in ModelConfig; rules list blocks before it is made
+
+
+def common_rules(eps: Any = REQUIRED, tied: bool = False) -> list[Rule]:
+    """Returns the rules of every family. eps, tied: the defaults of rms_norm_eps and tie_word_embeddings."""
+    return [
+        CopyInt("vocab_size", "vocab_size"),
+        CopyInt("num_hidden_layers", "num_layers", most=MAX_LAYERS),
+        CopyInt("hidden_size", "d_model"),
+        Copy("rms_norm_eps", "norm.eps", eps),
+        Copy("tie_word_embeddings", "tied_embeddings", tied),
+        Require("hidden_act", "silu", written=True),
+        Require("attention_dropout", 0.0),
+    ]
+
+
+def head_rules(kv_heads: Any = REQUIRED) -> list[Rule]:
+    """Returns the rules of the numbers of heads.
+
+    kv_heads: the default of num_key_value_heads; None stands for num_attention_heads.
+    """
+    return [
+        CopyInt("num_attention_heads", "attention.num_heads"),
+        CopyInt("num_key_value_heads", "attention.num_kv_heads", kv_heads),
+    ]
+
+
+def swiglu_expert_rules(count: tuple[str, ...], hidden: str) -> list[Rule]:
+    """Returns the rules of top-k SwiGLU experts. count, hidden: the keys of config.json for the number of experts and
+    for the hidden size of an expert."""
+    return [
+        Const("moe.router.kind", "top_k"),
+        CopyInt(count, "moe.num_experts"),
+        CopyInt("num_experts_per_tok", "moe.router.k"),
+        CopyInt(hidden, "moe.experts.hidden"),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- tensors
 
 
 def outside_blocks() -> list[TensorMapping]:
@@ -67,46 +100,3 @@ def experts(theirs: str, gate: str, up: str, down: str) -> list[TensorMapping]:
 
 DENSE = dense("blocks.{L}.ffn", "model.layers.{L}.mlp")
 EXPERTS = experts("model.layers.{L}.mlp", "gate_proj", "up_proj", "down_proj")
-
-
-def llama_tensor_map(config: Tree) -> list[TensorMapping]:
-    """Returns the map of dense models: Llama, Qwen2 and Qwen3."""
-    return [*outside_blocks(), *attention(), *DENSE]
-
-
-def mixtral_tensor_map(config: Tree) -> list[TensorMapping]:
-    """Returns the map of Mixtral."""
-    return [*outside_blocks(), *attention(), *experts("model.layers.{L}.block_sparse_moe", "w1", "w3", "w2")]
-
-
-def qwen3_moe_tensor_map(config: Tree) -> list[TensorMapping]:
-    """Returns the map of Qwen3-MoE and OLMoE."""
-    return [*outside_blocks(), *attention(), *DENSE, *EXPERTS]
-
-
-def gpt_oss_tensor_map(config: Tree) -> list[TensorMapping]:
-    """Returns the map of gpt-oss.
-
-    Experts are stacks (E, in, out) with alternating gate and up columns; OpenAI's own files hold them as MXFP4.
-    """
-    here, there = "blocks.{L}.moe.experts.{E}", "model.layers.{L}.mlp.experts"
-    tensor_map = [
-        *outside_blocks(),
-        *attention(),
-        TensorMapping("blocks.{L}.moe.router.weight", ("model.layers.{L}.mlp.router.weight",), IDENTITY),
-        TensorMapping("blocks.{L}.moe.router.bias", ("model.layers.{L}.mlp.router.bias",), IDENTITY),
-        TensorMapping(f"{here}.b_in", (f"{there}.gate_up_proj_bias",), STACKED_INTERLEAVED),
-        TensorMapping(f"{here}.b_out", (f"{there}.down_proj_bias",), STACKED),
-    ]
-    if config.get("quantization_config"):
-        packed = {name: (f"{there}.{name}_blocks", f"{there}.{name}_scales") for name in ("gate_up_proj", "down_proj")}
-        return [
-            *tensor_map,
-            TensorMapping(f"{here}.w_in", packed["gate_up_proj"], MXFP4_INTERLEAVED),
-            TensorMapping(f"{here}.w_out", packed["down_proj"], MXFP4),
-        ]
-    return [
-        *tensor_map,
-        TensorMapping(f"{here}.w_in", (f"{there}.gate_up_proj",), STACKED_INTERLEAVED),
-        TensorMapping(f"{here}.w_out", (f"{there}.down_proj",), STACKED),
-    ]

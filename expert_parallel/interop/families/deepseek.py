@@ -1,10 +1,20 @@
-"""Defines the rules and the tensor map of DeepSeek-V3: latent attention, expert groups, shared experts."""
+"""Defines DeepSeek-V3: latent attention, expert groups, shared experts."""
 
 from dataclasses import dataclass
 
-from expert_parallel.interop.family_tensors import DENSE, EXPERTS, dense, outside_blocks
+from expert_parallel.interop.balance_loss import SequenceBalanceLoss
+from expert_parallel.interop.families.common import (
+    DENSE,
+    EXPERTS,
+    common_rules,
+    dense,
+    outside_blocks,
+    swiglu_expert_rules,
+)
+from expert_parallel.interop.family import Family
 from expert_parallel.interop.hf_config import REQUIRED, HuggingFaceConfig, Tree
-from expert_parallel.interop.rules import get_setting, set_setting
+from expert_parallel.interop.rope import Rope
+from expert_parallel.interop.rules import Const, Copy, DenseHidden, FirstDense, Require, get_setting, set_setting
 from expert_parallel.interop.tensor_map import IDENTITY, TensorMapping, half_split_rows
 
 
@@ -108,3 +118,32 @@ def deepseek_v3_tensor_map(config: Tree) -> list[TensorMapping]:
             for leaf in ("weight", "bias")
         ]
     return tensor_map
+
+
+FAMILIES = {
+    "deepseek_v3": Family(
+        "DeepseekV3ForCausalLM",
+        (
+            *common_rules(),
+            LatentHeads(),
+            Rope(),
+            Require("attention_bias", False),
+            *swiglu_expert_rules(("n_routed_experts", "num_local_experts"), "moe_intermediate_size"),
+            Copy("norm_topk_prob", "moe.router.normalise", True),
+            Copy("routed_scaling_factor", "moe.router.scale", 2.5),
+            Const("moe.router.score", "sigmoid"),
+            Const("moe.router.balance_bias_rate", 0.001),
+            SequenceBalanceLoss(),
+            GroupLimit(),
+            SharedExperts(),
+            FirstDense(),
+            DenseHidden(),
+            Require("scoring_func", "sigmoid"),
+            Require("topk_method", "noaux_tc"),
+            Require("moe_layer_freq", 1),
+        ),
+        deepseek_v3_tensor_map,
+        neutral=("num_nextn_predict_layers", "num_mtp_layers", "ep_size"),
+        num_mtp_layers=num_mtp_layers,
+    ),
+}

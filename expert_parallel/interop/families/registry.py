@@ -1,0 +1,15 @@
+"""Lists the families of Hugging Face models that are read and written, by `model_type`.
+
+A new family is an entry of FAMILIES in one of the files of this folder.
+"""
+
+from expert_parallel.interop.families import deepseek, gpt_oss, llama, mixtral, qwen_moe
+from expert_parallel.interop.family import Family
+
+FAMILIES: dict[str, Family] = {
+    **llama.FAMILIES,
+    **mixtral.FAMILIES,
+    **qwen_moe.FAMILIES,
+    **deepseek.FAMILIES,
+    **gpt_oss.FAMILIES,
+}

@@ -1,0 +1,82 @@
+"""Defines `Family`: rules for config.json and a map of tensors, by which models of one `model_type` are read and
+written."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree, short
+from expert_parallel.interop.rules import Rule, get_setting, set_setting
+from expert_parallel.interop.tensor_map import TensorMapping
+from expert_parallel.model.attention import HeadsConfig
+from expert_parallel.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """Defines how one `model_type` is read and written.
+
+    architecture: the class in transformers. tensor_map: returns the mappings of a model, given its config.json.
+    neutral: keys of config.json that do not affect the logits, in addition to `NEUTRAL`. num_mtp_layers: returns how
+    many layers of multi-token prediction may follow those of the model.
+    """
+
+    architecture: str
+    rules: tuple[Rule, ...]
+    tensor_map: Callable[[Tree], list[TensorMapping]]
+    neutral: tuple[str, ...] = ()
+    num_mtp_layers: Callable[[HuggingFaceConfig], int] = lambda theirs: 0
+
+    def read(self, values: Tree) -> Tree:
+        """Returns the `model` block of our config for a config.json.
+
+        Raises a ValueError that names the first key whose value we do not support or do not know.
+        """
+        theirs = HuggingFaceConfig(values)
+        ours: Tree = {}
+        if quantized := values.get("quantization_config"):
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+            if not (method == "mxfp4" and self.architecture == "GptOssForCausalLM"):
+                raise ValueError(
+                    f"config.json: quantization_config has quant_method {short(method)}, which is not supported: save "
+                    "the model without quantization, then import it"
+                )
+            theirs.asked.add("quantization_config")
+        for rule in self.rules:
+            rule.read(theirs, ours)
+        theirs.refuse_unknown_keys(self.neutral)
+        return ours
+
+    def write(self, model: ModelConfig) -> Tree:
+        """Returns the config.json of this family that is closest to the model's settings. It is exact only if reading
+        it back gives the same settings."""
+        ours, theirs = settings(model), {"architectures": [self.architecture]}
+        if model.moe is not None:
+            ours["moe"]["losses"] = [loss.model_dump(mode="json") for loss in model.moe.losses]
+        for rule in self.rules:
+            rule.write(ours, theirs)
+        return theirs
+
+
+def settings(model: ModelConfig) -> Tree:
+    """Returns the settings that the logits of generation depend on, with defaults resolved.
+
+    Omits settings of training, speed and layout, and the capacity, since generation is dropless.
+    """
+    tree = model.model_dump(mode="json")
+    window_layers = model.window_blocks.blocks(model.num_layers) if get_setting(tree, "attention.window") else []
+    tree |= {"moe_layers": model.moe_layers, "window_layers": window_layers}
+    for name in ("moe_blocks", "window_blocks", "dropout", "init_std"):
+        tree.pop(name)
+    if isinstance(model.attention, HeadsConfig):
+        set_setting(tree, "attention.num_kv_heads", model.attention.kv_heads)
+        if model.attention.out_bias is None:
+            set_setting(tree, "attention.out_bias", model.attention.bias)
+    if tree["moe"] is not None:
+        for name in ("preset", "preset_overrides", "d_model", "capacity", "losses", "dispatcher", "ledger"):
+            tree["moe"].pop(name)
+        for name in ("hidden_dropout", "output_dropout", "backend"):
+            tree["moe"]["experts"].pop(name)
+        tree["moe"]["router"].pop("jitter", None)
+        if (rate := tree["moe"]["router"].pop("balance_bias_rate", None)) is not None:
+            tree["moe"]["router"]["balance_bias"] = rate > 0
+    return tree

@@ -1,0 +1,159 @@
+"""Small configurations of every family of Hugging Face models that is imported and exported.
+
+Each part of a family is on in at least one of them."""
+
+from typing import Any
+
+WORDS = 260
+NO_ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+SIZES = {"vocab_size": WORDS, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, **NO_ENDS}
+HEADS = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 12}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 500.0}
+LATENT = {
+    **SIZES,
+    "num_key_value_heads": 4,
+    "intermediate_size": 12,
+    "moe_intermediate_size": 10,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 6,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 5,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# name -> the family, and what its config says beside the defaults of the class.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {**HEADS, "num_local_experts": 4, "head_dim": 6, "rms_norm_eps": 1e-3}),
+    "mixtral with a window": (
+        "mixtral",
+        {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 4},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**HEADS, "moe_intermediate_size": 10, "num_experts": 6, "num_experts_per_tok": 3, "head_dim": 6},
+    ),
+    "qwen3_moe with all parts": (
+        "qwen3_moe",
+        {
+            **HEADS,
+            "moe_intermediate_size": 10,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
+    "qwen3_moe with a step": (
+        "qwen3_moe",
+        {
+            **HEADS,
+            "moe_intermediate_size": 10,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "decoder_sparse_step": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmoe": ("olmoe", {**HEADS, "num_experts": 6, "num_experts_per_tok": 3}),
+    "olmoe with all parts": (
+        "olmoe",
+        {
+            **HEADS,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+        },
+    ),
+    "deepseek_v3": ("deepseek_v3", {**LATENT, "n_group": 3, "topk_group": 2}),
+    "deepseek_v3 with yarn": (
+        "deepseek_v3",
+        {
+            **LATENT,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.5,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0, "beta_fast": 2.0, "beta_slow": 0.5},
+        },
+    ),
+    "deepseek_v3 without a query latent": (
+        "deepseek_v3",
+        {
+            **LATENT,
+            "n_group": 2,
+            "topk_group": 1,
+            "q_lora_rank": None,
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": False,
+            "rope_interleave": False,
+        },
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {**HEADS, "head_dim": 6, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+    ),
+    "gpt_oss without biases": (
+        "gpt_oss",
+        {
+            **HEADS,
+            "head_dim": 6,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 3,
+            "attention_bias": False,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    ),
+    "llama": ("llama", HEADS),
+    "llama with all parts": (
+        "llama",
+        {
+            **HEADS,
+            "head_dim": 6,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": LLAMA3,
+        },
+    ),
+    "qwen2": ("qwen2", HEADS),
+    "qwen2 with windows": (
+        "qwen2",
+        {
+            **HEADS,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3": ("qwen3", {**HEADS, "head_dim": 6}),
+    "qwen3 with all parts": (
+        "qwen3",
+        {
+            **HEADS,
+            "attention_bias": True,
+            "head_dim": 6,
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+}
