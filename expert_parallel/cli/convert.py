@@ -115,6 +115,25 @@ def export_command(
         print(f"wrote {made.folder} as {made.family}, from {made.step}")
 
 
+@convert.command("families")
+def families_command(
+    markdown: Annotated[bool, typer.Option("--markdown", help="print the table of the README")] = False,
+) -> None:
+    """List the model families that can be imported and exported, and what the others need that is not here.
+
+    Example: `expert-parallel convert families`
+    """
+    from expert_parallel.interop.families.registry import FAMILIES
+    from expert_parallel.interop.unsupported import family_rows, markdown_table
+
+    if markdown:
+        print(markdown_table(list(FAMILIES)))
+        return
+    rows = family_rows(list(FAMILIES))
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:{width}}  {state}" for name, state in rows))
+
+
 @convert.command("upcycle")
 def upcycle_command(
     source: Annotated[

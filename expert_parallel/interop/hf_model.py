@@ -15,9 +15,10 @@ from expert_parallel.interop.balance_loss import describe_losses
 from expert_parallel.interop.families.registry import FAMILIES
 from expert_parallel.interop.family import Family
 from expert_parallel.interop.folder import HuggingFaceFolder
-from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree, short
+from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree
 from expert_parallel.interop.ignored_tensors import HEAD, TABLE, describe_ignored, ignored_tensors, rows_are_equal
 from expert_parallel.interop.tensor_map import TensorPair, match_tensors
+from expert_parallel.interop.unsupported import describe_unsupported
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.settings import Settings
 
@@ -81,7 +82,7 @@ def find_family(config: Tree, path: Path) -> Family:
     """Returns the family of a config.json. path: its place, for the ValueError if there is no such family."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(f"{path}: model_type is {short(kind)}, it must be one of {', '.join(FAMILIES)}")
+        raise ValueError(f"{path}: {describe_unsupported(config, list(FAMILIES))}")
     return FAMILIES[kind]
 
 
