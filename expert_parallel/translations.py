@@ -148,6 +148,12 @@ _ROWS: list[tuple[str, str, str]] = [
         "model.ffn.activation model.moe.experts.activation",
         "gated SiLU is swiglu",
     ),
+    ("rotary_dim", "model.attention.rope_size", ""),
+    (
+        "partial_rotary_factor rotary_percent rotary_pct",
+        "model.attention.rope_size",
+        "write the product of this share and model.attention.head_size",
+    ),
     ("rope_theta rotary_base rope_base", "model.position.theta", ""),
     ("rope_scaling rope_parameters", "model.position.scaling", ""),
     ("position_embedding_type", "model.position.kind", ""),

@@ -6,9 +6,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GptOssConfig, LlamaConfig, MistralConfig, OlmoeConfig, PreTrainedConfig, Qwen3Config
+from transformers import (
+    Glm4MoeConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.glm4_moe import modeling_glm4_moe
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.mistral import modeling_mistral
 from transformers.models.olmoe import modeling_olmoe
@@ -202,6 +211,15 @@ def mistral(kv_heads: int) -> tuple[PreTrainedConfig, Any, dict[str, Any], dict[
     return config, modeling_mistral, {"num_kv_heads": kv_heads, "head_size": 6, "window": 4}, {"theta": 100.0}
 
 
+def glm4_moe(kv_heads: int) -> tuple[PreTrainedConfig, Any, dict[str, Any], dict[str, Any]]:
+    rope = {**YARN, "partial_rotary_factor": 0.5}
+    config = Glm4MoeConfig(
+        **{**SIZES, "rope_parameters": rope}, num_key_value_heads=kv_heads, head_dim=8, use_qk_norm=True
+    )
+    ours = {"num_kv_heads": kv_heads, "head_size": 8, "rope_size": 4, "qk_norm": {"kind": "per_head", "eps": 1e-5}}
+    return config, modeling_glm4_moe, ours, OUR_YARN
+
+
 def gpt_oss(kv_heads: int, window: int | None) -> tuple[PreTrainedConfig, Any, dict[str, Any], dict[str, Any]]:
     config = GptOssConfig(
         **{**SIZES, "rope_parameters": YARN},
@@ -222,6 +240,7 @@ FAMILIES = {
     "olmoe": lambda: olmoe(4),
     "olmoe, grouped": lambda: olmoe(2),
     "mistral": lambda: mistral(2),
+    "glm4-moe, partly rotary": lambda: glm4_moe(2),
     "gpt-oss": lambda: gpt_oss(2, None),
     "gpt-oss, window": lambda: gpt_oss(2, 3),
     "gpt-oss, window of one": lambda: gpt_oss(4, 1),

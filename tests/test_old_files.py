@@ -96,15 +96,24 @@ def test_a_config_says_what_it_said(old: Path) -> None:
         assert load_config(resolved, [f"run.folder={expected['run']['folder']}"]) == config
         dumped = dump_config(config)
         assert dumped.startswith(f"version: {CONFIG_VERSION}\n")
-        assert known(yaml.safe_load(dumped), settings) == expected
+        assert known(yaml.safe_load(dumped), expected, settings) == expected
 
 
-def known(tree: Any, settings: set[str], prefix: str = "") -> Any:
-    """The part of a resolved config that is among `settings`."""
+def known(tree: Any, then: Any, settings: set[str], prefix: str = "") -> Any:
+    """The part of a resolved config that is among `settings`.
+
+    Paths have no kinds: a setting that only another kind of its block had is newer in this kind. It is null, and is not
+    in what was resolved `then`.
+    """
     if isinstance(tree, dict):
+        then = then if isinstance(then, dict) else {}
         said = {key: value for key, value in tree.items() if f"{prefix}{key}" in settings}
-        return {key: known(value, settings, f"{prefix}{key}.") for key, value in said.items()}
-    return [known(entry, settings, f"{prefix[:-1]}[].") for entry in tree] if isinstance(tree, list) else tree
+        said = {key: value for key, value in said.items() if key in then or value is not None}
+        return {key: known(value, then.get(key), settings, f"{prefix}{key}.") for key, value in said.items()}
+    if isinstance(tree, list):
+        then = then if isinstance(then, list) and len(then) == len(tree) else [None] * len(tree)
+        return [known(entry, was, settings, f"{prefix[:-1]}[].") for entry, was in zip(tree, then, strict=True)]
+    return tree
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,10 @@ class HeadsConfig(Settings):
     """Sets the number of key and value heads, which must divide `num_heads`; null is as many as query heads."""
     head_size: int = Field(ge=1, validation_alias=AliasChoices("head_size", "head_dim"))
     """Sets the number of columns of each head."""
+    rope_size: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, validation_alias=AliasChoices("rope_size", "rotary_dim")
+    )
+    """Sets how many columns of each query and key head, the first ones, have rotary positions; null rotates all."""
     bias: bool = False
     """Adds a bias to the query, key and value projections, and to the output projection unless `out_bias` is set."""
     out_bias: bool | None = None
@@ -47,6 +51,8 @@ class HeadsConfig(Settings):
     def _check_heads(self) -> "HeadsConfig":
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) is not a multiple of num_kv_heads ({self.kv_heads})")
+        if self.rope_size is not None and self.rope_size > self.head_size:
+            raise ValueError(f"rope_size ({self.rope_size}) must be at most head_size ({self.head_size})")
         return self
 
     @property
@@ -61,7 +67,7 @@ class HeadsConfig(Settings):
     def rope_columns(self) -> tuple[str, int]:
         """Returns the name of the setting for the number of columns of a head that have rotary positions, and this
         number."""
-        return "head_size", self.head_size
+        return ("head_size", self.head_size) if self.rope_size is None else ("rope_size", self.rope_size)
 
     @property
     def multiplications_per_key(self) -> int:
@@ -153,6 +159,7 @@ class Attention(nn.Module):
     def __init__(self, config: HeadsConfig, d_model: int, rope: RopeConfig | None) -> None:
         super().__init__()
         self.head_size = config.head_size
+        self.rope_size = config.head_size if config.rope_size is None else config.rope_size
         self.window = config.window
         self.rope = rope
         self.query = Linear(d_model, config.num_heads * self.head_size, bias=config.bias)
@@ -177,7 +184,7 @@ class Attention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         query_BHSh, key_BGLh, value_BGLv = (self._split_heads(rows) for rows in (query, key, value))
         if self.rope is not None:
-            cos, sin = attention_context.rope_cos_sin(self.rope, self.head_size, query.dtype)
+            cos, sin = attention_context.rope_cos_sin(self.rope, self.rope_size, query.dtype)
             query_BHSh, key_BGLh = apply_rope(query_BHSh, cos, sin), apply_rope(key_BGLh, cos, sin)
         if attention_context.cache is not None:  # until here L = S; the cache adds the keys before
             key_BGLh, value_BGLv = attention_context.cache.extend(self, key_BGLh, value_BGLv)

@@ -233,6 +233,11 @@ class ModelConfig(Settings):
             raise ValueError(
                 f"position.kind is {position.kind!r}, but attention.kind 'latent' supports only rotary positions"
             )
+        elif attention.rope_size is not None:
+            raise ValueError(
+                f"attention.rope_size is {attention.rope_size}, but position.kind is {position.kind!r}: no column of "
+                "a head is rotary"
+            )
         if isinstance(self.window_blocks, AllBlocks):
             return self
         if not isinstance(attention, HeadsConfig) or attention.window is None:

@@ -178,9 +178,11 @@ def rope_cos_sin(config: RopeConfig, size: int, position_BS: Tensor, dtype: torc
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pair (x_i, x_{i + h/2}) of each position by its i-th angle. x: (B, heads, S, h).
+    """Rotates the pair (x_i, x_{i + r/2}) of each position by its i-th angle. x: (B, heads, S, h).
 
-    cos, sin: as returned by `rope_cos_sin`. Source: Su et al. 2021, in the half-split form of GPT-NeoX and Llama.
+    cos, sin: as returned by `rope_cos_sin` for r columns; the columns of x from r on are returned as they are. Source:
+    Su et al. 2021, in the half-split form of GPT-NeoX and Llama.
     """
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    half = cos.shape[-1]
+    first, second, others = x.split([half, half, x.shape[-1] - 2 * half], -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, others], -1)

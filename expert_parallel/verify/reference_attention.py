@@ -36,7 +36,11 @@ def heads_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, 
         shared = head // (config.num_heads // config.kv_heads)
         q, k, v = (t[..., h * size : (h + 1) * size] for t, h in ((query, head), (key, shared), (value, shared)))
         if model.position.kind == "rope":
-            q, k = apply_rope(q, model.position, position_BS), apply_rope(k, model.position, position_BS)
+            rotary = size if config.rope_size is None else config.rope_size
+            q, k = (
+                torch.cat([apply_rope(t[..., :rotary], model.position, position_BS), t[..., rotary:]], -1)
+                for t in (q, k)
+            )
         scores = (q @ k.transpose(1, 2)) / math.sqrt(size)
         scores = torch.where(mask_BSS, scores, torch.full_like(scores, -math.inf))
         if config.sinks:

@@ -16,6 +16,7 @@ from expert_parallel.verify.layouts import Layout, config_layout, micro_step_cou
 SIZES = {"model.d_model": 16, "model.ffn.hidden": 48, "model.moe.experts.hidden": 32}
 SHARED_HIDDEN = 24
 HEAD_SIZE = 4
+UNROTATED_SIZE = 2  # columns of a head beside those with rotary positions, if not all have them
 MAX_KV_HEADS = 4
 MAX_HEADS_PER_GROUP = 4
 MAX_EXPERTS = 16
@@ -160,7 +161,10 @@ def _small_heads(draft: ConfigEditor) -> None:
     group = draft.get("model.attention.num_heads") // kv_heads
     draft.put("model.attention.num_heads", min(kv_heads, MAX_KV_HEADS) * min(group, MAX_HEADS_PER_GROUP))
     draft.at_most("model.attention.num_kv_heads", MAX_KV_HEADS)
-    draft.at_most("model.attention.head_size", HEAD_SIZE)
+    rope_size, head_size = draft.get("model.attention.rope_size"), draft.get("model.attention.head_size")
+    others = 0 if rope_size is None else min(head_size - rope_size, UNROTATED_SIZE)
+    draft.at_most("model.attention.rope_size", HEAD_SIZE)
+    draft.put("model.attention.head_size", min(head_size, HEAD_SIZE + others))
     draft.at_most("model.attention.window", WINDOW)
     pattern, num_layers = draft.get("model.window_blocks"), draft.get("model.num_layers")
     draft.at_most("model.window_blocks.n", 2)
