@@ -15,9 +15,10 @@ from expert_parallel.interop.balance_loss import LOSS_KEYS, POOLED, SEQUENCE
 from expert_parallel.interop.families.registry import FAMILIES
 from expert_parallel.interop.family import Family, settings
 from expert_parallel.interop.folder import CONFIG, COPIED_FILES, GENERATION, FolderWriter
-from expert_parallel.interop.hf_config import Tree, is_neutral
+from expert_parallel.interop.hf_config import Tree
 from expert_parallel.interop.hf_model import match_model_tensors, read_model_config
 from expert_parallel.interop.importing import find_origin, find_tokenizer, refuse_larger_tokenizer
+from expert_parallel.interop.neutral_keys import is_neutral
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.routers.losses import LossConfig, loss_name
 from expert_parallel.training.config import read_config

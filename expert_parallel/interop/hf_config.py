@@ -4,41 +4,11 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
+from expert_parallel.interop.neutral_keys import SWITCHED_OFF, is_neutral
+
 Tree = dict[str, Any]
 REQUIRED = object()
 LARGEST = 2**31 - 1  # no size of a model is larger; the product of two fits into torch's int64
-
-# Keys of training, generation and bookkeeping: the logits do not depend on them.
-NEUTRAL = frozenset(
-    (
-        # What the file describes, and how it is loaded. No code of the folder is run (auto_map).
-        *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "auto_map", "_name_or_path"),
-        *("name_or_path", "_commit_hash", "tokenizer_class", "prefix", "task_specific_params", "finetuning_task"),
-        *("id2label", "label2id", "num_labels", "problem_type", "max_position_embeddings", "unsloth_version"),
-        # How transformers computes the same numbers, and what it returns beside the logits.
-        *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "experts_implementation"),
-        *("use_cache", "return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "torchscript"),
-        *("output_router_logits", "pretraining_tp", "chunk_size_feed_forward", "use_bfloat16", "tf_legacy_loss"),
-        *("gradient_checkpointing", "is_decoder"),
-        # Training. Families that have the losses read them; see balance_loss.py.
-        *("initializer_range", "router_aux_loss_coef", "router_z_loss_coef", "aux_loss_alpha", "seq_aux"),
-        # Generation; ids of tokens end in _token_id, see `is_neutral`.
-        *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "temperature"),
-        *("top_k", "top_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "length_penalty"),
-        *("diversity_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
-        *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty"),
-        *("num_return_sequences", "output_scores", "return_dict_in_generate", "remove_invalid_values"),
-        *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
-        *("assistant_lookbehind", "target_lookbehind"),
-    )
-)
-# Keys that make another model, unless they are null, false, 0 or empty.
-SWITCHED_OFF = frozenset(
-    (
-        *("add_cross_attention", "cross_attention_hidden_size", "is_encoder_decoder", "tie_encoder_decoder"),
-        *("pruned_heads", "per_layer_config", "quantization_config"),
-    )
-)
 
 
 def short(value: Any) -> str:
@@ -47,11 +17,6 @@ def short(value: Any) -> str:
     shown.maxlevel, shown.maxlist, shown.maxdict = 3, 12, 12
     shown.maxstring = shown.maxlong = shown.maxother = 80
     return shown.repr(value)
-
-
-def is_neutral(key: str) -> bool:
-    """Returns True if the logits of no family depend on a key of config.json."""
-    return key in NEUTRAL or key.endswith("_token_id")
 
 
 class HuggingFaceConfig:

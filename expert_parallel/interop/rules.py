@@ -1,6 +1,6 @@
 """Defines rules that translate a config.json to our model settings, and back.
 
-Every key of a config.json is read by a rule, known not to affect the logits (`NEUTRAL` in hf_config.py), or refused.
+Every key of a config.json is read by a rule, known not to affect the logits (`NEUTRAL` in neutral_keys.py), or refused.
 """
 
 from dataclasses import dataclass
