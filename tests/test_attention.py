@@ -412,6 +412,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         "window_blocks": FIRST,
         "position": {"kind": "rope", **OUR_YARN},
     },
+    "rotary positions in one block": {"rope_blocks": FIRST},
     "no bias of the last matrix": {"attention": {**HEADS, "bias": True, "out_bias": False}},
     "learned positions, sinks": {
         "attention": {**HEADS, "sinks": True},
@@ -522,6 +523,12 @@ YARN_SETTINGS = {"kind": "yarn", "factor": 2.0, "original_length": 16}
             {"attention": GPT_OSS, "window_blocks": {"kind": "every_nth", "n": 3}},
             "attention.window is given, but window_blocks selects none of the 2 blocks",
         ),
+        (
+            {"rope_blocks": FIRST, "position": {"kind": "learned", "max_length": 9}},
+            "rope_blocks is given, but position.kind is 'learned'",
+        ),
+        ({"rope_blocks": FIRST, "attention": LATENT}, "attention.kind 'latent' needs rotary positions in all blocks"),
+        ({"rope_blocks": {"kind": "all_but_first", "k": 2}}, "rope_blocks selects none of the 2 blocks"),
         ({"attention": {**HEADS, "window": 0}}, "attention.window: input should be"),
         ({"attention": {**HEADS, "head_size": 7}}, r"attention.head_size \(7\) must be even for position.kind rope"),
         ({"attention": {**HEADS, "kind": "tails"}}, "'tails'"),

@@ -63,6 +63,7 @@ CONFIGS = [
         "training.schedule={kind: constant}",
         "model.attention.window=4",
         "model.window_blocks={kind: every_nth, n: 2}",
+        "model.rope_blocks={kind: every_nth, n: 2}",
     ],
     [
         ROUTER + "{kind: gshard}",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree, short
-from expert_parallel.interop.rules import Rule, get_setting, set_setting
+from expert_parallel.interop.rules import Rule, set_setting
 from expert_parallel.interop.tensor_map import TensorMapping
 from expert_parallel.model.attention import HeadsConfig
 from expert_parallel.model.config import ModelConfig
@@ -64,9 +64,9 @@ def settings(model: ModelConfig) -> Tree:
     Omits settings of training, speed and layout, and the capacity, since generation is dropless.
     """
     tree = model.model_dump(mode="json")
-    window_layers = model.window_blocks.blocks(model.num_layers) if get_setting(tree, "attention.window") else []
-    tree |= {"moe_layers": model.moe_layers, "window_layers": window_layers}
-    for name in ("moe_blocks", "window_blocks", "dropout", "init_std"):
+    for name in ("moe_layers", "window_layers", "rope_layers"):
+        tree[name] = getattr(model, name)
+    for name in ("moe_blocks", "window_blocks", "rope_blocks", "dropout", "init_std"):
         tree.pop(name)
     if isinstance(model.attention, HeadsConfig):
         set_setting(tree, "attention.num_kv_heads", model.attention.kv_heads)

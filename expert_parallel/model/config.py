@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from expert_parallel.model.attention import Attention, HeadsConfig
+from expert_parallel.model.block_patterns import AllBlocks, Blocks, check_blocks
 from expert_parallel.model.latent_attention import LatentAttention, LatentAttentionConfig
 from expert_parallel.model.rotary import LearnedPositionConfig, PositionConfig, RopeConfig
 from expert_parallel.moe.config import MoEConfig
@@ -32,63 +33,6 @@ def _tag(value: Any) -> str:
 AttentionConfig = Annotated[
     Annotated[HeadsConfig, Tag("heads")] | Annotated[LatentAttentionConfig, Tag("latent")], Discriminator(_tag)
 ]
-
-
-class AllBlocks(Settings):
-    """Selects all transformer blocks."""
-
-    kind: Literal["all"] = "all"
-
-    def blocks(self, num_layers: int) -> list[int]:
-        return list(range(num_layers))
-
-
-class EveryNth(Settings):
-    """Selects blocks n - 1, 2n - 1, ...: with n = 2 every other block, starting with the second (Switch, GLaM)."""
-
-    kind: Literal["every_nth"]
-    n: int = Field(ge=1)
-    """Sets the distance between two selected blocks."""
-
-    def blocks(self, num_layers: int) -> list[int]:
-        return list(range(self.n - 1, num_layers, self.n))
-
-
-class AllButFirst(Settings):
-    """Selects all blocks but the first k (DeepSeek-V3, whose first blocks are dense)."""
-
-    kind: Literal["all_but_first"]
-    k: int = Field(ge=0)
-    """Sets the number of blocks at the start of the model that are not selected."""
-
-    def blocks(self, num_layers: int) -> list[int]:
-        return list(range(self.k, num_layers))
-
-
-class ListedBlocks(Settings):
-    """Selects the blocks with the listed numbers."""
-
-    kind: Literal["list"]
-    indices: list[int]
-    """Lists the numbers of the selected blocks, counted from 0."""
-
-    def blocks(self, num_layers: int) -> list[int]:
-        return sorted(self.indices)
-
-
-Blocks = Annotated[AllBlocks | EveryNth | AllButFirst | ListedBlocks, Field(discriminator="kind")]
-
-
-def _check_blocks(name: str, pattern: Blocks, num_layers: int, what: str) -> None:
-    """Raises a ValueError unless the pattern selects existing blocks, each once. what: the setting for them."""
-    blocks = pattern.blocks(num_layers)
-    if len(set(blocks)) < len(blocks):
-        raise ValueError(f"{name}.indices names a block twice: {blocks}")
-    outside = [block for block in blocks if not 0 <= block < num_layers]
-    if outside:
-        raise ValueError(f"{name} names block {outside[0]}, but num_layers is {num_layers}")
-    if not blocks:
-        raise ValueError(f"{what} is given, but {name} selects none of the {num_layers} blocks")
 
 
 @dataclass(frozen=True)
@@ -129,6 +73,8 @@ class ModelConfig(Settings):
     branch (`post`)."""
     position: PositionConfig = RopeConfig()
     """Describes how positions are encoded."""
+    rope_blocks: Blocks = AllBlocks()
+    """Selects the blocks with rotary positions; the others have no positions (NoPE: Kazemnejad et al. 2023)."""
     tied_embeddings: bool = True
     """Shares one weight between the embedding and the output projection."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -142,13 +88,28 @@ class ModelConfig(Settings):
         """Returns the numbers of the blocks whose feed-forward network is a MoE layer."""
         return self.moe_blocks.blocks(self.num_layers) if self.moe is not None else []
 
+    @property
+    def window_layers(self) -> list[int]:
+        """Returns the numbers of the blocks whose attention has a window."""
+        has_window = isinstance(self.attention, HeadsConfig) and self.attention.window is not None
+        return self.window_blocks.blocks(self.num_layers) if has_window else []
+
+    @property
+    def rope_layers(self) -> list[int]:
+        """Returns the numbers of the blocks with rotary positions."""
+        return self.rope_blocks.blocks(self.num_layers) if isinstance(self.position, RopeConfig) else []
+
     def attention_of(self, layer: int) -> AttentionConfig:
         """Returns the attention settings of block number `layer`, without the window if window_blocks does not select
         it."""
-        attention = self.attention
-        if isinstance(attention, HeadsConfig) and layer not in self.window_blocks.blocks(self.num_layers):
-            return attention.model_copy(update={"window": None})
-        return attention
+        if isinstance(self.attention, HeadsConfig) and layer not in self.window_layers:
+            return self.attention.model_copy(update={"window": None})
+        return self.attention
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """Returns the rotary positions of block number `layer`, or None if rope_blocks does not select it or positions
+        are learned."""
+        return self.position if isinstance(self.position, RopeConfig) and layer in self.rope_layers else None
 
     def num_params(self) -> int:
         """Counts all parameters, exactly those that `Transformer` has, without building it.
@@ -242,7 +203,18 @@ class ModelConfig(Settings):
             return self
         if not isinstance(attention, HeadsConfig) or attention.window is None:
             raise ValueError("window_blocks is given without attention.window: there is no window for these blocks")
-        _check_blocks("window_blocks", self.window_blocks, self.num_layers, "attention.window")
+        check_blocks("window_blocks", self.window_blocks, self.num_layers, "attention.window")
+        return self
+
+    @model_validator(mode="after")
+    def _check_rope_blocks(self) -> "ModelConfig":
+        if isinstance(self.rope_blocks, AllBlocks):
+            return self
+        if not isinstance(self.position, RopeConfig):
+            raise ValueError(f"rope_blocks is given, but position.kind is {self.position.kind!r}, not 'rope'")
+        if not isinstance(self.attention, HeadsConfig):
+            raise ValueError("rope_blocks is given, but attention.kind 'latent' needs rotary positions in all blocks")
+        check_blocks("rope_blocks", self.rope_blocks, self.num_layers, "position.kind 'rope'")
         return self
 
     @model_validator(mode="after")
@@ -252,7 +224,7 @@ class ModelConfig(Settings):
         if self.moe is None and not isinstance(self.moe_blocks, AllBlocks):
             raise ValueError("moe_blocks is given without moe: there are no experts to put into these blocks")
         if self.moe is not None:
-            _check_blocks("moe_blocks", self.moe_blocks, self.num_layers, "moe")
+            check_blocks("moe_blocks", self.moe_blocks, self.num_layers, "moe")
         dense = self.num_layers - len(self.moe_layers)
         if dense and self.ffn is None:
             raise ValueError(f"ffn is missing: {dense} of the {self.num_layers} blocks are dense")

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from expert_parallel.model.attention_mask import AttentionContext
 from expert_parallel.model.config import ATTENTION, ModelConfig, Recompute
 from expert_parallel.model.kv_cache import KVCache
-from expert_parallel.model.rotary import LearnedPositionConfig, RopeConfig
+from expert_parallel.model.rotary import LearnedPositionConfig
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import RouterReplay, StepContext
 from expert_parallel.moe.layer import MoELayer
@@ -100,9 +100,9 @@ class Block(nn.Module):
         self.dropout = config.dropout
         self.recompute = recompute
         norm = partial(NORMS[config.norm.kind], config.d_model, config.norm.eps)
-        rope = config.position if isinstance(config.position, RopeConfig) else None
         self.attention_norm, self.ffn_norm = norm(), norm()
         attention = config.attention_of(layer)
+        rope = config.rope_of(layer)
         self.attention = ATTENTION[attention.kind](attention, config.d_model, rope)  # type: ignore[arg-type]
         self.moe: MoELayer | None = None
         self.ffn: FFN | None = None

@@ -35,7 +35,7 @@ def heads_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, 
     for head in range(config.num_heads):
         shared = head // (config.num_heads // config.kv_heads)
         q, k, v = (t[..., h * size : (h + 1) * size] for t, h in ((query, head), (key, shared), (value, shared)))
-        if model.position.kind == "rope":
+        if model.position.kind == "rope" and layer in model.rope_blocks.blocks(model.num_layers):
             rotary = size if config.rope_size is None else config.rope_size
             q, k = (
                 torch.cat([apply_rope(t[..., :rotary], model.position, position_BS), t[..., rotary:]], -1)

@@ -166,11 +166,17 @@ def _small_heads(draft: ConfigEditor) -> None:
     draft.at_most("model.attention.rope_size", HEAD_SIZE)
     draft.put("model.attention.head_size", min(head_size, HEAD_SIZE + others))
     draft.at_most("model.attention.window", WINDOW)
-    pattern, num_layers = draft.get("model.window_blocks"), draft.get("model.num_layers")
-    draft.at_most("model.window_blocks.n", 2)
-    draft.at_most("model.window_blocks.k", 1 if num_layers > 1 else 0)
-    if pattern["kind"] == "list" and max(pattern["indices"]) >= num_layers:
-        draft.put("model.window_blocks.indices", list(range(0, num_layers, 2)))
+    for name in ("window_blocks", "rope_blocks"):
+        _select_some(draft, f"model.{name}")
+
+
+def _select_some(draft: ConfigEditor, path: str) -> None:
+    """Makes a pattern of blocks fit to fewer blocks, of which it still selects some and not others."""
+    pattern, num_layers = draft.get(path), draft.get("model.num_layers")
+    draft.at_most(f"{path}.n", 2)
+    draft.at_most(f"{path}.k", 1 if num_layers > 1 else 0)
+    if pattern["kind"] == "list" and (max(pattern["indices"]) >= num_layers or len(pattern["indices"]) == num_layers):
+        draft.put(f"{path}.indices", list(range(0, num_layers, 2)))
 
 
 def _small_latent(draft: ConfigEditor) -> None:
