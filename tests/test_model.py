@@ -231,7 +231,8 @@ def hand_written(model: Transformer, tokens_BS: Tensor) -> Tensor:
     if model.final_norm is not None:
         x = model.final_norm(x)
     table = model.embedding.weight if model.unembedding is None else model.unembedding.weight
-    return x @ table.T
+    logits = x @ table.T
+    return logits if model.unembedding_bias is None else logits + model.unembedding_bias
 
 
 @pytest.mark.parametrize("placement", ["pre", "post"])
@@ -244,6 +245,7 @@ def test_the_model_is_its_formula(placement: str, position: dict[str, Any], tied
         norm={"kind": "layer_norm"},
         position=position,
         tied_embeddings=tied,
+        unembedding_bias=tied,
         num_layers=3,
         moe_blocks={"kind": "every_nth", "n": 2},
         ffn={"hidden": 10, "activation": "relu", "bias": True},

@@ -192,6 +192,7 @@ FACTORS: dict[str, list[Any]] = {
     ],
     "qk_norm": [None, {"kind": "per_head"}, {"kind": "whole"}],
     "tied_embeddings": [True, False],
+    "unembedding_bias": [False, True],
     "position": [{"kind": "rope"}, {"kind": "learned", "max_length": 9}],
     "norm": [{"kind": "rms_norm"}, {"kind": "layer_norm"}],
     "norm_placement": ["pre", "post"],
@@ -230,7 +231,7 @@ def possible(case: Case) -> bool:
 
 def config_of(case: Case) -> ModelConfig:
     attention = {**case["attention"], **({} if case["qk_norm"] is None else {"qk_norm": case["qk_norm"]})}
-    kept = ("tied_embeddings", "position", "norm", "norm_placement")
+    kept = ("tied_embeddings", "unembedding_bias", "position", "norm", "norm_placement")
     tree = {"vocab_size": 33, "num_layers": 4, "d_model": 16, "attention": attention}
     tree |= {name: case[name] for name in kept}
     blocks = case["moe_blocks"]

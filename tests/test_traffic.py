@@ -47,7 +47,7 @@ def moe(**settings: Any) -> dict[str, Any]:
 
 
 POOLED = [{"kind": "balance", "layers": "pooled", "scope": scope} for scope in ("global", "sequence")]
-UNTIED = {"tied_embeddings": False}
+UNTIED = {"tied_embeddings": False, "unembedding_bias": True}
 LATENT = {"kind": "latent", "num_heads": 4, "query_rank": 7, "kv_rank": 5}
 LATENT |= {"nope_size": 3, "rope_size": 2, "value_size": 4}
 

@@ -191,7 +191,7 @@ LAYER_NORM = {
 }
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "biases, drops, balance biases": ({}, {}),
-    "post-norm, learned positions, untied": ({**LAYER_NORM, "tied_embeddings": False}, {}),
+    "post-norm, learned positions, untied": ({**LAYER_NORM, "tied_embeddings": False, "unembedding_bias": True}, {}),
     "shared experts, sigmoid, groups": (
         {"moe_blocks": {"kind": "every_nth", "n": 2}},
         {

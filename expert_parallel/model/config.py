@@ -77,6 +77,8 @@ class ModelConfig(Settings):
     """Selects the blocks with rotary positions; the others have no positions (NoPE: Kazemnejad et al. 2023)."""
     tied_embeddings: bool = True
     """Shares one weight between the embedding and the output projection."""
+    unembedding_bias: bool = False
+    """Adds a bias to the logits, one number for each token id."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Sets the dropout probability of the embedding and of each block's two branches."""
     init_std: float = Field(default=0.02, gt=0)
@@ -114,10 +116,10 @@ class ModelConfig(Settings):
     def num_params(self) -> int:
         """Counts all parameters, exactly those that `Transformer` has, without building it.
 
-        These are the embedding and the output projection (one weight with `tied_embeddings`, counted once), learned
-        positions, the final norm, and in each block its norms, attention, and feed-forward network: a dense one, or
-        router, shared and routed experts. Biases, norms of queries and keys, and sinks count wherever they are set.
-        Buffers, such as a router's balance bias, are no parameters.
+        These are the embedding and the output projection (one weight with `tied_embeddings`, counted once), its bias,
+        learned positions, the final norm, and in each block its norms, attention, and feed-forward network: a dense
+        one, or router, shared and routed experts. Biases, norms of queries and keys, and sinks count wherever they are
+        set. Buffers, such as a router's balance bias, are no parameters.
         """
         return self.parameter_counts().total
 
@@ -177,6 +179,7 @@ class ModelConfig(Settings):
 
         num_tables = int(is_first or is_last) if self.tied_embeddings else is_first + is_last
         dense += num_tables * self.vocab_size * d_model
+        dense += self.vocab_size if is_last and self.unembedding_bias else 0
         if is_first and isinstance(self.position, LearnedPositionConfig):
             dense += self.position.max_length * d_model
         if is_last and self.norm_placement == "pre":

@@ -25,7 +25,7 @@ from expert_parallel.moe.routers.base import TopKRouter
 from expert_parallel.nn.norms import RMSNorm
 from expert_parallel.parallel.degrees import ParallelDegrees, ShardedConfig
 from expert_parallel.parallel.mesh import ParallelMesh
-from expert_parallel.parallel.sharding import get_tensor_shards, name_shards_in_state_dict
+from expert_parallel.parallel.sharding import get_tensor_shards, name_shards_in_state_dict, shard_parameter
 
 
 def build_model(
@@ -84,6 +84,8 @@ def apply_tp_and_cp(model: Transformer, mesh: ParallelMesh) -> None:
             table = getattr(model, name)
             if table is not None:
                 setattr(model, name, VocabularyParallelEmbedding(table, tp_group, model.compute_dtype))
+        if model.unembedding_bias is not None:
+            shard_parameter(model, "unembedding_bias", -1, tp_group)
         model.gather_for_logits = partial(_gather_for_logits, group=tp_group)
     for module in model.modules():
         if get_tensor_shards(module) and not isinstance(module, GroupedExperts):  # experts name their own shards

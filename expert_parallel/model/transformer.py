@@ -222,6 +222,9 @@ class Transformer(LanguageModel):
         )
         self.final_norm = NORMS[config.norm.kind](config.d_model, config.norm.eps) if pre and is_last else None
         self.unembedding = table(config.vocab_size) if is_last and not config.tied_embeddings else None
+        # Beside the table rather than in it, since with tied embeddings the bias belongs to the logits alone.
+        has_bias = is_last and config.unembedding_bias
+        self.unembedding_bias = nn.Parameter(torch.zeros(config.vocab_size)) if has_bias else None
 
     @property
     def has_logits(self) -> bool:
@@ -293,7 +296,8 @@ class Transformer(LanguageModel):
     def _logits(self, x: Tensor) -> Tensor:
         table = self.embedding if self.unembedding is None else self.unembedding
         assert table is not None
-        return F.linear(self.gather_for_logits(x), table.weight.to(x.dtype))
+        bias = None if self.unembedding_bias is None else self.unembedding_bias.to(x.dtype)
+        return F.linear(self.gather_for_logits(x), table.weight.to(x.dtype), bias)
 
     def _losses(
         self, outputs: dict[int, BlockOutput]

@@ -197,7 +197,7 @@ SHARDED_ON_DIM_0 = tuple(f"{name}.{leaf}" for name in ("query", "key", "value", 
 SHARDED_ON_DIM_0 += ("attention.sinks", "attention.query_up.weight", "attention.kv_up.weight")
 WHOLE_NORMS = ("attention.query_norm.weight", "attention.key_norm.weight")
 SHARDED_ON_DIM_1 = ("attention.out.weight", "w_out.weight")
-VOCABULARY = ("embedding.weight", "unembedding.weight")
+VOCABULARY = ("embedding.weight", "unembedding.weight", "unembedding_bias")
 
 
 @dataclass(frozen=True)

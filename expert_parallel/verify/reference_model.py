@@ -113,7 +113,10 @@ def forward(
     if model.norm_placement == "pre":
         x_BSD = norm_function(model.norm, _strip_prefix(weights, "final_norm."))(x_BSD)
     table = "embedding.weight" if model.tied_embeddings else "unembedding.weight"
-    return ForwardResult(x_BSD @ weights[table].T, auxiliary)
+    logits_BSV = x_BSD @ weights[table].T
+    if model.unembedding_bias:
+        logits_BSV = logits_BSV + weights["unembedding_bias"]
+    return ForwardResult(logits_BSV, auxiliary)
 
 
 def _strip_prefix(parameters: Parameters, prefix: str) -> Parameters:
