@@ -9,7 +9,6 @@ from expert_parallel.interop.rules import Rule, set_setting
 from expert_parallel.interop.tensor_map import TensorMapping
 from expert_parallel.model.attention import HeadsConfig
 from expert_parallel.model.config import ModelConfig
-from expert_parallel.model.rotary import RopeConfig
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,7 @@ def settings(model: ModelConfig) -> Tree:
         tree.pop(name)
     if isinstance(model.attention, HeadsConfig):
         set_setting(tree, "attention.num_kv_heads", model.attention.kv_heads)
-        if isinstance(model.position, RopeConfig):
-            set_setting(tree, "attention.rope_size", model.attention.rope_columns[1])
+        set_setting(tree, "attention.rope_size", model.attention.rope_columns[1])
         if model.attention.out_bias is None:
             set_setting(tree, "attention.out_bias", model.attention.bias)
     if tree["moe"] is not None:
