@@ -102,7 +102,7 @@ FACTORS = {
     "router": list(ROUTERS),
     "capacity": list(CAPACITIES),
     "scenario": SCENARIOS,
-    "experts": ["swiglu", "relu bias", "geglu shared", "gelu shared bias"],
+    "experts": ["swiglu", "relu bias", "geglu shared", "gelu shared bias", "swiglu weight_input"],
     "ledger": ["counts", "rows"],
     "training": [True, False],
 }
@@ -168,7 +168,12 @@ def make_config(case: dict[str, Any]) -> MoEConfig:
             "router": router,
             "capacity": CAPACITIES[case["capacity"]],
             "losses": {"hash": [], "expert_choice": losses[:1]}.get(router["kind"], losses),
-            "experts": {"hidden": 6, "activation": activation, "bias": "bias" in options},
+            "experts": {
+                "hidden": 6,
+                "activation": activation,
+                "bias": "bias" in options,
+                "weight_input": "weight_input" in options,
+            },
             "shared_experts": {"hidden": 4, "activation": activation} if "shared" in options else None,
             "dispatcher": DISPATCHERS[case["dispatcher"]],
             "ledger": {"kind": case["ledger"]},

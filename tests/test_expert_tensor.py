@@ -74,7 +74,7 @@ FACTORS = {
     "capacity": list(CAPACITIES),
     "way": ["contiguous", "zigzag", "scattered"],
     "scenario": ["random", "padding", "ranks without tokens", "no tokens", "uneven placement"],
-    "experts": ["swiglu bias", "geglu", "relu bias shared"],
+    "experts": ["swiglu bias", "geglu", "relu bias shared", "swiglu bias weight_input"],
     "dispatcher": ["all_to_all", "all_gather"],
     "ledger": ["counts", "rows"],
 }
@@ -135,7 +135,12 @@ def make_config(case: dict[str, Any]) -> MoEConfig:
             "router": router,
             "capacity": CAPACITIES[case["capacity"]],
             "losses": {"hash": [], "expert_choice": losses[:1]}.get(router["kind"], losses),
-            "experts": {"hidden": 8, "activation": activation, "bias": "bias" in options},
+            "experts": {
+                "hidden": 8,
+                "activation": activation,
+                "bias": "bias" in options,
+                "weight_input": "weight_input" in options,
+            },
             "shared_experts": {"hidden": 4, "activation": activation} if "shared" in options else None,
             "dispatcher": {"kind": case["dispatcher"]},
             "ledger": {"kind": case["ledger"]},

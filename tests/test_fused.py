@@ -44,9 +44,13 @@ def make_tokens(choices: list[list[int]], dtype: torch.dtype = torch.float64) ->
 
 
 def make_experts(
-    activation: str, dtype: torch.dtype = torch.float64, backend: str = "loop", hidden: int = HIDDEN
+    activation: str,
+    dtype: torch.dtype = torch.float64,
+    backend: str = "loop",
+    hidden: int = HIDDEN,
+    weight_input: bool = False,
 ) -> GroupedExperts:
-    config = ExpertsConfig(hidden=hidden, activation=activation, backend=backend)  # type: ignore[arg-type]
+    config = ExpertsConfig(hidden=hidden, activation=activation, backend=backend, weight_input=weight_input)  # type: ignore[arg-type]
     experts = GroupedExperts(config, D_MODEL, tuple(range(NUM_EXPERTS)))
     for number, parameter in enumerate(experts.parameters()):
         generator = torch.Generator().manual_seed(number)
@@ -57,8 +61,13 @@ def make_experts(
 def plainly(experts: GroupedExperts, tokens: DispatchedTokens) -> Tensor:
     """One row at a time: nothing here is grouped, fused or weighted in another place than the formula's."""
     experts_R = [e for e, count in enumerate(tokens.counts_e.tolist()) for _ in range(count)]
+
+    def expert(e: int, x_D: Tensor) -> Tensor:
+        return ACTIVATIONS[experts.config.activation](x_D @ experts.w_in[e]) @ experts.w_out[e]
+
+    weighs_input = experts.config.weight_input
     outputs = [
-        weight * (ACTIVATIONS[experts.config.activation](tokens.x_VD[row] @ experts.w_in[e]) @ experts.w_out[e])
+        expert(e, weight * tokens.x_VD[row]) if weighs_input else weight * expert(e, tokens.x_VD[row])
         for row, e, weight in zip(tokens.row_R.tolist(), experts_R, tokens.weights_R, strict=True)
     ]
     rows = [
@@ -115,6 +124,22 @@ def test_any_choices(data: st.DataObject) -> None:
     activation, hidden = data.draw(st.sampled_from(sorted(ACTIVATIONS))), data.draw(st.integers(1, 2 * D_MODEL))
     experts = make_experts(activation, hidden=hidden)
     actual = with_gradients(experts(tokens), tokens, experts)
+    torch.testing.assert_close(
+        actual, with_gradients(plainly(experts, tokens), tokens, experts), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("backend", ["loop", "bmm"])
+@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+def test_weights_on_the_input_equal_one_row_at_a_time(activation: str, choices: list[list[int]], backend: str) -> None:
+    """Of `bmm` with rows of zeros; the gradient of a weight is that of the row before W_in."""
+    tokens = learning(make_tokens(choices))
+    experts = make_experts(activation, backend=backend, weight_input=True)
+    actual = with_gradients(experts(tokens), tokens, experts)
+    if not any(choices):
+        assert all(not bool(value.any()) for value in actual)
+        return
     torch.testing.assert_close(
         actual, with_gradients(plainly(experts, tokens), tokens, experts), rtol=1e-12, atol=1e-12
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from expert_parallel.moe.dispatch.permute import NO_ROW, gather_rows
 from expert_parallel.moe.experts.expert_tensor_parallel import all_gather_by_expert, reduce_scatter_by_expert
-from expert_parallel.moe.experts.fused import fused_experts
+from expert_parallel.moe.experts.fused import fused_experts, fused_experts_weighted_input
 from expert_parallel.moe.experts.grouped_gemm import GROUPED_GEMMS, GroupedGemm, has_bfloat16_gemm
 from expert_parallel.moe.experts.numbered import NumberedExperts
 from expert_parallel.moe.experts.replicas import check_own_weights, mean_gradient
@@ -38,6 +38,8 @@ class ExpertsConfig(Settings):
     """Sets the dropout probability after the activation (Switch's expert dropout)."""
     output_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Sets the dropout probability after the second matrix."""
+    weight_input: bool = False
+    """Multiplies the routing weight with the expert's input, and not with its output (Llama 4)."""
     backend: Literal["auto", "loop", "grouped_mm", "bmm"] = "auto"
     """Chooses how experts multiply; `auto` takes bmm for bfloat16 on CPUs that multiply it, else grouped_mm if torch
     supports the dtype and sizes, else a loop over the experts."""
@@ -131,7 +133,8 @@ class GroupedExperts(NumberedExperts):
         return group_size(self.ep_group) * group_size(self.etp_group)
 
     def forward(self, tokens: DispatchedTokens, dropout_seed: int = 0) -> Tensor:
-        """Returns y_VD: for each received row, the sum over its choices of weight * Expert(x), in x's dtype.
+        """Returns y_VD: for each received row, the sum over its choices of weight * Expert(x), in x's dtype; with
+        `weight_input`, of Expert(weight * x).
 
         Every rank of the etp_group calls this, each with rows of its own. Each rank multiplies the rows of all of them
         with its columns; b_out, output dropout and weights are applied by the rank that owns the rows. Raises a
@@ -149,7 +152,8 @@ class GroupedExperts(NumberedExperts):
         if config.is_plain and group_size(self.etp_group) == 1:
             tokens = self.pad_for_backend(tokens, GROUPED_GEMMS[best])
             weights = (self.weight("w_in"), self.weight("w_out"))
-            return fused_experts(tokens, *weights, config.activation, GROUPED_GEMMS[best])
+            fused = fused_experts_weighted_input if config.weight_input else fused_experts
+            return fused(tokens, *weights, config.activation, GROUPED_GEMMS[best])
         row_R1 = tokens.row_R[:, None]  # a table of one column, since some may be NO_ROW (see gather_rows)
         x_RD = gather_rows(x_VD, row_R1, tokens.computed_VK)
         y_RD = self._by_autograd(x_RD, tokens.counts_e, tokens.weights_R, GROUPED_GEMMS[best], dropout_seed)
@@ -178,8 +182,11 @@ class GroupedExperts(NumberedExperts):
         return pad_groups(tokens, gemm.pad_group_sizes(tokens.counts_e, d_model * hidden))
 
     def _by_autograd(self, x_RD: Tensor, counts_e: Tensor, weights_R: Tensor, gemm: GroupedGemm, seed: int) -> Tensor:
-        """Computes weight_r * Expert_r(x_r) for each row r, in x's dtype, step by step under autograd."""
+        """Computes weight_r * Expert_r(x_r) for each row r, or Expert_r(weight_r * x_r), in x's dtype, step by step
+        under autograd."""
         config = self.config
+        if config.weight_input:
+            x_RD = (x_RD * weights_R[:, None]).to(x_RD.dtype)
         x_GD, gathered_e, gathered = all_gather_by_expert(x_RD, counts_e, self.etp_group)
         groups = gemm.groups(gathered_e)
         b_in, b_out = (self.weight("b_in"), self.weight("b_out")) if config.bias else (None, None)
@@ -191,7 +198,7 @@ class GroupedExperts(NumberedExperts):
         y_RD = _add_bias(reduce_scatter_by_expert(y_GD, gathered), b_out, counts_e)
         if self.training:
             y_RD = dropout(y_RD, config.output_dropout, mix(seed, 1))
-        return (y_RD * weights_R[:, None]).to(x_RD.dtype)
+        return y_RD if config.weight_input else (y_RD * weights_R[:, None]).to(x_RD.dtype)
 
 
 def pad_groups(tokens: DispatchedTokens, counts_e: Tensor) -> DispatchedTokens:

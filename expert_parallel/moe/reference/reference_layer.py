@@ -3,7 +3,7 @@
 It follows the formulas, on one rank: nothing here imports routers, capacity, dispatch or experts. Only the random
 numbers of nn/random.py are those of the layer that it tests. `tokens_by_rank` holds the tokens that each rank of a
 layout would have, so that settings which depend on the tokens of one rank (capacity, `scope: rank`) have the same
-meaning. The routers are in reference_routing.py.
+meaning. The routers are in reference_routing.py, the feed-forward networks in reference_experts.py.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from expert_parallel.moe.context import StepContext
+from expert_parallel.moe.reference.reference_experts import shared, weighted_expert
 from expert_parallel.moe.reference.reference_routing import (
     DROPPED_CAPACITY,
     DROPPED_RECEIVE_BOUND,
@@ -84,7 +85,7 @@ def reference_layer(
         all_outcomes[token.rank][token.row] = torch.tensor(outcomes[t], dtype=torch.uint8)
         for j, expert in enumerate(ids[t]):
             if outcomes[t][j] in (KEPT, REROUTED):
-                y = weights[t][j] * _expert(config, parameters, f"experts.{expert}.", batch.x_TD[t])
+                y = weighted_expert(config, parameters, expert, batch.x_TD[t], weights[t][j])
                 outputs[token.rank][token.row] = outputs[token.rank][token.row] + y
     return ReferenceOutput(
         y=[_stack(rows, rank.x_BSD) for rows, rank in zip(outputs, ranks, strict=True)],
@@ -100,7 +101,7 @@ def reference_layer(
 def _shared_outputs(config: Any, parameters: dict[str, Tensor], x_BSD: Tensor) -> list[Tensor]:
     """Returns the output of the shared experts for each token, including padding; zeros without shared experts."""
     rows = x_BSD.reshape(x_BSD.shape[0] * x_BSD.shape[1], x_BSD.shape[2])
-    return [torch.zeros_like(x) if config.shared_experts is None else _shared(config, parameters, x) for x in rows]
+    return [torch.zeros_like(x) if config.shared_experts is None else shared(config, parameters, x) for x in rows]
 
 
 def _stack(rows: list[Tensor], x_BSD: Tensor) -> Tensor:
@@ -234,37 +235,6 @@ def _send_quotas(sent: list[int], limit: int) -> list[int]:
             rest -= 1
         s = (s + 1) % len(sent)
     return allowed
-
-
-def _activate(activation: str, h: Tensor) -> Tensor:
-    """Applies an activation of ffn.ACTIVATIONS, written out; gated kinds halve the last dimension."""
-    half = h.shape[-1] // 2
-    if activation == "relu":
-        return torch.clamp(h, min=0)
-    if activation == "gelu":
-        return _gelu(h)
-    gate, up = h[..., :half], h[..., half:]
-    if activation == "gpt_oss":
-        gate, up = torch.clamp(gate, max=7), torch.clamp(up, min=-7, max=7)
-        return (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
-    return (gate / (1 + torch.exp(-gate)) if activation == "swiglu" else _gelu(gate)) * up
-
-
-def _gelu(h: Tensor) -> Tensor:
-    return 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
-
-
-def _expert(config: Any, parameters: dict[str, Tensor], prefix: str, x_D: Tensor) -> Tensor:
-    """Computes one expert on one token."""
-    h = x_D @ parameters[prefix + "w_in"] + parameters.get(prefix + "b_in", 0)
-    return _activate(config.experts.activation, h) @ parameters[prefix + "w_out"] + parameters.get(prefix + "b_out", 0)
-
-
-def _shared(config: Any, parameters: dict[str, Tensor], x_D: Tensor) -> Tensor:
-    """Computes the shared experts on one token."""
-    h = parameters["shared_experts.w_in.weight"] @ x_D + parameters.get("shared_experts.w_in.bias", 0)
-    h = _activate(config.shared_experts.activation, h)
-    return parameters["shared_experts.w_out.weight"] @ h + parameters.get("shared_experts.w_out.bias", 0)
 
 
 def _losses(config: Any, routing: ReferenceRouting, batch: ReferenceBatch) -> dict[str, Tensor]:

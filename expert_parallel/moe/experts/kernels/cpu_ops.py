@@ -1,8 +1,8 @@
 """Implements the row kernels on the CPU by torch operations that write into given memory, on blocks of rows that fit
 the caches.
 
-torch_ops.py defines what each function computes. `row_dots` and `activation_grad`, which only this file has, are parts
-of `activate_backward`.
+torch_ops.py defines what each function computes. `activation_grad`, which only this file has, is a part of
+`activate_backward`.
 """
 
 from collections.abc import Iterator
@@ -34,10 +34,7 @@ def weigh_(x_RD: Tensor, weights_R: Tensor) -> Tensor:
 
 
 def row_dots(x_RD: Tensor, y_RD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the scalar product of each row of x with the same row of y, (R) in `dtype`.
-
-    Products are rounded to x's dtype before they are summed in `dtype`.
-    """
+    """Computes torch_ops.row_dots, but rounds products to x's dtype before it sums them in `dtype`."""
     return torch.cat([(x * y).sum(1, dtype=dtype) for x, y in _blocks(x_RD, y_RD)])
 
 

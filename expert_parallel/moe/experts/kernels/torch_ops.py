@@ -32,6 +32,12 @@ def weigh_(x_RD: Tensor, weights_R: Tensor) -> Tensor:
     return x_RD.mul_(weights_R[:, None])
 
 
+def row_dots(x_RD: Tensor, y_RD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the scalar product of each row of x with the same row of y, (R) in `dtype`, the router's."""
+    wide = wide_dtype(x_RD.dtype)
+    return (x_RD.to(wide) * y_RD.to(wide)).sum(1, dtype=dtype)
+
+
 def activate(h_RF2: Tensor, activation: str, weights_R: Tensor | None = None) -> Tensor:
     """Returns a_RF: the activation of h, times the weight of each row if given, in h's dtype.
 

@@ -20,6 +20,23 @@ def gather(x_LD, row_R, out_RD, num_rows, num_columns, BLOCK_R: tl.constexpr, BL
     tl.store(out_RD + r * num_columns + d, x, mask=(r < num_rows) & (d < num_columns))
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def row_dots(
+    x_RD, y_RD, dot_R, num_rows, num_columns, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Computes torch_ops.row_dots. A program computes all columns of its rows, so that it can sum over D without other
+    programs."""
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    dots = tl.zeros((BLOCK_R, BLOCK_D), WIDE)
+    for start in range(0, num_columns, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)[None, :]
+        inside = (r < num_rows)[:, None] & (d < num_columns)
+        here = r[:, None] * num_columns + d
+        x = tl.load(x_RD + here, mask=inside, other=0.0).to(WIDE)
+        dots += x * tl.load(y_RD + here, mask=inside, other=0.0).to(WIDE)
+    tl.store(dot_R + r, tl.sum(dots, axis=1), mask=r < num_rows)
+
+
 @triton.jit
 def activation_and_slopes(gate, up, KIND: tl.constexpr):
     """Returns the value of an activation, its derivative by gate, and its derivative by up.

@@ -30,6 +30,16 @@ def gather(x_LD: Tensor, row_R: Tensor) -> Tensor:
 weigh_ = torch_ops.weigh_  # it is one pass over memory already
 
 
+def row_dots(x_RD: Tensor, y_RD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Computes torch_ops.row_dots."""
+    dot_R = x_RD.new_zeros(len(x_RD), dtype=dtype)
+    if x_RD.numel():
+        grid, tile = _cut(x_RD)
+        with _on(x_RD):
+            kernels.row_dots[grid[:1]](x_RD.contiguous(), y_RD.contiguous(), dot_R, *x_RD.shape, _wide(x_RD), *tile)
+    return dot_R
+
+
 def activate(h_RF2: Tensor, activation: str, weights_R: Tensor | None = None) -> Tensor:
     """Computes torch_ops.activate."""
     num_rows, hidden = h_RF2.shape[0], h_RF2.shape[1] // w_in_columns(activation, 1)
