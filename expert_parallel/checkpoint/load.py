@@ -1,6 +1,6 @@
 """Loads a checkpoint into any layout: each rank reads its own shards, and all ranks verify the digests together."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +27,27 @@ from expert_parallel.runtime.process import Runtime
 Result = TypeVar("Result")
 LoadTarget = tuple[str, tuple[int, ...], Tensor, bool]  # full name, start, memory to fill, whether the digest counts it
 LIMB = 1 << 32
+
+
+ReadSlice = Callable[[str, Sequence[int], Sequence[int]], Tensor]  # logical name, start, shape
+
+
+@torch.no_grad()
+def fill_weights(
+    read_slice: ReadSlice, model: LanguageModel, state: TrainingState, runtime: Runtime, mesh: ParallelMesh
+) -> None:
+    """Fills the weights of a model of any layout from a source that is no checkpoint. Every rank calls it.
+
+    read_slice: returns a rectangle of a logical tensor, in any dtype; each rank asks for those that it holds, one after
+    another. state: `engine.state`. An error of any rank is a UserError on all.
+    """
+
+    def fill() -> None:
+        for name, start, target, _ in _load_targets(model, (WEIGHTS,), state, mesh):
+            target.copy_(read_slice(name.removeprefix(f"{WEIGHTS}/"), start, target.shape))
+
+    runtime.run_on_all_ranks(fill)
+    state.finish_loading()
 
 
 @torch.no_grad()

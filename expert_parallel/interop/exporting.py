@@ -19,6 +19,7 @@ from expert_parallel.interop.hf_config import Tree
 from expert_parallel.interop.hf_model import match_model_tensors, read_model_config
 from expert_parallel.interop.importing import find_origin, find_tokenizer, refuse_larger_tokenizer
 from expert_parallel.interop.neutral_keys import is_neutral
+from expert_parallel.interop.set_aside import set_aside_for_export
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.routers.losses import LossConfig, loss_name
 from expert_parallel.training.config import read_config
@@ -62,11 +63,16 @@ def export_run(
     config = export_config(family_name, model, their_origin, checkpoint.config)
     if (sentence := describe_lost_losses(family_name, model, config)) is not None:
         print_message(sentence)
+    set_aside = set_aside_for_export(origin, family_name, model, config, print_message)
     to_dtype = None if dtype is None else DTYPES[dtype]
     written = to_dtype or checkpoint.tensors["weights/embedding.weight"].dtype
     config["dtype" if "dtype" in config else "torch_dtype"] = str(written).removeprefix("torch.")
     with FolderWriter(out, shard_bytes) as writer:
         write_weights(writer, checkpoint, FAMILIES[family_name], config, model, to_dtype)
+        if set_aside is not None:
+            table = checkpoint.read("weights/embedding.weight") if model.tied_embeddings else None
+            for name, tensor in set_aside.exported(table, to_dtype):
+                writer.add(name, tensor)
         writer.write_json(CONFIG, config)
         files = files_to_copy(tokenizer, origin)
         for file in files:

@@ -1,7 +1,7 @@
 """Opens a Hugging Face folder as one of our models: its settings, and its tensors by logical name."""
 
 import math
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Container, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from expert_parallel.interop.families.registry import FAMILIES
 from expert_parallel.interop.family import Family
 from expert_parallel.interop.folder import HuggingFaceFolder
 from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree
-from expert_parallel.interop.ignored_tensors import HEAD, TABLE, describe_ignored, ignored_tensors, rows_are_equal
+from expert_parallel.interop.ignored_tensors import HEAD, TABLE, TIED, describe_ignored, ignored_tensors, rows_are_equal
 from expert_parallel.interop.tensor_map import TensorPair, match_tensors
 from expert_parallel.interop.unsupported import describe_unsupported
 from expert_parallel.model.config import ModelConfig
@@ -29,8 +29,9 @@ VALUES_PER_ELEMENT = 2  # MXFP4 packs two values into an element of the file; no
 class HuggingFaceModel:
     """Opens a folder, and checks config.json and the shapes and dtypes of all tensors before any weight is read.
 
-    Tensors that transformers does not use either are set aside; `notes` has a sentence about each kind of them, and
-    about the losses of training. Raises a ValueError that names the keys that are not supported, or the first tensor
+    Tensors that transformers does not use either are set aside: `ignored` has them by name, and what they are, and
+    `notes` a sentence about each kind of them, and about the losses of training. bytes_read: of tensors, by
+    `read_slice`. Raises a ValueError that names the keys that are not supported, or the first tensor
     that is missing, left over, of another shape or of another dtype.
     """
 
@@ -41,7 +42,7 @@ class HuggingFaceModel:
         self.model = read_model_config(self.family, config)
         refuse_larger_model(self.folder, self.model)
         num_mtp_layers = self.family.num_mtp_layers(HuggingFaceConfig(config))
-        ignored = ignored_tensors(self.folder.files, self.model.num_layers, num_mtp_layers)
+        self.ignored = ignored = ignored_tensors(self.folder.files, self.model.num_layers, num_mtp_layers)
         self.notes: list[str] = []
         table = self._settle_head(ignored) if self.model.tied_embeddings and HEAD in self.folder.files else TABLE
         pairs = match_model_tensors(self.family, config, self.model)
@@ -49,6 +50,8 @@ class HuggingFaceModel:
         losses = describe_model_losses(self.family, config, self.model)
         self.notes = [*describe_ignored(ignored), *self.notes, *losses]
         check_tensors(self.folder, self.pairs, logical_shapes(self.model), ignored)
+        self.places = {name: (pair, number) for pair in self.pairs for number, name in enumerate(pair.ours)}
+        self.bytes_read = 0
 
     def _settle_head(self, ignored: dict[str, str]) -> str:
         """Decides about a lm_head.weight although tie_word_embeddings is true, as transformers 5 does. Returns the name
@@ -62,7 +65,7 @@ class HuggingFaceModel:
             return HEAD
         check_dtypes(self.folder, [TABLE, HEAD])
         if rows_are_equal(self.folder, TABLE, HEAD):
-            ignored[HEAD] = f"equal to {TABLE}, to which it is tied"
+            ignored[HEAD] = TIED
         else:
             self.model = self.model.model_copy(update={"tied_embeddings": False})
             self.notes.append(
@@ -76,6 +79,16 @@ class HuggingFaceModel:
         for pair in self.pairs:
             theirs = [self.folder.read(name) for name in pair.theirs]
             yield from zip(pair.ours, pair.transform.to_ours(theirs), strict=True)
+
+    def read_slice(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Reads the rectangle of a logical tensor that begins at `start` and has `shape`, in the file's dtype, and of
+        the files little more than that."""
+        pair, number = self.places[name]
+        index = tuple(slice(first, first + size) for first, size in zip(start, shape, strict=True))
+        theirs = [self.folder.read(tensor) for tensor in pair.theirs]  # mapped, not read yet
+        part, num_bytes = pair.transform.read_part(theirs, number, index)
+        self.bytes_read += num_bytes
+        return part
 
 
 def find_family(config: Tree, path: Path) -> Family:

@@ -5,7 +5,7 @@ surplus tensor may belong to a part of the model that we would leave out.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -13,6 +13,8 @@ from expert_parallel.interop.folder import HuggingFaceFolder
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
+MTP = "multi-token prediction, which transformers leaves out, too"  # see set_aside.py
+TIED = f"equal to {TABLE}, to which it is tied"
 FREQUENCIES = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # older versions of transformers saved them
 
 ROWS = 4096  # rows of a table that are compared at once
@@ -29,7 +31,7 @@ def ignored_tensors(names: Iterable[str], num_layers: int, num_mtp_layers: int) 
         if FREQUENCIES.search(name):
             ignored[name] = "rotary frequencies, which follow from config.json"
         elif layer and num_layers <= int(layer[1]) < num_layers + num_mtp_layers:
-            ignored[name] = "multi-token prediction, which transformers leaves out, too; an export will lack them"
+            ignored[name] = MTP
     return ignored
 
 
@@ -38,9 +40,14 @@ def describe_ignored(ignored: dict[str, str]) -> list[str]:
     sentences = []
     for kind in dict.fromkeys(ignored.values()):
         names = [name for name, other in ignored.items() if other == kind]
-        count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
-        sentences.append(f"set aside {count} ({names[0]}{', ...' if len(names) > 1 else ''}): {kind}")
+        sentences.append(f"set aside {list_briefly(names)}: {kind}")
     return sentences
+
+
+def list_briefly(names: Sequence[str]) -> str:
+    """Returns, as text, the number of tensors and the first of their names."""
+    count = "1 tensor" if len(names) == 1 else f"{len(names):,} tensors"
+    return f"{count} ({names[0]}{', ...' if len(names) > 1 else ''})" if names else count
 
 
 def rows_are_equal(folder: HuggingFaceFolder, name: str, other: str) -> bool:

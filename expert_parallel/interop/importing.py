@@ -17,6 +17,7 @@ from expert_parallel.data.tokenizer import FileTokenizer
 from expert_parallel.interop.folder import CONFIG, COPIED_FILES
 from expert_parallel.interop.hf_config import Tree
 from expert_parallel.interop.hf_model import HuggingFaceModel
+from expert_parallel.interop.set_aside import keep_set_aside
 from expert_parallel.training.config import Config, dump_config, read_config
 
 MAX_SEQUENCE_LENGTH = 2048  # training.sequence_length of the new config is the model's limit, but at most this
@@ -30,8 +31,17 @@ def import_folder(path: Path, out: Path, shard_bytes: int, print_message: Callab
     """
     source = HuggingFaceModel(path)
     config, tokenizer = imported_config(source, out), path / TOKENIZER_FILE
-    run = write_run(out, config, source.weights(), origin=path, tokenizer=tokenizer, shard_bytes=shard_bytes)
-    for note in source.notes:
+    kept: list[str] = []
+    run = write_run(
+        out,
+        config,
+        source.weights(),
+        origin=path,
+        tokenizer=tokenizer,
+        shard_bytes=shard_bytes,
+        keep_beside=lambda folder: kept.extend(keep_set_aside(source, folder)),
+    )
+    for note in [*source.notes, *kept]:
         print_message(note)
     return run
 
@@ -95,6 +105,27 @@ def refuse_larger_tokenizer(path: Path, vocab_size: int) -> None:
         )
 
 
+def origin_files(origin: Path) -> list[Path]:
+    """Returns the files of a Hugging Face folder that a run keeps: config.json and those of tokenizer and
+    generation."""
+    return [origin / name for name in (CONFIG, *COPIED_FILES) if (origin / name).is_file()]
+
+
+def check_origin_files(origin: Path) -> None:
+    """Raises a ValueError if one of these files is damaged, or asks for what generation could not follow."""
+    for file in origin_files(origin):
+        if file.suffix == ".json":
+            read_json(file)
+    read_imported_generation(origin)
+
+
+def copy_origin_files(origin: Path, folder: Path) -> None:
+    """Creates a folder with copies of these files."""
+    folder.mkdir()
+    for file in origin_files(origin):
+        shutil.copyfile(file, folder / file.name)
+
+
 def write_run(
     out: Path,
     config: Config,
@@ -103,6 +134,7 @@ def write_run(
     origin: Path | None,
     tokenizer: Path | None,
     shard_bytes: int,
+    keep_beside: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Writes a run folder: config.yaml, a checkpoint of step 0 and, if given, the tokenizer file. Returns `out`.
 
@@ -110,7 +142,8 @@ def write_run(
     JSON file of the origin is damaged.
 
     weights: by logical name. origin: a Hugging Face folder, whose config.json and tokenizer files are copied into
-    `ORIGIN`, where generation reads them. The folder gets its name when it is complete; an error leaves nothing behind.
+    `ORIGIN`, where generation reads them. keep_beside: writes further files into that folder. The run's folder gets its
+    name when it is complete; an error leaves nothing behind.
     """
     if os.path.lexists(out):  # a broken link, too
         raise ValueError(f"{out} exists already")
@@ -118,18 +151,13 @@ def write_run(
     tree: dict[str, Any] = config.model_dump(mode="json")
     if tokenizer is not None and tokenizer.is_file():
         refuse_larger_tokenizer(tokenizer, config.model.vocab_size)
-    copied = [] if origin is None else [origin / name for name in (CONFIG, *COPIED_FILES) if (origin / name).is_file()]
-    for file in copied:
-        if file.suffix == ".json":
-            read_json(file)
     if origin is not None:
-        read_imported_generation(origin)  # raises an error for files that generation could not follow
+        check_origin_files(origin)
     try:
         partial.mkdir(parents=True)
         if origin is not None:
-            (partial / ORIGIN).mkdir()
-        for file in copied:
-            shutil.copyfile(file, partial / ORIGIN / file.name)
+            copy_origin_files(origin, partial / ORIGIN)
+            keep_beside(partial / ORIGIN)
         if tokenizer is not None and tokenizer.is_file():
             shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
         (partial / "config.yaml").write_text(dump_config(config), encoding="utf-8")

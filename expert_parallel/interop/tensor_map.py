@@ -6,11 +6,14 @@ In this folder `ours` means our logical names, settings and layouts, and `theirs
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 TensorFn = Callable[[list[Tensor]], Iterable[Tensor]]
+Index = tuple[slice, ...]  # a rectangle: a slice with start and stop for each dimension
+Cover = tuple[list[Tensor], int, Index]
 
 
 @dataclass(frozen=True)
@@ -19,10 +22,24 @@ class Transform:
     for bit (except MXFP4, which is only read).
 
     Tensors taken from a stack are yielded one by one, so that memory never holds the stack twice.
+
+    cover: given their tensors and a rectangle of our tensor number n, returns views of their tensors that suffice for
+    it, and where it lies in what `to_ours` makes of these: the number of the tensor there, and the rectangle. The
+    default takes the whole tensors.
     """
 
     to_ours: TensorFn
     to_theirs: TensorFn
+    cover: Callable[[list[Tensor], int, Index], Cover] = lambda tensors, number, index: (tensors, number, index)
+
+    def read_part(self, tensors: list[Tensor], number: int, index: Index) -> tuple[Tensor, int]:
+        """Returns a rectangle of our tensor `number`, and the bytes of their tensors that it was made from.
+
+        tensors: theirs, such as those of a mapped file, of which only the covered parts are read.
+        """
+        covered, number, index = self.cover(tensors, number, index)
+        ours = next(islice(self.to_ours(covered), number, None))
+        return ours[index], sum(tensor.nbytes for tensor in covered)
 
 
 @dataclass(frozen=True)
@@ -104,11 +121,32 @@ def _split_halves(tensors: list[Tensor]) -> list[Tensor]:
     return list(tensors[0].chunk(2))
 
 
-IDENTITY = Transform(lambda tensors: tensors, lambda tensors: tensors)
-TRANSPOSED = Transform(_transpose, _transpose)
-GATE_UP_ROWS = Transform(_concatenate, _split_halves)  # ours: (2F, D) = [gate; up]; theirs: two of (F, D)
+def _cover_same(tensors: list[Tensor], number: int, index: Index) -> Cover:
+    return [tensors[0][index]], 0, ()
+
+
+def _cover_transposed(tensors: list[Tensor], number: int, index: Index) -> Cover:
+    return [tensors[0].mT[index].mT], 0, ()
+
+
+def _cover_concatenated(tensors: list[Tensor], number: int, index: Index) -> Cover:
+    """Covers rows of [gate; up]: those of gate, and those of up."""
+    rows, *others = index
+    half = len(tensors[0])
+    gate = tensors[0][(slice(rows.start, min(rows.stop, half)), *others)]
+    up = tensors[1][(slice(max(rows.start - half, 0), max(rows.stop - half, 0)), *others)]
+    return [gate, up], 0, ()
+
+
+IDENTITY = Transform(lambda tensors: tensors, lambda tensors: tensors, _cover_same)
+TRANSPOSED = Transform(_transpose, _transpose, _cover_transposed)
+GATE_UP_ROWS = Transform(  # ours: (2F, D) = [gate; up]; theirs: two of (F, D)
+    _concatenate, _split_halves, _cover_concatenated
+)
 GATE_UP_COLUMNS = Transform(  # ours: (D, 2F) = [gate | up]; theirs: two of (F, D)
-    lambda tensors: _transpose(_concatenate(tensors)), lambda tensors: _split_halves(_transpose(tensors))
+    lambda tensors: _transpose(_concatenate(tensors)),
+    lambda tensors: _split_halves(_transpose(tensors)),
+    lambda tensors, number, index: _cover_concatenated(tensors, number, index[::-1]),
 )
 
 
@@ -126,8 +164,17 @@ def _interleave(tensors: list[Tensor]) -> list[Tensor]:
     return [stack]
 
 
-STACKED = Transform(lambda tensors: tensors[0].unbind(0), lambda tensors: [torch.stack(tensors)])
-STACKED_INTERLEAVED = Transform(lambda tensors: _deinterleave(tensors[0]), _interleave)
+def _cover_stacked(tensors: list[Tensor], number: int, index: Index) -> Cover:
+    """Covers one tensor of each stack."""
+    return [tensor[number : number + 1] for tensor in tensors], 0, index
+
+
+STACKED = Transform(
+    lambda tensors: tensors[0].unbind(0),
+    lambda tensors: [torch.stack(tensors)],
+    lambda tensors, number, index: ([tensors[0][(slice(number, number + 1), *index)]], 0, ()),
+)
+STACKED_INTERLEAVED = Transform(lambda tensors: _deinterleave(tensors[0]), _interleave, _cover_stacked)
 
 
 def half_split_rows(period: int, rope_size: int) -> Transform:
@@ -141,7 +188,15 @@ def half_split_rows(period: int, rope_size: int) -> Transform:
     half_split = torch.cat([rows[: period - rope_size], rotary[::2], rotary[1::2]])
     take = partial(_take_rows, order=half_split)
     undo = partial(_take_rows, order=half_split.argsort())
-    return Transform(take, undo)
+    return Transform(take, undo, partial(_cover_periods, period=period))
+
+
+def _cover_periods(tensors: list[Tensor], number: int, index: Index, period: int) -> Cover:
+    """Covers rows by whole periods."""
+    rows, *others = index
+    first = rows.start // period * period
+    covered = tensors[0][(slice(first, -(-rows.stop // period) * period), *others)]
+    return [covered], 0, (slice(rows.start - first, rows.stop - first),)
 
 
 def _take_rows(tensors: list[Tensor], order: Tensor) -> list[Tensor]:
@@ -177,8 +232,9 @@ def _packed_shapes(tensors: list[Tensor]) -> list[Tensor]:
     return [torch.empty(shape, dtype=torch.uint8, device="meta") for shape in ((*groups, 16), groups)]
 
 
-MXFP4 = Transform(_dequantize_mxfp4, _packed_shapes)
+MXFP4 = Transform(_dequantize_mxfp4, _packed_shapes, _cover_stacked)
 MXFP4_INTERLEAVED = Transform(
     lambda tensors: (torch.cat([one[..., ::2], one[..., 1::2]], -1) for one in _dequantize_mxfp4(tensors)),
     _packed_shapes,
+    _cover_stacked,
 )
