@@ -171,7 +171,8 @@ _ROWS: list[tuple[str, str, str]] = [
     ("kv_lora_rank", "model.attention.kv_rank", LATENT),
     ("qk_nope_head_dim", "model.attention.nope_size", LATENT),
     ("qk_rope_head_dim", "model.attention.rope_size", LATENT),
-    ("v_head_dim", "model.attention.value_size", LATENT),
+    ("v_head_dim", "model.attention.value_size", ""),
+    ("attention_value_scale", "model.attention.value_scale", ""),
     # The experts and their router.
     (
         "num_local_experts n_routed_experts num_moe_experts moe_num_experts num_experts n_experts",

@@ -10,6 +10,7 @@ from transformers import (
     Glm4MoeConfig,
     GptOssConfig,
     LlamaConfig,
+    MiMoV2FlashConfig,
     MistralConfig,
     OlmoeConfig,
     PreTrainedConfig,
@@ -19,6 +20,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.glm4_moe import modeling_glm4_moe
 from transformers.models.gpt_oss import modeling_gpt_oss
+from transformers.models.mimo_v2_flash import modeling_mimo_v2_flash
 from transformers.models.mistral import modeling_mistral
 from transformers.models.olmoe import modeling_olmoe
 from transformers.models.qwen3 import modeling_qwen3
@@ -234,6 +236,23 @@ def gpt_oss(kv_heads: int, window: int | None) -> tuple[PreTrainedConfig, Any, d
     return config, modeling_gpt_oss, ours, OUR_YARN
 
 
+def mimo(kv_heads: int, kind: str) -> tuple[PreTrainedConfig, Any, dict[str, Any], dict[str, Any]]:
+    """Values narrower than keys, and scaled; the class doubles the key heads of blocks with a window."""
+    config = MiMoV2FlashConfig(
+        **{**SIZES, "rope_parameters": {kind: {**ROPE, "partial_rotary_factor": 1.0}}},
+        num_key_value_heads=kv_heads,
+        head_dim=6,
+        v_head_dim=5,
+        sliding_window=4,
+        num_hidden_layers=1,
+        layer_types=[kind],
+    )
+    ours = {"num_kv_heads": kv_heads, "head_size": 6, "value_size": 5, "value_scale": 0.707}
+    if kind == "sliding_attention":
+        ours |= {"num_kv_heads": 2 * kv_heads, "window": 4, "sinks": True}
+    return config, modeling_mimo_v2_flash, ours, {"theta": 100.0}
+
+
 FAMILIES = {
     "qwen3": lambda: qwen3(2),
     "qwen3, one key head": lambda: qwen3(1),
@@ -244,6 +263,8 @@ FAMILIES = {
     "gpt-oss": lambda: gpt_oss(2, None),
     "gpt-oss, window": lambda: gpt_oss(2, 3),
     "gpt-oss, window of one": lambda: gpt_oss(4, 1),
+    "mimo": lambda: mimo(2, "full_attention"),
+    "mimo, window, sinks": lambda: mimo(1, "sliding_attention"),
 }
 NAMES = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out", "q_norm": "query_norm"}
 NAMES |= {"k_norm": "key_norm"}
@@ -282,7 +303,8 @@ def test_attention_is_the_family_s(name: str) -> None:
     with peers_in_float64():
         order = torch.arange(LENGTH)[None]
         mask = make_mask(config, their_x, None, None, position_ids=order)
-        expected = theirs(their_x, position_embeddings=rotary(their_x, order), attention_mask=mask)[0]
+        kind = config.layer_types[:1] if config.model_type == "mimo_v2_flash" else []
+        expected = theirs(their_x, position_embeddings=rotary(their_x, order, *kind), attention_mask=mask)[0]
     actual = ours(x, sight_of(LENGTH))
     close(actual, expected)
     upstream = draw(2, LENGTH, width, seed=3)
@@ -407,6 +429,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "norm of each head": {"attention": {**HEADS, "qk_norm": {"kind": "per_head"}}},
     "norm of all heads": {"attention": {**HEADS, "qk_norm": {"kind": "whole"}}},
     "window": {"attention": {**HEADS, "window": 4}},
+    "narrow scaled values": {"attention": {**HEADS, "value_size": 5, "value_scale": 0.7}},
     "sinks, window of one block, yarn": {
         "attention": GPT_OSS,
         "window_blocks": FIRST,
@@ -460,7 +483,7 @@ def test_pieces_through_a_cache_are_one_pass(name: str) -> None:
         close(actual[row], expected[row, start : start + 4])
 
 
-@pytest.mark.parametrize("name", [name for name in FEATURES if name != "plain"])
+@pytest.mark.parametrize("name", [name for name in FEATURES if name not in ("plain", "narrow scaled values")])
 def test_each_part_changes_what_comes_out(name: str) -> None:
     """Else the tests above would compare nothing."""
     changed, plain = model_of(**FEATURES[name]), model_of()
@@ -483,6 +506,10 @@ BIASES = {"query.bias": (24,), "key.bias": (12,), "value.bias": (12,)}
         ({"qk_norm": {"kind": "per_head"}}, {"query_norm.weight": (6,), "key_norm.weight": (6,)}),
         ({"qk_norm": {"kind": "whole"}}, {"query_norm.weight": (24,), "key_norm.weight": (12,)}),
         ({"sinks": True, "window": 3}, {"sinks": (4,)}),
+        (
+            {"value_size": 5, "bias": True},
+            {"value.weight": (10, D), "out.weight": (D, 20), **BIASES, "value.bias": (10,), "out.bias": (D,)},
+        ),
     ],
 )
 def test_parameters_by_name(settings: dict[str, Any], more: dict[str, tuple[int, ...]]) -> None:

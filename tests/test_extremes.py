@@ -32,7 +32,7 @@ CONFIGS = [
         "model.moe.preset=mixtral",
         "model.moe.shared_experts={hidden: 8}",
         "model.moe.d_model=16",
-        "model.attention={num_heads: 2, head_size: 8, num_kv_heads: 1, window: 4, rope_size: 4, "
+        "model.attention={num_heads: 2, head_size: 8, num_kv_heads: 1, value_size: 4, window: 4, rope_size: 4, "
         "qk_norm: {kind: per_head}}",
         "run.sample={prompt: x, top_k: 3}",
         "parallel.data={kind: sharded, shards: 1, expert_shards: 1}",

@@ -54,6 +54,7 @@ CASES: dict[str, list[str]] = {
         "training.micro_steps=4",
     ],
     "latent attention": [f"model.attention={LATENT}"],
+    "narrow values": [*DENSE, "model.attention={num_heads: 4, num_kv_heads: 2, head_size: 48, value_size: 32}"],
     "grouped heads, layer norm, narrow gelu experts, loop": [
         "model.attention={num_heads: 4, num_kv_heads: 2, head_size: 24, qk_norm: {kind: per_head}}",
         "model.norm.kind=layer_norm",

@@ -187,6 +187,7 @@ FACTORS: dict[str, list[Any]] = {
         {**HEADS, "num_kv_heads": 2, "bias": True},
         {**HEADS, "bias": True, "out_bias": False, "sinks": True},
         {**HEADS, "out_bias": True, "window": 3},
+        {**HEADS, "num_kv_heads": 2, "bias": True, "value_size": 5},
         LATENT,
         {**LATENT, "query_rank": 7},
     ],

@@ -59,7 +59,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "cp": ({"world": 4, "cp": 2, "tp": 2, "ep": 4}, {}, "cp tp sequence ep"),
     "cp, copies of key heads": (
         {"world": 4, "cp": 2, "tp": 2},
-        {"attention": {"num_heads": 4, "num_kv_heads": 1, "head_size": 6}},
+        {"attention": {"num_heads": 4, "num_kv_heads": 1, "head_size": 6, "value_size": 4}},
         "cp key",
     ),
     "latent attention": ({"world": 4, "cp": 2, "tp": 2, "recompute": "block"}, {"attention": LATENT}, "tp cp"),

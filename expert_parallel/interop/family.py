@@ -70,6 +70,7 @@ def settings(model: ModelConfig) -> Tree:
     if isinstance(model.attention, HeadsConfig):
         set_setting(tree, "attention.num_kv_heads", model.attention.kv_heads)
         set_setting(tree, "attention.rope_size", model.attention.rope_columns[1])
+        set_setting(tree, "attention.value_size", model.attention.value_columns)
         if model.attention.out_bias is None:
             set_setting(tree, "attention.out_bias", model.attention.bias)
     if tree["moe"] is not None:

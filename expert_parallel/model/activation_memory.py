@@ -130,11 +130,11 @@ def _attention(model: ModelConfig, sizes: PassSizes) -> PartMemory:
     rows, width, wide = sizes.gathered, sizes.width, sizes.wide
     heads = attention.num_heads / tp
     if isinstance(attention, HeadsConfig):
-        kv_columns = max(1, attention.kv_heads / tp) * attention.head_size
-        value, inputs = attention.head_size, model.d_model
-        projected = gradients = heads * value + 2 * kv_columns * cp  # cp: keys of whole sequences
-        normed = heads * value + kv_columns if attention.qk_norm else 0
-        in_steps = attention.sinks
+        kv_heads = max(1, attention.kv_heads / tp)
+        key, value, inputs = attention.head_size, attention.value_columns, model.d_model
+        projected = gradients = heads * key + kv_heads * (key + value) * cp  # cp: keys of whole sequences
+        normed = (heads + kv_heads) * key if attention.qk_norm else 0
+        in_steps = attention.sinks or (sizes.device == "cpu" and value != key)
     else:
         key, value = attention.key_size, attention.value_size
         inputs = model.d_model + (attention.query_rank or model.d_model)

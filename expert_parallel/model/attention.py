@@ -31,11 +31,15 @@ class HeadsConfig(Settings):
     num_kv_heads: Annotated[int, Field(ge=1)] | None = None
     """Sets the number of key and value heads, which must divide `num_heads`; null is as many as query heads."""
     head_size: int = Field(ge=1, validation_alias=AliasChoices("head_size", "head_dim"))
-    """Sets the number of columns of each head."""
+    """Sets the number of columns of each head's query and key."""
     rope_size: Annotated[int, Field(ge=1)] | None = Field(
         default=None, validation_alias=AliasChoices("rope_size", "rotary_dim")
     )
     """Sets how many columns of each query and key head, the first ones, have rotary positions; null rotates all."""
+    value_size: Annotated[int, Field(ge=1)] | None = None
+    """Sets the number of columns of each head's value; null is `head_size`."""
+    value_scale: float = Field(default=1.0, gt=0)
+    """Multiplies the values (MiMo-V2)."""
     bias: bool = False
     """Adds a bias to the query, key and value projections, and to the output projection unless `out_bias` is set."""
     out_bias: bool | None = None
@@ -60,6 +64,11 @@ class HeadsConfig(Settings):
         return self.num_kv_heads or self.num_heads
 
     @property
+    def value_columns(self) -> int:
+        """Returns the number of columns of a head's value."""
+        return self.value_size or self.head_size
+
+    @property
     def has_out_bias(self) -> bool:
         return self.bias if self.out_bias is None else self.out_bias
 
@@ -73,13 +82,13 @@ class HeadsConfig(Settings):
     def multiplications_per_key(self) -> int:
         """Returns how many multiplications a token takes for each token that it attends to (query times key, and weight
         times value), over all heads."""
-        return 2 * self.num_heads * self.head_size
+        return self.num_heads * (self.head_size + self.value_columns)
 
     def num_params(self, d_model: int) -> int:
         """Counts the parameters: four matrices, their biases, the norms of queries and keys, and the sinks."""
         heads, kv_heads, norm = self.num_heads, self.kv_heads, self.qk_norm
-        columns = (heads + 2 * kv_heads) * self.head_size
-        count = d_model * columns + heads * self.head_size * d_model
+        columns = (heads + kv_heads) * self.head_size + kv_heads * self.value_columns
+        count = d_model * columns + heads * self.value_columns * d_model
         count += columns if self.bias else 0
         count += d_model if self.has_out_bias else 0
         count += heads if self.sinks else 0
@@ -158,14 +167,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: HeadsConfig, d_model: int, rope: RopeConfig | None) -> None:
         super().__init__()
-        self.head_size = config.head_size
-        self.rope_size = config.head_size if config.rope_size is None else config.rope_size
+        self.head_size, self.rope_size = config.head_size, config.rope_columns[1]
+        self.value_size, self.value_scale = config.value_columns, config.value_scale
         self.window = config.window
         self.rope = rope
         self.query = Linear(d_model, config.num_heads * self.head_size, bias=config.bias)
         self.key = Linear(d_model, config.kv_heads * self.head_size, bias=config.bias)
-        self.value = Linear(d_model, config.kv_heads * self.head_size, bias=config.bias)
-        self.out = Linear(config.num_heads * self.head_size, d_model, bias=config.has_out_bias)
+        self.value = Linear(d_model, config.kv_heads * self.value_size, bias=config.bias)
+        self.out = Linear(config.num_heads * self.value_size, d_model, bias=config.has_out_bias)
         self.query_norm: nn.Module | None = None
         self.key_norm: nn.Module | None = None
         if config.qk_norm is not None:
@@ -179,10 +188,11 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, attention_context: AttentionContext) -> Tensor:
         """Computes attention; the attention context tells which keys each query attends to."""
         x_BSD = self.gather_sequence(x_BTD)
-        query, key, value = self.query(x_BSD), self.key(x_BSD), self.value(x_BSD)  # (B, S, heads * h) each
+        query, key, value = self.query(x_BSD), self.key(x_BSD), self.value(x_BSD)  # (B, S, heads * h or v) each
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query_BHSh, key_BGLh, value_BGLv = (self._split_heads(rows) for rows in (query, key, value))
+        query_BHSh, key_BGLh = _split_heads(query, self.head_size), _split_heads(key, self.head_size)
+        value_BGLv = _split_heads(value if self.value_scale == 1 else value * self.value_scale, self.value_size)
         if self.rope is not None:
             cos, sin = attention_context.rope_cos_sin(self.rope, self.rope_size, query.dtype)
             query_BHSh, key_BGLh = apply_rope(query_BHSh, cos, sin), apply_rope(key_BGLh, cos, sin)
@@ -191,6 +201,7 @@ class Attention(nn.Module):
         y_BHSv = self.attention_fn(query_BHSh, key_BGLh, value_BGLv, attention_context.mask(self.window), self.sinks)
         return self.out(y_BHSv.transpose(1, 2).flatten(2))
 
-    def _split_heads(self, rows: Tensor) -> Tensor:
-        """Reshapes (B, S, heads * h) to (B, heads, S, h)."""
-        return rows.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+def _split_heads(rows: Tensor, size: int) -> Tensor:
+    """Reshapes (B, S, heads * size) to (B, heads, S, size)."""
+    return rows.unflatten(-1, (-1, size)).transpose(1, 2)

@@ -163,9 +163,8 @@ def _key_value_width(step: StepSizes) -> int:
     attention = step.model.attention
     if not isinstance(attention, HeadsConfig):
         return step.degrees.tp * (attention.kv_rank + attention.rope_size)
-    return (
-        2 * max(attention.kv_heads, step.degrees.tp) * attention.head_size
-    )  # with fewer heads than ranks, each rank holds one
+    # With fewer heads than ranks, each rank holds one.
+    return max(attention.kv_heads, step.degrees.tp) * (attention.head_size + attention.value_columns)
 
 
 def pipeline_bytes(step: StepSizes) -> ByteCounts:

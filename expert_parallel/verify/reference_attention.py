@@ -25,6 +25,7 @@ def heads_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, 
     """Computes multi-head attention with grouped keys, sliding window, QK norm, rotary positions and sinks, as
     configured."""
     config, size = model.attention, model.attention.head_size
+    value_size = size if config.value_size is None else config.value_size
     window = config.window if layer in model.window_blocks.blocks(model.num_layers) else None
     mask_BSS, position_BS = attention_mask(document_BS, window), document_positions(document_BS)
     query, key, value = (linear(weights, name, x_BSD) for name in ("query", "key", "value"))
@@ -34,7 +35,8 @@ def heads_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, 
     heads = []
     for head in range(config.num_heads):
         shared = head // (config.num_heads // config.kv_heads)
-        q, k, v = (t[..., h * size : (h + 1) * size] for t, h in ((query, head), (key, shared), (value, shared)))
+        q, k = query[..., head * size : (head + 1) * size], key[..., shared * size : (shared + 1) * size]
+        v = config.value_scale * value[..., shared * value_size : (shared + 1) * value_size]
         if model.position.kind == "rope" and layer in model.rope_blocks.blocks(model.num_layers):
             rotary = size if config.rope_size is None else config.rope_size
             q, k = (

@@ -15,7 +15,7 @@ from expert_parallel.verify.layouts import Layout, config_layout, micro_step_cou
 # Small, all different, and multiples of 8, which grouped matrix products require.
 SIZES = {"model.d_model": 16, "model.ffn.hidden": 48, "model.moe.experts.hidden": 32}
 SHARED_HIDDEN = 24
-HEAD_SIZE = 4
+HEAD_SIZE, VALUE_SIZE = 4, 3
 UNROTATED_SIZE = 2  # columns of a head beside those with rotary positions, if not all have them
 MAX_KV_HEADS = 4
 MAX_HEADS_PER_GROUP = 4
@@ -165,6 +165,7 @@ def _small_heads(draft: ConfigEditor) -> None:
     others = 0 if rope_size is None else min(head_size - rope_size, UNROTATED_SIZE)
     draft.at_most("model.attention.rope_size", HEAD_SIZE)
     draft.put("model.attention.head_size", min(head_size, HEAD_SIZE + others))
+    draft.at_most("model.attention.value_size", VALUE_SIZE)
     draft.at_most("model.attention.window", WINDOW)
     for name in ("window_blocks", "rope_blocks"):
         _select_some(draft, f"model.{name}")
