@@ -163,6 +163,7 @@ _ROWS: list[tuple[str, str, str]] = [
     ("untie_embeddings_and_output_weights", "model.tied_embeddings", "true there is false here"),
     ("initializer_range init_method_std", "model.init_std", ""),
     ("sliding_window window_size", "model.attention.window", ""),
+    ("attention_chunk_size", "model.attention.chunk", ""),
     ("no_rope_layers no_rope_layer_interval no_rope_freq", "model.rope_blocks", "it selects the blocks with positions"),
     ("attention_bias add_qkv_bias qkv_bias", "model.attention.bias", ""),
     ("hidden_dropout_prob resid_pdrop dropout_rate", "model.dropout", ""),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import (
     Glm4MoeConfig,
     GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MiMoV2FlashConfig,
     MistralConfig,
@@ -16,7 +17,11 @@ from transformers import (
     PreTrainedConfig,
     Qwen3Config,
 )
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.glm4_moe import modeling_glm4_moe
 from transformers.models.gpt_oss import modeling_gpt_oss
@@ -330,6 +335,18 @@ def test_windows_are_masked_as_mistral_s() -> None:
         assert int(ours[0, 0, -1].sum()) == min(window, LENGTH)
 
 
+def test_chunks_are_masked_as_llama_4_s() -> None:
+    x = draw(1, LENGTH, D)
+    for chunk in (1, 2, LENGTH - 1, LENGTH, LENGTH + 1):
+        config = Llama4TextConfig(attention_chunk_size=chunk, attn_implementation="eager")
+        theirs = create_chunked_causal_mask(config, x, None, None, position_ids=torch.arange(LENGTH)[None])
+        ours = sight_of(LENGTH).mask(chunk=chunk)
+        if ours is None:
+            assert chunk >= LENGTH
+            ours = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+        assert torch.equal(ours, theirs == 0), chunk
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_a_sink_is_a_key_without_value(kv_heads: int) -> None:
     """Far below all logits it does nothing; far above it takes all; at the logit of a key, as if that came twice."""
@@ -436,6 +453,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         "position": {"kind": "rope", **OUR_YARN},
     },
     "rotary positions in one block": {"rope_blocks": FIRST},
+    "chunks of one block": {"attention": {**HEADS, "chunk": 3}, "window_blocks": FIRST},
     "no bias of the last matrix": {"attention": {**HEADS, "bias": True, "out_bias": False}},
     "learned positions, sinks": {
         "attention": {**HEADS, "sinks": True},
@@ -556,6 +574,11 @@ YARN_SETTINGS = {"kind": "yarn", "factor": 2.0, "original_length": 16}
         ),
         ({"rope_blocks": FIRST, "attention": LATENT}, "attention.kind 'latent' needs rotary positions in all blocks"),
         ({"rope_blocks": {"kind": "all_but_first", "k": 2}}, "rope_blocks selects none of the 2 blocks"),
+        (
+            {"attention": {**HEADS, "chunk": 3}, "window_blocks": {"kind": "every_nth", "n": 3}},
+            "attention.chunk is given, but window_blocks selects none of the 2 blocks",
+        ),
+        ({"attention": {**HEADS, "window": 3, "chunk": 4}}, "attention.window is 3 and attention.chunk is 4"),
         ({"attention": {**HEADS, "window": 0}}, "attention.window: input should be"),
         ({"attention": {**HEADS, "head_size": 7}}, r"attention.head_size \(7\) must be even for position.kind rope"),
         ({"attention": {**HEADS, "kind": "tails"}}, "'tails'"),

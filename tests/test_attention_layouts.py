@@ -163,7 +163,7 @@ def sinks_forgotten() -> tuple[Any, str, Any]:
 
 def window_one_too_wide() -> tuple[Any, str, Any]:
     original = AttentionContext.mask
-    return AttentionContext, "mask", lambda self, window=None: original(self, None if window is None else window + 1)
+    return AttentionContext, "mask", lambda self, window=None, chunk=None: original(self, window and window + 1, chunk)
 
 
 def window_everywhere() -> tuple[Any, str, Any]:

@@ -56,6 +56,7 @@ PAIRS = [  # overrides with a dead setting, those of its neighbour, words of the
     ([CAPACITY.format(2.0)], [CAPACITY.format(1.9)], "every expert has room for every token"),
     ([ABSOLUTE.format(64)], [ABSOLUTE.format(63)], "not below the 64 tokens of a micro-step"),
     (["model.attention.window=16"], ["model.attention.window=15"], "attention.window (16) is not below"),
+    (["model.attention.chunk=16"], ["model.attention.chunk=15"], "attention.chunk (16) is not below"),
     (
         ["parallel.data={kind: sharded, shards: 1, expert_shards: 1}"],
         ["parallel.data={kind: sharded}"],

@@ -49,7 +49,10 @@ MODEL: dict[str, Any] = {
 POOLED = {**MODEL["moe"], "losses": [{**MODEL["moe"]["losses"][0], "layers": "pooled"}]}
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "learned positions": {"position": {"kind": "learned", "max_length": LENGTH}},
+    "learned positions, chunks": {
+        "position": {"kind": "learned", "max_length": LENGTH},
+        "attention": {**HEADS, "chunk": 2},
+    },
     "norm of all heads, window": {"attention": {**HEADS, "qk_norm": {"kind": "whole"}, "window": 3}},
     "sinks, window of one block": {
         "attention": {**HEADS, "sinks": True, "window": 2},
@@ -210,7 +213,8 @@ def test_a_corpus_without_end_tokens_has_the_loss_of_its_documents_alone(tmp_pat
 
 
 def test_documents_by_hand() -> None:
-    """Positions begin anew, and so does what is seen; windows look no further than the document."""
+    """Positions begin anew, and so does what is seen; windows look no further than the document; chunks count from its
+    beginning."""
     documents = torch.tensor([[0, 0, 0, 1, 1, 2]])
     attention_context = AttentionContext.of(SequenceShard(), 6, torch.device("cpu"), documents)
     assert attention_context.position_BS.tolist() == [[0, 1, 2, 0, 1, 0]]
@@ -220,6 +224,9 @@ def test_documents_by_hand() -> None:
     seen = attention_context.mask(2)
     assert seen is not None
     assert [row.nonzero().flatten().tolist() for row in seen[0, 0]] == [[0], [0, 1], [1, 2], [3], [3, 4], [5]]
+    seen = attention_context.mask(chunk=2)
+    assert seen is not None
+    assert [row.nonzero().flatten().tolist() for row in seen[0, 0]] == [[0], [0, 1], [2], [3], [3, 4], [5]]
     divided = AttentionContext.of(
         SequenceShard(cp=3, cp_rank=1), 6, torch.device("cpu"), documents
     )  # has positions 1 and 4

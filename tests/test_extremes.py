@@ -78,7 +78,7 @@ CONFIGS = [
         ROUTER + "{kind: expert_choice, accept_future_tokens: true}",
         "model.moe.losses=[]",
         "model.moe.capacity={kind: dropless}",
-        "model.attention.window=4",
+        "model.attention.chunk=4",
         "model.window_blocks={kind: list, indices: [0]}",
     ],
     [ROUTER + "{kind: hash, k: 2}", "model.moe.losses=[]", "model.moe.dispatcher={kind: local}"],

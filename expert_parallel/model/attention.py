@@ -50,6 +50,9 @@ class HeadsConfig(Settings):
     """Adds a learned logit of each head to every softmax, as a key without a value (Xiao et al. 2023; GPT-OSS)."""
     window: Annotated[int, Field(ge=1)] | None = None
     """Limits each query to this many tokens, itself and those before it (sliding window); null sets no limit."""
+    chunk: Annotated[int, Field(ge=1)] | None = None
+    """Limits each query to the tokens of its own chunk; every so many tokens of a document are a chunk (Llama 4); null
+    sets no limit. The blocks are those of `window_blocks`, and `window` must be null."""
 
     @model_validator(mode="after")
     def _check_heads(self) -> "HeadsConfig":
@@ -57,6 +60,8 @@ class HeadsConfig(Settings):
             raise ValueError(f"num_heads ({self.num_heads}) is not a multiple of num_kv_heads ({self.kv_heads})")
         if self.rope_size is not None and self.rope_size > self.head_size:
             raise ValueError(f"rope_size ({self.rope_size}) must be at most head_size ({self.head_size})")
+        if self.window is not None and self.chunk is not None:
+            raise ValueError(f"window is {self.window} and chunk is {self.chunk}: a block has one of the two at most")
         return self
 
     @property
@@ -169,7 +174,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size, self.rope_size = config.head_size, config.rope_columns[1]
         self.value_size, self.value_scale = config.value_columns, config.value_scale
-        self.window = config.window
+        self.window, self.chunk = config.window, config.chunk
         self.rope = rope
         self.query = Linear(d_model, config.num_heads * self.head_size, bias=config.bias)
         self.key = Linear(d_model, config.kv_heads * self.head_size, bias=config.bias)
@@ -198,7 +203,8 @@ class Attention(nn.Module):
             query_BHSh, key_BGLh = apply_rope(query_BHSh, cos, sin), apply_rope(key_BGLh, cos, sin)
         if attention_context.cache is not None:  # until here L = S; the cache adds the keys before
             key_BGLh, value_BGLv = attention_context.cache.extend(self, key_BGLh, value_BGLv)
-        y_BHSv = self.attention_fn(query_BHSh, key_BGLh, value_BGLv, attention_context.mask(self.window), self.sinks)
+        mask = attention_context.mask(self.window, self.chunk)
+        y_BHSv = self.attention_fn(query_BHSh, key_BGLh, value_BGLv, mask, self.sinks)
         return self.out(y_BHSv.transpose(1, 2).flatten(2))
 
 

@@ -31,8 +31,8 @@ class AttentionContext:
     document_BS: Tensor | None = None
     key_document_BL: Tensor | None = None
     cache: KVCache | None = None
-    # Computed on first use and shared by all blocks: masks by window, cos and sin by their arguments.
-    masks: dict[int | None, Tensor] = field(default_factory=dict, init=False)
+    # Computed on first use and shared by all blocks: masks by window and chunk, cos and sin by their arguments.
+    masks: dict[tuple[int | None, int | None], Tensor] = field(default_factory=dict, init=False)
     rope_tables: dict[tuple[RopeConfig, int, torch.dtype], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False
     )
@@ -71,23 +71,27 @@ class AttentionContext:
         """Returns True if every query sees all keys up to its own position, which needs no mask."""
         return self.document_BS is None and self.cache is None
 
-    def mask(self, window: int | None = None) -> Tensor | None:
+    def mask(self, window: int | None = None, chunk: int | None = None) -> Tensor | None:
         """Returns a mask, bool (B or 1, 1, S, L), True where a query sees a key; None if plain causal masking suffices.
 
         window: the size of a sliding window: a query sees the last `window` keys, including the one at its own
-        position; None: all keys before it.
+        position; None: all keys before it. chunk: the size of a chunk: a query sees the keys of its own chunk alone.
+        Chunks count from the beginning of a document, as positions do: so a document computes the same wherever it lies
+        in a sequence, and in generation, which begins with it.
         """
-        if self.is_causal and (window is None or window >= self.num_keys):
+        if self.is_causal and all(limit is None or limit >= self.num_keys for limit in (window, chunk)):
             return None
-        if window not in self.masks:
+        if (window, chunk) not in self.masks:
             back_BSL = self.index_BS[:, :, None] - torch.arange(self.num_keys, device=self.index_BS.device)
             visible_BSL = back_BSL >= 0
             if window is not None:
                 visible_BSL = visible_BSL & (back_BSL < window)
+            if chunk is not None:
+                visible_BSL = visible_BSL & (back_BSL <= (self.position_BS % chunk)[:, :, None])
             if self.document_BS is not None and self.key_document_BL is not None:
                 visible_BSL = visible_BSL & (self.document_BS[:, :, None] == self.key_document_BL[:, None, :])
-            self.masks[window] = visible_BSL[:, None]
-        return self.masks[window]
+            self.masks[window, chunk] = visible_BSL[:, None]
+        return self.masks[window, chunk]
 
     def rope_cos_sin(self, rope: RopeConfig, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Returns cos and sin of the rotary angles of these tokens, (B or 1, 1, S, size / 2) each, in `dtype`."""

@@ -65,7 +65,8 @@ class ModelConfig(Settings):
     moe_blocks: Blocks = AllBlocks()
     """Selects the blocks whose feed-forward network is a MoE layer."""
     window_blocks: Blocks = AllBlocks()
-    """Selects the blocks in which `attention.window` applies; the others attend to all earlier tokens."""
+    """Selects the blocks in which `attention.window` or `attention.chunk` applies; the others attend to all earlier
+    tokens."""
     norm: NormConfig = NormConfig()
     """Describes the norms of the residual stream."""
     norm_placement: Literal["pre", "post"] = "pre"
@@ -92,9 +93,11 @@ class ModelConfig(Settings):
 
     @property
     def window_layers(self) -> list[int]:
-        """Returns the numbers of the blocks whose attention has a window."""
-        has_window = isinstance(self.attention, HeadsConfig) and self.attention.window is not None
-        return self.window_blocks.blocks(self.num_layers) if has_window else []
+        """Returns the numbers of the blocks whose attention has a window or chunks."""
+        attention = self.attention
+        if isinstance(attention, HeadsConfig) and (attention.window is not None or attention.chunk is not None):
+            return self.window_blocks.blocks(self.num_layers)
+        return []
 
     @property
     def rope_layers(self) -> list[int]:
@@ -102,10 +105,10 @@ class ModelConfig(Settings):
         return self.rope_blocks.blocks(self.num_layers) if isinstance(self.position, RopeConfig) else []
 
     def attention_of(self, layer: int) -> AttentionConfig:
-        """Returns the attention settings of block number `layer`, without the window if window_blocks does not select
-        it."""
+        """Returns the attention settings of block number `layer`, without window and chunks if window_blocks does not
+        select it."""
         if isinstance(self.attention, HeadsConfig) and layer not in self.window_layers:
-            return self.attention.model_copy(update={"window": None})
+            return self.attention.model_copy(update={"window": None, "chunk": None})
         return self.attention
 
     def rope_of(self, layer: int) -> RopeConfig | None:
@@ -204,9 +207,10 @@ class ModelConfig(Settings):
             )
         if isinstance(self.window_blocks, AllBlocks):
             return self
-        if not isinstance(attention, HeadsConfig) or attention.window is None:
-            raise ValueError("window_blocks is given without attention.window: there is no window for these blocks")
-        check_blocks("window_blocks", self.window_blocks, self.num_layers, "attention.window")
+        if not isinstance(attention, HeadsConfig) or (attention.window is None and attention.chunk is None):
+            raise ValueError("window_blocks is given without attention.window or attention.chunk, which it is for")
+        limit = "attention.chunk" if attention.window is None else "attention.window"
+        check_blocks("window_blocks", self.window_blocks, self.num_layers, limit)
         return self
 
     @model_validator(mode="after")

@@ -137,12 +137,13 @@ def _capacity(moe: MoEConfig, training: TrainingConfig) -> Iterator[str]:
 
 
 def _model(model: ModelConfig, training: TrainingConfig) -> Iterator[str]:
-    window = getattr(model.attention, "window", None)
-    if window is not None and window >= training.sequence_length:
-        yield (
-            f"model.attention.window ({window}) is not below training.sequence_length ({training.sequence_length}): "
-            "every token sees all earlier ones in training"
-        )
+    for name in ("window", "chunk"):
+        limit = getattr(model.attention, name, None)
+        if limit is not None and limit >= training.sequence_length:
+            yield (
+                f"model.attention.{name} ({limit}) is not below training.sequence_length ({training.sequence_length}): "
+                "every token sees all earlier ones in training"
+            )
 
 
 def _layout(config: Config) -> Iterator[str]:

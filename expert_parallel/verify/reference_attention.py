@@ -22,12 +22,13 @@ def attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, docume
 
 
 def heads_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, document_BS: Tensor) -> Tensor:
-    """Computes multi-head attention with grouped keys, sliding window, QK norm, rotary positions and sinks, as
-    configured."""
+    """Computes multi-head attention with grouped keys, sliding window or chunks, QK norm, rotary positions and sinks,
+    as configured."""
     config, size = model.attention, model.attention.head_size
     value_size = size if config.value_size is None else config.value_size
-    window = config.window if layer in model.window_blocks.blocks(model.num_layers) else None
-    mask_BSS, position_BS = attention_mask(document_BS, window), document_positions(document_BS)
+    is_limited = layer in model.window_blocks.blocks(model.num_layers)
+    window, chunk = (config.window, config.chunk) if is_limited else (None, None)
+    mask_BSS, position_BS = attention_mask(document_BS, window, chunk), document_positions(document_BS)
     query, key, value = (linear(weights, name, x_BSD) for name in ("query", "key", "value"))
     if config.qk_norm is not None:
         query = _norm(config.qk_norm, size, weights["query_norm.weight"], query)
@@ -90,18 +91,21 @@ ATTENTION: dict[str, Callable[[Any, int, Parameters, Tensor, Tensor], Tensor]] =
 }
 
 
-def attention_mask(document_BS: Tensor, window: int | None = None) -> Tensor:
+def attention_mask(document_BS: Tensor, window: int | None = None, chunk: int | None = None) -> Tensor:
     """Returns a bool mask (B, S, S): True where the query (dim 1) may attend to the key (dim 2), causal and within a
     document.
 
-    window: number of latest positions that a query attends to, its own included; None: no limit."""
+    window: number of latest positions that a query attends to, its own included; None: no limit. chunk: number of
+    positions in each chunk of a document, outside of which a query does not attend; None: no limit."""
     num_rows, length = document_BS.shape
+    position_BS = document_positions(document_BS)
     found = torch.zeros(num_rows, length, length, dtype=torch.bool)
     for b in range(num_rows):
         for one in range(length):
             first = 0 if window is None else max(0, one - window + 1)
             for other in range(first, one + 1):
-                found[b, one, other] = document_BS[b, one] == document_BS[b, other]
+                same_chunk = chunk is None or position_BS[b, one] // chunk == position_BS[b, other] // chunk
+                found[b, one, other] = document_BS[b, one] == document_BS[b, other] and same_chunk
     return found
 
 

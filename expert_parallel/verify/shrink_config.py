@@ -167,6 +167,7 @@ def _small_heads(draft: ConfigEditor) -> None:
     draft.put("model.attention.head_size", min(head_size, HEAD_SIZE + others))
     draft.at_most("model.attention.value_size", VALUE_SIZE)
     draft.at_most("model.attention.window", WINDOW)
+    draft.at_most("model.attention.chunk", WINDOW)
     for name in ("window_blocks", "rope_blocks"):
         _select_some(draft, f"model.{name}")
 
