@@ -6,10 +6,9 @@ from typer.testing import CliRunner
 
 from expert_parallel.cli.app import app
 from expert_parallel.interop.families.registry import FAMILIES
-from expert_parallel.interop.unsupported import UNSUPPORTED, describe_unsupported
-from tests.launches import ROOT
+from expert_parallel.interop.unsupported import UNSUPPORTED, describe_unsupported, missing
+from tests.family_table import BEGINS, ENDS, README
 
-README = ROOT / "expert_parallel" / "interop" / "README.md"
 DENSE = {"llama", "qwen2", "qwen3"}
 REMOTE = {"kimi_k2"}  # its code is in the folders alone
 SPARSE = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok", "moe_topk")
@@ -58,9 +57,11 @@ def test_a_refusal_names_what_is_missing(config: dict[str, object], sentence: st
     assert describe_unsupported(config, list(FAMILIES)).startswith(sentence)
 
 
-def test_the_readme_has_the_table_that_the_command_prints() -> None:
-    printed = CliRunner().invoke(app, ["convert", "families", "--markdown"]).stdout
-    assert f"<!-- generated: convert families --markdown -->\n\n{printed}\n" in README.read_text()
-    plain = CliRunner().invoke(app, ["convert", "families"]).stdout.splitlines()
-    assert [line.split()[0] for line in plain] == [*sorted(FAMILIES), *sorted(UNSUPPORTED)]
-    assert max(map(len, plain)) <= 120
+def test_the_command_and_the_readme_list_all_of_them() -> None:
+    printed = CliRunner().invoke(app, ["convert", "families"]).stdout.splitlines()
+    assert [line.split()[0] for line in printed] == [*sorted(FAMILIES), *sorted(UNSUPPORTED)]
+    assert max(map(len, printed)) <= 120
+    table = README.read_text().split(BEGINS)[1].split(ENDS)[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| `")]
+    equal = [[f" `{name}` ", " imports and equal "] for name in sorted(FAMILIES.keys() - DENSE)]
+    assert rows == [*equal, *([f" `{name}` ", f" refused: {missing(name)} "] for name in sorted(UNSUPPORTED))]

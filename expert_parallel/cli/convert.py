@@ -116,19 +116,14 @@ def export_command(
 
 
 @convert.command("families")
-def families_command(
-    markdown: Annotated[bool, typer.Option("--markdown", help="print the table of the README")] = False,
-) -> None:
+def families_command() -> None:
     """List the model families that can be imported and exported, and what the others need that is not here.
 
     Example: `expert-parallel convert families`
     """
     from expert_parallel.interop.families.registry import FAMILIES
-    from expert_parallel.interop.unsupported import family_rows, markdown_table
+    from expert_parallel.interop.unsupported import family_rows
 
-    if markdown:
-        print(markdown_table(list(FAMILIES)))
-        return
     rows = family_rows(list(FAMILIES))
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:{width}}  {state}" for name, state in rows))

@@ -92,9 +92,3 @@ def family_rows(families: list[str]) -> list[tuple[str, str]]:
     """Returns the name of each family and its state: those that are imported, then the others with what is missing."""
     imported = [(name, "imported and exported") for name in sorted(families)]
     return [*imported, *((name, f"not imported: {missing(name)}") for name in sorted(UNSUPPORTED))]
-
-
-def markdown_table(families: list[str]) -> str:
-    """Returns `family_rows` as a table for the README."""
-    rows = [f"| `{name}` | {state} |" for name, state in family_rows(families)]
-    return "\n".join(["| model_type | state |", "|---|---|", *rows])
