@@ -24,6 +24,15 @@ LATENT = {
     "num_experts_per_tok": 3,
     "first_k_dense_replace": 1,
 }
+SIGMOID_HEADS = {
+    **HEADS,
+    "head_dim": 8,
+    "moe_intermediate_size": 10,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -32,6 +41,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+
+def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
 # name -> the family, and what its config says beside the defaults of the class.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {**HEADS, "num_local_experts": 4, "head_dim": 6, "rms_norm_eps": 1e-3}),
@@ -119,6 +134,68 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_bias": False,
             "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
             "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    ),
+    "glm4_moe": (
+        "glm4_moe",
+        {
+            **SIGMOID_HEADS,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "n_group": 3,
+            "topk_group": 2,
+            "rope_parameters": {**YARN, "partial_rotary_factor": 0.5},
+        },
+    ),
+    # rope_parameters without a share, so that the class takes its own; no head_dim.
+    "glm4_moe without norms": (
+        "glm4_moe",
+        {
+            **without(SIGMOID_HEADS, "head_dim"),
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "glm4_moe_lite": (
+        "glm4_moe_lite",
+        {**without(LATENT, "first_k_dense_replace"), "mlp_layer_types": ["sparse", "dense", "sparse"]},
+    ),
+    "solar_open": (
+        "solar_open",
+        {
+            **without(SIGMOID_HEADS, "intermediate_size", "first_k_dense_replace"),
+            "attention_bias": True,
+            "n_group": 2,
+            "topk_group": 1,
+            "rope_parameters": YARN,
+        },
+    ),
+    "minimax_m2": (
+        "minimax_m2",
+        {**HEADS, "head_dim": 8, "rotary_dim": 4, "num_local_experts": 6, "num_experts_per_tok": 3},
+    ),
+    "dots1": (
+        "dots1",
+        {
+            **SIGMOID_HEADS,
+            "attention_bias": True,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "sliding_window": 4,
+            "max_window_layers": 1,
+        },
+    ),
+    "hy_v3": (
+        "hy_v3",
+        {
+            **HEADS,
+            "head_dim": 6,
+            "moe_intermediate_size": 10,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "num_shared_experts": 2,
+            "attention_bias": True,
         },
     ),
     "llama": ("llama", HEADS),

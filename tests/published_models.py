@@ -33,6 +33,7 @@ SIZES = {
     "qk_head_dim": 10,
     "intermediate_size": 12,
     "moe_intermediate_size": 10,
+    "expert_hidden_dim": 10,
     "intermediate_size_mlp": 14,
     "shared_expert_intermediate_size": 14,
     "shared_intermediate_size": 14,
@@ -73,7 +74,7 @@ def _shrunk(key: str, value: Any, config: Tree, layers: int) -> Any:
     if key == "head_dim" and value == config.get("qk_rope_head_dim"):
         return SIZES["qk_rope_head_dim"]
     if key in SIZES:
-        return SIZES[key]
+        return SIZES[key] if value else value  # 0: there is none
     if key in EXPERTS:
         return 8
     if key in CHOICES:

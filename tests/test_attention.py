@@ -586,8 +586,8 @@ YARN_SETTINGS = {"kind": "yarn", "factor": 2.0, "original_length": 16}
         ({"position": {"kind": "rope", "scaling": {"kind": "linear", "factor": 0.5}}}, "factor"),
         ({"position": {"kind": "rope", "scaling": {**YARN_SETTINGS, "factor": 0.5}}}, "factor"),
         (
-            {"position": {"kind": "rope", "scaling": {**YARN_SETTINGS, "beta_fast": 1.0}}},
-            r"scaling\.beta_fast \(1\) must be larger than position\.scaling\.beta_slow \(1\)",
+            {"position": {"kind": "rope", "scaling": {**YARN_SETTINGS, "beta_fast": 0.5}}},
+            r"scaling\.beta_fast \(0\.5\) must be at least position\.scaling\.beta_slow \(1\)",
         ),
         (
             {

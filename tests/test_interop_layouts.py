@@ -28,6 +28,7 @@ FAMILY_MODELS = [
     "deepseek_v3",
     "deepseek_v3 with yarn",
     "gpt_oss",
+    "glm4_moe",
 ]
 DENSE = {"llama", "qwen2", "qwen3"}
 

@@ -302,7 +302,7 @@ YARN = {"rope_type": "yarn", "factor": 2.0}
         ("qwen2", {"use_sliding_window": "no"}, "use_sliding_window is 'no': it must be true or false"),
         ("deepseek_v3", {"topk_group": 4}, r"topk_group is 4: it must be at most n_group \(3\)"),
         ("mixtral", {"rope_theta": 1.5}, "rope_theta of the rotary positions is 1000000.0 in one place and 1.5"),
-        ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
+        ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: only 1"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0: only None"),
         ("olmoe", {"head_dim": 6}, r"head_dim is 6: 4 heads .* add up to hidden_size \(16\)"),
         (
@@ -480,7 +480,7 @@ EXPERTS = {"num_experts": 4, "experts": {"hidden": 12}}
             "model.moe.router.scale is 2.0, the family has 1.0",
         ),
         ({"moe": {**EXPERTS, "router": {"k": 2, "bias": True}}}, "model.moe.router.bias is True"),
-        ({"moe": {**EXPERTS, "shared_experts": {"hidden": 12}}}, "model.moe.shared_experts.hidden is 12, .* None"),
+        ({"moe": {**EXPERTS, "shared_experts": {"hidden": 12}}}, "model.moe.router.score is 'softmax', .* 'sigmoid'"),
         ({"moe": {**EXPERTS, "router": {"kind": "hash"}}}, "model.moe.router.kind is 'hash', .* 'top_k'"),
         ({"position": {"kind": "learned", "max_length": 9}}, "model.position.kind is 'learned', .* 'rope'"),
         (

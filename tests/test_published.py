@@ -66,5 +66,6 @@ def generated(model: torch.nn.Module, prompt_BS: torch.Tensor, count: int) -> to
     """What transformers writes greedily after a prompt."""
     mask_BS = torch.ones_like(prompt_BS)
     ends = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    ends["use_mtp"] = False  # MiniMax-M2's config.json asks for it, but transformers has no such layers of it
     text_BS: torch.Tensor = model.generate(prompt_BS, attention_mask=mask_BS, **ends)
     return text_BS[:, prompt_BS.shape[1] :]

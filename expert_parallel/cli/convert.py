@@ -38,7 +38,7 @@ def import_command(
 ) -> None:
     """Create a run folder from a Hugging Face model.
 
-    Keeps the weights bit for bit. Supports Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3, gpt-oss, Llama, Qwen2 and Qwen3.
+    Keeps the weights bit for bit. `convert families` lists the families that are supported.
     Fails if a key of config.json or a tensor is not supported. The config of the run can be edited before training.
 
     With --config-only, no weights are read: OUT becomes a config to train such a model from the start.

@@ -85,13 +85,37 @@ class SequenceBalanceLoss:
         )
 
 
+@dataclass(frozen=True)
+class LogitBalanceLoss:
+    """Leaves out router_aux_loss_coef of a family with a sigmoid router: load_balancing_loss_func of transformers takes
+    the softmax of its logits, which are no scores of that router."""
+
+    keys: ClassVar[tuple[str, ...]] = (POOLED,)
+
+    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
+        _coefficient(theirs, POOLED, 0.0)
+        set_setting(ours, "moe.losses", [])
+
+    def write(self, ours: Tree, theirs: Tree) -> None:
+        pass
+
+    def describe(self, theirs: HuggingFaceConfig, losses: list[Tree]) -> str:
+        """Returns a sentence on why runs of the imported model train without the loss of config.json."""
+        if not (coefficient := _coefficient(theirs, POOLED, 0.0)):
+            return f"training adds no balance loss, since config.json has no {POOLED} above 0"
+        return (
+            f"{POOLED} ({coefficient:g}) is not kept: transformers takes that loss of a softmax of the logits, but the "
+            "scores of the router are sigmoids"
+        )
+
+
 def describe_losses(rules: Iterable[Rule], architecture: str, config: Tree, losses: list[Tree]) -> list[str]:
     """Returns sentences on the losses of a config.json: which one is kept, its coefficient if it is unusual, and which
     are not kept.
 
     rules: those of the family. architecture: its class in transformers. losses: the resolved `model.moe.losses`.
     """
-    kept = [rule for rule in rules if isinstance(rule, PooledBalanceLoss | SequenceBalanceLoss)]
+    kept = [rule for rule in rules if isinstance(rule, PooledBalanceLoss | SequenceBalanceLoss | LogitBalanceLoss)]
     sentences = [rule.describe(HuggingFaceConfig(config), losses) for rule in kept]
     for coefficient in (loss["coefficient"] for loss in losses if loss["coefficient"] > LARGE):
         sentences.append(

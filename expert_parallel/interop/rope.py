@@ -3,6 +3,7 @@
 transformers 5 stores them in rope_parameters, earlier versions in rope_theta and rope_scaling.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree, short
 from expert_parallel.interop.rules import get_setting, set_setting
 
-ORIGINAL_LENGTH = "original_max_position_embeddings"
+ORIGINAL_LENGTH, PARTIAL = "original_max_position_embeddings", "partial_rotary_factor"
 SCALINGS = {  # rope_type -> key in config.json -> our setting
     "linear": {"factor": "factor"},
     "llama3": {
@@ -38,13 +39,17 @@ NULLABLE = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_
 @dataclass(frozen=True)
 class Rope:
     """Translates rotary positions. Reads and writes both forms, so that every version of transformers finds its own.
+    Comes after the rules of heads.
 
     is_optional: without any of the keys, positions are unscaled. In gpt-oss the keys are required, since versions of
-    transformers have different defaults.
+    transformers have different defaults. partial: the default of partial_rotary_factor, the share of a head's columns
+    that are rotary; None: it must be 1. size_key: the key that gives their number instead, if any.
     """
 
     default_theta: float = 10000.0
     is_optional: bool = True
+    partial: float | None = None
+    size_key: str | None = None
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         found = self._parameters(theirs)
@@ -52,6 +57,7 @@ class Rope:
         if theta <= 1:
             raise ValueError(f"config.json: rope_theta of the rotary positions is {theta}, it must be above 1")
         set_setting(ours, "position", {"kind": "rope", "theta": theta})
+        self._set_rope_size(theirs, ours)
         longest = theirs.size("max_position_embeddings", default=None)
         kinds = [found.pop(key) for key in ("rope_type", "type") if key in found] or ["default"]
         kind = kinds[0]
@@ -78,6 +84,8 @@ class Rope:
             if any(isinstance(inner, dict) for inner in (form or {}).values()):
                 raise theirs.refuse(key, "rotary positions that differ between blocks are not supported")
         older, newer = (_with_rope_type(form or {}) for form in forms.values())
+        for form in (older, newer):
+            form.pop(PARTIAL, None)  # see _set_rope_size
         if not (older or newer or self.is_optional):
             raise ValueError("config.json: rope_parameters or rope_scaling is missing")
         theta = theirs.take("rope_theta", default=self.default_theta)
@@ -89,10 +97,30 @@ class Rope:
                     f"config.json: {key} of the rotary positions is {short(found.get(key))} in one place and "
                     f"{short(value)} in another (rope_parameters, rope_scaling, rope_theta)"
                 )
-        partial = (found.pop("partial_rotary_factor", 1.0), theirs.take("partial_rotary_factor", default=1.0))
-        if partial != (1.0, 1.0):
-            raise ValueError("config.json: partial_rotary_factor is not 1: partly rotary heads are not supported")
         return found
+
+    def _set_rope_size(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
+        """Sets the number of rotary columns of a head unless it is all. As in transformers, it is rounded down."""
+        theirs.take(PARTIAL, default=None)
+        forms = [theirs.values.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+        factors = [_number(PARTIAL, place[PARTIAL]) for place in (*forms, theirs.values) if PARTIAL in place]
+        factor = next(iter(factors), self.partial or 1.0)
+        if any(other != factor for other in factors):
+            raise ValueError(f"config.json: {PARTIAL} differs between places: {', '.join(map(str, factors))}")
+        if self.partial is None:
+            if factor != 1:
+                raise ValueError(f"config.json: {PARTIAL} is {factor:g}: only 1 is supported in this family")
+            return
+        if not 0 < factor <= 1:
+            raise ValueError(f"config.json: {PARTIAL} is {factor:g}: it must be above 0 and at most 1")
+        head_size = get_setting(ours, "attention.head_size")
+        size = int(head_size * factor)
+        if self.size_key is not None and (given := theirs.size(self.size_key, default=None)) is not None:
+            if factors and given != size:
+                raise theirs.refuse(self.size_key, f"{PARTIAL} ({factor:g}) makes {size} of {head_size} columns rotary")
+            size = given
+        if size != head_size:
+            set_setting(ours, "attention.rope_size", size)
 
     def write(self, ours: Tree, theirs: Tree) -> None:
         theta, scaling = get_setting(ours, "position.theta"), get_setting(ours, "position.scaling")
@@ -101,8 +129,20 @@ class Rope:
             keys = {their: scaling.get(own) for their, own in SCALINGS[scaling["kind"]].items()}
             older = {"rope_type": scaling["kind"], **{key: value for key, value in keys.items() if value is not None}}
         base = {} if theta is None else {"rope_theta": theta}  # None: other positions, which the format cannot express
-        theirs["rope_parameters"] = {"rope_type": "default", **(older or {}), **base}
-        theirs |= {**base, "rope_scaling": older}
+        partial = self._partial(ours)
+        theirs["rope_parameters"] = {"rope_type": "default", **(older or {}), **base, **partial}
+        theirs |= {**base, **partial, "rope_scaling": older}
+        if partial and self.size_key is not None:
+            theirs[self.size_key] = get_setting(ours, "attention.rope_size")
+
+    def _partial(self, ours: Tree) -> Tree:
+        """Returns the keys for the rotary columns of a head, if the family has them."""
+        size, head_size = (get_setting(ours, f"attention.{name}") for name in ("rope_size", "head_size"))
+        if self.partial is None or size is None or head_size is None:
+            return {}
+        factor = size / head_size
+        # Readers round down, and the product may lie just below the number of columns.
+        return {PARTIAL: factor if int(head_size * factor) == size else math.nextafter(factor, 2)}
 
 
 def _with_rope_type(form: Tree) -> Tree:

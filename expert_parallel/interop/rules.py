@@ -79,14 +79,15 @@ class CopyInt(Copy):
 @dataclass(frozen=True)
 class Require:
     """Accepts only one value of a key, which is also its default. written: exports write the key, for loaders that
-    require it."""
+    require it. also: values that mean the same."""
 
     key: str
     value: Any
     written: bool = False
+    also: tuple[Any, ...] = ()
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
-        if theirs.take(self.key, default=self.value) != self.value:
+        if theirs.take(self.key, default=self.value) not in (self.value, *self.also):
             raise theirs.refuse(self.key, f"only {self.value!r} is supported")
 
     def write(self, ours: Tree, theirs: Tree) -> None:
@@ -138,15 +139,21 @@ class HeadSize:
 
 @dataclass(frozen=True)
 class QKNorm:
-    """Enables norms of queries and keys, with the epsilon of the other norms."""
+    """Enables norms of queries and keys, with the epsilon of the other norms.
+
+    switch: the key that enables them, if any; without the key they are off.
+    """
 
     kind: str
+    switch: str | None = None
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
-        set_setting(ours, "attention.qk_norm", {"kind": self.kind, "eps": get_setting(ours, "norm.eps")})
+        if self.switch is None or theirs.flag(self.switch, default=False):
+            set_setting(ours, "attention.qk_norm", {"kind": self.kind, "eps": get_setting(ours, "norm.eps")})
 
     def write(self, ours: Tree, theirs: Tree) -> None:
-        pass
+        if self.switch is not None:
+            theirs[self.switch] = get_setting(ours, "attention.qk_norm") is not None
 
 
 # ---------------------------------------------------------------------------------------- settings that vary by block
@@ -192,18 +199,21 @@ class SlidingWindowByLayer:
     """Limits attention to the last `sliding_window` positions in the blocks that layer_types names.
 
     switch: the key that enables it, if any. If layer_types is absent, the blocks from max_window_layers on have the
-    window; without a switch, every second block has it, beginning with the first.
+    window. first: the default of max_window_layers; None: every second block has the window, beginning with the first.
     """
 
     switch: str | None = None
+    first: int | None = None
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         size, count = _window_size(theirs, self.switch), ours["num_layers"]
-        first = theirs.size("max_window_layers", default=28, least=0)  # transformers' default
-        if self.switch is None:
+        first = theirs.size("max_window_layers", default=self.first, least=0)
+        if self.first is None:
             usual = [layer % 2 == 0 for layer in range(count)]
         else:
-            usual = [size is not None and layer >= first for layer in range(count)]
+            # Without a switch, transformers has a size of its own if the key is absent: those blocks are refused below.
+            is_on = size is not None or (self.switch is None and "sliding_window" not in theirs.values)
+            usual = [is_on and layer >= first for layer in range(count)]
         kinds = theirs.take("layer_types", default=None)
         if kinds is None:
             kinds = ["sliding_attention" if windowed else "full_attention" for windowed in usual]
@@ -223,8 +233,10 @@ class SlidingWindowByLayer:
         size, blocks = get_setting(ours, "attention.window"), set(ours["window_layers"])
         kinds = ["sliding_attention" if layer in blocks else "full_attention" for layer in range(ours["num_layers"])]
         theirs |= {"sliding_window": size, "layer_types": kinds}
+        if self.first is not None:
+            theirs["max_window_layers"] = min(blocks, default=ours["num_layers"])
         if self.switch is not None:
-            theirs |= {self.switch: size is not None, "max_window_layers": min(blocks, default=ours["num_layers"])}
+            theirs[self.switch] = size is not None
 
 
 @dataclass(frozen=True)
@@ -253,8 +265,10 @@ class SparseStep:
 class FirstDense:
     """Places MoE blocks as DeepSeek does: in all blocks but the first `first_k_dense_replace`."""
 
+    default: Any = REQUIRED
+
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
-        k = theirs.size("first_k_dense_replace", least=0)
+        k = theirs.size("first_k_dense_replace", default=self.default, least=0)
         set_setting(ours, "moe_blocks", {"kind": "all_but_first", "k": k} if k else {"kind": "all"})
 
     def write(self, ours: Tree, theirs: Tree) -> None:

@@ -67,9 +67,9 @@ class YarnScaling(Settings):
 
     @model_validator(mode="after")
     def _check_ramp(self) -> "YarnScaling":
-        if self.beta_fast <= self.beta_slow:
+        if self.beta_fast < self.beta_slow:
             raise ValueError(
-                f"beta_fast ({self.beta_fast:g}) must be larger than beta_slow ({self.beta_slow:g}): both count turns "
+                f"beta_fast ({self.beta_fast:g}) must be at least beta_slow ({self.beta_slow:g}): both count turns "
                 "in original_length tokens"
             )
         return self

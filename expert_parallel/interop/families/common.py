@@ -5,7 +5,9 @@ Mappings of tensors that a model lacks are ignored, so families that differ by a
 
 from typing import Any
 
+from expert_parallel.interop.balance_loss import SequenceBalanceLoss
 from expert_parallel.interop.hf_config import REQUIRED
+from expert_parallel.interop.moe_rules import GroupLimit, SharedExperts
 from expert_parallel.interop.rules import Const, Copy, CopyInt, Require, Rule
 from expert_parallel.interop.tensor_map import GATE_UP_COLUMNS, GATE_UP_ROWS, IDENTITY, TRANSPOSED, TensorMapping
 
@@ -36,7 +38,7 @@ def head_rules(kv_heads: Any = REQUIRED) -> list[Rule]:
     ]
 
 
-def swiglu_expert_rules(count: tuple[str, ...], hidden: str) -> list[Rule]:
+def swiglu_expert_rules(count: tuple[str, ...], hidden: tuple[str, ...] | str) -> list[Rule]:
     """Returns the rules of top-k SwiGLU experts. count, hidden: the keys of config.json for the number of experts and
     for the hidden size of an expert."""
     return [
@@ -44,6 +46,33 @@ def swiglu_expert_rules(count: tuple[str, ...], hidden: str) -> list[Rule]:
         CopyInt(count, "moe.num_experts"),
         CopyInt("num_experts_per_tok", "moe.router.k"),
         CopyInt(hidden, "moe.experts.hidden"),
+    ]
+
+
+def sigmoid_router_rules() -> list[Rule]:
+    """Returns the rules of routers with sigmoid scores, and a bias that only selects, which balances the load."""
+    return [
+        Const("moe.router.score", "sigmoid"),
+        Const("moe.router.balance_bias_rate", 0.001),
+        Require("scoring_func", "sigmoid", also=("noaux_tc",)),  # dots.llm1 has the topk_method here
+    ]
+
+
+def deepseek_expert_rules(normalise: bool, scale: float, groups: Any = REQUIRED) -> list[Rule]:
+    """Returns the rules of DeepSeek-V3's experts: routed ones, in groups if there are several, and shared ones.
+
+    normalise, scale: the defaults of norm_topk_prob and routed_scaling_factor. groups: that of n_group and topk_group.
+    """
+    return [
+        *swiglu_expert_rules(("n_routed_experts", "num_local_experts"), "moe_intermediate_size"),
+        *sigmoid_router_rules(),
+        Copy("norm_topk_prob", "moe.router.normalise", normalise),
+        Copy("routed_scaling_factor", "moe.router.scale", scale),
+        SequenceBalanceLoss(),
+        GroupLimit(groups),
+        SharedExperts(),
+        Require("topk_method", "noaux_tc"),
+        Require("moe_layer_freq", 1),
     ]
 
 
@@ -84,19 +113,29 @@ def dense(ours: str, theirs: str) -> list[TensorMapping]:
     return tensor_map
 
 
-def experts(theirs: str, gate: str, up: str, down: str) -> list[TensorMapping]:
+def experts(theirs: str, gate: str, up: str, down: str, router: str = "gate") -> list[TensorMapping]:
     """Returns the mappings of a router and its SwiGLU experts, each a module of its own.
 
     theirs: the name of the MoE module in the Hugging Face model. gate, up, down: the names of an expert's matrices
-    there.
+    there. router: that of the router.
     """
     here, there = "blocks.{L}.moe.experts.{E}", f"{theirs}.experts.{{E}}"
     return [
-        TensorMapping("blocks.{L}.moe.router.weight", (f"{theirs}.gate.weight",), IDENTITY),
+        TensorMapping("blocks.{L}.moe.router.weight", (f"{theirs}.{router}.weight",), IDENTITY),
         TensorMapping(f"{here}.w_in", (f"{there}.{gate}.weight", f"{there}.{up}.weight"), GATE_UP_COLUMNS),
         TensorMapping(f"{here}.w_out", (f"{there}.{down}.weight",), TRANSPOSED),
     ]
 
 
+def balance_bias(theirs: str) -> TensorMapping:
+    """Returns the mapping of the bias that selects experts. theirs: its name in the Hugging Face model."""
+    return TensorMapping("blocks.{L}.moe.router.balance_bias_E", (theirs,), IDENTITY)
+
+
 DENSE = dense("blocks.{L}.ffn", "model.layers.{L}.mlp")
 EXPERTS = experts("model.layers.{L}.mlp", "gate_proj", "up_proj", "down_proj")
+DEEPSEEK_EXPERTS = [
+    *EXPERTS,
+    *dense("blocks.{L}.moe.shared_experts", "model.layers.{L}.mlp.shared_experts"),
+    balance_bias("model.layers.{L}.mlp.gate.e_score_correction_bias"),
+]

@@ -1,53 +1,19 @@
-"""Defines DeepSeek-V3: latent attention, expert groups, shared experts."""
+"""Defines DeepSeek-V3, and Kimi K2 of the same architecture: latent attention, expert groups, shared experts."""
 
 from dataclasses import dataclass
 
-from expert_parallel.interop.balance_loss import SequenceBalanceLoss
 from expert_parallel.interop.families.common import (
+    DEEPSEEK_EXPERTS,
     DENSE,
-    EXPERTS,
     common_rules,
-    dense,
+    deepseek_expert_rules,
     outside_blocks,
-    swiglu_expert_rules,
 )
 from expert_parallel.interop.family import Family
 from expert_parallel.interop.hf_config import REQUIRED, HuggingFaceConfig, Tree
 from expert_parallel.interop.rope import Rope
-from expert_parallel.interop.rules import Const, Copy, DenseHidden, FirstDense, Require, get_setting, set_setting
+from expert_parallel.interop.rules import DenseHidden, FirstDense, Require, get_setting, set_setting
 from expert_parallel.interop.tensor_map import IDENTITY, TensorMapping, half_split_rows
-
-
-@dataclass(frozen=True)
-class GroupLimit:
-    """Translates group-limited routing: a token's experts come from topk_group of n_group groups of experts.
-
-    A single group is no limit.
-    """
-
-    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
-        count, limit = theirs.size("n_group"), theirs.size("topk_group")
-        if limit > count:
-            raise theirs.refuse("topk_group", f"it must be at most n_group ({count})")
-        if count > 1:
-            set_setting(ours, "moe.router.group_limit", {"count": count, "limit": limit, "score": "top2_sum"})
-
-    def write(self, ours: Tree, theirs: Tree) -> None:
-        groups = get_setting(ours, "moe.router.group_limit") or {"count": 1, "limit": 1}
-        theirs |= {"n_group": groups["count"], "topk_group": groups["limit"]}
-
-
-@dataclass(frozen=True)
-class SharedExperts:
-    """Translates n_shared_experts shared experts to one network with their total hidden size."""
-
-    def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
-        hidden = theirs.size("n_shared_experts") * get_setting(ours, "moe.experts.hidden")
-        set_setting(ours, "moe.shared_experts", {"hidden": hidden, "activation": "swiglu"})
-
-    def write(self, ours: Tree, theirs: Tree) -> None:
-        shared, each = get_setting(ours, "moe.shared_experts.hidden") or 0, get_setting(ours, "moe.experts.hidden") or 1
-        theirs["n_shared_experts"] = shared // each
 
 
 @dataclass(frozen=True)
@@ -95,14 +61,7 @@ def deepseek_v3_tensor_map(config: Tree) -> list[TensorMapping]:
     interleaved = config.get("rope_interleave", True)
     query = half_split_rows(nope + rope, rope) if interleaved else IDENTITY
     key = half_split_rows(kv_rank + rope, rope) if interleaved else IDENTITY
-    tensor_map = [
-        *outside_blocks(),
-        *DENSE,
-        *EXPERTS,
-        *dense("blocks.{L}.moe.shared_experts", "model.layers.{L}.mlp.shared_experts"),
-    ]
-    balance_bias = "model.layers.{L}.mlp.gate.e_score_correction_bias"
-    tensor_map.append(TensorMapping("blocks.{L}.moe.router.balance_bias_E", (balance_bias,), IDENTITY))
+    tensor_map = [*outside_blocks(), *DENSE, *DEEPSEEK_EXPERTS]
     for own, their, transform in (
         ("query", "q_proj", query),
         ("query_down", "q_a_proj", IDENTITY),
@@ -120,30 +79,20 @@ def deepseek_v3_tensor_map(config: Tree) -> list[TensorMapping]:
     return tensor_map
 
 
-FAMILIES = {
-    "deepseek_v3": Family(
-        "DeepseekV3ForCausalLM",
-        (
-            *common_rules(),
-            LatentHeads(),
-            Rope(),
-            Require("attention_bias", False),
-            *swiglu_expert_rules(("n_routed_experts", "num_local_experts"), "moe_intermediate_size"),
-            Copy("norm_topk_prob", "moe.router.normalise", True),
-            Copy("routed_scaling_factor", "moe.router.scale", 2.5),
-            Const("moe.router.score", "sigmoid"),
-            Const("moe.router.balance_bias_rate", 0.001),
-            SequenceBalanceLoss(),
-            GroupLimit(),
-            SharedExperts(),
-            FirstDense(),
-            DenseHidden(),
-            Require("scoring_func", "sigmoid"),
-            Require("topk_method", "noaux_tc"),
-            Require("moe_layer_freq", 1),
-        ),
-        deepseek_v3_tensor_map,
-        neutral=("num_nextn_predict_layers", "num_mtp_layers", "ep_size"),
-        num_mtp_layers=num_mtp_layers,
+DEEPSEEK_V3 = Family(
+    "DeepseekV3ForCausalLM",
+    (
+        *common_rules(),
+        LatentHeads(),
+        Rope(),
+        Require("attention_bias", False),
+        *deepseek_expert_rules(normalise=True, scale=2.5),
+        FirstDense(),
+        DenseHidden(),
     ),
-}
+    deepseek_v3_tensor_map,
+    neutral=("num_nextn_predict_layers", "num_mtp_layers", "ep_size"),
+    num_mtp_layers=num_mtp_layers,
+)
+# Kimi K2 has DeepSeek-V3's class in code of its folder, which is never run.
+FAMILIES = {"deepseek_v3": DEEPSEEK_V3, "kimi_k2": DEEPSEEK_V3}

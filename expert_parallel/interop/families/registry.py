@@ -3,7 +3,7 @@
 A new family is an entry of FAMILIES in one of the files of this folder.
 """
 
-from expert_parallel.interop.families import deepseek, gpt_oss, llama, mixtral, qwen_moe
+from expert_parallel.interop.families import deepseek, dots, glm, gpt_oss, hy3, llama, minimax, mixtral, qwen_moe
 from expert_parallel.interop.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -12,4 +12,8 @@ FAMILIES: dict[str, Family] = {
     **qwen_moe.FAMILIES,
     **deepseek.FAMILIES,
     **gpt_oss.FAMILIES,
+    **glm.FAMILIES,
+    **minimax.FAMILIES,
+    **dots.FAMILIES,
+    **hy3.FAMILIES,
 }
