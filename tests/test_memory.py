@@ -53,6 +53,8 @@ CASES: dict[str, list[str]] = {
         "training.dtype=float64",
         "training.micro_steps=4",
     ],
+    "sandwich norms, moe recomputed": ["model.norm_placement=sandwich", "training.recompute=moe"],
+    "branch norms, bfloat16": ["model.norm_placement=branch", "model.residual_multiplier=0.5", BF16],
     "latent attention": [f"model.attention={LATENT}"],
     "narrow values": [*DENSE, "model.attention={num_heads: 4, num_kv_heads: 2, head_size: 48, value_size: 32}"],
     "grouped heads, layer norm, narrow gelu experts, loop": [

@@ -217,31 +217,41 @@ def feed_forward(block: Any, x: Tensor, layer: int) -> Tensor:
 
 
 def hand_written(model: Transformer, tokens_BS: Tensor) -> Tensor:
-    """The formulas of the two norm placements over the model's own parts."""
-    x, attention_context = model.embedding.weight[tokens_BS], plain(tokens_BS.shape[1])
+    """The formulas of the norm placements over the model's own parts."""
+    config, attention_context = model.config, plain(tokens_BS.shape[1])
+    x, factor = config.embedding_multiplier * model.embedding.weight[tokens_BS], config.residual_multiplier
     if model.position is not None:
         x = x + model.position.weight[: tokens_BS.shape[1]]
     for layer, block in enumerate(model.blocks):
-        if model.config.norm_placement == "pre":
-            x = x + block.attention(block.attention_norm(x), attention_context)
-            x = x + feed_forward(block, block.ffn_norm(x), layer)
-        else:
-            x = block.attention_norm(x + block.attention(x, attention_context))
-            x = block.ffn_norm(x + feed_forward(block, x, layer))
+        if config.norm_placement == "post":
+            x = block.attention_norm(x + factor * block.attention(x, attention_context))
+            x = block.ffn_norm(x + factor * feed_forward(block, x, layer))
+            continue
+        inputs, outputs = config.norm_placement != "branch", config.norm_placement in ("branch", "sandwich")
+        y = block.attention(block.attention_norm(x) if inputs else x, attention_context)
+        x = x + factor * (block.attention_output_norm(y) if outputs else y)
+        y = feed_forward(block, block.ffn_norm(x) if inputs else x, layer)
+        normed = outputs or (config.moe_output_norm and layer == 1)
+        x = x + factor * (block.ffn_output_norm(y) if normed else y)
     if model.final_norm is not None:
         x = model.final_norm(x)
     table = model.embedding.weight if model.unembedding is None else model.unembedding.weight
     logits = x @ table.T
-    return logits if model.unembedding_bias is None else logits + model.unembedding_bias
+    logits = logits if model.unembedding_bias is None else logits + model.unembedding_bias
+    return logits / config.logits_divisor
 
 
-@pytest.mark.parametrize("placement", ["pre", "post"])
+@pytest.mark.parametrize("placement", ["pre", "post", "branch", "sandwich"])
 @pytest.mark.parametrize("position", [{"kind": "rope"}, {"kind": "learned", "max_length": 9}])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_model_is_its_formula(placement: str, position: dict[str, Any], tied: bool) -> None:
     """Three blocks, the second a MoE; in post-norm the last norm of the last block stands before the logits."""
     model = make_model(
         norm_placement=placement,
+        moe_output_norm=tied and placement == "pre",
+        embedding_multiplier=1.5,
+        residual_multiplier=0.7,
+        logits_divisor=3.0,
         norm={"kind": "layer_norm"},
         position=position,
         tied_embeddings=tied,

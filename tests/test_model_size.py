@@ -196,7 +196,8 @@ FACTORS: dict[str, list[Any]] = {
     "unembedding_bias": [False, True],
     "position": [{"kind": "rope"}, {"kind": "learned", "max_length": 9}],
     "norm": [{"kind": "rms_norm"}, {"kind": "layer_norm"}],
-    "norm_placement": ["pre", "post"],
+    "norm_placement": ["pre", "post", "branch", "sandwich"],
+    "moe_output_norm": [False, True],
     "ffn": [{"hidden": 7, "activation": "relu"}, {"hidden": 7, "bias": True}],
     "moe_blocks": [
         None,  # a dense model
@@ -227,12 +228,14 @@ FACTORS: dict[str, list[Any]] = {
 
 def possible(case: Case) -> bool:
     is_latent = case["attention"].get("kind") == "latent"
+    if case["moe_output_norm"] and (case["moe_blocks"] is None or case["norm_placement"] != "pre"):
+        return False
     return not (is_latent and (case["position"]["kind"] == "learned" or case["qk_norm"] is not None))
 
 
 def config_of(case: Case) -> ModelConfig:
     attention = {**case["attention"], **({} if case["qk_norm"] is None else {"qk_norm": case["qk_norm"]})}
-    kept = ("tied_embeddings", "unembedding_bias", "position", "norm", "norm_placement")
+    kept = ("tied_embeddings", "unembedding_bias", "position", "norm", "norm_placement", "moe_output_norm")
     tree = {"vocab_size": 33, "num_layers": 4, "d_model": 16, "attention": attention}
     tree |= {name: case[name] for name in kept}
     blocks = case["moe_blocks"]

@@ -115,6 +115,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "recompute block": ({"world": 4, "tp": 2, "ep": 4, "recompute": "block", "data": "sharded"}, {}, "tp ep dense"),
     "recompute block, norms behind": ({"world": 2, "tp": 2, "recompute": "block"}, {"norm_placement": "post"}, "tp"),
+    "recompute block, norms of branches": (
+        {"world": 4, "tp": 2, "ep": 2, "recompute": "block", "data": "sharded"},
+        {"norm_placement": "branch", "residual_multiplier": 0.5},
+        "tp ep",
+    ),
     "recompute block, dropout": ({"world": 2, "tp": 2, "recompute": "block"}, {"dropout": 0.1}, "tp"),
     "recompute block, cp": ({"world": 2, "cp": 2, "recompute": "block"}, {}, "cp"),
     "recompute moe": ({"world": 4, "tp": 2, "ep": 2, "recompute": "moe"}, {}, "tp ep"),

@@ -48,6 +48,10 @@ MODEL = {
     "num_layers": 3,
     "d_model": 16,
     "attention": {"num_heads": 4, "num_kv_heads": 2, "head_size": 6},
+    "norm_placement": "sandwich",
+    "unembedding_bias": True,
+    "residual_multiplier": 0.7,
+    "logits_divisor": 0.8,
     "ffn": {"hidden": 20},
     "moe_blocks": {"kind": "all_but_first", "k": 1},
     "moe": {

@@ -189,11 +189,14 @@ LAYER_NORM = {
     "norm_placement": "post",
     "position": {"kind": "learned", "max_length": 9},
 }
+FACTORS = {"embedding_multiplier": 1.5, "residual_multiplier": 0.7, "logits_divisor": 3.0, "unembedding_bias": True}
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "biases, drops, balance biases": ({}, {}),
     "post-norm, learned positions, untied": ({**LAYER_NORM, "tied_embeddings": False, "unembedding_bias": True}, {}),
+    "branch norms, multipliers": ({"norm_placement": "branch", **FACTORS}, {}),
+    "sandwich norms": ({"norm_placement": "sandwich"}, {}),
     "shared experts, sigmoid, groups": (
-        {"moe_blocks": {"kind": "every_nth", "n": 2}},
+        {"moe_output_norm": True, "moe_blocks": {"kind": "every_nth", "n": 2}},
         {
             "num_experts": 8,
             "router": {"score": "sigmoid", "group_limit": {"count": 4, "limit": 2}, "balance_bias_rate": 0.1},

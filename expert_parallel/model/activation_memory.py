@@ -84,13 +84,17 @@ class PartMemory:
 
 
 def block_memory(model: ModelConfig, block: int, sizes: PassSizes) -> Iterator[PartMemory]:
-    """Yields the two halves of a transformer block: attention with its norm, then the feed-forward network with its
-    norm."""
+    """Yields the two halves of a transformer block: attention with its norms, then the feed-forward network with its
+    norms."""
     norm_kept, norm_most = _norm(model.norm, model.d_model, sizes, sizes.tokens)
     masks = sizes.tokens * model.d_model if model.dropout > 0 else 0  # bool
     is_moe = model.moe is not None and block in model.moe_layers
-    for part in (_attention(model, sizes), _moe(model, sizes) if is_moe else _ffn(model, sizes)):
-        own = norm_kept + masks
+    halves = (
+        (_attention(model, sizes), model.has_output_norms),
+        (_moe(model, sizes) if is_moe else _ffn(model, sizes), model.has_ffn_output_norm(block)),
+    )
+    for part, has_output_norm in halves:
+        own = (model.has_input_norms + has_output_norm) * norm_kept + masks
         most = max(own + part.backward, norm_most)
         yield PartMemory(own + part.kept, own + part.forward, most, part.exchanged, part.weights)
 
@@ -103,7 +107,7 @@ def head_memory(model: ModelConfig, sizes: PassSizes) -> tuple[PartMemory, float
     parallelism its forward pass has a fourth one.
     """
     rows, vocabulary, wide = sizes.gathered, model.vocab_size / sizes.degrees.tp, sizes.wide
-    norm_kept = _norm(model.norm, model.d_model, sizes, sizes.tokens)[0] if model.norm_placement == "pre" else 0
+    norm_kept = _norm(model.norm, model.d_model, sizes, sizes.tokens)[0] if model.norm_placement != "post" else 0
     kept = norm_kept + rows * model.d_model * sizes.width + sizes.copies(model.d_model * vocabulary)
     logits = rows * vocabulary * sizes.width
     numbers = 4 if sizes.degrees.tp > 1 and sizes.width < wide else 3

@@ -44,6 +44,8 @@ class HeadsConfig(Settings):
     """Adds a bias to the query, key and value projections, and to the output projection unless `out_bias` is set."""
     out_bias: bool | None = None
     """Adds a bias to the output projection; null does as `bias` says."""
+    scale: Annotated[float, Field(gt=0)] | None = None
+    """Multiplies the products of queries and keys; null is 1 / sqrt(head_size)."""
     qk_norm: QKNormConfig | None = None
     """Normalizes queries and keys; null leaves them as they are."""
     sinks: bool = False
@@ -106,7 +108,7 @@ class AttentionFn(Protocol):
     """Computes attention of (B, H, S, h) queries over (B, G, L, h) keys and (B, G, L, v) values -> (B, H, S, v).
 
     mask: as returned by AttentionContext.mask; None: attention is causal, and the S queries are those of the last S of
-    the L tokens. sinks_H: see `attend_with_sinks`.
+    the L tokens. sinks_H: see `attend_with_sinks`. scale: multiplies the products of queries and keys; None: h^-0.5.
     """
 
     def __call__(
@@ -116,6 +118,7 @@ class AttentionFn(Protocol):
         value_BGLv: Tensor,
         mask: Tensor | None = None,
         sinks_H: Tensor | None = None,
+        scale: float | None = None,
     ) -> Tensor: ...
 
 
@@ -125,20 +128,26 @@ def causal_attention(
     value_BGLv: Tensor,
     mask: Tensor | None = None,
     sinks_H: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """Computes softmax(query key^T / sqrt(h)) value. Shapes and arguments are those of `AttentionFn`."""
+    """Computes softmax(scale query key^T) value. Shapes and arguments are those of `AttentionFn`."""
     if sinks_H is not None:
-        return attend_with_sinks(query_BHSh, key_BGLh, value_BGLv, mask, sinks_H)
+        return attend_with_sinks(query_BHSh, key_BGLh, value_BGLv, mask, sinks_H, scale)
     grouped = query_BHSh.shape[1] != key_BGLh.shape[1]
     if mask is None and query_BHSh.shape[2] < key_BGLh.shape[2]:
         mask = causal_lower_right(query_BHSh.shape[2], key_BGLh.shape[2])
     return F.scaled_dot_product_attention(
-        query_BHSh, key_BGLh, value_BGLv, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        query_BHSh, key_BGLh, value_BGLv, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
 
 
 def attend_with_sinks(
-    query_BHSh: Tensor, key_BGLh: Tensor, value_BGLv: Tensor, mask: Tensor | None, sinks_H: Tensor
+    query_BHSh: Tensor,
+    key_BGLh: Tensor,
+    value_BGLv: Tensor,
+    mask: Tensor | None,
+    sinks_H: Tensor,
+    scale: float | None = None,
 ) -> Tensor:
     """Computes `causal_attention` with one more logit, the head's sink, in every softmax: a key without a value.
 
@@ -149,9 +158,10 @@ def attend_with_sinks(
     softmax_dtype = torch.promote_types(torch.float32, query_BHSh.dtype)
     num_kv_heads, num_keys = key_BGLh.shape[1:3]
     num_queries, head_size = query_BHSh.shape[2:]
+    divisor = math.sqrt(head_size) if scale is None else 1 / scale
     query_BGgSh = query_BHSh.unflatten(1, (num_kv_heads, -1))  # g: the query heads that share a key head
     logits_BHSL = (query_BGgSh @ key_BGLh[:, :, None].transpose(-1, -2)).flatten(1, 2)
-    logits_BHSL = logits_BHSL.to(softmax_dtype) / math.sqrt(head_size)
+    logits_BHSL = logits_BHSL.to(softmax_dtype) / divisor
     if mask is None:
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query_BHSh.device)
         mask = mask.tril(num_keys - num_queries)
@@ -163,7 +173,7 @@ def attend_with_sinks(
 
 
 class Attention(nn.Module):
-    """Computes softmax(q k^T / sqrt(h)) v with q, k, v and the output projected linearly. (B, T, D) -> (B, T, D).
+    """Computes softmax(scale q k^T) v with q, k, v and the output projected linearly. (B, T, D) -> (B, T, D).
 
     rope: None if positions are not rotary. gather_sequence: with tensor parallelism, gathers the T tokens of each rank
     into the S tokens of all ranks, since each rank has only some heads. `attention_fn`: the function that attends;
@@ -174,6 +184,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size, self.rope_size = config.head_size, config.rope_columns[1]
         self.value_size, self.value_scale = config.value_columns, config.value_scale
+        self.scale = config.scale
         self.window, self.chunk = config.window, config.chunk
         self.rope = rope
         self.query = Linear(d_model, config.num_heads * self.head_size, bias=config.bias)
@@ -204,7 +215,7 @@ class Attention(nn.Module):
         if attention_context.cache is not None:  # until here L = S; the cache adds the keys before
             key_BGLh, value_BGLv = attention_context.cache.extend(self, key_BGLh, value_BGLv)
         mask = attention_context.mask(self.window, self.chunk)
-        y_BHSv = self.attention_fn(query_BHSh, key_BGLh, value_BGLv, mask, self.sinks)
+        y_BHSv = self.attention_fn(query_BHSh, key_BGLh, value_BGLv, mask, self.sinks, self.scale)
         return self.out(y_BHSv.transpose(1, 2).flatten(2))
 
 

@@ -69,9 +69,11 @@ class ModelConfig(Settings):
     tokens."""
     norm: NormConfig = NormConfig()
     """Describes the norms of the residual stream."""
-    norm_placement: Literal["pre", "post"] = "pre"
-    """Normalizes the input of each branch and the output of the last block (`pre`), or each sum of residual stream and
-    branch (`post`)."""
+    norm_placement: Literal["pre", "post", "branch", "sandwich"] = "pre"
+    """Normalizes the input of each branch (`pre`), each sum of residual stream and branch (`post`), the output of each
+    branch (`branch`), or its input and its output (`sandwich`); the output of the last block, too, except in `post`."""
+    moe_output_norm: bool = False
+    """Normalizes the output of each MoE layer, shared experts included, with `norm_placement: pre` (A.X-K1)."""
     position: PositionConfig = RopeConfig()
     """Describes how positions are encoded."""
     rope_blocks: Blocks = AllBlocks()
@@ -80,6 +82,12 @@ class ModelConfig(Settings):
     """Shares one weight between the embedding and the output projection."""
     unembedding_bias: bool = False
     """Adds a bias to the logits, one number for each token id."""
+    embedding_multiplier: float = Field(default=1.0, gt=0)
+    """Multiplies the rows of the embedding, before learned positions are added."""
+    residual_multiplier: float = Field(default=1.0, gt=0)
+    """Multiplies the output of each branch, before it is added to the residual stream."""
+    logits_divisor: float = Field(default=1.0, gt=0)
+    """Divides the logits, their bias included."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Sets the dropout probability of the embedding and of each block's two branches."""
     init_std: float = Field(default=0.02, gt=0)
@@ -90,6 +98,20 @@ class ModelConfig(Settings):
     def moe_layers(self) -> list[int]:
         """Returns the numbers of the blocks whose feed-forward network is a MoE layer."""
         return self.moe_blocks.blocks(self.num_layers) if self.moe is not None else []
+
+    @property
+    def has_input_norms(self) -> bool:
+        """Returns True if blocks have a norm before each branch or, in `post`, behind each sum."""
+        return self.norm_placement != "branch"
+
+    @property
+    def has_output_norms(self) -> bool:
+        """Returns True if blocks have a norm of each branch's output."""
+        return self.norm_placement in ("branch", "sandwich")
+
+    def has_ffn_output_norm(self, layer: int) -> bool:
+        """Returns True if block number `layer` has a norm of its feed-forward network's output."""
+        return self.has_output_norms or (self.moe_output_norm and layer in self.moe_layers)
 
     @property
     def window_layers(self) -> list[int]:
@@ -172,7 +194,9 @@ class ModelConfig(Settings):
         num_moe = len(set(self.moe_layers).intersection(blocks))
         norm = self.norm.num_params(d_model)
 
-        dense = len(blocks) * (self.attention.num_params(d_model) + 2 * norm)
+        dense = len(blocks) * self.attention.num_params(d_model)
+        dense += 2 * len(blocks) * (self.has_input_norms + self.has_output_norms) * norm
+        dense += num_moe * norm if self.moe_output_norm else 0
         experts = 0
         if self.ffn is not None:
             dense += (len(blocks) - num_moe) * self.ffn.num_params(d_model)
@@ -185,7 +209,7 @@ class ModelConfig(Settings):
         dense += self.vocab_size if is_last and self.unembedding_bias else 0
         if is_first and isinstance(self.position, LearnedPositionConfig):
             dense += self.position.max_length * d_model
-        if is_last and self.norm_placement == "pre":
+        if is_last and self.norm_placement != "post":
             dense += norm
         return ParameterCounts(dense, experts)
 
@@ -232,6 +256,12 @@ class ModelConfig(Settings):
             raise ValueError("moe_blocks is given without moe: there are no experts to put into these blocks")
         if self.moe is not None:
             check_blocks("moe_blocks", self.moe_blocks, self.num_layers, "moe")
+        if self.moe_output_norm and self.moe is None:
+            raise ValueError("moe_output_norm is true without moe: there are no outputs of experts to normalize")
+        if self.moe_output_norm and self.norm_placement != "pre":
+            raise ValueError(
+                f"moe_output_norm is true, but norm_placement is {self.norm_placement!r}: it goes with 'pre' alone"
+            )
         dense = self.num_layers - len(self.moe_layers)
         if dense and self.ffn is None:
             raise ValueError(f"ffn is missing: {dense} of the {self.num_layers} blocks are dense")

@@ -31,11 +31,12 @@ class ContextParallelAttention:
         value_BGLv: Tensor,
         mask: Tensor | None = None,
         sinks_H: Tensor | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         """Gathers the keys and values of whole sequences in one all-gather, then attends to them."""
         sizes = [key_BGLh.shape[-1], value_BGLv.shape[-1]]
         key_BGLh, value_BGLv = self.gather(torch.cat([key_BGLh, value_BGLv], -1)).split(sizes, -1)
-        return self.attend_to_gathered(query_BHSh, key_BGLh, value_BGLv, mask, sinks_H)
+        return self.attend_to_gathered(query_BHSh, key_BGLh, value_BGLv, mask, sinks_H, scale)
 
     def gather(self, x: Tensor) -> Tensor:
         """Gathers (..., L / cp, h), the rows at this rank's positions, into (..., L, h) of whole sequences, in sequence
@@ -53,6 +54,7 @@ class ContextParallelAttention:
         value_BGLv: Tensor,
         mask: Tensor | None = None,
         sinks_H: Tensor | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         """Attends from this rank's queries over keys and values of whole sequences."""
         cp, rank = self.place.cp, self.place.cp_rank
@@ -65,7 +67,7 @@ class ContextParallelAttention:
             query = query_BHSh.chunk(2, -2)[half]
             chunk_mask = None if mask is None else mask.chunk(2, -2)[half][..., :end]
             key, value = key_BGLh[..., :end, :], value_BGLv[..., :end, :]
-            outputs.append(causal_attention(query, key, value, chunk_mask, sinks_H))
+            outputs.append(causal_attention(query, key, value, chunk_mask, sinks_H, scale))
         return torch.cat(outputs, -2)
 
 

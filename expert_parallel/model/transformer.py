@@ -84,8 +84,10 @@ class StageSpec:
 class Block(nn.Module):
     """Computes one transformer block, (B, S, D) -> (B, S, D).
 
-    Pre-norm: x + attention(norm(x)), then x + ffn(norm(x)). Post-norm: norm(x + attention(x)), then norm(x + ffn(x)).
-    recompute: the part (`moe`, `block` or `none`) whose activations are discarded and recomputed in the backward pass.
+    Each half adds a branch f, attention or feed-forward, to the residual stream, by the norm placement: x + f(norm(x))
+    (`pre`), norm(x + f(x)) (`post`), x + norm(f(x)) (`branch`) or x + norm'(f(norm(x))) (`sandwich`). The residual
+    multiplier is a factor of each branch. recompute: the part (`moe`, `block` or `none`) whose activations are
+    discarded and recomputed in the backward pass.
     """
 
     def __init__(
@@ -97,10 +99,14 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm_placement = config.norm_placement
+        self.residual_multiplier = config.residual_multiplier
         self.dropout = config.dropout
         self.recompute = recompute
         norm = partial(NORMS[config.norm.kind], config.d_model, config.norm.eps)
-        self.attention_norm, self.ffn_norm = norm(), norm()
+        self.attention_norm = norm() if config.has_input_norms else nn.Identity()
+        self.ffn_norm = norm() if config.has_input_norms else nn.Identity()
+        self.attention_output_norm = norm() if config.has_output_norms else nn.Identity()
+        self.ffn_output_norm = norm() if config.has_ffn_output_norm(layer) else nn.Identity()
         attention = config.attention_of(layer)
         rope = config.rope_of(layer)
         self.attention = ATTENTION[attention.kind](attention, config.d_model, rope)  # type: ignore[arg-type]
@@ -125,13 +131,14 @@ class Block(nn.Module):
         return self._run(x, context, attention_context)
 
     def _run(self, x: Tensor, context: StepContext, attention_context: AttentionContext) -> BlockOutput:
-        if self.norm_placement == "pre":
-            x = x + self._drop(self.attention(self.attention_norm(x), attention_context), context, branch=0)
-            branch = self._feed_forward(self.ffn_norm(x), context)
-            return branch._replace(x=x + self._drop(branch.x, context, branch=1))
-        x = self.attention_norm(x + self._drop(self.attention(x, attention_context), context, branch=0))
-        branch = self._feed_forward(x, context)
-        return branch._replace(x=self.ffn_norm(x + self._drop(branch.x, context, branch=1)))
+        if self.norm_placement == "post":
+            x = self.attention_norm(self._add_branch(x, self.attention(x, attention_context), context, number=0))
+            output = self._feed_forward(x, context)
+            return output._replace(x=self.ffn_norm(self._add_branch(x, output.x, context, number=1)))
+        y = self.attention(self.attention_norm(x), attention_context)
+        x = self._add_branch(x, self.attention_output_norm(y), context, number=0)
+        output = self._feed_forward(self.ffn_norm(x), context)
+        return output._replace(x=self._add_branch(x, self.ffn_output_norm(output.x), context, number=1))
 
     def _feed_forward(self, x: Tensor, context: StepContext) -> BlockOutput:
         if self.moe is None:
@@ -143,11 +150,12 @@ class Block(nn.Module):
             output = self.moe(x, context)
         return BlockOutput(output.y, output.losses, output.stats, output.pooled)
 
-    def _drop(self, x: Tensor, context: StepContext, branch: int) -> Tensor:
-        if not self.training or self.dropout == 0:
-            return x
-        where = (context.seed, context.step, context.micro_step, context.layer, context.coordinate, branch)
-        return dropout(x, self.dropout, mix(*where))
+    def _add_branch(self, x: Tensor, y: Tensor, context: StepContext, number: int) -> Tensor:
+        """Adds y, the output of branch `number`, with dropout and the residual multiplier to the residual stream x."""
+        if self.training and self.dropout > 0:
+            where = (context.seed, context.step, context.micro_step, context.layer, context.coordinate, number)
+            y = dropout(y, self.dropout, mix(*where))
+        return torch.add(x, y, alpha=self.residual_multiplier)  # one operation, which is x + y if it is 1
 
 
 def build_moe_layer(config: MoEConfig, mesh: ParallelMesh | None) -> MoELayer:
@@ -212,7 +220,7 @@ class Transformer(LanguageModel):
         is_first, is_last = self.stage_spec.is_first, self.stage_spec.is_last
         table = partial(nn.Embedding, embedding_dim=config.d_model)
         learned = config.position if isinstance(config.position, LearnedPositionConfig) else None
-        pre = config.norm_placement == "pre"
+        has_norm = is_last and config.norm_placement != "post"
         self.embedding = table(config.vocab_size) if is_first or (is_last and config.tied_embeddings) else None
         self.position = table(learned.max_length) if learned is not None and is_first else None
         # Indexed by the number of the block, so that parameter names do not depend on the stage; None: other stages.
@@ -220,7 +228,7 @@ class Transformer(LanguageModel):
             Block(config, layer, mesh, recompute) if layer in self.stage_spec.blocks else None  # type: ignore[misc]
             for layer in range(config.num_layers)
         )
-        self.final_norm = NORMS[config.norm.kind](config.d_model, config.norm.eps) if pre and is_last else None
+        self.final_norm = NORMS[config.norm.kind](config.d_model, config.norm.eps) if has_norm else None
         self.unembedding = table(config.vocab_size) if is_last and not config.tied_embeddings else None
         # Beside the table rather than in it, since with tied embeddings the bias belongs to the logits alone.
         has_bias = is_last and config.unembedding_bias
@@ -280,6 +288,8 @@ class Transformer(LanguageModel):
         assert self.embedding is not None
         length, device = tokens_BS.shape[1], tokens_BS.device
         x = self.embedding(tokens_BS[:, self.place.context(length).to(device)]).to(self.compute_dtype)
+        if self.config.embedding_multiplier != 1:
+            x = x * self.config.embedding_multiplier
         if self.position is not None:
             if length > len(self.position.weight):
                 raise ValueError(
@@ -297,6 +307,9 @@ class Transformer(LanguageModel):
         table = self.embedding if self.unembedding is None else self.unembedding
         assert table is not None
         bias = None if self.unembedding_bias is None else self.unembedding_bias.to(x.dtype)
+        if self.config.logits_divisor != 1:  # of x and the bias, which have fewer numbers than the logits
+            x = x / self.config.logits_divisor
+            bias = None if bias is None else bias / self.config.logits_divisor
         return F.linear(self.gather_for_logits(x), table.weight.to(x.dtype), bias)
 
     def _losses(

@@ -42,6 +42,8 @@ LARGE = 1e4  # weights above it are the work of a learning rate that is too high
 # Likely causes of an output that is not finite, by a part of its module's name; the first that matches is meant.
 CAUSES = {
     "router": "the router's logits have grown until they overflow",
+    "attention_output_norm": "the output of attention has grown until its squares overflow",
+    "ffn_output_norm": "the output of the feed-forward network or the experts has grown until its squares overflow",
     "attention_norm": "the block's input has grown until its squares overflow",
     "ffn_norm": "the output of attention has grown until its squares overflow",
     "final_norm": "the output of the last block has grown until its squares overflow",

@@ -244,7 +244,8 @@ def _stretches(config: Config, block: int, sizes: PassSizes) -> list[Stretch]:
     if recompute == "none" or model.moe is None or block not in model.moe_layers:
         return [first, Stretch(feed_forward.kept, [feed_forward])]
     norm = row * (sizes.wide // sizes.width) * (2 if sizes.device == "cpu" and model.norm.kind == "rms_norm" else 1)
-    return [first, Stretch(norm + row, [feed_forward])]
+    norms = norm * (model.has_input_norms + model.has_ffn_output_norm(block))
+    return [first, Stretch(norms + row, [feed_forward])]
 
 
 def _passes_in_progress(config: Config, degrees: ParallelDegrees, pp_rank: int) -> float:

@@ -125,7 +125,7 @@ def activation_bytes(step: StepSizes) -> ByteCounts:
     # Recomputation stops once all saved tensors are restored: before the reduce-scatter at a block's end, if nothing
     # after it saves a tensor. Shared experts do not stop it: they overlap the exchange of the routed tokens.
     block, moe = training.recompute == "block", training.recompute == "moe"
-    again = 2 if model.norm_placement == "post" or model.dropout > 0 else 1
+    again = 1 if model.norm_placement == "pre" and model.dropout == 0 else 2
     exchanges = 4  # scatter of the embedding, gather for the logits, and their backward passes
     exchanges += (2 + block) * model.num_layers  # around attention
     exchanges += (4 + again * block) * dense + (4 + 2 * block + 2 * moe) * shared

@@ -22,8 +22,8 @@ def attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, docume
 
 
 def heads_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, document_BS: Tensor) -> Tensor:
-    """Computes multi-head attention with grouped keys, sliding window or chunks, QK norm, rotary positions and sinks,
-    as configured."""
+    """Computes multi-head attention with grouped keys, sliding window or chunks, QK norm, rotary positions, scale and
+    sinks, as configured."""
     config, size = model.attention, model.attention.head_size
     value_size = size if config.value_size is None else config.value_size
     is_limited = layer in model.window_blocks.blocks(model.num_layers)
@@ -44,7 +44,7 @@ def heads_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, 
                 torch.cat([apply_rope(t[..., :rotary], model.position, position_BS), t[..., rotary:]], -1)
                 for t in (q, k)
             )
-        scores = (q @ k.transpose(1, 2)) / math.sqrt(size)
+        scores = (q @ k.transpose(1, 2)) * (1 / math.sqrt(size) if config.scale is None else config.scale)
         scores = torch.where(mask_BSS, scores, torch.full_like(scores, -math.inf))
         if config.sinks:
             sink = weights["sinks"][head] * torch.ones_like(scores[..., :1])

@@ -78,7 +78,7 @@ def forward(
     """Runs the model on one micro-step, and adds outputs, losses and counts to `record`. training: as opposed to
     evaluation, which has no noise and its own capacity."""
     document_BS = torch.zeros_like(tokens_BS) if context.document_BS is None else context.document_BS
-    x_BSD = weights["embedding.weight"][tokens_BS]
+    x_BSD = weights["embedding.weight"][tokens_BS] * model.embedding_multiplier
     if model.position.kind == "learned":
         x_BSD = x_BSD + weights["position.weight"][document_positions(document_BS)]
     auxiliary, balance_terms = x_BSD.new_zeros(()), {}
@@ -99,28 +99,43 @@ def forward(
         def attend(x: Tensor, layer: int = layer, here: Parameters = here) -> Tensor:
             return attention(model, layer, _strip_prefix(here, "attention."), x, document_BS)
 
-        norm1 = norm_function(model.norm, _strip_prefix(here, "attention_norm."))
-        norm2 = norm_function(model.norm, _strip_prefix(here, "ffn_norm."))
-        if model.norm_placement == "pre":
-            x_BSD = x_BSD + attend(norm1(x_BSD))
-            x_BSD = x_BSD + feed_forward(norm2(x_BSD))
-        else:
-            x_BSD = norm1(x_BSD + attend(x_BSD))
-            x_BSD = norm2(x_BSD + feed_forward(x_BSD))
+        x_BSD = _add_branch(model, here, "attention", attend, x_BSD, is_moe=False)
+        x_BSD = _add_branch(model, here, "ffn", feed_forward, x_BSD, is_moe=layer in model.moe_layers)
         record.outputs[context.micro_step, layer] = x_BSD.detach()
     if model.moe is not None:
         auxiliary = auxiliary + _pooled_losses(model.moe, balance_terms, record)
-    if model.norm_placement == "pre":
+    if model.norm_placement != "post":
         x_BSD = norm_function(model.norm, _strip_prefix(weights, "final_norm."))(x_BSD)
     table = "embedding.weight" if model.tied_embeddings else "unembedding.weight"
     logits_BSV = x_BSD @ weights[table].T
     if model.unembedding_bias:
         logits_BSV = logits_BSV + weights["unembedding_bias"]
-    return ForwardResult(logits_BSV, auxiliary)
+    return ForwardResult(logits_BSV / model.logits_divisor, auxiliary)
 
 
 def _strip_prefix(parameters: Parameters, prefix: str) -> Parameters:
     return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
+
+
+def _add_branch(
+    model: Any, weights: Parameters, name: str, branch: Callable[[Tensor], Tensor], x: Tensor, is_moe: bool
+) -> Tensor:
+    """Returns the residual stream after the half of a block that is called `name`: post-norm (1706.03762), pre-norm
+    (2002.04745), norms of the branch (OLMo 2, 2501.00656), before and behind it (Swin v2 and Sandwich-LN, 2105.13290),
+    or pre-norm with one more norm behind the experts (A.X-K1)."""
+
+    def norm(kind: str) -> Callable[[Tensor], Tensor]:
+        return norm_function(model.norm, _strip_prefix(weights, f"{name}_{kind}."))
+
+    placement, factor = model.norm_placement, model.residual_multiplier
+    if placement == "post":
+        return norm("norm")(x + factor * branch(x))
+    if placement == "branch":
+        return x + factor * norm("output_norm")(branch(x))
+    y = branch(norm("norm")(x))
+    if placement == "sandwich" or (is_moe and model.moe_output_norm):
+        y = norm("output_norm")(y)
+    return x + factor * y
 
 
 def norm_function(config: Any, weights: Parameters) -> Callable[[Tensor], Tensor]:
