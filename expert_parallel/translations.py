@@ -200,6 +200,8 @@ _ROWS: list[tuple[str, str, str]] = [
         "model.moe.shared_experts.hidden",
         "",
     ),
+    ("moe_shared_expert_gate", "model.moe.shared_expert_gate", ""),
+    ("moe_apply_probs_on_input score_before_experts", "model.moe.experts.weight_input", ""),
     ("moe_aux_loss_coeff aux_loss_coef aux_loss_coeff aux_loss_alpha moe_loss_coeff", "model.moe.losses", BALANCE),
     (
         "router_aux_loss_coef",

@@ -102,7 +102,7 @@ FACTORS = {
     "router": list(ROUTERS),
     "capacity": list(CAPACITIES),
     "scenario": SCENARIOS,
-    "experts": ["swiglu", "relu bias", "geglu shared", "gelu shared bias", "swiglu weight_input"],
+    "experts": ["swiglu", "relu bias", "geglu shared gate", "gelu shared bias", "swiglu weight_input"],
     "ledger": ["counts", "rows"],
     "training": [True, False],
 }
@@ -175,6 +175,7 @@ def make_config(case: dict[str, Any]) -> MoEConfig:
                 "weight_input": "weight_input" in options,
             },
             "shared_experts": {"hidden": 4, "activation": activation} if "shared" in options else None,
+            "shared_expert_gate": "gate" in options,
             "dispatcher": DISPATCHERS[case["dispatcher"]],
             "ledger": {"kind": case["ledger"]},
         }

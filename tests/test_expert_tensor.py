@@ -74,7 +74,7 @@ FACTORS = {
     "capacity": list(CAPACITIES),
     "way": ["contiguous", "zigzag", "scattered"],
     "scenario": ["random", "padding", "ranks without tokens", "no tokens", "uneven placement"],
-    "experts": ["swiglu bias", "geglu", "relu bias shared", "swiglu bias weight_input"],
+    "experts": ["swiglu bias", "geglu", "relu bias shared gate", "swiglu bias weight_input"],
     "dispatcher": ["all_to_all", "all_gather"],
     "ledger": ["counts", "rows"],
 }
@@ -142,6 +142,7 @@ def make_config(case: dict[str, Any]) -> MoEConfig:
                 "weight_input": "weight_input" in options,
             },
             "shared_experts": {"hidden": 4, "activation": activation} if "shared" in options else None,
+            "shared_expert_gate": "gate" in options,
             "dispatcher": {"kind": case["dispatcher"]},
             "ledger": {"kind": case["ledger"]},
         }

@@ -31,6 +31,7 @@ CONFIGS = [
     [
         "model.moe.preset=mixtral",
         "model.moe.shared_experts={hidden: 8}",
+        "model.moe.shared_expert_gate=true",
         "model.moe.d_model=16",
         "model.attention={num_heads: 2, head_size: 8, num_kv_heads: 1, value_size: 4, window: 4, rope_size: 4, "
         "qk_norm: {kind: per_head}}",

@@ -48,8 +48,10 @@ CASES: dict[str, list[str]] = {
     "capacity, padded, moe recomputed": [PADDED, "training.recompute=moe"],
     "absolute capacity, padded": ["model.moe.capacity={kind: absolute, train: 1500, eval: 9, pad: true}"],
     "absolute capacity": ["model.moe.capacity={kind: absolute, train: 60, eval: 9}", "model.vocab_size=4096"],
-    "shared experts, float64, 4 micro-steps": [
+    "weights on the input": ["model.moe.experts.weight_input=true"],
+    "shared experts with a gate, float64, 4 micro-steps": [
         "model.moe.shared_experts={hidden: 128}",
+        "model.moe.shared_expert_gate=true",
         "training.dtype=float64",
         "training.micro_steps=4",
     ],

@@ -189,6 +189,7 @@ def _moe(model: ModelConfig, sizes: PassSizes) -> PartMemory:
     if moe.shared_experts is not None:
         shared_kept, shared_most = _ffn_values(moe.shared_experts, d_model, sizes)
         kept, shared_most = kept + shared_kept, shared_most - shared_kept
+        kept += tokens * (d_model + 1) * width if moe.shared_expert_gate else 0  # the gate, and what it multiplies
     rows, experts = expert_rows(moe, sizes), experts_of_fullest_rank(moe, sizes.degrees.ep)
     expert_kept, expert_most = _experts(moe.experts, d_model, rows, experts, sizes)
     upstream = (tokens + (received if exchanged else 0)) * d_model * width
@@ -256,7 +257,7 @@ def _fused_experts(
     w_in, w_out = experts * d_model * columns, experts * hidden * d_model
     is_gated = columns > hidden
     kept: float = columns  # numbers of a row
-    if device == "cpu" and hidden >= d_model:  # see fused.saves_outputs
+    if device == "cpu" and hidden >= d_model and not config.weight_input:  # see fused.saves_outputs
         kept += hidden + d_model
         most = kept + d_model + columns + (hidden if is_gated else 0)
     else:
@@ -264,6 +265,7 @@ def _fused_experts(
         most += hidden if device == "cpu" else 0
     # Later both gradients of the weights are made, from the rows and the gradient of the hidden values.
     last = rows * width * (kept + columns + d_model) + (w_in + w_out) * stored
+    last += rows * width * d_model if config.weight_input else 0  # the rows before and after they are weighted
     last += w_in * width if width < stored else 0
     last += (rows * (columns + d_model) + w_in) * product if product > width else 0
     return kept * rows * width, max(rows * width * most, last)

@@ -43,6 +43,8 @@ class MoEConfig(Settings):
     shared_experts: FFNConfig | None = None
     """Describes a feed-forward network that every token uses besides its routed experts (DeepSeekMoE, Dai et al. 2024);
     null has none."""
+    shared_expert_gate: bool = False
+    """Multiplies the output of the shared experts by sigmoid(x w), with a learned vector w (Qwen2-MoE)."""
     dispatcher: DispatcherConfig = AllToAllConfig()
     """Chooses how tokens are sent to the ranks of their experts and back."""
     ledger: LedgerConfig = LedgerConfig()
@@ -63,6 +65,8 @@ class MoEConfig(Settings):
                 f"dispatcher.overlap is {self.dispatcher.overlap} and capacity.pad is true: each chunk would be padded "
                 "to the whole capacity; set dispatcher.overlap to 1 or capacity.pad to false"
             )
+        if self.shared_expert_gate and self.shared_experts is None:
+            raise ValueError("shared_expert_gate is true but shared_experts is null: there is no output to multiply")
         return self
 
     @model_validator(mode="after")
@@ -75,9 +79,10 @@ class MoEConfig(Settings):
         return self
 
     def num_dense_params(self, d_model: int) -> int:
-        """Counts the parameters that every token uses: those of the router and of the shared experts."""
+        """Counts the parameters that every token uses: those of the router, of the shared experts and of their gate."""
         shared = 0 if self.shared_experts is None else self.shared_experts.num_params(d_model)
-        return router_params(self.router, d_model, self.num_experts) + shared
+        gate = d_model if self.shared_expert_gate else 0
+        return router_params(self.router, d_model, self.num_experts) + shared + gate
 
     def num_expert_params(self, d_model: int) -> int:
         """Counts the parameters of all routed experts together."""

@@ -31,7 +31,7 @@ from expert_parallel.moe.parameters import init_parameters
 from expert_parallel.moe.routers.losses import loss_name, router_losses
 from expert_parallel.moe.routers.registry import build_router
 from expert_parallel.moe.types import LoadStats, MoEOutput, RoutingPlan, RowCounts
-from expert_parallel.nn.ffn import FFN
+from expert_parallel.nn.ffn import FFN, Linear
 from expert_parallel.parallel.collectives import Peers, all_reduce_sum, group_rank, group_size
 from expert_parallel.parallel.mesh import NodeGroups
 from expert_parallel.parallel.placement import ExpertPlacement
@@ -112,6 +112,7 @@ class MoELayer(nn.Module):
         self.rank_of_expert_E = IndexTable(placement.rank_of_expert)
         self.index_tables = nn.ModuleList(self.dispatcher.index_tables)
         self.shared_experts = FFN(config.shared_experts, config.d_model) if config.shared_experts else None
+        self.shared_expert_gate = Linear(config.d_model, 1, bias=False) if config.shared_expert_gate else None
         if not self.experts.w_in.is_meta:
             self.reset_parameters()
 
@@ -200,7 +201,7 @@ class MoELayer(nn.Module):
         x_TD = cast_for_autocast(x_TD)
         pending = self.dispatcher.dispatch(x_TD, plan, ledger, context)
         # Shared experts run while the first exchange is in progress.
-        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
+        shared_TD = self._shared_output(x_TD)
         for chunk in pending.receive_chunks():
             chunk.start_combine(self.experts(chunk.tokens, dropout_seed=dropout_seed(context) + chunk.number))
         y_TD = pending.combine()
@@ -222,6 +223,13 @@ class MoELayer(nn.Module):
             losses={name: value.detach() for name, value in losses.items()},
         )
         return MoEOutput(y_TD.view(x.shape), weighted, stats, pooled)
+
+    def _shared_output(self, x_TD: Tensor) -> Tensor | None:
+        """Returns the output of the shared experts, times their gate if there is one; None without shared experts."""
+        if self.shared_experts is None:
+            return None
+        y_TD: Tensor = self.shared_experts(x_TD)
+        return y_TD if self.shared_expert_gate is None else self.shared_expert_gate(x_TD).sigmoid() * y_TD
 
     def _follow_ddp(self, ddp: DistributedDataParallel) -> None:
         """Leaves out averages within DDP's no_sync. Raises a ValueError, on all ranks, if this DDP would give wrong

@@ -36,6 +36,7 @@ def parameter_group(name: str) -> str:
         ("norm.", "norm"),
         (".router.", "router"),
         (".shared_experts.", "shared experts"),
+        (".shared_expert_gate.", "shared experts"),
         (".experts.", "experts"),
         (".attention.", "attention"),
         (".ffn.", "ffn"),

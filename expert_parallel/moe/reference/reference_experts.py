@@ -41,7 +41,10 @@ def weighted_expert(config: Any, parameters: dict[str, Tensor], number: int, x_D
 
 
 def shared(config: Any, parameters: dict[str, Tensor], x_D: Tensor) -> Tensor:
-    """Computes the shared experts on one token."""
+    """Computes the shared experts on one token, times sigmoid(x w) with a gate (Qwen2-MoE)."""
     h = parameters["shared_experts.w_in.weight"] @ x_D + parameters.get("shared_experts.w_in.bias", 0)
     h = _activate(config.shared_experts.activation, h)
-    return parameters["shared_experts.w_out.weight"] @ h + parameters.get("shared_experts.w_out.bias", 0)
+    y = parameters["shared_experts.w_out.weight"] @ h + parameters.get("shared_experts.w_out.bias", 0)
+    if not config.shared_expert_gate:
+        return y
+    return y / (1 + torch.exp(-parameters["shared_expert_gate.weight"] @ x_D))
