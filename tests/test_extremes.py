@@ -83,6 +83,7 @@ CONFIGS = [
         "model.window_blocks={kind: list, indices: [0]}",
     ],
     [ROUTER + "{kind: hash, k: 2}", "model.moe.losses=[]", "model.moe.dispatcher={kind: local}"],
+    [ROUTER + "{kind: sparsemixer}"],
     [ROUTER + "{kind: sinkhorn, k: 2}", "model.moe.dispatcher={kind: all_gather}"],
     ["model.moe.dispatcher={kind: hierarchical}", POSITION + "{kind: learned, max_length: 32}"],
     [POSITION + f"{{kind: rope, scaling: {{{YARN}, attention_factor: 1.0}}}}"],

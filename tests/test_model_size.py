@@ -215,6 +215,7 @@ FACTORS: dict[str, list[Any]] = {
         {"kind": "expert_choice", "bias": True, "accept_future_tokens": True},
         {"kind": "hash"},
         {"kind": "sinkhorn"},
+        {"kind": "sparsemixer", "bias": True},
     ],
     "experts": [
         {"hidden": 6},

@@ -118,7 +118,9 @@ def test_a_registered_router_may_have_its_weights_renormalised() -> None:
 
 
 def test_an_unknown_router_is_refused_with_the_list() -> None:
-    known = "'top_k', 'noisy_top_k', 'gshard', 'expert_choice', 'hash', 'sinkhorn', or a registered router"
+    known = (
+        "'top_k', 'noisy_top_k', 'gshard', 'expert_choice', 'hash', 'sinkhorn', 'sparsemixer', or a registered router"
+    )
     with pytest.raises(ValueError, match=f"kind is 'mine', it must be one of {known}"):
         layer_config(router={"kind": "mine"})
 

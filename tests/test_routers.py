@@ -548,6 +548,7 @@ CASES: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in ROUTERS} | 
     "gshard, gumbel": {"kind": "gshard", "second": "gumbel"},
     "expert_choice, sequence": {"kind": "expert_choice", "scope": "sequence", "bias": True},
     "hash, 3": {"kind": "hash", "k": 3},
+    "sparsemixer": {"kind": "sparsemixer", "margin": 0.6, "bias": True},  # so wide that every expert is near a best one
     "sinkhorn, sequence": {"kind": "sinkhorn", "k": 2, "score": "sigmoid", "scope": "sequence", "bias": True},
 }
 every_router = pytest.mark.parametrize("case", list(CASES))
@@ -654,7 +655,7 @@ def test_the_same_pass_twice_gives_the_same_bits(case: str, training: bool) -> N
 @every_router
 def test_only_lots_differ_between_steps_and_only_in_training(case: str) -> None:
     router, later = build(**CASES[case]), replace(context_of([0, 1, 2, 3]), step=9)
-    draws_lots = CASES[case]["kind"] in ("noisy_top_k", "gshard") or "jitter" in CASES[case]
+    draws_lots = CASES[case]["kind"] in ("noisy_top_k", "gshard", "sparsemixer") or "jitter" in CASES[case]
     for training in (True, False):
         now, then = (route(router.train(training), X_BSD, c) for c in (context_of([0, 1, 2, 3]), later))
         same = all(torch.equal(getattr(now, name), getattr(then, name)) for name in EXACT)
@@ -710,13 +711,18 @@ def test_recorded_choices_are_taken_and_weighed_anew(case: str) -> None:
         return
     assert not (torch.equal(free.expert_ids_TK, first.expert_ids_TK) and torch.equal(free.outcome_TK, first.outcome_TK))
     close(played.logits_TE, free.logits_TE)
+    if CASES[case]["kind"] != "sparsemixer":  # whose weights are shares of other softmaxes
+        check_weights(case, played, free, first)
+    (played.weights_TK * draw(*played.weights_TK.shape)).sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in router.parameters())
+
+
+def check_weights(case: str, played: RoutingPlan, free: RoutingPlan, first: RoutingPlan) -> None:
     scores_TK = free.scores_TE.gather(1, first.expert_ids_TK)
     options = Config.validate_python(CASES[case])
     if getattr(options, "normalise", False):
         scores_TK = scores_TK / scores_TK.sum(1, keepdim=True)
     close(played.weights_TK, scores_TK * getattr(options, "scale", 1.0))
-    (played.weights_TK * draw(*played.weights_TK.shape)).sum().backward()
-    assert all(p.grad is not None and bool(p.grad.any()) for p in router.parameters())
 
 
 @every_router

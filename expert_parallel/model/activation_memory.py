@@ -20,6 +20,7 @@ from expert_parallel.moe.routers.across_tokens import SinkhornConfig
 from expert_parallel.moe.routers.base import TopKRouterConfig
 from expert_parallel.moe.routers.noisy import NoisyTopKConfig
 from expert_parallel.moe.routers.registry import router_settings
+from expert_parallel.moe.routers.sparse_mixer import SparseMixerConfig
 from expert_parallel.nn.ffn import FFNConfig, w_in_columns
 from expert_parallel.nn.norms import NormConfig
 from expert_parallel.parallel.degrees import ParallelDegrees
@@ -211,6 +212,7 @@ def _router_bytes(moe: MoEConfig, d_model: int, sizes: PassSizes) -> float:
         scores += 1 if router.balance_bias_rate or router.group_limit else 0
     if isinstance(router, NoisyTopKConfig):
         scores += 3 if router.noise == "learned" else 1
+    scores += 6 if isinstance(router, SparseMixerConfig) else 0  # logits and softmaxes of both choices, and their masks
     choices = router.num_choices(moe.num_experts)
     return tokens * (wide * (columns + scores * moe.num_experts) + choices * (3 * INDEX + 2 * wide))
 
@@ -220,6 +222,8 @@ def _router_noise(moe: MoEConfig, d_model: int, tokens: int) -> float:
     router = router_settings(moe.router)
     if isinstance(router, TopKRouterConfig) and router.jitter:
         return 4 * INDEX * tokens * d_model
+    if isinstance(router, SparseMixerConfig):
+        return 4 * INDEX * tokens * 2 * moe.num_experts
     return 4 * INDEX * tokens * moe.num_experts if isinstance(router, NoisyTopKConfig | SinkhornConfig) else 0
 
 

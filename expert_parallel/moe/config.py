@@ -126,6 +126,11 @@ def refuse_combinations(
             "fixed sum to restore"
         )
     choices = router.num_choices(num_experts)
+    if capacity.overflow == "reroute" and router.kind == "sparsemixer":
+        raise ValueError(
+            "capacity.overflow is 'reroute' but router.kind is 'sparsemixer': an expert that was not sampled has no "
+            "weight, so set capacity.overflow to 'drop'"
+        )
     if capacity.renormalise and choices == 1:
         raise ValueError("capacity.renormalise is true but router.k is 1: the only weight is 1 anyway")
     if capacity.overflow == "reroute":

@@ -63,7 +63,8 @@ class RoutingPlan:
     recomputed after drops (see Scores). ranking_TE: detached, the scores by which rerouting finds the next best expert;
     -inf excludes an expert. all_kept_TK: the object `outcome_TK` itself if the router kept all choices (see
     `is_dropless`). `rows_per_expert`: the number of rows to which the rows of each expert are padded with zeros; None:
-    no padding. noise: how the logits were drawn; None if they have no normal noise.
+    no padding. noise: how the logits were drawn; None if they have no normal noise. lots_TK: uniform random numbers
+    that the weights depend on; None if they depend on none.
     """
 
     logits_TE: Tensor
@@ -78,6 +79,7 @@ class RoutingPlan:
     all_kept_TK: Tensor | None = None
     rows_per_expert: int | None = None
     noise: LogitNoise | None = None
+    lots_TK: Tensor | None = None
 
     @property
     def is_dropless(self) -> bool:

@@ -34,6 +34,8 @@ class Stream(IntEnum):
     SECOND_EXPERT = 2
     PRIORITY = 3
     DROPOUT = 4
+    MIXER_CHOICE = 5
+    MIXER_STEP = 6
 
 
 def uniform(seed: int, row_index_T: Tensor, width: int) -> Tensor:

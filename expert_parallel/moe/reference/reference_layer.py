@@ -121,8 +121,10 @@ def _count(config: Any, ids: list[list[int]], outcomes: list[list[int]], wanted:
 def _weigh(config: Any, routing: ReferenceRouting, ids: list[list[int]], outcomes: list[list[int]]) -> list[Tensor]:
     """Returns the weights of each token's choices, K of each: scale * score, normalised if the router normalises.
 
-    Hash routing always normalises its equal scores; expert choice never normalises.
+    Hash routing always normalises its equal scores; expert choice never normalises; sparsemixer has weights of its own.
     """
+    if routing.weights is not None:
+        return routing.weights
     router = config.router
     normalise = router.kind == "hash" or (router.kind != "expert_choice" and router.normalise)
     scale = 1.0 if router.kind == "hash" else router.scale

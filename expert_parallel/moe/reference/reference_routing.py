@@ -74,7 +74,8 @@ class ReferenceRouting:
 
     ids, outcomes: T lists of K, the expert id and the outcome of each choice. ranking: T lists of E; rerouting prefers
     larger values, and -inf excludes an expert. clean_TE, spread_TE: the logits without noise, and the standard
-    deviation of their normal noise; None without such noise.
+    deviation of their normal noise; None without such noise. weights: T tensors (K), those of the choices;
+    None if they follow from the scores.
     """
 
     logits_TE: Tensor
@@ -84,6 +85,7 @@ class ReferenceRouting:
     ranking: list[list[float]]
     clean_TE: Tensor | None = None
     spread_TE: Tensor | None = None
+    weights: list[Tensor] | None = None
 
 
 def collect_tokens(ranks: list[RankTokens], training: bool, context: StepContext) -> ReferenceBatch:
@@ -292,6 +294,32 @@ def _sinkhorn_block(router: Any, logits: list[list[float]]) -> list[list[float]]
     return [[d1[e] * cost[t][e] * d0[t] for e in columns] for t in rows]
 
 
+def _sparsemixer(config: Any, parameters: dict[str, Tensor], batch: ReferenceBatch) -> ReferenceRouting:
+    """Implements `sparsemixer`: Liu et al. 2024 (GRIN), section 2."""
+    logits, num_experts = _logits(parameters, batch.x_TD), config.num_experts
+    noise = draw(gumbel, Stream.MIXER_CHOICE, batch, 2 * num_experts).to(logits.dtype).tolist()
+    lots = draw(uniform, Stream.MIXER_STEP, batch, 2).tolist()
+    ids, weights = [], []
+    for t, row in enumerate(logits.tolist()):
+        chosen: list[int] = []
+        of_token = []
+        for j in range(2):
+            left = [e for e in range(num_experts) if e not in chosen]
+            best = max(row[e] for e in left)
+            near = [e for e in left if best - row[e] <= 2 * config.router.margin * max(abs(row[e]), best)]
+            added = noise[t][j * num_experts :] if batch.training else [0.0] * num_experts
+            expert = min(near, key=lambda e: (-row[e] - added[e], e))
+            share = _softmax(logits[t, near])[near.index(expert)]
+            if batch.training and row[expert] < best and lots[t][j] < 0.75:
+                share = share - 2 / 3 * share.detach()  # a third of it, with the gradient of all of it
+            chosen.append(expert)
+            of_token.append(share)
+        ids.append(chosen)
+        weights.append(torch.stack(of_token))
+    outcomes = [[KEPT] * 2 for _ in ids]
+    return ReferenceRouting(logits, _softmax(logits), ids, outcomes, logits.tolist(), weights=weights)
+
+
 ROUTERS: dict[str, Callable[[Any, dict[str, Tensor], ReferenceBatch], ReferenceRouting]] = {
     "top_k": _top_k,
     "noisy_top_k": _noisy_top_k,
@@ -299,4 +327,5 @@ ROUTERS: dict[str, Callable[[Any, dict[str, Tensor], ReferenceBatch], ReferenceR
     "hash": _hash,
     "expert_choice": _expert_choice,
     "sinkhorn": _sinkhorn,
+    "sparsemixer": _sparsemixer,
 }

@@ -90,6 +90,7 @@ class Scores:
     probabilities_TE: Tensor
     ranking_TE: Tensor
     noise: LogitNoise | None = None
+    lots_TK: Tensor | None = None
 
 
 def score_logits(logits_TE: Tensor, score: Score) -> Scores:
@@ -174,6 +175,7 @@ class Router(nn.Module):
             ranking_TE=scores.ranking_TE,
             all_kept_TK=outcome_TK if keeps_all and batch.real_T is None else None,
             noise=scores.noise,
+            lots_TK=scores.lots_TK,
         )
 
 

@@ -29,6 +29,7 @@ from expert_parallel.moe.routers.base import (
     TopKRouterConfig,
 )
 from expert_parallel.moe.routers.noisy import GShardConfig, GShardRouter, NoisyTopKConfig, NoisyTopKRouter
+from expert_parallel.moe.routers.sparse_mixer import SparseMixerConfig, SparseMixerRouter
 
 ROUTERS: dict[str, type[Router]] = {
     "top_k": TopKRouter,
@@ -37,6 +38,7 @@ ROUTERS: dict[str, type[Router]] = {
     "expert_choice": ExpertChoiceRouter,
     "hash": HashRouter,
     "sinkhorn": SinkhornRouter,
+    "sparsemixer": SparseMixerRouter,
 }
 _OURS = tuple(ROUTERS)
 
@@ -85,6 +87,7 @@ RouterConfig = Annotated[
     | Annotated[ExpertChoiceConfig, Tag("expert_choice")]
     | Annotated[HashConfig, Tag("hash")]
     | Annotated[SinkhornConfig, Tag("sinkhorn")]
+    | Annotated[SparseMixerConfig, Tag("sparsemixer")]
     | Annotated[RegisteredRouterConfig, Tag("registered")],
     Discriminator(_tag),
 ]
