@@ -163,6 +163,8 @@ _ROWS: list[tuple[str, str, str]] = [
     ("untie_embeddings_and_output_weights", "model.tied_embeddings", "true there is false here"),
     ("initializer_range init_method_std", "model.init_std", ""),
     ("sliding_window window_size", "model.attention.window", ""),
+    ("swa_num_key_value_heads", "model.window_overrides.num_kv_heads", ""),
+    ("rope_local_base_freq swa_rope_theta", "model.window_overrides.position.theta", ""),
     ("attention_chunk_size", "model.attention.chunk", ""),
     ("no_rope_layers no_rope_layer_interval no_rope_freq", "model.rope_blocks", "it selects the blocks with positions"),
     ("attention_multiplier softmax_scale", "model.attention.scale", ""),

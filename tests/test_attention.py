@@ -453,6 +453,11 @@ FEATURES: dict[str, dict[str, Any]] = {
         "position": {"kind": "rope", **OUR_YARN},
     },
     "rotary positions in one block": {"rope_blocks": FIRST},
+    "positions and sinks of the block with a window": {
+        "attention": {**HEADS, "window": 3},
+        "window_blocks": FIRST,
+        "window_overrides": {"position": {"theta": 50.0}, "sinks": True},
+    },
     "chunks of one block": {"attention": {**HEADS, "chunk": 3}, "window_blocks": FIRST},
     "no bias of the last matrix": {"attention": {**HEADS, "bias": True, "out_bias": False}},
     "learned positions, sinks": {
@@ -577,6 +582,21 @@ YARN_SETTINGS = {"kind": "yarn", "factor": 2.0, "original_length": 16}
         (
             {"attention": {**HEADS, "chunk": 3}, "window_blocks": {"kind": "every_nth", "n": 3}},
             "attention.chunk is given, but window_blocks selects none of the 2 blocks",
+        ),
+        ({"window_overrides": {"sinks": True}}, "window_overrides is given, but 0 of the 2 blocks have a window"),
+        ({"window_overrides": {}}, "window_overrides sets nothing"),
+        (
+            {"window_overrides": {"num_kv_heads": 3}, "attention": GPT_OSS, "window_blocks": FIRST},
+            r"attention.num_heads \(4\) is not a multiple of window_overrides.num_kv_heads \(3\)",
+        ),
+        (
+            {
+                "window_overrides": {"position": {"theta": 50.0}},
+                "attention": GPT_OSS,
+                "window_blocks": FIRST,
+                "rope_blocks": {"kind": "list", "indices": [1]},
+            },
+            "window_overrides.position is given, but no block with a window has rotary positions",
         ),
         ({"attention": {**HEADS, "window": 3, "chunk": 4}}, "attention.window is 3 and attention.chunk is 4"),
         ({"attention": {**HEADS, "window": 0}}, "attention.window: input should be"),

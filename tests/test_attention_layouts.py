@@ -14,8 +14,10 @@ from expert_parallel.cli.verify import build_verification_spec
 from expert_parallel.model import attention, tensor_parallel
 from expert_parallel.model.attention_mask import AttentionContext
 from expert_parallel.model.config import ModelConfig
+from expert_parallel.model.parallelize import validate_degrees
 from expert_parallel.nn import norms
 from expert_parallel.parallel.collectives import group_size
+from expert_parallel.parallel.degrees import ParallelDegrees
 from expert_parallel.training.config import Config
 from expert_parallel.verify.compare import TOLERANCES
 from expert_parallel.verify.explain import explain
@@ -52,10 +54,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "experts": {"hidden": 16, "activation": "gpt_oss", "bias": True},
         },
     },
+    "mimo-v2": {
+        "attention": {**HEADS, "bias": True, "window": 3},
+        "window_blocks": {"kind": "list", "indices": [1]},
+        "window_overrides": {"num_kv_heads": 4, "sinks": True, "position": {"theta": 50.0}},
+        "moe": MOE,
+    },
 }
 LAYOUTS = [
     "tp=2,ep=2,micro_steps=1,recompute=block",
-    "tp=4,ep=2,micro_steps=1",  # two ranks hold each key head
+    "tp=4,ep=2,micro_steps=1",  # two ranks hold each key head, or one where there are more heads
     "cp=2,tp=2,ep=4,data=sharded,micro_steps=1",
 ]
 MORE_LAYOUTS = [
@@ -91,7 +99,7 @@ def run_verification(
 @pytest.mark.parametrize("layouts", [LAYOUTS, pytest.param(MORE_LAYOUTS, marks=pytest.mark.full)], ids=["few", "more"])
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(name, marks=pytest.mark.full) if name in ("mixtral", "qwen3-moe") else name for name in FAMILIES],
+    [name if name in ("olmoe", "mimo-v2") else pytest.param(name, marks=pytest.mark.full) for name in FAMILIES],
 )
 def test_a_family_is_the_same_model_in_every_layout(family: str, layouts: list[str]) -> None:
     for results in run_ranks(4, run_verification, 4, layouts, family):
@@ -170,6 +178,10 @@ def window_everywhere() -> tuple[Any, str, Any]:
     return ModelConfig, "attention_of", lambda self, layer: self.attention
 
 
+def positions_of_other_blocks() -> tuple[Any, str, Any]:
+    return ModelConfig, "rope_of", lambda self, layer: self.position
+
+
 def factor_forgotten() -> tuple[Any, str, Any]:
     from expert_parallel.model import rotary
 
@@ -185,6 +197,7 @@ DEFECTS: dict[str, tuple[str, str, Callable[[], tuple[Any, str, Any]]]] = {
     "sinks forgotten where sequences are divided": ("gpt-oss", "cp=2,ep=2,micro_steps=1", sinks_forgotten),
     "window one too wide": ("mixtral", "cp=2,ep=2,micro_steps=1", window_one_too_wide),
     "window in every block": ("gpt-oss", "ep=2,micro_steps=1", window_everywhere),
+    "positions of other blocks": ("mimo-v2", "ep=2,micro_steps=1", positions_of_other_blocks),
     "attention factor forgotten": ("gpt-oss", "ep=2,micro_steps=1", factor_forgotten),
 }
 
@@ -205,6 +218,8 @@ BYTES: dict[str, tuple[str, dict[str, Any]]] = {
     "whole norm, sharded": ("olmoe", {"world": 4, "tp": 2, "data": "sharded", "dtype": "bfloat16"}),
     "norm of each head, sharded": ("qwen3-moe", {"world": 4, "tp": 2, "data": "sharded", "dtype": "bfloat16"}),
     "sinks": ("gpt-oss", {"world": 4, "tp": 2, "cp": 2, "ep": 4}),
+    "key heads of each kind of block": ("mimo-v2", {"world": 4, "tp": 2, "cp": 2, "ep": 4}),
+    "key heads of which some have copies": ("mimo-v2", {"world": 4, "tp": 4, "ep": 2}),
     "sinks, sharded": ("gpt-oss", {"world": 4, "tp": 2, "data": "sharded", "dtype": "bfloat16"}),
 }
 
@@ -242,6 +257,8 @@ def test_what_is_made_small_still_has_the_family_s_parts(family: str) -> None:
     assert small.attention.sinks == tree["model"]["attention"].get("sinks", False)
     if small.attention.window is not None:
         assert small.attention.window < length
+    if family == "mimo-v2":
+        assert [attention.kv_heads for attention, _ in small.attention_counts()] == [2, 4]
     if family == "gpt-oss":
         assert 0 < len(small.window_blocks.blocks(small.num_layers)) < small.num_layers
         from expert_parallel.model.rotary import rotary_frequencies
@@ -250,3 +267,20 @@ def test_what_is_made_small_still_has_the_family_s_parts(family: str) -> None:
         plain, _ = rotary_frequencies(small.position.model_copy(update={"scaling": None}), small.attention.head_size)
         assert bool((scaled == plain).any())
         assert not torch.equal(scaled, plain)
+
+
+@pytest.mark.parametrize(
+    ("tp", "kv_heads", "message"),
+    [
+        (4, (4, 6), r"model\.window_overrides\.num_kv_heads \(6\) is not a multiple of parallel\.tp \(4\)"),
+        (4, (3, 12), r"parallel\.tp \(4\) is not a multiple of model\.attention\.num_kv_heads \(3\)"),
+        (4, (1, 2), r"parallel\.tp \(4\) is larger than both model\.attention\.num_kv_heads \(1\) and model\.window_"),
+    ],
+)
+def test_tp_fits_the_key_heads_of_both_kinds_of_blocks(tp: int, kv_heads: tuple[int, int], message: str) -> None:
+    attention = {"num_heads": 12, "num_kv_heads": kv_heads[0], "head_size": 4, "window": 3}
+    overrides = {**FAMILIES["mimo-v2"]["window_overrides"], "num_kv_heads": kv_heads[1]}
+    changes = {"attention": attention, "window_overrides": overrides, "num_layers": 2, "d_model": 16}
+    model = ModelConfig.model_validate({**FAMILIES["mimo-v2"], **changes})
+    with pytest.raises(ValueError, match=message):
+        validate_degrees(model, ParallelDegrees(tp, tp=tp), 1)

@@ -74,6 +74,7 @@ CONFIGS = [
         "model.ffn={hidden: 8}",
         "model.attention.window=4",
         "model.window_blocks={kind: all_but_first, k: 1}",
+        "model.window_overrides={position: {theta: 50.0}, num_kv_heads: 1, sinks: true}",
     ],
     [
         ROUTER + "{kind: expert_choice, accept_future_tokens: true}",

@@ -71,6 +71,9 @@ def settings(model: ModelConfig) -> Tree:
         set_setting(tree, "attention.num_kv_heads", model.attention.kv_heads)
         set_setting(tree, "attention.rope_size", model.attention.rope_columns[1])
         set_setting(tree, "attention.value_size", model.attention.value_columns)
+        usual = {**tree["attention"], "position": tree["position"]}
+        given = {} if tree["window_overrides"] is None else tree["window_overrides"]
+        tree["window_overrides"] = {key: value for key, value in given.items() if value not in (None, usual[key])}
         if model.attention.out_bias is None:
             set_setting(tree, "attention.out_bias", model.attention.bias)
     if tree["moe"] is not None:

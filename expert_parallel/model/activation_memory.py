@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from expert_parallel.model.attention import HeadsConfig
-from expert_parallel.model.config import ModelConfig
+from expert_parallel.model.config import AttentionConfig, ModelConfig
 from expert_parallel.moe.capacity.policies import DroplessConfig, block_capacities
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.experts.grouped import ExpertsConfig
@@ -91,7 +91,7 @@ def block_memory(model: ModelConfig, block: int, sizes: PassSizes) -> Iterator[P
     masks = sizes.tokens * model.d_model if model.dropout > 0 else 0  # bool
     is_moe = model.moe is not None and block in model.moe_layers
     halves = (
-        (_attention(model, sizes), model.has_output_norms),
+        (_attention(model, model.attention_of(block), sizes), model.has_output_norms),
         (_moe(model, sizes) if is_moe else _ffn(model, sizes), model.has_ffn_output_norm(block)),
     )
     for part, has_output_norm in halves:
@@ -128,10 +128,10 @@ def _norm(config: NormConfig | None, columns: float, sizes: PassSizes, rows: int
     return kept, kept + values * (sizes.wide * (4 if in_steps else 2) + sizes.width)
 
 
-def _attention(model: ModelConfig, sizes: PassSizes) -> PartMemory:
+def _attention(model: ModelConfig, attention: AttentionConfig, sizes: PassSizes) -> PartMemory:
     """Counts the input, queries, keys, values, the heads' outputs and their copy side by side, and the gradients of
     queries, keys and values."""
-    attention, tp, cp = model.attention, sizes.degrees.tp, sizes.degrees.cp
+    tp, cp = sizes.degrees.tp, sizes.degrees.cp
     rows, width, wide = sizes.gathered, sizes.width, sizes.wide
     heads = attention.num_heads / tp
     if isinstance(attention, HeadsConfig):

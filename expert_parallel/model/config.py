@@ -10,6 +10,7 @@ from expert_parallel.model.attention import Attention, HeadsConfig
 from expert_parallel.model.block_patterns import AllBlocks, Blocks, check_blocks
 from expert_parallel.model.latent_attention import LatentAttention, LatentAttentionConfig
 from expert_parallel.model.rotary import LearnedPositionConfig, PositionConfig, RopeConfig
+from expert_parallel.model.window_overrides import WindowOverrides
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.routers.across_tokens import ExpertChoiceConfig
 from expert_parallel.moe.routers.registry import router_settings
@@ -67,6 +68,8 @@ class ModelConfig(Settings):
     window_blocks: Blocks = AllBlocks()
     """Selects the blocks in which `attention.window` or `attention.chunk` applies; the others attend to all earlier
     tokens."""
+    window_overrides: WindowOverrides | None = None
+    """Sets what else differs in the blocks that `window_blocks` selects; null: nothing."""
     norm: NormConfig = NormConfig()
     """Describes the norms of the residual stream."""
     norm_placement: Literal["pre", "post", "branch", "sandwich"] = "pre"
@@ -127,16 +130,33 @@ class ModelConfig(Settings):
         return self.rope_blocks.blocks(self.num_layers) if isinstance(self.position, RopeConfig) else []
 
     def attention_of(self, layer: int) -> AttentionConfig:
-        """Returns the attention settings of block number `layer`, without window and chunks if window_blocks does not
-        select it."""
-        if isinstance(self.attention, HeadsConfig) and layer not in self.window_layers:
-            return self.attention.model_copy(update={"window": None, "chunk": None})
-        return self.attention
+        """Returns the attention settings of block number `layer`: with those of window_overrides if window_blocks
+        selects it, else without window and chunks."""
+        return self._attention(layer in self.window_layers)
+
+    def _attention(self, has_window: bool) -> AttentionConfig:
+        attention = self.attention
+        if not isinstance(attention, HeadsConfig):
+            return attention
+        if not has_window:
+            return attention.model_copy(update={"window": None, "chunk": None})
+        return attention if self.window_overrides is None else self.window_overrides.apply(attention)
+
+    def attention_counts(self, blocks: range | None = None) -> list[tuple[AttentionConfig, int]]:
+        """Returns the different attention settings of the blocks numbered `blocks`, by default of all, and how many
+        blocks have each."""
+        blocks = range(self.num_layers) if blocks is None else blocks
+        with_window = sum(layer in blocks for layer in self.window_layers)
+        counts = [(self._attention(True), with_window), (self._attention(False), len(blocks) - with_window)]
+        return [(attention, count) for attention, count in counts if count]
 
     def rope_of(self, layer: int) -> RopeConfig | None:
         """Returns the rotary positions of block number `layer`, or None if rope_blocks does not select it or positions
         are learned."""
-        return self.position if isinstance(self.position, RopeConfig) and layer in self.rope_layers else None
+        if not isinstance(self.position, RopeConfig) or layer not in self.rope_layers:
+            return None
+        overrides = self.window_overrides if layer in self.window_layers else None
+        return self.position if overrides is None or overrides.position is None else overrides.position
 
     def num_params(self) -> int:
         """Counts all parameters, exactly those that `Transformer` has, without building it.
@@ -194,7 +214,7 @@ class ModelConfig(Settings):
         num_moe = len(set(self.moe_layers).intersection(blocks))
         norm = self.norm.num_params(d_model)
 
-        dense = len(blocks) * self.attention.num_params(d_model)
+        dense = sum(count * attention.num_params(d_model) for attention, count in self.attention_counts(blocks))
         dense += 2 * len(blocks) * (self.has_input_norms + self.has_output_norms) * norm
         dense += num_moe * norm if self.moe_output_norm else 0
         experts = 0
@@ -246,6 +266,12 @@ class ModelConfig(Settings):
         if not isinstance(self.attention, HeadsConfig):
             raise ValueError("rope_blocks is given, but attention.kind 'latent' needs rotary positions in all blocks")
         check_blocks("rope_blocks", self.rope_blocks, self.num_layers, "position.kind 'rope'")
+        return self
+
+    @model_validator(mode="after")
+    def _check_window_overrides(self) -> "ModelConfig":
+        if self.window_overrides is not None:
+            self.window_overrides.check(self.attention, self.num_layers, self.window_layers, self.rope_layers)
         return self
 
     @model_validator(mode="after")

@@ -68,14 +68,15 @@ def apply_tp_and_cp(model: Transformer, mesh: ParallelMesh) -> None:
     """Applies tensor, sequence and context parallelism to the blocks, the embedding and the output projection, in
     place."""
     tp_group, cp_group = mesh.tp_group, mesh.cp_group
-    for _, block in model.local_blocks():
+    for layer, block in model.local_blocks():
         if cp_group is not None:
             apply_cp_to_attention(block.attention, model.place, cp_group)
         if tp_group is not None:
             if isinstance(block.attention, LatentAttention):
                 apply_tp_to_latent_attention(block.attention, tp_group)
             else:
-                apply_tp_to_attention(block.attention, tp_group, kv_copies(model.config, mesh.degrees))
+                copies = max(1, mesh.degrees.tp // model.config.attention_of(layer).kv_heads)
+                apply_tp_to_attention(block.attention, tp_group, copies)
             for ffn in (block.ffn, block.moe.shared_experts if block.moe is not None else None):
                 if ffn is not None:
                     apply_tp_to_ffn(ffn, tp_group)
@@ -99,8 +100,9 @@ def _gather_for_logits(x: torch.Tensor, group: torch.distributed.ProcessGroup) -
 
 def kv_copies(config: ModelConfig, degrees: ParallelDegrees) -> int:
     """Returns the number of tensor parallel ranks that hold the same key and value heads: above 1 if there are fewer
-    heads than ranks."""
-    return max(1, degrees.tp // config.attention.kv_heads)
+    heads than ranks. If blocks differ (`window_overrides.num_kv_heads`), it is that of the blocks with fewer heads; in
+    the others each rank has heads of its own, see `validate_degrees`."""
+    return max(1, *(degrees.tp // attention.kv_heads for attention, _ in config.attention_counts()))
 
 
 def split_into_stages(config: ModelConfig, num_stages: int) -> list[StageSpec]:
@@ -116,8 +118,10 @@ def validate_degrees(config: ModelConfig, degrees: ParallelDegrees, stages_per_r
     attention, moe = config.attention, config.moe
     tp, etp = degrees.tp, degrees.etp
     divided = [("model.attention.num_heads", attention.num_heads, "parallel.tp", tp)]
-    if tp < attention.kv_heads:
-        divided.append(("model.attention.num_kv_heads", attention.kv_heads, "parallel.tp", tp))
+    kv_heads = {"model.attention.num_kv_heads": attention.kv_heads}
+    if config.window_overrides is not None and config.window_overrides.num_kv_heads is not None:
+        kv_heads["model.window_overrides.num_kv_heads"] = config.window_overrides.num_kv_heads
+    divided += [(name, heads, "parallel.tp", tp) for name, heads in kv_heads.items() if tp < heads]
     if config.ffn is not None:
         divided.append(("model.ffn.hidden", config.ffn.hidden, "parallel.tp", tp))
     if moe is not None and moe.shared_experts is not None:
@@ -127,11 +131,14 @@ def validate_degrees(config: ModelConfig, degrees: ParallelDegrees, stages_per_r
     for name, size, degree, number in divided:
         if size % number:
             raise ValueError(f"{name} ({size}) is not a multiple of {degree} ({number})")
-    if tp > attention.kv_heads and tp % attention.kv_heads:
-        raise ValueError(
-            f"parallel.tp ({tp}) is not a multiple of model.attention.num_kv_heads ({attention.kv_heads}): each head "
-            "is held by equally many ranks"
-        )
+    for name, heads in kv_heads.items():
+        if tp > heads and tp % heads:
+            raise ValueError(
+                f"parallel.tp ({tp}) is not a multiple of {name} ({heads}): each head is held by equally many ranks"
+            )
+    if len(set(kv_heads.values())) > 1 and all(heads < tp for heads in kv_heads.values()):
+        numbers = " and ".join(f"{name} ({heads})" for name, heads in kv_heads.items())
+        raise ValueError(f"parallel.tp ({tp}) is larger than both {numbers}: it must be at most the larger of the two")
     if config.vocab_size < tp:
         raise ValueError(f"model.vocab_size ({config.vocab_size}) is smaller than parallel.tp ({tp})")
     stages = degrees.pp * stages_per_rank

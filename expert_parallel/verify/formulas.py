@@ -131,7 +131,7 @@ def activation_bytes(step: StepSizes) -> ByteCounts:
     exchanges += (4 + again * block) * dense + (4 + 2 * block + 2 * moe) * shared
     numbers = exchanges * model.d_model + (2 + block) * model.num_layers * _gathered_width(model)
 
-    keys_and_values = (degrees.cp - 1) * step.tokens * _key_value_width(step) * step.compute_bytes
+    keys_and_values = (degrees.cp - 1) * step.tokens * _key_value_widths(step) * step.compute_bytes
     # A norm over all heads reduces one sum of squares per token, for queries and for keys.
     squares = 2 * 2 * (degrees.tp - 1) * step.tokens * step.param_bytes if has_whole_norms(model) else 0
     return Counter(
@@ -139,7 +139,7 @@ def activation_bytes(step: StepSizes) -> ByteCounts:
             ("tp", "tokens"): (degrees.tp - 1) * step.tokens * numbers * step.compute_bytes,
             ("tp", "norms of queries and keys"): (2 + block) * model.num_layers * squares,
             ("tp", "cross entropy"): 2 * (degrees.tp - 1) * step.tokens * 3 * step.param_bytes,
-            ("cp", "keys and values"): (2 + block) * model.num_layers * keys_and_values,
+            ("cp", "keys and values"): (2 + block) * keys_and_values,
         }
     )
 
@@ -158,13 +158,15 @@ def _gathered_width(model: ModelConfig) -> int:
     return (attention.query_rank or model.d_model) + attention.kv_rank + attention.rope_size
 
 
-def _key_value_width(step: StepSizes) -> int:
-    """Returns the numbers per token that context ranks exchange, summed over the ranks of tp."""
-    attention = step.model.attention
-    if not isinstance(attention, HeadsConfig):
-        return step.degrees.tp * (attention.kv_rank + attention.rope_size)
-    # With fewer heads than ranks, each rank holds one.
-    return max(attention.kv_heads, step.degrees.tp) * (attention.head_size + attention.value_columns)
+def _key_value_widths(step: StepSizes) -> int:
+    """Returns the numbers per token that context ranks exchange, summed over the blocks and the ranks of tp."""
+    numbers, tp = 0, step.degrees.tp
+    for attention, count in step.model.attention_counts():
+        if isinstance(attention, HeadsConfig):  # with fewer heads than ranks, each rank holds one
+            numbers += count * max(attention.kv_heads, tp) * (attention.head_size + attention.value_columns)
+        else:
+            numbers += count * tp * (attention.kv_rank + attention.rope_size)
+    return numbers
 
 
 def pipeline_bytes(step: StepSizes) -> ByteCounts:
@@ -226,7 +228,6 @@ class ShardedParameter:
 def sharded_parameters(step: StepSizes) -> Iterator[ShardedParameter]:
     """Yields every parameter of the model with its shard shapes."""
     tp = step.degrees.tp
-    kv_copies = max(1, tp // step.model.attention.kv_heads)
     for name, parameter in build_model(step.model, device=torch.device("meta")).named_parameters():
         rows, *rest = parameter.shape
         if ".experts." in name:
@@ -234,7 +235,8 @@ def sharded_parameters(step: StepSizes) -> Iterator[ShardedParameter]:
         elif name in VOCABULARY:
             yield ShardedParameter(name, [(len(part), *rest) for part in torch.arange(rows).tensor_split(tp)])
         elif name.endswith(SHARDED_ON_DIM_0) or (name.endswith(WHOLE_NORMS) and has_whole_norms(step.model)):
-            num_copies = kv_copies if re.search(r"\.(key|value|key_norm)\.", name) else 1
+            of_keys = re.search(r"^blocks\.(\d+)\.attention\.(key|value|key_norm)\.", name)
+            num_copies = max(1, tp // step.model.attention_of(int(of_keys[1])).kv_heads) if of_keys else 1
             yield ShardedParameter(name, [(rows * num_copies // tp, *rest)] * tp, num_copies=num_copies)
         elif name.endswith(SHARDED_ON_DIM_1):
             yield ShardedParameter(name, [(rows, rest[0] // tp)] * tp)

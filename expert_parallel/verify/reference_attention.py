@@ -28,6 +28,9 @@ def heads_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, 
     value_size = size if config.value_size is None else config.value_size
     is_limited = layer in model.window_blocks.blocks(model.num_layers)
     window, chunk = (config.window, config.chunk) if is_limited else (None, None)
+    kv_heads = _of_block(model, layer, "num_kv_heads", config.kv_heads)
+    sinks = _of_block(model, layer, "sinks", config.sinks)
+    position = _of_block(model, layer, "position", model.position)
     mask_BSS, position_BS = attention_mask(document_BS, window, chunk), document_positions(document_BS)
     query, key, value = (linear(weights, name, x_BSD) for name in ("query", "key", "value"))
     if config.qk_norm is not None:
@@ -35,23 +38,32 @@ def heads_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, 
         key = _norm(config.qk_norm, size, weights["key_norm.weight"], key)
     heads = []
     for head in range(config.num_heads):
-        shared = head // (config.num_heads // config.kv_heads)
+        shared = head // (config.num_heads // kv_heads)
         q, k = query[..., head * size : (head + 1) * size], key[..., shared * size : (shared + 1) * size]
         v = config.value_scale * value[..., shared * value_size : (shared + 1) * value_size]
         if model.position.kind == "rope" and layer in model.rope_blocks.blocks(model.num_layers):
             rotary = size if config.rope_size is None else config.rope_size
             q, k = (
-                torch.cat([apply_rope(t[..., :rotary], model.position, position_BS), t[..., rotary:]], -1)
-                for t in (q, k)
+                torch.cat([apply_rope(t[..., :rotary], position, position_BS), t[..., rotary:]], -1) for t in (q, k)
             )
         scores = (q @ k.transpose(1, 2)) * (1 / math.sqrt(size) if config.scale is None else config.scale)
         scores = torch.where(mask_BSS, scores, torch.full_like(scores, -math.inf))
-        if config.sinks:
+        if sinks:
             sink = weights["sinks"][head] * torch.ones_like(scores[..., :1])
             heads.append(softmax(torch.cat([sink, scores], -1))[..., 1:] @ v)
         else:
             heads.append(softmax(scores) @ v)
     return linear(weights, "out", torch.cat(heads, -1))
+
+
+def _of_block(model: Any, layer: int, name: str, usual: Any) -> Any:
+    """Returns a setting of one block: that of `window_overrides`, if it is given there and the block has a window, else
+    `usual`."""
+    overrides = model.window_overrides
+    if overrides is None or layer not in model.window_blocks.blocks(model.num_layers):
+        return usual
+    value = getattr(overrides, name)
+    return usual if value is None else value
 
 
 def latent_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, document_BS: Tensor) -> Tensor:

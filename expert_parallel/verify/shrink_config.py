@@ -168,6 +168,11 @@ def _small_heads(draft: ConfigEditor) -> None:
     draft.at_most("model.attention.value_size", VALUE_SIZE)
     draft.at_most("model.attention.window", WINDOW)
     draft.at_most("model.attention.chunk", WINDOW)
+    in_windows = draft.get("model.window_overrides.num_kv_heads")
+    if in_windows is not None:  # as many times the other blocks' key heads as before, if that divides the heads
+        fewer = max(1, min(kv_heads, MAX_KV_HEADS) * in_windows // kv_heads)
+        draft.put("model.window_overrides.num_kv_heads", math.gcd(fewer, draft.get("model.attention.num_heads")))
+    draft.at_most("model.window_overrides.position.scaling.original_length", ORIGINAL_LENGTH)
     for name in ("window_blocks", "rope_blocks"):
         _select_some(draft, f"model.{name}")
 
