@@ -170,6 +170,8 @@ _ROWS: list[tuple[str, str, str]] = [
     ("attention_multiplier softmax_scale", "model.attention.scale", ""),
     ("logits_scaling", "model.logits_divisor", ""),
     ("lm_head_bias", "model.unembedding_bias", ""),
+    ("qk_layernorm use_qk_norm", "model.attention.qk_norm", ""),
+    ("attn_temperature_tuning floor_scale attn_scale llama_4_scaling_beta", "model.attention.length_scaling", ""),
     ("attention_bias add_qkv_bias qkv_bias", "model.attention.bias", ""),
     ("hidden_dropout_prob resid_pdrop dropout_rate", "model.dropout", ""),
     ("vocab_size padded_vocab_size", "model.vocab_size", ""),

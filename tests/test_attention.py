@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import (
     Glm4MoeConfig,
     GptOssConfig,
+    HunYuanMoEV1Config,
     Llama4TextConfig,
     LlamaConfig,
     MiMoV2FlashConfig,
@@ -25,11 +26,14 @@ from transformers.masking_utils import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.glm4_moe import modeling_glm4_moe
 from transformers.models.gpt_oss import modeling_gpt_oss
+from transformers.models.hunyuan_v1_moe import modeling_hunyuan_v1_moe
+from transformers.models.llama4 import modeling_llama4
 from transformers.models.mimo_v2_flash import modeling_mimo_v2_flash
 from transformers.models.mistral import modeling_mistral
 from transformers.models.olmoe import modeling_olmoe
 from transformers.models.qwen3 import modeling_qwen3
 
+from expert_parallel.interop.tensor_map import half_split_rows
 from expert_parallel.model.attention import Attention, HeadsConfig, causal_attention
 from expert_parallel.model.attention_mask import AttentionContext
 from expert_parallel.model.kv_cache import KVCache
@@ -198,24 +202,25 @@ YARN = {
     "original_max_position_embeddings": 16,
     "truncate": False,
 }
+OUR_ROPE = {"theta": 100.0}
 OUR_YARN = {"theta": 100.0, "scaling": {"kind": "yarn", "factor": 4.0, "original_length": 16, "truncate": False}}
 
 
 def qwen3(kv_heads: int) -> tuple[PreTrainedConfig, Any, dict[str, Any], dict[str, Any]]:
     config = Qwen3Config(**SIZES, num_key_value_heads=kv_heads, head_dim=6, rms_norm_eps=1e-3)
     ours = {"num_kv_heads": kv_heads, "head_size": 6, "qk_norm": {"kind": "per_head", "eps": 1e-3}}
-    return config, modeling_qwen3, ours, {"theta": 100.0}
+    return config, modeling_qwen3, ours, OUR_ROPE
 
 
 def olmoe(kv_heads: int) -> tuple[PreTrainedConfig, Any, dict[str, Any], dict[str, Any]]:
     config = OlmoeConfig(**{**SIZES, "hidden_size": 24}, num_key_value_heads=kv_heads, rms_norm_eps=1e-3)
     ours = {"num_kv_heads": kv_heads, "head_size": 6, "qk_norm": {"kind": "whole", "eps": 1e-3}}
-    return config, modeling_olmoe, ours, {"theta": 100.0}
+    return config, modeling_olmoe, ours, OUR_ROPE
 
 
 def mistral(kv_heads: int) -> tuple[PreTrainedConfig, Any, dict[str, Any], dict[str, Any]]:
     config = MistralConfig(**SIZES, num_key_value_heads=kv_heads, head_dim=6, sliding_window=4)
-    return config, modeling_mistral, {"num_kv_heads": kv_heads, "head_size": 6, "window": 4}, {"theta": 100.0}
+    return config, modeling_mistral, {"num_kv_heads": kv_heads, "head_size": 6, "window": 4}, OUR_ROPE
 
 
 def glm4_moe(kv_heads: int) -> tuple[PreTrainedConfig, Any, dict[str, Any], dict[str, Any]]:
@@ -255,7 +260,31 @@ def mimo(kv_heads: int, kind: str) -> tuple[PreTrainedConfig, Any, dict[str, Any
     ours = {"num_kv_heads": kv_heads, "head_size": 6, "value_size": 5, "value_scale": 0.707}
     if kind == "sliding_attention":
         ours |= {"num_kv_heads": 2 * kv_heads, "window": 4, "sinks": True}
-    return config, modeling_mimo_v2_flash, ours, {"theta": 100.0}
+    return config, modeling_mimo_v2_flash, ours, OUR_ROPE
+
+
+def hunyuan(kv_heads: int) -> tuple[PreTrainedConfig, Any, dict[str, Any], dict[str, Any]]:
+    config = HunYuanMoEV1Config(**SIZES, num_key_value_heads=kv_heads, head_dim=6, rms_norm_eps=1e-3)
+    norm = {"kind": "per_head", "eps": 1e-3, "after_rope": True}
+    return config, modeling_hunyuan_v1_moe, {"num_kv_heads": kv_heads, "head_size": 6, "qk_norm": norm}, OUR_ROPE
+
+
+def llama4(has_rope: bool) -> tuple[PreTrainedConfig, Any, dict[str, Any], dict[str, Any] | None]:
+    """A block with rotary positions and norms, or one with neither and scaled queries."""
+    config = Llama4TextConfig(
+        **SIZES,
+        num_hidden_layers=1,
+        num_key_value_heads=2,
+        head_dim=6,
+        rms_norm_eps=1e-3,
+        no_rope_layers=[int(has_rope)],
+        floor_scale=3,
+        attn_scale=0.4,
+    )
+    ours: dict[str, Any] = {"num_kv_heads": 2, "head_size": 6}
+    if has_rope:
+        return config, modeling_llama4, {**ours, "qk_norm": {"kind": "l2", "eps": 1e-3, "after_rope": True}}, OUR_ROPE
+    return config, modeling_llama4, {**ours, "length_scaling": {"beta": 0.4, "length": 3, "offset": 1}}, None
 
 
 FAMILIES = {
@@ -268,21 +297,27 @@ FAMILIES = {
     "gpt-oss": lambda: gpt_oss(2, None),
     "gpt-oss, window": lambda: gpt_oss(2, 3),
     "gpt-oss, window of one": lambda: gpt_oss(4, 1),
+    "hunyuan, norm after rotary positions": lambda: hunyuan(2),
+    "llama4, norm without weights": lambda: llama4(has_rope=True),
+    "llama4, scaled queries": lambda: llama4(has_rope=False),
     "mimo": lambda: mimo(2, "full_attention"),
     "mimo, window, sinks": lambda: mimo(1, "sliding_attention"),
 }
 NAMES = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out", "q_norm": "query_norm"}
-NAMES |= {"k_norm": "key_norm"}
+NAMES |= {"k_norm": "key_norm", "query_layernorm": "query_norm", "key_layernorm": "key_norm"}
 
 
-def attention_of(module: Any) -> Any:
-    (found,) = [getattr(module, name) for name in dir(module) if name.endswith("Attention") and name != "Attention"]
-    return found
+def class_of(module: Any, ending: str) -> Any:
+    (found,) = [name for name in dir(module) if name.endswith(ending) and name != ending and "Vision" not in name]
+    return getattr(module, found)
 
 
-def rotary_of(module: Any) -> Any:
-    (found,) = [getattr(module, name) for name in dir(module) if name.endswith("RotaryEmbedding")]
-    return found
+def our_rows(config: PreTrainedConfig, name: str, theirs: Tensor) -> Tensor:
+    """Llama 4 turns neighbouring columns of a head, so that its rows of queries and keys have another order."""
+    if config.model_type != "llama4_text" or not name.startswith(("query", "key")):
+        return theirs
+    (rows,) = half_split_rows(6, 6).to_ours([theirs])
+    return rows
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -291,17 +326,17 @@ def test_attention_is_the_family_s(name: str) -> None:
     config, module, settings, position = FAMILIES[name]()
     width, x = config.hidden_size, draw(2, LENGTH, config.hidden_size).requires_grad_()
     with peers_in_float64():
-        theirs = attention_of(module)(config, layer_idx=0).double()
-        rotary = rotary_of(module)(config)
+        theirs = class_of(module, "Attention")(config, layer_idx=0).double()
+        rotary = class_of(module, "RotaryEmbedding")(config)
     for parameter, seed in zip(theirs.parameters(), range(99), strict=False):
         parameter.data = draw(*parameter.shape, seed=seed) * 0.5
-    rope = RopeConfig.model_validate(position)
+    rope = None if position is None else RopeConfig.model_validate(position)
     ours = Attention(HeadsConfig.model_validate({"num_heads": 4, **settings}), width, rope).double()
     pairs = {}
     for their_name, parameter in theirs.named_parameters():
         stem, _, leaf = their_name.rpartition(".")
         pairs[f"{NAMES[stem]}.{leaf}" if stem else leaf] = parameter
-    ours.load_state_dict({name: parameter.detach() for name, parameter in pairs.items()})
+    ours.load_state_dict({name: our_rows(config, name, parameter.detach()) for name, parameter in pairs.items()})
 
     their_x = x.detach().clone().requires_grad_()
     make_mask = create_causal_mask if settings.get("window") is None else create_sliding_window_causal_mask
@@ -318,7 +353,7 @@ def test_attention_is_the_family_s(name: str) -> None:
     close(x.grad, their_x.grad)
     assert dict(ours.named_parameters()).keys() == pairs.keys()
     for name, parameter in ours.named_parameters():
-        close(parameter.grad, pairs[name].grad)
+        close(parameter.grad, our_rows(config, name, pairs[name].grad))
 
 
 def test_windows_are_masked_as_mistral_s() -> None:
@@ -441,9 +476,15 @@ def test_the_gpt_oss_layer() -> None:
 HEADS: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_size": 6}
 GPT_OSS: dict[str, Any] = {**HEADS, "bias": True, "sinks": True, "window": 3}
 FIRST = {"kind": "list", "indices": [0]}
+LENGTHS = {"beta": 0.5, "length": 2, "offset": 1}
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "norm of each head": {"attention": {**HEADS, "qk_norm": {"kind": "per_head"}}},
+    "norm after rotary positions": {"attention": {**HEADS, "qk_norm": {"kind": "per_head", "after_rope": True}}},
+    "norm without weights, scaled queries": {
+        "attention": {**HEADS, "qk_norm": {"kind": "l2"}, "length_scaling": {**LENGTHS, "blocks": "without_rope"}},
+        "rope_blocks": {"kind": "list", "indices": [1]},
+    },
     "norm of all heads": {"attention": {**HEADS, "qk_norm": {"kind": "whole"}}},
     "window": {"attention": {**HEADS, "window": 4}},
     "narrow scaled values": {"attention": {**HEADS, "value_size": 5, "value_scale": 0.7}},
@@ -528,6 +569,7 @@ BIASES = {"query.bias": (24,), "key.bias": (12,), "value.bias": (12,)}
         ({"out_bias": True}, {"out.bias": (D,)}),
         ({"qk_norm": {"kind": "per_head"}}, {"query_norm.weight": (6,), "key_norm.weight": (6,)}),
         ({"qk_norm": {"kind": "whole"}}, {"query_norm.weight": (24,), "key_norm.weight": (12,)}),
+        ({"qk_norm": {"kind": "l2", "after_rope": True}, "length_scaling": LENGTHS}, {}),
         ({"sinks": True, "window": 3}, {"sinks": (4,)}),
         (
             {"value_size": 5, "bias": True},
@@ -603,6 +645,18 @@ YARN_SETTINGS = {"kind": "yarn", "factor": 2.0, "original_length": 16}
         ({"attention": {**HEADS, "head_size": 7}}, r"attention.head_size \(7\) must be even for position.kind rope"),
         ({"attention": {**HEADS, "kind": "tails"}}, "'tails'"),
         ({"attention": {**HEADS, "qk_norm": {"kind": "none"}}}, "qk_norm"),
+        (
+            {"attention": {**HEADS, "qk_norm": {"kind": "whole", "after_rope": True}}},
+            "qk_norm.after_rope is true, but kind 'whole' normalizes before heads are split",
+        ),
+        (
+            {"attention": {**HEADS, "qk_norm": {"kind": "l2"}}, "position": {"kind": "learned", "max_length": 9}},
+            "attention.qk_norm.kind is 'l2', but position.kind is 'learned': no block has rotary positions",
+        ),
+        (
+            {"attention": {**HEADS, "length_scaling": {**LENGTHS, "blocks": "without_rope"}}},
+            "attention.length_scaling.blocks is 'without_rope', but all 2 blocks have rotary positions",
+        ),
         ({"position": {"kind": "rope", "scaling": {"kind": "linear", "factor": 0.5}}}, "factor"),
         ({"position": {"kind": "rope", "scaling": {**YARN_SETTINGS, "factor": 0.5}}}, "factor"),
         (

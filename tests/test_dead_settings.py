@@ -58,6 +58,11 @@ PAIRS = [  # overrides with a dead setting, those of its neighbour, words of the
     (["model.attention.window=16"], ["model.attention.window=15"], "attention.window (16) is not below"),
     (["model.attention.chunk=16"], ["model.attention.chunk=15"], "attention.chunk (16) is not below"),
     (
+        ["model.attention.length_scaling={beta: 0.1, length: 17, offset: 1}"],
+        ["model.attention.length_scaling={beta: 0.1, length: 16, offset: 1}"],
+        "attention.length_scaling.length (17) is not below training.sequence_length + offset (17)",
+    ),
+    (
         ["parallel.data={kind: sharded, shards: 1, expert_shards: 1}"],
         ["parallel.data={kind: sharded}"],
         "shards and expert_shards are 1",

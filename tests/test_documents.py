@@ -53,7 +53,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "position": {"kind": "learned", "max_length": LENGTH},
         "attention": {**HEADS, "chunk": 2},
     },
-    "norm of all heads, window": {"attention": {**HEADS, "qk_norm": {"kind": "whole"}, "window": 3}},
+    "norm of all heads, window, scaled queries": {
+        "attention": {**HEADS, "qk_norm": {"kind": "whole"}, "window": 3, "length_scaling": {"beta": 0.5, "length": 2}}
+    },
     "sinks, window of one block": {
         "attention": {**HEADS, "sinks": True, "window": 2},
         "window_blocks": {"kind": "list", "indices": [1]},

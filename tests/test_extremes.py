@@ -34,7 +34,7 @@ CONFIGS = [
         "model.moe.shared_expert_gate=true",
         "model.moe.d_model=16",
         "model.attention={num_heads: 2, head_size: 8, num_kv_heads: 1, value_size: 4, window: 4, rope_size: 4, "
-        "qk_norm: {kind: per_head}}",
+        "qk_norm: {kind: per_head}, length_scaling: {beta: 0.1, length: 4}}",
         "run.sample={prompt: x, top_k: 3}",
         "parallel.data={kind: sharded, shards: 1, expert_shards: 1}",
         "parallel.ranks_per_node=1",
@@ -44,7 +44,7 @@ CONFIGS = [
     ],
     [
         "model.attention={kind: latent, num_heads: 2, query_rank: 4, kv_rank: 8, nope_size: 4, rope_size: 4, "
-        "value_size: 8}",
+        "value_size: 8, length_scaling: {beta: 0.1, length: 4}}",
         "data={kind: tokens, corpora: [{path: x}], end_id: 3, tokenizer: bytes}",
         "training.routing={kind: play, folder: r}",
     ],

@@ -191,7 +191,7 @@ FACTORS: dict[str, list[Any]] = {
         LATENT,
         {**LATENT, "query_rank": 7},
     ],
-    "qk_norm": [None, {"kind": "per_head"}, {"kind": "whole"}],
+    "qk_norm": [None, {"kind": "per_head"}, {"kind": "whole"}, {"kind": "l2"}],
     "tied_embeddings": [True, False],
     "unembedding_bias": [False, True],
     "position": [{"kind": "rope"}, {"kind": "learned", "max_length": 9}],
@@ -228,10 +228,12 @@ FACTORS: dict[str, list[Any]] = {
 
 
 def possible(case: Case) -> bool:
-    is_latent = case["attention"].get("kind") == "latent"
     if case["moe_output_norm"] and (case["moe_blocks"] is None or case["norm_placement"] != "pre"):
         return False
-    return not (is_latent and (case["position"]["kind"] == "learned" or case["qk_norm"] is not None))
+    is_latent, is_learned = case["attention"].get("kind") == "latent", case["position"]["kind"] == "learned"
+    if is_learned and (is_latent or case["qk_norm"] == {"kind": "l2"}):
+        return False
+    return not (is_latent and case["qk_norm"] is not None)
 
 
 def config_of(case: Case) -> ModelConfig:

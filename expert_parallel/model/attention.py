@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from expert_parallel.model.attention_mask import AttentionContext
+from expert_parallel.model.length_scaling import LengthScalingConfig
 from expert_parallel.model.rotary import RopeConfig, apply_rope
 from expert_parallel.nn.ffn import Linear, identity
 from expert_parallel.nn.norms import QK_NORMS, QKNormConfig
@@ -48,6 +49,8 @@ class HeadsConfig(Settings):
     """Multiplies the products of queries and keys; null is 1 / sqrt(head_size)."""
     qk_norm: QKNormConfig | None = None
     """Normalizes queries and keys; null leaves them as they are."""
+    length_scaling: LengthScalingConfig | None = None
+    """Multiplies queries by a factor that grows with the position; null leaves them as they are."""
     sinks: bool = False
     """Adds a learned logit of each head to every softmax, as a key without a value (Xiao et al. 2023; GPT-OSS)."""
     window: Annotated[int, Field(ge=1)] | None = None
@@ -193,10 +196,12 @@ class Attention(nn.Module):
         self.out = Linear(config.num_heads * self.value_size, d_model, bias=config.has_out_bias)
         self.query_norm: nn.Module | None = None
         self.key_norm: nn.Module | None = None
+        self.norm_after_rope = config.qk_norm is not None and config.qk_norm.after_rope
         if config.qk_norm is not None:
             norm, eps = QK_NORMS[config.qk_norm.kind], config.qk_norm.eps
             self.query_norm = norm(config.num_heads, self.head_size, eps)
             self.key_norm = norm(config.kv_heads, self.head_size, eps)
+        self.length_scaling = config.length_scaling
         self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.sinks else None
         self.gather_sequence: Callable[[Tensor], Tensor] = identity
         self.attention_fn: AttentionFn = causal_attention
@@ -205,18 +210,28 @@ class Attention(nn.Module):
         """Computes attention; the attention context tells which keys each query attends to."""
         x_BSD = self.gather_sequence(x_BTD)
         query, key, value = self.query(x_BSD), self.key(x_BSD), self.value(x_BSD)  # (B, S, heads * h or v) each
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+        if not self.norm_after_rope:
+            query, key = self._normalize(query, key)
         query_BHSh, key_BGLh = _split_heads(query, self.head_size), _split_heads(key, self.head_size)
         value_BGLv = _split_heads(value if self.value_scale == 1 else value * self.value_scale, self.value_size)
         if self.rope is not None:
             cos, sin = attention_context.rope_cos_sin(self.rope, self.rope_size, query.dtype)
             query_BHSh, key_BGLh = apply_rope(query_BHSh, cos, sin), apply_rope(key_BGLh, cos, sin)
+        if self.norm_after_rope:
+            query_BHSh, key_BGLh = self._normalize(query_BHSh, key_BGLh)
+        if self.length_scaling is not None:
+            query_BHSh = query_BHSh * attention_context.length_scale(self.length_scaling, query.dtype)
         if attention_context.cache is not None:  # until here L = S; the cache adds the keys before
             key_BGLh, value_BGLv = attention_context.cache.extend(self, key_BGLh, value_BGLv)
         mask = attention_context.mask(self.window, self.chunk)
         y_BHSv = self.attention_fn(query_BHSh, key_BGLh, value_BGLv, mask, self.sinks, self.scale)
         return self.out(y_BHSv.transpose(1, 2).flatten(2))
+
+    def _normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalizes queries and keys, if there are norms: (B, S, heads * h), or (B, heads, S, h) of split heads."""
+        if self.query_norm is None or self.key_norm is None:
+            return query, key
+        return self.query_norm(query), self.key_norm(key)
 
 
 def _split_heads(rows: Tensor, size: int) -> Tensor:

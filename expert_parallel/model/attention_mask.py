@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from expert_parallel.model.kv_cache import KVCache
+from expert_parallel.model.length_scaling import LengthScalingConfig, length_scale
 from expert_parallel.model.rotary import RopeConfig, rope_cos_sin
 from expert_parallel.parallel.sequence import SequenceShard
 
@@ -31,11 +32,12 @@ class AttentionContext:
     document_BS: Tensor | None = None
     key_document_BL: Tensor | None = None
     cache: KVCache | None = None
-    # Computed on first use and shared by all blocks: masks by window and chunk, cos and sin by their arguments.
+    # Computed on first use and shared by all blocks: masks by window and chunk, the others by their arguments.
     masks: dict[tuple[int | None, int | None], Tensor] = field(default_factory=dict, init=False)
     rope_tables: dict[tuple[RopeConfig, int, torch.dtype], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False
     )
+    length_scales: dict[tuple[LengthScalingConfig, torch.dtype], Tensor] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(
@@ -99,3 +101,10 @@ class AttentionContext:
         if key not in self.rope_tables:
             self.rope_tables[key] = rope_cos_sin(rope, size, self.position_BS, dtype)
         return self.rope_tables[key]
+
+    def length_scale(self, config: LengthScalingConfig, dtype: torch.dtype) -> Tensor:
+        """Returns the factors of these tokens' queries, (B or 1, 1, S, 1), in `dtype`."""
+        key = (config, dtype)
+        if key not in self.length_scales:
+            self.length_scales[key] = length_scale(config, self.position_BS, dtype)
+        return self.length_scales[key]

@@ -131,8 +131,15 @@ class ModelConfig(Settings):
 
     def attention_of(self, layer: int) -> AttentionConfig:
         """Returns the attention settings of block number `layer`: with those of window_overrides if window_blocks
-        selects it, else without window and chunks."""
-        return self._attention(layer in self.window_layers)
+        selects it, else without window and chunks; and without what applies only in blocks with, or only in those
+        without, rotary positions."""
+        attention, has_rope = self._attention(layer in self.window_layers), layer in self.rope_layers
+        absent = []
+        if attention.qk_norm is not None and attention.qk_norm.kind == "l2" and not has_rope:
+            absent.append("qk_norm")
+        if attention.length_scaling is not None and attention.length_scaling.blocks == "without_rope" and has_rope:
+            absent.append("length_scaling")
+        return attention.model_copy(update=dict.fromkeys(absent)) if absent else attention
 
     def _attention(self, has_window: bool) -> AttentionConfig:
         attention = self.attention
@@ -272,6 +279,21 @@ class ModelConfig(Settings):
     def _check_window_overrides(self) -> "ModelConfig":
         if self.window_overrides is not None:
             self.window_overrides.check(self.attention, self.num_layers, self.window_layers, self.rope_layers)
+        return self
+
+    @model_validator(mode="after")
+    def _check_parts_that_need_rope(self) -> "ModelConfig":
+        norm, scaling = self.attention.qk_norm, self.attention.length_scaling
+        if norm is not None and not self.rope_layers and (norm.kind == "l2" or norm.after_rope):
+            part = "kind is 'l2'" if norm.kind == "l2" else "after_rope is true"
+            raise ValueError(
+                f"attention.qk_norm.{part}, but position.kind is {self.position.kind!r}: no block has rotary positions"
+            )
+        if scaling is not None and scaling.blocks == "without_rope" and len(self.rope_layers) == self.num_layers:
+            raise ValueError(
+                f"attention.length_scaling.blocks is 'without_rope', but all {self.num_layers} blocks have rotary "
+                "positions: it would do nothing"
+            )
         return self
 
     @model_validator(mode="after")

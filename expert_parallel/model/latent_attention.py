@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from expert_parallel.model.attention import AttentionFn, causal_attention
 from expert_parallel.model.attention_mask import AttentionContext
+from expert_parallel.model.length_scaling import LengthScalingConfig
 from expert_parallel.model.rotary import RopeConfig, YarnScaling, apply_rope, yarn_mscale
 from expert_parallel.nn.ffn import Linear, identity
 from expert_parallel.nn.norms import RMSNorm
@@ -40,6 +41,8 @@ class LatentAttentionConfig(Settings):
     """Sets the number of columns of each head's value."""
     norm_eps: float = Field(default=1e-6, gt=0)
     """Sets the epsilon of the latents' norms."""
+    length_scaling: LengthScalingConfig | None = None
+    """Multiplies queries by a factor that grows with the position (Mistral 4); null leaves them as they are."""
     qk_norm: ClassVar[None] = None  # not a setting: the latents are normed instead
 
     @property
@@ -122,8 +125,11 @@ class LatentAttention(nn.Module):
         query_BSq, latent_BSr, rope_BSh = self.gather_sequence(torch.cat(rows, -1)).split(sizes, -1)  # one all-gather
 
         cos, sin = attention_context.rope_cos_sin(self.rope, config.rope_size, x_BTD.dtype)
+        query_BSq = query_BSq * self.query_scale
+        if config.length_scaling is not None:  # of the latents, which have fewer columns than the heads together
+            query_BSq = query_BSq * attention_context.length_scale(config.length_scaling, x_BTD.dtype)[:, 0]
         query_up = self.query_up if has_query_latent else self.query
-        query, query_rope = _heads(query_up(query_BSq * self.query_scale), config.nope_size, config.rope_size)
+        query, query_rope = _heads(query_up(query_BSq), config.nope_size, config.rope_size)
         query_BHSh = torch.cat([query, apply_rope(query_rope, cos, sin)], -1)
 
         latent_B1Sr, rope_B1Sh = latent_BSr[:, None], apply_rope(rope_BSh[:, None], cos, sin)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from expert_parallel.settings import Settings
@@ -56,21 +56,31 @@ NORMS: dict[str, type[RMSNorm]] = {"rms_norm": RMSNorm, "layer_norm": LayerNorm}
 
 
 class QKNormConfig(Settings):
-    """Applies RMSNorm to queries and keys, before rotary positions."""
+    """Applies RMSNorm to queries and keys."""
 
-    kind: Literal["per_head", "whole"]
+    kind: Literal["per_head", "whole", "l2"]
     """Normalizes each head by itself, with one weight for all heads (`per_head`, Qwen3), or all heads together before
-    they are split (`whole`, OLMoE)."""
+    they are split (`whole`, OLMoE), or each head without weights, in blocks with rotary positions alone (`l2`, Llama
+    4)."""
     eps: float = Field(default=1e-6, gt=0)
     """Adds this epsilon under the square root."""
+    after_rope: bool = False
+    """Normalizes after rotary positions are applied instead of before (Hunyuan, Llama 4); not with `kind: whole`."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> "QKNormConfig":
+        if self.kind == "whole" and self.after_rope:
+            raise ValueError("after_rope is true, but kind 'whole' normalizes before heads are split and rotated")
+        return self
 
     def num_params(self, heads: int, head_size: int) -> int:
         """Counts the weights of one norm, of queries or of keys. heads: the number of query or key heads."""
-        return heads * head_size if self.kind == "whole" else head_size
+        return {"per_head": head_size, "whole": heads * head_size, "l2": 0}[self.kind]
 
 
 class HeadNorm(RMSNorm):
-    """Normalizes each head separately. x: (..., heads * head_size). weight: (head_size,), shared by all heads."""
+    """Normalizes each head separately. x: (..., heads * head_size), or (..., head_size) of split heads. weight:
+    (head_size,), shared by all heads."""
 
     def __init__(self, heads: int, head_size: int, eps: float) -> None:
         super().__init__(head_size, eps)
@@ -86,4 +96,20 @@ class WholeNorm(RMSNorm):
         super().__init__(heads * head_size, eps)
 
 
-QK_NORMS: dict[str, type[HeadNorm] | type[WholeNorm]] = {"per_head": HeadNorm, "whole": WholeNorm}
+class L2Norm(nn.Module):
+    """Divides each head by its root mean square, without weights. x: as `HeadNorm`'s."""
+
+    def __init__(self, heads: int, head_size: int, eps: float) -> None:
+        super().__init__()
+        self.head_size, self.eps = head_size, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(torch.float32, x.dtype)).unflatten(-1, (-1, self.head_size))
+        return F.rms_norm(wide, wide.shape[-1:], None, self.eps).flatten(-2).to(x.dtype)
+
+
+QK_NORMS: dict[str, type[HeadNorm] | type[WholeNorm] | type[L2Norm]] = {
+    "per_head": HeadNorm,
+    "whole": WholeNorm,
+    "l2": L2Norm,
+}

@@ -144,6 +144,12 @@ def _model(model: ModelConfig, training: TrainingConfig) -> Iterator[str]:
                 f"model.attention.{name} ({limit}) is not below training.sequence_length ({training.sequence_length}): "
                 "every token sees all earlier ones in training"
             )
+    scaling = model.attention.length_scaling
+    if scaling is not None and scaling.length >= training.sequence_length + scaling.offset:
+        yield (
+            f"model.attention.length_scaling.length ({scaling.length}) is not below training.sequence_length + offset "
+            f"({training.sequence_length + scaling.offset}): no query is scaled in training"
+        )
 
 
 def _layout(config: Config) -> Iterator[str]:

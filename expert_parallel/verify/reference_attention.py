@@ -33,19 +33,25 @@ def heads_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, 
     position = _of_block(model, layer, "position", model.position)
     mask_BSS, position_BS = attention_mask(document_BS, window, chunk), document_positions(document_BS)
     query, key, value = (linear(weights, name, x_BSD) for name in ("query", "key", "value"))
-    if config.qk_norm is not None:
-        query = _norm(config.qk_norm, size, weights["query_norm.weight"], query)
-        key = _norm(config.qk_norm, size, weights["key_norm.weight"], key)
+    has_rope = model.position.kind == "rope" and layer in model.rope_blocks.blocks(model.num_layers)
+    has_norm = config.qk_norm is not None and (has_rope or config.qk_norm.kind != "l2")
+    query_weight, key_weight = (weights.get(f"{name}_norm.weight", torch.ones(())) for name in ("query", "key"))
+    if has_norm and not config.qk_norm.after_rope:
+        query, key = _norm(config.qk_norm, size, query_weight, query), _norm(config.qk_norm, size, key_weight, key)
     heads = []
     for head in range(config.num_heads):
         shared = head // (config.num_heads // kv_heads)
         q, k = query[..., head * size : (head + 1) * size], key[..., shared * size : (shared + 1) * size]
         v = config.value_scale * value[..., shared * value_size : (shared + 1) * value_size]
-        if model.position.kind == "rope" and layer in model.rope_blocks.blocks(model.num_layers):
+        if has_rope:
             rotary = size if config.rope_size is None else config.rope_size
             q, k = (
                 torch.cat([apply_rope(t[..., :rotary], position, position_BS), t[..., rotary:]], -1) for t in (q, k)
             )
+        if has_norm and config.qk_norm.after_rope:
+            q, k = rms_norm(q, query_weight, config.qk_norm.eps), rms_norm(k, key_weight, config.qk_norm.eps)
+        if config.length_scaling is not None and not (has_rope and config.length_scaling.blocks == "without_rope"):
+            q = length_factor(config.length_scaling, position_BS)[..., None] * q
         scores = (q @ k.transpose(1, 2)) * (1 / math.sqrt(size) if config.scale is None else config.scale)
         scores = torch.where(mask_BSS, scores, torch.full_like(scores, -math.inf))
         if sinks:
@@ -85,6 +91,8 @@ def latent_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor,
     scale, scaling = 1 / math.sqrt(nope + rope), model.position.scaling
     if scaling is not None and scaling.kind == "yarn" and scaling.mscale_all_dim is not None:
         scale *= (0.1 * scaling.mscale_all_dim * math.log(scaling.factor) + 1) ** 2
+    if config.length_scaling is not None:
+        query = length_factor(config.length_scaling, position_BS)[..., None] * query
     heads = []
     for head in range(config.num_heads):
         q = query[..., head * (nope + rope) : (head + 1) * (nope + rope)]
@@ -128,6 +136,15 @@ def document_positions(document_BS: Tensor) -> Tensor:
         for s in range(1, len(row)):
             found[b, s] = found[b, s - 1] + 1 if row[s] == row[s - 1] else 0
     return found
+
+
+def length_factor(config: Any, position_BS: Tensor) -> Tensor:
+    """Returns the factor of each token's query, 1 + beta ln(1 + floor((p + offset) / length)), float64 (B, S)."""
+    factors = [
+        [1 + config.beta * math.log(1 + math.floor((p + config.offset) / config.length)) for p in row]
+        for row in position_BS.tolist()
+    ]
+    return torch.tensor(factors, dtype=torch.float64)
 
 
 def apply_rope(x_BSh: Tensor, position: Any, position_BS: Tensor) -> Tensor:
@@ -183,7 +200,8 @@ def _attention_factor(scaling: Any) -> float:
 
 
 def _norm(config: Any, size: int, weight: Tensor, x: Tensor) -> Tensor:
-    """Applies RMSNorm to each head with shared weights (`per_head`), or to all columns together (`whole`)."""
+    """Applies RMSNorm to each head with shared weights (`per_head`) or none (`l2`), or to all columns together
+    (`whole`)."""
     if config.kind == "whole":
         return rms_norm(x, weight, config.eps)
     return torch.cat([rms_norm(head, weight, config.eps) for head in x.split(size, -1)], -1)

@@ -22,6 +22,7 @@ MAX_HEADS_PER_GROUP = 4
 MAX_EXPERTS = 16
 LATENT_SIZES = {"num_heads": 8, "query_rank": 12, "kv_rank": 8, "nope_size": 6, "rope_size": 4, "value_size": 5}
 WINDOW = 3  # shorter than a sequence, so that it masks some tokens
+SCALED_LENGTH = 3  # likewise, so that queries are scaled by several factors
 ORIGINAL_LENGTH = 64  # so that some frequencies lie within the ramp of a rotary scaling
 INIT_STD = 0.3
 CLIP_NORM = 0.1
@@ -144,6 +145,7 @@ def _make_small(draft: ConfigEditor, num_ranks: int, quick: bool) -> None:
         draft.put(f"parallel.data.{shards}", None)
     SMALL_ATTENTION[draft.get("model.attention.kind")](draft)
     draft.at_most("model.position.scaling.original_length", ORIGINAL_LENGTH)
+    draft.at_most("model.attention.length_scaling.length", SCALED_LENGTH)
     micro_batch = num_ranks + 1  # not divisible by any number of data ranks, so that they get unequal numbers of tokens
     fewest, most = micro_step_counts(num_ranks, quick)
     draft.at_most("training.micro_steps", most)
