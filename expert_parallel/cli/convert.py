@@ -34,11 +34,16 @@ def import_command(
     config_only: Annotated[
         bool, typer.Option("--config-only", help="read config.json alone (HF_FOLDER may be this file), write a config")
     ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="what weights in fp8 or int4 become: float32, bfloat16 or float64; default: what holds them"),
+    ] = None,
     shard_gb: ShardGB = 2.0,
 ) -> None:
     """Create a run folder from a Hugging Face model.
 
-    Keeps the weights bit for bit. `convert families` lists the families that are supported.
+    Keeps the weights bit for bit, and reads weights in fp8 or int4 exactly. `convert families` lists the families that
+    are supported.
     Fails if a key of config.json or a tensor is not supported. The config of the run can be edited before training.
 
     With --config-only, no weights are read: OUT becomes a config to train such a model from the start.
@@ -50,12 +55,14 @@ def import_command(
 
     with exit_on_user_error(ValueError, OSError):
         if config_only:
+            if dtype is not None:
+                raise ValueError(f"--dtype is {dtype!r}, but --config-only reads no weights: remove one of them")
             model = write_config(source, out)
             print(f"wrote {out}: {model.num_params():,} parameters, {model.num_active_params():,} active for a token")
             print(f"Next:\n  {shlex.join(['expert-parallel', 'check', str(out), *check_arguments(out)])}")
             print("To continue from the released weights, import the folder where they lie without --config-only.")
             return
-        print(f"wrote {import_folder(source, out, int(shard_gb * 1024**3))}")
+        print(f"wrote {import_folder(source, out, int(shard_gb * 1024**3), dtype=dtype)}")
         print("\n".join(next_steps(out)))
 
 
@@ -98,7 +105,9 @@ def yaml_text(path: Path) -> str:
 def export_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder (its newest checkpoint) or a checkpoint")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="the Hugging Face folder to create")],
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: unchanged")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16, or fp8 as imported; default: unchanged")
+    ] = None,
     family: Annotated[
         str | None, typer.Option(help="model_type to write, such as mixtral; default: one that computes the same")
     ] = None,

@@ -15,6 +15,7 @@ from expert_parallel.interop.balance_loss import LOSS_KEYS, POOLED, SEQUENCE
 from expert_parallel.interop.families.registry import FAMILIES
 from expert_parallel.interop.family import Family, settings
 from expert_parallel.interop.folder import CONFIG, COPIED_FILES, GENERATION, FolderWriter
+from expert_parallel.interop.fp8_export import Fp8Writer, open_fp8_writer
 from expert_parallel.interop.hf_config import Tree
 from expert_parallel.interop.hf_model import match_model_tensors, read_model_config
 from expert_parallel.interop.importing import find_origin, find_tokenizer, refuse_larger_tokenizer
@@ -26,6 +27,7 @@ from expert_parallel.training.config import read_config
 
 INCOMPATIBLE = 1000  # number of differences that an incompatible structure counts as
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FP8 = "fp8"  # a value of --dtype, too
 
 
 class Exported(NamedTuple):
@@ -47,12 +49,13 @@ def export_run(
 ) -> Exported:
     """Exports a model. Returns the family, the folder and the step.
 
-    family: None chooses one that computes the same. dtype: None keeps every tensor's dtype and bits. print_message:
-    called for what config.json cannot state. Raises a ValueError that names the setting that differs if no family
-    computes the same as the model.
+    family: None chooses one that computes the same. dtype: None keeps every tensor's dtype and bits; fp8 writes the
+    weights that were imported from fp8 as such. print_message: called for what config.json cannot state, and for what
+    fp8 has rounded. Raises a ValueError that names the setting that differs if no family computes the same as the
+    model, and for fp8 if the import kept no scales.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"--dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}")
+    if dtype not in (None, FP8, *DTYPES):
+        raise ValueError(f"--dtype is {dtype!r}, it must be one of {', '.join((*DTYPES, FP8))}")
     checkpoint = open_checkpoint(path)
     model = read_config(checkpoint.config, str(checkpoint.path)).model
     origin, tokenizer = find_origin(path), find_tokenizer(path)
@@ -63,16 +66,21 @@ def export_run(
     config = export_config(family_name, model, their_origin, checkpoint.config)
     if (sentence := describe_lost_losses(family_name, model, config)) is not None:
         print_message(sentence)
+    fp8 = open_fp8_writer(origin, family_name, their_origin) if dtype == FP8 else None
+    form = fp8 or DTYPES.get(dtype or "")
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    if fp8 is None:
+        written = DTYPES.get(dtype or "", checkpoint.tensors["weights/embedding.weight"].dtype)
+        config[key] = str(written).removeprefix("torch.")
+    else:
+        config |= {key: config.get(key, "bfloat16"), "quantization_config": fp8.config}
     set_aside = set_aside_for_export(origin, family_name, model, config, print_message)
-    to_dtype = None if dtype is None else DTYPES[dtype]
-    written = to_dtype or checkpoint.tensors["weights/embedding.weight"].dtype
-    config["dtype" if "dtype" in config else "torch_dtype"] = str(written).removeprefix("torch.")
     with FolderWriter(out, shard_bytes) as writer:
-        write_weights(writer, checkpoint, FAMILIES[family_name], config, model, to_dtype)
+        write_weights(writer, checkpoint, FAMILIES[family_name], config, model, form)
         if set_aside is not None:
             table = checkpoint.read("weights/embedding.weight") if model.tied_embeddings else None
-            for name, tensor in set_aside.exported(table, to_dtype):
-                writer.add(name, tensor)
+            for name, tensor in set_aside.exported(table, form if isinstance(form, torch.dtype) else None):
+                write_tensor(writer, name, tensor, fp8)
         writer.write_json(CONFIG, config)
         files = files_to_copy(tokenizer, origin)
         for file in files:
@@ -80,7 +88,10 @@ def export_run(
         if GENERATION not in (file.name for file in files):
             ends = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
             writer.write_json(GENERATION, ends)
-        return Exported(family_name, writer.finish(), describe_step(checkpoint, path))
+        exported = Exported(family_name, writer.finish(), describe_step(checkpoint, path))
+    if fp8 is not None:
+        print_message(fp8.rounding.describe())
+    return exported
 
 
 def describe_step(checkpoint: Checkpoint, path: Path) -> str:
@@ -113,18 +124,24 @@ def write_weights(
     family: Family,
     config: Tree,
     model: ModelConfig,
-    dtype: torch.dtype | None,
+    form: torch.dtype | Fp8Writer | None,
 ) -> None:
-    """Writes all weights, pair by pair. config: the config.json of the export. dtype: None keeps each tensor's own."""
+    """Writes all weights, pair by pair. config: the config.json of the export. form: a dtype or fp8; None keeps each
+    tensor's dtype. Selection biases always keep theirs: bfloat16 would round away their small updates."""
     for pair in match_model_tensors(family, config, model):
-        ours = [cast(name, checkpoint.read(f"weights/{name}"), dtype) for name in pair.ours]
+        ours = [checkpoint.read(f"weights/{name}") for name in pair.ours]
+        is_bias = pair.ours[0].endswith("balance_bias_E")
+        if isinstance(form, torch.dtype) and not is_bias:
+            ours = [tensor.to(form) for tensor in ours]
+        fp8 = form if isinstance(form, Fp8Writer) and not is_bias else None
         for name, tensor in zip(pair.theirs, pair.transform.to_theirs(ours), strict=True):
-            writer.add(name, tensor)
+            write_tensor(writer, name, tensor, fp8)
 
 
-def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Converts a tensor to a dtype, except selection biases: bfloat16 would round away their small updates."""
-    return tensor if dtype is None or name.endswith("balance_bias_E") else tensor.to(dtype)
+def write_tensor(writer: FolderWriter, name: str, tensor: Tensor, fp8: Fp8Writer | None) -> None:
+    """Writes a tensor as it is, or what holds it in fp8."""
+    for part, values in [(name, tensor)] if fp8 is None else fp8.tensors(name, tensor):
+        writer.add(part, values)
 
 
 def choose_family(model: ModelConfig, wanted: str | None, origin: str | None) -> str:

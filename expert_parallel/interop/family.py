@@ -4,7 +4,8 @@ written."""
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree, short
+from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree
+from expert_parallel.interop.quantization import read_quantization
 from expert_parallel.interop.rules import Rule, set_setting
 from expert_parallel.interop.tensor_map import TensorMapping
 from expert_parallel.model.attention import HeadsConfig
@@ -33,14 +34,8 @@ class Family:
         """
         theirs = HuggingFaceConfig(values)
         ours: Tree = {}
-        if quantized := values.get("quantization_config"):
-            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-            if not (method == "mxfp4" and self.architecture == "GptOssForCausalLM"):
-                raise ValueError(
-                    f"config.json: quantization_config has quant_method {short(method)}, which is not supported: save "
-                    "the model without quantization, then import it"
-                )
-            theirs.asked.add("quantization_config")
+        read_quantization(values)  # raises an error for methods that are not supported
+        theirs.asked.add("quantization_config")
         for rule in self.rules:
             rule.read(theirs, ours)
         theirs.refuse_unknown_keys(self.neutral)

@@ -17,26 +17,28 @@ from expert_parallel.interop.family import Family
 from expert_parallel.interop.folder import HuggingFaceFolder
 from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree
 from expert_parallel.interop.ignored_tensors import HEAD, TABLE, TIED, describe_ignored, ignored_tensors, rows_are_equal
+from expert_parallel.interop.quantized_folder import QuantizedFolder, open_folder
 from expert_parallel.interop.tensor_map import TensorPair, match_tensors
 from expert_parallel.interop.unsupported import describe_unsupported
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.settings import Settings
 
 Shapes = dict[str, list[int]]
-VALUES_PER_ELEMENT = 2  # MXFP4 packs two values into an element of the file; no format packs more
+VALUES_PER_ELEMENT = 2  # MXFP4 packs two values into an element; of int4, which packs 8, shapes are those of values
 
 
 class HuggingFaceModel:
     """Opens a folder, and checks config.json and the shapes and dtypes of all tensors before any weight is read.
 
-    Tensors that transformers does not use either are set aside: `ignored` has them by name, and what they are, and
-    `notes` a sentence about each kind of them, and about the losses of training. bytes_read: of tensors, by
-    `read_slice`. Raises a ValueError that names the keys that are not supported, or the first tensor
-    that is missing, left over, of another shape or of another dtype.
+    dtype: what quantized weights become, see `open_folder`. Tensors that transformers does not use either are set
+    aside: `ignored` has them by name, and what they are. `notes` has a sentence about each kind of them, about
+    quantized weights, and about the losses of training. bytes_read: of tensors, by `read_slice`. Raises a ValueError
+    that names the keys that are not supported, or the first tensor that is missing, left over, of another shape or of
+    another dtype.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.folder = HuggingFaceFolder(path)
+    def __init__(self, path: Path, dtype: str | None = None) -> None:
+        self.folder = open_folder(path, dtype)
         config = self.folder.config
         self.family = find_family(config, path)
         self.model = read_model_config(self.family, config)
@@ -48,7 +50,8 @@ class HuggingFaceModel:
         pairs = match_model_tensors(self.family, config, self.model)
         self.pairs = [replace(pair, theirs=(table,)) if pair.theirs == (TABLE,) else pair for pair in pairs]
         losses = describe_model_losses(self.family, config, self.model)
-        self.notes = [*describe_ignored(ignored), *self.notes, *losses]
+        quantized = [self.folder.describe()] if isinstance(self.folder, QuantizedFolder) else []
+        self.notes = [*quantized, *describe_ignored(ignored), *self.notes, *losses]
         check_tensors(self.folder, self.pairs, logical_shapes(self.model), ignored)
         self.places = {name: (pair, number) for pair in self.pairs for number, name in enumerate(pair.ours)}
         self.bytes_read = 0
@@ -74,8 +77,13 @@ class HuggingFaceModel:
             )
         return TABLE
 
+    def check_values(self) -> None:
+        """Raises a ValueError for scales of quantized weights that are not valid. Reads all of them, but no weights."""
+        if isinstance(self.folder, QuantizedFolder):
+            self.folder.check_values()
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields every logical name and its tensor, in the file's dtype. Memory holds the tensors of one pair."""
+        """Yields every logical name and its tensor, in the folder's dtype. Memory holds the tensors of one pair."""
         for pair in self.pairs:
             theirs = [self.folder.read(name) for name in pair.theirs]
             yield from zip(pair.ours, pair.transform.to_ours(theirs), strict=True)

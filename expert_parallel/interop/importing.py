@@ -23,14 +23,22 @@ from expert_parallel.training.config import Config, dump_config, read_config
 MAX_SEQUENCE_LENGTH = 2048  # training.sequence_length of the new config is the model's limit, but at most this
 
 
-def import_folder(path: Path, out: Path, shard_bytes: int, print_message: Callable[[str], None] = print) -> Path:
+def import_folder(
+    path: Path,
+    out: Path,
+    shard_bytes: int,
+    print_message: Callable[[str], None] = print,
+    dtype: str | None = None,
+) -> Path:
     """Imports a model and returns the run folder `out`. Weights keep their bits and dtype.
 
-    print_message: called, once the run is written, for what differs from the folder, such as tensors that are set
-    aside. Raises a ValueError for a model that we do not compute exactly.
+    dtype: what quantized weights become, see `open_folder`. print_message: called, once the run is written, for what
+    differs from the folder, such as tensors that are set aside. Raises a ValueError for a model that we do not compute
+    exactly.
     """
-    source = HuggingFaceModel(path)
+    source = HuggingFaceModel(path, dtype)
     config, tokenizer = imported_config(source, out), path / TOKENIZER_FILE
+    source.check_values()  # the only errors that values give: before anything is written
     kept: list[str] = []
     run = write_run(
         out,

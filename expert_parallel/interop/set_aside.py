@@ -14,6 +14,7 @@ from expert_parallel.checkpoint.manifest import DTYPE_NAMES, DTYPES
 from expert_parallel.data.reading import read_json
 from expert_parallel.interop.families.registry import FAMILIES
 from expert_parallel.interop.folder import CONFIG
+from expert_parallel.interop.fp8_export import keep_scales
 from expert_parallel.interop.hf_config import Tree
 from expert_parallel.interop.hf_model import HuggingFaceModel, logical_shapes, read_model_config
 from expert_parallel.interop.ignored_tensors import MTP, TIED, list_briefly
@@ -58,10 +59,12 @@ class SetAside:
 
 def keep_set_aside(source: HuggingFaceModel, folder: Path) -> list[str]:
     """Writes the tensors of multi-token prediction of a Hugging Face folder to files in `folder`, bit for bit, and
-    which tensors are tied to the embedding to INDEX. Returns a sentence if it writes tensors.
+    which tensors are tied to the embedding to INDEX; and the scales of quantized weights. Returns a sentence if it
+    writes tensors.
 
-    Memory holds one file of SHARD_BYTES, or a larger tensor.
+    Tensors that are quantized are kept as weights are imported. Memory holds one file of SHARD_BYTES, or a larger tensor.
     """
+    keep_scales(source.folder, folder)
     tied = {name: source.folder.dtype(name) for name, kind in source.ignored.items() if kind == TIED}
     names = [name for name, kind in source.ignored.items() if kind == MTP]
     if not tied and not names:

@@ -10,6 +10,7 @@ from expert_parallel.interop.families.common import (
 )
 from expert_parallel.interop.family import Family
 from expert_parallel.interop.hf_config import Tree
+from expert_parallel.interop.quantization import is_mxfp4
 from expert_parallel.interop.rope import Rope
 from expert_parallel.interop.rules import Const, Copy, HeadSize, Require, SlidingWindowByLayer
 from expert_parallel.interop.tensor_map import (
@@ -36,7 +37,7 @@ def gpt_oss_tensor_map(config: Tree) -> list[TensorMapping]:
         TensorMapping(f"{here}.b_in", (f"{there}.gate_up_proj_bias",), STACKED_INTERLEAVED),
         TensorMapping(f"{here}.b_out", (f"{there}.down_proj_bias",), STACKED),
     ]
-    if config.get("quantization_config"):
+    if is_mxfp4(config):
         packed = {name: (f"{there}.{name}_blocks", f"{there}.{name}_scales") for name in ("gate_up_proj", "down_proj")}
         return [
             *tensor_map,
