@@ -54,13 +54,13 @@ class Rounding:
     def describe(self) -> str:
         """Returns a sentence on all weights that were written in fp8."""
         same = (
-            f"{self.num_weights - self.num_rounded:,} of {self.num_weights:,} fp8 weights are those that were imported"
+            f"{self.num_weights - self.num_rounded:,} of {self.num_weights:,} fp8 weights are as imported, bit for bit"
         )
         if not self.num_rounded:
-            return f"{same}, bit for bit"
+            return same
         mean = self.error / self.size if self.size else 0.0
         return (
-            f"{same}, bit for bit; the others were rounded: by {mean:.2%} of the values' size in the mean, by at most "
+            f"{same}; the others were rounded: by {mean:.2%} of the values' size in the mean, by at most "
             f"{self.largest:.2%} of the largest value of a block"
         )
 
