@@ -132,7 +132,7 @@ class Fp8Writer:
         expanded = self.quantization.expand(scales, slice(0, len(w)), w.shape[1], wide_dtype(w))
         codes = w.to(expanded.dtype).div(expanded).clamp_(-LARGEST_CODE, LARGEST_CODE).to(FP8)
         back = self.quantization.dequantize(codes, scales, self.dtype).to(w.dtype)
-        bits = INTEGERS[w.element_size()]  # as integers, since 0 equals -0 and NaN differs from itself
+        bits = INTEGERS[w.element_size()]  # as integers, since NaN differs from itself
         return codes, ~self.blocks(back.view(bits) != w.view(bits)).any(3).any(1)
 
     def blocks(self, x: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ def keep_set_aside(source: HuggingFaceModel, folder: Path) -> list[str]:
     which tensors are tied to the embedding to INDEX; and the scales of quantized weights. Returns a sentence if it
     writes tensors.
 
-    Tensors that are quantized are kept as weights are imported. Memory holds one file of SHARD_BYTES, or a larger tensor.
+    Quantized tensors are kept in the dtype in which weights are imported. Memory holds one file of SHARD_BYTES, or a
+    larger tensor.
     """
     keep_scales(source.folder, folder)
     tied = {name: source.folder.dtype(name) for name, kind in source.ignored.items() if kind == TIED}

@@ -162,6 +162,7 @@ def open_dense_source(path: Path, out: Path) -> DenseSource:
     """Opens a Hugging Face folder, a run or a checkpoint. out: run folder, which becomes run.folder of the config."""
     if (path / CONFIG).is_file():
         source = HuggingFaceModel(path)
+        source.check_values()
         config, tokenizer = imported_config(source, out), path / TOKENIZER_FILE
         return DenseSource(config, path, origin=path, tokenizer=tokenizer, notes=tuple(source.notes))
     if not path.exists():
