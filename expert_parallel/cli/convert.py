@@ -43,8 +43,8 @@ def import_command(
     """Create a run folder from a Hugging Face model.
 
     Keeps the weights bit for bit, and reads weights in fp8 or int4 exactly. `convert families` lists the families that
-    are supported.
-    Fails if a key of config.json or a tensor is not supported. The config of the run can be edited before training.
+    are supported. Fails if a key of config.json or a tensor is not supported. The config of the run can be edited
+    before training.
 
     With --config-only, no weights are read: OUT becomes a config to train such a model from the start.
 
