@@ -14,8 +14,8 @@ if TYPE_CHECKING:  # the names of _MODULES, for type checkers
     from expert_parallel.checkpoint.optimizer_state_dict import optimizer_state_dict as optimizer_state_dict
     from expert_parallel.checkpoint.state import TorchState as TorchState
     from expert_parallel.model.config import ModelConfig as ModelConfig
+    from expert_parallel.model.outputs import ModelOutput as ModelOutput
     from expert_parallel.model.parallelize import build_model as build_model
-    from expert_parallel.model.transformer import ModelOutput as ModelOutput
     from expert_parallel.model.transformer import Transformer as Transformer
     from expert_parallel.moe.config import MoEConfig as MoEConfig
     from expert_parallel.moe.context import RouterReplay as RouterReplay
@@ -72,7 +72,7 @@ _MODULES = {
     "load_optimizer_state_dict": "expert_parallel.checkpoint.optimizer_state_dict",
     # the whole model, on any layout
     "ModelConfig": "expert_parallel.model.config",
-    "ModelOutput": "expert_parallel.model.transformer",
+    "ModelOutput": "expert_parallel.model.outputs",
     "Transformer": "expert_parallel.model.transformer",
     "build_model": "expert_parallel.model.parallelize",
     "load_checkpoint": "expert_parallel.checkpoint.load",

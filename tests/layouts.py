@@ -38,7 +38,7 @@ def build_on(
     """On one rank: its mesh, kept from test to test, and its part of the model."""
     parallel, config = parallel_config(layout), ModelConfig.model_validate(model)
     copies = kv_copies(config, parallel.degrees(layout["world"]))
-    mesh = _mesh(layout["world"], json.dumps(parallel.model_dump(mode="json")), copies, config.tied_embeddings)
+    mesh = _mesh(layout["world"], json.dumps(parallel.model_dump(mode="json")), copies, config.embeds_on_last_stage)
     settings: dict[str, Any] = {
         "sharding": parallel.data if isinstance(parallel.data, ShardedConfig) else None,
         "dtype": dtype,

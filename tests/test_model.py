@@ -14,9 +14,10 @@ from transformers.models.llama import modeling_llama
 from expert_parallel.model import transformer
 from expert_parallel.model.attention import Attention, HeadsConfig
 from expert_parallel.model.attention_mask import AttentionContext
+from expert_parallel.model.outputs import ModelOutput
 from expert_parallel.model.parallelize import build_model, init_weights
 from expert_parallel.model.rotary import RopeConfig, apply_rope, rope_cos_sin
-from expert_parallel.model.transformer import ModelConfig, ModelOutput, Recompute, Transformer
+from expert_parallel.model.transformer import ModelConfig, Recompute, Transformer
 from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.experts import grouped as experts
 from expert_parallel.moe.experts.grouped import GroupedExperts

@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from expert_parallel.model.attention import Attention, HeadsConfig
 from expert_parallel.model.block_patterns import AllBlocks, Blocks, check_blocks
 from expert_parallel.model.latent_attention import LatentAttention, LatentAttentionConfig
+from expert_parallel.model.multi_token import MTPConfig
 from expert_parallel.model.rotary import LearnedPositionConfig, PositionConfig, RopeConfig
 from expert_parallel.model.window_overrides import WindowOverrides
 from expert_parallel.moe.config import MoEConfig
@@ -81,6 +82,8 @@ class ModelConfig(Settings):
     """Describes how positions are encoded."""
     rope_blocks: Blocks = AllBlocks()
     """Selects the blocks with rotary positions; the others have no positions (NoPE: Kazemnejad et al. 2023)."""
+    mtp: MTPConfig | None = None
+    """Adds blocks that predict further tokens in training; null predicts the next token alone."""
     tied_embeddings: bool = True
     """Shares one weight between the embedding and the output projection."""
     unembedding_bias: bool = False
@@ -98,14 +101,35 @@ class ModelConfig(Settings):
     by sqrt(2 * num_layers)."""
 
     @property
+    def mtp_layers(self) -> range:
+        """Returns the numbers of the blocks of multi-token prediction, which follow those of the model."""
+        return range(self.num_layers, self.num_layers + (0 if self.mtp is None else self.mtp.depth))
+
+    @property
+    def num_blocks(self) -> int:
+        """Returns the number of transformer blocks, including those of multi-token prediction."""
+        return self.num_layers + len(self.mtp_layers)
+
+    @property
     def moe_layers(self) -> list[int]:
         """Returns the numbers of the blocks whose feed-forward network is a MoE layer."""
-        return self.moe_blocks.blocks(self.num_layers) if self.moe is not None else []
+        return self._selected(self.moe_blocks) if self.moe is not None else []
+
+    @property
+    def embeds_on_last_stage(self) -> bool:
+        """Returns True if the last pipeline stage has a copy of the embedding: as its output projection, or for the
+        tokens of multi-token prediction."""
+        return self.tied_embeddings or self.mtp is not None
 
     @property
     def has_input_norms(self) -> bool:
         """Returns True if blocks have a norm before each branch or, in `post`, behind each sum."""
         return self.norm_placement != "branch"
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Returns True if a norm follows the last block, and each block of multi-token prediction."""
+        return self.norm_placement != "post"
 
     @property
     def has_output_norms(self) -> bool:
@@ -121,13 +145,19 @@ class ModelConfig(Settings):
         """Returns the numbers of the blocks whose attention has a window or chunks."""
         attention = self.attention
         if isinstance(attention, HeadsConfig) and (attention.window is not None or attention.chunk is not None):
-            return self.window_blocks.blocks(self.num_layers)
+            return self._selected(self.window_blocks)
         return []
 
     @property
     def rope_layers(self) -> list[int]:
         """Returns the numbers of the blocks with rotary positions."""
-        return self.rope_blocks.blocks(self.num_layers) if isinstance(self.position, RopeConfig) else []
+        return self._selected(self.rope_blocks) if isinstance(self.position, RopeConfig) else []
+
+    def _selected(self, pattern: Blocks) -> list[int]:
+        """Returns the numbers of the blocks that a pattern selects. Blocks of multi-token prediction are like the last
+        block before them."""
+        blocks = pattern.blocks(self.num_layers)
+        return [*blocks, *self.mtp_layers] if self.num_layers - 1 in blocks else blocks
 
     def attention_of(self, layer: int) -> AttentionConfig:
         """Returns the attention settings of block number `layer`: with those of window_overrides if window_blocks
@@ -170,8 +200,9 @@ class ModelConfig(Settings):
 
         These are the embedding and the output projection (one weight with `tied_embeddings`, counted once), its bias,
         learned positions, the final norm, and in each block its norms, attention, and feed-forward network: a dense
-        one, or router, shared and routed experts. Biases, norms of queries and keys, and sinks count wherever they are
-        set. Buffers, such as a router's balance bias, are no parameters.
+        one, or router, shared and routed experts; blocks of multi-token prediction count like the others, with their
+        projections and norms. Biases, norms of queries and keys, and sinks count wherever they are set. Buffers, such
+        as a router's balance bias, are no parameters.
         """
         return self.parameter_counts().total
 
@@ -183,10 +214,14 @@ class ModelConfig(Settings):
         before drops. Embedding and output projection count in full, as in published numbers of active parameters
         (Mixtral 8x7B: 12.9 B), though a token looks up one row of the embedding.
         """
-        counts, moe = self.parameter_counts(), self.moe
-        if moe is None:
+        return self.count_active(self.parameter_counts())
+
+    def count_active(self, counts: ParameterCounts) -> int:
+        """Returns how many of the counted parameters one token uses; see `num_active_params`."""
+        if self.moe is None:
             return counts.dense
-        return counts.dense + round(counts.experts * moe.router.experts_per_token(moe.num_experts) / moe.num_experts)
+        share = self.moe.router.experts_per_token(self.moe.num_experts)
+        return counts.dense + round(counts.experts * share / self.moe.num_experts)
 
     def flops_per_token(self, sequence_length: int) -> int:
         """Counts the floating-point operations that a training step takes per token, forward and backward; the forward
@@ -194,8 +229,9 @@ class ModelConfig(Settings):
 
         These are 6 for each active parameter, except tables that are only looked up (an untied embedding, learned
         positions), and those of attention to half of `sequence_length` tokens, as many as a token attends to on
-        average. Norms, biases and sinks, which are few, count like matrices, windowed attention like full attention,
-        and dropped choices as if they were computed. Recomputation and the optimizer are not counted.
+        average. Each depth of multi-token prediction computes logits of its own. Norms, biases and sinks, which are
+        few, count like matrices, windowed attention like full attention, and dropped choices as if they were computed.
+        Recomputation and the optimizer are not counted.
 
         Sources: Kaplan et al. 2020, section 2.1 (6 N); Chowdhery et al. 2022, appendix B (attention, there to the whole
         sequence).
@@ -203,8 +239,10 @@ class ModelConfig(Settings):
         looked_up = 0 if self.tied_embeddings else self.vocab_size * self.d_model
         if isinstance(self.position, LearnedPositionConfig):
             looked_up += self.position.max_length * self.d_model
-        attention = self.num_layers * sequence_length * self.attention.multiplications_per_key
-        return 6 * (self.num_active_params() - looked_up) + 3 * attention  # 3 = 6 / 2: half of the sequence
+        more_logits = len(self.mtp_layers) * self.vocab_size * self.d_model
+        attention = self.num_blocks * sequence_length * self.attention.multiplications_per_key
+        multiplied = self.num_active_params() - looked_up + more_logits
+        return 6 * multiplied + 3 * attention  # 3 = 6 / 2: half of the sequence
 
     def parameter_counts(
         self, blocks: range | None = None, *, is_first: bool = True, is_last: bool = True
@@ -213,17 +251,19 @@ class ModelConfig(Settings):
         model.
 
         is_first: True if the stage has the embedding and learned positions. is_last: True if it has the final norm and
-        the output projection; with `tied_embeddings`, a last stage that is not the first counts its copy of the
-        embedding.
+        the output projection; a last stage that is not the first counts its copy of the embedding
+        (`embeds_on_last_stage`).
         """
         d_model, moe = self.d_model, self.moe
-        blocks = range(self.num_layers) if blocks is None else blocks
+        blocks = range(self.num_blocks) if blocks is None else blocks
         num_moe = len(set(self.moe_layers).intersection(blocks))
         norm = self.norm.num_params(d_model)
 
         dense = sum(count * attention.num_params(d_model) for attention, count in self.attention_counts(blocks))
         dense += 2 * len(blocks) * (self.has_input_norms + self.has_output_norms) * norm
         dense += num_moe * norm if self.moe_output_norm else 0
+        num_mtp = len(set(self.mtp_layers).intersection(blocks))
+        dense += num_mtp * (2 * d_model * d_model + (2 + self.has_final_norm) * norm)
         experts = 0
         if self.ffn is not None:
             dense += (len(blocks) - num_moe) * self.ffn.num_params(d_model)
@@ -231,7 +271,8 @@ class ModelConfig(Settings):
             dense += num_moe * moe.num_dense_params(d_model)
             experts += num_moe * moe.num_expert_params(d_model)
 
-        num_tables = int(is_first or is_last) if self.tied_embeddings else is_first + is_last
+        num_tables = int(is_first or (is_last and self.embeds_on_last_stage))
+        num_tables += is_last and not self.tied_embeddings
         dense += num_tables * self.vocab_size * d_model
         dense += self.vocab_size if is_last and self.unembedding_bias else 0
         if is_first and isinstance(self.position, LearnedPositionConfig):
@@ -310,11 +351,11 @@ class ModelConfig(Settings):
             raise ValueError(
                 f"moe_output_norm is true, but norm_placement is {self.norm_placement!r}: it goes with 'pre' alone"
             )
-        dense = self.num_layers - len(self.moe_layers)
+        dense = self.num_blocks - len(self.moe_layers)
         if dense and self.ffn is None:
-            raise ValueError(f"ffn is missing: {dense} of the {self.num_layers} blocks are dense")
+            raise ValueError(f"ffn is missing: {dense} of the {self.num_blocks} blocks are dense")
         if not dense and self.ffn is not None:
-            raise ValueError(f"ffn is given, but all {self.num_layers} blocks are MoE: it would do nothing")
+            raise ValueError(f"ffn is given, but all {self.num_blocks} blocks are MoE: it would do nothing")
         router = None if self.moe is None else router_settings(self.moe.router)
         if isinstance(router, ExpertChoiceConfig) and not router.accept_future_tokens:
             raise ValueError(

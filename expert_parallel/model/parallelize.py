@@ -107,8 +107,11 @@ def kv_copies(config: ModelConfig, degrees: ParallelDegrees) -> int:
 
 def split_into_stages(config: ModelConfig, num_stages: int) -> list[StageSpec]:
     """Splits the transformer blocks into stages of equal size, in order; if they do not divide evenly, the first stages
-    have one block more."""
-    blocks = torch.arange(config.num_layers).tensor_split(num_stages)
+    have one block more. The last stage has all blocks of multi-token prediction, of which each counts as one block."""
+    blocks = torch.arange(config.num_blocks).tensor_split(num_stages)
+    if len(blocks[-1]) < len(config.mtp_layers):  # it has no others, then
+        first = torch.arange(config.num_layers).tensor_split(num_stages - 1)
+        blocks = (*first, torch.tensor(config.mtp_layers))
     return [StageSpec(range(int(b[0]), int(b[-1]) + 1), number, num_stages) for number, b in enumerate(blocks)]
 
 
@@ -177,7 +180,9 @@ def apply_fsdp(model: Transformer, mesh: ParallelMesh, config: ShardedConfig) ->
         for module in block.attention.modules():
             wrap(module if isinstance(module, RMSNorm) else None, mesh.dense_mesh, full)
         wrap(block.attention, mesh.dense_mesh, low)
-        wrap(block, mesh.dense_mesh, full)  # its two norms and the router
+        if block.mtp is not None:
+            wrap(block.mtp.projection, mesh.dense_mesh, low)
+        wrap(block, mesh.dense_mesh, full)  # its norms and the router
     wrap(model.final_norm, mesh.dense_mesh, full)
     # The root is not resharded: its tables are needed first in the backward pass.
     fully_shard(model, mesh=mesh.dense_mesh, mp_policy=low, reshard_after_forward=False)

@@ -17,15 +17,13 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterleaved1F1B
 
 from expert_parallel.model.kv_cache import KVCache
+from expert_parallel.model.outputs import ModelOutput, Pooled, pooled_losses
 from expert_parallel.model.parallelize import build_model, split_into_stages
 from expert_parallel.model.transformer import (
     Block,
     LanguageModel,
     ModelConfig,
-    ModelOutput,
-    Pooled,
     Transformer,
-    pooled_losses,
 )
 from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.routers.losses import pooled_part
@@ -190,19 +188,19 @@ class Pipeline(LanguageModel, nn.ModuleList):
         pipeline_step = PipelineStep([tokens_BS], [context], cache=cache)
         num_ranks, rank = group_size(self.group), group_rank(self.group)
         length = len(self.place.own(tokens_BS.shape[1]))
-        x = None
+        x, mtp_logits = None, tuple[Tensor, ...]()
         for stage in self:
             if not stage.stage_spec.is_first:
                 shape = (len(tokens_BS), length, self.config.d_model)
                 x = torch.empty(shape, dtype=stage.compute_dtype, device=tokens_BS.device)
                 _exchange(dist.recv, x, self.group, (rank - 1) % num_ranks)
             output: ModelOutput = stage(x, micro_step=torch.tensor(0), pipeline_step=pipeline_step)
-            x = output.logits
+            x, mtp_logits = output.logits, output.mtp_logits
             if not stage.stage_spec.is_last:
                 _exchange(dist.send, x, self.group, (rank + 1) % num_ranks)
         assert x is not None
         self._pool_stats(pipeline_step)
-        return ModelOutput(x, {}, pipeline_step.stats[0], {})
+        return ModelOutput(x, {}, pipeline_step.stats[0], {}, mtp_logits)
 
     def _schedule(self, num_micro_steps: int, num_sequences: int, length: int, balance_size: int) -> Any:
         """Returns the schedule for steps of these sizes, built once: every stage allocates receive buffers for them."""

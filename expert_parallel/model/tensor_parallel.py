@@ -153,7 +153,8 @@ def vocab_start_index(vocab_size: int, group: dist.ProcessGroup | None) -> int:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sums logsumexp(logits) - logit of the target over tokens, with logits split by vocabulary: (T, V / P).
+    """Sums logsumexp(logits) - logit of the target over tokens, with logits split by vocabulary: (T, V / P). Negative
+    targets are ignored.
 
     Every rank returns the same sum. The gradient of a rank's logits needs no communication.
     """
@@ -168,15 +169,16 @@ class _CrossEntropy(torch.autograd.Function):
         local_T = local_T.clamp(0, logits_TV.shape[1] - 1)
         target_T = shifted_TV.gather(1, local_T[:, None]).squeeze(1) * is_here_T
         exp_TV = shifted_TV.exp()
-        sums_T, targets_T = all_reduce_sum(torch.stack([exp_TV.sum(1), target_T]), group)
-        ctx.save_for_backward(exp_TV / sums_T[:, None], local_T, is_here_T)
-        return (sums_T.log() - targets_T).sum()
+        sums_T, target_logits_T = all_reduce_sum(torch.stack([exp_TV.sum(1), target_T]), group)
+        is_target_T = targets_T >= 0
+        ctx.save_for_backward(exp_TV / sums_T[:, None], local_T, is_here_T, is_target_T)
+        return ((sums_T.log() - target_logits_T) * is_target_T).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        softmax_TV, local_T, is_here_T = ctx.saved_tensors
+        softmax_TV, local_T, is_here_T, is_target_T = ctx.saved_tensors
         logits_grad_TV = softmax_TV.scatter_add(1, local_T[:, None], -is_here_T[:, None].to(softmax_TV.dtype))
-        return logits_grad_TV * grad, None, None, None
+        return logits_grad_TV * (grad * is_target_T)[:, None], None, None, None
 
 
 def cross_entropy_sum(
@@ -185,7 +187,7 @@ def cross_entropy_sum(
     """Returns the sum of -log p(target) over all tokens, in nats, a scalar in float32 or wider.
 
     logits_BSV: (B, S, V), or (B, S, V / P) if they are split by vocabulary over `group`; they are never gathered, and
-    every rank returns the whole sum. targets_BS: int64. vocab_size: V, needed with a group.
+    every rank returns the whole sum. targets_BS: int64; those of -100 are ignored. vocab_size: V, needed with a group.
     """
     # float32 or wider: a sum over thousands of tokens, each a sum over the vocabulary, would be noise in bfloat16.
     wide = logits_BSV.to(torch.promote_types(torch.float32, logits_BSV.dtype)).flatten(0, 1)

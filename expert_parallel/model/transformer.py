@@ -7,7 +7,6 @@ the MoE layers. `parallelize.py` applies all other parallelism from outside.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,48 +16,17 @@ from torch.utils.checkpoint import checkpoint
 from expert_parallel.model.attention_mask import AttentionContext
 from expert_parallel.model.config import ATTENTION, ModelConfig, Recompute
 from expert_parallel.model.kv_cache import KVCache
+from expert_parallel.model.multi_token import MTPProjection, has_target, shift
+from expert_parallel.model.outputs import BlockOutput, ModelOutput, collect_losses
 from expert_parallel.model.rotary import LearnedPositionConfig
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.context import RouterReplay, StepContext
 from expert_parallel.moe.layer import MoELayer
-from expert_parallel.moe.routers.losses import BalanceLossConfig, loss_name, pool_layers
-from expert_parallel.moe.types import LoadStats
 from expert_parallel.nn.ffn import FFN, identity
 from expert_parallel.nn.norms import NORMS
 from expert_parallel.nn.random import dropout, mix
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.parallel.sequence import SequenceShard
-
-# By name of the loss: f and P of losses that are pooled over layers; see losses.fractions_and_probabilities.
-Pooled = dict[str, tuple[Tensor, Tensor]]
-
-
-class BlockOutput(NamedTuple):
-    """Holds the output x (B, S, D) of a block, and the losses, stats and pooled terms that its MoE layer returned
-    (MoEOutput).
-
-    For a dense block, stats is None and the others are empty. FSDP2 finds the tensors since a tuple is a pytree.
-    """
-
-    x: Tensor
-    losses: dict[str, Tensor]
-    stats: LoadStats | None
-    pooled: Pooled
-
-
-class ModelOutput(NamedTuple):
-    """Holds the output of a model or of a pipeline stage.
-
-    logits: (B, S, vocab) in the compute dtype; a stage that is not the last holds its output x (B, S, D) here instead.
-    losses: the weighted auxiliary losses of each MoE block, by its number and by name. stats: the LoadStats of each MoE
-    block. pooled: only for a pipeline stage, the terms of losses that are pooled over the layers of all stages; a whole
-    model has these losses in `losses`.
-    """
-
-    logits: Tensor
-    losses: dict[int, dict[str, Tensor]]
-    stats: dict[int, LoadStats]
-    pooled: dict[int, Pooled]
 
 
 @dataclass(frozen=True)
@@ -87,7 +55,8 @@ class Block(nn.Module):
     Each half adds a branch f, attention or feed-forward, to the residual stream, by the norm placement: x + f(norm(x))
     (`pre`), norm(x + f(x)) (`post`), x + norm(f(x)) (`branch`) or x + norm'(f(norm(x))) (`sandwich`). The residual
     multiplier is a factor of each branch. recompute: the part (`moe`, `block` or `none`) whose activations are
-    discarded and recomputed in the backward pass.
+    discarded and recomputed in the backward pass. A block of multi-token prediction takes [embedding | hidden], (B, S,
+    2 D); see MTPProjection.
     """
 
     def __init__(
@@ -107,6 +76,8 @@ class Block(nn.Module):
         self.ffn_norm = norm() if config.has_input_norms else nn.Identity()
         self.attention_output_norm = norm() if config.has_output_norms else nn.Identity()
         self.ffn_output_norm = norm() if config.has_ffn_output_norm(layer) else nn.Identity()
+        is_mtp = layer in config.mtp_layers
+        self.mtp = MTPProjection(norm, config.d_model, config.has_final_norm) if is_mtp else None
         attention = config.attention_of(layer)
         rope = config.rope_of(layer)
         self.attention = ATTENTION[attention.kind](attention, config.d_model, rope)  # type: ignore[arg-type]
@@ -131,6 +102,12 @@ class Block(nn.Module):
         return self._run(x, context, attention_context)
 
     def _run(self, x: Tensor, context: StepContext, attention_context: AttentionContext) -> BlockOutput:
+        if self.mtp is None:
+            return self._run_branches(x, context, attention_context)
+        output = self._run_branches(self.mtp.merge(x), context, attention_context)
+        return output._replace(x=self.mtp.normalize(output.x))
+
+    def _run_branches(self, x: Tensor, context: StepContext, attention_context: AttentionContext) -> BlockOutput:
         if self.norm_placement == "post":
             x = self.attention_norm(self._add_branch(x, self.attention(x, attention_context), context, number=0))
             output = self._feed_forward(x, context)
@@ -214,19 +191,19 @@ class Transformer(LanguageModel):
     ) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
-        self.stage_spec = stage_spec or StageSpec(range(config.num_layers))
+        self.stage_spec = stage_spec or StageSpec(range(config.num_blocks))
         self.place = SequenceShard.of(mesh)
         self.gather_for_logits: Callable[[Tensor], Tensor] = identity  # replaced if the vocabulary is split
         is_first, is_last = self.stage_spec.is_first, self.stage_spec.is_last
         table = partial(nn.Embedding, embedding_dim=config.d_model)
         learned = config.position if isinstance(config.position, LearnedPositionConfig) else None
-        has_norm = is_last and config.norm_placement != "post"
-        self.embedding = table(config.vocab_size) if is_first or (is_last and config.tied_embeddings) else None
+        has_norm = is_last and config.has_final_norm
+        self.embedding = table(config.vocab_size) if is_first or (is_last and config.embeds_on_last_stage) else None
         self.position = table(learned.max_length) if learned is not None and is_first else None
         # Indexed by the number of the block, so that parameter names do not depend on the stage; None: other stages.
         self.blocks = nn.ModuleList(
             Block(config, layer, mesh, recompute) if layer in self.stage_spec.blocks else None  # type: ignore[misc]
-            for layer in range(config.num_layers)
+            for layer in range(config.num_blocks)
         )
         self.final_norm = NORMS[config.norm.kind](config.d_model, config.norm.eps) if has_norm else None
         self.unembedding = table(config.vocab_size) if is_last and not config.tied_embeddings else None
@@ -252,24 +229,65 @@ class Transformer(LanguageModel):
         tokens_BS: whole sequences, int64. context: its `document_BS` and `mask_BS` have the shape of tokens_BS; the
         block number and the tokens are filled in here. x: (B, S, D), the output of the previous stage; None on the
         first stage, which embeds the tokens. cache: holds the keys and values of earlier tokens; the caller advances
-        its length. Raises ValueError for more tokens than there are learned positions.
+        its length. With a cache or `context.dropless`, as in generation, further tokens are not predicted
+        (`mtp_logits`). Raises ValueError for more tokens than there are learned positions.
         """
         length = tokens_BS.shape[1]
         attention_context = AttentionContext.of(self.place, length, tokens_BS.device, context.document_BS, cache)
         if self.stage_spec.is_first:
             x = self._embed(tokens_BS, context, attention_context)
         assert x is not None
-        context = self._own_tokens(tokens_BS, context)
-        outputs: dict[int, BlockOutput] = {}
-        for layer, block in self.local_blocks():
-            output: BlockOutput = block(x, replace(context, layer=layer), attention_context)
-            x = output.x
-            if output.stats is not None:
-                outputs[layer] = output
-        losses, stats, pooled = self._losses(outputs)
+        outputs: dict[int, BlockOutput] = {}  # of the MoE blocks
+        own = self._own_tokens(tokens_BS, context)
+        for layer in self.stage_spec.blocks:
+            if layer < self.config.num_layers:
+                x = self._run_block(layer, x, own, attention_context, outputs)
         if self.final_norm is not None:
             x = self.final_norm(x)
-        return ModelOutput(self._logits(x) if self.stage_spec.is_last else x, losses, stats, pooled)
+        logits, mtp_logits = x, tuple[Tensor, ...]()
+        if self.stage_spec.is_last:
+            logits = self._logits(x)
+            if cache is None and not context.dropless:
+                mtp_logits = self._predict_ahead(x, tokens_BS, context, attention_context, outputs)
+        losses = collect_losses(self.config, outputs, is_whole=self.stage_spec.num_stages == 1)
+        return ModelOutput(logits, *losses, mtp_logits)
+
+    def _run_block(
+        self,
+        layer: int,
+        x: Tensor,
+        context: StepContext,
+        attention_context: AttentionContext,
+        outputs: dict[int, BlockOutput],
+    ) -> Tensor:
+        """Runs a block, and adds its output to `outputs` if it is an MoE block."""
+        output: BlockOutput = self.blocks[layer](x, replace(context, layer=layer), attention_context)
+        if output.stats is not None:
+            outputs[layer] = output
+        return output.x
+
+    def _predict_ahead(
+        self,
+        x: Tensor,
+        tokens_BS: Tensor,
+        context: StepContext,
+        attention_context: AttentionContext,
+        outputs: dict[int, BlockOutput],
+    ) -> tuple[Tensor, ...]:
+        """Returns the logits of each depth of multi-token prediction, computed from the block of the depth before it.
+
+        x: (B, S, D), the output of the final norm at the positions of this rank. Positions without a target are padding
+        for the MoE layers; no position that has a target attends to one of them.
+        """
+        logits = []
+        for depth, layer in enumerate(self.config.mtp_layers, start=1):
+            ahead_BS = shift(tokens_BS, depth, fill=0)
+            mask_BS = has_target(tokens_BS, depth, context.document_BS, context.mask_BS)
+            own = self._own_tokens(ahead_BS, replace(context, mask_BS=mask_BS))
+            x = torch.cat([self._look_up(ahead_BS), x], -1)
+            x = self._run_block(layer, x, own, attention_context, outputs)
+            logits.append(self._logits(x))
+        return tuple(logits)
 
     def _own_tokens(self, tokens_BS: Tensor, context: StepContext) -> StepContext:
         """Returns the context with its per-token tensors restricted to the positions of this rank."""
@@ -285,11 +303,7 @@ class Transformer(LanguageModel):
 
     def _embed(self, tokens_BS: Tensor, context: StepContext, attention_context: AttentionContext) -> Tensor:
         """Embeds tokens (B, S) to (B, S, D) at the positions of this rank, with learned positions and dropout."""
-        assert self.embedding is not None
-        length, device = tokens_BS.shape[1], tokens_BS.device
-        x = self.embedding(tokens_BS[:, self.place.context(length).to(device)]).to(self.compute_dtype)
-        if self.config.embedding_multiplier != 1:
-            x = x * self.config.embedding_multiplier
+        length, x = tokens_BS.shape[1], self._look_up(tokens_BS)
         if self.position is not None:
             if length > len(self.position.weight):
                 raise ValueError(
@@ -303,6 +317,14 @@ class Transformer(LanguageModel):
             x = dropout(x, self.config.dropout, mix(*where))
         return x
 
+    def _look_up(self, tokens_BS: Tensor) -> Tensor:
+        """Returns the rows of the embedding, (B, S, D), of the tokens at the positions of this rank, multiplied by
+        `embedding_multiplier`."""
+        assert self.embedding is not None
+        positions_S = self.place.context(tokens_BS.shape[1]).to(tokens_BS.device)
+        x: Tensor = self.embedding(tokens_BS[:, positions_S]).to(self.compute_dtype)
+        return x if self.config.embedding_multiplier == 1 else x * self.config.embedding_multiplier
+
     def _logits(self, x: Tensor) -> Tensor:
         table = self.embedding if self.unembedding is None else self.unembedding
         assert table is not None
@@ -311,29 +333,3 @@ class Transformer(LanguageModel):
             x = x / self.config.logits_divisor
             bias = None if bias is None else bias / self.config.logits_divisor
         return F.linear(self.gather_for_logits(x), table.weight.to(x.dtype), bias)
-
-    def _losses(
-        self, outputs: dict[int, BlockOutput]
-    ) -> tuple[dict[int, dict[str, Tensor]], dict[int, LoadStats], dict[int, Pooled]]:
-        """Collects losses, stats and pooled terms by MoE block.
-
-        A whole model turns the pooled terms of all layers into losses; a pipeline stage returns the terms.
-        """
-        losses = {layer: dict(output.losses) for layer, output in outputs.items()}
-        stats = {layer: output.stats for layer, output in outputs.items() if output.stats is not None}
-        pooled = {layer: output.pooled for layer, output in outputs.items()}
-        if self.stage_spec.num_stages > 1:
-            return losses, stats, pooled
-        for layer, terms in pool_layers(pooled).items():
-            settings = pooled_losses(self.config)
-            losses[layer] |= {name: settings[name].coefficient * term for name, term in terms.items()}
-            detached = {name: term.detach() for name, term in terms.items()}
-            stats[layer] = replace(stats[layer], losses={**stats[layer].losses, **detached})
-        return losses, stats, {}
-
-
-def pooled_losses(config: ModelConfig) -> dict[str, BalanceLossConfig]:
-    """Returns the settings of the balance losses that are pooled over layers, by name of the loss, in the order of the
-    config."""
-    losses = [] if config.moe is None else config.moe.losses
-    return {loss_name(loss): loss for loss in losses if isinstance(loss, BalanceLossConfig) and loss.layers == "pooled"}

@@ -45,7 +45,7 @@ class ParallelMesh:
     dense_group (dp x cp): the ranks that hold the same shard of the dense weights.
     sequence_group (cp x tp): the ranks that split the same sequences.
     kv_replica_group: consecutive tp ranks that hold the same key and value heads, if there are fewer heads than ranks.
-    tied_embedding_group: the first and the last stage, if they share an embedding table.
+    tied_embedding_group: the first and the last stage, if they each have a copy of the embedding table.
     ep_group: the ranks over which experts are distributed. etp_group: the ranks over which each expert is split.
     edp_group: the ranks that hold the same shard of the same experts. nodes: node and rail groups within ep_group.
     dense_mesh, expert_mesh: dense_group and edp_group for FSDP2, [shards] or [replicas, shards]; None if not sharded.
@@ -137,7 +137,7 @@ def build_mesh(
     timeout: of every collective. ranks_per_node: None if all ranks share a node. hierarchical: True builds node and
     rail groups too. data: a ShardedConfig also builds the device meshes for FSDP2. kv_copies: the number of consecutive
     tensor parallel ranks that hold the same key and value heads. tied_embeddings: True if the first and the last stage
-    share an embedding table.
+    each have a copy of the embedding table.
     """
     assert degrees.world_size == dist.get_world_size(), (degrees, dist.get_world_size())
     make, ranks = group_builder(device_type, timeout), ranks_by_group(degrees)

@@ -53,7 +53,7 @@ def reduce_gradients(model: nn.Module, mesh: ParallelMesh, *, sharded: bool) -> 
         [logical for logical in dense if logical.tensor_shard and logical.tensor_shard.copies > 1],
         mesh.kv_replica_group,
     )
-    # The tied embedding table, of which the first and the last pipeline stage hold a copy each.
+    # The embedding table, if the first and the last pipeline stage hold a copy each.
     _all_reduce_in_buckets([logical for logical in dense if logical.names == TIED], mesh.tied_embedding_group)
 
 

@@ -24,8 +24,11 @@ EXPERT_LOAD = re.compile(r"(.*layer_\d+)/load/\d+")  # the share of one expert (
 
 def step_metrics(report: StepReport, prefix: str) -> Metrics:
     """Returns the metrics of one step by name: `train/...` or `eval/...` as `prefix` says, each metric of the MoE
-    layers as `moe/layer_<i>/...`, and its mean over these layers as `moe/...` (in evaluation `eval/moe/...`)."""
+    layers as `moe/layer_<i>/...`, and its mean over these layers as `moe/...` (in evaluation `eval/moe/...`). The loss
+    of each depth of multi-token prediction is `loss/mtp_<depth>` (`eval/loss/mtp_<depth>`)."""
     metrics: Metrics = {f"{prefix}/loss": report.loss}
+    further = "loss" if prefix == "train" else "eval/loss"
+    metrics |= {f"{further}/mtp_{depth}": loss for depth, loss in enumerate(report.mtp_losses, start=1)}
     if prefix == "train":
         metrics |= {"train/grad_norm": report.grad_norm, "train/learning_rate": report.learning_rate}
     if not report.layers:

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from expert_parallel.data.batch import MicroBatch
+from expert_parallel.model.outputs import BlockOutput, ModelOutput
 from expert_parallel.model.pipeline import Pipeline, Stage
-from expert_parallel.model.transformer import BlockOutput, LanguageModel, ModelOutput, Transformer
+from expert_parallel.model.transformer import LanguageModel, Transformer
 from expert_parallel.moe.context import RouterReplay, StepContext
 from expert_parallel.moe.parameters import local_tensor, logical_parameters
 from expert_parallel.moe.types import DispatchedTokens, MoEOutput, RoutingPlan
@@ -40,7 +41,7 @@ CHECKED_FIELDS: dict[type, tuple[str, ...]] = {
     DispatchedTokens: ("x_VD",),
     MoEOutput: ("y", "losses"),
     BlockOutput: ("x", "losses"),
-    ModelOutput: ("logits", "losses"),
+    ModelOutput: ("logits", "mtp_logits", "losses"),
 }
 
 
@@ -104,8 +105,8 @@ def find_first_bad_tensor(
         parameter.grad = None
     with watch.attached(model):
         passes = forward_backward(model, engine, batches, config, mesh, step=step, seed=seed, replay=replay)
-        for micro_step, (cross_entropy, _, _) in enumerate(passes):
-            watch.check_loss(micro_step, cross_entropy.detach())
+        for micro_step, (counted, _) in enumerate(passes):
+            watch.check_loss(micro_step, counted[:, 0])
     found = [*bad_weights, *watch.found, *_bad_parameters(model, watch, "backward")]
     first = min(found, key=lambda bad: bad.sort_key, default=None)
     gathered = all_gather_text("" if first is None else json.dumps(asdict(first)), torch.device("cpu"))

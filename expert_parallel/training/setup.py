@@ -52,7 +52,7 @@ def build_mesh_and_model(
         hierarchical=moe is not None and moe.dispatcher.kind == "hierarchical",
         data=parallel.data,
         kv_copies=kv_copies(config.model, degrees),
-        tied_embeddings=config.model.tied_embeddings,
+        tied_embeddings=config.model.embeds_on_last_stage,
     )
     build_here = partial(build_pipeline, pipeline=parallel.pipeline) if degrees.pp > 1 else build_model
     model = build_here(
@@ -109,7 +109,12 @@ def check_degrees(config: Config, world_size: int, ranks_per_node: int | None = 
     validate_degrees(config.model, degrees, config.parallel.stages_per_rank)
     if config.model.moe is not None and config.model.moe.dispatcher.kind == "hierarchical":
         node_and_rail_ranks(degrees, config.parallel.ranks_per_node or ranks_per_node or world_size)
-    training = config.training
+    training, mtp = config.training, config.model.mtp
+    if mtp is not None and mtp.depth >= training.sequence_length:
+        raise ValueError(
+            f"model.mtp.depth ({mtp.depth}) is not smaller than training.sequence_length ({training.sequence_length}): "
+            "no sequence has a token so far ahead"
+        )
     micro = training.global_batch // training.micro_steps
     if micro < degrees.dp:
         raise ValueError(

@@ -10,17 +10,18 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from expert_parallel.data.batch import MicroBatch
+from expert_parallel.model.outputs import ModelOutput
 from expert_parallel.model.pipeline import Pipeline, PipelineStep, Stage
-from expert_parallel.model.tensor_parallel import cross_entropy_sum
-from expert_parallel.model.transformer import LanguageModel, ModelConfig, ModelOutput
+from expert_parallel.model.transformer import LanguageModel, ModelConfig
 from expert_parallel.moe.conservation import LayerTotals, pack, packed_size, report_breaches, unpack
 from expert_parallel.moe.context import RouterReplay, StepContext
 from expert_parallel.moe.routers.base import TopKRouter
 from expert_parallel.moe.routers.losses import loss_name, update_balance_bias
 from expert_parallel.moe.types import LoadStats
-from expert_parallel.parallel.collectives import all_reduce_sum, group_rank
+from expert_parallel.parallel.collectives import all_reduce_sum
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.training.config import TrainingConfig
+from expert_parallel.training.cross_entropy import StepTargets, count_targets, local_cross_entropy, no_cross_entropy
 from expert_parallel.training.engines.engine import Engine
 from expert_parallel.training.freeze import AllTrainable
 from expert_parallel.training.optim import learning_rate
@@ -32,7 +33,8 @@ class StepReport:
 
     loss: the mean cross entropy of all ranks' tokens, in nats per token, without auxiliary losses. num_tokens: the
     number of these tokens. layers: the totals of each MoE block, by its number. grad_norm: the norm of the whole
-    model's gradient before clipping; 0 in evaluation.
+    model's gradient before clipping; 0 in evaluation. mtp_losses: the mean cross entropy of each depth of multi-token
+    prediction over the targets that it has.
     """
 
     loss: float
@@ -40,6 +42,7 @@ class StepReport:
     layers: dict[int, LayerTotals]
     grad_norm: float = 0.0
     learning_rate: float = 0.0
+    mtp_losses: tuple[float, ...] = ()
 
     @property
     def is_finite(self) -> bool:
@@ -60,17 +63,16 @@ class StepTotals:
     num_micro_steps: int = 0
     sums: Tensor | None = None
 
-    def add(self, cross_entropy: Tensor, num_tokens: int, stats: dict[int, LoadStats]) -> None:
-        """Adds one micro-step. cross_entropy: the sum over `num_tokens` tokens, which no other rank adds. stats: by
-        number of the MoE block."""
+    def add(self, counted: Tensor, stats: dict[int, LoadStats]) -> None:
+        """Adds one micro-step. counted: see CrossEntropy. stats: by number of the MoE block."""
         self.num_micro_steps += 1
-        head = cross_entropy.detach().double().view(1)  # float64 holds counts exactly, up to 2**53
+        head = counted.flatten()
         empty = head.new_zeros(self._layer_size)
         layers = (
             pack(stats[layer]) if layer in stats else empty  # empty: the layer is on another pipeline stage
             for layer in self.config.moe_layers
         )
-        packed = torch.cat([head, head.new_tensor([num_tokens]), *layers])
+        packed = torch.cat([head, *layers])
         self.sums = packed if self.sums is None else self.sums + packed
 
     def reduce(self) -> StepReport:
@@ -80,8 +82,9 @@ class StepTotals:
         """
         assert self.sums is not None
         # .cpu() is the step's device sync for its report.
-        head, rest = all_reduce_sum(self.sums, dist.group.WORLD).cpu().tensor_split([2])
-        loss, num_tokens = float(head[0]), int(head[1])
+        num_means = 1 + len(self.config.mtp_layers)
+        head, rest = all_reduce_sum(self.sums, dist.group.WORLD).cpu().tensor_split([2 * num_means])
+        loss, *mtp_losses = (total / max(count, 1) for total, count in head.view(num_means, 2).tolist())
         layers = {}
         for number, layer in enumerate(self.config.moe_layers):
             assert self.config.moe is not None
@@ -90,7 +93,7 @@ class StepTotals:
             report_breaches(totals, self.config.moe.ledger, layer, self.step)
             losses = {name: value / self.num_micro_steps for name, value in totals.losses.items()}
             layers[layer] = replace(totals, losses=losses)
-        return StepReport(loss / max(num_tokens, 1), num_tokens, layers)
+        return StepReport(loss, int(head[1]), layers, mtp_losses=tuple(mtp_losses))
 
     @property
     def _loss_names(self) -> list[str]:
@@ -114,20 +117,21 @@ def train_step(
 ) -> StepReport:
     """Makes one training step, which updates the weights once, and returns its report.
 
-    The loss is (sum of cross entropy) / (number of all targets of the step), plus, for each auxiliary loss of each MoE
-    layer, the mean over micro-steps of coefficient * loss. replay: the recorded choices that the routers take; choices
+    The loss is (sum of cross entropy) / (number of all targets of the step), plus model.mtp.weight times the mean over
+    the depths of multi-token prediction of the same quotient, plus, for each auxiliary loss of each MoE layer, the mean
+    over micro-steps of coefficient * loss. replay: the recorded choices that the routers take; choices
     of passes that it does not hold are recorded in it.
     """
     totals = StepTotals(model.config, step)
     passes = forward_backward(model, engine, list(micro_batches), config, mesh, step=step, seed=seed, replay=replay)
-    for cross_entropy, num_tokens, stats in passes:
-        totals.add(cross_entropy, num_tokens, stats)
+    for counted, stats in passes:
+        totals.add(counted, stats)
 
     rate = learning_rate(config.optimizer, config.schedule, step, config.steps)
     norm = engine.update(rate)
 
     report = totals.reduce()
-    report = StepReport(report.loss, report.num_tokens, report.layers, norm, rate)
+    report = replace(report, grad_norm=norm, learning_rate=rate)
     # A step that is not finite has updated no weight (Engine.update), so it must not change the biases either.
     trains_routers = isinstance(config.trainable, AllTrainable) or config.trainable.router == "chosen"
     if report.is_finite and trains_routers:
@@ -157,8 +161,8 @@ def make_step_contexts(
     ]
 
 
-# Sum of cross entropy that this rank reports, number of its tokens, stats of the MoE blocks of this stage.
-MicroStepResult = tuple[Tensor, int, dict[int, LoadStats]]
+# What this rank reports of the cross entropy (CrossEntropy.counted), stats of the MoE blocks of this stage.
+MicroStepResult = tuple[Tensor, dict[int, LoadStats]]
 
 
 def forward_backward(
@@ -176,10 +180,10 @@ def forward_backward(
     rank's tokens accumulate in the engine. Arguments: see `train_step`."""
     model.train()
     contexts = make_step_contexts(batches, mesh, seed=seed, step=step, replay=replay)
-    num_targets = config.global_batch * config.sequence_length
+    targets = count_targets(model, batches, config.global_batch, config.sequence_length, mesh)
     if isinstance(model, Pipeline):
-        return run_pipeline(model, batches, contexts, num_targets, mesh)
-    return run_micro_steps(model, engine, batches, contexts, num_targets, mesh)
+        return run_pipeline(model, batches, contexts, targets, mesh)
+    return run_micro_steps(model, engine, batches, contexts, targets, mesh)
 
 
 def run_micro_steps(
@@ -187,53 +191,34 @@ def run_micro_steps(
     engine: Engine,
     batches: list[MicroBatch],
     contexts: list[StepContext],
-    num_targets: int,
+    targets: StepTargets,
     mesh: ParallelMesh,
 ) -> Iterator[MicroStepResult]:
-    """Runs the forward and backward passes, one micro-step after the other, and yields the result of each. num_targets:
-    the number of targets of the step on all ranks, by which the cross entropy is divided."""
+    """Runs the forward and backward passes, one micro-step after the other, and yields the result of each."""
     for batch, context in zip(batches, contexts, strict=True):
         output = engine.forward(batch.inputs_BS, context)
-        cross_entropy, counted, num_tokens = local_cross_entropy(model, output, batch, mesh)
+        cross_entropy = local_cross_entropy(model, output, batch, mesh)
         balance = sum((loss for losses in output.losses.values() for loss in losses.values()), torch.zeros(()))
-        loss = cross_entropy / num_targets + balance / len(batches)
+        loss = cross_entropy.loss(targets) + balance / len(batches)
         engine.backward(loss, is_last=context.micro_step == len(batches) - 1)
-        yield counted, num_tokens, output.stats
+        yield cross_entropy.counted, output.stats
 
 
 def run_pipeline(
-    model: Pipeline, batches: list[MicroBatch], contexts: list[StepContext], num_targets: int, mesh: ParallelMesh
+    model: Pipeline, batches: list[MicroBatch], contexts: list[StepContext], targets: StepTargets, mesh: ParallelMesh
 ) -> Iterator[MicroStepResult]:
     """Runs the forward and backward passes of all micro-steps in the order of the pipeline schedule, and yields the
-    result of each. num_targets: the number of targets of the step on all ranks, by which the cross entropy is
-    divided."""
-    counted = [(torch.zeros((), device=batch.inputs_BS.device), 0) for batch in batches]
+    result of each."""
+    counted = [no_cross_entropy(model, batch.inputs_BS.device) for batch in batches]
 
     def cross_entropy_of(stage: Stage, output: ModelOutput, number: int) -> Tensor:
-        cross_entropy, own, num_tokens = local_cross_entropy(stage, output, batches[number], mesh)
-        counted[number] = (own.detach(), num_tokens)
-        return cross_entropy / num_targets
+        cross_entropy = local_cross_entropy(stage, output, batches[number], mesh)
+        counted[number] = cross_entropy.counted
+        return cross_entropy.loss(targets)
 
     pipeline_step = PipelineStep([batch.inputs_BS for batch in batches], contexts, cross_entropy_of)
     model.forward_backward(pipeline_step)
-    for (own, num_tokens), stats in zip(counted, pipeline_step.stats, strict=True):
-        yield own, num_tokens, stats
-
-
-def local_cross_entropy(
-    model: LanguageModel, output: ModelOutput, batch: MicroBatch, mesh: ParallelMesh
-) -> tuple[Tensor, Tensor, int]:
-    """Returns (sum of the cross entropy of this rank's targets in nats, the sum to report, the number of tokens to
-    report).
-
-    All TP ranks compute the same sum; only TP rank 0 reports it, the others report 0.
-    """
-    positions_S = model.place.context(batch.targets_BS.shape[1]).to(batch.targets_BS.device)
-    targets_BS = batch.targets_BS[:, positions_S]
-    cross_entropy = cross_entropy_sum(output.logits, targets_BS, mesh.tp_group, model.config.vocab_size)
-    if group_rank(mesh.tp_group) > 0:
-        return cross_entropy, torch.zeros_like(cross_entropy), 0
-    return cross_entropy, cross_entropy, targets_BS.numel()
+    yield from zip(counted, pipeline_step.stats, strict=True)
 
 
 @torch.no_grad()
@@ -255,10 +240,9 @@ def evaluate(
     for batch, context in zip(batches, make_step_contexts(batches, mesh, seed=seed), strict=True):
         output = engine.forward(batch.inputs_BS, context)
         if not model.has_logits:
-            totals.add(torch.zeros((), device=output.logits.device), 0, output.stats)
+            totals.add(no_cross_entropy(model, output.logits.device), output.stats)
             continue
-        _, counted, num_tokens = local_cross_entropy(model, output, batch, mesh)
-        totals.add(counted, num_tokens, output.stats)
+        totals.add(local_cross_entropy(model, output, batch, mesh).counted, output.stats)
     reshard_parameters(model)
     return totals.reduce()
 

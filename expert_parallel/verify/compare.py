@@ -2,7 +2,7 @@
 largest error."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ def expected_tensors(reference: ReferenceStep, before: ReferenceState) -> Tensor
     `quantity/place`, such as `gradient/embedding.weight`. before: what the step started from."""
     start, after = before.parameters, reference.after
     found: Tensors = {
-        "loss/loss": torch.tensor([reference.loss]),
+        **loss_tensors(reference.loss, reference.mtp_losses),
         "gradient norm/gradient norm": torch.tensor([reference.grad_norm]),
         "learning rate/learning rate": torch.tensor([reference.rate], dtype=torch.float64),
         **{f"gradient/{name}": value for name, value in reference.gradients.items()},
@@ -62,6 +62,13 @@ def expected_tensors(reference: ReferenceStep, before: ReferenceState) -> Tensor
         **layer_tensors(reference.layers),
     }
     return {name: value.detach().to(torch.float64) for name, value in found.items()}
+
+
+def loss_tensors(loss: float, mtp_losses: Sequence[float]) -> Tensors:
+    """Returns the mean cross entropy, and that of each depth of multi-token prediction, named as in
+    `expected_tensors`."""
+    found = {"loss": loss} | {f"mtp_{depth}": mean for depth, mean in enumerate(mtp_losses, start=1)}
+    return {f"loss/{name}": torch.tensor([value], dtype=torch.float64) for name, value in found.items()}
 
 
 def layer_tensors(layers: Mapping[int, LayerRecord | LayerTotals]) -> Tensors:
@@ -88,7 +95,7 @@ def actual_tensors(run: TrainingRun, captured: CapturedStep, before: Tensors, ex
     before: this rank's weights and balance biases before the step. expected: from `expected_tensors`."""
     report, training = captured.report, run.config.training
     found: Tensors = {
-        "loss/loss": torch.tensor([report.loss]),
+        **loss_tensors(report.loss, report.mtp_losses),
         "gradient norm/gradient norm": torch.tensor([report.grad_norm]),
         "learning rate/learning rate": torch.tensor([report.learning_rate], dtype=torch.float64),
         **{f"gradient/{name}": value for name, value in captured.gradients.items()},

@@ -186,7 +186,8 @@ def _run(config: Config, runtime: Runtime, in_experts: bool, num_steps: int) -> 
             places["embedding"] = is_dropped.cumsum(-1).sum(-1).flatten().tolist()
             steps[current].num_dropped += int(is_dropped.sum())
             steps[current].num_features += x.numel()
-        return x * 0 + given_D.to(x.device), context, *rest
+        repeats = x.shape[-1] // len(given_D)  # 2 for a block of multi-token prediction
+        return x * 0 + given_D.to(x.device).repeat(repeats), context, *rest
 
     def take(block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         context = arguments[1]

@@ -29,6 +29,7 @@ from expert_parallel.verify.compare import (
     gather_divisions,
     gather_json,
     layer_tensors,
+    loss_tensors,
     union_of_ranks,
 )
 from expert_parallel.verify.dropout import with_probabilities
@@ -155,7 +156,7 @@ def _compare_evaluation(
     wanted = reference.evaluation(point, run.config, batches, gather_divisions(run, mine))
     with system_under_test.collecting_ledger_errors([]):
         report = run.held_out_report()
-    found = {"loss/loss": torch.tensor([report.loss], dtype=torch.float64)} | layer_tensors(report.layers)
+    found = loss_tensors(report.loss, report.mtp_losses) | layer_tensors(report.layers)
     names = {name: f"evaluation/{what}: {name.replace('/loss', '').replace('/', ' of ')}" for name in wanted}
     pairs: Pairs = {names[name]: (found[name], value) for name, value in wanted.items()}
     return compare(pairs, {names[name]: value for name, value in wanted.items()}, FLOOR)

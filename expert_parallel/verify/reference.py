@@ -24,6 +24,7 @@ from expert_parallel.verify.reference_model import (
     cross_entropy,
     forward,
 )
+from expert_parallel.verify.reference_mtp import FurtherTokens
 from expert_parallel.verify.reference_optimizer import (
     ReferenceState,
     adamw_step,
@@ -36,11 +37,12 @@ from expert_parallel.verify.reference_optimizer import (
 class ReferenceStep:
     """Holds everything that a reference step computes.
 
-    loss: mean cross entropy, nats per token. rate: the learning rate. grad_norm, gradients: before clipping, by logical
-    name. outputs: output of each block, (B, S, D), by (micro-step, block). layers: statistics of each MoE block. after:
-    the state that the step leaves behind."""
+    loss: mean cross entropy, nats per token. mtp_losses: that of each depth of multi-token prediction. rate: the
+    learning rate. grad_norm, gradients: before clipping, by logical name. outputs: output of each block, (B, S, D), by
+    (micro-step, block). layers: statistics of each MoE block. after: the state that the step leaves behind."""
 
     loss: float
+    mtp_losses: list[float]
     rate: float
     grad_norm: float
     gradients: Parameters
@@ -69,6 +71,7 @@ def reference_step(
     record, loss = PassRecord.of(model), 0.0
     num_targets = sequences_GS.shape[0] * (sequences_GS.shape[1] - 1)
     total = torch.zeros((), dtype=torch.float64)
+    further = FurtherTokens.of(model)
     for micro_step, sequences_BS in enumerate(sequences_GS.chunk(training.micro_steps)):
         context = _context(sequences_BS, seed, step, micro_step, separator)
         parameters = {**weights, **state.balance_biases}
@@ -76,6 +79,8 @@ def reference_step(
         mean = cross_entropy(passed.logits_BSV, sequences_BS[:, 1:]).sum() / num_targets
         total = total + mean + passed.auxiliary / training.micro_steps
         loss += float(mean.detach())
+        further.add(passed.mtp_logits, sequences_BS[:, 1:], context.document_BS)
+    total = total + further.weighted(model)
     found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
     gradients = {
         name: torch.zeros_like(w) if g is None else g for (name, w), g in zip(weights.items(), found, strict=True)
@@ -87,7 +92,7 @@ def reference_step(
         moved = update_balance_biases(state.balance_biases, model.moe.router.balance_bias_rate, record.layers)
         after = replace(after, balance_biases=moved)
     record.divide_losses(training.micro_steps)
-    return ReferenceStep(loss, rate, grad_norm, gradients, record.outputs, record.layers, after)
+    return ReferenceStep(loss, further.means(), rate, grad_norm, gradients, record.outputs, record.layers, after)
 
 
 @torch.no_grad()
@@ -97,18 +102,20 @@ def reference_evaluation(
     batches: Sequence[tuple[Tensor, TokenPartition]],
     seed: int,
     separator: int | None = None,
-) -> tuple[float, dict[int, LayerRecord]]:
-    """Returns the mean cross entropy of held-out sequences in nats per token, and the statistics of each MoE block.
+) -> tuple[list[float], dict[int, LayerRecord]]:
+    """Returns the mean cross entropies of held-out sequences in nats per token, first of the next token, then of each
+    depth of multi-token prediction, and the statistics of each MoE block.
 
     batches: of each pass, the sequences, int64 (B, S + 1), and which rank holds which tokens; see `reference_step`."""
-    record, total, num_tokens = PassRecord.of(model), 0.0, 0
+    record, total, num_tokens, further = PassRecord.of(model), 0.0, 0, FurtherTokens.of(model)
     for number, (sequences_BS, partition) in enumerate(batches):
         context = _context(sequences_BS, seed, 0, number, separator)
         passed = forward(model, parameters, sequences_BS[:, :-1], partition, context, record, training=False)
         total += float(cross_entropy(passed.logits_BSV, sequences_BS[:, 1:]).sum())
         num_tokens += sequences_BS[:, 1:].numel()
+        further.add(passed.mtp_logits, sequences_BS[:, 1:], context.document_BS)
     record.divide_losses(len(batches))
-    return total / num_tokens, record.layers
+    return [total / num_tokens, *further.means()], record.layers
 
 
 @torch.no_grad()
@@ -117,6 +124,7 @@ def reference_generation(
 ) -> list[list[int]]:
     """Returns each prompt followed by the `num_tokens` most probable tokens, each of which the whole model computes
     anew from all tokens before it, without capacity."""
+    model = model.model_copy(update={"mtp": None})
     if model.moe is not None:
         model = model.model_copy(update={"moe": model.moe.model_copy(update={"capacity": DroplessConfig()})})
     texts = [list(prompt) for prompt in prompts]

@@ -26,6 +26,7 @@ def heads_attention(model: Any, layer: int, weights: Parameters, x_BSD: Tensor, 
     sinks, as configured."""
     config, size = model.attention, model.attention.head_size
     value_size = size if config.value_size is None else config.value_size
+    layer = min(layer, model.num_layers - 1)  # multi-token prediction: as the last block
     is_limited = layer in model.window_blocks.blocks(model.num_layers)
     window, chunk = (config.window, config.chunk) if is_limited else (None, None)
     kv_heads = _of_block(model, layer, "num_kv_heads", config.kv_heads)

@@ -10,7 +10,7 @@ from expert_parallel.moe.routers.across_tokens import ExpertChoiceConfig, Sinkho
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.config import Config
 from expert_parallel.verify import system_under_test
-from expert_parallel.verify.compare import broadcast_tensors, expected_tensors, layer_tensors
+from expert_parallel.verify.compare import broadcast_tensors, expected_tensors, layer_tensors, loss_tensors
 from expert_parallel.verify.reference import reference_evaluation, reference_generation, reference_step
 from expert_parallel.verify.reference_model import TokenPartition
 from expert_parallel.verify.reference_optimizer import ReferenceState
@@ -85,8 +85,8 @@ class ReferenceCache:
         def compute() -> Tensors:
             assert point.state is not None
             separator = system_under_test.separator(config)
-            loss, layers = reference_evaluation(config.model, point.state.parameters, passes, config.seed, separator)
-            return {"loss/loss": torch.tensor([loss], dtype=torch.float64)} | layer_tensors(layers)
+            losses, layers = reference_evaluation(config.model, point.state.parameters, passes, config.seed, separator)
+            return loss_tensors(losses[0], losses[1:]) | layer_tensors(layers)
 
         return from_rank_0(self.runtime, compute)
 

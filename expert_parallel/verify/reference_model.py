@@ -17,6 +17,7 @@ from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.reference.reference_layer import RankTokens, reference_layer
 from expert_parallel.moe.reference.reference_routing import NOT_ROUTED, blocks, collect_tokens, route
 from expert_parallel.verify.reference_attention import attention, document_positions, linear
+from expert_parallel.verify.reference_mtp import has_target, merged_input, tokens_ahead
 
 Parameters = dict[str, Tensor]
 # For each rank of one pipeline stage: the sequences of a micro-step that it holds, and their positions (int64).
@@ -60,10 +61,11 @@ class PassRecord:
 @dataclass
 class ForwardResult:
     """Holds the result of a forward pass. auxiliary: the sum over MoE blocks and auxiliary losses of coefficient *
-    loss."""
+    loss. mtp_logits: those of each depth of multi-token prediction."""
 
     logits_BSV: Tensor
     auxiliary: Tensor
+    mtp_logits: list[Tensor]
 
 
 def forward(
@@ -82,35 +84,62 @@ def forward(
     if model.position.kind == "learned":
         x_BSD = x_BSD + weights["position.weight"][document_positions(document_BS)]
     auxiliary, balance_terms = x_BSD.new_zeros(()), {}
-    for layer in range(model.num_layers):
+
+    def run_block(layer: int, x_BSD: Tensor, tokens_BS: Tensor, real_BS: Tensor | None = None) -> Tensor:
         here = _strip_prefix(weights, f"blocks.{layer}.")
 
-        def feed_forward(x: Tensor, layer: int = layer, here: Parameters = here) -> Tensor:
+        def feed_forward(x: Tensor) -> Tensor:
             nonlocal auxiliary
             if layer not in model.moe_layers:
                 return _ffn(model.ffn.activation, _strip_prefix(here, "ffn."), x)
-            where = replace(context, layer=layer)
+            where = replace(context, layer=layer, mask_BS=real_BS)
             y, loss, balance_terms[layer] = _moe(
                 model.moe, _strip_prefix(here, "moe."), x, tokens_BS, partition, where, record, training
             )
             auxiliary = auxiliary + loss
             return y
 
-        def attend(x: Tensor, layer: int = layer, here: Parameters = here) -> Tensor:
+        def attend(x: Tensor) -> Tensor:
             return attention(model, layer, _strip_prefix(here, "attention."), x, document_BS)
 
         x_BSD = _add_branch(model, here, "attention", attend, x_BSD, is_moe=False)
-        x_BSD = _add_branch(model, here, "ffn", feed_forward, x_BSD, is_moe=layer in model.moe_layers)
+        return _add_branch(model, here, "ffn", feed_forward, x_BSD, is_moe=layer in model.moe_layers)
+
+    for layer in range(model.num_layers):
+        x_BSD = run_block(layer, x_BSD, tokens_BS)
         record.outputs[context.micro_step, layer] = x_BSD.detach()
+    x_BSD = _final_norm(model, weights, x_BSD)
+    logits = [_logits(model, weights, x_BSD)]
+    for depth in range(1, 1 + (0 if model.mtp is None else model.mtp.depth)):
+        layer = model.num_layers + depth - 1
+        here = _strip_prefix(weights, f"blocks.{layer}.mtp.")
+        ahead_BS = tokens_ahead(tokens_BS, depth)
+        norms = [norm_function(model.norm, _strip_prefix(here, f"{of}_norm.")) for of in ("embedding", "hidden")]
+        merged = merged_input(here["projection.weight"], norms, _look_up(model, weights, ahead_BS), x_BSD)
+        x_BSD = _final_norm(model, here, run_block(layer, merged, ahead_BS, has_target(document_BS, depth)))
+        record.outputs[context.micro_step, layer] = x_BSD.detach()
+        logits.append(_logits(model, weights, x_BSD))
     if model.moe is not None:
         auxiliary = auxiliary + _pooled_losses(model.moe, balance_terms, record)
-    if model.norm_placement != "post":
-        x_BSD = norm_function(model.norm, _strip_prefix(weights, "final_norm."))(x_BSD)
+    return ForwardResult(logits[0], auxiliary, logits[1:])
+
+
+def _look_up(model: Any, weights: Parameters, tokens_BS: Tensor) -> Tensor:
+    return weights["embedding.weight"][tokens_BS] * model.embedding_multiplier
+
+
+def _final_norm(model: Any, weights: Parameters, x_BSD: Tensor) -> Tensor:
+    if model.norm_placement == "post":
+        return x_BSD
+    return norm_function(model.norm, _strip_prefix(weights, "final_norm."))(x_BSD)
+
+
+def _logits(model: Any, weights: Parameters, x_BSD: Tensor) -> Tensor:
     table = "embedding.weight" if model.tied_embeddings else "unembedding.weight"
     logits_BSV = x_BSD @ weights[table].T
     if model.unembedding_bias:
         logits_BSV = logits_BSV + weights["unembedding_bias"]
-    return ForwardResult(logits_BSV / model.logits_divisor, auxiliary)
+    return logits_BSV / model.logits_divisor
 
 
 def _strip_prefix(parameters: Parameters, prefix: str) -> Parameters:
@@ -209,9 +238,9 @@ def _moe(
     ranks = []
     for sequence_index_B, positions_S in partition:
         here = (sequence_index_B[:, None], positions_S)
-        document_BS = None if context.document_BS is None else context.document_BS[here]
+        mask_BS, document_BS = (None if t is None else t[here] for t in (context.mask_BS, context.document_BS))
         sequences, places = sequence_index_B.tolist(), positions_S.tolist()
-        ranks.append(RankTokens(x_BSD[here], sequences, tokens_BS[here], None, places, document_BS))
+        ranks.append(RankTokens(x_BSD[here], sequences, tokens_BS[here], mask_BS, places, document_BS))
     output = reference_layer(config, weights, list(ranks), training=training, context=context)
     y_BSD = torch.zeros_like(x_BSD)
     for (sequence_index_B, positions_S), y in zip(partition, output.y, strict=True):

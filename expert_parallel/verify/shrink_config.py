@@ -20,6 +20,7 @@ UNROTATED_SIZE = 2  # columns of a head beside those with rotary positions, if n
 MAX_KV_HEADS = 4
 MAX_HEADS_PER_GROUP = 4
 MAX_EXPERTS = 16
+MAX_MTP_DEPTH = 2
 LATENT_SIZES = {"num_heads": 8, "query_rank": 12, "kv_rank": 8, "nope_size": 6, "rope_size": 4, "value_size": 5}
 WINDOW = 3  # shorter than a sequence, so that it masks some tokens
 SCALED_LENGTH = 3  # likewise, so that queries are scaled by several factors
@@ -140,6 +141,7 @@ def _make_small(draft: ConfigEditor, num_ranks: int, quick: bool) -> None:
     draft.put("model.init_std", INIT_STD, "so that gradients are larger than rounding")
     if draft.get("training.clip_norm") is not None:
         draft.put("training.clip_norm", CLIP_NORM, "so that it clips")
+    draft.at_most("model.mtp.depth", MAX_MTP_DEPTH)
     _fewer_blocks(draft)
     for shards in ("shards", "expert_shards"):
         draft.put(f"parallel.data.{shards}", None)

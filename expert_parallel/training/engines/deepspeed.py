@@ -18,7 +18,8 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from expert_parallel.checkpoint.state import TorchState, TrainingState
-from expert_parallel.model.transformer import Block, ModelOutput, Transformer
+from expert_parallel.model.outputs import ModelOutput
+from expert_parallel.model.transformer import Block, Transformer
 from expert_parallel.moe.context import StepContext
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.parallel.degrees import ranks_by_group
@@ -42,7 +43,7 @@ class TupleOutput(nn.Module):
 
     def forward(self, inputs_BS: Tensor, context: StepContext) -> tuple[Any, ...]:
         output: ModelOutput = self.model(inputs_BS, context)
-        return output.logits, output.losses, output.stats, output.pooled
+        return tuple(output)
 
 
 class MoETupleOutput(TupleOutput, MoE):

@@ -5,7 +5,7 @@ from typing import Protocol
 from torch import Tensor
 
 from expert_parallel.checkpoint.state import TrainingState
-from expert_parallel.model.transformer import ModelOutput
+from expert_parallel.model.outputs import ModelOutput
 from expert_parallel.moe.context import StepContext
 
 

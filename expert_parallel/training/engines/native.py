@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from expert_parallel.checkpoint.state import TorchState, TrainingState
-from expert_parallel.model.transformer import LanguageModel, ModelOutput
+from expert_parallel.model.outputs import ModelOutput
+from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.context import StepContext
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.training.freeze import zero_frozen_gradients
