@@ -161,6 +161,8 @@ _ROWS: list[tuple[str, str, str]] = [
     ("normalization norm_type", "model.norm.kind", ""),
     ("tie_word_embeddings tie_embeddings weight_tying", "model.tied_embeddings", ""),
     ("untie_embeddings_and_output_weights", "model.tied_embeddings", "true there is false here"),
+    ("num_nextn_predict_layers num_mtp_layers mtp_num_layers", "model.mtp.depth", ""),
+    ("mtp_loss_scaling_factor", "model.mtp.weight", ""),
     ("initializer_range init_method_std", "model.init_std", ""),
     ("sliding_window window_size", "model.attention.window", ""),
     ("swa_num_key_value_heads", "model.window_overrides.num_kv_heads", ""),

@@ -37,6 +37,7 @@ from tests.test_training import MODEL, batches
 SEED, STEPS = 3, 7  # two steps past the warm-up
 FEW_STEPS = 4  # in all cases but one
 NATIVE = {"kind": "native"}
+FURTHER = {"mtp": {"depth": 2}, "tied_embeddings": False}
 EP2, EP1, CP2 = {"world": 4, "ep": 2}, {"world": 4}, {"world": 4, "ep": 2, "cp": 2}
 
 
@@ -52,6 +53,8 @@ ENGINE_CASES = {
     "zero 2, offload": (EP2, zero(2, offload="cpu")),
     "zero 2, ep over all": ({"world": 4, "ep": 4}, zero(2)),
     "zero 1, cp": (CP2, zero(1)),
+    "zero 1, further tokens": ({**EP2, "model": FURTHER}, zero(1)),
+    "zero 3, further tokens": ({**EP1, "model": FURTHER}, zero(3)),
 }
 
 
@@ -84,7 +87,7 @@ class OneRun:
         self.runtime = Runtime(
             Launch("test", rank, world, rank, world), torch.device("cpu"), "gloo", timedelta(seconds=120)
         )
-        self.mesh, self.model = build_on(layout, MODEL, SEED, DTYPES[config.dtype])
+        self.mesh, self.model = build_on(layout, {**MODEL, **layout.get("model", {})}, SEED, DTYPES[config.dtype])
         optimizer = build_optimizer(config.optimizer, self.model, config.trainable)
         with pytest.MonkeyPatch.context() as patch:
             if config.engine.kind == "deepspeed":
@@ -190,7 +193,7 @@ def by_engine(case: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 # ---------------------------------------------------------------------------------------------- the same training
 
 
-@pytest.mark.parametrize("case", with_marks(ENGINE_CASES, "zero 0"))
+@pytest.mark.parametrize("case", with_marks(ENGINE_CASES, "zero 0", "zero 1, further tokens", "zero 3, further tokens"))
 def test_losses_are_the_native_engines(case: str) -> None:
     """Of 7 steps with ZeRO 2 (4 otherwise), and of held-out sequences after them. Every step clips."""
     results, expected = by_engine(case)
@@ -201,7 +204,7 @@ def test_losses_are_the_native_engines(case: str) -> None:
         assert result["norms"] == pytest.approx(expected[0]["norms"], rel=1e-4)  # rounding, grown over the steps
 
 
-@pytest.mark.parametrize("case", with_marks(ENGINE_CASES, "zero 0"))
+@pytest.mark.parametrize("case", with_marks(ENGINE_CASES, "zero 0", "zero 1, further tokens", "zero 3, further tokens"))
 def test_gradients_of_the_first_step_are_the_native_engines(case: str) -> None:
     """Parameter by parameter, relative to its largest element."""
     for result, expected in zip(*by_engine(case), strict=True):
@@ -230,7 +233,7 @@ def what_is_wrong_with_experts(results: list[dict[str, Any]], expected: list[dic
     return wrong
 
 
-@pytest.mark.parametrize("case", with_marks(ENGINE_CASES, "zero 0"))
+@pytest.mark.parametrize("case", with_marks(ENGINE_CASES, "zero 0", "zero 1, further tokens", "zero 3, further tokens"))
 def test_experts_stay_apart_and_their_replicas_together(case: str) -> None:
     assert not what_is_wrong_with_experts(*by_engine(case))
 

@@ -43,6 +43,7 @@ CONFIGS = [
         "data={kind: stdlib}",
     ],
     [
+        "model.mtp={depth: 1, weight: 0.1}",
         "model.attention={kind: latent, num_heads: 2, query_rank: 4, kv_rank: 8, nope_size: 4, rope_size: 4, "
         "value_size: 8, length_scaling: {beta: 0.1, length: 4}}",
         "data={kind: tokens, corpora: [{path: x}], end_id: 3, tokenizer: bytes}",

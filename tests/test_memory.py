@@ -65,6 +65,13 @@ CASES: dict[str, list[str]] = {
         "model.moe.experts={hidden: 64, activation: gelu, backend: loop}",
     ],
     "experts with biases and dropout, bfloat16": ["model.moe.experts={hidden: 160, bias: true}", BF16],
+    "two further tokens": ["model.mtp.depth=2"],
+    "a further token, recomputed, untied, bfloat16": [
+        "model.mtp.depth=1",
+        "model.tied_embeddings=false",
+        "training.recompute=block",
+        BF16,
+    ],
     "more weights than activations, bmm": [
         "model.moe.experts={hidden: 512, backend: bmm}",
         "training.sequence_length=16",

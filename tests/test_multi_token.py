@@ -7,12 +7,15 @@ import torch
 
 from expert_parallel.cli.verify import build_verification_spec
 from expert_parallel.model.multi_token import IGNORED, has_target, targets_ahead
+from expert_parallel.model.parallelize import build_model, split_into_stages
 from expert_parallel.training.config import Config
 from expert_parallel.verify.compare import TOLERANCES
 from expert_parallel.verify.explain import explain
 from expert_parallel.verify.run import verify
 from tests.ranks import run_ranks
 from tests.test_verify import runtime_of
+
+META = torch.device("meta")
 
 
 def test_targets_of_packed_documents_by_hand() -> None:
@@ -43,6 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "untied, two tokens": {
         "model": {
+            "num_layers": 4,
             "tied_embeddings": False,
             "moe": {**MOE, "router": BIASED, "losses": POOLED, "shared_experts": {"hidden": 16}},
             "moe_blocks": {"kind": "all_but_first", "k": 1},
@@ -87,6 +91,17 @@ def run_verification(rank: int, world: int, layouts: list[str], name: str) -> di
     results = verify(plan, runtime_of(rank, world))
     tolerance = TOLERANCES["float64"][0]
     return {result.layout: explain(result, tolerance) if result.wrong(tolerance) else [] for result in results}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_counted_as_they_are_built(name: str) -> None:
+    """In all, and on each of two stages, of which the last holds the further tokens' blocks and looks tokens up."""
+    model = config_of(name).model
+    assert model.num_params() == sum(p.numel() for p in build_model(model, device=META).parameters())
+    for stage in split_into_stages(model, 2):
+        built = sum(p.numel() for p in build_model(model, device=META, stage_spec=stage).parameters())
+        assert model.parameter_counts(stage.blocks, is_first=stage.is_first, is_last=stage.is_last).total == built
+    assert set(model.mtp_layers) <= set(stage.blocks)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -121,6 +121,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "tp ep",
     ),
     "recompute block, dropout": ({"world": 2, "tp": 2, "recompute": "block"}, {"dropout": 0.1}, "tp"),
+    "further tokens": (
+        {"world": 4, "tp": 2, "cp": 2, "recompute": "block"},
+        {"moe": None, "moe_blocks": {"kind": "all"}, "mtp": {"depth": 2}},
+        "tp cp",
+    ),
+    "further tokens, pp": (
+        {"world": 4, "pp": 2, "ep": 2, "data": "sharded", "micro_steps": 2},
+        {**UNTIED, "mtp": {"depth": 1}},
+        "pp ep tied",
+    ),
     "recompute block, cp": ({"world": 2, "cp": 2, "recompute": "block"}, {}, "cp"),
     "recompute moe": ({"world": 4, "tp": 2, "ep": 2, "recompute": "moe"}, {}, "tp ep"),
     "other order": (

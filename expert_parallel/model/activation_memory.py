@@ -86,23 +86,34 @@ class PartMemory:
 
 def block_memory(model: ModelConfig, block: int, sizes: PassSizes) -> Iterator[PartMemory]:
     """Yields the two halves of a transformer block: attention with its norms, then the feed-forward network with its
-    norms."""
+    norms. A block of multi-token prediction has the projection in the first half, and its final norm in the second."""
     norm_kept, norm_most = _norm(model.norm, model.d_model, sizes, sizes.tokens)
     masks = sizes.tokens * model.d_model if model.dropout > 0 else 0  # bool
     is_moe = model.moe is not None and block in model.moe_layers
+    further = _mtp_projection(model, sizes, norm_kept) if block in model.mtp_layers else ((0.0, 0.0), (0.0, 0.0))
     halves = (
         (_attention(model, model.attention_of(block), sizes), model.has_output_norms),
         (_moe(model, sizes) if is_moe else _ffn(model, sizes), model.has_ffn_output_norm(block)),
     )
-    for part, has_output_norm in halves:
-        own = (model.has_input_norms + has_output_norm) * norm_kept + masks
+    for (part, has_output_norm), (kept, weights) in zip(halves, further, strict=True):
+        own = (model.has_input_norms + has_output_norm) * norm_kept + masks + kept
         most = max(own + part.backward, norm_most)
-        yield PartMemory(own + part.kept, own + part.forward, most, part.exchanged, part.weights)
+        yield PartMemory(own + part.kept, own + part.forward, most, part.exchanged, part.weights + weights)
+
+
+def _mtp_projection(
+    model: ModelConfig, sizes: PassSizes, norm_kept: float
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Returns (bytes kept, number of weights) that multi-token prediction adds to the two halves of its block: two
+    norms and the projection of [embedding | hidden], with its input before and after the norms; and the final norm."""
+    weights = 2 * model.d_model * model.d_model
+    rows = 4 * sizes.tokens * model.d_model * sizes.width
+    return (2 * norm_kept + rows + sizes.copies(weights), weights), (model.has_final_norm * norm_kept, 0)
 
 
 def head_memory(model: ModelConfig, sizes: PassSizes) -> tuple[PartMemory, float]:
     """Returns the bytes of the final norm, the logits and the loss, and those of the logits alone, which exist until
-    the backward pass has ended.
+    the backward pass has ended; multi-token prediction has as many again for each depth.
 
     The loss keeps log probabilities in float32 or wider; its gradient takes two tensors more of their size. With tensor
     parallelism its forward pass has a fourth one.
@@ -112,8 +123,9 @@ def head_memory(model: ModelConfig, sizes: PassSizes) -> tuple[PartMemory, float
     kept = norm_kept + rows * model.d_model * sizes.width + sizes.copies(model.d_model * vocabulary)
     logits = rows * vocabulary * sizes.width
     numbers = 4 if sizes.degrees.tp > 1 and sizes.width < wide else 3
-    most = kept + logits + numbers * rows * vocabulary * wide
-    return PartMemory(kept + logits + rows * vocabulary * wide, most, most), logits
+    each, further = kept + logits + rows * vocabulary * wide, len(model.mtp_layers)
+    most = further * each + kept + logits + numbers * rows * vocabulary * wide
+    return PartMemory((1 + further) * each, most, most), (1 + further) * logits
 
 
 def _norm(config: NormConfig | None, columns: float, sizes: PassSizes, rows: int) -> tuple[float, float]:

@@ -182,7 +182,7 @@ class ModelConfig(Settings):
     def attention_counts(self, blocks: range | None = None) -> list[tuple[AttentionConfig, int]]:
         """Returns the different attention settings of the blocks numbered `blocks`, by default of all, and how many
         blocks have each."""
-        blocks = range(self.num_layers) if blocks is None else blocks
+        blocks = range(self.num_blocks) if blocks is None else blocks
         with_window = sum(layer in blocks for layer in self.window_layers)
         counts = [(self._attention(True), with_window), (self._attention(False), len(blocks) - with_window)]
         return [(attention, count) for attention, count in counts if count]

@@ -85,6 +85,14 @@ def format_model(config: Config, degrees: ParallelDegrees) -> list[str]:
         f"{counts.total:,} in all, {active:,} active for a token ({active / counts.total:.1%}): "
         f"{format_count(counts.dense)} dense, {format_count(counts.experts)} in experts",
     )
+    if (mtp := config.model.mtp) is not None:
+        further = config.model.parameter_counts(config.model.mtp_layers, is_first=False, is_last=False)
+        active_further = config.model.count_active(further)
+        lines += _row(
+            "further tokens",
+            f"{mtp.depth:,}, predicted by {format_count(further.total)} of these parameters, "
+            f"{format_count(active_further)} of the active ones, which generation does not use (model.mtp)",
+        )
     if moe is None:
         return lines
     lines += _row(
@@ -174,7 +182,7 @@ def recomputed_per_token(config: Config) -> int:
         0 if moe is None else round(blocks.experts * moe.router.experts_per_token(moe.num_experts) / moe.num_experts)
     )
     if training.recompute == "block":
-        attention = model.num_layers * training.sequence_length * model.attention.multiplications_per_key
+        attention = model.num_blocks * training.sequence_length * model.attention.multiplications_per_key
         return 2 * (blocks.dense + routed) + attention
     if training.recompute == "moe" and moe is not None:
         return 2 * (len(model.moe_layers) * moe.num_dense_params(model.d_model) + routed)

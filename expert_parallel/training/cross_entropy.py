@@ -92,10 +92,7 @@ def count_targets(
     if batches[0].documents_BS is None:
         return StepTargets(num_targets, [weight / (num_sequences * (length - depth)) for depth in depths])
     own_S = model.place.own(length).to(batches[0].targets_BS.device)
-    counts = [
-        sum(has_target(batch.inputs_BS, depth, batch.documents_BS)[:, own_S].sum() for batch in batches)
-        for depth in depths
-    ]
-    total = all_reduce_sum(torch.stack(counts), mesh.stage_group)
+    found = [[has_target(b.inputs_BS, depth, b.documents_BS)[:, own_S].sum() for b in batches] for depth in depths]
+    total = all_reduce_sum(torch.stack([torch.stack(counts).sum() for counts in found]), mesh.stage_group)
     # A step in which every document is shorter than the depth has no such target: its sum is 0, too.
     return StepTargets(num_targets, list((weight / total.clamp(min=1).double()).unbind()))

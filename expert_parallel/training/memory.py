@@ -176,7 +176,8 @@ def _step_moments(config: Config, degrees: ParallelDegrees, device: Device, pp_r
     weights = sum(part.weights for stretch in stretches for part in stretch.parts)
     stored = sum(stretch.stored for stretch in stretches)
     table = model.vocab_size * model.d_model / degrees.tp
-    gathered = Gathered.of(config, sizes, weights, table * (1 if model.tied_embeddings or degrees.pp > 1 else 2))
+    is_both = degrees.pp == 1 or (stages[-1].is_last and model.embeds_on_last_stage)  # has both tables, if untied
+    gathered = Gathered.of(config, sizes, weights, table * (2 if is_both and not model.tied_embeddings else 1))
     accumulates = config.training.micro_steps > 1  # then all gradients exist from the second micro-step on
     before = _passes_in_progress(config, degrees, pp_rank) * stored + _receive_buffers(config, stages, sizes)
 
@@ -198,8 +199,9 @@ def _step_moments(config: Config, degrees: ParallelDegrees, device: Device, pp_r
             yield replace(at_part, moment="forward pass", temporary=part.forward - part.kept)
             if not accumulates:
                 now = replace(now, gradients=now.gradients + complete.gradients * part.weights / (weights + table))
-    # A table that has a gradient already, of the logits or of earlier micro-steps, gets another one to add to it.
-    second = table * sizes.wide if model.tied_embeddings or accumulates else 0
+    # A table that has a gradient already, of the logits, of further tokens or of earlier micro-steps, gets another one
+    # to add to it.
+    second = table * sizes.wide if model.embeds_on_last_stage or accumulates else 0
     yield replace(complete, gathered=gathered.beside(table), logits=logits, temporary=second)
     yield replace(complete, temporary=_bucket_bytes(config, degrees, complete.gradients))
 
@@ -239,7 +241,8 @@ def _stretches(config: Config, block: int, sizes: PassSizes) -> list[Stretch]:
     row = sizes.tokens * model.d_model * sizes.width
     extra = 0 if sizes.wide == sizes.width else row  # the input is what a norm keeps, unless it is cast first
     if recompute == "block":
-        return [Stretch(row, [attention, feed_forward], extra)]
+        inputs = 2 if block in model.mtp_layers else 1
+        return [Stretch(inputs * row, [attention, feed_forward], extra)]
     first = Stretch(attention.kept, [attention])
     if recompute == "none" or model.moe is None or block not in model.moe_layers:
         return [first, Stretch(feed_forward.kept, [feed_forward])]

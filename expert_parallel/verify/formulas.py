@@ -37,12 +37,13 @@ ByteCounts = Counter[tuple[str, str]]  # (axis, content) -> bytes of all ranks t
 
 @dataclass(frozen=True)
 class StepSizes:
-    """Holds the sizes of a training step that its traffic depends on."""
+    """Holds the sizes of a training step that its traffic depends on. has_documents: True if documents are separate."""
 
     model: ModelConfig
     training: TrainingConfig
     parallel: ParallelConfig
     mesh: ParallelMesh
+    has_documents: bool = False
 
     @property
     def degrees(self) -> ParallelDegrees:
@@ -120,16 +121,18 @@ def activation_bytes(step: StepSizes) -> ByteCounts:
     reverses each: it reduce-scatters what was gathered, and gathers what was reduce-scattered."""
     model, training = step.model, step.training
     degrees = step.degrees
-    dense = model.num_layers - len(model.moe_layers)
+    heads = 1 + len(model.mtp_layers)  # the logits of the next token and of each further one
+    dense = model.num_blocks - len(model.moe_layers)
     shared = len(model.moe_layers) if model.moe is not None and model.moe.shared_experts is not None else 0
     # Recomputation stops once all saved tensors are restored: before the reduce-scatter at a block's end, if nothing
     # after it saves a tensor. Shared experts do not stop it: they overlap the exchange of the routed tokens.
     block, moe = training.recompute == "block", training.recompute == "moe"
     again = 1 if model.norm_placement == "pre" and model.dropout == 0 else 2
-    exchanges = 4  # scatter of the embedding, gather for the logits, and their backward passes
-    exchanges += (2 + block) * model.num_layers  # around attention
-    exchanges += (4 + again * block) * dense + (4 + 2 * block + 2 * moe) * shared
-    numbers = exchanges * model.d_model + (2 + block) * model.num_layers * _gathered_width(model)
+    normed = len(set(model.mtp_layers) - set(model.moe_layers)) if again == 1 else 0  # a norm follows these blocks
+    exchanges = 4 * heads  # scatter of the embedding, gather for the logits, and their backward passes
+    exchanges += (2 + block) * model.num_blocks  # around attention
+    exchanges += (4 + again * block) * dense + normed * block + (4 + 2 * block + 2 * moe) * shared
+    numbers = exchanges * model.d_model + (2 + block) * model.num_blocks * _gathered_width(model)
 
     keys_and_values = (degrees.cp - 1) * step.tokens * _key_value_widths(step) * step.compute_bytes
     # A norm over all heads reduces one sum of squares per token, for queries and for keys.
@@ -137,8 +140,8 @@ def activation_bytes(step: StepSizes) -> ByteCounts:
     return Counter(
         {
             ("tp", "tokens"): (degrees.tp - 1) * step.tokens * numbers * step.compute_bytes,
-            ("tp", "norms of queries and keys"): (2 + block) * model.num_layers * squares,
-            ("tp", "cross entropy"): 2 * (degrees.tp - 1) * step.tokens * 3 * step.param_bytes,
+            ("tp", "norms of queries and keys"): (2 + block) * model.num_blocks * squares,
+            ("tp", "cross entropy"): 2 * heads * (degrees.tp - 1) * step.tokens * 3 * step.param_bytes,
             ("cp", "keys and values"): (2 + block) * keys_and_values,
         }
     )
@@ -260,15 +263,15 @@ def weight_bytes(step: StepSizes) -> ByteCounts:
     """Returns the bytes of weights and gradients that are sent in a step, over all ranks.
 
     Gradients are summed once a step over the ranks that hold the same shard, whatever the number of micro-steps;
-    weights that FSDP2 shards are gathered for forward and backward passes. Tied embeddings exist on the first and the
-    last stage, which sum their gradients."""
+    weights that FSDP2 shards are gathered for forward and backward passes. Tied embeddings, and those of models with
+    multi-token prediction, exist on the first and the last stage, which sum their gradients."""
     degrees, data = step.degrees, step.parallel.data
     W = step.param_bytes
     terms: ByteCounts = Counter()
     for parameter in sharded_parameters(step):
         axis, holders = ("edp", degrees.edp) if parameter.is_expert else ("dense", degrees.dp * degrees.cp)
         divided, degree = ("etp", degrees.etp) if parameter.is_expert else ("tp", degrees.tp)
-        is_tied = step.model.tied_embeddings and degrees.pp > 1 and parameter.name == "embedding.weight"
+        is_tied = step.model.embeds_on_last_stage and degrees.pp > 1 and parameter.name == "embedding.weight"
         stages = 2 if is_tied else 1
         if isinstance(data, ShardedConfig):
             shards = shard_counts(data, degrees)[1 if parameter.is_expert else 0]

@@ -33,10 +33,13 @@ class ExpertRows:
 
 def statistics_bytes(step: StepSizes) -> ByteCounts:
     """Returns the bytes of statistics sent in a step, over all ranks: in every pass, counts of choices and tokens for
-    the losses; once a step, the gradient norm, cross entropy, number of tokens, and the counts of all layers."""
-    degrees = step.degrees
-    numbers = 3  # gradient norm, cross entropy, number of tokens
+    the losses; once a step, the gradient norm, cross entropies, their numbers of tokens, and the counts of all layers.
+    With documents, the targets of each further token are counted, too."""
+    degrees, depths = step.degrees, len(step.model.mtp_layers)
+    numbers = 3 + 2 * depths  # gradient norm, cross entropies, numbers of tokens
     terms: ByteCounts = Counter()
+    if step.has_documents:
+        terms["stage", "targets of further tokens"] = 2 * (step.ranks_per_stage - 1) * depths * 8
     if step.model.moe is not None:
         E = step.moe.num_experts
         num_losses = len(step.moe.losses)

@@ -91,7 +91,9 @@ def measure_step_bytes(
     groups = axis_groups(mesh)
     measured, num_ranks = _sum_over_ranks(counted.sent, groups, device)
     rows = _expert_rows(rows_of_passes, mesh, device)
-    expected = expected_bytes(StepSizes(model.config, training, parallel, mesh), report.layers, rows)
+    has_documents = micro_batches[0].documents_BS is not None
+    sizes = StepSizes(model.config, training, parallel, mesh, has_documents)
+    expected = expected_bytes(sizes, report.layers, rows)
     assert set(expected) <= set(groups), f"formulas of {set(expected) - set(groups)}, which are no axes of the mesh"
 
     found = []
