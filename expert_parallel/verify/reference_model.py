@@ -80,7 +80,7 @@ def forward(
     """Runs the model on one micro-step, and adds outputs, losses and counts to `record`. training: as opposed to
     evaluation, which has no noise and its own capacity."""
     document_BS = torch.zeros_like(tokens_BS) if context.document_BS is None else context.document_BS
-    x_BSD = weights["embedding.weight"][tokens_BS] * model.embedding_multiplier
+    x_BSD = _look_up(model, weights, tokens_BS)
     if model.position.kind == "learned":
         x_BSD = x_BSD + weights["position.weight"][document_positions(document_BS)]
     auxiliary, balance_terms = x_BSD.new_zeros(()), {}
