@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from expert_parallel.model.attention import HeadsConfig
-from expert_parallel.model.config import AttentionConfig, ModelConfig
+from expert_parallel.model.attention_kinds import AttentionConfig
+from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.capacity.policies import DroplessConfig, block_capacities
 from expert_parallel.moe.config import MoEConfig
 from expert_parallel.moe.experts.grouped import ExpertsConfig

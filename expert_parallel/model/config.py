@@ -2,13 +2,13 @@
 and FLOPs from the settings alone."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
-from expert_parallel.model.attention import Attention, HeadsConfig
+from expert_parallel.model.attention import HeadsConfig
+from expert_parallel.model.attention_kinds import AttentionConfig, refuse_positions
 from expert_parallel.model.block_patterns import AllBlocks, Blocks, check_blocks
-from expert_parallel.model.latent_attention import LatentAttention, LatentAttentionConfig
 from expert_parallel.model.multi_token import MTPConfig
 from expert_parallel.model.rotary import LearnedPositionConfig, PositionConfig, RopeConfig
 from expert_parallel.model.window_overrides import WindowOverrides
@@ -20,21 +20,6 @@ from expert_parallel.nn.norms import NormConfig
 from expert_parallel.settings import Settings
 
 Recompute = Literal["none", "moe", "block"]
-
-
-# kind -> module, made of (its settings, d_model, rotary positions or None), called with (x (B, S, D),
-# AttentionContext).
-ATTENTION: dict[str, type[Attention] | type[LatentAttention]] = {"heads": Attention, "latent": LatentAttention}
-
-
-def _tag(value: Any) -> str:
-    kind = value.get("kind", "heads") if isinstance(value, dict) else getattr(value, "kind", "heads")
-    return str(kind)
-
-
-AttentionConfig = Annotated[
-    Annotated[HeadsConfig, Tag("heads")] | Annotated[LatentAttentionConfig, Tag("latent")], Discriminator(_tag)
-]
 
 
 @dataclass(frozen=True)
@@ -283,20 +268,8 @@ class ModelConfig(Settings):
 
     @model_validator(mode="after")
     def _check_attention(self) -> "ModelConfig":
-        attention, position = self.attention, self.position
-        if isinstance(position, RopeConfig):
-            name, size = attention.rope_columns
-            if size % 2:
-                raise ValueError(f"attention.{name} ({size}) must be even for position.kind rope")
-        elif not isinstance(attention, HeadsConfig):
-            raise ValueError(
-                f"position.kind is {position.kind!r}, but attention.kind 'latent' supports only rotary positions"
-            )
-        elif attention.rope_size is not None:
-            raise ValueError(
-                f"attention.rope_size is {attention.rope_size}, but position.kind is {position.kind!r}: no column of "
-                "a head is rotary"
-            )
+        attention, layers = self.attention, self.rope_layers
+        refuse_positions(attention, self.position, with_rope=len(layers), without_rope=self.num_blocks - len(layers))
         if isinstance(self.window_blocks, AllBlocks):
             return self
         if not isinstance(attention, HeadsConfig) or (attention.window is None and attention.chunk is None):
@@ -320,21 +293,6 @@ class ModelConfig(Settings):
     def _check_window_overrides(self) -> "ModelConfig":
         if self.window_overrides is not None:
             self.window_overrides.check(self.attention, self.num_layers, self.window_layers, self.rope_layers)
-        return self
-
-    @model_validator(mode="after")
-    def _check_parts_that_need_rope(self) -> "ModelConfig":
-        norm, scaling = self.attention.qk_norm, self.attention.length_scaling
-        if norm is not None and not self.rope_layers and (norm.kind == "l2" or norm.after_rope):
-            part = "kind is 'l2'" if norm.kind == "l2" else "after_rope is true"
-            raise ValueError(
-                f"attention.qk_norm.{part}, but position.kind is {self.position.kind!r}: no block has rotary positions"
-            )
-        if scaling is not None and scaling.blocks == "without_rope" and len(self.rope_layers) == self.num_layers:
-            raise ValueError(
-                f"attention.length_scaling.blocks is 'without_rope', but all {self.num_layers} blocks have rotary "
-                "positions: it would do nothing"
-            )
         return self
 
     @model_validator(mode="after")

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from expert_parallel.model.attention_kinds import ATTENTION
 from expert_parallel.model.attention_mask import AttentionContext
-from expert_parallel.model.config import ATTENTION, ModelConfig, Recompute
+from expert_parallel.model.config import ModelConfig, Recompute
 from expert_parallel.model.kv_cache import KVCache
 from expert_parallel.model.multi_token import MTPProjection, has_target, shift
 from expert_parallel.model.outputs import BlockOutput, ModelOutput, collect_losses
