@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the names of _MODULES, for type checkers
     from expert_parallel.checkpoint.optimizer_state_dict import load_optimizer_state_dict as load_optimizer_state_dict
     from expert_parallel.checkpoint.optimizer_state_dict import optimizer_state_dict as optimizer_state_dict
     from expert_parallel.checkpoint.state import TorchState as TorchState
+    from expert_parallel.interop.start import START_KINDS as START_KINDS
     from expert_parallel.model.config import ModelConfig as ModelConfig
     from expert_parallel.model.outputs import ModelOutput as ModelOutput
     from expert_parallel.model.parallelize import build_model as build_model
@@ -85,6 +86,7 @@ _MODULES = {
     "Config": "expert_parallel.training.config",
     "load_config": "expert_parallel.training.config",
     "train": "expert_parallel.training.loop",
+    "START_KINDS": "expert_parallel.interop.start",
     "Runtime": "expert_parallel.runtime.process",
     "RuntimeConfig": "expert_parallel.runtime.process",
     "distributed": "expert_parallel.runtime.process",

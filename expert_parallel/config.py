@@ -224,10 +224,11 @@ def apply_override(tree: dict[str, Any], override: str, block: type[Settings]) -
 def _override_value(text: str, fields: Sequence[FieldInfo]) -> Any:
     """Returns the value that the text of an override means for a setting. fields: the fields that it may be.
 
-    The text of a text or a path is taken as it is, unless all of it stands in quotes. A list of paths may be one path.
+    The text of a text or a path is taken as it is, unless all of it stands in quotes. A list of paths, or a block for
+    one, may be one path.
     """
-    is_list = text.startswith("[") and text.endswith("]")
-    if not fields or not all(is_text(field) or (is_path(field) and not is_list) for field in fields):
+    is_tree = (text[:1], text[-1:]) in (("[", "]"), ("{", "}"))
+    if not fields or not all(is_text(field) or (is_path(field) and not is_tree) for field in fields):
         return _read_yaml_without_comments(text)
     if text.startswith(("'", '"')):
         with suppress(ValueError):  # of a text that only begins with a quotation mark

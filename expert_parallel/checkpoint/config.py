@@ -1,8 +1,35 @@
 """Holds the settings of checkpoints: when they are written, which of them are kept, and where a new run starts."""
 
-from pydantic import Field
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, Tag
 
 from expert_parallel.settings import PathText, Settings
+
+
+class StartFromRun(Settings):
+    """Takes the weights of a checkpoint."""
+
+    kind: Literal["run"]
+    path: PathText
+    """Sets the checkpoint's folder, a folder of checkpoints, or a run's folder, of which the newest checkpoint is
+    taken."""
+
+
+class StartFromHuggingFace(Settings):
+    """Takes the weights of a Hugging Face folder, of which each rank reads its own part."""
+
+    kind: Literal["hf"]
+    path: PathText
+    """Sets the folder of config.json and safetensors files, which describe the same model as `model`."""
+
+
+StartBlock = Annotated[StartFromRun | StartFromHuggingFace, Field(discriminator="kind")]
+# The function decides between the two, or an error would name both.
+StartConfig = Annotated[
+    Annotated[PathText, Tag("path")] | Annotated[StartBlock, Tag("block")],
+    Discriminator(lambda value: "block" if isinstance(value, dict | Settings) else "path"),
+]
 
 
 class CheckpointConfig(Settings):
@@ -16,6 +43,12 @@ class CheckpointConfig(Settings):
     """Also keeps every checkpoint whose step is a multiple of this number."""
     background: bool = True
     """Writes checkpoints from a copy in host memory while training continues."""
-    start_from: PathText | None = None
+    start_from: StartConfig | None = None
     """Starts a new run with the weights of this checkpoint, at step 0 and with a fresh optimizer; the path is a
-    checkpoint's folder, a folder of checkpoints, or a run's folder."""
+    checkpoint's folder, a folder of checkpoints, or a run's folder; a block may name a Hugging Face folder."""
+
+    @property
+    def start(self) -> StartFromRun | StartFromHuggingFace | None:
+        """Returns `start_from` as a block; a path alone is that of a run."""
+        path = self.start_from
+        return StartFromRun(kind="run", path=path) if isinstance(path, str) else path

@@ -89,6 +89,7 @@ def train(config: ConfigFile, overrides: Overrides = None, log_level: LogLevel =
 
     Example: `expert-parallel train configs/uomni.yaml training.steps=100`
     """
+    from expert_parallel.interop.start import START_KINDS
     from expert_parallel.training.loop import train as run
     from expert_parallel.training.resume import EXIT_CODE, stop_on_signal
 
@@ -100,7 +101,7 @@ def train(config: ConfigFile, overrides: Overrides = None, log_level: LogLevel =
         loaded = runtime.run_on_all_ranks(lambda: load_config(config, overrides or []))
         if runtime.rank == 0:
             print_run_folder(config, overrides or [])
-        is_done = run(loaded, runtime, stop)
+        is_done = run(loaded, runtime, stop, START_KINDS)
     if not is_done and runtime.launch.launcher != "torchrun":  # torchrun treats any code but 0 as a failure
         raise typer.Exit(EXIT_CODE)
 

@@ -102,18 +102,12 @@ def load_tokenizer(config: DataConfig, folder: Path | None = None) -> Tokenizer 
     return tokens.load_tokenizer(config)
 
 
-def save_tokenizer(config: DataConfig, folder: Path, start_from: str | None = None) -> None:
-    """Copies the tokenizer's file into the folder of a run, and the files of an imported model that it starts from.
+def save_tokenizer(config: DataConfig, folder: Path) -> None:
+    """Copies the tokenizer's file into the folder of a run.
 
-    start_from: the run or checkpoint that the run starts from, or None. If tokens are bytes, it removes a tokenizer
-    that is there: the folder is a copy of another run, or holds an imported model. If no tokenizer is known, it changes
-    nothing.
+    If tokens are bytes, it removes a tokenizer that is there: the folder is a copy of another run, or holds an imported
+    model. If no tokenizer is known, it changes nothing.
     """
-    if start_from is not None and not (folder / ORIGIN).exists():
-        sources = (Path(start_from), *Path(start_from).resolve().parents[:2])  # a run, or a checkpoint in one
-        origin = next((source / ORIGIN for source in sources if (source / ORIGIN).is_dir()), None)
-        if origin is not None:
-            shutil.copytree(origin, folder / ORIGIN)
     name = tokens.tokenizer_name(config) if isinstance(config, TokensData) else ("bytes", None)
     if name is None:
         return

@@ -47,6 +47,16 @@ def missing(kind: str, path: Path) -> str:
     )
 
 
+def format_bytes(count: int) -> str:
+    """Formats a number of bytes, such as 14.2 GB.
+
+    >>> format_bytes(999), format_bytes(1_230_000)
+    ('999 bytes', '1.2 MB')
+    """
+    units = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
+    return next((f"{count / size:,.1f} {unit}" for unit, size in units.items() if count >= size), f"{count} bytes")
+
+
 class HuggingFaceFolder:
     """Reads the tensors of a folder, whose files stay memory-mapped.
 
@@ -81,6 +91,11 @@ class HuggingFaceFolder:
             self.files[name] = opened
         for name in sorted((wanted or names) - names):
             raise ValueError(f"{self.path / file} lacks {name!r}, which {INDEX} assigns to this file")
+
+    @property
+    def num_bytes(self) -> int:
+        """Returns the size of the folder's safetensors files."""
+        return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
 
     def shape(self, name: str) -> list[int]:
         """Returns a tensor's shape without reading its data."""

@@ -31,10 +31,10 @@ class HuggingFaceModel:
     """Opens a folder, and checks config.json and the shapes and dtypes of all tensors before any weight is read.
 
     dtype: what quantized weights become, see `open_folder`. Tensors that transformers does not use either are set
-    aside: `ignored` has them by name, and what they are. `notes` has a sentence about each kind of them, about
-    quantized weights, and about the losses of training. bytes_read: of tensors, by `read_slice`. Raises a ValueError
-    that names the keys that are not supported, or the first tensor that is missing, left over, of another shape or of
-    another dtype.
+    aside: `ignored` has them by name, and what they are. `tensor_notes` has a sentence about each kind of them, and
+    about quantized weights; `notes` also those about the losses of training. bytes_read: of tensors, by `read_slice`.
+    Raises a ValueError that names the keys that are not supported, or the first tensor that is missing, left over, of
+    another shape or of another dtype.
     """
 
     def __init__(self, path: Path, dtype: str | None = None) -> None:
@@ -45,13 +45,14 @@ class HuggingFaceModel:
         refuse_larger_model(self.folder, self.model)
         num_mtp_layers = self.family.num_mtp_layers(HuggingFaceConfig(config))
         self.ignored = ignored = ignored_tensors(self.folder.files, self.model.num_layers, num_mtp_layers)
-        self.notes: list[str] = []
+        self.tensor_notes: list[str] = []
         table = self._settle_head(ignored) if self.model.tied_embeddings and HEAD in self.folder.files else TABLE
         pairs = match_model_tensors(self.family, config, self.model)
         self.pairs = [replace(pair, theirs=(table,)) if pair.theirs == (TABLE,) else pair for pair in pairs]
         losses = describe_model_losses(self.family, config, self.model)
         quantized = [self.folder.describe()] if isinstance(self.folder, QuantizedFolder) else []
-        self.notes = [*quantized, *describe_ignored(ignored), *self.notes, *losses]
+        self.tensor_notes = [*quantized, *describe_ignored(ignored), *self.tensor_notes]
+        self.notes = [*self.tensor_notes, *losses]
         check_tensors(self.folder, self.pairs, logical_shapes(self.model), ignored)
         self.places = {name: (pair, number) for pair in self.pairs for number, name in enumerate(pair.ours)}
         self.bytes_read = 0
@@ -64,14 +65,16 @@ class HuggingFaceModel:
         then `model.tied_embeddings` is false.
         """
         if TABLE not in self.folder.files:
-            self.notes.append(f"{HEAD} is also the embedding, as tie_word_embeddings is true and {TABLE} is missing")
+            self.tensor_notes.append(
+                f"{HEAD} is also the embedding, as tie_word_embeddings is true and {TABLE} is missing"
+            )
             return HEAD
         check_dtypes(self.folder, [TABLE, HEAD])
         if rows_are_equal(self.folder, TABLE, HEAD):
             ignored[HEAD] = TIED
         else:
             self.model = self.model.model_copy(update={"tied_embeddings": False})
-            self.notes.append(
+            self.tensor_notes.append(
                 f"model.tied_embeddings is false although tie_word_embeddings is true: {HEAD} differs from {TABLE}, "
                 "and transformers then uses both"
             )

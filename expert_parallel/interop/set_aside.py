@@ -13,7 +13,7 @@ from torch import Tensor
 from expert_parallel.checkpoint.manifest import DTYPE_NAMES, DTYPES
 from expert_parallel.data.reading import read_json
 from expert_parallel.interop.families.registry import FAMILIES
-from expert_parallel.interop.folder import CONFIG
+from expert_parallel.interop.folder import CONFIG, format_bytes
 from expert_parallel.interop.fp8_export import keep_scales
 from expert_parallel.interop.hf_config import Tree
 from expert_parallel.interop.hf_model import HuggingFaceModel, logical_shapes, read_model_config
@@ -83,7 +83,7 @@ def keep_set_aside(source: HuggingFaceModel, folder: Path) -> list[str]:
     if shard:
         _write(shard, folder / f"set_aside-{count:05d}.safetensors")
     (folder / INDEX).write_text(json.dumps({"tied": tied, "weight_map": files}, indent=2) + "\n", encoding="utf-8")
-    return [f"kept {list_briefly(names)} for export, {total / 1e9:,.3g} GB"] if names else []
+    return [f"kept {list_briefly(names)} for export, {format_bytes(total)}"] if names else []
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,5 +1,6 @@
 """Runs the training loop: `train`, from the first step or a checkpoint to the last step."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from expert_parallel.model.transformer import LanguageModel
@@ -15,22 +16,26 @@ from expert_parallel.training.out_of_memory import explain_out_of_memory
 from expert_parallel.training.resume import StopSignal
 from expert_parallel.training.run import set_up_run
 from expert_parallel.training.run_lock import own_run_folder
+from expert_parallel.training.start import STARTS, OpenStart
 from expert_parallel.training.step import train_step
 
 
-def train(config: Config, runtime: Runtime, stop: StopSignal | None = None) -> bool:
+def train(
+    config: Config, runtime: Runtime, stop: StopSignal | None = None, starts: Mapping[str, OpenStart] = STARTS
+) -> bool:
     """Trains to `training.steps`, resuming from the newest checkpoint of `run.folder` if there is one.
 
-    Returns False if a signal stopped it earlier, else True.
+    starts: how each kind of `checkpoint.start_from` is opened; `hf` is in `expert_parallel.START_KINDS`. Returns False
+    if a signal stopped it earlier, else True.
     """
     with explain_out_of_memory(config, runtime), own_run_folder(Path(config.run.folder), runtime):
-        return _train(config, runtime, stop or StopSignal())
+        return _train(config, runtime, stop or StopSignal(), starts)
 
 
-def _train(config: Config, runtime: Runtime, stop: StopSignal) -> bool:
+def _train(config: Config, runtime: Runtime, stop: StopSignal, starts: Mapping[str, OpenStart]) -> bool:
     """Trains in a run folder that this run owns; see `train`."""
     refuse_to_repeat(config, runtime)
-    run, training = set_up_run(config, runtime), config.training
+    run, training = set_up_run(config, runtime, starts), config.training
     announced = forget_failure(config, runtime)
     tokens_per_step = training.global_batch * training.sequence_length
     first_step = run.resume(announced)

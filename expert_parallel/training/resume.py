@@ -7,7 +7,7 @@ when one has died, and these cannot save.
 
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +89,18 @@ def changed_since_checkpoint(checkpoint: Checkpoint, config: Config) -> list[tup
         data: Settings = TypeAdapter(DataConfig).validate_python(then["data"])
         then["data"] = data.model_dump(mode="json")
     return changed_settings(then, config.model_dump(mode="json"))
+
+
+def format_changes(
+    checkpoint: Checkpoint, config: Config, block: str = "", announced: Sequence[tuple[str, Any, Any]] = ()
+) -> str:
+    """Returns the settings that have changed since the checkpoint as the end of a sentence; empty if there are none.
+
+    block: the beginning of the paths that count. announced: changes that are left out.
+    """
+    found = [change for change in changed_since_checkpoint(checkpoint, config) if change not in announced]
+    changes = [f"{path} {old!r} -> {new!r}" for path, old, new in found if path.startswith(block)]
+    return f"; changed: {', '.join(changes)}" if changes else ""
 
 
 def settings_of_last_run(folder: Path) -> dict[str, Any] | None:

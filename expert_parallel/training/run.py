@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expert_parallel.checkpoint.files import Checkpoint, list_checkpoints, open_checkpoint
+from expert_parallel.checkpoint.files import list_checkpoints, open_checkpoint
 from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.save import CheckpointSaver
 from expert_parallel.data.batch import MicroBatch, held_out_batch, micro_batch
@@ -31,13 +31,13 @@ from expert_parallel.training.generate import open_prompt_tokenizer
 from expert_parallel.training.metrics import Metrics, MetricsWriter, format_progress_line, step_metrics
 from expert_parallel.training.replay import RecordConfig, ReplayConfig, ReplaySpec, load_routing, save_routing
 from expert_parallel.training.resume import (
-    changed_since_checkpoint,
     check_can_resume,
-    check_same_model,
+    format_changes,
     notes_at_start,
     settings_of_last_run,
 )
 from expert_parallel.training.setup import build, check_memory, check_world_size, data_requirements, format_degrees
+from expert_parallel.training.start import STARTS, OpenStart, Start, open_start
 from expert_parallel.training.step import StepReport, evaluate
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class TrainingRun:
     sampler: Sampler
     held_out: Sequences  # the same on all ranks
     checkpoints: list[Path]  # those that existed when the run began, oldest first
+    start: Start | None = None  # where the weights of a new run come from; None: they are drawn or a checkpoint's
 
     @property
     def folder(self) -> Path:
@@ -79,22 +80,13 @@ class TrainingRun:
         if self.checkpoints:
             loaded = load_checkpoint(self.checkpoints[-1], self.model, self.engine.state, self.runtime, self.mesh)
             alone = "" if loaded.has_moments else " (weights only)"
-            changes = self._format_changes(loaded, announced=announced)
+            changes = format_changes(loaded, self.config, announced=announced)
             self.print_rank_0(f"resumed from {loaded.path}{alone} after step {loaded.step}{changes}")
             return loaded.step
-        if (source := self.config.checkpoint.start_from) is not None:
-            loaded = load_checkpoint(
-                Path(source), self.model, self.engine.state, self.runtime, self.mesh, model_only=True
-            )
-            self.print_rank_0(f"started from the weights of {loaded.path}{self._format_changes(loaded, 'model')}")
+        if self.start is not None:
+            sentences = self.start.load(self.model, self.engine.state, self.runtime, self.mesh)
+            self.print_rank_0("\n".join(sentences))
         return 0
-
-    def _format_changes(
-        self, loaded: Checkpoint, block: str = "", announced: Sequence[tuple[str, Any, Any]] = ()
-    ) -> str:
-        found = [change for change in changed_since_checkpoint(loaded, self.config) if change not in announced]
-        changes = [f"{path} {old!r} -> {new!r}" for path, old, new in found if path.startswith(block)]
-        return f"; changed: {', '.join(changes)}" if changes else ""
 
     def batches(self, step: int) -> list[MicroBatch]:
         """Reads this rank's micro-batches of a step.
@@ -174,8 +166,11 @@ class TrainingRun:
         )
 
 
-def set_up_run(config: Config, runtime: Runtime) -> TrainingRun:
-    """Opens data and run folder and builds the model; every rank must call it. Raises UserError on failure."""
+def set_up_run(config: Config, runtime: Runtime, starts: Mapping[str, OpenStart] = STARTS) -> TrainingRun:
+    """Opens data and run folder and builds the model; every rank must call it. Raises UserError on failure.
+
+    starts: how each kind of `checkpoint.start_from` is opened.
+    """
     degrees = runtime.run_on_all_ranks(lambda: wait_for_nodes(config, runtime))
     runtime.run_on_all_ranks(lambda: check_memory(config, degrees, runtime.device))
     data = runtime.run_on_all_ranks(lambda: open_data(config.data, data_requirements(config)))
@@ -183,7 +178,7 @@ def set_up_run(config: Config, runtime: Runtime) -> TrainingRun:
         raise UserError(f"data: the ranks see different data, with sha256 {' and '.join(sorted(digests))}")
     config = config.model_copy(update={"data": data.config})
     last = settings_of_last_run(Path(config.run.folder)) if runtime.rank == 0 else None
-    checkpoints = runtime.run_on_all_ranks(lambda: open_run_folder(config, runtime.rank))
+    checkpoints, start = runtime.run_on_all_ranks(lambda: open_run_folder(config, runtime.rank, starts))
     if config.run.sample is not None:
         runtime.run_on_all_ranks(lambda: open_prompt_tokenizer(config))
     newest = all_gather_text(checkpoints[-1].name if checkpoints else "none", torch.device("cpu"))
@@ -193,9 +188,9 @@ def set_up_run(config: Config, runtime: Runtime) -> TrainingRun:
             "must lie on a file system that all of them share"
         )
 
-    loads = bool(checkpoints) or config.checkpoint.start_from is not None
-    mesh, model, engine = build(config, runtime, degrees, initialize=not loads)
-    run = TrainingRun(config, runtime, mesh, model, engine, data.sampler, data.held_out, checkpoints)
+    draws_weights = not checkpoints and start is None
+    mesh, model, engine = build(config, runtime, degrees, initialize=draws_weights)
+    run = TrainingRun(config, runtime, mesh, model, engine, data.sampler, data.held_out, checkpoints, start)
     if runtime.rank == 0:
         newest_checkpoint = open_checkpoint(checkpoints[-1]) if checkpoints else None
         has_failed = (run.folder / FILE).exists()  # with other settings, or the run would have been refused
@@ -232,26 +227,26 @@ def wait_for_nodes(config: Config, runtime: Runtime) -> ParallelDegrees:
         ) from None
 
 
-def open_run_folder(config: Config, rank: int) -> list[Path]:
-    """Returns the checkpoints to resume from; rank 0 creates the folder and writes the resolved config and the
-    tokenizer.
+def open_run_folder(
+    config: Config, rank: int, starts: Mapping[str, OpenStart] = STARTS
+) -> tuple[list[Path], Start | None]:
+    """Returns the checkpoints to resume from and, if there are none, where a new run starts; rank 0 creates the folder
+    and writes the resolved config, the tokenizer, and what the run keeps of the start.
 
-    Raises ValueError if the folder cannot be written, or if a checkpoint does not fit the config.
+    Raises ValueError if the folder cannot be written, or if a checkpoint or the start does not fit the config.
     """
     folder = Path(config.run.folder)
     checkpoints = list_checkpoints(folder / "checkpoints")
+    start = None if checkpoints else open_start(config, starts)
     if checkpoints:
         check_can_resume(open_checkpoint(checkpoints[-1]), config)
-    elif config.checkpoint.start_from is not None:
-        try:
-            check_same_model(open_checkpoint(Path(config.checkpoint.start_from)), config)
-        except ValueError as error:
-            raise ValueError(f"checkpoint.start_from: {error}") from None
     if rank == 0:
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(dump_config(config))
-            save_tokenizer(config.data, folder, config.checkpoint.start_from)
+            if start is not None:
+                start.keep_files(folder)
+            save_tokenizer(config.data, folder)
         except OSError as error:
             raise ValueError(f"run.folder: cannot write to {folder}: {error.strerror or error}") from error
-    return checkpoints
+    return checkpoints, start

@@ -1,0 +1,67 @@
+"""Starts a run from a Hugging Face folder: each rank reads its own part of the weights, and nothing is converted on
+disk."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from expert_parallel.checkpoint.load import fill_weights
+from expert_parallel.checkpoint.state import TrainingState
+from expert_parallel.data.open import ORIGIN, TOKENIZER_FILE
+from expert_parallel.interop.exporting import leaves
+from expert_parallel.interop.family import settings
+from expert_parallel.interop.folder import format_bytes
+from expert_parallel.interop.hf_model import HuggingFaceModel
+from expert_parallel.interop.importing import check_origin_files, copy_origin_files, refuse_larger_tokenizer
+from expert_parallel.interop.set_aside import keep_set_aside
+from expert_parallel.model.transformer import LanguageModel
+from expert_parallel.parallel.collectives import all_gather_text
+from expert_parallel.parallel.mesh import ParallelMesh
+from expert_parallel.runtime.process import Runtime
+from expert_parallel.training.config import Config
+from expert_parallel.training.start import STARTS, OpenStart
+
+
+class HuggingFaceStart:
+    """Starts from the weights of a Hugging Face folder. See `Start`.
+
+    Everything that an import refuses is refused when it is opened, from config.json and the headers of the files. So is
+    a folder of another model than the run's.
+    """
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self.source = HuggingFaceModel(path)
+        theirs = leaves(settings(self.source.model), "model")
+        ours = leaves(settings(config.model), "model")
+        for name in dict.fromkeys([*ours, *theirs]):
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"{path} holds another model: {name} is {theirs.get(name)!r} there and {ours.get(name)!r} here; "
+                    "`convert import --config-only` writes the settings of its model"
+                )
+        if (path / TOKENIZER_FILE).is_file():
+            refuse_larger_tokenizer(path / TOKENIZER_FILE, config.model.vocab_size)
+        check_origin_files(path)
+        self.kept: list[str] = []
+
+    def keep_files(self, folder: Path) -> None:
+        """Keeps the same files as an import: config.json, those of tokenizer and generation, what is set aside."""
+        partial, final = folder / f"partial_{ORIGIN}", folder / ORIGIN
+        for earlier in (partial, final):  # of an attempt that wrote no checkpoint
+            shutil.rmtree(earlier, ignore_errors=True)
+        copy_origin_files(self.source.folder.path, partial)
+        self.kept = keep_set_aside(self.source, partial)
+        partial.rename(final)
+
+    def load(self, model: LanguageModel, state: TrainingState, runtime: Runtime, mesh: ParallelMesh) -> list[str]:
+        """Reads this rank's part of each tensor, one after another."""
+        fill_weights(self.source.read_slice, model, state, runtime, mesh)
+        read = max(int(count) for count in all_gather_text(str(self.source.bytes_read), torch.device("cpu")))
+        folder = self.source.folder
+        amounts = f"a rank read at most {format_bytes(read)} of {format_bytes(folder.num_bytes)}"
+        return [f"started from the weights of {folder.path}: {amounts}", *self.source.tensor_notes, *self.kept]
+
+
+START_KINDS: Mapping[str, OpenStart] = {**STARTS, "hf": HuggingFaceStart}
