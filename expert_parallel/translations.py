@@ -279,7 +279,11 @@ _ROWS: list[tuple[str, str, str]] = [
         "checkpoint.start_from",
         "a run continues from the newest checkpoint in run.folder by itself",
     ),
-    ("initial_load_in_hf", "checkpoint.start_from", "{kind: hf, path: FOLDER} takes the weights of a Hugging Face folder"),
+    (
+        "initial_load_in_hf",
+        "checkpoint.start_from",
+        "{kind: hf, path: FOLDER} takes the weights of a Hugging Face folder",
+    ),
     ("eval_steps eval_interval evaluation.interval", "evaluation.every", ""),
     ("eval_iters eval_batch_size per_device_eval_batch_size", "evaluation.sequences", "it counts sequences in all"),
     ("logging_steps log_interval log_freq steps_per_print", "run.log_every", ""),
