@@ -29,6 +29,10 @@ FAMILY_MODELS = [
     "deepseek_v3 with yarn",
     "gpt_oss",
     "glm4_moe",
+    "granitemoeshared with all parts",
+    "flex_olmo",
+    "ernie4_5_moe with all parts",
+    "axk1",
 ]
 DENSE = {"llama", "qwen2", "qwen3"}
 

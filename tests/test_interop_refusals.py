@@ -480,7 +480,10 @@ EXPERTS = {"num_experts": 4, "experts": {"hidden": 12}}
             "model.moe.router.scale is 2.0, the family has 1.0",
         ),
         ({"moe": {**EXPERTS, "router": {"k": 2, "bias": True}}}, "model.moe.router.bias is True"),
-        ({"moe": {**EXPERTS, "shared_experts": {"hidden": 12}}}, "model.moe.router.score is 'softmax', .* 'sigmoid'"),
+        (
+            {"moe": {**EXPERTS, "shared_experts": {"hidden": 12, "activation": "relu"}}},
+            "model.moe.shared_experts.activation is 'relu', .* 'swiglu'",
+        ),
         ({"moe": {**EXPERTS, "router": {"kind": "hash"}}}, "model.moe.router.kind is 'hash', .* 'top_k'"),
         ({"position": {"kind": "learned", "max_length": 9}}, "model.position.kind is 'learned', .* 'rope'"),
         (

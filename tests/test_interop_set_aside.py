@@ -7,13 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from expert_parallel.interop import set_aside
 from expert_parallel.interop.exporting import export_run
+from expert_parallel.interop.hf_model import HuggingFaceModel
 from expert_parallel.interop.importing import import_folder
 from expert_parallel.interop.set_aside import INDEX
 from expert_parallel.interop.surgery import add, perform_surgery
-from tests.test_interop import SHARD, make_peer, same_bits, tensors_of
+from expert_parallel.moe.context import StepContext
+from tests.test_interop import SHARD, load_ours, make_peer, same_bits, tensors_of, tokens
 
 MTP = "model.layers.3."
 
@@ -68,3 +71,36 @@ def test_what_an_export_cannot_have_again_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"assigns 'model.layers.3.eh_proj.weight' to '../x.safetensors'"):
         exported(run, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_norms_that_dense_layers_do_not_use(tmp_path: Path) -> None:
+    """And no selection biases, as in files of A.X-K1: transformers leaves out the norm, and sets the biases to 0."""
+    norm, bias = "model.layers.0.post_mlp_layernorm.weight", "mlp.gate.e_score_correction_bias"
+    make_peer("axk1").save_pretrained(tmp_path / "theirs")
+    tensors = {name: tensor for name, tensor in tensors_of(tmp_path / "theirs").items() if not name.endswith(bias)}
+    tensors[norm] = torch.full((16,), 3.0)
+    save_file(tensors, tmp_path / "theirs/model.safetensors", {"format": "pt"})
+    there = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", **there).eval()(tokens()).logits
+    said: list[str] = []
+    run = import_folder(tmp_path / "theirs", tmp_path / "run", SHARD, said.append)
+    assert f"the folder lacks 2 tensors (model.layers.1.{bias}, ...), which transformers sets to 0, too" in said
+    assert any(sentence.startswith(f"set aside 1 tensor ({norm})") for sentence in said)
+    torch.testing.assert_close(load_ours(run)(tokens(), StepContext()).logits, expected, rtol=0, atol=1e-5)
+    back, _ = exported(run, tmp_path / "back")
+    zeros = {f"model.layers.{layer}.{bias}": torch.zeros(6) for layer in (1, 2)}
+    same_bits(back, tensors | zeros)
+    del tensors["model.layers.1.mlp.gate.weight"]
+    save_file(tensors | {next(iter(zeros)): torch.zeros(6)}, tmp_path / "theirs/model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.gate\.weight is missing"):
+        HuggingFaceModel(tmp_path / "theirs")
+
+
+def test_multi_token_prediction_outside_the_layers(tmp_path: Path) -> None:
+    """As ERNIE 4.5 has it."""
+    extra = {f"model.mtp_{name}": torch.ones(16) for name in ("emb_norm.0.weight", "block.0.input_layernorm.weight")}
+    make_peer("ernie4_5_moe").save_pretrained(tmp_path / "theirs")
+    tensors = tensors_of(tmp_path / "theirs") | extra
+    save_file(tensors, tmp_path / "theirs/model.safetensors", {"format": "pt"})
+    run = import_folder(tmp_path / "theirs", tmp_path / "run", SHARD, lambda note: None)
+    same_bits(exported(run, tmp_path / "back")[0], tensors)

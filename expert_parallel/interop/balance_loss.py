@@ -45,9 +45,9 @@ class PooledBalanceLoss:
         if not losses:
             return f"training adds no balance loss, since {value}"
         coefficient, used = losses[0]["coefficient"], bool(theirs.values.get("output_router_logits"))
+        k = theirs.take("num_experts_per_tok", "moe_k")
         return (
-            f"training adds a balance loss with coefficient {coefficient:g}, since {value} and k is "
-            f"{theirs.values['num_experts_per_tok']}; transformers "
+            f"training adds a balance loss with coefficient {coefficient:g}, since {value} and k is {k}; transformers "
             f"{'does, too' if used else 'does not, since output_router_logits is false'}"
         )
 

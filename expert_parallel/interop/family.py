@@ -1,8 +1,8 @@
 """Defines `Family`: rules for config.json and a map of tensors, by which models of one `model_type` are read and
 written."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree
 from expert_parallel.interop.quantization import read_quantization
@@ -18,7 +18,9 @@ class Family:
 
     architecture: the class in transformers. tensor_map: returns the mappings of a model, given its config.json.
     neutral: keys of config.json that do not affect the logits, in addition to `NEUTRAL`. num_mtp_layers: returns how
-    many layers of multi-token prediction may follow those of the model.
+    many layers of multi-token prediction may follow those of the model. set_aside: what further tensors are that the
+    model does not use, by a regular expression of their names; one that the model uses is no such tensor. zeros: the
+    ends of our names of tensors that are 0 if folders have none of them.
     """
 
     architecture: str
@@ -26,6 +28,8 @@ class Family:
     tensor_map: Callable[[Tree], list[TensorMapping]]
     neutral: tuple[str, ...] = ()
     num_mtp_layers: Callable[[HuggingFaceConfig], int] = lambda theirs: 0
+    set_aside: Mapping[str, str] = field(default_factory=dict)
+    zeros: tuple[str, ...] = ()
 
     def read(self, values: Tree) -> Tree:
         """Returns the `model` block of our config for a config.json.
@@ -66,6 +70,8 @@ def settings(model: ModelConfig) -> Tree:
         set_setting(tree, "attention.num_kv_heads", model.attention.kv_heads)
         set_setting(tree, "attention.rope_size", model.attention.rope_columns[1])
         set_setting(tree, "attention.value_size", model.attention.value_columns)
+        if model.attention.scale is None:
+            set_setting(tree, "attention.scale", model.attention.head_size**-0.5)
         usual = {**tree["attention"], "position": tree["position"]}
         given = {} if tree["window_overrides"] is None else tree["window_overrides"]
         tree["window_overrides"] = {key: value for key, value in given.items() if value not in (None, usual[key])}

@@ -16,9 +16,17 @@ from expert_parallel.interop.families.registry import FAMILIES
 from expert_parallel.interop.family import Family
 from expert_parallel.interop.folder import HuggingFaceFolder
 from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree
-from expert_parallel.interop.ignored_tensors import HEAD, TABLE, TIED, describe_ignored, ignored_tensors, rows_are_equal
+from expert_parallel.interop.ignored_tensors import (
+    HEAD,
+    TABLE,
+    TIED,
+    describe_ignored,
+    ignored_tensors,
+    list_briefly,
+    rows_are_equal,
+)
 from expert_parallel.interop.quantized_folder import QuantizedFolder, open_folder
-from expert_parallel.interop.tensor_map import TensorPair, match_tensors
+from expert_parallel.interop.tensor_map import TensorPair, Transform, match_tensors
 from expert_parallel.interop.unsupported import describe_unsupported
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.settings import Settings
@@ -44,14 +52,19 @@ class HuggingFaceModel:
         self.model = read_model_config(self.family, config)
         refuse_larger_model(self.folder, self.model)
         num_mtp_layers = self.family.num_mtp_layers(HuggingFaceConfig(config))
-        self.ignored = ignored = ignored_tensors(self.folder.files, self.model.num_layers, num_mtp_layers)
+        self.ignored = ignored = ignored_tensors(
+            self.folder.files, self.model.num_layers, num_mtp_layers, self.family.set_aside
+        )
         self.tensor_notes: list[str] = []
         table = self._settle_head(ignored) if self.model.tied_embeddings and HEAD in self.folder.files else TABLE
         pairs = match_model_tensors(self.family, config, self.model)
-        self.pairs = [replace(pair, theirs=(table,)) if pair.theirs == (TABLE,) else pair for pair in pairs]
+        pairs = [replace(pair, theirs=(table,)) if pair.theirs == (TABLE,) else pair for pair in pairs]
+        self.pairs, zeros = zeros_for_missing(pairs, self.family.zeros, self.folder, logical_shapes(self.model))
+        for name in (name for pair in self.pairs for name in pair.theirs):
+            ignored.pop(name, None)  # the pattern of a family also fits tensors that the model uses
         losses = describe_model_losses(self.family, config, self.model)
         quantized = [self.folder.describe()] if isinstance(self.folder, QuantizedFolder) else []
-        self.tensor_notes = [*quantized, *describe_ignored(ignored), *self.tensor_notes]
+        self.tensor_notes = [*quantized, *describe_ignored(ignored), *self.tensor_notes, *zeros]
         self.notes = [*self.tensor_notes, *losses]
         check_tensors(self.folder, self.pairs, logical_shapes(self.model), ignored)
         self.places = {name: (pair, number) for pair in self.pairs for number, name in enumerate(pair.ours)}
@@ -143,6 +156,24 @@ def match_model_tensors(family: Family, config: Tree, model: ModelConfig) -> lis
     which the layout of some tensors depends."""
     experts = 0 if model.moe is None else model.moe.num_experts
     return match_tensors(family.tensor_map(config), logical_shapes(model), experts)
+
+
+def zeros_for_missing(
+    pairs: list[TensorPair], ends: tuple[str, ...], folder: HuggingFaceFolder, shapes: Shapes
+) -> tuple[list[TensorPair], list[str]]:
+    """Returns the pairs, and a sentence if the folder lacks all tensors of which our names have one of these ends: then
+    ours are made of none of theirs, and are 0 in float32. shapes: by our names."""
+    optional = [pair for pair in pairs if pair.ours[0].endswith(ends)]
+    lacking = [name for pair in optional for name in pair.theirs]
+    if not lacking or any(name in folder.files for name in lacking):
+        return pairs, []
+
+    def without_theirs(pair: TensorPair) -> TensorPair:
+        shape = shapes[pair.ours[0]]
+        return replace(pair, theirs=(), transform=Transform(lambda _: [torch.zeros(shape)], lambda _: []))
+
+    found = [without_theirs(pair) if pair in optional else pair for pair in pairs]
+    return found, [f"the folder lacks {list_briefly(lacking)}, which transformers sets to 0, too"]
 
 
 def refuse_larger_model(folder: HuggingFaceFolder, model: ModelConfig) -> None:

@@ -5,7 +5,7 @@ surplus tensor may belong to a part of the model that we would leave out.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -13,20 +13,28 @@ from expert_parallel.interop.folder import HuggingFaceFolder
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
-MTP = "multi-token prediction, which transformers leaves out, too"  # see set_aside.py
+# Kinds of tensors that are kept for exports; see set_aside.py.
+MTP = "multi-token prediction, which transformers leaves out, too"
+UNUSED = "weights of parts that the model does not have, which transformers leaves out, too"
 TIED = f"equal to {TABLE}, to which it is tied"
 FREQUENCIES = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # older versions of transformers saved them
 
 ROWS = 4096  # rows of a table that are compared at once
 
 
-def ignored_tensors(names: Iterable[str], num_layers: int, num_mtp_layers: int) -> dict[str, str]:
+def ignored_tensors(
+    names: Iterable[str], num_layers: int, num_mtp_layers: int, patterns: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Returns what each tensor is that the model does not use, by name.
 
-    num_mtp_layers: the number of layers of multi-token prediction after the num_layers layers of the model.
+    num_mtp_layers: the number of layers of multi-token prediction after the num_layers layers of the model. patterns:
+    what further tensors are, by a regular expression of the beginning of their names.
     """
-    ignored = {}
+    ignored: dict[str, str] = {}
     for name in names:
+        for pattern, kind in (patterns or {}).items():
+            if re.match(pattern, name):
+                ignored[name] = kind
         layer = LAYER.match(name)
         if FREQUENCIES.search(name):
             ignored[name] = "rotary frequencies, which follow from config.json"

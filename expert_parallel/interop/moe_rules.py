@@ -30,13 +30,17 @@ class GroupLimit:
 
 @dataclass(frozen=True)
 class SharedExperts:
-    """Translates a number of shared experts to one network with their total hidden size. key: the number's key."""
+    """Translates a number of shared experts to one network with their total hidden size.
+
+    key: the number's key. least: the least number that the family allows.
+    """
 
     key: str = "n_shared_experts"
+    least: int = 1
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
-        hidden = theirs.size(self.key) * get_setting(ours, "moe.experts.hidden")
-        set_setting(ours, "moe.shared_experts", {"hidden": hidden, "activation": "swiglu"})
+        if hidden := theirs.size(self.key, least=self.least) * get_setting(ours, "moe.experts.hidden"):
+            set_setting(ours, "moe.shared_experts", {"hidden": hidden, "activation": "swiglu"})
 
     def write(self, ours: Tree, theirs: Tree) -> None:
         shared, each = get_setting(ours, "moe.shared_experts.hidden") or 0, get_setting(ours, "moe.experts.hidden") or 1
@@ -48,14 +52,18 @@ class MLPLayerTypes:
     """Places MoE blocks where mlp_layer_types lists `sparse`, not `dense`; without the list, in all blocks but the
     first.
 
-    Some folders have first_k_dense_replace, too, which transformers does not read there: it must agree.
+    Some folders have first_k_dense_replace, too, which transformers does not read there: it must agree. reads_first:
+    True if transformers reads it where the list is absent.
     """
+
+    reads_first: bool = False
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         count = ours["num_layers"]
         kinds = theirs.take("mlp_layer_types", default=None)
         if kinds is None:
-            kinds = ["dense", *["sparse"] * (count - 1)]
+            dense = theirs.size("first_k_dense_replace", default=1, least=0, most=count) if self.reads_first else 1
+            kinds = [*["dense"] * dense, *["sparse"] * (count - dense)]
         if not isinstance(kinds, list) or len(kinds) != count or any(kind not in ("dense", "sparse") for kind in kinds):
             raise theirs.refuse("mlp_layer_types", f"it must list {count} of dense or sparse")
         blocks = [layer for layer, kind in enumerate(kinds) if kind == "sparse"]

@@ -17,7 +17,7 @@ from expert_parallel.interop.folder import CONFIG, format_bytes
 from expert_parallel.interop.fp8_export import keep_scales
 from expert_parallel.interop.hf_config import Tree
 from expert_parallel.interop.hf_model import HuggingFaceModel, logical_shapes, read_model_config
-from expert_parallel.interop.ignored_tensors import MTP, TIED, list_briefly
+from expert_parallel.interop.ignored_tensors import MTP, TIED, UNUSED, list_briefly
 from expert_parallel.model.config import ModelConfig
 
 INDEX = "set_aside.json"
@@ -58,16 +58,16 @@ class SetAside:
 
 
 def keep_set_aside(source: HuggingFaceModel, folder: Path) -> list[str]:
-    """Writes the tensors of multi-token prediction of a Hugging Face folder to files in `folder`, bit for bit, and
-    which tensors are tied to the embedding to INDEX; and the scales of quantized weights. Returns a sentence if it
-    writes tensors.
+    """Writes the tensors that a Hugging Face folder has for parts of its own, such as multi-token prediction, to files
+    in `folder`, bit for bit, and which tensors are tied to the embedding to INDEX; and the scales of quantized
+    weights. Returns a sentence if it writes tensors.
 
     Quantized tensors are kept in the dtype in which weights are imported. Memory holds one file of SHARD_BYTES, or a
     larger tensor.
     """
     keep_scales(source.folder, folder)
     tied = {name: source.folder.dtype(name) for name, kind in source.ignored.items() if kind == TIED}
-    names = [name for name, kind in source.ignored.items() if kind == MTP]
+    names = [name for name, kind in source.ignored.items() if kind in (MTP, UNUSED)]
     if not tied and not names:
         return []
     files: dict[str, str] = {}

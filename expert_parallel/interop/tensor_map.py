@@ -140,6 +140,11 @@ def _cover_concatenated(tensors: list[Tensor], number: int, index: Index) -> Cov
 
 IDENTITY = Transform(lambda tensors: tensors, lambda tensors: tensors, _cover_same)
 TRANSPOSED = Transform(_transpose, _transpose, _cover_transposed)
+SINGLE_ROW = Transform(  # ours: (N); theirs: (1, N)
+    lambda tensors: [tensors[0][0]],
+    lambda tensors: [tensors[0][None]],
+    lambda tensors, number, index: ([tensors[0][(slice(None), *index)]], 0, ()),
+)
 GATE_UP_ROWS = Transform(  # ours: (2F, D) = [gate; up]; theirs: two of (F, D)
     _concatenate, _split_halves, _cover_concatenated
 )
@@ -173,6 +178,11 @@ STACKED = Transform(
     lambda tensors: tensors[0].unbind(0),
     lambda tensors: [torch.stack(tensors)],
     lambda tensors, number, index: ([tensors[0][(slice(number, number + 1), *index)]], 0, ()),
+)
+STACKED_TRANSPOSED = Transform(
+    lambda tensors: (tensor.mT for tensor in tensors[0].unbind(0)),
+    lambda tensors: [torch.stack(_transpose(tensors))],
+    lambda tensors, number, index: ([tensors[0][(slice(number, number + 1), *index[::-1])]], 0, ()),
 )
 STACKED_INTERLEAVED = Transform(lambda tensors: _deinterleave(tensors[0]), _interleave, _cover_stacked)
 

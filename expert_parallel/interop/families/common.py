@@ -9,7 +9,14 @@ from expert_parallel.interop.balance_loss import SequenceBalanceLoss
 from expert_parallel.interop.hf_config import REQUIRED
 from expert_parallel.interop.moe_rules import GroupLimit, SharedExperts
 from expert_parallel.interop.rules import Const, Copy, CopyInt, Require, Rule
-from expert_parallel.interop.tensor_map import GATE_UP_COLUMNS, GATE_UP_ROWS, IDENTITY, TRANSPOSED, TensorMapping
+from expert_parallel.interop.tensor_map import (
+    GATE_UP_COLUMNS,
+    GATE_UP_ROWS,
+    IDENTITY,
+    TRANSPOSED,
+    TensorMapping,
+    Transform,
+)
 
 MAX_LAYERS = 100_000  # as in ModelConfig; rules list blocks before it is made
 
@@ -80,23 +87,30 @@ def deepseek_expert_rules(normalise: bool, scale: float, groups: Any = REQUIRED)
 
 
 def outside_blocks() -> list[TensorMapping]:
-    """Returns the mappings of embedding, unembedding and residual norms."""
+    """Returns the mappings of embedding, unembedding with its bias, and residual norms."""
     return [
         TensorMapping("embedding.weight", ("model.embed_tokens.weight",), IDENTITY),
         TensorMapping("final_norm.weight", ("model.norm.weight",), IDENTITY),
         TensorMapping("unembedding.weight", ("lm_head.weight",), IDENTITY),
+        TensorMapping("unembedding_bias", ("lm_head.bias",), IDENTITY),
         TensorMapping("blocks.{L}.attention_norm.weight", ("model.layers.{L}.input_layernorm.weight",), IDENTITY),
         TensorMapping("blocks.{L}.ffn_norm.weight", ("model.layers.{L}.post_attention_layernorm.weight",), IDENTITY),
     ]
 
 
-def attention() -> list[TensorMapping]:
-    """Returns the mappings of attention, including the biases, norms and sinks that only some families have."""
+def attention(rotary: Transform = IDENTITY) -> list[TensorMapping]:
+    """Returns the mappings of attention, including the biases, norms and sinks that only some families have.
+
+    rotary: the transform of the rows of queries and keys, which are rotary.
+    """
     matrices = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
     names = {f"{own}.{leaf}": f"{their}.{leaf}" for own, their in matrices.items() for leaf in ("weight", "bias")}
     names |= {"query_norm.weight": "q_norm.weight", "key_norm.weight": "k_norm.weight", "sinks": "sinks"}
     here, there = "blocks.{L}.attention.", "model.layers.{L}.self_attn."
-    return [TensorMapping(here + own, (there + their,), IDENTITY) for own, their in names.items()]
+    return [
+        TensorMapping(here + own, (there + their,), rotary if own.startswith(("query.", "key.")) else IDENTITY)
+        for own, their in names.items()
+    ]
 
 
 def dense(ours: str, theirs: str) -> list[TensorMapping]:

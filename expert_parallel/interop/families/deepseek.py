@@ -1,4 +1,5 @@
-"""Defines DeepSeek-V3, and Kimi K2 of the same architecture: latent attention, expert groups, shared experts."""
+"""Defines DeepSeek-V3, Kimi K2 of the same architecture, and A.X-K1 with one more norm: latent attention, expert
+groups, shared experts."""
 
 from dataclasses import dataclass
 
@@ -11,8 +12,10 @@ from expert_parallel.interop.families.common import (
 )
 from expert_parallel.interop.family import Family
 from expert_parallel.interop.hf_config import REQUIRED, HuggingFaceConfig, Tree
+from expert_parallel.interop.ignored_tensors import UNUSED
+from expert_parallel.interop.moe_rules import MLPLayerTypes
 from expert_parallel.interop.rope import Rope
-from expert_parallel.interop.rules import DenseHidden, FirstDense, Require, get_setting, set_setting
+from expert_parallel.interop.rules import Const, DenseHidden, FirstDense, Require, get_setting, set_setting
 from expert_parallel.interop.tensor_map import IDENTITY, TensorMapping, half_split_rows
 
 
@@ -94,5 +97,35 @@ DEEPSEEK_V3 = Family(
     neutral=("num_nextn_predict_layers", "num_mtp_layers", "ep_size"),
     num_mtp_layers=num_mtp_layers,
 )
+
+
+def axk1_tensor_map(config: Tree) -> list[TensorMapping]:
+    """Returns the map of A.X-K1, DeepSeek-V3 with a norm behind the experts."""
+    output_norm = ("model.layers.{L}.post_mlp_layernorm.weight",)
+    return [
+        *deepseek_v3_tensor_map(config),
+        TensorMapping("blocks.{L}.ffn_output_norm.weight", output_norm, IDENTITY),
+    ]
+
+
+AXK1 = Family(
+    "AXK1ForCausalLM",
+    (
+        *common_rules(eps=1e-6),
+        LatentHeads(),
+        Rope(),
+        Require("attention_bias", False),
+        Const("moe_output_norm", True),
+        *deepseek_expert_rules(normalise=True, scale=2.5),
+        MLPLayerTypes(reads_first=True),
+        DenseHidden(),
+    ),
+    axk1_tensor_map,
+    neutral=("num_nextn_predict_layers", "num_mtp_layers", "ep_size"),
+    num_mtp_layers=num_mtp_layers,
+    # Released files have the norm in dense layers, too, which do not use it, and no selection biases.
+    set_aside={r"model\.layers\.\d+\.post_mlp_layernorm\.": UNUSED},
+    zeros=("router.balance_bias_E",),
+)
 # Kimi K2 has DeepSeek-V3's class in code of its folder, which is never run.
-FAMILIES = {"deepseek_v3": DEEPSEEK_V3, "kimi_k2": DEEPSEEK_V3}
+FAMILIES = {"deepseek_v3": DEEPSEEK_V3, "kimi_k2": DEEPSEEK_V3, "axk1": AXK1}

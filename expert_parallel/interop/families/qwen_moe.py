@@ -1,4 +1,4 @@
-"""Defines Qwen3-MoE and OLMoE."""
+"""Defines Qwen3-MoE, OLMoE and FlexOlmo."""
 
 from expert_parallel.interop.balance_loss import PooledBalanceLoss
 from expert_parallel.interop.families.common import (
@@ -13,13 +13,23 @@ from expert_parallel.interop.families.common import (
 from expert_parallel.interop.family import Family
 from expert_parallel.interop.hf_config import Tree
 from expert_parallel.interop.rope import Rope
-from expert_parallel.interop.rules import Copy, DenseHidden, HeadSize, QKNorm, Require, SlidingWindow, SparseStep
-from expert_parallel.interop.tensor_map import TensorMapping
+from expert_parallel.interop.rules import Const, Copy, DenseHidden, HeadSize, QKNorm, Require, SlidingWindow, SparseStep
+from expert_parallel.interop.tensor_map import IDENTITY, TensorMapping
 
 
 def qwen3_moe_tensor_map(config: Tree) -> list[TensorMapping]:
     """Returns the map of Qwen3-MoE and OLMoE."""
     return [*outside_blocks(), *attention(), *DENSE, *EXPERTS]
+
+
+def flex_olmo_tensor_map(config: Tree) -> list[TensorMapping]:
+    """Returns the map of FlexOlmo, whose norms are those of the branches' outputs."""
+    norms = {"attention_output_norm": "post_attention_layernorm", "ffn_output_norm": "post_feedforward_layernorm"}
+    branches = [
+        TensorMapping(f"blocks.{{L}}.{own}.weight", (f"model.layers.{{L}}.{their}.weight",), IDENTITY)
+        for own, their in norms.items()
+    ]
+    return [*outside_blocks(), *branches, *attention(), *EXPERTS]
 
 
 FAMILIES = {
@@ -59,5 +69,21 @@ FAMILIES = {
             PooledBalanceLoss(default=0.01),
         ),
         qwen3_moe_tensor_map,
+    ),
+    "flex_olmo": Family(
+        "FlexOlmoForCausalLM",
+        (
+            *common_rules(eps=1e-6),
+            *head_rules(None),
+            HeadSize(),
+            Rope(default_theta=500_000.0),
+            Copy("attention_bias", "attention.bias", False),
+            QKNorm("whole"),
+            Const("norm_placement", "branch"),
+            *swiglu_expert_rules(("num_experts", "num_local_experts"), "intermediate_size"),
+            Copy("norm_topk_prob", "moe.router.normalise", False),
+            PooledBalanceLoss(default=0.01),
+        ),
+        flex_olmo_tensor_map,
     ),
 }

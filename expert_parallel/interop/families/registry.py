@@ -3,7 +3,19 @@
 A new family is an entry of FAMILIES in one of the files of this folder.
 """
 
-from expert_parallel.interop.families import deepseek, dots, glm, gpt_oss, hy3, llama, minimax, mixtral, qwen_moe
+from expert_parallel.interop.families import (
+    deepseek,
+    dots,
+    ernie,
+    glm,
+    gpt_oss,
+    granite,
+    hy3,
+    llama,
+    minimax,
+    mixtral,
+    qwen_moe,
+)
 from expert_parallel.interop.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -16,4 +28,6 @@ FAMILIES: dict[str, Family] = {
     **minimax.FAMILIES,
     **dots.FAMILIES,
     **hy3.FAMILIES,
+    **granite.FAMILIES,
+    **ernie.FAMILIES,
 }
