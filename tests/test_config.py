@@ -313,6 +313,7 @@ LATENT = (
 ALIASES = [  # overrides, own name, alias, a value
     (["model.moe.router.k=2"], "model.moe.router.normalise", "model.moe.router.normalize", "false"),
     (["model.moe.router={kind: sinkhorn, k: 2}"], "model.moe.router.normalise", "model.moe.router.normalize", "true"),
+    ([], "model.attention.rope_size", "model.attention.rotary_dim", "4"),
     (
         ["model.moe.capacity={kind: factor}"],
         "model.moe.capacity.renormalise",
