@@ -182,7 +182,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             **SIGMOID_HEADS,
             "attention_bias": True,
             "norm_topk_prob": True,
-            "routed_scaling_factor": 2.5,
+            "routed_scaling_factor": 1.5,
             "sliding_window": 4,
             "max_window_layers": 1,
         },

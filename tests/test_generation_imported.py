@@ -21,6 +21,7 @@ from expert_parallel.interop.importing import import_folder
 from expert_parallel.interop.surgery import add, perform_surgery
 from expert_parallel.training.config import load_config
 from expert_parallel.training.generate import open_prompt_tokenizer
+from tests.interop_models import MODELS
 from tests.test_interop import SHARD, make_peer
 
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
@@ -85,7 +86,7 @@ def end_in(text: str, place: int) -> int:
     return int(text.split()[place][1:]) + 1
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name in MODELS])  # Kimi K2 is DeepSeek-V3 there
 def test_every_family_writes_what_transformers_writes(name: str, tmp_path: Path) -> None:
     """Several prompts at once: one ends with the first end token, one with the second, and others go on."""
     theirs, run = tmp_path / "theirs", tmp_path / "run"

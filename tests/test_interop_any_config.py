@@ -30,6 +30,12 @@ NAMES = {
     "olmoe": "olmoe with all parts",
     "deepseek_v3": "deepseek_v3 with yarn",
     "gpt_oss": "gpt_oss",
+    "glm4_moe": "glm4_moe",
+    "glm4_moe_lite": "glm4_moe_lite",
+    "solar_open": "solar_open",
+    "minimax_m2": "minimax_m2",
+    "dots1": "dots1",
+    "hy_v3": "hy_v3",
     "llama": "llama with all parts",
     "qwen2": "qwen2 with windows",
     "qwen3": "qwen3 with all parts",
@@ -39,6 +45,7 @@ FURTHER = (
     *("rope_scaling", "rope_theta", "partial_rotary_factor", "num_local_experts", "num_experts", "sliding_window"),
     *("n_routed_experts", "head_dim", "layer_types", "use_sliding_window", "max_window_layers", "mlp_only_layers"),
     *("num_nextn_predict_layers", "rope_interleave", "quantization_config", "torch_dtype", "is_causal", "clip_qkv"),
+    *("rotary_dim", "first_k_dense_replace", "mlp_layer_types", "scoring_func", "topk_method", "attn_type_list"),
     *("attn_implementation", "_attn_implementation", "per_layer_config", "is_decoder", "unk_token_id", "id2label"),
     *("tie_word_embeddings", "hidden_act", "pretraining_tp", "temperature", "pruned_heads", "use_qk_norm", "odd"),
 )
@@ -53,6 +60,7 @@ VALUES = st.recursive(
 ROPE_KEYS = (
     *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast"),
     *("beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor", "high_freq_factor", "odd"),
+    "partial_rotary_factor",
 )
 SCALINGS: tuple[Tree, ...] = (
     {"rope_type": "default", "rope_theta": 500.0},

@@ -102,11 +102,12 @@ class Rope:
     def _set_rope_size(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         """Sets the number of rotary columns of a head unless it is all. As in transformers, it is rounded down."""
         theirs.take(PARTIAL, default=None)
-        forms = [theirs.values.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
-        factors = [_number(PARTIAL, place[PARTIAL]) for place in (*forms, theirs.values) if PARTIAL in place]
-        factor = next(iter(factors), self.partial or 1.0)
-        if any(other != factor for other in factors):
-            raise ValueError(f"config.json: {PARTIAL} differs between places: {', '.join(map(str, factors))}")
+        older, newer = (theirs.values.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
+        found = [_number(PARTIAL, place[PARTIAL]) for place in (older or newer, theirs.values) if PARTIAL in place]
+        factor = next(iter(found), self.partial or 1.0)
+        for other in (*found, _number(PARTIAL, newer.get(PARTIAL, factor))):
+            if other != factor:
+                raise ValueError(f"config.json: {PARTIAL} is {other:g} in one place, but transformers takes {factor:g}")
         if self.partial is None:
             if factor != 1:
                 raise ValueError(f"config.json: {PARTIAL} is {factor:g}: only 1 is supported in this family")
@@ -116,7 +117,7 @@ class Rope:
         head_size = get_setting(ours, "attention.head_size")
         size = int(head_size * factor)
         if self.size_key is not None and (given := theirs.size(self.size_key, default=None)) is not None:
-            if factors and given != size:
+            if found and given != size:
                 raise theirs.refuse(self.size_key, f"{PARTIAL} ({factor:g}) makes {size} of {head_size} columns rotary")
             size = given
         if size != head_size:
