@@ -66,6 +66,8 @@ def export_run(
     config = export_config(family_name, model, their_origin, checkpoint.config)
     if (sentence := describe_lost_losses(family_name, model, config)) is not None:
         print_message(sentence)
+    if (kind := config["model_type"]) != family_name:
+        print_message(f"model_type is {kind}, by which transformers loads {family_name}: its own code is not exported")
     fp8 = open_fp8_writer(origin, family_name, their_origin) if dtype == FP8 else None
     form = fp8 or DTYPES.get(dtype or "")
     key = "dtype" if "dtype" in config else "torch_dtype"
@@ -200,9 +202,11 @@ def export_config(name: str, model: ModelConfig, origin: Tree, run: Tree) -> Tre
     """Returns the model's config.json.
 
     It is that of the model's origin, unchanged, if that still describes the model and its losses. Otherwise it is a new
-    one that keeps the origin's keys that do not affect the logits. run: the run's config.
+    one that keeps the origin's keys that do not affect the logits. Its model_type is that of a class of transformers.
+    run: the run's config.
     """
     family = FAMILIES[name]
+    named = {"model_type": family.exported_as or name}
     # The exported weights are not quantized, and no code is exported.
     origin = {key: value for key, value in origin.items() if key not in ("quantization_config", "auto_map")}
     written = family.write(model)
@@ -210,7 +214,7 @@ def export_config(name: str, model: ModelConfig, origin: Tree, run: Tree) -> Tre
         described = read_model_config(family, origin)
         if settings(described) == settings(model):
             losses = {key: value for key, value in written.items() if key in LOSS_KEYS}
-            return origin if has_losses_of(described, model) else {**without_losses(origin), **losses}
+            return (origin if has_losses_of(described, model) else without_losses(origin) | losses) | named
     kept = {
         key: value
         for key, value in without_losses(origin).items()
@@ -224,7 +228,7 @@ def export_config(name: str, model: ModelConfig, origin: Tree, run: Tree) -> Tre
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    return {**beside, **kept, **written, "model_type": name}
+    return {**beside, **kept, **written, **named}
 
 
 def without_losses(config: Tree) -> Tree:

@@ -16,7 +16,8 @@ from expert_parallel.model.config import ModelConfig
 class Family:
     """Defines how one `model_type` is read and written.
 
-    architecture: the class in transformers. tensor_map: returns the mappings of a model, given its config.json.
+    architecture: the class in transformers. exported_as: the model_type that exports have; None: the family's own, by
+    which transformers finds that class. tensor_map: returns the mappings of a model, given its config.json.
     neutral: keys of config.json that do not affect the logits, in addition to `NEUTRAL`. num_mtp_layers: returns how
     many layers of multi-token prediction may follow those of the model. set_aside: what further tensors are that the
     model does not use, by a regular expression of their names; one that the model uses is no such tensor. zeros: the
@@ -27,6 +28,7 @@ class Family:
     rules: tuple[Rule, ...]
     tensor_map: Callable[[Tree], list[TensorMapping]]
     neutral: tuple[str, ...] = ()
+    exported_as: str | None = None
     num_mtp_layers: Callable[[HuggingFaceConfig], int] = lambda theirs: 0
     set_aside: Mapping[str, str] = field(default_factory=dict)
     zeros: tuple[str, ...] = ()

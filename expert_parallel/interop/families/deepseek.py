@@ -1,7 +1,7 @@
 """Defines DeepSeek-V3, Kimi K2 of the same architecture, and A.X-K1 with one more norm: latent attention, expert
 groups, shared experts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from expert_parallel.interop.families.common import (
     DEEPSEEK_EXPERTS,
@@ -127,5 +127,9 @@ AXK1 = Family(
     set_aside={r"model\.layers\.\d+\.post_mlp_layernorm\.": UNUSED},
     zeros=("router.balance_bias_E",),
 )
-# Kimi K2 has DeepSeek-V3's class in code of its folder, which is never run.
-FAMILIES = {"deepseek_v3": DEEPSEEK_V3, "kimi_k2": DEEPSEEK_V3, "axk1": AXK1}
+# Kimi K2 has DeepSeek-V3's class in code of its folder, which is never run: transformers loads it by the other name.
+FAMILIES = {
+    "deepseek_v3": DEEPSEEK_V3,
+    "kimi_k2": replace(DEEPSEEK_V3, exported_as="deepseek_v3"),
+    "axk1": AXK1,
+}
