@@ -230,6 +230,43 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ernie4_5_moe, tied": ("ernie4_5_moe", {**ERNIE, "use_bias": True, "moe_layer_end_index": 1}),
     "axk1": ("axk1", {**LATENT, "n_group": 3, "topk_group": 2}),
+    "hunyuan_v1_moe": (
+        "hunyuan_v1_moe",
+        {**HEADS, "head_dim": 6, "num_experts": 6, "moe_topk": 3, "rms_norm_eps": 1e-3},
+    ),
+    "hunyuan_v1_moe with a stretched base": (
+        "hunyuan_v1_moe",
+        {
+            **HEADS,
+            "head_dim": 6,
+            "num_experts": 6,
+            "moe_topk": [2, 2, 2],
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 500.0},
+        },
+    ),
+    "mistral4": (
+        "mistral4",
+        {
+            **LATENT,
+            "n_group": 3,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3},
+        },
+    ),
+    "mistral4 without a query latent": (
+        "mistral4",
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": False,
+            "rope_interleave": False,
+            "rope_parameters": {**YARN, "original_max_position_embeddings": 3, "llama_4_scaling_beta": 0.2},
+        },
+    ),
     "llama": ("llama", HEADS),
     "llama with all parts": (
         "llama",

@@ -9,6 +9,8 @@ import torch
 import transformers
 from torch import nn
 
+from expert_parallel.interop.families.registry import FAMILIES
+
 Tree = dict[str, Any]
 PUBLISHED = Path(__file__).parent / "published"
 WORDS, LAYERS, ORIGINAL = 260, 4, 8
@@ -71,8 +73,12 @@ def _shrunk(key: str, value: Any, config: Tree, layers: int) -> Any:
         return value
     if key.endswith(("_token_id", "_token_ids")):
         return value if isinstance(value, int) and value < WORDS else None
+    if key == "moe_intermediate_size" and value == config.get("intermediate_size"):
+        return SIZES["intermediate_size"]
     if key == "head_dim" and value == config.get("qk_rope_head_dim"):
         return SIZES["qk_rope_head_dim"]
+    if key == "head_dim" and value == config.get("qk_head_dim"):
+        return SIZES["qk_head_dim"]
     if key in SIZES:
         return SIZES[key] if value else value  # 0: there is none
     if key in EXPERTS:
@@ -95,6 +101,8 @@ def _shrunk_rope(key: str, value: Any, config: Tree) -> Any:
         return {inner: _shrunk_rope(inner, part, config) for inner, part in value.items()}
     if isinstance(value, list):  # a factor for each pair of columns
         return value[: SIZES["head_dim"] // 2]
+    if key == "partial_rotary_factor" and "qk_head_dim" in config:
+        return SIZES["qk_rope_head_dim"] / SIZES["qk_head_dim"]
     return _shrunk_length(key, value, config)
 
 
@@ -106,6 +114,11 @@ def _shrunk_length(key: str, value: Any, config: Tree) -> Any:
     if key in (name, "max_position_embeddings", "initial_context_length") and original:
         return max(1, round(value * ORIGINAL / original))
     return value
+
+
+def oracle_class(config: Tree) -> Any:
+    """transformers' own class. AutoModelForCausalLM does not find all of them."""
+    return getattr(transformers, FAMILIES[config["model_type"]].architecture)
 
 
 def oracle_config(config: Tree) -> Any:
@@ -121,7 +134,7 @@ def oracle_config(config: Tree) -> Any:
 
 def oracle(config: Tree, dtype: torch.dtype = torch.float32) -> nn.Module:
     """transformers' model, in evaluation mode, with random weights: vectors around 1, matrices around 0."""
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(oracle_config(config)).to(dtype).eval()
+    model: nn.Module = oracle_class(config)(oracle_config(config)).to(dtype).eval()
     generator = torch.Generator().manual_seed(1)
     buffers = [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
     for key, tensor in [*model.named_parameters(), *buffers]:
@@ -134,5 +147,5 @@ def oracle(config: Tree, dtype: torch.dtype = torch.float32) -> nn.Module:
 def count_parameters(config: Tree) -> int:
     """The trainable parameters of transformers' class, without its weights."""
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(oracle_config(config))
+        model = oracle_class(config)(oracle_config(config))
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

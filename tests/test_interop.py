@@ -28,12 +28,16 @@ from tests.peers import peers_in_float64
 SHARD = 2**30
 
 
+def peer_class(name: str) -> Any:
+    """transformers' class. AutoModelForCausalLM does not find all of them."""
+    return getattr(transformers, FAMILIES[MODELS[name][0]].architecture)
+
+
 def make_peer(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     """transformers' model, in evaluation mode, with random weights: vectors around 1, matrices around 0.
 
     changes: further values of its config."""
-    family, settings = MODELS[name]
-    model_class = getattr(transformers, FAMILIES[family].architecture)
+    settings, model_class = MODELS[name][1], peer_class(name)
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     model: nn.Module = model_class(model_class.config_class(**settings, **eager, **changes)).to(dtype).eval()
     generator = torch.Generator().manual_seed(1)
@@ -132,7 +136,7 @@ def test_config_is_found_again_without_the_origin(case: tuple[str, Path]) -> Non
     checkpoint = shutil.copytree(folder / "run/checkpoints", folder / "alone", symlinks=True)
     _, out, _ = export_run(checkpoint, folder / "fresh", family=None, dtype=None, shard_bytes=SHARD)
     there = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(out, **there).eval()
+    loaded = peer_class(name).from_pretrained(out, **there).eval()
     torch.testing.assert_close(loaded(tokens()).logits, make_peer(name)(tokens()).logits, rtol=0, atol=1e-6)
 
 
@@ -140,7 +144,7 @@ def test_config_is_found_again_without_the_origin(case: tuple[str, Path]) -> Non
 def test_transformers_generates_the_same_text(case: tuple[str, Path]) -> None:
     name, folder = case
     there = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder / "back", **there).eval()
+    loaded = peer_class(name).from_pretrained(folder / "back", **there).eval()
     prompt_BS = tokens()[:2, :3]
     ends = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     mask_BS = torch.ones_like(prompt_BS)

@@ -33,6 +33,8 @@ FAMILY_MODELS = [
     "flex_olmo",
     "ernie4_5_moe with all parts",
     "axk1",
+    "hunyuan_v1_moe with a stretched base",
+    "mistral4",
 ]
 DENSE = {"llama", "qwen2", "qwen3"}
 

@@ -6,14 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from expert_parallel.interop.exporting import export_run
 from expert_parallel.interop.families.registry import FAMILIES
 from expert_parallel.interop.hf_model import read_model_config
 from expert_parallel.interop.importing import import_folder
 from expert_parallel.moe.context import StepContext
-from tests.published_models import PUBLISHED, SAME_CLASS, WORDS, count_parameters, oracle, published, shrink
+from tests.published_models import (
+    PUBLISHED,
+    SAME_CLASS,
+    WORDS,
+    count_parameters,
+    oracle,
+    oracle_class,
+    published,
+    shrink,
+)
 from tests.test_interop import SHARD, greedy, load_ours, same_bits, tensors_of
 
 NAMES = sorted(path.stem for path in PUBLISHED.glob("*.json"))
@@ -58,7 +66,7 @@ def test_a_small_one_computes_writes_and_generates_the_same(name: str, tmp_path:
     exported, given = ({k: v for k, v in tree.items() if k not in OF_THE_FILES} for tree in (exported, given))
     assert exported == given
     there = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float32}
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", **there).eval()
+    loaded = oracle_class(exported).from_pretrained(tmp_path / "back", **there).eval()
     torch.testing.assert_close(loaded(tokens_BS).logits, expected, rtol=0, atol=1e-6 * max(1.0, largest))
 
 

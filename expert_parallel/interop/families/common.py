@@ -21,8 +21,9 @@ from expert_parallel.interop.tensor_map import (
 MAX_LAYERS = 100_000  # as in ModelConfig; rules list blocks before it is made
 
 
-def common_rules(eps: Any = REQUIRED, tied: bool = False) -> list[Rule]:
-    """Returns the rules of every family. eps, tied: the defaults of rms_norm_eps and tie_word_embeddings."""
+def common_rules(eps: Any = REQUIRED, tied: bool = False, dropouts: tuple[float, ...] = ()) -> list[Rule]:
+    """Returns the rules of every family. eps, tied: the defaults of rms_norm_eps and tie_word_embeddings. dropouts:
+    values of attention_dropout in released files, which logits do not depend on and training here does not have."""
     return [
         CopyInt("vocab_size", "vocab_size"),
         CopyInt("num_hidden_layers", "num_layers", most=MAX_LAYERS),
@@ -30,7 +31,7 @@ def common_rules(eps: Any = REQUIRED, tied: bool = False) -> list[Rule]:
         Copy("rms_norm_eps", "norm.eps", eps),
         Copy("tie_word_embeddings", "tied_embeddings", tied),
         Require("hidden_act", "silu", written=True),
-        Require("attention_dropout", 0.0),
+        Require("attention_dropout", 0.0, also=dropouts),
     ]
 
 

@@ -21,7 +21,12 @@ from expert_parallel.interop.tensor_map import IDENTITY, TensorMapping, half_spl
 
 @dataclass(frozen=True)
 class LatentHeads:
-    """Translates the sizes of multi-head latent attention, in which every head has its own keys and values."""
+    """Translates the sizes of multi-head latent attention, in which every head has its own keys and values.
+
+    head_dim_is_whole: head_dim counts all columns of a key, not the rotary ones alone.
+    """
+
+    head_dim_is_whole: bool = False
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         count = theirs.size("num_attention_heads")
@@ -31,7 +36,7 @@ class LatentHeads:
         for key, path in LATENT_SIZES.items():
             set_setting(ours, path, theirs.size(key, default=None if key == "q_lora_rank" else REQUIRED))
         rope, nope = (get_setting(ours, f"attention.{size}") for size in ("rope_size", "nope_size"))
-        for key, value in (("head_dim", rope), ("qk_head_dim", rope + nope)):
+        for key, value in (("head_dim", rope + nope if self.head_dim_is_whole else rope), ("qk_head_dim", rope + nope)):
             if theirs.take(key, default=value) != value:
                 raise theirs.refuse(key, f"it must be {value}, as follows from qk_rope_head_dim and qk_nope_head_dim")
         theirs.flag("rope_interleave", default=True)  # only the tensor map uses it
@@ -57,14 +62,15 @@ def num_mtp_layers(theirs: HuggingFaceConfig) -> int:
     return count
 
 
-def deepseek_v3_tensor_map(config: Tree) -> list[TensorMapping]:
-    """Returns the map of DeepSeek-V3. rope_interleave: rotary rows are interleaved in the files (the default)."""
+def latent_attention(config: Tree) -> list[TensorMapping]:
+    """Returns the mappings of latent attention. rope_interleave: rotary rows are interleaved in the files (the
+    default)."""
     here, there = "blocks.{L}.attention", "model.layers.{L}.self_attn"
     nope, rope, kv_rank = (config[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "kv_lora_rank"))
     interleaved = config.get("rope_interleave", True)
     query = half_split_rows(nope + rope, rope) if interleaved else IDENTITY
     key = half_split_rows(kv_rank + rope, rope) if interleaved else IDENTITY
-    tensor_map = [*outside_blocks(), *DENSE, *DEEPSEEK_EXPERTS]
+    tensor_map = []
     for own, their, transform in (
         ("query", "q_proj", query),
         ("query_down", "q_a_proj", IDENTITY),
@@ -80,6 +86,11 @@ def deepseek_v3_tensor_map(config: Tree) -> list[TensorMapping]:
             for leaf in ("weight", "bias")
         ]
     return tensor_map
+
+
+def deepseek_v3_tensor_map(config: Tree) -> list[TensorMapping]:
+    """Returns the map of DeepSeek-V3."""
+    return [*outside_blocks(), *DENSE, *DEEPSEEK_EXPERTS, *latent_attention(config)]
 
 
 DEEPSEEK_V3 = Family(

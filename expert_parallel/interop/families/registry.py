@@ -10,9 +10,11 @@ from expert_parallel.interop.families import (
     glm,
     gpt_oss,
     granite,
+    hunyuan,
     hy3,
     llama,
     minimax,
+    mistral,
     mixtral,
     qwen_moe,
 )
@@ -30,4 +32,6 @@ FAMILIES: dict[str, Family] = {
     **hy3.FAMILIES,
     **granite.FAMILIES,
     **ernie.FAMILIES,
+    **hunyuan.FAMILIES,
+    **mistral.FAMILIES,
 }
