@@ -124,6 +124,26 @@ def export_command(
         print(f"wrote {made.folder} as {made.family}, from {made.step}")
 
 
+@convert.command("inspect")
+def inspect_command(
+    source: Annotated[
+        Path, typer.Argument(metavar="HF_FOLDER", help="folder of a Hugging Face model, or a config.json")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of text")] = False,
+) -> None:
+    """Show what a Hugging Face folder is, whether it can be imported, and what it takes to train it.
+
+    Reads config.json, the headers of the files and the tokenizer, but no weights.
+
+    Example: `expert-parallel convert inspect path/to/Mixtral-8x7B-v0.1`
+    """
+    from expert_parallel.interop import inspecting
+
+    with exit_on_user_error(ValueError, OSError):
+        found = inspecting.inspect_folder(source)
+        print(json.dumps(inspecting.as_json(found), indent=2) if as_json else inspecting.format_inspection(found))
+
+
 @convert.command("families")
 def families_command() -> None:
     """List the model families that can be imported and exported, and what the others need that is not here.

@@ -40,13 +40,13 @@ class HuggingFaceModel:
 
     dtype: what quantized weights become, see `open_folder`. Tensors that transformers does not use either are set
     aside: `ignored` has them by name, and what they are. `tensor_notes` has a sentence about each kind of them, and
-    about quantized weights; `notes` also those about the losses of training. bytes_read: of tensors, by `read_slice`.
-    Raises a ValueError that names the keys that are not supported, or the first tensor that is missing, left over, of
+    about quantized weights; `notes` also those about the losses of training. compare_heads: False does not compare a
+    tied head with the embedding, for which values are read. bytes_read: of the files, by `read_slice`. Raises a ValueError that names the keys that are not supported, or the first tensor that is missing, left over, of
     another shape or of another dtype.
     """
 
-    def __init__(self, path: Path, dtype: str | None = None) -> None:
-        self.folder = open_folder(path, dtype)
+    def __init__(self, path: Path, dtype: str | None = None, *, compare_heads: bool = True) -> None:
+        self.folder, self.compare_heads = open_folder(path, dtype), compare_heads
         config = self.folder.config
         self.family = find_family(config, path)
         self.model = read_model_config(self.family, config)
@@ -69,6 +69,7 @@ class HuggingFaceModel:
         check_tensors(self.folder, self.pairs, logical_shapes(self.model), ignored)
         self.places = {name: (pair, number) for pair in self.pairs for number, name in enumerate(pair.ours)}
         self.bytes_read = 0
+        self._dequantized: tuple[TensorPair | None, list[Tensor]] = (None, [])
 
     def _settle_head(self, ignored: dict[str, str]) -> str:
         """Decides about a lm_head.weight although tie_word_embeddings is true, as transformers 5 does. Returns the name
@@ -83,7 +84,9 @@ class HuggingFaceModel:
             )
             return HEAD
         check_dtypes(self.folder, [TABLE, HEAD])
-        if rows_are_equal(self.folder, TABLE, HEAD):
+        if not self.compare_heads:
+            ignored[HEAD] = f"tied by config.json; an import compares it with {TABLE}"
+        elif rows_are_equal(self.folder, TABLE, HEAD):
             ignored[HEAD] = TIED
         else:
             self.model = self.model.model_copy(update={"tied_embeddings": False})
@@ -105,14 +108,28 @@ class HuggingFaceModel:
             yield from zip(pair.ours, pair.transform.to_ours(theirs), strict=True)
 
     def read_slice(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """Reads the rectangle of a logical tensor that begins at `start` and has `shape`, in the file's dtype, and of
-        the files little more than that."""
+        """Reads the rectangle of a logical tensor that begins at `start` and has `shape`, in the folder's dtype, and of
+        the files little more than that, but all of a quantized tensor.
+
+        Memory holds the tensors of one quantized pair, for the next rectangle of it.
+        """
         pair, number = self.places[name]
         index = tuple(slice(first, first + size) for first, size in zip(start, shape, strict=True))
+        if isinstance(self.folder, QuantizedFolder) and not self.folder.weights.keys().isdisjoint(pair.theirs):
+            part, _ = pair.transform.read_part(self._dequantize(pair, self.folder), number, index)
+            return part
         theirs = [self.folder.read(tensor) for tensor in pair.theirs]  # mapped, not read yet
         part, num_bytes = pair.transform.read_part(theirs, number, index)
         self.bytes_read += num_bytes
         return part
+
+    def _dequantize(self, pair: TensorPair, folder: QuantizedFolder) -> list[Tensor]:
+        """Returns the tensors of a pair, which it reads unless they are those of the last call."""
+        if self._dequantized[0] is not pair:
+            self._dequantized = (None, [])  # frees the last ones before there are others
+            self._dequantized = (pair, [folder.read(tensor) for tensor in pair.theirs])
+            self.bytes_read += sum(map(folder.stored_bytes, pair.theirs))
+        return self._dequantized[1]
 
 
 def find_family(config: Tree, path: Path) -> Family:

@@ -64,6 +64,10 @@ class QuantizedFolder(HuggingFaceFolder):
         """Returns the names of the tensors in the files that hold a tensor."""
         return [name + suffix for suffix in self.quantization.suffixes] if name in self.weights else [name]
 
+    def stored_bytes(self, name: str) -> int:
+        """Returns the bytes that a tensor takes in the files."""
+        return sum(self.stored.read(part).nbytes for part in self.stored_names(name))  # mapped, not read
+
     def shape(self, name: str) -> list[int]:
         """Returns a tensor's shape without reading its data."""
         return self.weights[name] if name in self.weights else self.stored.shape(name)

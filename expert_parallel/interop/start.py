@@ -10,11 +10,13 @@ import torch
 from expert_parallel.checkpoint.load import fill_weights
 from expert_parallel.checkpoint.state import TrainingState
 from expert_parallel.data.open import ORIGIN, TOKENIZER_FILE
+from expert_parallel.data.reading import read_json
 from expert_parallel.interop.exporting import leaves
 from expert_parallel.interop.family import settings
-from expert_parallel.interop.folder import format_bytes
+from expert_parallel.interop.folder import CONFIG, format_bytes
 from expert_parallel.interop.hf_model import HuggingFaceModel
 from expert_parallel.interop.importing import check_origin_files, copy_origin_files, refuse_larger_tokenizer
+from expert_parallel.interop.quantization import read_quantization
 from expert_parallel.interop.set_aside import keep_set_aside
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.parallel.collectives import all_gather_text
@@ -32,7 +34,7 @@ class HuggingFaceStart:
     """
 
     def __init__(self, path: Path, config: Config) -> None:
-        self.source = HuggingFaceModel(path)
+        self.source = HuggingFaceModel(path, quantized_dtype(path, config))
         theirs = leaves(settings(self.source.model), "model")
         ours = leaves(settings(config.model), "model")
         for name in dict.fromkeys([*ours, *theirs]):
@@ -45,6 +47,10 @@ class HuggingFaceStart:
             refuse_larger_tokenizer(path / TOKENIZER_FILE, config.model.vocab_size)
         check_origin_files(path)
         self.kept: list[str] = []
+
+    def check_values(self) -> None:
+        """Checks the scales of quantized weights."""
+        self.source.check_values()
 
     def keep_files(self, folder: Path) -> None:
         """Keeps the same files as an import: config.json, those of tokenizer and generation, what is set aside."""
@@ -62,6 +68,14 @@ class HuggingFaceStart:
         folder = self.source.folder
         amounts = f"a rank read at most {format_bytes(read)} of {format_bytes(folder.num_bytes)}"
         return [f"started from the weights of {folder.path}: {amounts}", *self.source.tensor_notes, *self.kept]
+
+
+def quantized_dtype(path: Path, config: Config) -> str | None:
+    """Returns the dtype in which a run holds weights, and so what quantized weights become; None if the weights of the
+    folder are not quantized."""
+    if not (path / CONFIG).is_file() or read_quantization(read_json(path / CONFIG)) is None:
+        return None
+    return "float64" if config.training.dtype == "float64" else "float32"
 
 
 START_KINDS: Mapping[str, OpenStart] = {**STARTS, "hf": HuggingFaceStart}

@@ -240,6 +240,8 @@ def open_run_folder(
     start = None if checkpoints else open_start(config, starts)
     if checkpoints:
         check_can_resume(open_checkpoint(checkpoints[-1]), config)
+    if rank == 0 and start is not None:
+        start.check_values()
     if rank == 0:
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)

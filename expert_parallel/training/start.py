@@ -19,6 +19,10 @@ from expert_parallel.training.resume import check_same_model, format_changes
 class Start(Protocol):
     """Gives a new run its first weights. Opening one raises a ValueError if they do not fit the run's model."""
 
+    def check_values(self) -> None:
+        """Raises a ValueError for what can only be found in the files. Rank 0 calls it before it writes anything."""
+        ...
+
     def keep_files(self, folder: Path) -> None:
         """Writes into the run's folder what the run keeps beside the weights. Rank 0 calls it."""
         ...
@@ -37,6 +41,9 @@ class RunStart:
     def __init__(self, path: Path, config: Config) -> None:
         self.path, self.config = path, config
         check_same_model(open_checkpoint(path), config)
+
+    def check_values(self) -> None:
+        """Checks nothing: loading compares every file with its SHA-256."""
 
     def keep_files(self, folder: Path) -> None:
         """Copies the files of the model that the other run was imported from, if it was."""
