@@ -2,9 +2,10 @@
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.state import balance_biases
 from expert_parallel.interop.hf_model import HuggingFaceModel
 from expert_parallel.interop.importing import import_folder
-from expert_parallel.interop.start import HuggingFaceStart
+from expert_parallel.interop.start import HuggingFaceStart, quantized_dtype
 from expert_parallel.interop.tensor_map import (
     GATE_UP_COLUMNS,
     GATE_UP_ROWS,
@@ -33,6 +34,7 @@ from expert_parallel.runtime.process import CPU, Launch, Runtime, UserError
 from expert_parallel.training.config import load_config
 from expert_parallel.training.loop import train
 from expert_parallel.training.setup import build, check_world_size
+from tests.quantized_folders import quantize_fp8
 from tests.ranks import run_ranks
 from tests.test_interop import SHARD, make_peer, same_bits, tensors_of
 from tests.test_interop_command import done, refusal
@@ -99,15 +101,17 @@ def started(rank: int, world: int, folder: Path, layouts: list[list[str]]) -> li
         for tensor in held:
             tensor.fill_(-1)
         start = HuggingFaceStart(folder / "theirs", config)
-        start.source = CountingModel(folder / "theirs")
+        start.source = CountingModel(folder / "theirs", quantized_dtype(folder / "theirs", config))
         start.load(model, engine.state, runtime, mesh)
         results.append((all(map(torch.equal, held, expected)), start.source.expert_bytes))
     return results
 
 
-def imported(name: str, folder: Path) -> int:
-    """Writes `theirs` and `run`. Returns the bytes of experts in the files."""
+def imported(name: str, folder: Path, prepare: Callable[[Path], Any] | None = None) -> int:
+    """Writes `theirs` and `run`. prepare: changes `theirs` first. Returns the bytes of experts in the files."""
     make_peer(name, torch.bfloat16).save_pretrained(folder / "theirs")
+    if prepare is not None:
+        prepare(folder / "theirs")
     import_folder(folder / "theirs", folder / "run", SHARD, lambda note: None)
     return sum(tensor.nbytes for key, tensor in tensors_of(folder / "theirs").items() if ".experts." in key)
 
@@ -132,12 +136,13 @@ def test_each_rank_reads_its_part_in_every_layout(tmp_path: Path) -> None:
             assert list(results) == [(True, whole // share)] * world, layout
 
 
-def test_stacks_of_experts_are_divided(tmp_path: Path) -> None:
-    """gpt-oss has one tensor for all experts of a block."""
-    whole = imported("gpt_oss", tmp_path)
-    for same, count in [result for rank in run_ranks(2, started, 2, tmp_path, [["parallel.ep=2"]]) for result in rank]:
-        assert same
-        assert count == whole // 2
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
+def test_stacks_and_quantized_experts_are_divided(name: str, tmp_path: Path) -> None:
+    """gpt-oss has one tensor for all experts of a block; the other folder is in fp8."""
+    prepare = (lambda folder: quantize_fp8(folder, (4, 4), torch.float32)) if name == "deepseek_v3" else None
+    whole = imported(name, tmp_path, prepare)
+    for result in [result for rank in run_ranks(2, started, 2, tmp_path, [["parallel.ep=2"]]) for result in rank]:
+        assert result == (True, whole // 2)
 
 
 SIZES = ["training.steps=1", "training.global_batch=2", "training.sequence_length=16", "evaluation.sequences=4"]

@@ -41,8 +41,9 @@ class HuggingFaceModel:
     dtype: what quantized weights become, see `open_folder`. Tensors that transformers does not use either are set
     aside: `ignored` has them by name, and what they are. `tensor_notes` has a sentence about each kind of them, and
     about quantized weights; `notes` also those about the losses of training. compare_heads: False does not compare a
-    tied head with the embedding, for which values are read. bytes_read: of the files, by `read_slice`. Raises a ValueError that names the keys that are not supported, or the first tensor that is missing, left over, of
-    another shape or of another dtype.
+    tied head with the embedding, for which values are read. bytes_read: of the files, by `read_slice`. Raises a
+    ValueError that names the keys that are not supported, or the first tensor that is missing, left over, of another
+    shape or of another dtype.
     """
 
     def __init__(self, path: Path, dtype: str | None = None, *, compare_heads: bool = True) -> None:
