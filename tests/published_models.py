@@ -85,6 +85,9 @@ def _shrunk(key: str, value: Any, config: Tree, layers: int) -> Any:
         return 8
     if key in CHOICES:
         return min(value, 3)
+    if key == "swa_num_key_value_heads":  # as many times the other blocks' key heads as before
+        usual = config["num_key_value_heads"]
+        return value * _shrunk("num_key_value_heads", usual, config, layers) // usual
     if key in KEY_HEADS:
         return 4 if value == config["num_attention_heads"] else min(value, 2 if key in config else 1)
     if key in ("n_group", "topk_group"):

@@ -28,6 +28,8 @@ FAMILY_MODELS = [
     "deepseek_v3",
     "deepseek_v3 with yarn",
     "gpt_oss",
+    "exaone_moe",  # blocks without positions
+    "mimo_v2_flash",  # blocks with a window have other positions, key heads and sinks
     "glm4_moe",
     "granitemoeshared with all parts",
     "flex_olmo",

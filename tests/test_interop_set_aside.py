@@ -1,17 +1,21 @@
 """Tensors that an import sets aside are in the run, and in its exports again."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from expert_parallel.interop import set_aside
 from expert_parallel.interop.exporting import export_run
+from expert_parallel.interop.families.registry import FAMILIES
 from expert_parallel.interop.hf_model import HuggingFaceModel
+from expert_parallel.interop.ignored_tensors import ignored_tensors
 from expert_parallel.interop.importing import import_folder
 from expert_parallel.interop.set_aside import INDEX
 from expert_parallel.interop.surgery import add, perform_surgery
@@ -54,6 +58,15 @@ def test_multi_token_prediction_goes_back_bit_for_bit(tmp_path: Path, monkeypatc
     narrow, _ = exported(run, tmp_path / "narrow", "bfloat16")
     assert torch.equal(narrow[f"{MTP}eh_proj.weight"], extra[f"{MTP}eh_proj.weight"].bfloat16())
     assert narrow[f"{MTP}mlp.gate.e_score_correction_bias"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("family", ["exaone_moe", "mellum", "mimo_v2_flash"])
+def test_names_of_their_own_are_those_that_transformers_leaves_out(family: str) -> None:
+    names = [f"{prefix}layers.0.eh_proj.weight" for prefix in ("mtp.", "model.mtp.", "model.", "model.layers.3.mtp")]
+    model_class = getattr(transformers, FAMILIES[family].architecture)
+    patterns = model_class._keys_to_ignore_on_load_unexpected
+    expected = [name for name in names if any(re.match(pattern, name) for pattern in patterns)]
+    assert list(ignored_tensors(names, 3, 0, FAMILIES[family].set_aside)) == expected != []
 
 
 def test_what_an_export_cannot_have_again_is_named(tmp_path: Path) -> None:

@@ -36,9 +36,10 @@ def ignored_tensors(
             if re.match(pattern, name):
                 ignored[name] = kind
         layer = LAYER.match(name)
+        is_after = layer and num_layers <= int(layer[1]) < num_layers + num_mtp_layers
         if FREQUENCIES.search(name):
             ignored[name] = "rotary frequencies, which follow from config.json"
-        elif layer and num_layers <= int(layer[1]) < num_layers + num_mtp_layers:
+        elif is_after:
             ignored[name] = MTP
     return ignored
 

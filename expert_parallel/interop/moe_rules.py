@@ -50,27 +50,31 @@ class SharedExperts:
 @dataclass(frozen=True)
 class MLPLayerTypes:
     """Places MoE blocks where mlp_layer_types lists `sparse`, not `dense`; without the list, in all blocks but the
-    first.
+    first `dense`.
 
-    Some folders have first_k_dense_replace, too, which transformers does not read there: it must agree. reads_first:
-    True if transformers reads it where the list is absent.
+    Some folders have first_k_dense_replace, too. reads_first: transformers reads it where there is no list, and else
+    ignores it; otherwise it must agree. flags: an older key, which lists 1 or true for MoE blocks, and must agree.
     """
 
+    dense: int = 1
     reads_first: bool = False
+    flags: str | None = None
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         count = ours["num_layers"]
-        kinds = theirs.take("mlp_layer_types", default=None)
+        first = theirs.size("first_k_dense_replace", default=None, least=0)
+        kinds, flagged = theirs.take("mlp_layer_types", default=None), self._flagged(theirs, count)
         if kinds is None:
-            dense = theirs.size("first_k_dense_replace", default=1, least=0, most=count) if self.reads_first else 1
-            kinds = [*["dense"] * dense, *["sparse"] * (count - dense)]
+            dense = min(count, first if self.reads_first and first is not None else self.dense)
+            kinds = flagged or ["dense"] * dense + ["sparse"] * (count - dense)
         if not isinstance(kinds, list) or len(kinds) != count or any(kind not in ("dense", "sparse") for kind in kinds):
             raise theirs.refuse("mlp_layer_types", f"it must list {count} of dense or sparse")
+        if self.flags is not None and flagged not in (None, kinds):
+            raise theirs.refuse(self.flags, "it must agree with mlp_layer_types")
         blocks = [layer for layer, kind in enumerate(kinds) if kind == "sparse"]
         k = count - len(blocks)
         is_last = blocks == list(range(k, count))
-        first = theirs.size("first_k_dense_replace", default=None, least=0)
-        if first is not None and not (is_last and first == k):
+        if first is not None and not self.reads_first and not (is_last and first == k):
             raise theirs.refuse("first_k_dense_replace", f"mlp_layer_types makes other blocks dense ({k} of {count})")
         if k == 0:
             set_setting(ours, "moe_blocks", {"kind": "all"})
@@ -82,3 +86,14 @@ class MLPLayerTypes:
     def write(self, ours: Tree, theirs: Tree) -> None:
         blocks = set(ours["moe_layers"])
         theirs["mlp_layer_types"] = ["sparse" if layer in blocks else "dense" for layer in range(ours["num_layers"])]
+        if self.flags is not None:
+            theirs[self.flags] = [int(layer in blocks) for layer in range(ours["num_layers"])]
+
+    def _flagged(self, theirs: HuggingFaceConfig, count: int) -> list[str] | None:
+        """Returns what the older key says, as mlp_layer_types would."""
+        flags = None if self.flags is None else theirs.take(self.flags, default=None)
+        if self.flags is None or flags is None:
+            return None
+        if not isinstance(flags, list) or len(flags) != count or any(flag not in (0, 1) for flag in flags):
+            raise theirs.refuse(self.flags, f"it must list {count} of 0 (dense) or 1 (experts)")
+        return ["sparse" if flag else "dense" for flag in flags]

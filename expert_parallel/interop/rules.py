@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from expert_parallel.interop.hf_config import LARGEST, REQUIRED, HuggingFaceConfig, Tree
 
+WINDOWED, FULL = "sliding_attention", "full_attention"  # the two kinds of blocks in layer_types
+
 
 def get_setting(tree: Tree, path: str) -> Any:
     """Returns the value at a dotted path, or None if a block of the path is absent."""
@@ -194,6 +196,31 @@ class SlidingWindow:
             theirs[self.switch] = size is not None
 
 
+def read_layer_types(theirs: HuggingFaceConfig, ours: Tree, usual: list[bool], size: int | None) -> None:
+    """Gives the blocks that layer_types lists as sliding_attention a window.
+
+    usual: of each block, True if it has a window where the key is absent. size: of the window, None if there is none.
+    """
+    count, kinds = ours["num_layers"], theirs.take("layer_types", default=None)
+    if kinds is None:
+        kinds = [WINDOWED if has_window else FULL for has_window in usual]
+    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in (WINDOWED, FULL) for kind in kinds):
+        raise theirs.refuse("layer_types", f"it must list {count} of {WINDOWED} or {FULL}")
+    blocks = [layer for layer, kind in enumerate(kinds) if kind == WINDOWED]
+    if blocks and size is None:
+        raise theirs.refuse("sliding_window", f"layer_types gives {len(blocks)} blocks a sliding window")
+    if blocks:
+        set_setting(ours, "attention.window", size)
+        every = len(blocks) == count
+        set_setting(ours, "window_blocks", {"kind": "all"} if every else {"kind": "list", "indices": blocks})
+
+
+def layer_types(ours: Tree) -> list[str]:
+    """Returns the value of layer_types for a model's settings."""
+    blocks = set(ours["window_layers"])
+    return [WINDOWED if layer in blocks else FULL for layer in range(ours["num_layers"])]
+
+
 @dataclass(frozen=True)
 class SlidingWindowByLayer:
     """Limits attention to the last `sliding_window` positions in the blocks that layer_types names.
@@ -214,25 +241,11 @@ class SlidingWindowByLayer:
             # Without a switch, transformers has a size of its own if the key is absent: those blocks are refused below.
             is_on = size is not None or (self.switch is None and "sliding_window" not in theirs.values)
             usual = [is_on and layer >= first for layer in range(count)]
-        kinds = theirs.take("layer_types", default=None)
-        if kinds is None:
-            kinds = ["sliding_attention" if windowed else "full_attention" for windowed in usual]
-        known = ("sliding_attention", "full_attention")
-        if not isinstance(kinds, list) or len(kinds) != count or any(kind not in known for kind in kinds):
-            raise theirs.refuse("layer_types", f"it must list {count} of sliding_attention or full_attention")
-        blocks = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
-        if blocks and size is None:
-            raise theirs.refuse("sliding_window", f"layer_types gives {len(blocks)} blocks a sliding window")
-        if blocks:
-            set_setting(ours, "attention.window", size)
-            set_setting(
-                ours, "window_blocks", {"kind": "list", "indices": blocks} if len(blocks) < count else {"kind": "all"}
-            )
+        read_layer_types(theirs, ours, usual, size)
 
     def write(self, ours: Tree, theirs: Tree) -> None:
         size, blocks = get_setting(ours, "attention.window"), set(ours["window_layers"])
-        kinds = ["sliding_attention" if layer in blocks else "full_attention" for layer in range(ours["num_layers"])]
-        theirs |= {"sliding_window": size, "layer_types": kinds}
+        theirs |= {"sliding_window": size, "layer_types": layer_types(ours)}
         if self.first is not None:
             theirs["max_window_layers"] = min(blocks, default=ours["num_layers"])
         if self.switch is not None:
