@@ -265,6 +265,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": False,
             "rope_interleave": False,
             "rope_parameters": {**YARN, "original_max_position_embeddings": 3, "llama_4_scaling_beta": 0.2},
+        },
+    ),
     "exaone_moe": (
         "exaone_moe",
         {
