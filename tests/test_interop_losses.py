@@ -186,4 +186,12 @@ def test_what_import_says_of_losses() -> None:
     first, second = sentences("qwen3_moe", router_z_loss_coef=0.001)
     assert first.startswith("training adds")
     assert second == ("router_z_loss_coef (0.001) is not kept: Qwen3MoeForCausalLM of transformers has no such loss")
+    assert sentences("minimax_m2")[0] == (
+        "router_aux_loss_coef (0.001) is not kept: transformers takes that loss of a softmax of the logits, but the "
+        "scores of the router are sigmoids"
+    )
+    assert sentences("minimax_m2", router_aux_loss_coef=None)[0].startswith("training adds no balance loss")
+    assert sentences("hy_v3", router_aux_loss_coef=0.1)[0] == (
+        "router_aux_loss_coef (0.1) is not kept: HYV3ForCausalLM of transformers has no such loss"
+    )
     assert sentences("llama") == []

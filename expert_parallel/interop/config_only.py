@@ -113,7 +113,7 @@ def describe_left_out(theirs: Tree) -> list[str]:
         notes.append(
             f"quantization_config ({short(method)}) is left out: it describes weights, and training has its own"
         )
-    for key in ("num_nextn_predict_layers", "num_mtp_layers"):
+    for key in ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules"):
         if count := theirs.get(key):
             notes.append(f"{key} ({short(count)}) is left out: the model has no layers of multi-token prediction")
     return notes
