@@ -203,7 +203,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "granitemoe",
         {**HEADS, "num_local_experts": 4, "attention_multiplier": 0.4, "logits_scaling": 0.8},
     ),
-    "granitemoeshared with all parts": (
+    "granitemoeshared": (
         "granitemoeshared",
         {
             **HEADS,
@@ -211,7 +211,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 3,
             "shared_intermediate_size": 14,
             "attention_bias": True,
-            "tie_word_embeddings": True,
             "attention_multiplier": 0.4,
             "embedding_multiplier": 3.0,
             "residual_multiplier": 0.6,
@@ -223,12 +222,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "flex_olmo",
         {**HEADS, "num_experts": 6, "num_experts_per_tok": 3, "attention_bias": True, "norm_topk_prob": True},
     ),
-    "ernie4_5_moe": ("ernie4_5_moe", {**ERNIE, "moe_num_shared_experts": 0, "moe_layer_start_index": 0}),
+    "ernie4_5_moe": ("ernie4_5_moe", {**ERNIE, "use_bias": True, "moe_layer_end_index": 1}),
+    "ernie4_5_moe without shared experts": (
+        "ernie4_5_moe",
+        {**ERNIE, "moe_num_shared_experts": 0, "moe_layer_start_index": 0},
+    ),
     "ernie4_5_moe with all parts": (
         "ernie4_5_moe",
         {**ERNIE, "use_bias": True, "head_dim": 6, "moe_layer_interval": 2, "tie_word_embeddings": False},
     ),
-    "ernie4_5_moe, tied": ("ernie4_5_moe", {**ERNIE, "use_bias": True, "moe_layer_end_index": 1}),
     "axk1": ("axk1", {**LATENT, "n_group": 3, "topk_group": 2}),
     "hunyuan_v1_moe": (
         "hunyuan_v1_moe",

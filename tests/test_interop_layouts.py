@@ -31,7 +31,7 @@ FAMILY_MODELS = [
     "exaone_moe",  # blocks without positions
     "mimo_v2_flash",  # blocks with a window have other positions, key heads and sinks
     "glm4_moe",
-    "granitemoeshared with all parts",
+    "granitemoeshared",
     "flex_olmo",
     "ernie4_5_moe with all parts",
     "axk1",
