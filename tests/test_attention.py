@@ -83,6 +83,22 @@ SCALINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "original_max_position_embeddings": 8192,
         },
     ),
+    "llama 4 scout": (
+        {
+            "kind": "llama3",
+            "factor": 16.0,
+            "low_frequency_factor": 1.0,
+            "high_frequency_factor": 1.0,
+            "original_length": 8192,
+        },
+        {
+            "rope_type": "llama3",
+            "factor": 16.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
     "yarn": (
         {"kind": "yarn", "factor": 4.0, "original_length": 32768},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
@@ -676,7 +692,7 @@ YARN_SETTINGS = {"kind": "yarn", "factor": 2.0, "original_length": 16}
                     },
                 }
             },
-            r"high_frequency_factor \(1\) must be larger than position\.scaling\.low_frequency_factor \(4\)",
+            r"high_frequency_factor \(1\) must be at least position\.scaling\.low_frequency_factor \(4\)",
         ),
         (
             {"position": {"kind": "learned", "max_length": 9}, "attention": LATENT},

@@ -37,6 +37,7 @@ FAMILY_MODELS = [
     "axk1",
     "hunyuan_v1_moe with a stretched base",
     "mistral4",
+    "llama4_text",
 ]
 DENSE = {"llama", "qwen2", "qwen3"}
 

@@ -380,6 +380,11 @@ YARN = {"rope_type": "yarn", "factor": 2.0}
             {"rope_parameters": {"rope_type": "dynamic", "alpha": -2.0}},
             "alpha of the rotary positions is -2.0: it must be a number above 0",
         ),
+        ("llama4_text", {"no_rope_layers": [1, 0]}, "no_rope_layers is .*: it must list 4 of 0 or 1"),
+        ("llama4_text", {"layer_types": ["sliding_attention"] * 4}, "layer_types is .*: it must list 4 of chunked"),
+        ("llama4_text", {"moe_layers": [1, 4]}, "moe_layers is .*: it must be a list of block indices from 0 to 3"),
+        ("llama4_text", {"attention_chunk_size": None}, "attention_chunk_size is None: it must be an integer"),
+        ("llama4_text", {"attn_scale": -0.5}, "attention.length_scaling.beta: .*, found -0.5"),
         ("mistral4", {"head_dim": 4}, "head_dim is 4: it must be 10"),
         ("mistral4", {"rope_parameters": YARN}, "llama_4_scaling_beta of the rotary positions is None"),
         (

@@ -84,15 +84,12 @@ class ScaledQueriesRope(Rope):
                     f"config.json: {BETA} of the rotary positions is {short(scaling['beta'])}: it must be a number, "
                     "and the same in rope_parameters and rope_scaling"
                 )
-            set_setting(ours, "attention.length_scaling", scaling)
+            if scaling["beta"]:
+                set_setting(ours, "attention.length_scaling", scaling)
 
     def write(self, ours: Tree, theirs: Tree) -> None:
         super().write(ours, theirs)
         sizes = [get_setting(ours, f"attention.{name}") for name in ("rope_size", "nope_size")]
-        if (scaling := get_setting(ours, "attention.length_scaling")) is None or None in sizes:
-            return
-        rope, nope = sizes
-        for form in filter(None, (theirs[key] for key in FORMS)):
-            form[BETA] = scaling["beta"]
-            form.setdefault(ORIGINAL_LENGTH, scaling["length"])
-            form[PARTIAL] = rope / (rope + nope)
+        scaling = get_setting(ours, "attention.length_scaling")
+        for form in (theirs[key] for key in FORMS if theirs[key] is not None and None not in sizes):
+            form |= {BETA: 0.0 if scaling is None else scaling["beta"], PARTIAL: sizes[0] / sum(sizes)}

@@ -34,9 +34,9 @@ class Llama3Scaling(Settings):
 
     @model_validator(mode="after")
     def _check_band(self) -> "Llama3Scaling":
-        if self.high_frequency_factor <= self.low_frequency_factor:
+        if self.high_frequency_factor < self.low_frequency_factor:
             raise ValueError(
-                f"high_frequency_factor ({self.high_frequency_factor:g}) must be larger than low_frequency_factor "
+                f"high_frequency_factor ({self.high_frequency_factor:g}) must be at least low_frequency_factor "
                 f"({self.low_frequency_factor:g})"
             )
         return self
@@ -120,7 +120,8 @@ def _linear(scaling: LinearScaling, theta: float, frequency_h: Tensor) -> tuple[
 def _llama3(scaling: Llama3Scaling, theta: float, frequency_h: Tensor) -> tuple[Tensor, float]:
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
     turns_h = scaling.original_length * frequency_h / (2 * math.pi)
-    kept_h = ((turns_h - low) / (high - low)).clamp(0, 1)
+    # Equal factors leave no band between them (Llama 4 Scout).
+    kept_h = ((turns_h - low) / (high - low)).clamp(0, 1) if low < high else (turns_h >= high).to(frequency_h.dtype)
     return frequency_h * (kept_h + (1 - kept_h) / scaling.factor), 1.0
 
 

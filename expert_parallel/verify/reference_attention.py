@@ -173,7 +173,7 @@ def _rope_frequency(position: Any, i: int, half: int) -> float:
     turns = scaling.original_length / wavelength
     if scaling.kind == "llama3":
         low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-        kept = 0.0 if turns < low else 1.0 if turns > high else (turns - low) / (high - low)
+        kept = 0.0 if turns < low else 1.0 if turns >= high else (turns - low) / (high - low)
     else:
         first, last = (
             half * math.log(scaling.original_length / (2 * math.pi * beta)) / math.log(position.theta)

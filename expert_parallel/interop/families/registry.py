@@ -14,6 +14,7 @@ from expert_parallel.interop.families import (
     hunyuan,
     hy3,
     llama,
+    llama4,
     mellum,
     mimo,
     minimax,
@@ -40,4 +41,5 @@ FAMILIES: dict[str, Family] = {
     **exaone.FAMILIES,
     **mellum.FAMILIES,
     **mimo.FAMILIES,
+    **llama4.FAMILIES,
 }
