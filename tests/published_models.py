@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from expert_parallel.interop.families.registry import FAMILIES
 
@@ -152,3 +152,12 @@ def count_parameters(config: Tree) -> int:
     with torch.device("meta"):
         model = oracle_class(config)(oracle_config(config))
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def generated(model: Any, prompt_BS: Tensor, count: int) -> Tensor:
+    """What transformers writes greedily after a prompt."""
+    mask_BS = torch.ones_like(prompt_BS)
+    ends = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    ends["use_mtp"] = False  # MiniMax-M2's config.json asks for it, but transformers has no such layers of it
+    text_BS: Tensor = model.generate(prompt_BS, attention_mask=mask_BS, **ends)
+    return text_BS[:, prompt_BS.shape[1] :]

@@ -17,6 +17,7 @@ from tests.published_models import (
     SAME_CLASS,
     WORDS,
     count_parameters,
+    generated,
     oracle,
     oracle_class,
     published,
@@ -68,12 +69,3 @@ def test_a_small_one_computes_writes_and_generates_the_same(name: str, tmp_path:
     there = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float32}
     loaded = oracle_class(exported).from_pretrained(tmp_path / "back", **there).eval()
     torch.testing.assert_close(loaded(tokens_BS).logits, expected, rtol=0, atol=1e-6 * max(1.0, largest))
-
-
-def generated(model: torch.nn.Module, prompt_BS: torch.Tensor, count: int) -> torch.Tensor:
-    """What transformers writes greedily after a prompt."""
-    mask_BS = torch.ones_like(prompt_BS)
-    ends = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-    ends["use_mtp"] = False  # MiniMax-M2's config.json asks for it, but transformers has no such layers of it
-    text_BS: torch.Tensor = model.generate(prompt_BS, attention_mask=mask_BS, **ends)
-    return text_BS[:, prompt_BS.shape[1] :]
