@@ -262,8 +262,7 @@ class ModelConfig(Settings):
         dense += self.vocab_size if is_last and self.unembedding_bias else 0
         if is_first and isinstance(self.position, LearnedPositionConfig):
             dense += self.position.max_length * d_model
-        if is_last and self.norm_placement != "post":
-            dense += norm
+        dense += norm if is_last and self.has_final_norm else 0
         return ParameterCounts(dense, experts)
 
     @model_validator(mode="after")
@@ -292,7 +291,7 @@ class ModelConfig(Settings):
     @model_validator(mode="after")
     def _check_window_overrides(self) -> "ModelConfig":
         if self.window_overrides is not None:
-            self.window_overrides.check(self.attention, self.num_layers, self.window_layers, self.rope_layers)
+            self.window_overrides.check(self.attention, self.num_blocks, self.window_layers, self.rope_layers)
         return self
 
     @model_validator(mode="after")
