@@ -63,7 +63,7 @@ def test_the_command(tmp_path: Path) -> None:
     result = invoke(path, out)
     assert result.stdout.splitlines() == [
         "quantization_config ('fp8') is left out: it describes weights, and training has its own",
-        "num_nextn_predict_layers (1) is left out: the model has no layers of multi-token prediction",
+        "num_nextn_predict_layers (1) is left out: model.mtp.depth trains layers of multi-token prediction",
         "training adds a balance loss of each sequence with coefficient 0.001, which is aux_loss_alpha; transformers "
         "has no such loss",
         "experts are balanced by model.moe.router.balance_bias_rate, which is 0.001",

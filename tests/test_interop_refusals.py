@@ -135,6 +135,7 @@ def test_tensors_that_transformers_ignores(originals: Callable[[str], Path], tmp
         "config.json",
         "set aside 2 tensors (model.layers.3.eh_proj.weight, ...): multi-token prediction, which transformers leaves "
         "out, too",
+        "model.mtp is null: model.layers.3.input_layernorm.weight is missing",
         "training adds no balance loss, since config.json has no aux_loss_alpha above 0",
         "experts are balanced by model.moe.router.balance_bias_rate, which is 0.001",
     ]

@@ -115,5 +115,5 @@ def describe_left_out(theirs: Tree) -> list[str]:
         )
     for key in ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules"):
         if count := theirs.get(key):
-            notes.append(f"{key} ({short(count)}) is left out: the model has no layers of multi-token prediction")
+            notes.append(f"{key} ({short(count)}) is left out: model.mtp.depth trains layers of multi-token prediction")
     return notes

@@ -16,9 +16,10 @@ from expert_parallel.interop.families.registry import FAMILIES
 from expert_parallel.interop.family import Family, settings
 from expert_parallel.interop.folder import CONFIG, COPIED_FILES, GENERATION, FolderWriter
 from expert_parallel.interop.fp8_export import Fp8Writer, open_fp8_writer
-from expert_parallel.interop.hf_config import Tree
+from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree
 from expert_parallel.interop.hf_model import match_model_tensors, read_model_config
 from expert_parallel.interop.importing import find_origin, find_tokenizer, refuse_larger_tokenizer
+from expert_parallel.interop.mtp_layers import copies
 from expert_parallel.interop.neutral_keys import is_neutral
 from expert_parallel.interop.set_aside import set_aside_for_export
 from expert_parallel.model.config import ModelConfig
@@ -130,7 +131,7 @@ def write_weights(
 ) -> None:
     """Writes all weights, pair by pair. config: the config.json of the export. form: a dtype or fp8; None keeps each
     tensor's dtype. Selection biases always keep theirs: bfloat16 would round away their small updates."""
-    for pair in match_model_tensors(family, config, model):
+    for pair in (*match_model_tensors(family, config, model), *copies(model)):
         ours = [checkpoint.read(f"weights/{name}") for name in pair.ours]
         is_bias = pair.ours[0].endswith("balance_bias_E")
         if isinstance(form, torch.dtype) and not is_bias:
@@ -171,6 +172,9 @@ def choose_family(model: ModelConfig, wanted: str | None, origin: str | None) ->
 
 def differences(family: Family, model: ModelConfig) -> list[str]:
     """Returns the differences between a model and what the family's config.json for it gives, one sentence each."""
+    lost = []
+    if model.mtp is not None and not (family.imports_mtp and set(model.mtp_layers) <= set(model.moe_layers)):
+        lost = [f"model.mtp.depth is {model.mtp.depth}, the family has no layers of multi-token prediction like these"]
     config, ours = family.write(model), leaves(settings(model), "model")
     try:
         read = family.read(config)
@@ -187,7 +191,7 @@ def differences(family: Family, model: ModelConfig) -> list[str]:
         for path in dict.fromkeys([*ours, *back])
         if ours.get(path) != back.get(path)
     ]
-    return different or refusal
+    return [*lost, *(different or refusal)]
 
 
 def leaves(tree: Tree, prefix: str) -> dict[str, Any]:
@@ -206,7 +210,7 @@ def export_config(name: str, model: ModelConfig, origin: Tree, run: Tree) -> Tre
     run: the run's config.
     """
     family = FAMILIES[name]
-    named = {"model_type": family.exported_as or name}
+    named = {"model_type": family.exported_as or name, **mtp_count(family, model, origin)}
     # The exported weights are not quantized, and no code is exported.
     origin = {key: value for key, value in origin.items() if key not in ("quantization_config", "auto_map")}
     written = family.write(model)
@@ -229,6 +233,15 @@ def export_config(name: str, model: ModelConfig, origin: Tree, run: Tree) -> Tre
         "pad_token_id": None,
     }
     return {**beside, **kept, **written, **named}
+
+
+def mtp_count(family: Family, model: ModelConfig, origin: Tree) -> Tree:
+    """Returns the keys of config.json for the number of layers of multi-token prediction, if the origin does not state
+    it."""
+    keys = [key for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in origin]
+    if model.mtp is None or (keys and family.num_mtp_layers(HuggingFaceConfig(origin)) == model.mtp.depth):
+        return {}
+    return dict.fromkeys(keys or ["num_nextn_predict_layers"], model.mtp.depth)
 
 
 def without_losses(config: Tree) -> Tree:

@@ -19,9 +19,10 @@ class Family:
     architecture: the class in transformers. exported_as: the model_type that exports have; None: the family's own, by
     which transformers finds that class. tensor_map: returns the mappings of a model, given its config.json.
     neutral: keys of config.json that do not affect the logits, in addition to `NEUTRAL`. num_mtp_layers: returns how
-    many layers of multi-token prediction may follow those of the model. set_aside: what further tensors are that the
-    model does not use, by a regular expression of their names; one that the model uses is no such tensor. zeros: the
-    ends of our names of tensors that are 0 if folders have none of them.
+    many layers of multi-token prediction may follow those of the model. imports_mtp: True if such layers become
+    `model.mtp`, where a folder has them; else they are set aside. set_aside: what further tensors are that the model
+    does not use, by a regular expression of their names; one that the model uses is no such tensor. zeros: the ends of
+    our names of tensors that are 0 if folders have none of them.
     """
 
     architecture: str
@@ -30,6 +31,7 @@ class Family:
     neutral: tuple[str, ...] = ()
     exported_as: str | None = None
     num_mtp_layers: Callable[[HuggingFaceConfig], int] = lambda theirs: 0
+    imports_mtp: bool = False
     set_aside: Mapping[str, str] = field(default_factory=dict)
     zeros: tuple[str, ...] = ()
 
@@ -61,12 +63,13 @@ class Family:
 def settings(model: ModelConfig) -> Tree:
     """Returns the settings that the logits of generation depend on, with defaults resolved.
 
-    Omits settings of training, speed and layout, and the capacity, since generation is dropless.
+    Omits settings of training, speed and layout, and the capacity, since generation is dropless; multi-token prediction
+    is one of training.
     """
     tree = model.model_dump(mode="json")
     for name in ("moe_layers", "window_layers", "rope_layers"):
-        tree[name] = getattr(model, name)
-    for name in ("moe_blocks", "window_blocks", "rope_blocks", "dropout", "init_std"):
+        tree[name] = [layer for layer in getattr(model, name) if layer < model.num_layers]
+    for name in ("moe_blocks", "window_blocks", "rope_blocks", "dropout", "init_std", "mtp"):
         tree.pop(name)
     if isinstance(model.attention, HeadsConfig):
         set_setting(tree, "attention.num_kv_heads", model.attention.kv_heads)

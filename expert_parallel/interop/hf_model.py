@@ -18,12 +18,21 @@ from expert_parallel.interop.folder import HuggingFaceFolder
 from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree
 from expert_parallel.interop.ignored_tensors import (
     HEAD,
+    MTP,
     TABLE,
     TIED,
     describe_ignored,
     ignored_tensors,
     list_briefly,
     rows_are_equal,
+)
+from expert_parallel.interop.mtp_layers import (
+    COPY,
+    MTP_TENSORS,
+    WEIGHT,
+    copies,
+    reason_to_set_aside,
+    with_mtp_layers,
 )
 from expert_parallel.interop.quantized_folder import QuantizedFolder, open_folder
 from expert_parallel.interop.tensor_map import TensorPair, Transform, match_tensors
@@ -58,6 +67,8 @@ class HuggingFaceModel:
         )
         self.tensor_notes: list[str] = []
         table = self._settle_head(ignored) if self.model.tied_embeddings and HEAD in self.folder.files else TABLE
+        if self.family.imports_mtp and MTP in ignored.values():
+            self._settle_mtp(num_mtp_layers, table)
         pairs = match_model_tensors(self.family, config, self.model)
         pairs = [replace(pair, theirs=(table,)) if pair.theirs == (TABLE,) else pair for pair in pairs]
         self.pairs, zeros = zeros_for_missing(pairs, self.family.zeros, self.folder, logical_shapes(self.model))
@@ -101,6 +112,27 @@ class HuggingFaceModel:
         """Raises a ValueError for scales of quantized weights that are not valid. Reads all of them, but no weights."""
         if isinstance(self.folder, QuantizedFolder):
             self.folder.check_values()
+
+    def _settle_mtp(self, count: int, table: str) -> None:
+        """Decides about layers of multi-token prediction, of which the folder has tensors. They become `model.mtp` if
+        they are complete, and else stay set aside. table: the name of the embedding's table."""
+        model = with_mtp_layers(self.model, count)
+        pairs = match_model_tensors(self.family, self.folder.config, model)
+        if (reason := reason_to_set_aside(self.folder, model, pairs, table)) is not None:
+            self.notes.append(f"model.mtp is null: {reason}")
+            return
+        self.model = model
+        imported = {name for pair in pairs for name in pair.theirs}
+        shared = {pair.theirs[0] for pair in copies(model)}
+        for name in [name for name, kind in self.ignored.items() if kind == MTP]:
+            if name in shared:
+                self.ignored[name] = COPY
+            elif name in imported:
+                del self.ignored[name]
+        self.notes.append(
+            f"model.mtp trains {count} layer{'s' if count > 1 else ''} of multi-token prediction, with the weight "
+            f"{WEIGHT} in the loss; model.mtp=null leaves them out"
+        )
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yields every logical name and its tensor, in the folder's dtype. Memory holds the tensors of one pair."""
@@ -173,7 +205,8 @@ def match_model_tensors(family: Family, config: Tree, model: ModelConfig) -> lis
     """Returns the pairs of a model's tensors and those of its Hugging Face folder. config: the folder's config.json, on
     which the layout of some tensors depends."""
     experts = 0 if model.moe is None else model.moe.num_experts
-    return match_tensors(family.tensor_map(config), logical_shapes(model), experts)
+    tensor_map = [*family.tensor_map(config), *MTP_TENSORS]
+    return match_tensors(tensor_map, logical_shapes(model), experts)
 
 
 def zeros_for_missing(

@@ -135,7 +135,9 @@ def _reason_to_leave_out(found: SetAside, family: str, model: ModelConfig, confi
     if origin.get("model_type") != family:
         return f"the model was imported as {origin.get('model_type')}, and is exported as {family}"
     old = logical_shapes(read_model_config(FAMILIES[family], {**origin, "quantization_config": None}))
-    new = logical_shapes(model)
+    if model.mtp is not None and found.files:
+        return "the model has blocks of multi-token prediction of its own (model.mtp)"
+    new = logical_shapes(model.model_copy(update={"mtp": None}))
     for name in dict.fromkeys([*old, *new]):
         if old.get(name) != new.get(name) and name != "unembedding.weight":  # which depends on how a head was set aside
             return f"{name} had the shape {old.get(name)} in the imported model, and has {new.get(name)}"

@@ -107,6 +107,7 @@ DEEPSEEK_V3 = Family(
     deepseek_v3_tensor_map,
     neutral=("num_nextn_predict_layers", "num_mtp_layers", "ep_size"),
     num_mtp_layers=num_mtp_layers,
+    imports_mtp=True,
 )
 
 

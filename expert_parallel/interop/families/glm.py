@@ -41,6 +41,7 @@ FAMILIES = {
         glm4_moe_tensor_map,
         neutral=("num_nextn_predict_layers", "num_mtp_layers"),
         num_mtp_layers=num_mtp_layers,
+        imports_mtp=True,
     ),
     "glm4_moe_lite": Family(
         "Glm4MoeLiteForCausalLM",
@@ -56,6 +57,7 @@ FAMILIES = {
         deepseek_v3_tensor_map,
         neutral=("num_nextn_predict_layers", "num_mtp_layers"),
         num_mtp_layers=num_mtp_layers,
+        imports_mtp=True,
     ),
     "solar_open": Family(
         "SolarOpenForCausalLM",
