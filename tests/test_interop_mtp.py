@@ -1,5 +1,5 @@
-"""Layers of multi-token prediction of Hugging Face folders: imported, compared with transformers' own MtpModel, exported
-bit for bit, and set aside with the reason where they cannot be imported."""
+"""Layers of multi-token prediction of Hugging Face folders: imported, compared with transformers' own MtpModel,
+exported bit for bit, and set aside with the reason where they cannot be imported."""
 
 import json
 from pathlib import Path
@@ -20,6 +20,7 @@ from expert_parallel.moe.context import StepContext
 from tests.interop_models import MODELS
 from tests.peers import peers_in_float64
 from tests.test_interop import SHARD, load_ours, make_peer, same_bits, tensors_of, tokens
+from tests.test_interop_command import done, refusal
 
 LAYERS = 3  # of the small models
 
@@ -101,9 +102,38 @@ def test_what_cannot_be_imported_is_set_aside_with_the_reason(tmp_path: Path) ->
     assert HuggingFaceModel(tmp_path / "theirs").model.mtp is not None
 
 
+def test_a_run_may_leave_them_out(tmp_path: Path) -> None:
+    """Each start says what it does not load, and one from the folder keeps it for export; with model.mtp it loads it."""
+    tensors = folder_with_mtp("deepseek_v3", tmp_path / "theirs", 1, torch.bfloat16)
+    import_folder(tmp_path / "theirs", tmp_path / "imported", SHARD, print_message=lambda note: None)
+    sizes = ["training.steps=1", "training.global_batch=2", "training.sequence_length=16", "evaluation.sequences=4"]
+    sizes = [tmp_path / "imported/config.yaml", *sizes, "data={kind: stdlib}"]
+    from_folder = f"checkpoint.start_from={{kind: hf, path: {tmp_path}/theirs}}"
+
+    text = done("train", *sizes, f"run.folder={tmp_path}/a", from_folder, "model.mtp=null")
+    assert "for export" in text
+    done("convert", "export", tmp_path / "a", tmp_path / "back")
+    kept = {k: v for k, v in tensors.items() if k.startswith("model.layers.3.")}
+    same_bits({k: v for k, v in tensors_of(tmp_path / "back").items() if k in kept}, kept)
+
+    from_run = f"checkpoint.start_from={tmp_path}/imported"
+    text = done("train", *sizes, f"run.folder={tmp_path}/b", from_run, "model.mtp=null")
+    assert "left out " in text
+    assert "tensors (weights/blocks.3.attention.kv_down.weight, ...), as model.mtp is null" in text
+    with_them = [
+        done("train", *sizes, f"run.folder={tmp_path}/{n}", s) for n, s in (("c", from_folder), ("d", from_run))
+    ]
+    losses = [[line for line in said.splitlines() if "held-out loss" in line] for said in with_them]
+    assert losses[0] == losses[1]
+    metrics = json.loads((tmp_path / "c/metrics.jsonl").read_text().splitlines()[-1])
+    assert {"loss/mtp_1", "train/loss"} <= metrics.keys()
+    other = refusal("train", *sizes, f"run.folder={tmp_path}/e", from_folder, "model.mtp.depth=2")
+    assert "model.mtp.depth is 1 there and 2 here" in other
+
+
 def test_a_family_without_such_layers_is_not_chosen() -> None:
     family, _ = MODELS["mixtral"]
     config = FAMILIES[family].read(json.loads(make_peer("mixtral").config.to_json_string(use_diff=False)))
     model = ModelConfig.model_validate({**config, "mtp": {"depth": 1}})
-    with pytest.raises(ValueError, match="model.mtp.depth is 1, the family has no layers of multi-token prediction"):
+    with pytest.raises(ValueError, match=r"model\.mtp\.depth is 1, the family has no layers of multi-token prediction"):
         choose_family(model, family, None)

@@ -1,6 +1,7 @@
 """Loads a checkpoint into any layout: each rank reads its own shards, and all ranks verify the digests together."""
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from expert_parallel.checkpoint.digest import MODULUS, digest
 from expert_parallel.checkpoint.files import Checkpoint, open_checkpoint
 from expert_parallel.checkpoint.manifest import MOMENTS, WEIGHTS, check_shapes
 from expert_parallel.checkpoint.state import TrainingState, balance_biases, expected_shapes, range_shards
+from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.parameters import (
     local_tensor,
@@ -27,6 +29,7 @@ from expert_parallel.runtime.process import Runtime
 Result = TypeVar("Result")
 LoadTarget = tuple[str, tuple[int, ...], Tensor, bool]  # full name, start, memory to fill, whether the digest counts it
 LIMB = 1 << 32
+BLOCK = re.compile(r"\w+/blocks\.(\d+)\.")
 
 
 ReadSlice = Callable[[str, Sequence[int], Sequence[int]], Tensor]  # logical name, start, shape
@@ -67,7 +70,8 @@ def load_checkpoint(
     pass its state in any case. runtime and mesh None: this process alone holds the whole model.
 
     Nothing is modified unless the manifest is valid, the shapes match the model, and all files have the SHA-256 of the
-    manifest (each rank checks a share of them). After loading, the digests of what the model holds are summed over
+    manifest (each rank checks a share of them). If the model has no multi-token prediction and the checkpoint's has,
+    its blocks are left out (`left_out`). After loading, the digests of what the model holds are summed over
     the ranks, each element once; ValueError (UserError on all ranks if there is a runtime) names a tensor whose digest
     differs.
     """
@@ -79,7 +83,9 @@ def load_checkpoint(
     def check() -> Checkpoint:
         checkpoint = open_checkpoint(path)
         with_moments = takes_moments and checkpoint.has_moments
-        found = {n: s for n, s in checkpoint.manifest.shapes.items() if with_moments or n.startswith(f"{WEIGHTS}/")}
+        absent = left_out(checkpoint, model.config)
+        wanted = [n for n in checkpoint.manifest.shapes if n not in absent]
+        found = {n: checkpoint.manifest.shapes[n] for n in wanted if with_moments or n.startswith(f"{WEIGHTS}/")}
         check_shapes(f"{path}: checkpoint of another model", found, expected_shapes(model.config, with_moments))
         for file in list(checkpoint.manifest.files)[rank::world_size]:
             checkpoint.check_file(file)
@@ -109,8 +115,19 @@ def load_checkpoint(
         state.finish_loading()
     # Of the model itself, found anew: not of what was read, which may have gone to the wrong memory.
     totals = _sum_over_ranks(run_on_all_ranks(digests), list(checkpoint.tensors), runtime)
-    run_on_all_ranks(lambda: _compare_digests(checkpoint, totals, with_moments=len(parts) > 1))
+    absent = left_out(checkpoint, model.config)
+    run_on_all_ranks(lambda: _compare_digests(checkpoint, totals, absent, with_moments=len(parts) > 1))
     return checkpoint
+
+
+def left_out(checkpoint: Checkpoint, model: ModelConfig) -> list[str]:
+    """Returns the full names of the tensors that a model without multi-token prediction does not load from a checkpoint
+    of a model with it: those of its blocks, which no other block depends on."""
+    saved = checkpoint.config["model"]
+    if model.mtp is not None or saved.get("mtp") is None:
+        return []
+    blocks = ((name, BLOCK.match(name)) for name in checkpoint.tensors)
+    return [name for name, block in blocks if block is not None and int(block[1]) >= saved["num_layers"]]
 
 
 def _load_targets(
@@ -161,10 +178,17 @@ def _sum_over_ranks(totals: dict[str, int], names: list[str], runtime: Runtime |
     }
 
 
-def _compare_digests(checkpoint: Checkpoint, totals: dict[str, int], *, with_moments: bool) -> None:
-    """Raises ValueError for the first tensor whose digest differs from the manifest's."""
+def _compare_digests(
+    checkpoint: Checkpoint, totals: dict[str, int], absent: Container[str], *, with_moments: bool
+) -> None:
+    """Raises ValueError for the first tensor whose digest differs from the manifest's. absent: names that were not
+    loaded."""
     for name, entry in checkpoint.tensors.items():
-        if (with_moments or name.startswith(f"{WEIGHTS}/")) and totals[name] != int(entry.digest, 16):
+        if (
+            name not in absent
+            and (with_moments or name.startswith(f"{WEIGHTS}/"))
+            and totals[name] != int(entry.digest, 16)
+        ):
             raise ValueError(
                 f"{checkpoint.path}: {name} is not what was saved: the digest of what the model holds is "
                 f"{totals[name]:032x}, the manifest says {entry.digest}"

@@ -50,12 +50,15 @@ class HuggingFaceModel:
     dtype: what quantized weights become, see `open_folder`. Tensors that transformers does not use either are set
     aside: `ignored` has them by name, and what they are. `tensor_notes` has a sentence about each kind of them, and
     about quantized weights; `notes` also those about the losses of training. compare_heads: False does not compare a
-    tied head with the embedding, for which values are read. bytes_read: of the files, by `read_slice`. Raises a
+    tied head, and the copies in layers of multi-token prediction, with the originals, for which values are read.
+    with_mtp: False sets all layers of multi-token prediction aside. bytes_read: of the files, by `read_slice`. Raises a
     ValueError that names the keys that are not supported, or the first tensor that is missing, left over, of another
     shape or of another dtype.
     """
 
-    def __init__(self, path: Path, dtype: str | None = None, *, compare_heads: bool = True) -> None:
+    def __init__(
+        self, path: Path, dtype: str | None = None, *, compare_heads: bool = True, with_mtp: bool = True
+    ) -> None:
         self.folder, self.compare_heads = open_folder(path, dtype), compare_heads
         config = self.folder.config
         self.family = find_family(config, path)
@@ -67,7 +70,7 @@ class HuggingFaceModel:
         )
         self.tensor_notes: list[str] = []
         table = self._settle_head(ignored) if self.model.tied_embeddings and HEAD in self.folder.files else TABLE
-        if self.family.imports_mtp and MTP in ignored.values():
+        if with_mtp and self.family.imports_mtp and MTP in ignored.values():
             self._settle_mtp(num_mtp_layers, table)
         pairs = match_model_tensors(self.family, config, self.model)
         pairs = [replace(pair, theirs=(table,)) if pair.theirs == (TABLE,) else pair for pair in pairs]
@@ -118,8 +121,8 @@ class HuggingFaceModel:
         they are complete, and else stay set aside. table: the name of the embedding's table."""
         model = with_mtp_layers(self.model, count)
         pairs = match_model_tensors(self.family, self.folder.config, model)
-        if (reason := reason_to_set_aside(self.folder, model, pairs, table)) is not None:
-            self.notes.append(f"model.mtp is null: {reason}")
+        if (reason := reason_to_set_aside(self.folder, model, pairs, table, self.compare_heads)) is not None:
+            self.tensor_notes.append(f"model.mtp is null: {reason}")
             return
         self.model = model
         imported = {name for pair in pairs for name in pair.theirs}
@@ -129,7 +132,7 @@ class HuggingFaceModel:
                 self.ignored[name] = COPY
             elif name in imported:
                 del self.ignored[name]
-        self.notes.append(
+        self.tensor_notes.append(
             f"model.mtp trains {count} layer{'s' if count > 1 else ''} of multi-token prediction, with the weight "
             f"{WEIGHT} in the loss; model.mtp=null leaves them out"
         )

@@ -39,12 +39,13 @@ def copies(model: ModelConfig) -> Iterator[TensorPair]:
 
 
 def reason_to_set_aside(
-    folder: HuggingFaceFolder, model: ModelConfig, pairs: list[TensorPair], table: str
+    folder: HuggingFaceFolder, model: ModelConfig, pairs: list[TensorPair], table: str, compares: bool
 ) -> str | None:
     """Returns why the layers of multi-token prediction cannot be imported, or None if they can.
 
     model, pairs: with these layers. table: the name of the embedding in the folder. They can if all their tensors are
-    there, and their copies of the embedding and of the head, if there are any, equal these.
+    there, and their copies of the embedding and of the head, if there are any, equal these; compares: False reads no
+    values, and takes them for equal.
     """
     layers = tuple(f"model.layers.{layer}." for layer in model.mtp_layers)
     for pair in pairs:
@@ -54,6 +55,7 @@ def reason_to_set_aside(
     shared = {"embedding.weight": table, "unembedding.weight": HEAD}
     for pair in copies(model):
         original, name = shared[pair.ours[0]], pair.theirs[0]
-        if name in folder.files and original in folder.files and not rows_are_equal(folder, name, original):
+        has_both = name in folder.files and original in folder.files
+        if compares and has_both and not rows_are_equal(folder, name, original):
             return f"{name} differs from {original}, and the model has one of them"
     return None

@@ -14,16 +14,23 @@ from expert_parallel.data.reading import read_json
 from expert_parallel.interop.exporting import leaves
 from expert_parallel.interop.family import settings
 from expert_parallel.interop.folder import CONFIG, format_bytes
+from expert_parallel.interop.hf_config import Tree
 from expert_parallel.interop.hf_model import HuggingFaceModel
 from expert_parallel.interop.importing import check_origin_files, copy_origin_files, refuse_larger_tokenizer
 from expert_parallel.interop.quantization import read_quantization
 from expert_parallel.interop.set_aside import keep_set_aside
+from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.parallel.collectives import all_gather_text
 from expert_parallel.parallel.mesh import ParallelMesh
 from expert_parallel.runtime.process import Runtime
 from expert_parallel.training.config import Config
 from expert_parallel.training.start import STARTS, OpenStart
+
+
+def mtp_depth(model: ModelConfig) -> Tree:
+    """Returns the depth of multi-token prediction as a tree of settings, in which 0 is none."""
+    return {"mtp": {"depth": len(model.mtp_layers)}}
 
 
 class HuggingFaceStart:
@@ -34,9 +41,9 @@ class HuggingFaceStart:
     """
 
     def __init__(self, path: Path, config: Config) -> None:
-        self.source = HuggingFaceModel(path, quantized_dtype(path, config))
-        theirs = leaves(settings(self.source.model), "model")
-        ours = leaves(settings(config.model), "model")
+        # Without model.mtp, layers of multi-token prediction are set aside, and so kept for export.
+        self.source = HuggingFaceModel(path, quantized_dtype(path, config), with_mtp=config.model.mtp is not None)
+        theirs, ours = (leaves(mtp_depth(m) | settings(m), "model") for m in (self.source.model, config.model))
         for name in dict.fromkeys([*ours, *theirs]):
             if ours.get(name) != theirs.get(name):
                 raise ValueError(

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from expert_parallel.checkpoint.files import Checkpoint
+from expert_parallel.checkpoint.load import left_out
 from expert_parallel.data.config import DataConfig
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.config import preset_summary
@@ -32,6 +33,7 @@ DATA_ORDER_SETTINGS = ("seed", "training.global_batch", "training.sequence_lengt
 WEIGHT_INDEPENDENT_SETTINGS = (
     "model.dropout",
     "model.init_std",
+    "model.mtp.weight",
     "model.moe.preset",
     "model.moe.router.jitter",
     "model.moe.router.balance_bias_rate",
@@ -65,8 +67,11 @@ def check_can_resume(checkpoint: Checkpoint, config: Config) -> None:
 
 
 def check_same_model(checkpoint: Checkpoint, config: Config) -> None:
-    """Raises ValueError if the checkpoint's weights have another meaning in this run's model."""
+    """Raises ValueError if the checkpoint's weights have another meaning in this run's model. A model without
+    multi-token prediction may leave out that of the checkpoint."""
     for path, old, new in changed_since_checkpoint(checkpoint, config):
+        if path == "model.mtp.depth" and new is None:
+            continue
         if path.startswith("model.") and not path.startswith(WEIGHT_INDEPENDENT_SETTINGS):
             raise ValueError(
                 f"{checkpoint.path} is a checkpoint of another model: {path} is {old!r} there and {new!r} here; choose "
@@ -94,13 +99,16 @@ def changed_since_checkpoint(checkpoint: Checkpoint, config: Config) -> list[tup
 def format_changes(
     checkpoint: Checkpoint, config: Config, block: str = "", announced: Sequence[tuple[str, Any, Any]] = ()
 ) -> str:
-    """Returns the settings that have changed since the checkpoint as the end of a sentence; empty if there are none.
+    """Returns the settings that have changed since the checkpoint, and what is not loaded from it, as the end of a
+    sentence; empty if there is nothing.
 
     block: the beginning of the paths that count. announced: changes that are left out.
     """
     found = [change for change in changed_since_checkpoint(checkpoint, config) if change not in announced]
     changes = [f"{path} {old!r} -> {new!r}" for path, old, new in found if path.startswith(block)]
-    return f"; changed: {', '.join(changes)}" if changes else ""
+    text = f"; changed: {', '.join(changes)}" if changes else ""
+    absent = left_out(checkpoint, config.model)
+    return text + (f"; left out {len(absent):,} tensors ({absent[0]}, ...), as model.mtp is null" if absent else "")
 
 
 def settings_of_last_run(folder: Path) -> dict[str, Any] | None:
