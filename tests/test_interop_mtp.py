@@ -102,8 +102,10 @@ def test_what_cannot_be_imported_is_set_aside_with_the_reason(tmp_path: Path) ->
     assert HuggingFaceModel(tmp_path / "theirs").model.mtp is not None
 
 
+@pytest.mark.full
 def test_a_run_may_leave_them_out(tmp_path: Path) -> None:
-    """Each start says what it does not load, and one from the folder keeps it for export; with model.mtp it loads it."""
+    """Each start says what it does not load, and one from the folder keeps it for export; with model.mtp both load
+    it."""
     tensors = folder_with_mtp("deepseek_v3", tmp_path / "theirs", 1, torch.bfloat16)
     import_folder(tmp_path / "theirs", tmp_path / "imported", SHARD, print_message=lambda note: None)
     sizes = ["training.steps=1", "training.global_batch=2", "training.sequence_length=16", "evaluation.sequences=4"]
@@ -120,9 +122,8 @@ def test_a_run_may_leave_them_out(tmp_path: Path) -> None:
     text = done("train", *sizes, f"run.folder={tmp_path}/b", from_run, "model.mtp=null")
     assert "left out " in text
     assert "tensors (weights/blocks.3.attention.kv_down.weight, ...), as model.mtp is null" in text
-    with_them = [
-        done("train", *sizes, f"run.folder={tmp_path}/{n}", s) for n, s in (("c", from_folder), ("d", from_run))
-    ]
+    starts = {"c": from_folder, "d": from_run}
+    with_them = [done("train", *sizes, f"run.folder={tmp_path}/{name}", start) for name, start in starts.items()]
     losses = [[line for line in said.splitlines() if "held-out loss" in line] for said in with_them]
     assert losses[0] == losses[1]
     metrics = json.loads((tmp_path / "c/metrics.jsonl").read_text().splitlines()[-1])

@@ -125,13 +125,7 @@ class HuggingFaceModel:
             self.tensor_notes.append(f"model.mtp is null: {reason}")
             return
         self.model = model
-        imported = {name for pair in pairs for name in pair.theirs}
-        shared = {pair.theirs[0] for pair in copies(model)}
-        for name in [name for name, kind in self.ignored.items() if kind == MTP]:
-            if name in shared:
-                self.ignored[name] = COPY
-            elif name in imported:
-                del self.ignored[name]
+        self.ignored |= {pair.theirs[0]: COPY for pair in copies(model) if pair.theirs[0] in self.folder.files}
         self.tensor_notes.append(
             f"model.mtp trains {count} layer{'s' if count > 1 else ''} of multi-token prediction, with the weight "
             f"{WEIGHT} in the loss; model.mtp=null leaves them out"
