@@ -1,7 +1,7 @@
 """Loads a checkpoint into any layout: each rank reads its own shards, and all ranks verify the digests together."""
 
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -70,10 +70,9 @@ def load_checkpoint(
     pass its state in any case. runtime and mesh None: this process alone holds the whole model.
 
     Nothing is modified unless the manifest is valid, the shapes match the model, and all files have the SHA-256 of the
-    manifest (each rank checks a share of them). If the model has no multi-token prediction and the checkpoint's has,
-    its blocks are left out (`left_out`). After loading, the digests of what the model holds are summed over
-    the ranks, each element once; ValueError (UserError on all ranks if there is a runtime) names a tensor whose digest
-    differs.
+    manifest (each rank checks a share of them). What the model may lack is left out (`left_out`). After loading, the
+    digests of what the model holds are summed over the ranks, each element once; ValueError (UserError on all ranks if
+    there is a runtime) names a tensor whose digest differs.
     """
     rank, world_size = (0, 1) if runtime is None else (runtime.rank, runtime.world_size)
 
@@ -83,10 +82,8 @@ def load_checkpoint(
     def check() -> Checkpoint:
         checkpoint = open_checkpoint(path)
         with_moments = takes_moments and checkpoint.has_moments
-        absent = left_out(checkpoint, model.config)
-        wanted = [n for n in checkpoint.manifest.shapes if n not in absent]
-        found = {n: checkpoint.manifest.shapes[n] for n in wanted if with_moments or n.startswith(f"{WEIGHTS}/")}
-        check_shapes(f"{path}: checkpoint of another model", found, expected_shapes(model.config, with_moments))
+        found, expected = _shapes(checkpoint, model.config, with_moments), expected_shapes(model.config, with_moments)
+        check_shapes(f"{path}: checkpoint of another model", found, expected)
         for file in list(checkpoint.manifest.files)[rank::world_size]:
             checkpoint.check_file(file)
         return checkpoint
@@ -114,9 +111,8 @@ def load_checkpoint(
     if state is not None:
         state.finish_loading()
     # Of the model itself, found anew: not of what was read, which may have gone to the wrong memory.
-    totals = _sum_over_ranks(run_on_all_ranks(digests), list(checkpoint.tensors), runtime)
-    absent = left_out(checkpoint, model.config)
-    run_on_all_ranks(lambda: _compare_digests(checkpoint, totals, absent, with_moments=len(parts) > 1))
+    totals = _sum_over_ranks(run_on_all_ranks(digests), _shapes(checkpoint, model.config, len(parts) > 1), runtime)
+    run_on_all_ranks(lambda: _compare_digests(checkpoint, totals))
     return checkpoint
 
 
@@ -128,6 +124,13 @@ def left_out(checkpoint: Checkpoint, model: ModelConfig) -> list[str]:
         return []
     blocks = ((name, BLOCK.match(name)) for name in checkpoint.tensors)
     return [name for name, block in blocks if block is not None and int(block[1]) >= saved["num_layers"]]
+
+
+def _shapes(checkpoint: Checkpoint, model: ModelConfig, with_moments: bool) -> dict[str, list[int]]:
+    """Returns the shapes of the checkpoint's weights, and moments, by full name, without those that are left out."""
+    found, absent = checkpoint.manifest.shapes, left_out(checkpoint, model)
+    wanted = (name for name in found if with_moments or name.startswith(f"{WEIGHTS}/"))
+    return {name: found[name] for name in wanted if name not in absent}
 
 
 def _load_targets(
@@ -166,7 +169,7 @@ def _as_saved(checkpoint: Checkpoint, name: str, start: tuple[int, ...], target:
     return values
 
 
-def _sum_over_ranks(totals: dict[str, int], names: list[str], runtime: Runtime | None) -> dict[str, int]:
+def _sum_over_ranks(totals: dict[str, int], names: Collection[str], runtime: Runtime | None) -> dict[str, int]:
     """Sums 128-bit digests over the ranks, as four 32-bit limbs each, whose sums fit into int64."""
     limbs = [[(totals.get(name, 0) // LIMB**place) % LIMB for place in range(4)] for name in names]
     group = None if runtime is None else dist.group.WORLD
@@ -178,18 +181,12 @@ def _sum_over_ranks(totals: dict[str, int], names: list[str], runtime: Runtime |
     }
 
 
-def _compare_digests(
-    checkpoint: Checkpoint, totals: dict[str, int], absent: Container[str], *, with_moments: bool
-) -> None:
-    """Raises ValueError for the first tensor whose digest differs from the manifest's. absent: names that were not
-    loaded."""
-    for name, entry in checkpoint.tensors.items():
-        if (
-            name not in absent
-            and (with_moments or name.startswith(f"{WEIGHTS}/"))
-            and totals[name] != int(entry.digest, 16)
-        ):
+def _compare_digests(checkpoint: Checkpoint, totals: dict[str, int]) -> None:
+    """Raises ValueError for the first tensor of `totals` whose digest differs from the manifest's."""
+    for name, total in totals.items():
+        entry = checkpoint.tensors[name]
+        if total != int(entry.digest, 16):
             raise ValueError(
                 f"{checkpoint.path}: {name} is not what was saved: the digest of what the model holds is "
-                f"{totals[name]:032x}, the manifest says {entry.digest}"
+                f"{total:032x}, the manifest says {entry.digest}"
             )
