@@ -100,6 +100,8 @@ def test_norms_that_dense_layers_do_not_use(tmp_path: Path) -> None:
     assert f"the folder lacks 2 tensors (model.layers.1.{bias}, ...), which transformers sets to 0, too" in said
     assert any(sentence.startswith(f"set aside 1 tensor ({norm})") for sentence in said)
     torch.testing.assert_close(load_ours(run)(tokens(), StepContext()).logits, expected, rtol=0, atol=1e-5)
+    part = HuggingFaceModel(tmp_path / "theirs").read_slice("blocks.1.moe.router.balance_bias_E", (2,), (3,))
+    assert torch.equal(part, torch.zeros(3))
     back, _ = exported(run, tmp_path / "back")
     zeros = {f"model.layers.{layer}.{bias}": torch.zeros(6) for layer in (1, 2)}
     same_bits(back, tensors | zeros)

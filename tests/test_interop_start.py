@@ -23,8 +23,10 @@ from expert_parallel.interop.tensor_map import (
     IDENTITY,
     MXFP4,
     MXFP4_INTERLEAVED,
+    SINGLE_ROW,
     STACKED,
     STACKED_INTERLEAVED,
+    STACKED_TRANSPOSED,
     TRANSPOSED,
     Transform,
     half_split_rows,
@@ -48,12 +50,23 @@ COVERED: dict[str, tuple[Transform, list[tuple[int, ...]]]] = {
     "gate and up columns": (GATE_UP_COLUMNS, PAIR),
     "gate and up biases": (GATE_UP_ROWS, [(6,), (6,)]),
     "stacked": (STACKED, [(3, 4, 6)]),
+    "stacked, transposed": (STACKED_TRANSPOSED, [(3, 4, 6)]),
+    "one row": (SINGLE_ROW, [(1, 6)]),
     "stacked, interleaved": (STACKED_INTERLEAVED, [(3, 4, 6)]),
     "rotary rows": (half_split_rows(6, 4), [(12, 3)]),
     "4 bits": (MXFP4, [(3, 4, 2, 16), (3, 4, 2)]),
     "4 bits, interleaved": (MXFP4_INTERLEAVED, [(3, 4, 2, 16), (3, 4, 2)]),
     "of another kind": (Transform(lambda t: [t[0] + t[1]], list), PAIR),
 }
+EXACT = (
+    "identity",
+    "transposed",
+    "gate and up rows",
+    "gate and up columns",
+    "stacked",
+    "stacked, transposed",
+    "one row",
+)
 
 
 @pytest.mark.parametrize("name", COVERED)
@@ -69,7 +82,7 @@ def test_a_part_is_what_the_whole_has_there(name: str) -> None:
                 rest = tuple(slice(1, size) for size in ours.shape[1:])
                 part, num_bytes = transform.read_part(theirs, number, (slice(first, end), *rest))
                 assert torch.equal(part, ours[(slice(first, end), *rest)])
-                if name in ("identity", "transposed", "gate and up rows", "gate and up columns", "stacked"):
+                if name in EXACT:
                     assert num_bytes == part.nbytes
                 elif "stacked" in name or "bits" in name:
                     assert num_bytes == sum(tensor[0].nbytes for tensor in theirs)
