@@ -234,7 +234,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "axk1": ("axk1", {**LATENT, "n_group": 3, "topk_group": 2}),
     "hunyuan_v1_moe": (
         "hunyuan_v1_moe",
-        {**HEADS, "head_dim": 6, "num_experts": 6, "moe_topk": 3, "rms_norm_eps": 1e-3},
+        {**HEADS, "head_dim": 6, "num_experts": 6, "moe_topk": 2, "rms_norm_eps": 1e-3},
     ),
     "hunyuan_v1_moe with a stretched base": (
         "hunyuan_v1_moe",
@@ -242,7 +242,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             **HEADS,
             "head_dim": 6,
             "num_experts": 6,
-            "moe_topk": [2, 2, 2],
+            "moe_topk": [3, 3, 3],
             "attention_bias": True,
             "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 500.0},

@@ -67,7 +67,9 @@ def save_peer(folder: Path, name: str = "llama", **generation: Any) -> None:
 def their_texts(folder: Path, prompts: tuple[str, ...] = PROMPTS, *, skip: bool = True) -> list[str]:
     """What transformers makes of a folder with nothing said but the number of tokens, each prompt alone."""
     there = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **there).eval()
+    # AutoModelForCausalLM does not find all of the classes.
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    model = getattr(transformers, FAMILIES[model_type].architecture).from_pretrained(folder, **there).eval()
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)  # Auto would rebuild some families' own
     texts = []
     for prompt in prompts:
