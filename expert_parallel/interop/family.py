@@ -18,17 +18,17 @@ class Family:
 
     architecture: the class in transformers. exported_as: the model_type that exports have; None: the family's own, by
     which transformers finds that class. tensor_map: returns the mappings of a model, given its config.json.
-    neutral: keys of config.json that do not affect the logits, in addition to `NEUTRAL`. num_mtp_layers: returns how
-    many layers of multi-token prediction may follow those of the model. imports_mtp: True if such layers become
-    `model.mtp`, where a folder has them; else they are set aside. set_aside: what further tensors are that the model
-    does not use, by a regular expression of their names; one that the model uses is no such tensor. zeros: the ends of
-    our names of tensors that are 0 if folders have none of them.
+    neutral: keys of config.json that do not affect the logits, in addition to `NEUTRAL`, each with the reason.
+    num_mtp_layers: returns how many layers of multi-token prediction may follow those of the model. imports_mtp: True
+    if such layers become `model.mtp`, where a folder has them; else they are set aside. set_aside: what further tensors
+    are that the model does not use, by a regular expression of their names; one that the model uses is no such tensor.
+    zeros: the ends of our names of tensors that are 0 if folders have none of them.
     """
 
     architecture: str
     rules: tuple[Rule, ...]
     tensor_map: Callable[[Tree], list[TensorMapping]]
-    neutral: tuple[str, ...] = ()
+    neutral: Mapping[str, str] = field(default_factory=dict)
     exported_as: str | None = None
     num_mtp_layers: Callable[[HuggingFaceConfig], int] = lambda theirs: 0
     imports_mtp: bool = False

@@ -79,6 +79,11 @@ NEUTRAL: dict[str, str] = {
     "assistant_lookbehind": "aligns the tokenizer of a draft model",
     "target_lookbehind": "aligns the tokenizer of a draft model",
 }
+# Counts of layers of multi-token prediction: whether a model has them is found from its tensors.
+MTP_KEYS: dict[str, str] = {
+    "num_nextn_predict_layers": "layers that predict further tokens, no part of the logits",
+    "num_mtp_layers": "the name of num_nextn_predict_layers since transformers 5",
+}
 # Keys that make another model, unless they are null, false, 0 or empty.
 SWITCHED_OFF: dict[str, str] = {
     "add_cross_attention": "attention to an encoder",

@@ -14,6 +14,7 @@ from expert_parallel.interop.family import Family
 from expert_parallel.interop.hf_config import REQUIRED, HuggingFaceConfig, Tree
 from expert_parallel.interop.ignored_tensors import UNUSED
 from expert_parallel.interop.moe_rules import MLPLayerTypes
+from expert_parallel.interop.neutral_keys import MTP_KEYS
 from expert_parallel.interop.rope import Rope
 from expert_parallel.interop.rules import Const, DenseHidden, FirstDense, Require, get_setting, set_setting
 from expert_parallel.interop.tensor_map import IDENTITY, TensorMapping, half_split_rows
@@ -105,7 +106,7 @@ DEEPSEEK_V3 = Family(
         DenseHidden(),
     ),
     deepseek_v3_tensor_map,
-    neutral=("num_nextn_predict_layers", "num_mtp_layers", "ep_size"),
+    neutral=MTP_KEYS | {"ep_size": "the layout of inference"},
     num_mtp_layers=num_mtp_layers,
     imports_mtp=True,
 )
@@ -133,7 +134,7 @@ AXK1 = Family(
         DenseHidden(),
     ),
     axk1_tensor_map,
-    neutral=("num_nextn_predict_layers", "num_mtp_layers", "ep_size"),
+    neutral=MTP_KEYS | {"ep_size": "the layout of inference"},
     num_mtp_layers=num_mtp_layers,
     # Released files have the norm in dense layers, too, which do not use it, and no selection biases.
     set_aside={r"model\.layers\.\d+\.post_mlp_layernorm\.": UNUSED},

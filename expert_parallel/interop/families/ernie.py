@@ -16,6 +16,7 @@ from expert_parallel.interop.family import Family
 from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree
 from expert_parallel.interop.ignored_tensors import MTP
 from expert_parallel.interop.moe_rules import SharedExperts
+from expert_parallel.interop.neutral_keys import MTP_KEYS
 from expert_parallel.interop.rope import Rope
 from expert_parallel.interop.rules import Const, CopyInt, DenseHidden, HeadSize, Require, get_setting, set_setting
 from expert_parallel.interop.tensor_map import SINGLE_ROW, TensorMapping, half_split_rows
@@ -103,7 +104,7 @@ FAMILIES = {
             Require("moe_norm_min", 1e-12),
         ),
         ernie_tensor_map,
-        neutral=("moe_capacity", "num_nextn_predict_layers"),
+        neutral=MTP_KEYS | {"moe_capacity": "the capacity of experts in training"},
         set_aside={r"model\.mtp_": MTP},
     ),
 }

@@ -19,6 +19,7 @@ from expert_parallel.interop.family import Family
 from expert_parallel.interop.hf_config import HuggingFaceConfig, Tree
 from expert_parallel.interop.ignored_tensors import MTP
 from expert_parallel.interop.moe_rules import GroupLimit, MLPLayerTypes, SharedExperts
+from expert_parallel.interop.neutral_keys import MTP_KEYS
 from expert_parallel.interop.rope import Rope
 from expert_parallel.interop.rules import Const, Copy, DenseHidden, HeadSize, QKNorm, Require, get_setting, set_setting
 from expert_parallel.interop.tensor_map import TensorMapping
@@ -85,7 +86,11 @@ FAMILIES = {
             Require("topk_method", "noaux_tc"),
         ),
         exaone_moe_tensor_map,
-        neutral=("num_nextn_predict_layers", "mtp_share_layers", "mtp_loss_scaling_factor"),
+        neutral=MTP_KEYS
+        | {
+            "mtp_share_layers": "whether layers of multi-token prediction share their weights",
+            "mtp_loss_scaling_factor": "the weight of their loss in training",
+        },
         set_aside={r"mtp\.": MTP},
     ),
 }

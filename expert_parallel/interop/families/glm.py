@@ -13,6 +13,7 @@ from expert_parallel.interop.families.deepseek import LatentHeads, deepseek_v3_t
 from expert_parallel.interop.family import Family
 from expert_parallel.interop.hf_config import Tree
 from expert_parallel.interop.moe_rules import MLPLayerTypes
+from expert_parallel.interop.neutral_keys import MTP_KEYS
 from expert_parallel.interop.rope import Rope
 from expert_parallel.interop.rules import Const, Copy, DenseHidden, FirstDense, HeadSize, QKNorm, Require
 from expert_parallel.interop.tensor_map import TensorMapping
@@ -39,7 +40,7 @@ FAMILIES = {
             DenseHidden(),
         ),
         glm4_moe_tensor_map,
-        neutral=("num_nextn_predict_layers", "num_mtp_layers"),
+        neutral=MTP_KEYS,
         num_mtp_layers=num_mtp_layers,
         imports_mtp=True,
     ),
@@ -55,7 +56,7 @@ FAMILIES = {
             DenseHidden(),
         ),
         deepseek_v3_tensor_map,
-        neutral=("num_nextn_predict_layers", "num_mtp_layers"),
+        neutral=MTP_KEYS,
         num_mtp_layers=num_mtp_layers,
         imports_mtp=True,
     ),
@@ -73,6 +74,6 @@ FAMILIES = {
             Require("first_k_dense_replace", 0),
         ),
         glm4_moe_tensor_map,
-        neutral=("intermediate_size",),  # of dense blocks, which there are none of
+        neutral={"intermediate_size": "the width of dense blocks, which there are none of"},
     ),
 }

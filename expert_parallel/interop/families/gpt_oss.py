@@ -71,6 +71,9 @@ FAMILIES = {
             SlidingWindowByLayer(),
         ),
         gpt_oss_tensor_map,
-        neutral=("experts_per_token", "initial_context_length"),  # repeat other keys
+        neutral={
+            "experts_per_token": "repeats num_experts_per_tok",
+            "initial_context_length": "repeats original_max_position_embeddings",
+        },
     ),
 }

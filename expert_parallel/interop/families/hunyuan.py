@@ -78,6 +78,15 @@ def hunyuan_tensor_map(config: Tree) -> list[TensorMapping]:
     ]
 
 
+# Keys of released files that belong to other models of the same code.
+GROUPS = ("n_group", "topk_group", "routed_scaling_factor")
+LATENTS = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+CLASSIFIER = ("add_classification_head", "class_num", "dense_list", "pool_type", "skip_cls_token")
+TOKENS = (
+    *("pad_id", "mask_init_id", "im_start_id", "im_end_id", "im_newline_id", "text_start_id", "text_end_id"),
+    *("video_start_id", "video_end_id", "num_media_embeds", "org_vocab_size"),
+)
+
 FAMILIES = {
     "hunyuan_v1_moe": Family(
         "HunYuanMoEV1ForCausalLM",
@@ -106,15 +115,14 @@ FAMILIES = {
             Require("vit_path", None),
         ),
         hunyuan_tensor_map,
-        neutral=(
-            "cla_share_factor",  # of blocks that share keys and values, which there are none of
-            *("n_group", "topk_group", "routed_scaling_factor"),  # of group_limited_greedy
-            *("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),  # of use_mla
-            "xdrope_section",  # of position_embedding_xdrope
-            *("moe_drop_tokens", "moe_random_routing_dropped_token"),  # of training
-            *("add_classification_head", "class_num", "dense_list", "pool_type", "skip_cls_token"),  # of classifiers
-            *("pad_id", "mask_init_id", "im_start_id", "im_end_id", "im_newline_id", "text_start_id", "text_end_id"),
-            *("video_start_id", "video_end_id", "num_media_embeds", "org_vocab_size"),  # as those before, of tokens
-        ),
+        neutral={
+            "cla_share_factor": "of blocks that share keys and values, which there are none of",
+            **dict.fromkeys(GROUPS, "of topk_method group_limited_greedy, which there is none of"),
+            **dict.fromkeys(LATENTS, "of latent attention, which there is none of (use_mla)"),
+            "xdrope_section": "of position_embedding_xdrope, which is refused",
+            **dict.fromkeys(("moe_drop_tokens", "moe_random_routing_dropped_token"), "the capacity of training"),
+            **dict.fromkeys(CLASSIFIER, "of classifiers, which are other models"),
+            **dict.fromkeys(TOKENS, "an id or a count of tokens; the embedding has vocab_size rows"),
+        },
     ),
 }

@@ -16,6 +16,7 @@ from expert_parallel.interop.families.deepseek import num_mtp_layers
 from expert_parallel.interop.family import Family
 from expert_parallel.interop.hf_config import Tree
 from expert_parallel.interop.moe_rules import MLPLayerTypes, SharedExperts
+from expert_parallel.interop.neutral_keys import MTP_KEYS
 from expert_parallel.interop.rope import Rope
 from expert_parallel.interop.rules import Const, Copy, DenseHidden, HeadSize, QKNorm, Require
 from expert_parallel.interop.tensor_map import TensorMapping
@@ -33,6 +34,8 @@ def hy_v3_tensor_map(config: Tree) -> list[TensorMapping]:
         balance_bias(f"{there}.expert_bias"),
     ]
 
+
+IN_FLOAT32 = ("enable_moe_fp32_combine", "enable_lm_head_fp32", "enable_attention_fp32_softmax")
 
 FAMILIES = {
     "hy_v3": Family(
@@ -59,11 +62,7 @@ FAMILIES = {
             Require("mlp_bias", False),
         ),
         hy_v3_tensor_map,
-        neutral=(
-            # How sums are rounded in lower precision: the same numbers in float32.
-            *("enable_moe_fp32_combine", "enable_lm_head_fp32", "enable_attention_fp32_softmax"),
-            *("num_nextn_predict_layers", "num_mtp_layers"),
-        ),
+        neutral=MTP_KEYS | dict.fromkeys(IN_FLOAT32, "how sums are rounded in 16 bits: the same numbers in float32"),
         num_mtp_layers=num_mtp_layers,
     ),
 }

@@ -27,7 +27,7 @@ FAMILIES = {
             Require("rope_interleaved", False),
         ),
         llama_tensor_map,
-        neutral=("is_llama_config",),
+        neutral={"is_llama_config": "names the family"},
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",

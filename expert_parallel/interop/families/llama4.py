@@ -126,6 +126,9 @@ FAMILIES = {
         ),
         llama4_tensor_map,
         # Of other programs: how transformers keeps keys and values, and whether a compressor unstacks experts.
-        neutral=("cache_implementation", "for_llm_compressor"),
+        neutral={
+            "cache_implementation": "how generation keeps keys and values",
+            "for_llm_compressor": "how a tool for quantization loads the experts",
+        },
     ),
 }

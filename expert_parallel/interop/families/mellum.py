@@ -7,6 +7,7 @@ from expert_parallel.interop.families.qwen_moe import qwen3_moe_tensor_map
 from expert_parallel.interop.family import Family
 from expert_parallel.interop.ignored_tensors import MTP
 from expert_parallel.interop.moe_rules import MLPLayerTypes
+from expert_parallel.interop.neutral_keys import MTP_KEYS
 from expert_parallel.interop.rules import Copy, DenseHidden, HeadSize, QKNorm
 
 FAMILIES = {
@@ -27,7 +28,11 @@ FAMILIES = {
             DenseHidden(),
         ),
         qwen3_moe_tensor_map,
-        neutral=("num_nextn_predict_layers", "num_mtp_layers", "mtp_layer_types", "mtp_mlp_layer_types"),
+        neutral=MTP_KEYS
+        | {
+            "mtp_layer_types": "the attention of layers of multi-token prediction",
+            "mtp_mlp_layer_types": "their feed-forward networks",
+        },
         set_aside={r"mtp\.": MTP},
     ),
 }

@@ -78,7 +78,11 @@ FAMILIES = {
         ),
         minimax_m2_tensor_map,
         # Of shared experts and dense blocks, which there are none of, and of multi-token prediction.
-        neutral=("shared_moe_mode", "mlp_intermediate_size", "use_mtp", "num_mtp_modules", "mtp_transformer_layers"),
+        neutral={
+            "shared_moe_mode": "of shared experts, which there are none of",
+            "mlp_intermediate_size": "the width of dense blocks, which there are none of",
+            **dict.fromkeys(("use_mtp", "num_mtp_modules", "mtp_transformer_layers"), "of multi-token prediction"),
+        },
         num_mtp_layers=num_mtp_layers,
     ),
 }
