@@ -36,7 +36,7 @@ def import_command(
     ] = False,
     dtype: Annotated[
         str | None,
-        typer.Option(help="what weights in fp8 or int4 become: float32, bfloat16 or float64; default: what holds them"),
+        typer.Option(help="what weights in fp8 or int4 become: float32, bfloat16 or float64; default: what is exact"),
     ] = None,
     shard_gb: ShardGB = 2.0,
 ) -> None:
