@@ -146,7 +146,8 @@ class Fp8Writer:
         """Returns max|w| / 448 of each block, or the next power of two if the format has such scales, as the file holds
         it. A block of zeros has the scale 1."""
         highest = self.blocks(w.to(wide_dtype(w)).abs()).amax((1, 3))
-        scales = (highest / LARGEST_CODE).to(torch.float32).clamp(SMALLEST_SCALE, LARGEST_SCALE)
+        smallest = max(SMALLEST_SCALE, torch.finfo(self.scale_dtype).tiny)  # float16 would make smaller ones zero
+        scales = (highest / LARGEST_CODE).to(torch.float32).clamp(smallest, LARGEST_SCALE)
         if self.quantization.powers_of_two:
             mantissa, exponent = torch.frexp(scales)  # mantissa x 2^exponent, the mantissa from 0.5 to 1
             scales = torch.ldexp(torch.ones_like(scales), exponent - (mantissa == 0.5).int())
