@@ -105,6 +105,18 @@ def test_products_of_whole_and_last_blocks(dtype: torch.dtype) -> None:
             assert torch.equal(actual, Fp8Dequantize(None)._dequantize_one(codes, scales, dtype))
 
 
+def test_slices_of_quantized_weights(originals: dict[str, Path]) -> None:
+    """What a rank reads of its part is that part of the whole weight, across blocks; bytes are those of the files."""
+    for folder in originals.values():
+        source = HuggingFaceModel(folder)
+        for name, whole in source.weights():
+            start = [size // 3 for size in whole.shape]
+            shape = [size - 2 * first for size, first in zip(whole.shape, start, strict=True)]
+            place = tuple(slice(first, first + size) for first, size in zip(start, shape, strict=True))
+            assert torch.equal(source.read_slice(name, start, shape), whole[place]), name
+        assert 0 < source.bytes_read <= source.folder.num_bytes
+
+
 def retrain(run: Path, change: Callable[[str, Tensor], Tensor]) -> None:
     """Writes the next step of a run, in float32, as training does. change: what becomes of a weight."""
     checkpoint = open_checkpoint(run)
