@@ -22,11 +22,11 @@ from tests.test_interop import greedy, load_ours, make_peer
 TEXT = "the quick brown fox jumps over the lazy dog and runs away "
 
 
-def invoke(*arguments: str | Path) -> Result:
+def invoke(*arguments: str | float | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def done(*arguments: str | Path) -> str:
+def done(*arguments: str | float | Path) -> str:
     result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     return result.output

@@ -15,9 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from expert_parallel.interop.exporting import export_run
 from expert_parallel.interop.folder import CONFIG, INDEX
-from expert_parallel.interop.importing import import_folder
+from tests.test_interop_command import done
 
 MIB = 2**20
 SHARD = 256 * MIB
@@ -161,11 +160,12 @@ def test_two_gigabytes_in_bounded_memory(tmp_path: Path) -> None:
     """One shard and one tensor, the largest, above what the process has at the start; and every bit comes back."""
     total = write_folder(tmp_path / "theirs")
     assert total > 2_000 * MIB
+    shard = ("--shard-gb", SHARD / 2**30)
     bound = SHARD + VOCABULARY * WIDTH * 2
     with PeakMemory() as importing:
-        run = import_folder(tmp_path / "theirs", tmp_path / "run", SHARD, dtype="bfloat16")
+        done("convert", "import", tmp_path / "theirs", tmp_path / "run", "--dtype", "bfloat16", *shard)
     with PeakMemory() as exporting:
-        export_run(run, tmp_path / "back", family=None, dtype="fp8", shard_bytes=SHARD)
+        done("convert", "export", tmp_path / "run", tmp_path / "back", "--dtype", "fp8", *shard)
     grown = {"import": importing.growth // MIB, "export": exporting.growth // MIB, "bound": bound // MIB}
     print(f"{total / 1e9:.2f} GB; MiB above the start: {grown}")
     pairs = zip(opened(tmp_path / "theirs"), opened(tmp_path / "back"), strict=True)

@@ -51,8 +51,10 @@ def import_command(
     Example: `expert-parallel convert import path/to/Mixtral-8x7B-v0.1 runs/mixtral`
     """
     from expert_parallel.interop.config_only import check_arguments, write_config
+    from expert_parallel.interop.host_memory import return_freed_memory
     from expert_parallel.interop.importing import import_folder
 
+    return_freed_memory()
     with exit_on_user_error(ValueError, OSError):
         if config_only:
             if dtype is not None:
@@ -118,7 +120,9 @@ def export_command(
     Example: `expert-parallel convert export runs/mixtral exported --dtype bfloat16`
     """
     from expert_parallel.interop.exporting import export_run
+    from expert_parallel.interop.host_memory import return_freed_memory
 
+    return_freed_memory()
     with exit_on_user_error(ValueError, OSError):
         made = export_run(run, out, family=family, dtype=dtype, shard_bytes=int(shard_gb * 1024**3))
         print(f"wrote {made.folder} as {made.family}, from {made.step}")
@@ -181,8 +185,10 @@ def upcycle_command(
 
     Example: `expert-parallel convert upcycle runs/dense runs/mixture --experts 8`
     """
+    from expert_parallel.interop.host_memory import return_freed_memory
     from expert_parallel.interop.upcycle import Upcycling, compare, upcycle
 
+    return_freed_memory()
     with exit_on_user_error(ValueError, OSError):
         made = Upcycling(copies=experts, k=k, noise=noise, split=split, seed=seed)
         print(f"wrote {upcycle(source, out, made, int(shard_gb * 1024**3))}")
