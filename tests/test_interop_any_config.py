@@ -21,7 +21,7 @@ from expert_parallel.interop.importing import imported_config
 from expert_parallel.interop.upcycle import build_from_weights
 from expert_parallel.moe.context import StepContext
 from tests.interop_models import MODELS
-from tests.test_interop import make_peer, tokens
+from tests.test_interop import make_peer, peer_class, tokens
 
 Tree = dict[str, Any]
 NAMES = {
@@ -41,6 +41,9 @@ NAMES = {
     "flex_olmo": "flex_olmo",
     "ernie4_5_moe": "ernie4_5_moe with all parts",
     "axk1": "axk1",
+    "hunyuan_v1_moe": "hunyuan_v1_moe with a stretched base",
+    "mistral4": "mistral4",
+    "llama4_text": "llama4_text",
     "llama": "llama with all parts",
     "qwen2": "qwen2 with windows",
     "qwen3": "qwen3 with all parts",
@@ -65,9 +68,11 @@ VALUES = st.recursive(
 ROPE_KEYS = (
     *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast"),
     *("beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor", "high_freq_factor", "odd"),
-    "partial_rotary_factor",
+    *("partial_rotary_factor", "alpha", "llama_4_scaling_beta"),
 )
 SCALINGS: tuple[Tree, ...] = (
+    {"rope_type": "dynamic", "alpha": 3.0, "rope_theta": 100.0},
+    {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.3},
     {"rope_type": "default", "rope_theta": 500.0},
     {"rope_type": "linear", "factor": 2.0},
     {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
@@ -135,7 +140,7 @@ def compare(root: Path, family: str, changed: Tree, removed: list[str]) -> str:
     actual = build_from_weights(config.model, source.weights())(tokens(), StepContext(dropless=True)).logits
     there = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float32}
     try:
-        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder, **there).eval()
+        model: nn.Module = peer_class(NAMES[family]).from_pretrained(folder, **there).eval()
         expected = model(tokens(), use_cache=False, return_dict=True).logits
     except Exception:
         return "theirs fails"
