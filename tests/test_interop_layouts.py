@@ -28,7 +28,6 @@ FAMILY_MODELS = [
     "deepseek_v3",
     "deepseek_v3 with yarn",
     "gpt_oss",
-    "exaone_moe",  # blocks without positions
     "mimo_v2_flash",  # blocks with a window have other positions, key heads and sinks
     "glm4_moe",
     "granitemoeshared",
@@ -37,7 +36,7 @@ FAMILY_MODELS = [
     "axk1",
     "hunyuan_v1_moe with a stretched base",
     "mistral4",
-    "llama4_text",
+    "llama4_text",  # chunks in some blocks, no positions in the others
 ]
 DENSE = {"llama", "qwen2", "qwen3"}
 
