@@ -359,6 +359,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": LLAMA3,
         },
     ),
+    "llama with longrope": (
+        "llama",
+        {
+            **HEADS,
+            "max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 500.0,
+                "short_factor": [1.0, 1.5],
+                "long_factor": [1.25, 4.0],
+                # Texts are longer from the first token on: keys with both kinds of factors would meet in its cache.
+                "original_max_position_embeddings": 2,
+            },
+        },
+    ),
     "qwen2": ("qwen2", HEADS),
     "qwen2 with windows": (
         "qwen2",

@@ -177,6 +177,26 @@ def test_frequencies_are_transformers(name: str, size: int, theta: float) -> Non
     assert _attention_factor(rope.scaling) == pytest.approx(their_factor, rel=1e-14)
 
 
+@pytest.mark.parametrize("length", [31, 32, 33])
+def test_the_factors_of_longrope_are_transformers(length: int) -> None:
+    """The short ones up to the original length, the long ones beyond it."""
+    short, long = [1.0, 1.5, 2.0, 3.0], [1.25, 2.5, 5.0, 40.0]
+    theirs = {"rope_type": "longrope", "rope_theta": 500.0, "short_factor": short, "long_factor": long}
+    theirs |= {"original_max_position_embeddings": 32, "factor": 4.0}
+    with peers_in_float64():
+        config = LlamaConfig(head_dim=8, hidden_size=8, num_attention_heads=1, rope_parameters=theirs)
+        expected, their_factor = ROPE_INIT_FUNCTIONS["longrope"](config, seq_len=length)
+    both = {"short_attention_factor": their_factor, "long_attention_factor": their_factor}
+    scaling = {"kind": "longrope", "original_length": 32, "short_factors": short, "long_factors": long, **both}
+    rope = RopeConfig.model_validate({"theta": 500.0, "scaling": scaling})
+    lengths_B1 = torch.tensor([[length], [1]])
+    frequency_Bh, factor_B1 = rotary_frequencies(rope, 8, length_B1=lengths_B1)
+    close(frequency_Bh[0], expected)
+    close(factor_B1, torch.full((2, 1), their_factor, dtype=torch.float64))
+    assert torch.equal(frequency_Bh[0], frequency_Bh[1]) is (length <= 32)
+    close([_rope_frequency(rope, i, 4, length) for i in range(4)], expected.tolist())
+
+
 def test_scalings_change_something() -> None:
     plain, _ = rotary_frequencies(rope_of("none"), 64)
     for name in [name for name in SCALINGS if name != "none"]:

@@ -99,6 +99,10 @@ CONFIGS = [
         "training.engine={kind: deepspeed, zero_stage: 2}",
     ],
     [POSITION + "{kind: rope, scaling: {kind: linear, factor: 2.0}}"],
+    [
+        POSITION + "{kind: rope, scaling: {kind: longrope, original_length: 8, short_factors: [1.0, 1.5, 2.0, 3.0], "
+        "long_factors: [1.0, 2.0, 3.0, 4.0]}}"
+    ],
     ["parallel={pp: 2, pipeline: {kind: interleaved, stages_per_rank: 2}}", "model.num_layers=4"],
 ]
 DEEP: list[Any] = []

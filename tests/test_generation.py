@@ -128,6 +128,19 @@ def test_fewer_sequences_than_data_ranks(use_cache: bool) -> None:
     "changes",
     [
         {"position": {"kind": "learned", "max_length": WINDOW}},
+        {
+            "position": {
+                "kind": "rope",
+                "scaling": {  # each text becomes longer than 6 tokens, at another step than the others
+                    "kind": "longrope",
+                    "original_length": 6,
+                    "short_factors": [1.0, 1.1, 1.2, 1.3],
+                    "long_factors": [4.0, 3.0, 2.0, 5.0],
+                    "short_attention_factor": 1.4,
+                    "long_attention_factor": 0.7,
+                },
+            }
+        },
         {"norm_placement": "post", "norm": {"kind": "layer_norm"}},
         {"moe": {"router": {"kind": "hash", "k": 1}}},
         {"moe": {"router": {"kind": "gshard"}}},

@@ -31,6 +31,7 @@ SCALINGS = {  # rope_type -> key in config.json -> our setting
         "truncate": "truncate",
     },
 }
+LONGROPE = "longrope"
 LARGEST_FLOAT = sys.float_info.max
 # Keys of YaRN that may be absent or null: then our default holds, which is that of transformers.
 NULLABLE = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
@@ -43,13 +44,15 @@ class Rope:
 
     is_optional: without any of the keys, positions are unscaled. In gpt-oss the keys are required, since versions of
     transformers have different defaults. partial: the default of partial_rotary_factor, the share of a head's columns
-    that are rotary; None: it must be 1. size_key: the key that gives their number instead, if any.
+    that are rotary; None: it must be 1. size_key: the key that gives their number instead, if any. mscales: as in
+    Phi-3.5-MoE, LongRoPE has two factors for cos and sin, short_mscale and long_mscale.
     """
 
     default_theta: float = 10000.0
     is_optional: bool = True
     partial: float | None = None
     size_key: str | None = None
+    mscales: bool = False
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         found = self._parameters(theirs)
@@ -61,12 +64,14 @@ class Rope:
         longest = theirs.size("max_position_embeddings", default=None)
         kinds = [found.pop(key) for key in ("rope_type", "type") if key in found] or ["default"]
         kind = kinds[0]
-        if any(other != kind for other in kinds) or kind not in ("default", *SCALINGS):
+        if any(other != kind for other in kinds) or kind not in ("default", *SCALINGS, LONGROPE):
             raise ValueError(
                 f"config.json: rope_type is {' and '.join(map(short, kinds))}, it must be one of "
-                f"{', '.join(('default', *SCALINGS))}"
+                f"{', '.join(('default', *SCALINGS, LONGROPE))}"
             )
-        if kind != "default":
+        if kind == LONGROPE:
+            set_setting(ours, "position.scaling", self._longrope(theirs, found, longest))
+        elif kind != "default":
             set_setting(ours, "position.scaling", {"kind": kind, **_scaling(kind, found, longest)})
         if found:
             left = ", ".join(f"{short(key)} ({short(value)})" for key, value in found.items())
@@ -123,18 +128,54 @@ class Rope:
         if size != head_size:
             set_setting(ours, "attention.rope_size", size)
 
+    def _longrope(self, theirs: HuggingFaceConfig, found: Tree, longest: int | None) -> Tree:
+        """Returns our settings of LongRoPE, and removes their keys from `found`. longest: max_position_embeddings.
+
+        transformers' class of Phi-3.5-MoE multiplies cos and sin by long_mscale in long sequences, but keeps the short
+        factors there; other classes use the long ones.
+        """
+        given = theirs.size(ORIGINAL_LENGTH, default=None)
+        original = found.pop(ORIGINAL_LENGTH, longest if given is None else given)
+        if type(original) is not int or original < 2 or given not in (None, original):
+            raise ValueError(
+                f"config.json: {ORIGINAL_LENGTH} of the rotary positions is {short(original)}: it must be an integer "
+                "of at least 2, the same in all places"
+            )
+        factors = {f"{name}_factors": _numbers(f"{name}_factor", found) for name in ("short", "long")}
+        if self.mscales:
+            scales = [_number(key, found.pop(key, None)) for key in ("short_mscale", "long_mscale")]
+        else:
+            scales = [_longrope_factor(found, longest, original)] * 2
+        scaling = {"kind": LONGROPE, **factors, "original_length": original, "uses_long_factors": not self.mscales}
+        return scaling | dict(zip(("short_attention_factor", "long_attention_factor"), scales, strict=True))
+
     def write(self, ours: Tree, theirs: Tree) -> None:
         theta, scaling = get_setting(ours, "position.theta"), get_setting(ours, "position.scaling")
         older = None
         if scaling is not None and scaling["kind"] in SCALINGS:
             keys = {their: scaling.get(own) for their, own in SCALINGS[scaling["kind"]].items()}
             older = {"rope_type": scaling["kind"], **{key: value for key, value in keys.items() if value is not None}}
+        if scaling is not None and scaling["kind"] == LONGROPE:
+            older = self._written_longrope(scaling)
+            theirs[ORIGINAL_LENGTH] = scaling["original_length"]
         base = {} if theta is None else {"rope_theta": theta}  # None: other positions, which the format cannot express
         partial = self._partial(ours)
         theirs["rope_parameters"] = {"rope_type": "default", **(older or {}), **base, **partial}
         theirs |= {**base, **partial, "rope_scaling": older}
         if partial and self.size_key is not None:
             theirs[self.size_key] = get_setting(ours, "attention.rope_size")
+
+    def _written_longrope(self, scaling: Tree) -> Tree:
+        """Returns the parameters of LongRoPE in a config.json."""
+        short_scale, long_scale = scaling["short_attention_factor"], scaling["long_attention_factor"]
+        scales = {"short_mscale": short_scale, "long_mscale": long_scale}
+        return {
+            "rope_type": LONGROPE,
+            "short_factor": scaling["short_factors"],
+            "long_factor": scaling["long_factors"],
+            ORIGINAL_LENGTH: scaling["original_length"],
+            **(scales if self.mscales else {"attention_factor": short_scale}),
+        }
 
     def _partial(self, ours: Tree) -> Tree:
         """Returns the keys for the rotary columns of a head, if the family has them."""
@@ -172,8 +213,26 @@ def _scaling(kind: str, found: Tree, longest: int | None) -> Tree:
     return {names[key]: value if key == "truncate" else _number(key, value) for key, value in given.items()}
 
 
+def _numbers(key: str, found: Tree) -> list[int | float]:
+    """Removes a list of numbers from the parameters, and returns it. Raises a ValueError for anything else."""
+    values = found.pop(key, None)
+    if not isinstance(values, list):
+        raise ValueError(f"config.json: {key} of the rotary positions is {short(values)}, it must be a list of numbers")
+    return [_number(key, value) for value in values]
+
+
+def _longrope_factor(found: Tree, longest: int | None, original: int) -> float:
+    """Returns the factor of LongRoPE for cos and sin, and removes its keys: attention_factor, or else what the paper
+    recommends for a context that is `factor` times as long (Ding et al. 2024, section 3.4)."""
+    ratio, factor = found.pop("factor", None), found.pop("attention_factor", None)
+    if factor is not None:
+        return _number("attention_factor", factor)
+    ratio = _length_ratio(longest, original) if ratio is None else _number("factor", ratio)
+    return 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(original))
+
+
 def _length_ratio(longest: int | None, original: Any) -> float:
-    """Returns the factor of YaRN that is null, as DeepSeek-V3 may have it: the new context length over the original."""
+    """Returns a factor that is null or absent, as in DeepSeek-V3: the new context length over the original."""
     if longest is None or type(original) is not int or original < 1:
         raise ValueError(
             "config.json: factor of the rotary positions is null, which stands for max_position_embeddings "

@@ -23,7 +23,8 @@ class AttentionContext:
     all sequences have the same. position_BS: int64, the same shape, the position of each token in its document, for
     rotary and learned positions. num_keys: L, the number of keys of a sequence, which are in sequence order.
     document_BS, key_document_BL: int64, the number of each query's and each key's document; None: a sequence is one
-    document. cache: the keys and values of earlier tokens, in generation.
+    document. cache: the keys and values of earlier tokens, in generation. real_BL: bool, False for padding at the end
+    of whole sequences (of the tokens after those in the cache); None: no padding.
     """
 
     index_BS: Tensor
@@ -32,6 +33,7 @@ class AttentionContext:
     document_BS: Tensor | None = None
     key_document_BL: Tensor | None = None
     cache: KVCache | None = None
+    real_BL: Tensor | None = None
     # Computed on first use and shared by all blocks: masks by window and chunk, the others by their arguments.
     masks: dict[tuple[int | None, int | None], Tensor] = field(default_factory=dict, init=False)
     rope_tables: dict[tuple[RopeConfig, int, torch.dtype], tuple[Tensor, Tensor]] = field(
@@ -47,26 +49,28 @@ class AttentionContext:
         device: torch.device,
         document_BL: Tensor | None = None,
         cache: KVCache | None = None,
+        real_BL: Tensor | None = None,
     ) -> Self:
         """Builds the context of one pass.
 
         length: the number of tokens of a whole sequence. document_BL: int64, the number of the document of each token
         of the whole sequences, non-decreasing within a sequence; None with a cache. cache: only if every rank has whole
-        sequences (cp 1).
+        sequences (cp 1). real_BL: bool, False for padding.
         """
         index_1S = place.context(length).to(device)[None]
         if cache is not None:
             assert document_BL is None, "documents are for training"
             assert place.cp == 1, "a cache holds whole sequences"
             index_BS = cache.length_B[:, None] + index_1S
-            return cls(index_BS, index_BS, cache.num_slots, cache=cache)
+            return cls(index_BS, index_BS, cache.num_slots, cache=cache, real_BL=real_BL)
         if document_BL is None:
-            return cls(index_1S, index_1S, length)
+            return cls(index_1S, index_1S, length, real_BL=real_BL)
         index_L = torch.arange(length, device=device)
         begins_BL = torch.cat([torch.ones_like(document_BL[:, :1]), document_BL.diff(dim=1)], 1) != 0
         start_BL = torch.where(begins_BL, index_L, 0).cummax(1).values
         own_S = index_1S[0]
-        return cls(index_1S, (index_L - start_BL)[:, own_S], length, document_BL[:, own_S], document_BL)
+        position_BS = (index_L - start_BL)[:, own_S]
+        return cls(index_1S, position_BS, length, document_BL[:, own_S], document_BL, real_BL=real_BL)
 
     @property
     def is_causal(self) -> bool:
@@ -95,11 +99,19 @@ class AttentionContext:
             self.masks[window, chunk] = visible_BSL[:, None]
         return self.masks[window, chunk]
 
+    @property
+    def length_B1(self) -> Tensor:
+        """Returns the number of tokens of each sequence, its cached ones included: int64, (B or 1, 1)."""
+        if self.real_BL is None:
+            return self.index_BS.new_full((1, 1), self.num_keys) if self.cache is None else self.index_BS[:, -1:] + 1
+        length_B1 = self.real_BL.sum(1, keepdim=True)
+        return length_B1 if self.cache is None else self.cache.length_B[:, None] + length_B1
+
     def rope_cos_sin(self, rope: RopeConfig, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Returns cos and sin of the rotary angles of these tokens, (B or 1, 1, S, size / 2) each, in `dtype`."""
         key = (rope, size, dtype)
         if key not in self.rope_tables:
-            self.rope_tables[key] = rope_cos_sin(rope, size, self.position_BS, dtype)
+            self.rope_tables[key] = rope_cos_sin(rope, size, self.position_BS, dtype, self.length_B1)
         return self.rope_tables[key]
 
     def length_scale(self, config: LengthScalingConfig, dtype: torch.dtype) -> Tensor:

@@ -75,7 +75,41 @@ class YarnScaling(Settings):
         return self
 
 
-Scaling = Annotated[YarnScaling | Llama3Scaling | LinearScaling, Field(discriminator="kind")]
+# A tuple, since tables of angles are kept by their RopeConfig, and made of a list, which YAML has (hence not strict).
+Factors = Annotated[tuple[Annotated[float, Field(gt=0, strict=True)], ...], Field(min_length=1, strict=False)]
+
+
+class LongRopeScaling(Settings):
+    """Divides each rotary frequency by a factor of its own, others in sequences longer than `original_length`: LongRoPE
+    (Ding et al. 2024, Phi-3.5-MoE)."""
+
+    kind: Literal["longrope"]
+    short_factors: Factors
+    """Divides the frequencies in sequences of up to `original_length` tokens; one number for each pair of columns."""
+    long_factors: Factors
+    """Divides the frequencies in longer sequences; one number for each pair of columns."""
+    original_length: int = Field(ge=1)
+    """Sets the longest sequence, in tokens, that has the short factors. A text that is generated beyond it is computed
+    again from its beginning, once."""
+    short_attention_factor: float = Field(default=1.0, gt=0)
+    """Multiplies cos and sin in sequences of up to `original_length` tokens."""
+    long_attention_factor: float = Field(default=1.0, gt=0)
+    """Multiplies cos and sin in longer sequences."""
+    uses_long_factors: bool = True
+    """Uses `long_factors` in longer sequences; false uses `short_factors` in all, as transformers' Phi-3.5-MoE does,
+    but not its authors' code."""
+
+    @model_validator(mode="after")
+    def _check_factors(self) -> "LongRopeScaling":
+        short, long = len(self.short_factors), len(self.long_factors)
+        if short != long:
+            raise ValueError(
+                f"short_factors has {short} numbers and long_factors has {long}: both need one for each pair of columns"
+            )
+        return self
+
+
+Scaling = Annotated[YarnScaling | Llama3Scaling | LinearScaling | LongRopeScaling, Field(discriminator="kind")]
 
 
 class RopeConfig(Settings):
@@ -100,17 +134,37 @@ PositionConfig = Annotated[RopeConfig | LearnedPositionConfig, Field(discriminat
 
 
 def rotary_frequencies(
-    config: RopeConfig, size: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None
-) -> tuple[Tensor, float]:
+    config: RopeConfig,
+    size: int,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | None = None,
+    length_B1: Tensor | None = None,
+) -> tuple[Tensor, Tensor | float]:
     """Returns the rotary frequencies, (size / 2), in radians per position, and a factor for cos and sin.
 
-    size: the number of rotated columns of a head, two per frequency. The factor is 1 without YaRN.
+    size: the number of rotated columns of a head, two per frequency. length_B1: int64, (B or 1, 1), the number of
+    tokens of each sequence, which LongRoPE needs: it returns frequencies (B or 1, size / 2) and factors (B or 1, 1).
+    The factor is 1 without YaRN and LongRoPE.
     """
     half = size // 2
     frequency_h = config.theta ** (-torch.arange(half, device=device, dtype=dtype) / half)
+    if isinstance(config.scaling, LongRopeScaling):
+        assert length_B1 is not None, "the factors of LongRoPE depend on the length of the sequence"
+        return _longrope(config.scaling, frequency_h, length_B1)
     if config.scaling is None:
         return frequency_h, 1.0
     return SCALINGS[config.scaling.kind](config.scaling, config.theta, frequency_h)
+
+
+def _longrope(scaling: LongRopeScaling, frequency_h: Tensor, length_B1: Tensor) -> tuple[Tensor, Tensor]:
+    is_long_B1 = length_B1 > scaling.original_length
+    long_factors = scaling.long_factors if scaling.uses_long_factors else scaling.short_factors
+    short_h, long_h = (frequency_h.new_tensor(factors) for factors in (scaling.short_factors, long_factors))
+    short_factor, long_factor = (
+        frequency_h.new_tensor(factor) for factor in (scaling.short_attention_factor, scaling.long_attention_factor)
+    )
+    frequency_Bh = frequency_h / torch.where(is_long_B1, long_h, short_h)
+    return frequency_Bh, torch.where(is_long_B1, long_factor, short_factor)
 
 
 def _linear(scaling: LinearScaling, theta: float, frequency_h: Tensor) -> tuple[Tensor, float]:
@@ -157,7 +211,7 @@ def yarn_mscale(factor: float, multiplier: float = 1.0) -> float:
 
 
 # Maps a scaling kind to a function of (settings, theta, unscaled frequencies (h / 2)), which returns the scaled
-# frequencies and the factor for cos and sin.
+# frequencies and the factor for cos and sin. LongRoPE, which needs the length of the sequence, is not among them.
 SCALINGS: dict[str, Callable[[Any, float, Tensor], tuple[Tensor, float]]] = {
     "linear": _linear,
     "llama3": _llama3,
@@ -165,16 +219,21 @@ SCALINGS: dict[str, Callable[[Any, float, Tensor], tuple[Tensor, float]]] = {
 }
 
 
-def rope_cos_sin(config: RopeConfig, size: int, position_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns cos and sin of the rotary angles of each position, (B or 1, 1, S, size / 2) each, times YaRN's attention
-    factor.
+def rope_cos_sin(
+    config: RopeConfig, size: int, position_BS: Tensor, dtype: torch.dtype, length_B1: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns cos and sin of the rotary angles of each position, (B or 1, 1, S, size / 2) each, times the attention
+    factor of YaRN or LongRoPE.
 
     size: the number of rotated columns of a head. position_BS: int64, (B or 1, S). dtype: the dtype of the results.
+    length_B1: see `rotary_frequencies`.
     """
     # Angles in float32 or wider: bfloat16 cannot represent integers above 256 exactly.
     angle_dtype = torch.promote_types(torch.float32, dtype)
-    frequency_h, factor = rotary_frequencies(config, size, angle_dtype, position_BS.device)
-    angle_B1Sh = position_BS.to(angle_dtype)[:, None, :, None] * frequency_h
+    frequency, factor = rotary_frequencies(config, size, angle_dtype, position_BS.device, length_B1)
+    angle_B1Sh = position_BS.to(angle_dtype)[:, None, :, None] * frequency[..., None, None, :]
+    if isinstance(factor, Tensor):
+        factor = factor[..., None, None]
     return (angle_B1Sh.cos() * factor).to(dtype), (angle_B1Sh.sin() * factor).to(dtype)
 
 

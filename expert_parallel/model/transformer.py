@@ -234,7 +234,8 @@ class Transformer(LanguageModel):
         (`mtp_logits`). Raises ValueError for more tokens than there are learned positions.
         """
         length = tokens_BS.shape[1]
-        attention_context = AttentionContext.of(self.place, length, tokens_BS.device, context.document_BS, cache)
+        device, mask_BS = tokens_BS.device, context.mask_BS
+        attention_context = AttentionContext.of(self.place, length, device, context.document_BS, cache, mask_BS)
         if self.stage_spec.is_first:
             x = self._embed(tokens_BS, context, attention_context)
         assert x is not None

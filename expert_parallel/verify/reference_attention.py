@@ -153,22 +153,27 @@ def apply_rope(x_BSh: Tensor, position: Any, position_BS: Tensor) -> Tensor:
     RopeConfig."""
     half = x_BSh.shape[-1] // 2
     columns: list[Tensor] = [x_BSh[..., i] for i in range(2 * half)]
-    stretch = _attention_factor(position.scaling)
+    length = x_BSh.shape[1]  # of the whole sequence, documents together
+    stretch = _attention_factor(position.scaling, length)
     for i in range(half):
-        angle_BS = position_BS.to(x_BSh.dtype) * _rope_frequency(position, i, half)
+        angle_BS = position_BS.to(x_BSh.dtype) * _rope_frequency(position, i, half, length)
         one, two = columns[i], columns[i + half]
         columns[i] = stretch * (one * torch.cos(angle_BS) - two * torch.sin(angle_BS))
         columns[i + half] = stretch * (one * torch.sin(angle_BS) + two * torch.cos(angle_BS))
     return torch.stack(columns, -1)
 
 
-def _rope_frequency(position: Any, i: int, half: int) -> float:
-    """Returns the frequency of pair i, scaled as in the papers. kept: the share that is not divided by the factor."""
+def _rope_frequency(position: Any, i: int, half: int, length: int = 1) -> float:
+    """Returns the frequency of pair i, scaled as in the papers, in a sequence of `length` tokens. kept: the share that
+    is not divided by the factor."""
     scaling, frequency = position.scaling, float(position.theta) ** (-i / half)
     if scaling is None:
         return frequency
     if scaling.kind == "linear":
         return frequency / scaling.factor
+    if scaling.kind == "longrope":
+        is_long = length > scaling.original_length and scaling.uses_long_factors
+        return frequency / float((scaling.long_factors if is_long else scaling.short_factors)[i])
     wavelength = 2 * math.pi / frequency
     turns = scaling.original_length / wavelength
     if scaling.kind == "llama3":
@@ -188,8 +193,11 @@ def _rope_frequency(position: Any, i: int, half: int) -> float:
     return kept * frequency + (1 - kept) * frequency / scaling.factor
 
 
-def _attention_factor(scaling: Any) -> float:
-    """Returns the factor of YaRN (2309.00071) on queries and keys; 1 for other scalings."""
+def _attention_factor(scaling: Any, length: int = 1) -> float:
+    """Returns the factor of YaRN (2309.00071) or LongRoPE (2402.13753) on queries and keys; 1 for other scalings."""
+    if scaling is not None and scaling.kind == "longrope":
+        is_long = length > scaling.original_length
+        return float(scaling.long_attention_factor if is_long else scaling.short_attention_factor)
     if scaling is None or scaling.kind != "yarn":
         return 1.0
     if scaling.attention_factor is not None:

@@ -25,6 +25,7 @@ LATENT_SIZES = {"num_heads": 8, "query_rank": 12, "kv_rank": 8, "nope_size": 6, 
 WINDOW = 3  # shorter than a sequence, so that it masks some tokens
 SCALED_LENGTH = 3  # likewise, so that queries are scaled by several factors
 ORIGINAL_LENGTH = 64  # so that some frequencies lie within the ramp of a rotary scaling
+LONGROPE_LENGTH = 5  # so that sequences of training are longer, and texts that are generated become it
 INIT_STD = 0.3
 CLIP_NORM = 0.1
 LEARNING_RATE = 0.02  # of which the first step has half
@@ -148,6 +149,8 @@ def _make_small(draft: ConfigEditor, num_ranks: int, quick: bool) -> None:
     SMALL_ATTENTION[draft.get("model.attention.kind")](draft)
     draft.at_most("model.position.scaling.original_length", ORIGINAL_LENGTH)
     draft.at_most("model.attention.length_scaling.length", SCALED_LENGTH)
+    if draft.get("model.position.scaling.kind") == "longrope":
+        _small_longrope(draft)
     micro_batch = num_ranks + 1  # not divisible by any number of data ranks, so that they get unequal numbers of tokens
     fewest, most = micro_step_counts(num_ranks, quick)
     draft.at_most("training.micro_steps", most)
@@ -179,6 +182,13 @@ def _small_heads(draft: ConfigEditor) -> None:
     draft.at_most("model.window_overrides.position.scaling.original_length", ORIGINAL_LENGTH)
     for name in ("window_blocks", "rope_blocks"):
         _select_some(draft, f"model.{name}")
+
+
+def _small_longrope(draft: ConfigEditor) -> None:
+    size = draft.get("model.attention.rope_size") or draft.get("model.attention.head_size")
+    for name in ("short_factors", "long_factors"):
+        draft.put(f"model.position.scaling.{name}", draft.get(f"model.position.scaling.{name}")[: size // 2])
+    draft.at_most("model.position.scaling.original_length", LONGROPE_LENGTH)
 
 
 def _select_some(draft: ConfigEditor, path: str) -> None:
