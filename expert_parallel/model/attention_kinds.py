@@ -32,6 +32,7 @@ def refuse_positions(
         name, size = attention.rope_columns
         if size % 2:
             raise ValueError(f"attention.{name} ({size}) must be even for position.kind rope")
+        position.refuse("position", name, size)
     elif not isinstance(attention, HeadsConfig):
         raise ValueError(
             f"position.kind is {position.kind!r}, but attention.kind 'latent' supports only rotary positions"

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from expert_parallel.model.kv_cache import KVCache
-from expert_parallel.model.rotary import LongRopeScaling, RopeConfig
+from expert_parallel.model.rotary import LongRopeScaling
 from expert_parallel.model.tensor_parallel import gather_logits
 from expert_parallel.model.transformer import LanguageModel
 from expert_parallel.moe.context import StepContext
@@ -115,10 +115,10 @@ class _Sequence:
         if len(self.tokens) - self.start > window:
             self.start, self.cached = len(self.tokens) - max(1, window // 2), 0
 
-    def restart_beyond(self, length: int | None) -> None:
-        """Empties the cache once the sequence has become longer than `length`, as its keys then have other rotary
-        positions. None: they never have."""
-        if length is not None and self.cached <= length < len(self.tokens) - self.start:
+    def restart_beyond(self, lengths: list[int]) -> None:
+        """Empties the cache once the sequence has become longer than one of the lengths, as keys then have other rotary
+        positions."""
+        if any(self.cached <= length < len(self.tokens) - self.start for length in lengths):
             self.cached = 0
 
     @property
@@ -155,9 +155,9 @@ class _Decoder:
         looks_across = moe is not None and isinstance(moe.router, ExpertChoiceConfig)
         use_cache = use_cache and self.place.cp == 1 and not looks_across
         self.cache = KVCache(len(mine), longest, self.device) if use_cache else None
-        position = model.config.position
-        scaling = position.scaling if isinstance(position, RopeConfig) else None
-        self.switch_length = scaling.original_length if isinstance(scaling, LongRopeScaling) else None
+        ropes = {model.config.rope_of(layer) for layer in range(model.config.num_layers)}
+        scalings = [rope.scaling for rope in ropes if rope is not None]
+        self.switch_lengths = [scaling.original_length for scaling in scalings if isinstance(scaling, LongRopeScaling)]
 
     def logits(self, texts: list[_Sequence], step: int) -> dict[int, Tensor]:
         """Runs a forward pass and returns, by number of the sequence, the logits (V) after its last token, on the CPU.
@@ -166,7 +166,7 @@ class _Decoder:
         every rank must call it.
         """
         for text in texts:
-            text.restart_beyond(self.switch_length)
+            text.restart_beyond(self.switch_lengths)
         fed = [text.fed for text in texts]
         unit = sequence_length_multiple(self.place.cp, self.place.tp)
         longest = max([len(tokens) for tokens in fed], default=0)

@@ -122,6 +122,16 @@ class RopeConfig(Settings):
     """Scales the rotary frequencies for contexts longer than the original one; null leaves them as they are."""
 
 
+    def refuse(self, path: str, name: str, size: int) -> None:
+        """Raises a ValueError if LongRoPE has not as many factors as there are pairs of rotary columns. path: of these
+        settings. name, size: the setting for the number of rotary columns of a head, and this number."""
+        if isinstance(self.scaling, LongRopeScaling) and len(self.scaling.short_factors) != size // 2:
+            raise ValueError(
+                f"{path}.scaling.short_factors has {len(self.scaling.short_factors)} numbers, but attention.{name} "
+                f"({size}) makes {size // 2} pairs of columns"
+            )
+
+
 class LearnedPositionConfig(Settings):
     """Adds a learned vector of each position to the embedding."""
 

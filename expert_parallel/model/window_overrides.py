@@ -43,6 +43,8 @@ class WindowOverrides(Settings):
                 f"attention.num_heads ({attention.num_heads}) is not a multiple of window_overrides.num_kv_heads "
                 f"({self.num_kv_heads})"
             )
+        if self.position is not None:
+            self.position.refuse("window_overrides.position", *attention.rope_columns)
         if self.position is not None and not set(window_layers).intersection(rope_layers):
             raise ValueError(
                 "window_overrides.position is given, but no block with a window has rotary positions (position.kind, "

@@ -149,8 +149,9 @@ def _make_small(draft: ConfigEditor, num_ranks: int, quick: bool) -> None:
     SMALL_ATTENTION[draft.get("model.attention.kind")](draft)
     draft.at_most("model.position.scaling.original_length", ORIGINAL_LENGTH)
     draft.at_most("model.attention.length_scaling.length", SCALED_LENGTH)
-    if draft.get("model.position.scaling.kind") == "longrope":
-        _small_longrope(draft)
+    for position in ("model.position", "model.window_overrides.position"):
+        if draft.get(f"{position}.scaling.kind") == "longrope":
+            _small_longrope(draft, f"{position}.scaling")
     micro_batch = num_ranks + 1  # not divisible by any number of data ranks, so that they get unequal numbers of tokens
     fewest, most = micro_step_counts(num_ranks, quick)
     draft.at_most("training.micro_steps", most)
@@ -184,11 +185,11 @@ def _small_heads(draft: ConfigEditor) -> None:
         _select_some(draft, f"model.{name}")
 
 
-def _small_longrope(draft: ConfigEditor) -> None:
+def _small_longrope(draft: ConfigEditor, scaling: str) -> None:
     size = draft.get("model.attention.rope_size") or draft.get("model.attention.head_size")
     for name in ("short_factors", "long_factors"):
-        draft.put(f"model.position.scaling.{name}", draft.get(f"model.position.scaling.{name}")[: size // 2])
-    draft.at_most("model.position.scaling.original_length", LONGROPE_LENGTH)
+        draft.put(f"{scaling}.{name}", draft.get(f"{scaling}.{name}")[: size // 2])
+    draft.at_most(f"{scaling}.original_length", LONGROPE_LENGTH)
 
 
 def _select_some(draft: ConfigEditor, path: str) -> None:
