@@ -347,6 +347,65 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**LLAMA3, "high_freq_factor": 1.0},
         },
     ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **HEADS,
+            "moe_intermediate_size": 10,
+            "shared_expert_intermediate_size": 14,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "qkv_bias": False,
+        },
+    ),
+    "qwen2_moe with all parts": (
+        "qwen2_moe",
+        {
+            **HEADS,
+            "moe_intermediate_size": 10,
+            "shared_expert_intermediate_size": 14,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {
+            **LATENT,
+            "n_group": 3,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 1.5,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0},
+        },
+    ),
+    "deepseek_v2 lite": ("deepseek_v2", {**LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1}),
+    "phimoe": ("phimoe", {**HEADS, "num_local_experts": 4, "sliding_window": 4}),
+    "phimoe with all parts": (
+        "phimoe",
+        {
+            **HEADS,
+            "num_local_experts": 4,
+            "router_jitter_noise": 0.4,  # so that several experts are near the best one
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 500.0,
+                "short_factor": [1.0, 1.5],
+                "long_factor": [1.25, 4.0],
+                "short_mscale": 1.2,
+                "long_mscale": 1.4,
+                "original_max_position_embeddings": 8,  # texts of tests become longer
+            },
+        },
+    ),
     "llama": ("llama", HEADS),
     "llama with all parts": (
         "llama",

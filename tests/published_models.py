@@ -103,7 +103,8 @@ def _shrunk_rope(key: str, value: Any, config: Tree) -> Any:
     if isinstance(value, dict):  # one for each kind of block
         return {inner: _shrunk_rope(inner, part, config) for inner, part in value.items()}
     if isinstance(value, list):  # a factor for each pair of columns
-        return value[: SIZES["head_dim"] // 2]
+        size = SIZES["head_dim"] if "head_dim" in config else SIZES["hidden_size"] // SIZES["num_attention_heads"]
+        return value[: size // 2]
     if key == "partial_rotary_factor" and "qk_head_dim" in config:
         return SIZES["qk_rope_head_dim"] / SIZES["qk_head_dim"]
     return _shrunk_length(key, value, config)

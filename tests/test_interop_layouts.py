@@ -37,6 +37,9 @@ FAMILY_MODELS = [
     "hunyuan_v1_moe with a stretched base",
     "mistral4",
     "llama4_text",  # chunks in some blocks, no positions in the others
+    "llama4_text",
+    "qwen2_moe with all parts",
+    "phimoe with all parts",
 ]
 DENSE = {"llama", "qwen2", "qwen3"}
 

@@ -26,7 +26,15 @@ from tests.test_interop import SHARD, load_ours, make_peer, tokens
 Tree = dict[str, Any]
 KEY = "router_aux_loss_coef"
 # Three of each token's experts, a dense block in between, a router with a bias: what a factor could get wrong.
-POOLED = ("mixtral with a window", "qwen3_moe with all parts", "olmoe", "gpt_oss", "granitemoeshared")
+POOLED = (
+    "mixtral with a window",
+    "qwen3_moe with all parts",
+    "olmoe",
+    "gpt_oss",
+    "granitemoeshared",
+    "qwen2_moe with all parts",
+    "phimoe",
+)
 
 
 def next_token_loss(logits_BSV: Tensor) -> Tensor:

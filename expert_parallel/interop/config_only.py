@@ -9,7 +9,7 @@ from expert_parallel.config import dump_tree
 from expert_parallel.data.reading import read_json
 from expert_parallel.interop.folder import CONFIG, missing
 from expert_parallel.interop.hf_config import LARGEST, HuggingFaceConfig, Tree, short
-from expert_parallel.interop.hf_model import describe_model_losses, find_family
+from expert_parallel.interop.hf_model import describe_model_losses, describe_positions, find_family
 from expert_parallel.interop.importing import run_tree
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.training.config import Config, load_config, read_config
@@ -48,7 +48,7 @@ def write_config(source: Path, out: Path, print_message: Callable[[str], None] =
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("x", encoding="utf-8") as file:  # not the file that another command has written meanwhile
         file.write(text)
-    for note in [*notes, *describe_model_losses(family, theirs, model)]:
+    for note in [*notes, *describe_positions(model), *describe_model_losses(family, theirs, model)]:
         print_message(note)
     return model
 

@@ -38,6 +38,7 @@ from expert_parallel.interop.quantized_folder import QuantizedFolder, open_folde
 from expert_parallel.interop.tensor_map import TensorPair, Transform, match_tensors
 from expert_parallel.interop.unsupported import describe_unsupported
 from expert_parallel.model.config import ModelConfig
+from expert_parallel.model.rotary import LongRopeScaling, RopeConfig
 from expert_parallel.settings import Settings
 
 Shapes = dict[str, list[int]]
@@ -77,10 +78,10 @@ class HuggingFaceModel:
         self.pairs, zeros = zeros_for_missing(pairs, self.family.zeros, self.folder, logical_shapes(self.model))
         for name in (name for pair in self.pairs for name in pair.theirs):
             ignored.pop(name, None)  # the pattern of a family also fits tensors that the model uses
-        losses = describe_model_losses(self.family, config, self.model)
+        others = [*describe_positions(self.model), *describe_model_losses(self.family, config, self.model)]
         quantized = [self.folder.describe()] if isinstance(self.folder, QuantizedFolder) else []
         self.tensor_notes = [*quantized, *describe_ignored(ignored), *self.tensor_notes, *zeros]
-        self.notes = [*self.tensor_notes, *losses]
+        self.notes = [*self.tensor_notes, *others]
         check_tensors(self.folder, self.pairs, logical_shapes(self.model), ignored)
         self.places = {name: (pair, number) for pair in self.pairs for number, name in enumerate(pair.ours)}
         self.bytes_read = 0
@@ -191,6 +192,19 @@ def describe_model_losses(family: Family, config: Tree, model: ModelConfig) -> l
     rate = getattr(model.moe.router, "balance_bias_rate", 0)
     by_bias = [f"experts are balanced by model.moe.router.balance_bias_rate, which is {rate:g}"] if rate else []
     return [*describe_losses(family.rules, family.architecture, config, losses), *by_bias]
+
+
+def describe_positions(model: ModelConfig) -> list[str]:
+    """Returns a sentence if long texts have the rotary positions of transformers, and not those of the model's
+    authors."""
+    scaling = model.position.scaling if isinstance(model.position, RopeConfig) else None
+    if not isinstance(scaling, LongRopeScaling) or scaling.uses_long_factors:
+        return []
+    return [
+        f"texts of more than {scaling.original_length} tokens have the short factors of rotary positions, too, as in "
+        "transformers; the code of the model's authors takes the long ones there: set "
+        "model.position.scaling.uses_long_factors to true for that"
+    ]
 
 
 def logical_shapes(model: ModelConfig) -> Shapes:

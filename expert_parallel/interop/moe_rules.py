@@ -11,17 +11,18 @@ from expert_parallel.interop.rules import get_setting, set_setting
 class GroupLimit:
     """Translates group-limited routing: a token's experts come from topk_group of n_group groups of experts.
 
-    A single group is no limit. default: the default of both keys.
+    A single group is no limit. default: the default of both keys. score: how a group is scored, see GroupLimitConfig.
     """
 
     default: Any = REQUIRED
+    score: str = "top2_sum"
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         count, limit = (theirs.size(key, default=self.default) for key in ("n_group", "topk_group"))
         if limit > count:
             raise theirs.refuse("topk_group", f"it must be at most n_group ({count})")
         if count > 1:
-            set_setting(ours, "moe.router.group_limit", {"count": count, "limit": limit, "score": "top2_sum"})
+            set_setting(ours, "moe.router.group_limit", {"count": count, "limit": limit, "score": self.score})
 
     def write(self, ours: Tree, theirs: Tree) -> None:
         groups = get_setting(ours, "moe.router.group_limit") or {"count": 1, "limit": 1}

@@ -227,10 +227,12 @@ class SlidingWindowByLayer:
 
     switch: the key that enables it, if any. If layer_types is absent, the blocks from max_window_layers on have the
     window. first: the default of max_window_layers; None: every second block has the window, beginning with the first.
+    is_listed: True if a window without layer_types is refused, as versions of transformers gave it to other blocks.
     """
 
     switch: str | None = None
     first: int | None = None
+    is_listed: bool = False
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         size, count = _window_size(theirs, self.switch), ours["num_layers"]
@@ -241,6 +243,11 @@ class SlidingWindowByLayer:
             # Without a switch, transformers has a size of its own if the key is absent: those blocks are refused below.
             is_on = size is not None or (self.switch is None and "sliding_window" not in theirs.values)
             usual = [is_on and layer >= first for layer in range(count)]
+        if self.is_listed and size is not None and theirs.values.get("layer_types") is None:
+            raise ValueError(
+                f"config.json: layer_types is missing: versions of transformers disagree which blocks have the window "
+                f"({size})"
+            )
         read_layer_types(theirs, ours, usual, size)
 
     def write(self, ours: Tree, theirs: Tree) -> None:

@@ -121,7 +121,6 @@ class RopeConfig(Settings):
     scaling: Scaling | None = None
     """Scales the rotary frequencies for contexts longer than the original one; null leaves them as they are."""
 
-
     def refuse(self, path: str, name: str, size: int) -> None:
         """Raises a ValueError if LongRoPE has not as many factors as there are pairs of rotary columns. path: of these
         settings. name, size: the setting for the number of rotary columns of a head, and this number."""

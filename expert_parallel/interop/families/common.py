@@ -88,14 +88,22 @@ def deepseek_expert_rules(normalise: bool, scale: float, groups: Any = REQUIRED)
 
 
 def outside_blocks() -> list[TensorMapping]:
-    """Returns the mappings of embedding, unembedding with its bias, and residual norms."""
+    """Returns the mappings of embedding, unembedding and residual norms, including biases that only some families
+    have."""
+    norms = {
+        "final_norm": "model.norm",
+        "blocks.{L}.attention_norm": "model.layers.{L}.input_layernorm",
+        "blocks.{L}.ffn_norm": "model.layers.{L}.post_attention_layernorm",
+    }
     return [
         TensorMapping("embedding.weight", ("model.embed_tokens.weight",), IDENTITY),
-        TensorMapping("final_norm.weight", ("model.norm.weight",), IDENTITY),
         TensorMapping("unembedding.weight", ("lm_head.weight",), IDENTITY),
         TensorMapping("unembedding_bias", ("lm_head.bias",), IDENTITY),
-        TensorMapping("blocks.{L}.attention_norm.weight", ("model.layers.{L}.input_layernorm.weight",), IDENTITY),
-        TensorMapping("blocks.{L}.ffn_norm.weight", ("model.layers.{L}.post_attention_layernorm.weight",), IDENTITY),
+        *(
+            TensorMapping(f"{own}.{leaf}", (f"{their}.{leaf}",), IDENTITY)
+            for own, their in norms.items()
+            for leaf in ("weight", "bias")
+        ),
     ]
 
 

@@ -5,6 +5,7 @@ A new family is an entry of FAMILIES in one of the files of this folder.
 
 from expert_parallel.interop.families import (
     deepseek,
+    deepseek_v2,
     dots,
     ernie,
     exaone,
@@ -20,6 +21,8 @@ from expert_parallel.interop.families import (
     minimax,
     mistral,
     mixtral,
+    phi,
+    qwen2_moe,
     qwen_moe,
 )
 from expert_parallel.interop.family import Family
@@ -42,4 +45,7 @@ FAMILIES: dict[str, Family] = {
     **mellum.FAMILIES,
     **mimo.FAMILIES,
     **llama4.FAMILIES,
+    **qwen2_moe.FAMILIES,
+    **deepseek_v2.FAMILIES,
+    **phi.FAMILIES,
 }
