@@ -189,11 +189,10 @@ def test_the_factors_of_longrope_are_transformers(length: int) -> None:
     both = {"short_attention_factor": their_factor, "long_attention_factor": their_factor}
     scaling = {"kind": "longrope", "original_length": 32, "short_factors": short, "long_factors": long, **both}
     rope = RopeConfig.model_validate({"theta": 500.0, "scaling": scaling})
-    lengths_B1 = torch.tensor([[length], [1]])
-    frequency_Bh, factor_B1 = rotary_frequencies(rope, 8, length_B1=lengths_B1)
-    close(frequency_Bh[0], expected)
-    close(factor_B1, torch.full((2, 1), their_factor, dtype=torch.float64))
-    assert torch.equal(frequency_Bh[0], frequency_Bh[1]) is (length <= 32)
+    frequency_BSh, factor_BS = rotary_frequencies(rope, 8, length_BS=torch.tensor([[length, 1]]))
+    close(frequency_BSh[0, 0], expected)
+    close(factor_BS, torch.full((1, 2), their_factor, dtype=torch.float64))
+    assert torch.equal(frequency_BSh[0, 0], frequency_BSh[0, 1]) is (length <= 32)
     close([_rope_frequency(rope, i, 4, length) for i in range(4)], expected.tolist())
 
 

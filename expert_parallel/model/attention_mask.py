@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from expert_parallel.model.kv_cache import KVCache
 from expert_parallel.model.length_scaling import LengthScalingConfig, length_scale
-from expert_parallel.model.rotary import RopeConfig, rope_cos_sin
+from expert_parallel.model.rotary import LongRopeScaling, RopeConfig, rope_cos_sin
 from expert_parallel.parallel.sequence import SequenceShard
 
 
@@ -100,18 +101,24 @@ class AttentionContext:
         return self.masks[window, chunk]
 
     @property
-    def length_B1(self) -> Tensor:
-        """Returns the number of tokens of each sequence, its cached ones included: int64, (B or 1, 1)."""
+    def length_BS(self) -> Tensor:
+        """Returns the number of tokens of each token's document or else of its sequence, cached ones included: int64,
+        (B or 1, S or 1)."""
+        if self.key_document_BL is not None:
+            number_BL = F.pad((self.key_document_BL.diff(dim=1) != 0).cumsum(1), (1, 0))
+            count_BL = torch.zeros_like(number_BL).scatter_add(1, number_BL, torch.ones_like(number_BL))
+            return count_BL.gather(1, number_BL)[:, self.index_BS[0]]
         if self.real_BL is None:
             return self.index_BS.new_full((1, 1), self.num_keys) if self.cache is None else self.index_BS[:, -1:] + 1
-        length_B1 = self.real_BL.sum(1, keepdim=True)
-        return length_B1 if self.cache is None else self.cache.length_B[:, None] + length_B1
+        count_B1 = self.real_BL.sum(1, keepdim=True)
+        return count_B1 if self.cache is None else self.cache.length_B[:, None] + count_B1
 
     def rope_cos_sin(self, rope: RopeConfig, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Returns cos and sin of the rotary angles of these tokens, (B or 1, 1, S, size / 2) each, in `dtype`."""
         key = (rope, size, dtype)
         if key not in self.rope_tables:
-            self.rope_tables[key] = rope_cos_sin(rope, size, self.position_BS, dtype, self.length_B1)
+            length_BS = self.length_BS if isinstance(rope.scaling, LongRopeScaling) else None
+            self.rope_tables[key] = rope_cos_sin(rope, size, self.position_BS, dtype, length_BS)
         return self.rope_tables[key]
 
     def length_scale(self, config: LengthScalingConfig, dtype: torch.dtype) -> Tensor:

@@ -80,23 +80,23 @@ Factors = Annotated[tuple[Annotated[float, Field(gt=0, strict=True)], ...], Fiel
 
 
 class LongRopeScaling(Settings):
-    """Divides each rotary frequency by a factor of its own, others in sequences longer than `original_length`: LongRoPE
-    (Ding et al. 2024, Phi-3.5-MoE)."""
+    """Divides each rotary frequency by a factor of its own, others in texts longer than `original_length`: LongRoPE
+    (Ding et al. 2024, Phi-3.5-MoE). A text is a sequence or, where several are packed, a document."""
 
     kind: Literal["longrope"]
     short_factors: Factors
-    """Divides the frequencies in sequences of up to `original_length` tokens; one number for each pair of columns."""
+    """Divides the frequencies in texts of up to `original_length` tokens; one number for each pair of columns."""
     long_factors: Factors
-    """Divides the frequencies in longer sequences; one number for each pair of columns."""
+    """Divides the frequencies in longer texts; one number for each pair of columns."""
     original_length: int = Field(ge=1)
-    """Sets the longest sequence, in tokens, that has the short factors. A text that is generated beyond it is computed
-    again from its beginning, once."""
+    """Sets the longest text, in tokens, that has the short factors. One that generation makes longer is computed again
+    from its beginning, once."""
     short_attention_factor: float = Field(default=1.0, gt=0)
-    """Multiplies cos and sin in sequences of up to `original_length` tokens."""
+    """Multiplies cos and sin in texts of up to `original_length` tokens."""
     long_attention_factor: float = Field(default=1.0, gt=0)
-    """Multiplies cos and sin in longer sequences."""
+    """Multiplies cos and sin in longer texts."""
     uses_long_factors: bool = True
-    """Uses `long_factors` in longer sequences; false uses `short_factors` in all, as transformers' Phi-3.5-MoE does,
+    """Uses `long_factors` in longer texts; false uses `short_factors` in all, as transformers' Phi-3.5-MoE does,
     but not its authors' code."""
 
     @model_validator(mode="after")
@@ -147,33 +147,33 @@ def rotary_frequencies(
     size: int,
     dtype: torch.dtype = torch.float64,
     device: torch.device | None = None,
-    length_B1: Tensor | None = None,
+    length_BS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | float]:
     """Returns the rotary frequencies, (size / 2), in radians per position, and a factor for cos and sin.
 
-    size: the number of rotated columns of a head, two per frequency. length_B1: int64, (B or 1, 1), the number of
-    tokens of each sequence, which LongRoPE needs: it returns frequencies (B or 1, size / 2) and factors (B or 1, 1).
-    The factor is 1 without YaRN and LongRoPE.
+    size: the number of rotated columns of a head, two per frequency. length_BS: int64, (B or 1, S or 1), the number of
+    tokens of each token's text, which LongRoPE needs: it returns frequencies (B or 1, S or 1, size / 2) and factors
+    (B or 1, S or 1). The factor is 1 without YaRN and LongRoPE.
     """
     half = size // 2
     frequency_h = config.theta ** (-torch.arange(half, device=device, dtype=dtype) / half)
     if isinstance(config.scaling, LongRopeScaling):
-        assert length_B1 is not None, "the factors of LongRoPE depend on the length of the sequence"
-        return _longrope(config.scaling, frequency_h, length_B1)
+        assert length_BS is not None, "the factors of LongRoPE depend on the length of the text"
+        return _longrope(config.scaling, frequency_h, length_BS)
     if config.scaling is None:
         return frequency_h, 1.0
     return SCALINGS[config.scaling.kind](config.scaling, config.theta, frequency_h)
 
 
-def _longrope(scaling: LongRopeScaling, frequency_h: Tensor, length_B1: Tensor) -> tuple[Tensor, Tensor]:
-    is_long_B1 = length_B1 > scaling.original_length
+def _longrope(scaling: LongRopeScaling, frequency_h: Tensor, length_BS: Tensor) -> tuple[Tensor, Tensor]:
+    is_long_BS = length_BS > scaling.original_length
     long_factors = scaling.long_factors if scaling.uses_long_factors else scaling.short_factors
     short_h, long_h = (frequency_h.new_tensor(factors) for factors in (scaling.short_factors, long_factors))
     short_factor, long_factor = (
         frequency_h.new_tensor(factor) for factor in (scaling.short_attention_factor, scaling.long_attention_factor)
     )
-    frequency_Bh = frequency_h / torch.where(is_long_B1, long_h, short_h)
-    return frequency_Bh, torch.where(is_long_B1, long_factor, short_factor)
+    frequency_BSh = frequency_h / torch.where(is_long_BS[..., None], long_h, short_h)
+    return frequency_BSh, torch.where(is_long_BS, long_factor, short_factor)
 
 
 def _linear(scaling: LinearScaling, theta: float, frequency_h: Tensor) -> tuple[Tensor, float]:
@@ -229,20 +229,20 @@ SCALINGS: dict[str, Callable[[Any, float, Tensor], tuple[Tensor, float]]] = {
 
 
 def rope_cos_sin(
-    config: RopeConfig, size: int, position_BS: Tensor, dtype: torch.dtype, length_B1: Tensor | None = None
+    config: RopeConfig, size: int, position_BS: Tensor, dtype: torch.dtype, length_BS: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Returns cos and sin of the rotary angles of each position, (B or 1, 1, S, size / 2) each, times the attention
     factor of YaRN or LongRoPE.
 
     size: the number of rotated columns of a head. position_BS: int64, (B or 1, S). dtype: the dtype of the results.
-    length_B1: see `rotary_frequencies`.
+    length_BS: see `rotary_frequencies`.
     """
     # Angles in float32 or wider: bfloat16 cannot represent integers above 256 exactly.
     angle_dtype = torch.promote_types(torch.float32, dtype)
-    frequency, factor = rotary_frequencies(config, size, angle_dtype, position_BS.device, length_B1)
-    angle_B1Sh = position_BS.to(angle_dtype)[:, None, :, None] * frequency[..., None, None, :]
+    frequency, factor = rotary_frequencies(config, size, angle_dtype, position_BS.device, length_BS)
+    angle_B1Sh = (position_BS.to(angle_dtype)[..., None] * frequency)[:, None]
     if isinstance(factor, Tensor):
-        factor = factor[..., None, None]
+        factor = factor[:, None, :, None]
     return (angle_B1Sh.cos() * factor).to(dtype), (angle_B1Sh.sin() * factor).to(dtype)
 
 

@@ -153,18 +153,33 @@ def apply_rope(x_BSh: Tensor, position: Any, position_BS: Tensor) -> Tensor:
     RopeConfig."""
     half = x_BSh.shape[-1] // 2
     columns: list[Tensor] = [x_BSh[..., i] for i in range(2 * half)]
-    length = x_BSh.shape[1]  # of the whole sequence, documents together
-    stretch = _attention_factor(position.scaling, length)
+    lengths = _document_lengths(position_BS.tolist())
+
+    def each_token(value: Callable[[int], float]) -> Tensor:
+        return torch.tensor([[value(length) for length in row] for row in lengths], dtype=x_BSh.dtype)
+
+    stretch_BS = each_token(lambda length: _attention_factor(position.scaling, length))
     for i in range(half):
-        angle_BS = position_BS.to(x_BSh.dtype) * _rope_frequency(position, i, half, length)
+        frequency_BS = each_token(lambda length, i=i: _rope_frequency(position, i, half, length))  # type: ignore[misc]
+        angle_BS = position_BS.to(x_BSh.dtype) * frequency_BS
         one, two = columns[i], columns[i + half]
-        columns[i] = stretch * (one * torch.cos(angle_BS) - two * torch.sin(angle_BS))
-        columns[i + half] = stretch * (one * torch.sin(angle_BS) + two * torch.cos(angle_BS))
+        columns[i] = stretch_BS * (one * torch.cos(angle_BS) - two * torch.sin(angle_BS))
+        columns[i + half] = stretch_BS * (one * torch.sin(angle_BS) + two * torch.cos(angle_BS))
     return torch.stack(columns, -1)
 
 
+def _document_lengths(positions: list[list[int]]) -> list[list[int]]:
+    """Returns, for each token of each row, the number of tokens of its document. positions: counted from 0 in each."""
+    found = [list(row) for row in positions]
+    for row, lengths in zip(positions, found, strict=True):
+        for s in reversed(range(len(row))):
+            is_last = s + 1 == len(row) or row[s + 1] == 0
+            lengths[s] = row[s] + 1 if is_last else lengths[s + 1]
+    return found
+
+
 def _rope_frequency(position: Any, i: int, half: int, length: int = 1) -> float:
-    """Returns the frequency of pair i, scaled as in the papers, in a sequence of `length` tokens. kept: the share that
+    """Returns the frequency of pair i, scaled as in the papers, in a document of `length` tokens. kept: the share that
     is not divided by the factor."""
     scaling, frequency = position.scaling, float(position.theta) ** (-i / half)
     if scaling is None:
