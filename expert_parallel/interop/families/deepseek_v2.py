@@ -55,6 +55,6 @@ FAMILIES = {
             DenseHidden(),
         ),
         deepseek_v3_tensor_map,
-        neutral=("ep_size",),
+        neutral={"ep_size": "the layout of inference"},
     ),
 }

@@ -28,6 +28,6 @@ FAMILIES = {
             SlidingWindow(),
         ),
         mixtral_tensor_map,
-        neutral=("input_jitter_noise",),  # noise of training on the inputs of MoE layers, which is not here
+        neutral={"input_jitter_noise": "noise of training on the inputs of MoE layers, which is not here"},
     ),
 }
