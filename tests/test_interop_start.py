@@ -1,8 +1,10 @@
 """`checkpoint.start_from: {kind: hf}`: a Hugging Face folder straight into a run, in layouts and on real ranks."""
 
+import contextlib
 import re
 import shutil
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,11 @@ from torch import Tensor
 
 from expert_parallel.checkpoint.load import load_checkpoint
 from expert_parallel.checkpoint.state import balance_biases
-from expert_parallel.interop.hf_model import HuggingFaceModel
+from expert_parallel.interop.families.registry import FAMILIES
+from expert_parallel.interop.folder import FolderWriter
+from expert_parallel.interop.hf_model import HuggingFaceModel, logical_shapes, match_model_tensors, read_model_config
 from expert_parallel.interop.importing import import_folder
+from expert_parallel.interop.set_aside import SHARD_BYTES
 from expert_parallel.interop.start import HuggingFaceStart, quantized_dtype
 from expert_parallel.interop.tensor_map import (
     GATE_UP_COLUMNS,
@@ -36,6 +41,7 @@ from expert_parallel.runtime.process import CPU, Launch, Runtime, UserError
 from expert_parallel.training.config import load_config
 from expert_parallel.training.loop import train
 from expert_parallel.training.setup import build, check_world_size
+from tests.interop_models import LATENT
 from tests.quantized_folders import quantize_fp8
 from tests.ranks import run_ranks
 from tests.test_interop import SHARD, make_peer, same_bits, tensors_of
@@ -200,3 +206,101 @@ def test_a_folder_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"kind is 'hf', and `train` was given run: pass starts=expert_parallel.START"):
         train(load_config(config, start), train_alone)
     assert not run.exists()
+
+
+# ------------------------------------------------------------------------------------------------------- bounded memory
+
+LARGE = {
+    **LATENT,
+    "model_type": "deepseek_v3",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "moe_intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "n_routed_experts": 96,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_nextn_predict_layers": 1,
+    "vocab_size": 4096,
+}
+MIB = 2**20
+
+
+def write_large(folder: Path) -> None:
+    """Writes a DeepSeek-V3 of random bits in bfloat16, 2 GB in files of 0.5 GB, with a layer of multi-token
+    prediction."""
+    model = read_model_config(FAMILIES["deepseek_v3"], LARGE)
+    generator = torch.Generator().manual_seed(0)
+    with FolderWriter(folder, 2**29) as writer:
+        shapes = logical_shapes(model)
+        for pair in match_model_tensors(FAMILIES["deepseek_v3"], LARGE, model):
+            ours = [torch.empty(shapes[name], dtype=torch.bfloat16).normal_(generator=generator) for name in pair.ours]
+            for name, tensor in zip(pair.theirs, pair.transform.to_theirs(ours), strict=True):
+                writer.add(name, tensor)
+        for number in range(64):
+            writer.add(f"model.layers.4.mlp.experts.{number}.up_proj.weight", torch.ones(1024, 1024).bfloat16())
+        writer.write_json("config.json", LARGE)
+        writer.finish()
+
+
+@contextlib.contextmanager
+def measured(peaks: list[int]) -> Iterator[None]:
+    """Adds the most memory in bytes that this process took inside the context beyond what it had: without the pages of
+    mapped files, which the kernel takes back."""
+
+    def anonymous() -> int:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        return 1024 * int(line.split()[1])
+
+    done, before, found = threading.Event(), anonymous(), [0]
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            found.append(anonymous() - before)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    peaks.append(max(found))
+
+
+def started_large(rank: int, world: int, folder: Path) -> tuple[list[int], int]:
+    """The memory that files kept beside the run, and loading, took at most; and the bytes of experts that were read."""
+    overrides = ["parallel.ep=4", "training.global_batch=8", f"run.folder={folder}/run"]
+    config = load_config(folder / "ours.yaml", overrides)
+    runtime, peaks = Runtime(Launch("test", rank, world, rank, world), CPU, "gloo", timedelta(seconds=60)), list[int]()
+    mesh, model, engine = build(config, runtime, check_world_size(config, runtime), initialize=False)
+    for parameter in model.parameters():
+        parameter.detach().fill_(-1)  # so that its memory is there before
+    start = HuggingFaceStart(folder / "theirs", config)
+    start.source = source = CountingModel(folder / "theirs")
+    with measured(peaks):
+        if rank == 0:
+            start.keep_files(folder)
+    with measured(peaks):
+        start.load(model, engine.state, runtime, mesh)
+    for logical in logical_parameters(model):
+        if logical.is_expert:
+            expected = source.read_slice(logical.names[-1], (0, 0), logical.shape)
+            assert torch.equal(logical.parameter[-1], expected.float())
+            break
+    return peaks, source.expert_bytes
+
+
+@pytest.mark.full
+def test_a_folder_of_2_gb_on_4_ranks_in_bounded_memory(tmp_path: Path) -> None:
+    write_large(tmp_path / "theirs")
+    done("convert", "import", "--config-only", tmp_path / "theirs", tmp_path / "ours.yaml")
+    whole = 3 * 96 * 3 * 1024 * 1024 * 2
+    for peaks, read in run_ranks(4, started_large, 4, tmp_path):
+        assert peaks[0] < SHARD_BYTES + 64 * MIB
+        assert peaks[1] < 32 * MIB, "a tensor of an expert has 4 MiB, the embedding 8"
+        assert read == whole // 4 + 4 * MIB
+    assert sum(file.stat().st_size for file in (tmp_path / "huggingface").glob("set_aside*.safetensors")) > 128 * MIB
