@@ -18,6 +18,7 @@ from expert_parallel.interop.config_only import check_arguments, describe_left_o
 from expert_parallel.interop.folder import (
     CONFIG,
     COPIED_FILES,
+    GENERATION,
     PICKLED,
     HuggingFaceFolder,
     format_bytes,
@@ -192,9 +193,8 @@ def _files(found: Inspection) -> str:
 def _tokenizer(found: Inspection) -> str:
     if found.token_ids is not None:
         return f"{TOKENIZER_FILE}, {found.token_ids:,} ids"
-    others = [name for name in COPIED_FILES if "token" in name or name in ("vocab.json", "merges.txt")]
-    there = [name for name in others if (found.path / name).is_file()]
-    return f"no {TOKENIZER_FILE} that can be read{', only ' + ', '.join(there) if there else ''}"
+    there = [name for name in COPIED_FILES if (found.path / name).is_file() and name != GENERATION]
+    return f"none that can be read, but {', '.join(there)}" if there else "none"
 
 
 def _result(found: Inspection) -> str:
