@@ -71,7 +71,8 @@ def test_the_command(tmp_path: Path) -> None:
         "Next:",
         f"  expert-parallel check '{out}' --world-size 256 runtime.device=cuda training.dtype=bfloat16 "
         "training.global_batch=256 training.recompute=block 'parallel.data={kind: sharded}' parallel.ep=256",
-        "To continue from the released weights, import the folder where they lie without --config-only.",
+        "To continue from the released weights, import their folder without --config-only, or train with "
+        "'checkpoint.start_from={kind: hf, path: FOLDER}'.",
     ]
     report = CliRunner().invoke(app, shlex.split(result.stdout.splitlines()[-2])[1:])
     assert (report.exit_code, "does not fit" in report.stdout) == (0, False), report.output

@@ -54,7 +54,7 @@ def test_a_config_alone_and_models_that_are_not_supported(tmp_path: Path) -> Non
     text = done("convert", "inspect", published)
     assert "config.json alone, no weights" in text
     assert "can be imported: convert import --config-only" in text
-    assert "\nTo train it, 256 GPUs of 80 GB are the fewest that have the memory:\n" in text
+    assert "\nTo train it, 256 GPUs of 80 GB have the memory, and no fewer:\n" in text
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_next"}))
     text = done("convert", "inspect", tmp_path)
     assert "refused              model_type is 'qwen3_next': its" in text

@@ -62,7 +62,10 @@ def import_command(
             model = write_config(source, out)
             print(f"wrote {out}: {model.num_params():,} parameters, {model.num_active_params():,} active for a token")
             print(f"Next:\n  {shlex.join(['expert-parallel', 'check', str(out), *check_arguments(out)])}")
-            print("To continue from the released weights, import the folder where they lie without --config-only.")
+            print(
+                "To continue from the released weights, import their folder without --config-only, or train with "
+                "'checkpoint.start_from={kind: hf, path: FOLDER}'."
+            )
             return
         print(f"wrote {import_folder(source, out, int(shard_gb * 1024**3), dtype=dtype)}")
         print("\n".join(next_steps(out)))

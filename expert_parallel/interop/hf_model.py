@@ -49,8 +49,8 @@ class HuggingFaceModel:
     """Opens a folder, and checks config.json and the shapes and dtypes of all tensors before any weight is read.
 
     dtype: what quantized weights become, see `open_folder`. Tensors that transformers does not use either are set
-    aside: `ignored` has them by name, and what they are. `tensor_notes` has a sentence about each kind of them, and
-    about quantized weights; `notes` also those about the losses of training. compare_heads: False does not compare a
+    aside: `ignored` has them by name, and what they are. `tensor_notes` has a sentence about each kind of them; `notes`
+    also those about quantized weights and the losses of training. compare_heads: False does not compare a
     tied head, and the copies in layers of multi-token prediction, with the originals, for which values are read.
     with_mtp: False sets all layers of multi-token prediction aside. bytes_read: of the files, by `read_slice`. Raises a
     ValueError that names the keys that are not supported, or the first tensor that is missing, left over, of another
@@ -80,8 +80,8 @@ class HuggingFaceModel:
             ignored.pop(name, None)  # the pattern of a family also fits tensors that the model uses
         others = [*describe_positions(self.model), *describe_model_losses(self.family, config, self.model)]
         quantized = [self.folder.describe()] if isinstance(self.folder, QuantizedFolder) else []
-        self.tensor_notes = [*quantized, *describe_ignored(ignored), *self.tensor_notes, *zeros]
-        self.notes = [*self.tensor_notes, *others]
+        self.tensor_notes = [*describe_ignored(ignored), *self.tensor_notes, *zeros]
+        self.notes = [*quantized, *self.tensor_notes, *others]
         check_tensors(self.folder, self.pairs, logical_shapes(self.model), ignored)
         self.places = {name: (pair, number) for pair in self.pairs for number, name in enumerate(pair.ours)}
         self.bytes_read = 0

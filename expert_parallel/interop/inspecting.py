@@ -166,14 +166,21 @@ def format_inspection(found: Inspection) -> str:
     lines += _row("result", _result(found))
     if (training := found.training) is None:
         return "\n".join(lines)
-    enough = f"{training.gpus:,} GPUs of 80 GB are the fewest that have the memory"
     lines += [
         "",
-        f"To train it, {enough if training.fits else 'no number of GPUs of 80 GB has the memory; on one'}:",
+        f"To train it, {_gpus(training)}:",
         f"  {shlex.join(['expert-parallel', 'convert', 'import', '--config-only', str(found.path), 'OUT.yaml'])}",
         f"  {shlex.join(['expert-parallel', 'check', 'OUT.yaml', *training.arguments])}",
     ]
     return "\n".join([*lines, format_config_report(training.config, training.gpus)])
+
+
+def _gpus(training: OnGPUs) -> str:
+    if not training.fits:
+        return "no number of GPUs of 80 GB has the memory; on one"
+    if training.gpus == 1:
+        return "one GPU of 80 GB has the memory"
+    return f"{training.gpus:,} GPUs of 80 GB have the memory, and no fewer"
 
 
 def _family(found: Inspection) -> str:

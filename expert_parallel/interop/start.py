@@ -18,6 +18,7 @@ from expert_parallel.interop.hf_config import Tree
 from expert_parallel.interop.hf_model import HuggingFaceModel
 from expert_parallel.interop.importing import check_origin_files, copy_origin_files, refuse_larger_tokenizer
 from expert_parallel.interop.quantization import read_quantization
+from expert_parallel.interop.quantized_folder import QuantizedFolder
 from expert_parallel.interop.set_aside import keep_set_aside
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.model.transformer import LanguageModel
@@ -41,8 +42,9 @@ class HuggingFaceStart:
     """
 
     def __init__(self, path: Path, config: Config) -> None:
+        self.dtype = quantized_dtype(path, config)
         # Without model.mtp, layers of multi-token prediction are set aside, and so kept for export.
-        self.source = HuggingFaceModel(path, quantized_dtype(path, config), with_mtp=config.model.mtp is not None)
+        self.source = HuggingFaceModel(path, self.dtype, with_mtp=config.model.mtp is not None)
         theirs, ours = (leaves(mtp_depth(m) | settings(m), "model") for m in (self.source.model, config.model))
         for name in dict.fromkeys([*ours, *theirs]):
             if ours.get(name) != theirs.get(name):
@@ -74,7 +76,10 @@ class HuggingFaceStart:
         read = max(int(count) for count in all_gather_text(str(self.source.bytes_read), torch.device("cpu")))
         folder = self.source.folder
         amounts = f"a rank read at most {format_bytes(read)} of {format_bytes(folder.num_bytes)}"
-        return [f"started from the weights of {folder.path}: {amounts}", *self.source.tensor_notes, *self.kept]
+        first = f"started from the weights of {folder.path}: {amounts}"
+        if isinstance(folder, QuantizedFolder):
+            first += f"; weights in {folder.quantization.describe()} become {self.dtype}"
+        return [first, *self.source.tensor_notes, *self.kept]
 
 
 def quantized_dtype(path: Path, config: Config) -> str | None:
