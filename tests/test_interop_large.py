@@ -21,13 +21,14 @@ from tests.test_interop_command import done
 MIB = 2**20
 SHARD = 256 * MIB
 WIDTH, LAYERS, EXPERTS, HIDDEN, HEADS, VOCABULARY = 2048, 5, 64, 1024, 16, 32_000
+DENSE = 5120  # as DeepSeek-V3's in proportion: the embedding is larger than gate and up beside their concatenation
 NOPE, ROPE, VALUE, QUERY_RANK, KV_RANK = 128, 64, 128, 768, 512
 CONFIG_JSON = {
     "model_type": "deepseek_v3",
     "architectures": ["DeepseekV3ForCausalLM"],
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
-    "intermediate_size": 4 * WIDTH,
+    "intermediate_size": DENSE,
     "moe_intermediate_size": HIDDEN,
     "num_hidden_layers": LAYERS,
     "num_nextn_predict_layers": 1,
@@ -73,7 +74,7 @@ def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
         }
         yield from ((f"{here}.self_attn.{name}.weight", shape) for name, shape in attention.items())
         networks = {f"experts.{expert}.": HIDDEN for expert in range(EXPERTS)} | {"shared_experts.": HIDDEN}
-        for name, hidden in (networks if layer else {"": 4 * WIDTH}).items():
+        for name, hidden in (networks if layer else {"": DENSE}).items():
             yield f"{here}.mlp.{name}gate_proj.weight", (hidden, WIDTH)
             yield f"{here}.mlp.{name}up_proj.weight", (hidden, WIDTH)
             yield f"{here}.mlp.{name}down_proj.weight", (WIDTH, hidden)
