@@ -235,6 +235,16 @@ def test_out_must_be_new(theirs: Path, tmp_path: Path) -> None:
 YARN = {"rope_type": "yarn", "factor": 2.0}
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 2.0],
+    "long_factor": [2.0, 3.0],
+    "short_mscale": 1.2,
+    "long_mscale": 1.4,
+    "original_max_position_embeddings": 8,
+}
+
+
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
@@ -252,9 +262,30 @@ YARN = {"rope_type": "yarn", "factor": 2.0}
         ("mixtral", {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config has quant_method 'mxfp4'"),
         (
             "mixtral",
-            {"rope_parameters": {"rope_type": "longrope"}},
-            "rope_type is 'longrope', it must be one of default",
+            {"rope_parameters": {"rope_type": "dynamic"}},
+            "rope_type is 'dynamic', it must be one of default",
         ),
+        ("mixtral", {"rope_parameters": {"rope_type": "longrope"}}, "short_factor of the rotary positions is None"),
+        (
+            "phimoe",
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [1.0, 2.0]}},
+            "short_mscale of the rotary positions is None, it must be a finite number",
+        ),
+        (
+            "phimoe",
+            {"rope_parameters": LONGROPE | {"short_factor": [1.0], "long_factor": [1.0]}},
+            "short_factors has 1 numbers, but model.attention.head_size .4. makes 2 pairs of columns",
+        ),
+        (
+            "phimoe",
+            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 9},
+            "original_max_position_embeddings of the rotary positions is 8: it must be an integer of at least 2, the "
+            "same in all places",
+        ),
+        ("phimoe", {"num_experts_per_tok": 3}, "router.k: input should be 2, found 3"),
+        ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 3, "layer_types": None}, "layer_types is missing"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "it must be greedy or group_limited_greedy"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True: only False is supported"),
         ("mixtral", {"rope_parameters": {"rope_type": "yarn", "type": "linear"}}, "rope_type is 'yarn' and 'linear'"),
         ("mixtral", {"rope_parameters": {"rope_type": "linear"}}, "factor of the rotary positions is missing"),
         ("mixtral", {"rope_parameters": {**YARN, "odd": 1}}, r"rope_type 'yarn' have no parameter 'odd' \(1\)"),
