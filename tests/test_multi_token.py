@@ -67,7 +67,7 @@ MODELS: dict[str, dict[str, Any]] = {
 LAYOUTS = {
     "tied": ["tp=2,ep=2,micro_steps=1,recompute=block", "pp=2,micro_steps=2", "cp=2,ep=4,data=sharded,micro_steps=2"],
     "untied, two tokens": [
-        "tp=2,ep=4,micro_steps=1,recompute=moe",
+        "tp=2,cp=2,ep=4,micro_steps=1,recompute=moe",
         "pp=2,pipeline=interleaved,ep=2,micro_steps=2,data=sharded",
     ],
     "dense, norms after": ["tp=2,cp=2,micro_steps=1,recompute=block", "pp=2,tp=2,micro_steps=2"],

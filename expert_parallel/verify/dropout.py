@@ -191,6 +191,8 @@ def _run(config: Config, runtime: Runtime, in_experts: bool, num_steps: int) -> 
 
     def take(block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         context = arguments[1]
+        if in_experts and context.mask_BS is not None and not context.mask_BS.any():  # waits for the device
+            return  # no token of this rank is routed, as at the end of a row in a block of multi-token prediction
         if not in_experts or context.layer in config.model.moe_layers:
             places = steps[current].outputs.setdefault(str(context.micro_step), {})
             places[f"block {context.layer}"] = output.x.detach().double().sum(-1).flatten().tolist()
