@@ -19,6 +19,7 @@ from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.context import StepContext
 from tests.interop_models import MODELS
 from tests.peers import peers_in_float64
+from tests.quantized_folders import quantize_fp8
 from tests.test_interop import SHARD, load_ours, make_peer, same_bits, tensors_of, tokens
 from tests.test_interop_command import done, refusal
 
@@ -138,3 +139,20 @@ def test_a_family_without_such_layers_is_not_chosen() -> None:
     model = ModelConfig.model_validate({**config, "mtp": {"depth": 1}})
     with pytest.raises(ValueError, match=r"model\.mtp\.depth is 1, the family has no layers of multi-token prediction"):
         choose_family(model, family, None)
+
+
+@pytest.mark.full
+def test_fp8_goes_back_bit_for_bit(tmp_path: Path) -> None:
+    """Trained layers, too: their experts' weights have scales as all others."""
+    folder_with_mtp("deepseek_v3", tmp_path / "theirs", 1, torch.float32)
+    quantize_fp8(tmp_path / "theirs", (7, 9), torch.float32)
+    (file,) = (tmp_path / "theirs").glob("*.safetensors")
+    tensors, layer = load_file(file), f"model.layers.{LAYERS}."
+    for copy, name in (("embed_tokens", "model.embed_tokens"), ("shared_head.head", "lm_head")):  # never quantized
+        tensors[f"{layer}{copy}.weight"] = tensors[f"{name}.weight"].clone()
+        tensors.pop(f"{layer}{copy}.weight_scale_inv", None)
+    save_file(tensors, file, metadata={"format": "pt"})
+    import_folder(tmp_path / "theirs", tmp_path / "run", SHARD, print_message=lambda note: None)
+    assert load_ours(tmp_path / "run").config.mtp is not None
+    export_run(tmp_path / "run", tmp_path / "back", family=None, dtype="fp8", shard_bytes=SHARD)
+    same_bits(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "theirs"))
