@@ -47,7 +47,9 @@ def refusal(*arguments: str | Path) -> str:
 def test_every_family(name: str, tmp_path: Path) -> None:
     """What is read from the file again is what import makes of a folder, and `check` takes it."""
     family, values = MODELS[name]
-    path = write_theirs(tmp_path / "theirs", family, **values, initializer_range=0.03, max_position_embeddings=64)
+    path = write_theirs(
+        tmp_path / "theirs", family, **{**values, "initializer_range": 0.03, "max_position_embeddings": 64}
+    )
     made = write_config(path.parent, tmp_path / "ours.yaml", print_message=lambda text: None)
     config = load_config(tmp_path / "ours.yaml")
     imported = read_model_config(FAMILIES[family], json.loads(path.read_text()))

@@ -335,7 +335,15 @@ def test_the_numbers_are_frozen() -> None:
         [0.34329192209867343, 0.9777767857540063, 0.4465878737451613],
         [0.019101220177022094, 0.9115039193989425, 0.04840032491660484],
     ]
-    streams = {"JITTER": 0, "NOISE": 1, "SECOND_EXPERT": 2, "PRIORITY": 3, "DROPOUT": 4}
+    streams = {
+        "JITTER": 0,
+        "NOISE": 1,
+        "SECOND_EXPERT": 2,
+        "PRIORITY": 3,
+        "DROPOUT": 4,
+        "MIXER_CHOICE": 5,
+        "MIXER_STEP": 6,
+    }
     assert {stream.name: stream.value for stream in Stream} == streams
     assert pass_seed(StepContext(seed=1, step=2, micro_step=3, layer=4), Stream.DROPOUT) == mix(1, 2, 3, 4, 4)
     kept = dropout(torch.ones(12), 0.5, seed=42) > 0

@@ -314,7 +314,7 @@ def documents_see_each_other() -> tuple[Any, str, Any]:
     from expert_parallel.model.attention_mask import AttentionContext
 
     original = AttentionContext.mask
-    return AttentionContext, "mask", lambda self, window=None: original(replace(self, document_BS=None), window)
+    return AttentionContext, "mask", lambda self, *limits: original(replace(self, document_BS=None), *limits)
 
 
 def positions_run_on() -> tuple[Any, str, Any]:
