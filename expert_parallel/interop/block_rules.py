@@ -13,8 +13,8 @@ class LayerTypes:
     """Limits attention to the last `sliding_window` positions in the blocks that layer_types lists as
     sliding_attention.
 
-    size: the default of sliding_window. usual: returns the default of layer_types, of each block True if it has a
-    window, for a config.json and the number of blocks.
+    size: the default of sliding_window. usual: returns the default of layer_types, True for each block with a window,
+    given a config.json and the number of blocks.
     """
 
     size: int
@@ -31,8 +31,8 @@ class LayerTypes:
 
 @dataclass(frozen=True)
 class RopeByKind:
-    """Translates rotary positions of which blocks with a window have others: rope_parameters holds an object for each
-    kind of block. Comes after the rules of heads and windows.
+    """Translates rotary positions that differ between blocks with and without a window: rope_parameters holds an object
+    for each kind of block. Comes after the rules of heads and windows.
 
     thetas: the bases of full and of windowed blocks, if rope_parameters is absent. keys: of the bases, in the form that
     some models have instead of rope_parameters; both forms are written. partial: as in `Rope`.

@@ -21,8 +21,8 @@ class Family:
     neutral: keys of config.json that do not affect the logits, in addition to `NEUTRAL`, each with the reason.
     num_mtp_layers: returns how many layers of multi-token prediction may follow those of the model. imports_mtp: True
     if such layers become `model.mtp`, where a folder has them; else they are set aside. set_aside: what further tensors
-    are that the model does not use, by a regular expression of their names; one that the model uses is no such tensor.
-    zeros: the ends of our names of tensors that are 0 if folders have none of them.
+    are, by a regular expression of their names; those that the model does not use are set aside. zeros: ends of logical
+    names; tensors with such a name are 0 if a folder has none of them.
     """
 
     architecture: str

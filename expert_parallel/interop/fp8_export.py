@@ -43,7 +43,7 @@ def keep_scales(folder: HuggingFaceFolder, out: Path) -> None:
 @dataclass
 class Rounding:
     """Adds up what rounding to fp8 changes. error, size: sums of |rounded - w| and of |w| over the values of blocks
-    with new scales. largest: the largest |rounded - w| / max|w of its block|."""
+    with new scales. largest: the largest |rounded - w|, divided by the largest |w| of its block."""
 
     num_weights: int = 0
     num_rounded: int = 0

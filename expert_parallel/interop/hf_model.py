@@ -52,9 +52,9 @@ class HuggingFaceModel:
     aside: `ignored` has them by name, and what they are. `tensor_notes` has a sentence about each kind of them; `notes`
     also those about quantized weights and the losses of training. compare_heads: False does not compare a
     tied head, and the copies in layers of multi-token prediction, with the originals, for which values are read.
-    with_mtp: False sets all layers of multi-token prediction aside. bytes_read: of the files, by `read_slice`. Raises a
-    ValueError that names the keys that are not supported, or the first tensor that is missing, left over, of another
-    shape or of another dtype.
+    with_mtp: False sets all layers of multi-token prediction aside. bytes_read: the number of bytes of the files that
+    `read_slice` has read. Raises a ValueError that names the keys that are not supported, or the first tensor that is
+    missing, left over, of another shape or of another dtype.
     """
 
     def __init__(

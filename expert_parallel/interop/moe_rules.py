@@ -53,8 +53,8 @@ class MLPLayerTypes:
     """Places MoE blocks where mlp_layer_types lists `sparse`, not `dense`; without the list, in all blocks but the
     first `dense`.
 
-    Some folders have first_k_dense_replace, too. reads_first: transformers reads it where there is no list, and else
-    ignores it; otherwise it must agree. flags: an older key, which lists 1 or true for MoE blocks, and must agree.
+    Some folders have first_k_dense_replace, too. reads_first: True if transformers reads it where there is no list, and
+    else ignores it; False: it must agree. flags: an older key, which lists 1 or true for MoE blocks, and must agree.
     """
 
     dense: int = 1

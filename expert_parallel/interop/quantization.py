@@ -54,9 +54,8 @@ class BlockQuantization:
 
     @property
     def exact_dtype(self) -> torch.dtype:
-        """Returns the smallest dtype that the product of code and scale is imported in without a loss that its formula
-        does not have: codes have 4 significant bits and scales up to 24, whose product the formula of every method
-        rounds to float32. bfloat16 holds code x power of two exactly."""
+        """Returns the smallest dtype that holds code x scale as the methods define it: they round the product, of 4
+        significant bits of a code and up to 24 of a scale, to float32. bfloat16 holds code x power of two exactly."""
         return torch.bfloat16 if self.powers_of_two else torch.float32
 
     def sizes(self, columns: int) -> tuple[int, int]:

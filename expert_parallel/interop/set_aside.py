@@ -1,4 +1,4 @@
-"""Keeps the tensors that an import sets aside, in the run's folder of the origin's files, and exports them again."""
+"""Keeps the tensors that an import sets aside in the run, beside the files of its origin, and exports them again."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -58,9 +58,9 @@ class SetAside:
 
 
 def keep_set_aside(source: HuggingFaceModel, folder: Path) -> list[str]:
-    """Writes the tensors that a Hugging Face folder has for parts of its own, such as multi-token prediction, to files
-    in `folder`, bit for bit, and which tensors are tied to the embedding to INDEX; and the scales of quantized
-    weights. Returns a sentence if it writes tensors.
+    """Writes to files in `folder`, bit for bit, the tensors of parts that our model does not have, such as multi-token
+    prediction. INDEX says which file each is in, and which tensors are tied to the embedding. Writes the scales of
+    quantized weights, too. Returns a sentence if it writes tensors.
 
     Quantized tensors are kept in the dtype in which weights are imported. Memory holds one file of SHARD_BYTES, or a
     larger tensor.
@@ -115,7 +115,7 @@ def read_set_aside(folder: Path | None) -> SetAside | None:
 def set_aside_for_export(
     folder: Path | None, family: str, model: ModelConfig, config: Tree, print_message: Callable[[str], None]
 ) -> SetAside | None:
-    """Returns what an export can have again of what was set aside, or None. Prints whether it has it.
+    """Returns what was set aside, or None if an export cannot have it again. Prints which tensors it has, or why not.
 
     folder: that of the origin's files. family, model, config: the exported family, model and config.json.
     """

@@ -67,8 +67,9 @@ def has_target(tokens_BS: Tensor, depth: int, document_BS: Tensor | None, mask_B
 
     It is True at i if the token at i + depth, the last that the prediction is made from, is in the row and in the
     document of the token at i. So documents that are packed into a row have the targets that they have in rows of their
-    own, and the first token after a document is a target, as it is one of the model itself. document_BS: int64, the
-    documents of the tokens; None: a row is one document. mask_BS: bool, False for padding; None: there is none.
+    own, and the first token after a document is a target, as it is for the prediction of the next token. document_BS:
+    int64, the documents of the tokens; None: a row is one document. mask_BS: bool, False for padding; None: there is
+    none.
     """
     real_BS = torch.ones_like(tokens_BS, dtype=torch.bool) if mask_BS is None else mask_BS
     found_BS = real_BS & shift(real_BS, depth, fill=False)

@@ -27,7 +27,7 @@ BIASES = ("attention.bias", "unembedding_bias", "ffn.bias", "moe.shared_experts.
 @dataclass(frozen=True)
 class MoERange:
     """Places MoE blocks in every moe_layer_interval-th block from moe_layer_start_index to moe_layer_end_index; an end
-    of -1, as in released files, or no end is the last block."""
+    of -1, as in released files, or none stands for the last block."""
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         count = ours["num_layers"]

@@ -28,7 +28,7 @@ from expert_parallel.interop.tensor_map import TensorMapping
 def all_but_every_nth(theirs: HuggingFaceConfig, num_layers: int) -> list[bool]:
     """Returns which blocks have a window: all but every n-th, n being sliding_window_pattern.
 
-    With layer_types, which holds then, the key may be any other pattern, such as LLLG.
+    If there is layer_types, it decides, and sliding_window_pattern may have any other form, such as LLLG.
     """
     theirs.take("sliding_window_pattern", default=None)
     if theirs.values.get("layer_types") is not None:
@@ -39,7 +39,8 @@ def all_but_every_nth(theirs: HuggingFaceConfig, num_layers: int) -> list[bool]:
 
 @dataclass(frozen=True)
 class RopeInWindows:
-    """Gives the blocks with a window rotary positions, and the others none. Comes after the rules of both."""
+    """Gives the blocks with a window rotary positions, and the others none. Comes after the rules of windows and
+    positions."""
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         if "window_blocks" not in ours:

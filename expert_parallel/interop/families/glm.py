@@ -1,4 +1,4 @@
-"""Defines GLM-4.5, GLM-4.7-Flash and Solar Open: experts as of DeepSeek, with heads or latent attention."""
+"""Defines GLM-4.5, GLM-4.7-Flash and Solar Open: DeepSeek's experts, with heads or latent attention."""
 
 from expert_parallel.interop.families.common import (
     DEEPSEEK_EXPERTS,

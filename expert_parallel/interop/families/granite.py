@@ -19,7 +19,7 @@ from expert_parallel.interop.tensor_map import IDENTITY, STACKED_TRANSPOSED, Ten
 
 @dataclass(frozen=True)
 class SharedHidden:
-    """Translates the hidden size of the shared experts; 0 has none."""
+    """Translates the hidden size of the shared experts; 0 stands for none."""
 
     key: str = "shared_intermediate_size"
 

@@ -1,4 +1,4 @@
-"""Defines Hunyuan-A13B: norms after rotary positions, and a shared expert of the size of each other."""
+"""Defines Hunyuan-A13B: norms after rotary positions, and a shared expert as large as each routed one."""
 
 from dataclasses import dataclass
 from typing import Any

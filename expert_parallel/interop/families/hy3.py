@@ -1,4 +1,4 @@
-"""Defines Hy3: attention as of Qwen3, a sigmoid router, shared experts."""
+"""Defines Hy3: the attention of Qwen3, a sigmoid router, shared experts."""
 
 from expert_parallel.interop.families.common import (
     DENSE,

@@ -68,7 +68,7 @@ class PositionsByBlock:
 @dataclass(frozen=True)
 class MoELayers:
     """Places MoE blocks where moe_layers says, or else in every interleave_moe_layer_step-th block. Each has a shared
-    expert of the size of the others."""
+    expert as large as the routed ones."""
 
     def read(self, theirs: HuggingFaceConfig, ours: Tree) -> None:
         count, step = ours["num_layers"], theirs.size("interleave_moe_layer_step", default=1)
