@@ -21,7 +21,7 @@ from expert_parallel.interop.folder import FolderWriter
 from expert_parallel.interop.hf_model import HuggingFaceModel, logical_shapes, match_model_tensors, read_model_config
 from expert_parallel.interop.importing import import_folder
 from expert_parallel.interop.set_aside import SHARD_BYTES
-from expert_parallel.interop.start import HuggingFaceStart, quantized_dtype
+from expert_parallel.interop.start import HuggingFaceStart, describe_other_tokens, quantized_dtype
 from expert_parallel.interop.tensor_map import (
     GATE_UP_COLUMNS,
     GATE_UP_ROWS,
@@ -38,7 +38,7 @@ from expert_parallel.interop.tensor_map import (
 )
 from expert_parallel.moe.parameters import logical_parameters
 from expert_parallel.runtime.process import CPU, Launch, Runtime, UserError
-from expert_parallel.training.config import load_config
+from expert_parallel.training.config import Config, load_config
 from expert_parallel.training.loop import train
 from expert_parallel.training.setup import build, check_world_size
 from tests.interop_models import LATENT
@@ -304,3 +304,14 @@ def test_a_folder_of_2_gb_on_4_ranks_in_bounded_memory(tmp_path: Path) -> None:
         assert peaks[1] < 32 * MIB, "a tensor of an expert has 4 MiB, the embedding 8"
         assert read == whole // 4 + 4 * MIB
     assert sum(file.stat().st_size for file in (tmp_path / "huggingface").glob("set_aside*.safetensors")) > 128 * MIB
+
+
+def test_bytes_are_not_the_tokens_of_a_published_model() -> None:
+    model = {"num_layers": 1, "d_model": 8, "attention": {"num_heads": 1, "head_size": 8}, "ffn": {"hidden": 8}}
+    sizes = {"steps": 1, "global_batch": 1, "sequence_length": 8}
+    kinds = {"tokens": {"corpora": []}, "files": {"paths": ["a"]}, "stdlib": {}}
+    for kind, values in kinds.items():
+        tree = {"run": {"folder": "r"}, "model": model, "training": sizes, "data": {"kind": kind, **values}}
+        config = Config.model_validate(tree)
+        found = [f"data.kind is '{kind}', whose tokens are bytes"] if kind != "tokens" else []
+        assert [sentence.split(";")[0] for sentence in describe_other_tokens(config)] == found

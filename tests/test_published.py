@@ -69,3 +69,15 @@ def test_a_small_one_computes_writes_and_generates_the_same(name: str, tmp_path:
     there = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float32}
     loaded = oracle_class(exported).from_pretrained(tmp_path / "back", **there).eval()
     torch.testing.assert_close(loaded(tokens_BS).logits, expected, rtol=0, atol=1e-6 * max(1.0, largest))
+
+
+@pytest.mark.parametrize("change", [{}, {"head_dim": None}], ids=["missing", "null"])
+def test_rotary_rows_of_llama_4_have_the_size_of_its_heads(change: dict[str, None]) -> None:
+    """Its default where there is no head_dim, and hidden_size over heads where that is null."""
+    config = {key: value for key, value in published("llama4_text").items() if key != "head_dim"} | change
+    names = {mapping.ours: mapping for mapping in FAMILIES["llama4_text"].tensor_map(config)}
+    size = read_model_config(FAMILIES["llama4_text"], config).attention.rope_columns[1]
+    rows = torch.arange(2 * size)[:, None]
+    (permuted,) = names["blocks.{L}.attention.query.weight"].transform.to_ours([rows])
+    assert permuted[:2, 0].tolist() == [0, 2]
+    assert permuted[size : size + 2, 0].tolist() == [size, size + 2]

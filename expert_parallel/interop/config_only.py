@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from expert_parallel.config import dump_tree
@@ -41,7 +41,7 @@ def write_config(source: Path, out: Path, print_message: Callable[[str], None] =
         raise ValueError(missing("file", path))
     theirs = read_json(path)
     family = find_family(theirs, path)
-    notes, unquantized = describe_left_out(theirs), {**theirs, "quantization_config": None}
+    notes, unquantized = describe_left_out(theirs, family.imports_mtp), {**theirs, "quantization_config": None}
     tree = run_tree(theirs, order(family.read(unquantized) | initial_weights(theirs)), f"runs/{out.stem}")
     model = read_config(tree, f"{path} gives a config that is not valid").model
     text = HEADER.format(family=theirs["model_type"]) + dump_tree(tree, Config)
@@ -53,13 +53,13 @@ def write_config(source: Path, out: Path, print_message: Callable[[str], None] =
     return model
 
 
-def check_arguments(path: Path) -> list[str]:
+def check_arguments(path: Path, further: Sequence[str] = ()) -> list[str]:
     """Returns the arguments with which `check` shows how a config can be trained on GPUs: in bfloat16, and on the
     fewest ranks, a power of 2, that have the memory for it if experts and weights are divided over all of them.
 
-    If no number up to MAX_RANKS is enough, they are the arguments for one rank.
+    If no number up to MAX_RANKS is enough, they are the arguments for one rank. further: settings that are among them.
     """
-    on_gpus = ["runtime.device=cuda", "training.dtype=bfloat16"]
+    on_gpus = ["runtime.device=cuda", "training.dtype=bfloat16", *further]
     for exponent in range(MAX_RANKS.bit_length()):
         ranks = 2**exponent
         for settings in layouts(load_config(path), ranks):
@@ -105,8 +105,8 @@ def order(model: Tree) -> Tree:
     return {name: model[name] for name in ModelConfig.model_fields if name in model}
 
 
-def describe_left_out(theirs: Tree) -> list[str]:
-    """Returns sentences on the keys of a config.json that matter for its weights alone."""
+def describe_left_out(theirs: Tree, imports_mtp: bool) -> list[str]:
+    """Returns sentences on the keys of a config.json that matter for its weights alone. imports_mtp: see `Family`."""
     notes = []
     if quantized := theirs.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
@@ -115,5 +115,7 @@ def describe_left_out(theirs: Tree) -> list[str]:
         )
     for key in ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules"):
         if count := theirs.get(key):
-            notes.append(f"{key} ({short(count)}) is left out: model.mtp.depth trains layers of multi-token prediction")
+            trained = "model.mtp.depth trains layers of multi-token prediction"
+            kept = "an import keeps layers of multi-token prediction for exports, and does not train them"
+            notes.append(f"{key} ({short(count)}) is left out: {trained if imports_mtp else kept}")
     return notes

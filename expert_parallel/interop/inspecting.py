@@ -106,12 +106,12 @@ def inspect_folder(path: Path) -> Inspection:
     with found.collecting():
         family = find_family(found.theirs, path)
         found.model = read_model_config(family, {**found.theirs, "quantization_config": None})
-        found.notes = describe_left_out(found.theirs)
+        found.notes = describe_left_out(found.theirs, family.imports_mtp)
     if found.has_weights:
         _inspect_files(found)
     if found.model is not None:
         with found.collecting():
-            found.training = plan_training(file)
+            found.training = plan_training(file, len(found.model.mtp_layers))
     return found
 
 
@@ -137,13 +137,15 @@ def _inspect_files(found: Inspection) -> None:
         check_origin_files(path)
 
 
-def plan_training(config_json: Path) -> OnGPUs:
-    """Returns what it takes to train the model of a config.json; see `check_arguments`. Raises a ValueError if the
-    config of a run for it is not valid."""
+def plan_training(config_json: Path, mtp_depth: int) -> OnGPUs:
+    """Returns what it takes to train the model of a config.json; see `check_arguments`. mtp_depth: the number of its
+    layers of multi-token prediction, which the files tell. Raises a ValueError if the config of a run for it is not
+    valid."""
+    further = [f"model.mtp.depth={mtp_depth}"] if mtp_depth else []
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.yaml"
         write_config(config_json, path, print_message=lambda note: None)
-        _, gpus, *overrides = arguments = check_arguments(path)
+        _, gpus, *overrides = arguments = check_arguments(path, further)
         config = load_config(path, overrides)
     memory = estimate_memory(config, check_degrees(config, int(gpus)), "cuda")
     return OnGPUs(config, int(gpus), arguments, memory.total)

@@ -9,6 +9,7 @@ import torch
 
 from expert_parallel.checkpoint.load import fill_weights
 from expert_parallel.checkpoint.state import TrainingState
+from expert_parallel.data.config import TokensData
 from expert_parallel.data.open import ORIGIN, TOKENIZER_FILE
 from expert_parallel.data.reading import read_json
 from expert_parallel.interop.exporting import leaves
@@ -42,7 +43,7 @@ class HuggingFaceStart:
     """
 
     def __init__(self, path: Path, config: Config) -> None:
-        self.dtype = quantized_dtype(path, config)
+        self.config, self.dtype = config, quantized_dtype(path, config)
         # Without model.mtp, layers of multi-token prediction are set aside, and so kept for export.
         self.source = HuggingFaceModel(path, self.dtype, with_mtp=config.model.mtp is not None)
         theirs, ours = (leaves(mtp_depth(m) | settings(m), "model") for m in (self.source.model, config.model))
@@ -79,7 +80,17 @@ class HuggingFaceStart:
         first = f"started from the weights of {folder.path}: {amounts}"
         if isinstance(folder, QuantizedFolder):
             first += f"; weights in {folder.quantization.describe()} become {self.dtype}"
-        return [first, *self.source.tensor_notes, *self.kept]
+        return [first, *self.source.tensor_notes, *self.kept, *describe_other_tokens(self.config)]
+
+
+def describe_other_tokens(config: Config) -> list[str]:
+    """Returns a sentence if a run reads data as bytes, which no published model was trained on."""
+    if isinstance(config.data, TokensData):
+        return []
+    return [
+        f"data.kind is {config.data.kind!r}, whose tokens are bytes; the model was trained on those of its tokenizer, "
+        "with which `data prepare --tokenizer` makes data of kind 'tokens'"
+    ]
 
 
 def quantized_dtype(path: Path, config: Config) -> str | None:

@@ -18,7 +18,7 @@ class LengthScalingConfig(Settings):
     length: int = Field(ge=1)
     """Sets the number of positions after which the factor grows; before, it is 1."""
     offset: int = Field(default=0, ge=0)
-    """Is added to the positions, which count from 0."""
+    """Shifts the positions, which count from 0."""
     blocks: Literal["all", "without_rope"] = "all"
     """Scales queries in all blocks, or in those without rotary positions (`model.rope_blocks`)."""
 

@@ -94,9 +94,10 @@ def llama4_tensor_map(config: Tree) -> list[TensorMapping]:
     """Returns the map of Llama 4. Its rotary rows are interleaved, and its stacks are (E, D, 2 F), [gate | up], and (E,
     F, D). In blocks without rotary positions rows are permuted, too: of queries and keys alike, so nothing changes."""
     here, there = "blocks.{L}.moe", "model.layers.{L}.feed_forward"
+    size = config.get("head_dim", HEAD_SIZE) or config["hidden_size"] // config["num_attention_heads"]  # as HeadSize
     return [
         *outside_blocks(),
-        *attention(rotary=half_split_rows(config["head_dim"], config["head_dim"])),
+        *attention(rotary=half_split_rows(size, size)),
         *dense("blocks.{L}.ffn", there),
         TensorMapping(f"{here}.router.weight", (f"{there}.router.weight",), IDENTITY),
         TensorMapping(f"{here}.experts.{{E}}.w_in", (f"{there}.experts.gate_up_proj",), STACKED),
@@ -105,13 +106,15 @@ def llama4_tensor_map(config: Tree) -> list[TensorMapping]:
     ]
 
 
+HEAD_SIZE = 128  # if config.json has no head_dim
+
 FAMILIES = {
     "llama4_text": Family(
         "Llama4ForCausalLM",
         (
             *common_rules(eps=1e-5),
             *head_rules(8),
-            HeadSize(default=128),
+            HeadSize(default=HEAD_SIZE),
             Rope(default_theta=500000.0),
             Copy("attention_bias", "attention.bias", False),
             PositionsByBlock(),
