@@ -418,6 +418,11 @@ LONGROPE = {
         ("llama4_text", {"attention_chunk_size": None}, "attention_chunk_size is None: it must be an integer"),
         ("llama4_text", {"attn_scale": -0.5}, "attention.length_scaling.beta: .*, found -0.5"),
         ("mistral4", {"head_dim": 4}, "head_dim is 4: it must be 10"),
+        (
+            "mistral4",
+            {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
+            "the rotary positions have no scaling, such as rope_type 'yarn'",
+        ),
         ("mistral4", {"rope_parameters": YARN}, "llama_4_scaling_beta of the rotary positions is None"),
         (
             "mistral4",

@@ -78,6 +78,11 @@ class ScaledQueriesRope(Rope):
             return form
 
         super().read(change_forms(theirs, take_scaling), ours)
+        if get_setting(ours, "position.scaling") is None:  # transformers' class then rotates all columns, and fails
+            raise ValueError(
+                "config.json: the rotary positions have no scaling, such as rope_type 'yarn': without one, the class "
+                "of transformers does not compute this model"
+            )
         for scaling in scalings:
             if not _is_number(scaling["beta"]) or scaling != scalings[0]:
                 raise ValueError(
