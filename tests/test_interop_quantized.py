@@ -355,6 +355,10 @@ def test_dtype_of_an_import(originals: dict[str, Path], tmp_path: Path) -> None:
     change_config(plain, quantization_config=None)
     with pytest.raises(ValueError, match=r"--dtype is 'float32', but .*plain has no weights in fp8 or int4 blocks"):
         import_folder(plain, tmp_path / "run", SHARD, dtype="float32")
+    make_peer("deepseek_v3").save_pretrained(tmp_path / "dequantized")
+    change_config(tmp_path / "dequantized", quantization_config={**FP8, "weight_block_size": [8, 6]})
+    first = HuggingFaceModel(tmp_path / "dequantized").notes[0]
+    assert first.startswith("no weight is stored as fp8 (blocks of 8 x 6), though config.json has it"), first
     odd = shutil.copytree(originals["fp8"], tmp_path / "odd")
     change_config(odd, quantization_config={**FP8, "weight_block_size": [8, 6], "scale_fmt": "ue8m0"})
     with pytest.raises(ValueError, match=r"must be a power of two, as scale_fmt 'ue8m0' says; --dtype float32 takes"):

@@ -204,8 +204,14 @@ def test_files(theirs: Path) -> None:
     halves["b.safetensors"] = names[19:]
     shards()
     refused(theirs, f"a.safetensors holds {names[19]}, which {INDEX} does not assign to this file")  # b has it, too
+    (theirs / INDEX).unlink()
+    refused(theirs, f"has a.safetensors, but neither {SINGLE} nor {INDEX}, which says which file holds a tensor")
+    (theirs / INDEX).write_text('{"weight_map": {"odd": "a.safetensors", "odd": "b.safetensors"}}')
+    refused(theirs, f"{INDEX} cannot be read: the key 'odd' is given twice")
     (theirs / INDEX).write_text("{")
     refused(theirs, f"{INDEX} cannot be read")
+    (theirs / CONFIG).write_text('{"hidden_size": 16, "hidden_size": 32}')
+    refused(theirs, f"{CONFIG} cannot be read: the key 'hidden_size' is given twice")
     (theirs / CONFIG).write_text("[]")
     refused(theirs, f"{CONFIG} is not a JSON object")
     (theirs / CONFIG).unlink()

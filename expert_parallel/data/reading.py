@@ -6,6 +6,7 @@ import io
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -284,13 +285,23 @@ def read_parquet(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a file that holds a JSON object. Raises a ValueError of one sentence if it does not."""
+    """Reads a file that holds a JSON object. Raises a ValueError of one sentence if it does not, or if an object has a
+    key twice, of which JSON readers take different ones."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} is not a JSON object")
+    return tree
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object as a dict. Raises a ValueError if it has a key twice."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {twice[:80]!r} is given twice")
     return tree
 
 

@@ -73,7 +73,8 @@ class HuggingFaceFolder:
         self.path, self.config = path, read_json(path / CONFIG)
         self.files: dict[str, Any] = {}  # by tensor name: the open file that holds it
         by_index = read_index(path)
-        for file in sorted(set(by_index.values())) or [SINGLE]:
+        self.file_names = sorted(set(by_index.values())) or [SINGLE]
+        for file in self.file_names:
             self._open(file, {name for name, place in by_index.items() if place == file} if by_index else None)
 
     def _open(self, file: str, wanted: set[str] | None) -> None:
@@ -94,8 +95,8 @@ class HuggingFaceFolder:
 
     @property
     def num_bytes(self) -> int:
-        """Returns the size of the folder's safetensors files."""
-        return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+        """Returns the size of the files that hold the tensors."""
+        return sum((self.path / name).stat().st_size for name in self.file_names)
 
     def shape(self, name: str) -> list[int]:
         """Returns a tensor's shape without reading its data."""
@@ -142,6 +143,11 @@ def read_index(path: Path) -> dict[str, str]:
             raise ValueError(
                 f"{path} has {pickled[0]}, which is pickled and could run code when it is loaded: convert it to "
                 "safetensors (in transformers: from_pretrained, then save_pretrained), then import that"
+            )
+        if shards := sorted(found.name for found in path.glob("*.safetensors") if found.is_file()):
+            raise ValueError(
+                f"{path} has {shards[0]}, but neither {SINGLE} nor {INDEX}, which says which file holds a tensor: "
+                "download the folder again"
             )
         raise ValueError(f"{path} has no weights: neither {SINGLE} nor {INDEX} (--config-only needs none)")
     return {}

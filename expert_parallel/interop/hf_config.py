@@ -19,6 +19,11 @@ def short(value: Any) -> str:
     return shown.repr(value)
 
 
+def shown(name: Any) -> str:
+    """Returns a name from a file as it is, but for one that would break the line, fill the screen, or is no text."""
+    return name if isinstance(name, str) and name.isprintable() and len(name) <= 80 else short(name)
+
+
 class HuggingFaceConfig:
     """Holds the values of a config.json, and records which keys the rules have read."""
 
@@ -71,9 +76,7 @@ class HuggingFaceConfig:
         known = self.asked.union(neutral, (key for key in SWITCHED_OFF if not self.values.get(key)))
         unknown = [key for key in self.values if key not in known and not is_neutral(key)]
         if unknown:
-            # Names are shown as they are, but for those that would break the line or fill the screen.
-            named = {key: key if key.isprintable() and len(key) <= 80 else short(key) for key in unknown}
-            found = (f"{name} is {short(self.values[key])}" for key, name in named.items())
+            found = (f"{shown(key)} is {short(self.values[key])}" for key in unknown)
             raise ValueError(
                 f"config.json: unknown keys may change what the model computes: {', '.join(found)}; remove those that "
                 "you know to have no effect on it"

@@ -45,7 +45,7 @@ class QuantizedFolder(HuggingFaceFolder):
     """
 
     def __init__(self, stored: HuggingFaceFolder, quantization: BlockQuantization, dtype: torch.dtype | None) -> None:
-        self.path, self.config = stored.path, stored.config
+        self.path, self.config, self.file_names = stored.path, stored.config, stored.file_names
         self.stored, self.quantization = stored, quantization
         self.target = quantization.exact_dtype if dtype is None else dtype
         names = {
@@ -114,6 +114,9 @@ class QuantizedFolder(HuggingFaceFolder):
 
     def describe(self) -> str:
         """Returns a sentence on what the quantized weights become."""
+        if not self.weights:
+            form = self.quantization.describe()
+            return f"no weight is stored as {form}, though config.json has it in quantization_config: all are plain"
         dtype = str(self.target).removeprefix("torch.")
         count = "1 weight is" if len(self.weights) == 1 else f"{len(self.weights):,} weights are"
         text = f"{count} stored as {self.quantization.describe()} and imported as {dtype}"

@@ -78,7 +78,7 @@ class HuggingFaceStart:
         folder = self.source.folder
         amounts = f"a rank read at most {format_bytes(read)} of {format_bytes(folder.num_bytes)}"
         first = f"started from the weights of {folder.path}: {amounts}"
-        if isinstance(folder, QuantizedFolder):
+        if isinstance(folder, QuantizedFolder) and folder.weights:
             first += f"; weights in {folder.quantization.describe()} become {self.dtype}"
         return [first, *self.source.tensor_notes, *self.kept, *describe_other_tokens(self.config)]
 
