@@ -1,6 +1,7 @@
 """`convert inspect`: what a Hugging Face folder is, without its weights."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from expert_parallel.data.tokenizer import train_tokenizer
 from expert_parallel.interop.folder import HuggingFaceFolder
 from tests.launches import ROOT
 from tests.test_interop_command import TEXT, done, refusal
+from tests.test_interop_mtp import folder_with_mtp
 from tests.test_interop_set_aside import extra_tensors, with_extra
 
 
@@ -47,6 +49,24 @@ def test_a_folder_and_what_is_wrong_with_it(tmp_path: Path) -> None:
     assert any("generation_config.json cannot be read" in sentence for sentence in others)
     assert not found["importable"]
     assert "the weights cannot be imported, config.json can" in done("convert", "inspect", theirs)
+
+
+def test_what_an_import_trains_is_counted_and_what_it_does_not_read_is_not(tmp_path: Path) -> None:
+    """Layers of multi-token prediction take parameters and memory; a further file beside the index's does not count."""
+    theirs = tmp_path / "theirs"
+    folder_with_mtp("deepseek_v3", theirs, 1, torch.bfloat16)
+    text, found = done("convert", "inspect", theirs), json.loads(done("convert", "inspect", "--json", theirs))
+    assert found["model"]["parameters"] == 26264
+    assert "check OUT.yaml --world-size 1 runtime.device=cuda training.dtype=bfloat16 model.mtp.depth=1\n" in text
+    assert "\nparameters           26,264 in all" in text
+    assert "\nfurther tokens       1, predicted by" in text
+    shutil.copyfile(theirs / "model.safetensors", theirs / "consolidated.safetensors")
+    assert json.loads(done("convert", "inspect", "--json", theirs))["files"] == found["files"]
+    assert found["files"]["count"] == 1
+    (theirs / "config.json").write_text(json.dumps({"model_type": "\x1b[31m", "architectures": ["x" * 5000]}))
+    text = done("convert", "inspect", theirs)
+    assert text.startswith("family               '\\x1b[31m' ('xxx")
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_a_config_alone_and_models_that_are_not_supported(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from expert_parallel.interop.folder import (
     format_bytes,
     missing,
 )
-from expert_parallel.interop.hf_config import Tree, short
+from expert_parallel.interop.hf_config import Tree, short, shown
 from expert_parallel.interop.hf_model import HuggingFaceModel, find_family, read_model_config
 from expert_parallel.interop.ignored_tensors import MTP
 from expert_parallel.interop.importing import check_origin_files, refuse_larger_tokenizer
@@ -120,7 +120,7 @@ def _inspect_files(found: Inspection) -> None:
     path = found.path
     with found.collecting():
         folder = HuggingFaceFolder(path)
-        found.num_files, found.num_bytes = len(list(path.glob("*.safetensors"))), folder.num_bytes
+        found.num_files, found.num_bytes = len(folder.file_names), folder.num_bytes
         for name in folder.files:
             found.numbers[folder.dtype(name)] += math.prod(folder.shape(name))
     with found.collecting():
@@ -189,7 +189,7 @@ def _family(found: Inspection) -> str:
     kind = found.theirs.get("model_type")
     architecture = found.theirs.get("architectures")
     named = architecture[0] if isinstance(architecture, list) and architecture else "no architecture"
-    return f"{kind if isinstance(kind, str) else short(kind)} ({named if isinstance(named, str) else short(named)})"
+    return f"{shown(kind)} ({shown(named)})"
 
 
 def _files(found: Inspection) -> str:
