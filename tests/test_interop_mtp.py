@@ -86,11 +86,13 @@ def test_its_logits_are_those_of_transformers_and_it_goes_back_bit_for_bit(
 
 
 def test_what_cannot_be_imported_is_set_aside_with_the_reason(tmp_path: Path) -> None:
-    tensors = folder_with_mtp("deepseek_v3", tmp_path / "theirs", 1)
+    tensors = folder_with_mtp("deepseek_v3", tmp_path / "theirs", 1, torch.bfloat16)
     (file,) = (tmp_path / "theirs").glob("*.safetensors")
-    head = "model.layers.3.shared_head.head.weight"
+    head, odd = "model.layers.3.shared_head.head.weight", "model.layers.3.self_attn.q_a_proj.bias"
     for changed, reason in (
         (tensors | {head: tensors[head] + 1}, f"model.mtp is null: {head} differs from lm_head.weight"),
+        (tensors | {head: tensors[head].float()}, f"{head} differs from lm_head.weight"),
+        (tensors | {odd: torch.ones(6)}, f"model.mtp is null: {odd} is a tensor that its layers do not have here"),
         ({k: v for k, v in tensors.items() if "hnorm" not in k}, "model.layers.3.hnorm.weight is missing"),
     ):
         save_file(changed, file, metadata={"format": "pt"})

@@ -122,7 +122,8 @@ class HuggingFaceModel:
         they are complete, and else stay set aside. table: the name of the embedding's table."""
         model = with_mtp_layers(self.model, count)
         pairs = match_model_tensors(self.family, self.folder.config, model)
-        if (reason := reason_to_set_aside(self.folder, model, pairs, table, self.compare_heads)) is not None:
+        names = [name for name, kind in self.ignored.items() if kind == MTP]
+        if (reason := reason_to_set_aside(self.folder, names, model, pairs, table, self.compare_heads)) is not None:
             self.tensor_notes.append(f"model.mtp is null: {reason}")
             return
         self.model = model

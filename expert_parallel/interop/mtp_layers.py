@@ -1,7 +1,7 @@
 """Imports and exports the layers of multi-token prediction that follow the layers of a model, as DeepSeek-V3 and
 GLM-4.5 have them: a block, two norms, a projection and a final norm, and copies of the embedding and of the head."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from expert_parallel.interop.folder import HuggingFaceFolder
 from expert_parallel.interop.ignored_tensors import HEAD, rows_are_equal
@@ -39,14 +39,23 @@ def copies(model: ModelConfig) -> Iterator[TensorPair]:
 
 
 def reason_to_set_aside(
-    folder: HuggingFaceFolder, model: ModelConfig, pairs: list[TensorPair], table: str, compares: bool
+    folder: HuggingFaceFolder,
+    names: Collection[str],
+    model: ModelConfig,
+    pairs: list[TensorPair],
+    table: str,
+    compares: bool,
 ) -> str | None:
     """Returns why the layers of multi-token prediction cannot be imported, or None if they can.
 
-    model, pairs: with these layers. table: the name of the embedding in the folder. They can if all their tensors are
-    there, and their copies of the embedding and of the head, if there are any, equal these; compares: False reads no
-    values, and takes them for equal.
+    names: the tensors of these layers in the folder. model, pairs: with these layers. table: the name of the embedding
+    in the folder. They can if all their tensors and no others are there, and their copies of the embedding and of the
+    head, if there are any, equal these, in the same dtype; compares: False reads no values, and takes them for equal.
     """
+    known = {name for pair in (*pairs, *copies(model)) for name in pair.theirs}
+    for name in names:
+        if name not in known:
+            return f"{name} is a tensor that its layers do not have here"
     layers = tuple(f"model.layers.{layer}." for layer in model.mtp_layers)
     for pair in pairs:
         for name in pair.theirs:
@@ -55,7 +64,10 @@ def reason_to_set_aside(
     shared = {"embedding.weight": table, "unembedding.weight": HEAD}
     for pair in copies(model):
         original, name = shared[pair.ours[0]], pair.theirs[0]
-        has_both = name in folder.files and original in folder.files
-        if compares and has_both and not rows_are_equal(folder, name, original):
+        if name not in folder.files or original not in folder.files:
+            continue
+        # An export writes the copy in the dtype of the original.
+        is_equal = folder.dtype(name) == folder.dtype(original)
+        if not is_equal or (compares and not rows_are_equal(folder, name, original)):
             return f"{name} differs from {original}, and the model has one of them"
     return None
