@@ -1,6 +1,7 @@
 """`checkpoint.start_from: {kind: hf}`: a Hugging Face folder straight into a run, in layouts and on real ranks."""
 
 import contextlib
+import math
 import re
 import shutil
 import threading
@@ -197,7 +198,15 @@ def test_a_folder_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> Non
     start = [*SIZES, "data={kind: stdlib}", f"run.folder={run}", f"checkpoint.start_from={{kind: hf, path: {theirs}}}"]
     other = refusal("train", config, *start, "model.norm.eps=0.5")
     assert f"checkpoint.start_from: {theirs} holds another model: model.norm.eps is 0.001 there and 0.5 here" in other
+    plain = f"checkpoint.start_from={theirs}"
+    assert f"start_from: {theirs} is a Hugging Face folder, not a run: {{kind: hf, path" in refusal(
+        "train", config, *start, plain
+    )
+    quantize_fp8(theirs, (4, 4), torch.float32)
     tensors = load_file(theirs / "model.safetensors")
+    scale = "model.layers.0.self_attn.q_proj.weight_scale_inv"
+    save_file(tensors | {scale: tensors[scale] * math.nan}, theirs / "model.safetensors")
+    assert f"checkpoint.start_from: {theirs}: {scale} holds the scale nan" in refusal("train", config, *start)
     save_file({name: tensor for name, tensor in tensors.items() if "norm" not in name}, theirs / "model.safetensors")
     assert f"checkpoint.start_from: {theirs}: model.norm.weight is missing" in refusal("train", config, *start)
     (theirs / "config.json").unlink()

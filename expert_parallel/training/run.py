@@ -37,7 +37,7 @@ from expert_parallel.training.resume import (
     settings_of_last_run,
 )
 from expert_parallel.training.setup import build, check_memory, check_world_size, data_requirements, format_degrees
-from expert_parallel.training.start import STARTS, OpenStart, Start, open_start
+from expert_parallel.training.start import STARTS, OpenStart, Start, naming_start, open_start
 from expert_parallel.training.step import StepReport, evaluate
 
 logger = logging.getLogger(__name__)
@@ -241,7 +241,8 @@ def open_run_folder(
     if checkpoints:
         check_can_resume(open_checkpoint(checkpoints[-1]), config)
     if rank == 0 and start is not None:
-        start.check_values()
+        with naming_start():
+            start.check_values()
     if rank == 0:
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)

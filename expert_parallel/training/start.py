@@ -1,7 +1,8 @@
 """Opens what `checkpoint.start_from` names: the weights with which a new run begins."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -39,6 +40,8 @@ class RunStart:
     """Starts from the weights of a checkpoint."""
 
     def __init__(self, path: Path, config: Config) -> None:
+        if (path / "config.json").is_file():
+            raise ValueError(f"{path} is a Hugging Face folder, not a run: {{kind: hf, path: {path}}} starts from it")
         self.path, self.config = path, config
         check_same_model(open_checkpoint(path), config)
 
@@ -72,7 +75,14 @@ def open_start(config: Config, starts: Mapping[str, OpenStart]) -> Start | None:
             f"checkpoint.start_from.kind is {start.kind!r}, and `train` was given {', '.join(starts)}: pass "
             "starts=expert_parallel.START_KINDS"
         )
-    try:
+    with naming_start():
         return starts[start.kind](Path(start.path), config)
+
+
+@contextmanager
+def naming_start() -> Iterator[None]:
+    """Names the setting in each ValueError that is raised inside the context."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"checkpoint.start_from: {error}") from None
