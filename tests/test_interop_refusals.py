@@ -26,7 +26,7 @@ from expert_parallel.interop.importing import import_folder
 from expert_parallel.interop.rope import ORIGINAL_LENGTH
 from expert_parallel.model.config import ModelConfig
 from expert_parallel.moe.context import StepContext
-from tests.interop_models import MODELS
+from tests.interop_models import MODELS, without
 from tests.test_interop import SHARD, load_ours, make_peer, same_bits, tensors_of, tokens
 
 Config, Tensors = dict[str, Any], dict[str, Tensor]
@@ -249,6 +249,7 @@ LONGROPE = {
     "long_mscale": 1.4,
     "original_max_position_embeddings": 8,
 }
+LENGTHS = {"original_max_position_embeddings": 8, "max_position_embeddings": 32}
 
 
 @pytest.mark.parametrize(
@@ -287,6 +288,16 @@ LONGROPE = {
             {"rope_parameters": LONGROPE, "original_max_position_embeddings": 9},
             "original_max_position_embeddings of the rotary positions is 8: it must be an integer of at least 2, the "
             "same in all places",
+        ),
+        (
+            "phimoe",
+            {"rope_parameters": without(LONGROPE, "original_max_position_embeddings")} | LENGTHS,
+            r"original_max_position_embeddings is 8: .* transformers then takes 32 \(max_position_embeddings\)",
+        ),
+        (
+            "mixtral",
+            {"rope_parameters": without(LONGROPE, "original_max_position_embeddings")} | LENGTHS,
+            r"original_max_position_embeddings is 8: .* transformers then takes 32 \(max_position_embeddings\)",
         ),
         ("phimoe", {"num_experts_per_tok": 3}, "router.k: input should be 2, found 3"),
         ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 3, "layer_types": None}, "layer_types is missing"),

@@ -135,7 +135,13 @@ class Rope:
         factors there; other classes use the long ones.
         """
         given = theirs.size(ORIGINAL_LENGTH, default=None)
-        original = found.pop(ORIGINAL_LENGTH, longest if given is None else given)
+        if ORIGINAL_LENGTH not in found and given not in (None, longest):
+            raise theirs.refuse(
+                ORIGINAL_LENGTH,
+                f"the parameters of the rotary positions lack it, and transformers then takes {longest} "
+                "(max_position_embeddings): state it there, too",
+            )
+        original = found.pop(ORIGINAL_LENGTH, longest)
         if type(original) is not int or original < 2 or given not in (None, original):
             raise ValueError(
                 f"config.json: {ORIGINAL_LENGTH} of the rotary positions is {short(original)}: it must be an integer "
