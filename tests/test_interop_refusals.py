@@ -195,6 +195,13 @@ def test_files(theirs: Path) -> None:
     refused(theirs, r"b.safetensors cannot be read: .*No such file")
     shards(**{names[0]: "b.safetensors"})
     refused(theirs, rf"a.safetensors holds {names[0]}, which {INDEX} does not assign to this file")
+    doubled = (theirs / "a.safetensors").read_bytes()
+    size = int.from_bytes(doubled[:8], "little")
+    header = doubled[8 : 8 + size].rstrip()
+    entry = json.dumps({names[0]: json.loads(header)[names[0]]}).encode()
+    header = header[:-1] + b"," + entry[1:]
+    (theirs / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + doubled[8 + size :])
+    refused(theirs, f"a.safetensors cannot be read: the key '{names[0]}' is given twice")
     shards(odd="a.safetensors")
     refused(theirs, f"a.safetensors lacks 'odd', which {INDEX} assigns to this file")
     shards(**{names[0]: "../theirs/a.safetensors"})

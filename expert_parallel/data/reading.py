@@ -288,7 +288,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a file that holds a JSON object. Raises a ValueError of one sentence if it does not, or if an object has a
     key twice, of which JSON readers take different ones."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(tree, dict):
@@ -296,7 +296,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Returns a JSON object as a dict. Raises a ValueError if it has a key twice."""
     tree = dict(pairs)
     if len(tree) < len(pairs):

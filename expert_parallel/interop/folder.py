@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from expert_parallel.data.reading import read_json
+from expert_parallel.data.reading import read_json, unique_keys
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -83,6 +83,7 @@ class HuggingFaceFolder:
             opened = safe_open(self.path / file, "pt")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self.path / file} cannot be read: {error}") from error
+        refuse_doubled_names(self.path / file)
         names = set(opened.keys())
         for name in sorted(names):
             if not name.isprintable():
@@ -115,6 +116,16 @@ class HuggingFaceFolder:
         """Reads a tensor to the CPU, in the dtype of the file."""
         tensor: Tensor = self.files[name].get_tensor(name)
         return tensor
+
+
+def refuse_doubled_names(file: Path) -> None:
+    """Raises a ValueError if a safetensors file names a tensor twice: the library accepts it, and takes the last."""
+    with file.open("rb") as stream:
+        header = stream.read(int.from_bytes(stream.read(8), "little"))
+    try:
+        json.loads(header, object_pairs_hook=unique_keys)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def read_index(path: Path) -> dict[str, str]:
