@@ -252,6 +252,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin: as returned by `rope_cos_sin` for r columns; the columns of x from r on are returned as they are. Source:
     Su et al. 2021, in the half-split form of GPT-NeoX and Llama.
     """
-    half = cos.shape[-1]
-    first, second, others = x.split([half, half, x.shape[-1] - 2 * half], -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, others], -1)
+    size = 2 * cos.shape[-1]
+    if size < x.shape[-1]:
+        return torch.cat([apply_rope(x[..., :size], cos, sin), x[..., size:]], -1)
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
